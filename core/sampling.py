@@ -84,6 +84,7 @@ class MatcherRow:
 
     key: int  # of the answer, within an epoch
     position: int  # tokens of the answer before the one to be sampled
+    drafted: int | None = None  # the last of these, where the row counts only if that is the one before; set by a stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,21 @@ class SampleTask:
     history: tuple[int, ...] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
     suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
     top_logprobs: int = 0
-    history_follows: bool = False  # the token that its chunk follows is the newest of the history, too
+    history_rows: int = 0  # so many newest tokens of its chunk, up to the row's own, follow in the history
     penalty_window: int | None = None  # newest tokens of the history that penalties count; None: all
     dry_window: int | None = None  # and that DRY looks at
     breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
     mu: float = 0.0  # of Mirostat, from the token before
     matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
+
+    def next(self) -> SampleTask:
+        """The same for the row after it in its chunk, whose token is drafted."""
+        matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
+        rows = self.history_rows + 1 if self.history_rows else 0
+        return replace(self, position=self.position + 1, history_rows=rows, matcher=matcher)
+
+    def is_next_to(self, before: SampleTask) -> bool:
+        return self.position == before.position + 1 and self == before.next()
 
 
 @dataclass(frozen=True, slots=True)

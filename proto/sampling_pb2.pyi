@@ -382,12 +382,13 @@ class SampleTask(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
-    HISTORY_FOLLOWS_FIELD_NUMBER: _builtins.int
+    HISTORY_ROWS_FIELD_NUMBER: _builtins.int
     PENALTY_WINDOW_FIELD_NUMBER: _builtins.int
     DRY_WINDOW_FIELD_NUMBER: _builtins.int
     BREAKERS_FIELD_NUMBER: _builtins.int
     MU_FIELD_NUMBER: _builtins.int
     MATCHER_FIELD_NUMBER: _builtins.int
+    FURTHER_ROWS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """First key of the draw."""
     choice: _builtins.int
@@ -396,14 +397,18 @@ class SampleTask(_message.Message):
     """Counter of the draw: absolute position of the token to be chosen."""
     top_logprobs: _builtins.int
     """How many of the likeliest tokens to report beside the chosen one."""
-    history_follows: _builtins.bool
-    """Whether the token that the row's chunk follows is the newest of the history, too."""
+    history_rows: _builtins.int
+    """The history goes on with so many of the chunk's own tokens, the newest ones up to the row's own."""
     penalty_window: _builtins.int
     """Newest tokens of the history that penalties count; without it, all."""
     dry_window: _builtins.int
     """Likewise those that DRY looks at."""
     mu: _builtins.float
     """Mirostat's state, as it came with the token before."""
+    further_rows: _builtins.int
+    """So many output rows behind this one are sampled in the same manner: each with `position`, the matcher's position and,
+    unless it is 0, `history_rows` one further than the row before it.
+    """
     @_builtins.property
     def params(self) -> Global___SamplingParams:
         """How."""
@@ -434,16 +439,17 @@ class SampleTask(_message.Message):
         history: _abc.Iterable[_builtins.int] | None = ...,
         suppressed: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _builtins.int = ...,
-        history_follows: _builtins.bool = ...,
+        history_rows: _builtins.int = ...,
         penalty_window: _builtins.int | None = ...,
         dry_window: _builtins.int | None = ...,
         breakers: _abc.Iterable[Global___TokenSequence] | None = ...,
         mu: _builtins.float = ...,
         matcher: Global___MatcherRow | None = ...,
+        further_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "matcher", b"matcher", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "history", b"history", "history_follows", b"history_follows", "matcher", b"matcher", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "further_rows", b"further_rows", "history", b"history", "history_rows", b"history_rows", "matcher", b"matcher", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dry_window: _TypeAlias = _typing.Literal["dry_window"]  # noqa: Y015
     _WhichOneofArgType__dry_window: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window"]  # noqa: Y015

@@ -11,7 +11,8 @@ from typing import Protocol
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
-from llamaclust.cluster.scheduler.sequences import Sequence, SequenceSlice
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 
 from llamaclust.core.errors import ParameterError
@@ -95,6 +96,17 @@ class SeenBreakers:
         if len(self._sequences) < len(self._found):
             self._sequences = tuple(self._found)
         return self._sequences
+
+    def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+        """The sequences where these tokens have occurred, too. One of which a token has not occurred does no harm."""
+        if not self._by_head or self._seen.issuperset(tokens):
+            return self.sequences
+        more = copy(self)
+        more._seen, more._found = self._seen.copy(), self._found.copy()
+        more._waiting = {token: [*sequences] for token, sequences in self._waiting.items()}
+        for token in tokens:
+            more.add(token)
+        return more.sequences
 
     def add(self, token: int) -> None:
         """One more token has occurred."""

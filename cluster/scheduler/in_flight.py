@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from llamaclust.cluster.scheduler.sequences import SequenceSlice
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.tasks import matcher_start
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.epochs import epoch_text
@@ -94,7 +95,7 @@ class InFlight:
                 taken.sequence.sampled_at = (number, row - 1)
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
-        starts = tuple(start for taken in slices if (start := taken.sequence.start_matcher()) is not None)
+        starts = tuple(start for taken in slices if (start := matcher_start(taken.sequence)) is not None)
         microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
         return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released, starts))
 

@@ -108,11 +108,26 @@ class KvMemory:
         return self.blocks.available - reserve <= refused.room and not is_cached
 
     def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence the blocks for its next row; False where none is left."""
+        """Gives a sequence the blocks for its next rows; False where none is left."""
         if not self.extend(sequence):
             return False
-        self.reserve(sequence, 1)
+        self.reserve(sequence, max(1, sequence.remaining))
         return True
+
+    def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:
+        """Has a sequence that has grown compute these drafted tokens, too, if that leaves `reserve` blocks."""
+        sequence.drafted = tokens
+        more = sequence.blocks_needed - len(sequence.table)
+        is_full = more > 0 and self.blocks.available < more + reserve
+        if is_full or not self.extend(sequence) or not (self.states is None or self.states.draft(sequence)):
+            sequence.drafted = ()
+        elif self.window is not None:
+            self.window.reserve(sequence, sequence.remaining + len(tokens))
+
+    def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
+        """Drafted rows of a sequence came back: all of them count, or not."""
+        if self.states is not None:
+            self.states.settle(sequence, is_whole=is_whole)
 
     def extend(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for all rows to compute, but those with a window; False where too few are

@@ -42,8 +42,14 @@ class WindowGroup:
     @property
     def sequence_blocks(self) -> int:
         """What a sequence holds at most, but for the rows of a prompt that are in the microbatch being made: positions
-        of a window and one more, wherever they begin in their blocks, and a block for what such rows do not fill."""
-        return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 2
+        of a window and one more, wherever they begin in their blocks, a block for what such rows do not fill, and one
+        for drafted rows."""
+        return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
+
+    @property
+    def drafted_rows(self) -> int:
+        """Of one sequence, at most."""
+        return KV_BLOCK_TOKENS
 
     @property
     def row_blocks(self) -> int:

@@ -76,8 +76,8 @@ class KvWindow:
         self._cache.register(sequence.block_keys, sequence.tokens, table.blocks, first, full, table.start)
 
     def release_out_of_window(self, sequence: Sequence) -> None:
-        """Releases the blocks that no row from `scheduled` on sees."""
-        self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.scheduled))
+        """Releases the blocks that no later row sees."""
+        self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.settled))
 
     def end_microbatch(self) -> None:
         if self._out_of_window:

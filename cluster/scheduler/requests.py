@@ -48,6 +48,7 @@ class GenerationRequest:
     grammar: Grammar | None = None  # which the answer obeys
     reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
     with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
+    max_drafted: int | None = None  # tokens computed in advance with each one, at most; None: as the scheduler may
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
     operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from operator import attrgetter
 
@@ -18,8 +18,11 @@ from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
-from llamaclust.cluster.scheduler.sequences import Phase, Sequence, SequenceSlice
+from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
@@ -63,46 +66,8 @@ _SHARED, _SHARED_ROWS = 4, 32
 """While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
 since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
 
-_MAX_STARTS = 32
-"""Answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
-
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
-
-
-@dataclass(slots=True)
-class _PrefillBatch:
-    """The prompt slices of one microbatch: one of each sequence at most."""
-
-    memory: KvMemory
-    now_ns: int
-    rows_left: int
-    outputs_left: int
-    scored_left: int  # of these
-    embedded_left: int
-    starts_left: int = _MAX_STARTS
-    slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
-
-    def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
-        that is none."""
-        is_scored = sequence.has_scores_left
-        if sequence.lacks_matcher and not self.starts_left:
-            return False
-        outputs = min(self.outputs_left, self.scored_left) if is_scored else self.outputs_left
-        outputs = self.embedded_left if sequence.request.embedded is not None else outputs
-        rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
-        if rows > 0 and sequence.key not in self.slices:
-            sequence.started_ns = sequence.started_ns or self.now_ns
-            self.memory.reserve(sequence, rows)
-            taken = self.slices[sequence.key] = sequence.take(rows)
-            self.memory.filled(sequence)
-            self.rows_left -= rows
-            self.outputs_left -= len(taken.tasks)
-            self.scored_left -= len(taken.tasks) if is_scored else 0
-            self.embedded_left -= taken.chunk.embedded_rows
-            self.starts_left -= sequence.lacks_matcher
-        return rows > 0
 
 
 class Scheduler:
@@ -111,6 +76,7 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
         self.settings = settings
         self.times = StageTimes(stages)
+        self._speculation = _speculation(settings, self.times)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
         self._sequences: dict[int, Sequence] = {}
@@ -180,6 +146,7 @@ class Scheduler:
                 sequence.block_keys.clear()
         self.settings = settings
         self.times = StageTimes(stages)
+        self._speculation = _speculation(settings, self.times)
         self._split = DecodeSplit(self.times)
         self.in_flight = InFlight(settings, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
@@ -246,6 +213,7 @@ class Scheduler:
         prefill = self._prefill_slices(len(ready), now_ns)
         if not prefill:
             ready = ready[: self._decode_rows(len(ready))]
+            self._draft(ready)
         slices = (*(sequence.take_token() for sequence in ready), *prefill)
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
@@ -272,7 +240,10 @@ class Scheduler:
             if not taken.is_answered or not sequence.counts_results:
                 continue
             updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
-            if rows and rows[-1].is_deferred and not self.settings.may_repeat_rows:
+            if taken.drafted:
+                self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
+            is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
+            if is_deferred and not self.settings.may_repeat_rows:
                 self.queues.recompute(sequence)
             if not updates:
                 continue
@@ -281,6 +252,8 @@ class Scheduler:
                 self.queues.discard(sequence)
                 self._retries += 1
                 continue
+            if isinstance(updates[-1], Finished) and self._speculation is not None:
+                self._speculation.ended(sequence)
             if isinstance(updates[-1], Finished | Failed):
                 self.abort(sequence.key)
             updated.append((sequence.key, updates))
@@ -294,6 +267,14 @@ class Scheduler:
         for sequence in awaiting:
             self.queues.grow(sequence)
         return [sequence for sequence in awaiting if sequence.phase is Phase.DECODE]
+
+    def _draft(self, ready: list[Sequence]) -> None:
+        """Has sequences that are ready compute drafted tokens with their last one, where that pays."""
+        if self._speculation is not None and ready:
+            queues, settings = self.queues, self.settings
+            rows = min(settings.max_outputs, settings.max_batch_tokens) - len(ready)
+            groups = self._split.groups(queues.decoding)
+            self._speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
 
     def _decode_rows(self, ready: int) -> int:
         """How many of the ready sequences form a microbatch of their own now.
@@ -320,6 +301,8 @@ class Scheduler:
             return None
         if any(sequence.expects_forced for sequence in queues.running):
             return None
+        if self._speculation is not None and self._speculation.waits(queues.running, self.settings.max_outputs):
+            return None
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
         return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
 
@@ -332,7 +315,7 @@ class Scheduler:
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = sequence.remaining if sequence.is_whole else min(rows, self.strikes.rows(sequence))
         most = self.settings
-        batch = _PrefillBatch(queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows)
+        batch = PrefillBatch(queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows)
         batch.add(sequence)
         slices = tuple(batch.slices.values())
         self._computed_tokens += len(slices[0].chunk.tokens)
@@ -354,7 +337,7 @@ class Scheduler:
         rows = self._prefill_rows(prefilling, decoding)
         outputs = self.settings.max_outputs - decoding
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
-        batch = _PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
+        batch = PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
         kept = batch.rows_left if self.settings.whole_prompts else batch.rows_left // 2
         while batch.rows_left > kept and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):
@@ -396,3 +379,7 @@ class Scheduler:
             memory.filled(taken.sequence)
         memory.end_microbatch()
         return self.in_flight.send(slices, decoding, now_ns, self.queues.take_released())
+
+
+def _speculation(settings: SchedulerSettings, times: StageTimes) -> Speculation | None:
+    return None if settings.speculation is None else Speculation(settings, settings.speculation, times)

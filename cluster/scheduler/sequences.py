@@ -22,8 +22,11 @@ from llamaclust.cluster.scheduler.requests import (
     Update,
     rate,
 )
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.tasks import prompt_tasks, sample_task, window_tasks
+from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
-from llamaclust.core.sampling import MatcherRow, MatcherStart, RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling import RowResult, RowTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk
 
@@ -41,30 +44,6 @@ class Phase(Enum):
 
 
 _PREFILL, _DECODE, _DISCARDED, _FINISHED = Phase.PREFILL, Phase.DECODE, Phase.DISCARDED, Phase.FINISHED
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceSlice:
-    """Some rows of a sequence in a microbatch, and what its output rows are for."""
-
-    sequence: Sequence
-    chunk: Chunk
-    tasks: tuple[RowTask, ...]
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether its last row chooses a token."""
-        return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether rows of it are scored."""
-        return bool(self.tasks) and isinstance(self.tasks[0], ScoreTask)
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether its result says something about the sequence."""
-        return bool(self.tasks) or self.chunk.embedded_rows > 0
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +69,11 @@ class Sequence:
     scored: int = 0  # first prompt row whose score is still to come
     next_embedded: int = 0  # first prompt row whose hidden state is still to be requested
     embedded: int = 0  # first prompt row whose hidden state is still to come
+    drafts: SequenceDrafts | None = None  # what may follow its tokens
+    drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
+    unsettled: int = 0  # scheduled rows at the end that may have to be computed again
+    drafted_rows: int = 0  # in all
+    accepted_rows: int = 0  # of these, whose tokens were chosen
     in_flight: int = 0  # microbatches
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
@@ -174,6 +158,17 @@ class Sequence:
         )
 
     @property
+    def may_draft(self) -> bool:
+        """Whether drafted rows may be computed with its last token's: each row's sampling follows from tokens alone."""
+        request = self.request
+        is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
+        return (
+            is_open
+            and not request.params.needs_state
+            and not (request.needs_matcher and self.generated < request.min_tokens)
+        )
+
+    @property
     def expects_forced(self) -> bool:
         """Whether it had forced tokens lately, and may again: a row sent ahead would only repeat them."""
         forces = self.request.needs_matcher and not self.request.with_logprobs
@@ -208,7 +203,12 @@ class Sequence:
     @property
     def blocks_needed(self) -> int:
         """Blocks that the rows to compute take."""
-        return -(-max(self.target, self.scheduled + 1) // KV_BLOCK_TOKENS)
+        return -(-(max(self.target, self.scheduled + 1) + len(self.drafted)) // KV_BLOCK_TOKENS)
+
+    @property
+    def settled(self) -> int:
+        """The first row that may still be computed, for the first time or again."""
+        return self.scheduled - self.unsettled
 
     def rows_within(self, rows: int, outputs: int) -> int:
         """How many of the next rows fit where at most that many rows and output rows do."""
@@ -223,7 +223,7 @@ class Sequence:
         start, end = self.scheduled, self.scheduled + rows
         if self.request.embedded is not None:
             return self._take_embedded(start, end, self.request.embedded[1])
-        tasks = self._tasks(max(start, self.first_output), end)
+        tasks = prompt_tasks(self, max(start, self.first_output), end)
         if tasks:
             self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
         return self._slice(tuple(self.tokens[start:end]), tasks)
@@ -235,10 +235,16 @@ class Sequence:
         return self._slice(tuple(self.tokens[start:end]), (), embedded=embedded)
 
     def take_token(self) -> SequenceSlice:
-        """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
+        """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones."""
         if self._unknown:
-            return self._slice((0,), (self._sample_task(),), self.sampled_at)
-        return self._slice((self.tokens[-1],), (self._sample_task(),))
+            return self._slice((0,), (sample_task(self, 1),), self.sampled_at)
+        known, drafted = self.tokens[self.scheduled :], self.drafted
+        if not drafted:
+            return self._slice(tuple(known), (sample_task(self),))
+        self.unsettled = len(drafted) + (len(known) if self.states.is_begun else 0)
+        self.drafted_rows += len(drafted)
+        self.drafted = ()
+        return self._slice((*known, *drafted), window_tasks(self, drafted), drafted=len(drafted))
 
     def _slice(
         self,
@@ -246,19 +252,20 @@ class Sequence:
         tasks: tuple[RowTask, ...],
         follows: tuple[int, int] | None = None,
         embedded: tuple[int, int] = (0, 0),
+        drafted: int = 0,
     ) -> SequenceSlice:
         table, window, rest = self.table.runs, self.window, (embedded, self.request.adapters)
         start, states = window.start if window.blocks else 0, self.states.of_chunk(self.scheduled, len(tokens))
         chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states)
         self.scheduled += len(tokens)
         self.in_flight += 1
-        taken = SequenceSlice(self, chunk, tasks)
+        taken = SequenceSlice(self, chunk, tasks, drafted)
         self.sampling += taken.is_sampled
         return taken
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
-        self.scheduled = cached
+        self.scheduled, self.unsettled, self.drafted = cached, 0, ()
         self.registered = cached // KV_BLOCK_TOKENS
 
     def restart(self) -> None:
@@ -274,68 +281,57 @@ class Sequence:
         """What is under way is computed again; what was told stays told."""
         self.next_score, self.next_embedded = self.scored, self.embedded
 
-    def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
-        score_end = min(end, self.prompt_length - 1)
-        top = self.request.top_logprobs
-        scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]
-        samples = [self._sample_task()] if self.max_new_tokens and start < end == len(self.tokens) else []
-        return (*scores, *samples)
-
-    def _sample_task(self) -> SampleTask:
-        """For the token after the next row."""
-        request, unknown = self.request, self._unknown
-        window, with_dry = request.history_window, request.looks_for_repetitions
-        known = max(0, len(self.tokens) - window + unknown)
-        is_early = self.generated + unknown < request.min_tokens
-        return SampleTask(
-            request.params,
-            request.seed,
-            request.choice,
-            position=len(self.tokens) + unknown,
-            history=tuple(self.tokens[known:]) if window else (),
-            suppressed=tuple(sorted(request.stop_token_ids)) if is_early else (),
-            top_logprobs=request.top_logprobs,
-            history_follows=window > 0 and unknown > 0,
-            penalty_window=request.penalty_window if with_dry else None,
-            dry_window=request.dry_window if with_dry else None,
-            breakers=self.breakers.sequences,
-            mu=self.mu,
-            matcher=MatcherRow(self.key, self.generated + unknown) if request.needs_matcher else None,
-        )
-
-    def start_matcher(self) -> MatcherStart | None:
-        """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
-        if not self.lacks_matcher:
-            return None
-        self.has_matcher = True
-        request, answer = self.request, tuple(self.tokens[self.prompt_length :])
-        return MatcherStart(self.key, request.grammar, answer, request.reasoning, not request.with_logprobs)
-
     def answered(self, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
         """Takes in the results of a part's output rows."""
-        first_row, is_sampled = taken.chunk.position + len(taken.chunk.tokens) - len(rows), taken.is_sampled
-        if is_sampled and rows[-1].is_deferred:
-            self._repeat(taken.chunk)
-            if not (rows := rows[:-1]):
+        scored, sampled = rows[: len(rows) - taken.sampled], rows[len(rows) - taken.sampled :]
+        first_row = taken.end - len(rows)
+        if sampled and sampled[0].is_deferred:
+            self._repeat(taken.end - len(sampled))
+            if not scored:
                 return []
-            is_sampled = False
+            sampled = ()
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
-        failure = next((row.failure for row in rows if row.failure is not None), None)
+        failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)
         if failure is not None:
+            self._settle(taken, taken.end - len(sampled))
             return [Failed(failure)]
         self.failures = 0
         updates: list[Update] = []
-        if scored := rows[:-1] if is_sampled else rows:
+        if scored:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
-        if is_sampled:
-            updates += map(TokenSampled, self._append_sampled(taken.chunk, rows[-1]))
-            if self.phase is _PREFILL or self.phase is _DECODE:
-                self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
-        if (reason := self._finish_reason(is_sampled)) is not None:
+        if sampled:
+            updates += map(TokenSampled, self._take_sampled(taken, sampled))
+        if (reason := self._finish_reason(bool(sampled))) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
+
+    def _take_sampled(self, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
+        """The tokens that sampled rows add. A drafted row counts where its token is the one that is known by then."""
+        place = taken.end - len(rows)  # of the row's own token
+        added = self._append_sampled(place, rows[0])
+        for row, token in zip(rows[1:], taken.chunk.tokens[len(taken.chunk.tokens) - taken.drafted :], strict=True):
+            is_over = self._finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
+            if is_over or place + 1 >= len(self.tokens) or self.tokens[place + 1] != token:
+                break
+            place += 1
+            added += self._append_sampled(place, row)
+        self._settle(taken, place + 1)
+        if self.phase is _PREFILL or self.phase is _DECODE:
+            is_behind = self.scheduled < len(self.tokens) - 1 and not (taken.drafted and self.states.is_begun)
+            self.phase = _PREFILL if is_behind else _DECODE
+        return added
+
+    def _settle(self, taken: SequenceSlice, end: int) -> None:
+        """Of a window of drafted rows, those up to `end` count. Where a state goes with rows, all of them or none."""
+        if not taken.drafted:
+            return
+        self.accepted_rows += taken.drafted - (taken.end - end)
+        self.unsettled = 0
+        if end < taken.end:
+            self.scheduled = min(self.scheduled, taken.chunk.position if self.states.is_begun else end)
+            self.computed = min(self.computed, self.scheduled)
 
     def received(self, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
         """Takes in the hidden states of a part's embedded rows."""
@@ -351,17 +347,17 @@ class Sequence:
             updates.append(Finished(FinishReason.LENGTH, self.timings()))
         return updates
 
-    def _repeat(self, chunk: Chunk) -> None:
-        """The chunk's last row is computed again, beside others in decode."""
-        self.scheduled = min(self.scheduled, chunk.position + len(chunk.tokens) - 1)
+    def _repeat(self, row: int) -> None:
+        """The row at this position is computed again, beside others in decode."""
+        self.scheduled, self.unsettled = min(self.scheduled, row), 0
         self.computed = min(self.computed, self.scheduled)
         if self.phase is _PREFILL:
             self.phase = _DECODE
 
-    def _append_sampled(self, chunk: Chunk, row: RowResult) -> list[RowResult]:
-        """The sampled token and those that must follow it, as far as they are new: a row that was sent before the
-        tokens forced by its predecessor were known repeats these."""
-        known = len(self.tokens) - chunk.position - len(chunk.tokens)
+    def _append_sampled(self, place: int, row: RowResult) -> list[RowResult]:
+        """The token that the row at this position chose and those that must follow it, as far as they are new: a row
+        that was sent before the tokens forced by its predecessor were known repeats these."""
+        known = len(self.tokens) - place - 1
         added: list[RowResult] = []
         for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:
             self.append(following)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -35,6 +36,7 @@ class SchedulerSettings:
     window_blocks: int = 0  # these
     has_states: bool = False  # layers keep a state of each sequence
     state_blocks: int = 0  # of these; 0: they are in KV blocks
+    speculation: SpeculationSettings | None = None  # None: no tokens are drafted
     state_span: int = KV_BLOCK_TOKENS  # positions from one state that is kept for other sequences to the next
 
     def __post_init__(self) -> None:

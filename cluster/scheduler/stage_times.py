@@ -48,6 +48,13 @@ class Curve:
         else:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), _moved(point[1], ns))
 
+    def extended(self, other: Curve) -> Curve:
+        """With the points of another one behind its last one."""
+        curve, last = Curve(), max(self._points, default=-1)
+        if self._points:
+            curve._points = self._points | {bucket: point for bucket, point in other._points.items() if bucket > last}
+        return curve
+
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
         """Nanoseconds for that many rows; None before the first sample.
 
@@ -82,6 +89,13 @@ class StageCurves:
         helpers = other._curves if other is not None else [None] * len(self._curves)
         times = [curve.predict(rows, helper) for curve, helper in zip(self._curves, helpers, strict=True)]
         return None if None in times else [ns for ns in times if ns is not None]
+
+    def predict_beyond(self, rows: float, other: StageCurves) -> list[float] | None:
+        """Likewise, where the others' points go on behind the last own one."""
+        extended = StageCurves(0)
+        pairs = zip(self._curves, other._curves, strict=True)
+        extended._curves = [curve.extended(helper) for curve, helper in pairs]
+        return extended.predict(rows)
 
 
 class StageTimes:

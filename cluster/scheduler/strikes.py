@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llamaclust.cluster.scheduler.sequences import Phase, Sequence, SequenceSlice
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
 """Strikes from which on a request is computed with nothing else in flight. After the first one it is not: requests are

@@ -78,7 +78,7 @@ def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
     assert steps_ahead(run) > 30
     if window:
         assert run.rows(key) == expected(request, 512)[0]
-    assert all(len(task.history) + task.history_follows <= window for task in tasks_of(run))
+    assert all(len(task.history) + task.history_rows <= window for task in tasks_of(run))
 
 
 def test_mirostat_waits_for_its_state() -> None:
@@ -92,7 +92,7 @@ def test_mirostat_waits_for_its_state() -> None:
     run.finish()
     assert steps_ahead(run) > 20
     assert [run.rows(key) for key in keys] == [expected(request, 512)[0] for request in requests]
-    assert all(task.mu and not task.history_follows for task in tasks_of(run) if task.params.needs_state)
+    assert all(task.mu and not task.history_rows for task in tasks_of(run) if task.params.needs_state)
 
 
 @pytest.mark.parametrize("windows", [(64, 64), (2, 64), (64, 3)])
@@ -145,7 +145,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def task(position: int, history: tuple[int, ...], *, follows: bool = False) -> SampleTask:
     params = SamplingParams(1.5, repetition_penalty=1.3, frequency_penalty=0.4)
-    return SampleTask(params, seed=5, choice=0, position=position, history=history, history_follows=follows)
+    return SampleTask(params, seed=5, choice=0, position=position, history=history, history_rows=int(follows))
 
 
 def one_by_one(model: Model) -> list[RowResult]:
@@ -240,10 +240,11 @@ async def test_waiting_ends_with_the_stream_of_tokens() -> None:
         await waiting
 
 
-def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:
+def test_a_history_goes_on_with_tokens_of_its_chunk_alone() -> None:
     microbatch = Microbatch("m", 1, 1, (Chunk((5,), 4, (0, 2), 1),))
-    with pytest.raises(ProtocolError, match="in a chunk that follows none"):
-        SampledTokensBox().fill_inputs(SamplingInputs(1, 1, (task(5, (1,), follows=True),)), microbatch)
+    inputs = SamplingInputs(1, 1, (task(5, (1,), follows=True).next(),))
+    with pytest.raises(ProtocolError, match="goes on with 2 tokens of a chunk, at its row 1"):
+        SampledTokensBox().fill_inputs(inputs, microbatch)
 
 
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:

@@ -43,6 +43,7 @@ from llamaclust.wire.microbatch.codec import (
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from support.paths import ROOT
+from support.wire.rows_of_tasks import chained, in_a_row
 
 PROTO = ROOT / "proto"
 
@@ -110,17 +111,18 @@ samples = st.builds(
     params,
     uint64,
     st.integers(0, 2**32 - 1),
-    st.integers(0, MAX_CONTEXT_TOKENS),
+    st.integers(0, MAX_CONTEXT_TOKENS - 9),
     ids,
     ids,
     st.integers(0, 128),
-    st.booleans(),
+    st.integers(0, MAX_BATCH_TOKENS - 9),
     windows,
     windows,
     sequences,
     st.floats(-1e12, 1e12),
 )
-tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
+scores = st.builds(ScoreTask, tokens, st.integers(0, 128)).map(lambda task: (task,))
+tasks = st.lists(st.builds(in_a_row, samples, st.integers(1, 9)) | scores, max_size=4).map(chained)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
 timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS)), max_size=3).map(
     tuple

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from unittest.mock import Mock
 
@@ -12,6 +12,7 @@ import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import (
+    AllowedTokens,
     Grammar,
     MatcherRow,
     MatcherStart,
@@ -89,10 +90,18 @@ def step(
     """What each row could choose whose letter of `refused` its grammar does not allow, and the results where the rows
     chose the letters of `says`, such a row at its second draw."""
     begin(stage, inputs_of(number, *tasks, released=released))
-    results, allowed = stage.take(tuple(map(sampled, refused or says)))
+    results, allowed = taken(stage, map(sampled, refused or says))
     for place in allowed:
-        results[place] = stage.take_again(place, sampled(says[place]))
+        results[place] = sampled(says[place])
+    assert not allowed or not stage.take(results)
     return [{"." if i == END else chr(i) for i in token_set(bits)} for bits in allowed.values()], tuple(results)
+
+
+def taken(stage: StageMatchers, rows: Iterable[RowResult]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
+    """The results, and what rows may choose whose token is not allowed."""
+    results = list(rows)
+    refused = stage.take(results)
+    return results, refused
 
 
 def sampled(letter: str) -> RowResult:
@@ -235,7 +244,7 @@ def test_a_grammar_that_is_not_ready_in_time_fails_its_answer(
     stage.receive(inputs)
     assert began.wait(30)
     stage.begin(inputs)
-    (late, queued), _ = stage.take((sampled("a"), sampled("a")))
+    (late, queued), _ = taken(stage, (sampled("a"), sampled("a")))
     go_on.set()
     assert late.failure == "the grammar was not ready in -1 s" and queued is DEFERRED
 
@@ -252,9 +261,9 @@ def test_matchers_of_answers_that_are_released_are_not_made(stage: StageMatchers
         answer.ready.result(30)
     asyncio.run(stage.ready(first))
     stage.begin(first)
-    assert stage.take((sampled("a"), sampled("a"))) == ([DEFERRED, DEFERRED], {})
+    assert taken(stage, (sampled("a"), sampled("a"))) == ([DEFERRED, DEFERRED], {})
     stage.begin(second)
-    assert stage.take((sampled("a"),)) == ([sampled("a")], {})
+    assert taken(stage, (sampled("a"),)) == ([sampled("a")], {})
 
 
 def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> None:
@@ -278,7 +287,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
         inputs = inputs_of(number, task(1, row), task(2, number))
         asyncio.run(stage.ready(inputs))
         stage.begin(inputs)
-        results, refused = stage.take((sampled("x"), sampled("acd."[number])))
+        results, refused = taken(stage, (sampled("x"), sampled("acd."[number])))
         assert results == [DEFERRED, sampled("acd."[number])] and not refused
     go_on.set()
     assert step(stage, 4, task(1, 1), says="c")[1] == (DEFERRED,), "behind a row that is still to come"
@@ -296,7 +305,7 @@ def test_no_row_passes_a_deferred_one(stage: StageMatchers) -> None:
     inputs = inputs_of(0, task(1, 0, grammar, may_force=True))
     stage.receive(inputs)
     stage.begin(inputs)
-    assert stage.take((sampled("x"),)) == ([DEFERRED], {})
+    assert taken(stage, (sampled("x"),)) == ([DEFERRED], {})
     go_on.set()
     assert step(stage, 1, task(1, 1), says="x")[1] == (DEFERRED,)
     assert step(stage, 2, task(1, 0), says="x")[1] == (RowResult(ord("c"), 0.0, forced=(ord("a"),)),)
@@ -315,7 +324,7 @@ def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monk
 
     asyncio.run(ready())
     stage.begin(inputs)
-    assert stage.take((sampled("a"),)) == ([sampled("a")], {})
+    assert taken(stage, (sampled("a"),)) == ([sampled("a")], {})
 
 
 def test_a_matcher_is_made_again_beside_the_steps(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +357,7 @@ def test_a_fault_of_the_matcher_fails_its_answer_alone(stage: StageMatchers, mon
 
 def test_a_row_without_a_token_ends_its_state(stage: StageMatchers) -> None:
     begin(stage, inputs_of(0, task(1, 0, ABC)))
-    stage.take((RowResult(-1, float("nan"), failure="not finite"),))
+    taken(stage, (RowResult(-1, float("nan"), failure="not finite"),))
     assert step(stage, 1, task(1, 1), says="a")[1][0].failure == "not finite"
 
 

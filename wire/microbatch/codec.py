@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate, chain, repeat
 from operator import add
 from typing import Literal
 
@@ -150,11 +151,15 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
     message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
     message.released.extend(inputs.released)
     starts_out(inputs.starts, message)
+    before: RowTask | None = None
     for task in inputs.tasks:
-        if isinstance(task, SampleTask):
+        if isinstance(before, SampleTask) and isinstance(task, SampleTask) and task.is_next_to(before):
+            message.tasks[-1].sample.further_rows += 1
+        elif isinstance(task, SampleTask):
             message.tasks.add(sample=_sample_out(task))
         else:
             message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
+        before = task
     return message.SerializeToString()
 
 
@@ -167,7 +172,7 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
         history=task.history,
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
-        history_follows=task.history_follows,
+        history_rows=task.history_rows,
         penalty_window=task.penalty_window,
         dry_window=task.dry_window,
         breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
@@ -204,18 +209,24 @@ def decode_inputs(data: bytes) -> SamplingInputs:
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
     bounded("tasks", len(message.tasks), 0, limits.MAX_BATCH_TOKENS)
     bounded("released", len(message.released), 0, MAX_RELEASED)
-    tasks = tuple(map(_task, message.tasks))
+    bounded("output rows", sum(1 + task.sample.further_rows for task in message.tasks), 0, limits.MAX_BATCH_TOKENS)
+    tasks = tuple(chain.from_iterable(map(_tasks_in, message.tasks)))
     return SamplingInputs(message.epoch, message.number, tasks, tuple(message.released), starts_in(message))
 
 
-def _task(message: sampling_proto.RowTask) -> RowTask:
+def _tasks_in(message: sampling_proto.RowTask) -> Iterable[RowTask]:
+    """Of an output row and those that are sampled in the same manner."""
     match message.WhichOneof("task"):
         case "sample":
-            return _sample_in(message.sample)
+            return accumulate(repeat(_sample_in(message.sample), 1 + message.sample.further_rows), _next)
         case "score":
-            return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
+            return (ScoreTask(_token(message.score.token), _top(message.score.top_logprobs)),)
         case _:
             raise ProtocolError("a row task of a kind that this version does not know")
+
+
+def _next(task: SampleTask, _: SampleTask) -> SampleTask:
+    return task.next()
 
 
 def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
@@ -226,11 +237,12 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
         (_biased_params_in if params.logit_bias else _plain_params_in)(params.SerializeToString()),
         message.seed,
         message.choice,
-        bounded("position", message.position, 0, limits.MAX_CONTEXT_TOKENS),
+        bounded("position", message.position + message.further_rows, 0, limits.MAX_CONTEXT_TOKENS)
+        - message.further_rows,
         _tokens(message.history),
         _tokens(message.suppressed),
         _top(message.top_logprobs),
-        message.history_follows,
+        bounded("history_rows", message.history_rows, 0, limits.MAX_BATCH_TOKENS),
         _window("penalty_window", message),
         _window("dry_window", message),
         _breakers(message.breakers),

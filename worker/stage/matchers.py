@@ -11,6 +11,7 @@ pipeline continues with the same tokens.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -39,7 +40,7 @@ class StageMatchers:
         self._most = most
         self._answers: dict[int, MatchedAnswer] = {}  # by key
         self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
-        self._rows: dict[int, MatchedAnswer] = {}  # of the step: the output rows that are matched, by place
+        self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
         self._time = StepTime(STEP_NS)
         self._thread = ThreadPoolExecutor(1, "matchers")
@@ -92,49 +93,47 @@ class StageMatchers:
             self._answers.pop(key, None)
         self._admit(inputs.number)
         self._rows, self._deferred = {}, []
+        tasks = list(inputs.tasks)
         for place, row in _rows(inputs):
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"a row of answer {row.key}, whose matcher is not here")
-            if answer.begin(row):
-                self._rows[place] = answer
+            if row.drafted is not None:
+                self._rows[answer].append((place, row))
+            elif answer.begin(row):
+                self._rows[answer] = deque([(place, row)])
+                tasks[place] = _unsuppressed(tasks[place]) if answer.is_complete else tasks[place]
             else:
                 self._deferred.append(place)
-        if not self._rows:
-            return inputs.tasks
-        self._time = StepTime(STEP_NS // len(self._rows))
-        tasks = list(inputs.tasks)
-        for place, answer in self._rows.items():
-            task = tasks[place]
-            if isinstance(task, SampleTask) and task.suppressed and answer.is_complete:
-                tasks[place] = replace(task, suppressed=())  # nothing else may follow, whatever is suppressed
+                self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
+        if rows := sum(map(len, self._rows.values())):
+            self._time = StepTime(STEP_NS // rows)
         return tuple(tasks)
 
-    def take(self, rows: tuple[RowResult, ...]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
-        """Takes in the step's sampled tokens: the results, deferred or failed where that is so; and by place, what rows
-        may choose whose token is not allowed: they are sampled again among these."""
-        results, refused = list(rows), dict[int, AllowedTokens]()
+    def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
+        """Takes in the step's results, of which some are replaced: deferred, failed, or with tokens that must follow.
+
+        By place: what rows may choose whose token is not allowed. They are sampled again among these, and all are taken
+        in once more, until there are none. A drafted row counts only if its token was chosen before it.
+        """
         for place in self._deferred:
             results[place] = DEFERRED
-        for place in self._rows:
-            taken = self._take(place, rows[place])
-            if isinstance(taken, RowResult):
+        refused: dict[int, AllowedTokens] = {}
+        for answer, rows in self._rows.items():
+            while rows:
+                place, row = rows[0]
+                if row.drafted is not None and not answer.goes_on_with(row):
+                    rows.clear()
+                    break
+                taken = answer.take(results[place], self._time)
+                if not isinstance(taken, RowResult):
+                    refused[place] = taken
+                    break
                 results[place] = taken
-            else:
-                refused[place] = taken
-        return results, refused
-
-    def take_again(self, place: int, result: RowResult) -> RowResult:
-        """Takes in the token of a row that was sampled again."""
-        taken = self._take(place, result)
-        assert isinstance(taken, RowResult), "its token was chosen among those that are allowed"
-        return taken
-
-    def _take(self, place: int, result: RowResult) -> RowResult | AllowedTokens:
-        answer = self._rows[place]
-        taken = answer.take(result, self._time)
-        if taken is DEFERRED:
-            self._make(answer)
-        return taken
+                rows.popleft()
+                if taken is DEFERRED:
+                    self._make(answer)
+                    rows.clear()
+        return refused
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
         """The newest of an answer, as of this microbatch."""
@@ -170,3 +169,8 @@ def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, MatcherRow]]:
     for place, task in enumerate(inputs.tasks):
         if isinstance(task, SampleTask) and task.matcher is not None:
             yield place, task.matcher
+
+
+def _unsuppressed(task: RowTask) -> RowTask:
+    """Where nothing but the answer's end may follow, whatever is suppressed."""
+    return replace(task, suppressed=()) if isinstance(task, SampleTask) else task

@@ -53,20 +53,22 @@ class SampledTokensBox:
         return replace(microbatch, chunks=tuple(map(self._filled, microbatch.chunks)))
 
     def fill_inputs(self, inputs: SamplingInputs, microbatch: Microbatch) -> SamplingInputs:
-        """The sampling inputs of a microbatch with the histories that go on with those tokens."""
-        if not any(isinstance(task, SampleTask) and task.history_follows for task in inputs.tasks):
+        """The sampling inputs of a microbatch with what its own tokens add to them: histories go on with these, and
+        matchers take a drafted row in if its token was chosen before it."""
+        if not any(isinstance(task, SampleTask) and (task.history_rows or task.matcher) for task in inputs.tasks):
             return inputs
-        chunks = [chunk for chunk in microbatch.chunks for _ in range(chunk.outputs)]
-        if len(chunks) != len(inputs.tasks):
+        rows = [(chunk, row) for chunk in microbatch.chunks for row in _output_rows(chunk)]
+        if len(rows) != len(inputs.tasks):
             return inputs  # the sampler reports it
-        return replace(inputs, tasks=tuple(map(self._with_history, inputs.tasks, chunks)))
-
-    def _with_history(self, task: RowTask, chunk: Chunk) -> RowTask:
-        if not (isinstance(task, SampleTask) and task.history_follows):
-            return task
-        if chunk.depends_on is None:
-            raise ProtocolError("a history that goes on with a sampled token, in a chunk that follows none")
-        return replace(task, history=(*task.history, self._token(*chunk.depends_on)), history_follows=False)
+        filled = {id(chunk): self._filled(chunk) for chunk in microbatch.chunks}
+        tasks: list[RowTask] = []
+        before: Chunk | None = None  # whose row was sampled before
+        for (chunk, row), task in zip(rows, inputs.tasks, strict=True):
+            if isinstance(task, SampleTask):
+                task = _completed(task, filled[id(chunk)].tokens[: row + 1], is_drafted=chunk is before)
+                before = chunk
+            tasks.append(task)
+        return replace(inputs, tasks=tuple(tasks))
 
     def _filled(self, chunk: Chunk) -> Chunk:
         if chunk.depends_on is None:
@@ -78,3 +80,23 @@ class SampledTokensBox:
         if row >= len(tokens):
             raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {len(tokens)} are known")
         return tokens[row]
+
+
+def _output_rows(chunk: Chunk) -> range:
+    return range(len(chunk.tokens) - chunk.outputs, len(chunk.tokens))
+
+
+def _completed(task: SampleTask, tokens: tuple[int, ...], *, is_drafted: bool) -> SampleTask:
+    """With the tokens of its chunk up to its row."""
+    if task.history_rows > len(tokens):
+        raise ProtocolError(
+            f"a history that goes on with {task.history_rows} tokens of a chunk, at its row {len(tokens)}"
+        )
+    history = task.history
+    if task.history_rows:
+        most = max(task.penalty_window or 0, task.dry_window or 0)
+        history = (*history, *tokens[-task.history_rows :])[-most:]
+    matcher = task.matcher
+    if matcher is not None and is_drafted:
+        matcher = replace(matcher, drafted=tokens[-1])
+    return replace(task, history=history, history_rows=0, matcher=matcher)

@@ -155,12 +155,12 @@ class StageRunner:
         tasks = self.matchers.begin(inputs)
         if not tasks:
             return ()
-        rows, refused = self.matchers.take(self._sampler.run(logits, tasks))
-        if refused:
+        rows = list(self._sampler.run(logits, tasks))
+        while refused := self.matchers.take(rows):
             again = tuple(second_draw(tasks[place]) for place in refused)
             allowed = tuple(refused.values())
             for place, row in zip(refused, self._sampler.run(logits[[*refused]], again, allowed), strict=True):
-                rows[place] = self.matchers.take_again(place, row)
+                rows[place] = row
         return tuple(rows)
 
     @property

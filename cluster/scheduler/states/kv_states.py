@@ -61,9 +61,38 @@ class KvStates:
             self._used.append(block)
         states.marks.clear()
         self._register_last(sequence)
+        if states.ahead is not None:
+            return
         if states.read is not None and states.read != states.own:
             self._used.append(states.read)
         states.read = states.own
+        self._keep_last(sequence)
+
+    def draft(self, sequence: Sequence) -> bool:
+        """Takes a block for the state behind drafted rows; False where there is none. The one that they begin with
+        stays, as it is needed again where not all of them count."""
+        if self.blocks.available <= self._lacking:
+            return False
+        sequence.states.ahead = self.blocks.take()
+        return True
+
+    def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
+        """Whether all drafted rows count is known."""
+        states = sequence.states
+        if states.ahead is None:
+            return
+        if not is_whole:
+            self.blocks.release((states.ahead,))
+            states.ahead = None
+            return
+        self.blocks.release({block for block in (states.read, states.own) if block is not None})
+        states.read = states.own = states.ahead
+        states.ahead = states.unregistered = None
+        self._keep_last(sequence)
+
+    def _keep_last(self, sequence: Sequence) -> None:
+        """Where the state behind the scheduled rows is a checkpoint, later rows do not write it."""
+        states = sequence.states
         if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
             states.own, states.unregistered = None, sequence.scheduled
             self._lacking += 1

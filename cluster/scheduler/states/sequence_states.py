@@ -13,18 +13,21 @@ class SequenceStates:
     read: int | None = None  # has the state behind the rows that are scheduled; None: there are none
     own: int | None = None  # gets the state behind the next rows; may be `read`, and is never shared
     marks: list[tuple[int, int]] = field(default_factory=list)  # (position, block): states behind some rows before
+    ahead: int | None = None  # gets the state behind drafted rows instead, until it is known whether they count
     unregistered: int | None = None  # the position of `read` where that is a checkpoint whose last token is not known
 
     def of_chunk(self, position: int, rows: int) -> tuple[int | None, tuple[int, ...]]:
         """`Chunk.state_from` and `Chunk.state_to` of the next rows."""
-        if self.own is None:
+        last = self.own if self.ahead is None else self.ahead
+        if last is None:
             return None, ()
-        ends = [(place - position, block) for place, block in self.marks] + [(rows, self.own)]
+        ends = [(place - position, block) for place, block in self.marks] + [(rows, last)]
         return self.read, tuple(number for end in ends for number in end)
 
     def clear(self) -> set[int]:
         """It holds nothing; the blocks that it held."""
-        held = {block for block in (self.read, self.own, *(block for _, block in self.marks)) if block is not None}
-        self.is_begun, self.read, self.own, self.unregistered = False, None, None, None
+        marks = (block for _, block in self.marks)
+        held = {block for block in (self.read, self.own, self.ahead, *marks) if block is not None}
+        self.is_begun, self.read, self.own, self.ahead, self.unregistered = False, None, None, None, None
         self.marks.clear()
         return held

@@ -279,7 +279,7 @@ def expected(
             history,
             suppressed,
             generation.top_logprobs,
-            penalty_window=generation.penalty_window if generation.looks_for_repetitions else None,
+            penalty_window=generation.penalty_window if generation.params.needs_history else None,
             dry_window=generation.dry_window if generation.looks_for_repetitions else None,
             breakers=SeenBreakers(generation.breakers, tokens).sequences if generation.breakers else (),
             mu=mu,

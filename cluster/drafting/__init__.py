@@ -1,0 +1,1 @@
+"""Drafters: what may follow the tokens of a sequence. Pure."""

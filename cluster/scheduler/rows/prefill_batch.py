@@ -1,0 +1,47 @@
+"""The prompt rows of one microbatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.scheduler.kv_allocator import KvMemory
+from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.sequences import Sequence
+
+_MAX_STARTS = 32
+"""Answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
+
+
+@dataclass(slots=True)
+class PrefillBatch:
+    """The prompt slices of one microbatch: one of each sequence at most."""
+
+    memory: KvMemory
+    now_ns: int
+    rows_left: int
+    outputs_left: int
+    scored_left: int  # of these
+    embedded_left: int
+    starts_left: int = _MAX_STARTS
+    slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
+
+    def add(self, sequence: Sequence, share: int = 1) -> bool:
+        """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
+        that is none."""
+        is_scored = sequence.has_scores_left
+        if sequence.lacks_matcher and not self.starts_left:
+            return False
+        outputs = min(self.outputs_left, self.scored_left) if is_scored else self.outputs_left
+        outputs = self.embedded_left if sequence.request.embedded is not None else outputs
+        rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
+        if rows > 0 and sequence.key not in self.slices:
+            sequence.started_ns = sequence.started_ns or self.now_ns
+            self.memory.reserve(sequence, rows)
+            taken = self.slices[sequence.key] = sequence.take(rows)
+            self.memory.filled(sequence)
+            self.rows_left -= rows
+            self.outputs_left -= len(taken.tasks)
+            self.scored_left -= len(taken.tasks) if is_scored else 0
+            self.embedded_left -= taken.chunk.embedded_rows
+            self.starts_left -= sequence.lacks_matcher
+        return rows > 0

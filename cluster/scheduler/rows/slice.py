@@ -1,0 +1,48 @@
+"""The part of a microbatch that belongs to one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llamaclust.core.sampling import RowTask, SampleTask, ScoreTask
+from llamaclust.wire.microbatch.messages import Chunk
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.scheduler.sequences import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """Some rows of a sequence in a microbatch, and what its output rows are for. The last `drafted` ones count only as
+    far as their tokens are those that the rows before them choose."""
+
+    sequence: Sequence
+    chunk: Chunk
+    tasks: tuple[RowTask, ...]
+    drafted: int = 0
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its last row chooses a token."""
+        return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether rows of it are scored."""
+        return bool(self.tasks) and isinstance(self.tasks[0], ScoreTask)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether its result says something about the sequence."""
+        return bool(self.tasks) or self.chunk.embedded_rows > 0
+
+    @property
+    def sampled(self) -> int:
+        """Rows that choose a token: the last ones."""
+        return 1 + self.drafted if self.is_sampled else 0
+
+    @property
+    def end(self) -> int:
+        """The position behind its last row."""
+        return self.chunk.position + len(self.chunk.tokens)

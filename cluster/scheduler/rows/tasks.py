@@ -1,0 +1,72 @@
+"""What is done with output rows of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate, repeat
+from typing import TYPE_CHECKING
+
+from llamaclust.core.sampling import MatcherRow, MatcherStart, RowTask, SampleTask, ScoreTask
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.scheduler.sequences import Sequence
+
+
+def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...]:
+    """For output rows [start, end) of known tokens."""
+    score_end = min(end, sequence.prompt_length - 1)
+    top = sequence.request.top_logprobs
+    scores = [ScoreTask(sequence.tokens[row + 1], top) for row in range(start, score_end)]
+    is_sampled = sequence.max_new_tokens and start < end == len(sequence.tokens)
+    return (*scores, sample_task(sequence)) if is_sampled else tuple(scores)
+
+
+def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
+    """For the token after the next row, before which so many tokens are not known yet: 1 at most."""
+    window, tokens = sequence.request.history_window, sequence.tokens
+    return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else [], unknown)
+
+
+def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
+    """For the row of the last token, and those of drafted ones behind it: each as if it was the only one."""
+    window, tokens = sequence.request.history_window, sequence.tokens
+    end = len(tokens) - 1
+    first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else [], 0, drafted, bool(window))
+    tasks = accumulate(repeat(first, 1 + len(drafted)), lambda before, _: before.next())
+    if not first.suppressed:
+        return tuple(tasks)
+    most = sequence.request.min_tokens
+    return tuple(
+        task if sequence.generated + row < most else replace(task, suppressed=()) for row, task in enumerate(tasks)
+    )
+
+
+def _task(
+    sequence: Sequence, history: list[int], unknown: int, drafted: tuple[int, ...] = (), follows: bool = False
+) -> SampleTask:
+    request = sequence.request
+    is_early = sequence.generated + unknown < request.min_tokens
+    return SampleTask(
+        request.params,
+        request.seed,
+        request.choice,
+        position=len(sequence.tokens) + unknown,
+        history=tuple(history),
+        suppressed=tuple(sorted(request.stop_token_ids)) if is_early else (),
+        top_logprobs=request.top_logprobs,
+        history_rows=int(follows or (request.history_window > 0 and unknown > 0)),
+        penalty_window=request.penalty_window if request.params.needs_history else None,
+        dry_window=request.dry_window if request.looks_for_repetitions else None,
+        breakers=sequence.breakers.with_tokens(drafted),
+        mu=sequence.mu,
+        matcher=MatcherRow(sequence.key, sequence.generated + unknown) if request.needs_matcher else None,
+    )
+
+
+def matcher_start(sequence: Sequence) -> MatcherStart | None:
+    """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
+    if not sequence.lacks_matcher:
+        return None
+    sequence.has_matcher = True
+    request, answer = sequence.request, tuple(sequence.tokens[sequence.prompt_length :])
+    return MatcherStart(sequence.key, request.grammar, answer, request.reasoning, not request.with_logprobs)

@@ -1,0 +1,51 @@
+"""What a microbatch takes with more rows than its sequences, as the stages were measured. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from math import inf
+
+from llamaclust.cluster.scheduler.microbatching import cycle_ns
+from llamaclust.cluster.scheduler.stage_times import StageTimes
+
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
+"""What is looked at; between them times are on a line."""
+_REFRESHED = 16
+"""Questions after which times are read again."""
+
+
+class RoundTimes:
+    """Of one round: from a token of each sequence to the next ones."""
+
+    def __init__(self, times: StageTimes) -> None:
+        self._times = times
+        self._asked = 0
+        self._stage_ns: dict[tuple[int, bool], list[float] | None] = {}
+
+    def refresh(self) -> None:
+        self._asked += 1
+        if self._asked % _REFRESHED == 0:
+            self._stage_ns.clear()
+
+    def plain_ns(self, sequences: int, groups: int) -> float:
+        """Without drafted rows, where steps may be sent ahead. Infinite before anything is measured."""
+        transit_ns = self._times.transit_ns if groups == 1 else self._times.whole_transit_ns
+        stage_ns = self._at(sequences, groups)
+        return inf if stage_ns is None else cycle_ns(stage_ns, groups, transit_ns)
+
+    def window_ns(self, rows: int, groups: int) -> float:
+        """With so many rows in a microbatch."""
+        stage_ns = self._at(rows, groups)
+        return inf if stage_ns is None else cycle_ns(stage_ns, groups, self._times.whole_transit_ns)
+
+    def _at(self, rows: int, groups: int) -> list[float] | None:
+        key = rows, groups > 1
+        if key not in self._stage_ns:
+            curves = self._times.alone if groups == 1 else self._times.beside
+            self._stage_ns[key] = curves.predict_beyond(rows, self._times.prefill)
+        return self._stage_ns[key]
+
+
+def counts_to_try(most: int) -> tuple[int, ...]:
+    """Numbers of drafted rows up to `most`, itself among them."""
+    return (*_ROWS[: bisect_left(_ROWS, most)], most) if most else ()

@@ -1,0 +1,51 @@
+"""What a drafter says of one sequence, compared with the tokens that come: also where none was computed in advance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamaclust.cluster.drafting.drafter import CLASSES, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
+from llamaclust.cluster.scheduler.speculation.windows import Candidate
+
+_PRIORS = tuple(1 - 0.8 / 2**confidence for confidence in range(CLASSES))
+
+
+class SequenceDrafts:
+    """Of one sequence, whose tokens only grow."""
+
+    def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
+        """`common`: of all sequences' drafts, by confidence."""
+        self._drafter = drafter
+        self._vocabulary = vocabulary
+        self._common = common
+        self._own = [Acceptance() for _ in common]
+        self._draft = NO_DRAFT
+        self._at = 0  # tokens before the draft
+        self._seen = 0  # tokens that it was compared with
+
+    def next(self, tokens: Sequence[int], most: int) -> Candidate:
+        """What may follow these tokens: `most` at most."""
+        self._compare(tokens)
+        if not (self._at == len(tokens) and self._draft.tokens):
+            self._draft, self._at = self._checked(self._drafter.draft(tokens, most), most), len(tokens)
+        confidence = self._draft.confidence
+        common = self._common[confidence].rate(_PRIORS[confidence])
+        return Candidate(self._draft.tokens[:most], self._own[confidence].rate(common))
+
+    def _checked(self, draft: Draft, most: int) -> Draft:
+        """Whatever a drafter says, it is as long as it may be, and of tokens that there are."""
+        tokens = draft.tokens[:most]
+        wrong = next((place for place, token in enumerate(tokens) if not 0 <= token < self._vocabulary), most)
+        return Draft(tokens[:wrong], min(max(draft.confidence, 0), CLASSES - 1))
+
+    def _compare(self, tokens: Sequence[int]) -> None:
+        confidence = self._draft.confidence
+        for place in range(self._seen, min(len(tokens), self._at + len(self._draft.tokens))):
+            is_accepted = tokens[place] == self._draft.tokens[place - self._at]
+            self._own[confidence].learn(is_accepted=is_accepted)
+            self._common[confidence].learn(is_accepted=is_accepted)
+            if not is_accepted:
+                self._draft = NO_DRAFT
+                break
+        self._seen = max(self._seen, len(tokens))

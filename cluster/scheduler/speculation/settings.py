@@ -1,0 +1,17 @@
+"""Settings of speculation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.cluster.drafting.drafter import Drafters
+
+MAX_WINDOW = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationSettings:
+    """Of one model."""
+
+    drafters: Drafters
+    max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most

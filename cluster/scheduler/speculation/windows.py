@@ -1,0 +1,54 @@
+"""How many drafted tokens each sequence gets, so that most tokens come in the time they take. Pure.
+
+A round of n sequences chooses n tokens in the time t(n). Drafted rows make it longer, and a row at depth d of a
+sequence whose drafts are accepted at the rate a gives a ** d more tokens. The rows with the most to gain are taken, as
+many as make tokens a second the most; none where that is not clearly faster than a plain round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from llamaclust.cluster.scheduler.speculation.costs import RoundTimes, counts_to_try
+
+_MARGIN = 0.03
+"""Predicted gain below which nothing is drafted: predictions are not better than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sequence's draft, and how probable it is that a token of it is accepted where those before it are."""
+
+    tokens: tuple[int, ...] = ()
+    rate: float = 0.0
+
+
+def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
+    """Drafted tokens of each sequence, `most_rows` in all. They are in one of so many microbatches that are alike."""
+    sequences = len(candidates)
+    windows = [0] * sequences
+    plain_ns = times.plain_ns(sequences, groups)
+    limit = sum(each.rate / (1 - min(each.rate, 0.999)) for each in candidates if each.tokens)
+    if plain_ns == inf or limit < _MARGIN * sequences:
+        return windows
+    gains = sorted(
+        (
+            (each.rate**depth, index)
+            for index, each in enumerate(candidates)
+            for depth in range(1, len(each.tokens) + 1)
+        ),
+        key=lambda gain: -gain[0],
+    )[:most_rows]
+    best, best_speed = 0, (1 + _MARGIN) * sequences / plain_ns
+    chosen, tokens = 0, float(sequences)
+    for count in counts_to_try(len(gains)):
+        tokens += sum(gain for gain, _ in gains[chosen:count])
+        chosen = count
+        speed = tokens / times.window_ns(sequences + count, groups)
+        if speed > best_speed:
+            best, best_speed = count, speed
+    for _, index in gains[:best]:
+        windows[index] += 1
+    return windows

@@ -1,0 +1,70 @@
+"""Drafted rows change no token, whatever is drafted, and take no memory that others need."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.speculation import speculation as module
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
+from support.clusters.drafting import SaidDrafters, Says, any_windows, nonsense, replayed
+from support.clusters.fakes import VOCABULARY, Simulation, expected
+from support.clusters.simulations import check_answer, check_writes, random_request, simulation
+
+
+def speculating(says: Says, most: int = MAX_WINDOW, **changes: object) -> Simulation:
+    return simulation(speculation=SpeculationSettings(SaidDrafters(says), most), **changes)  # type: ignore[arg-type]
+
+
+def texts(requests: Sequence[GenerationRequest], context: int = 200) -> list[list[int]]:
+    """Prompt and answer of each."""
+    return [[*each.prompt, *(row.token for row in expected(each, context)[0])] for each in requests]
+
+
+def drafted_rows(run: Simulation) -> int:
+    return sum(chunk.outputs - 1 for each in run.microbatches for chunk in each.microbatch.chunks if chunk.outputs > 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_drafted_rows_change_no_token_and_leak_nothing(seed: int) -> None:
+    random_ = random.Random(seed)
+    requests = [random_request(random_) for _ in range(random_.randint(1, 10))]
+    says = replayed(texts(requests), random_.choice([0.0, 0.5, 0.9, 1.0]), random_, VOCABULARY)
+    if random_.random() < 0.2:
+        says = nonsense(random_, VOCABULARY)
+    run = speculating(
+        says,
+        random_.choice([1, 2, 5, 32]),
+        stages=random_.randint(1, 4),
+        fixed_us=random_.choice([0, 100, 1000]),
+        row_us=random_.choice([1, 10, 500]),
+        hop_us=random_.choice([0, 1, 50, 1000]),
+        prefill_chunk=random_.choice([None, None, 1, 5, 16, 100]),
+        kv_blocks=random_.randint(13, 40),
+        max_sequences=random_.randint(1, 8),
+        max_outputs=random_.randint(8, 48),
+        prefix_cache=random_.random() < 0.8,
+    )
+    check_writes(run)
+    keys: dict[int, GenerationRequest] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        if random_.random() < 0.8:
+            patch.setattr(module, "best_windows", any_windows(random_, 32))
+        for request in requests:
+            keys[run.add(request)] = request
+            for _ in range(random_.choice([0, 0, 1, 5, 20])):
+                run.step()
+            if random_.random() < 0.15 and run.scheduler.abort(victim := random_.choice(list(keys))) is not None:
+                del keys[victim]
+        run.finish()
+    for key, request in keys.items():
+        check_answer(run, key, request)
+    counts = run.scheduler.counts
+    assert (counts.kv_blocks_held, counts.running, counts.waiting, counts.in_flight) == (0, 0, 0, 0)
+    assert run.scheduler.queues.memory.blocks.available == counts.kv_blocks

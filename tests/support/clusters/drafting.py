@@ -1,0 +1,70 @@
+"""Drafters that know the answers, and drafters that know nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from llamaclust.cluster.drafting.drafter import CLASSES, Draft, Drafter
+from llamaclust.cluster.scheduler.speculation.costs import RoundTimes
+from llamaclust.cluster.scheduler.speculation.windows import Candidate
+
+Says = Callable[[Sequence[int], int], tuple[int, ...]]
+"""A draft for these tokens, of about so many."""
+
+
+class SaidDrafters:
+    """Each sequence's drafter says the same."""
+
+    def __init__(self, says: Says) -> None:
+        self._says = says
+
+    def of(self, group: str) -> Drafter:
+        return _Said(self._says)
+
+    def ended(self, group: str, tokens: Sequence[int]) -> None:
+        pass
+
+
+class _Said:
+    def __init__(self, says: Says) -> None:
+        self._says = says
+
+    def draft(self, tokens: Sequence[int], most: int) -> Draft:
+        return Draft(self._says(tokens, most), len(tokens) % CLASSES)
+
+
+def replayed(answers: Sequence[Sequence[int]], right: float, source: random.Random, vocabulary: int) -> Says:
+    """Whole texts are known; each token of a draft is right with this probability. One in eight drafts is nonsense."""
+
+    def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        if source.random() < 0.125:
+            return nonsense(source, vocabulary)(tokens, most)
+        known = next((each for each in answers if list(each[: len(tokens)]) == list(tokens)), ())
+        following = known[len(tokens) : len(tokens) + most]
+        return tuple(token if source.random() < right else (token + 1) % vocabulary for token in following)
+
+    return says
+
+
+def nonsense(source: random.Random, vocabulary: int) -> Says:
+    """Random tokens, none, too many, or tokens that are not there."""
+
+    def says(tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        lowest, highest = source.choice([(0, vocabulary - 1), (-3, vocabulary + 3)])
+        return tuple(source.randint(lowest, highest) for _ in range(source.choice([0, 1, most, 3 * most])))
+
+    return says
+
+
+def any_windows(source: random.Random, most: int) -> Callable[[Sequence[Candidate], RoundTimes, int, int], list[int]]:
+    """In place of `best_windows`: whether it pays or not."""
+
+    def windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
+        chosen: list[int] = []
+        for each in candidates:
+            left = min(len(each.tokens), most, most_rows - sum(chosen))
+            chosen.append(source.randint(0, left) if source.random() < 0.8 else left)
+        return chosen
+
+    return windows

@@ -1,0 +1,17 @@
+"""Tasks of output rows that are sampled in the same manner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import accumulate, chain, repeat
+
+from llamaclust.core.sampling import RowTask, SampleTask
+
+
+def in_a_row(first: SampleTask, count: int) -> tuple[RowTask, ...]:
+    """So many, of rows behind each other."""
+    return tuple(accumulate(repeat(first, count), lambda task, _: task.next()))
+
+
+def chained(groups: Iterable[tuple[RowTask, ...]]) -> tuple[RowTask, ...]:
+    return tuple(chain.from_iterable(groups))

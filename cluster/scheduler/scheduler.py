@@ -382,4 +382,7 @@ class Scheduler:
 
 
 def _speculation(settings: SchedulerSettings, times: StageTimes) -> Speculation | None:
-    return None if settings.speculation is None else Speculation(settings, settings.speculation, times)
+    """None also where a state cannot go back to the row before refused ones."""
+    if settings.speculation is None or (settings.has_states and not settings.state_blocks):
+        return None
+    return Speculation(settings, settings.speculation, times)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import nan
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.state_tables import batch_states
+from support.clusters.drafting import SaidDrafters, Says, any_windows, replayed
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
 
 
@@ -43,10 +48,22 @@ class StatefulModel(FakeModel):
                 if (block := self._written(chunk, row)) is not None:
                     self.states[block] = state
             assert state == _after(self._read(blocks_of(chunk), chunk.position + len(chunk.tokens)))
-        return tuple(map(self._deferred, inputs.tasks, rows))
+        answers, tasks = iter(rows), iter(inputs.tasks)
+        return tuple(row for chunk in chunks for row in self._chunk_rows(chunk, tasks, answers))
 
-    def _deferred(self, task: RowTask, row: RowResult) -> RowResult:
-        if self.deferring is None or not isinstance(task, SampleTask):
+    def _chunk_rows(self, chunk: Chunk, tasks: Iterator[RowTask], rows: Iterator[RowResult]) -> Iterator[RowResult]:
+        """Drafted rows count behind those that chose their tokens, and only such rows are deferred."""
+        before: RowResult | None = None
+        for token in chunk.tokens[len(chunk.tokens) - chunk.outputs :]:
+            task, row = next(tasks), next(rows)
+            if isinstance(task, SampleTask):
+                counts = before is None or before.token == token
+                row = self._deferred(task, row) if counts else replace(row, token=-1)
+                before = row
+            yield row
+
+    def _deferred(self, task: SampleTask, row: RowResult) -> RowResult:
+        if self.deferring is None:
             return row
         is_behind = self.due.get(task.seed, task.position) != task.position
         if not is_behind and self.deferring.random() < 0.8:
@@ -85,7 +102,7 @@ def _after(tokens: list[int]) -> bytes:
     return state
 
 
-def simulation(source: random.Random) -> Simulation:
+def simulation(source: random.Random, says: Says) -> Simulation:
     """In blocks of their own or, as the profiler and `bench` have them, in those of all layers."""
     chosen = SchedulerSettings(
         "m",
@@ -104,6 +121,8 @@ def simulation(source: random.Random) -> Simulation:
         model.state_blocks = source.choice([2, 3, chosen.max_sequences + 1, chosen.max_sequences + 12])
         span = source.choice([16, 16, 32, 64])
         chosen = replace(chosen, state_blocks=model.state_blocks, state_span=span)
+        if source.random() < 0.7:
+            chosen = replace(chosen, speculation=SpeculationSettings(SaidDrafters(says), source.choice([1, 3, 32])))
     stages = source.randint(1, 4)
     return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
 
@@ -111,14 +130,23 @@ def simulation(source: random.Random) -> Simulation:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_rows_find_the_state_behind_the_position_before_them(seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _rows_find_the_state(seed, patch)
+
+
+def _rows_find_the_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = random.Random(seed)
-    run = simulation(source)
+    texts: list[list[int]] = []
+    run = simulation(source, replayed(texts, source.choice([0.5, 0.9, 1.0]), source, VOCABULARY))
+    monkeypatch.setattr(speculation, "best_windows", any_windows(source, 32))
     requests: dict[int, GenerationRequest] = {}
     for number in range(source.randint(2, 10)):
         start, length = source.randint(0, 1), source.choice([2, 15, 16, 17, 48, 97, 150])
         prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
         tokens = source.choice([1, 3, 30, 90])
         request = GenerationRequest("r", prompt, tokens, seed=number, score_from=source.choice([None, 5]))
+        answer = expected(request, run.scheduler.settings.max_sequence_tokens)[0]
+        texts.append([*prompt, *(row.token for row in answer)])
         requests[run.add(request)] = request
         for _ in range(source.choice([0, 0, 1, 5, 20])):
             run.step()

@@ -15,9 +15,12 @@ from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from support.clusters.drafting import SaidDrafters, any_windows, replayed
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 
 
@@ -95,7 +98,14 @@ def all_is_given_back(run: Simulation) -> bool:
 @settings(max_examples=120, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _random_mixes_end(seed, patch)
+
+
+def _random_mixes_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = random.Random(seed)
+    texts: list[list[int]] = []
+    says = replayed(texts, source.choice([0.5, 0.9, 1.0]), source, VOCABULARY)
     run = simulation(
         source.choice([1, 2, 6, 15, 16, 17, 40, 100]),
         free=source.choice([0, 0, 1, 3, 10, 60]),
@@ -106,7 +116,9 @@ def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -
         max_batch_tokens=source.choice([16, 64, 128]),
         prefix_cache=source.random() < 0.8,
         max_sequences=source.randint(1, 8),
+        speculation=source.choice([None, SpeculationSettings(SaidDrafters(says), source.choice([1, 3, 32]))]),
     )
+    monkeypatch.setattr(speculation, "best_windows", any_windows(source, 32))
     requests: dict[int, GenerationRequest] = {}
     epoch = 1
     for number in range(source.randint(1, 12)):
@@ -115,6 +127,8 @@ def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -
         request = generation(
             source.choice([2, 15, 16, 17, 48, 97, 150]), tokens, source.randint(0, 2), number, score_from
         )
+        answer = expected(request, run.scheduler.settings.max_sequence_tokens)[0]
+        texts.append([*request.prompt, *(row.token for row in answer)])
         requests[run.add(request)] = request
         for _ in range(source.choice([0, 0, 1, 5, 20])):
             run.step()
@@ -227,12 +241,12 @@ def test_groups_are_made_where_they_save_memory() -> None:
     assert window_group(None, 4096, 544) is None
     assert window_group(4096, 4096, 544) is None
     assert window_group(1024, 8192, 544) == (group := WindowGroup(1024, 544))
-    assert group.sequence_blocks == 66 and group.row_blocks == 34
+    assert group.sequence_blocks == 67 and group.row_blocks == 34
     assert [group.blocks_beside(n * 512, 8192, 32) for n in (0, 1, 2, 99)] == [
-        66 + 34,
-        66 + 34,
-        5 * 66 + 34,
-        32 * 66 + 34,
+        67 + 34,
+        67 + 34,
+        5 * 67 + 34,
+        32 * 67 + 34,
     ]
     assert [group.first_seen(at) for at in (0, 1023, 1024 + 14, 1024 + 15)] == [0, 0, 0, 1]
 
@@ -245,5 +259,5 @@ def test_a_sequence_never_needs_more_than_it_is_promised(window: int) -> None:
     for at in range(200):
         for rows in (1, 2, 15, 16, 17, 33):
             held = -(-(at + rows) // KV_BLOCK_TOKENS) - group.first_seen(at)
-            beside = 0 if rows == 1 else rows / KV_BLOCK_TOKENS
+            beside = 0 if rows <= 1 + group.drafted_rows else rows / KV_BLOCK_TOKENS
             assert held <= group.sequence_blocks + beside

@@ -10,11 +10,15 @@ from functools import cache
 from itertools import pairwise
 from random import Random
 
+import pytest
+
 from llamaclust.cluster.client.local import LocalSettings, _limits, _scheduler_settings
 from llamaclust.cluster.scheduler.kv_groups import window_group
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.model.loader import Model
@@ -22,6 +26,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.arithmetic.batches import possible_cuts
+from support.clusters.drafting import SaidDrafters, any_windows, replayed
 from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
 
 Answer = tuple[tuple[int, bytes], ...]
@@ -96,11 +101,29 @@ Cuts = tuple[int, Sequence[int]]
 """Into how many parts layers are divided, and the parts that stages begin with."""
 
 
-def disturbed(backend: Backend, model: Model, context: int, ways: tuple[Cuts, Cuts] | None = None) -> list[Answer]:
-    """All requests together in chunks of five tokens, KV memory for less than two of them. The workers of two stages
-    are lost while tokens are generated, and up to six stages go on, or others as `ways` says. Then two requests once
-    more, of which prompts are in the prefix cache."""
+def disturbed(
+    backend: Backend, model: Model, context: int, known: Sequence[Answer], ways: tuple[Cuts, Cuts] | None = None
+) -> list[Answer]:
+    """All requests together in chunks of five tokens, KV memory for less than two of them. Nine of ten drafted tokens
+    are those of `known`, what the requests are answered with. The workers of two stages are lost while tokens are
+    generated, and up to six stages go on, or others as `ways` says. Then two requests once more, of which prompts are
+    in the prefix cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "best_windows", any_windows(Random(5), 6))
+        return _disturbed(backend, model, context, known, ways)
+
+
+def _disturbed(
+    backend: Backend, model: Model, context: int, known: Sequence[Answer], ways: tuple[Cuts, Cuts] | None
+) -> list[Answer]:
     settings = _settings(model, context, _SHORT, LocalSettings(context, max_sequences=4, prefill_chunk=5))
+    asked = requests(settings.vocabulary)
+    texts = [
+        [*request.prompt, *(token for token, _ in answer[-request.max_new_tokens :])]
+        for request, answer in zip(asked, known, strict=True)
+    ]
+    says = replayed(texts, 0.9, Random(3), settings.vocabulary)
+    settings = replace(settings, speculation=SpeculationSettings(SaidDrafters(says)))
     count = model.layer_count
     (shards, cuts), (later_shards, later) = ways or ((1, (count // 2,)), (1, range(1, count, -(-count // 5))))
     first = CutModel(backend, model, cuts, settings, shards)
@@ -122,6 +145,8 @@ def disturbed(backend: Backend, model: Model, context: int, ways: tuple[Cuts, Cu
         second.close()
     counts = run.scheduler.counts
     assert counts.preemptions > 0 and counts.cached_tokens > before, (counts.preemptions, counts.cached_tokens)
+    drafted = sum(chunk.outputs > 1 for sent in run.microbatches for chunk in sent.microbatch.chunks)
+    assert drafted > 0, "no rows were drafted"
     assert again == answers[:2]
     return answers
 

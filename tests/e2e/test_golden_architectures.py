@@ -210,7 +210,7 @@ def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str
 
 @pytest.mark.parametrize("name", MODELS)
 def test_disturbances_change_no_bit(folder: Path, name: str) -> None:
-    """Company, drafts, cuts, chunks, prefix hits, preemption, a lost worker: the tokens and logprob bits of one stage."""
+    """Company, drafts, cuts, chunks, prefix hits, preemption, a lost worker: tokens and logprob bits of one stage."""
     model, context, backend = opened(folder, name), MODELS[name].context, all_threads(1)
     expected = undisturbed(backend, model, context)
     assert disturbed(backend, model, context, expected) == expected

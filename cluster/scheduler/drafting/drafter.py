@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,3 +37,13 @@ class Drafter(Protocol):
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
         """Up to `most` tokens that may follow `tokens`: prompt and answer, which only ever grow between calls."""
+
+
+class Drafters(Protocol):
+    """Makes a drafter for each sequence."""
+
+    def of(self, key: Hashable) -> Drafter:
+        """`key`: sequences with another one share nothing with it (cache salt and adapters)."""
+
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """A sequence has its whole answer."""

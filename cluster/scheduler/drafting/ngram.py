@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import cycle, islice
 
 from llamaclust.cluster.scheduler.drafting.drafter import LONG, MIDDLE, NO_DRAFT, SHORT, SUBSTITUTED, Draft
@@ -73,3 +73,13 @@ def _confidence(match: Match) -> int:
         return LONG + (match.length >= 16)
     votes = 1 if match.followers == 1 else 2 if match.agree else 0
     return (MIDDLE if match.length >= 4 else SHORT) + votes
+
+
+class NgramDrafters:
+    """Each sequence drafts from its own tokens alone."""
+
+    def of(self, key: Hashable) -> NgramDrafter:
+        return NgramDrafter()
+
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """Nothing of it is kept."""

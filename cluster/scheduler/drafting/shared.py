@@ -99,3 +99,16 @@ class SharedDrafter:
             if shared.tokens:
                 return shared
         return self._own.continued(tokens, match, most)
+
+
+class SharedDrafters:
+    """Sequences draft from recent answers, too."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self._answers = SharedAnswers(most_tokens)
+
+    def of(self, key: Hashable) -> SharedDrafter:
+        return SharedDrafter(self._answers, key)
+
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
+        self._answers.add(tokens, key)

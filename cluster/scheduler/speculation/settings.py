@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.cluster.drafting.drafter import Drafters
+from llamaclust.cluster.scheduler.drafting.drafter import Drafters
 
 MAX_WINDOW = 32
 

@@ -20,8 +20,8 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
-from support.clusters.drafting import SaidDrafters, any_windows, replayed
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.scheduling.drafting import SaidDrafters, any_windows, replayed
 
 
 @dataclass

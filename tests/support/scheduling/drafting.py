@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-from llamaclust.cluster.drafting.drafter import CLASSES, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.costs import RoundTimes
 from llamaclust.cluster.scheduler.speculation.windows import Candidate
 
@@ -19,10 +19,10 @@ class SaidDrafters:
     def __init__(self, says: Says) -> None:
         self._says = says
 
-    def of(self, group: str) -> Drafter:
+    def of(self, key: Hashable) -> Drafter:
         return _Said(self._says)
 
-    def ended(self, group: str, tokens: Sequence[int]) -> None:
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
         pass
 
 

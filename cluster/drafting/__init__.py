@@ -1,1 +1,0 @@
-"""Drafters: what may follow the tokens of a sequence. Pure."""

@@ -19,8 +19,10 @@ from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.worker_settings import with_caches
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
@@ -56,6 +58,7 @@ class LocalSettings:
     kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
     kv_type: KvType = KvType.F16  # of keys and values
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
+    speculation: bool = True  # several tokens a step where drafts of them pay
     device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
@@ -314,6 +317,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
+        speculation=SpeculationSettings(NgramDrafters()) if settings.speculation else None,
         window=None if groups.window is None else groups.window.window,
         window_blocks=groups.window_blocks(kv_blocks),
         has_states=model.has_states,

@@ -23,7 +23,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.state_tables import batch_states
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
-from support.scheduling.drafting import SaidDrafters, Says, any_windows, replayed
+from support.plans.drafting import SaidDrafters, Says, any_windows, replayed
 
 
 @dataclass

@@ -21,7 +21,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
-from support.scheduling.drafting import SaidDrafters, any_windows, replayed
+from support.plans.drafting import SaidDrafters, any_windows, replayed
 
 
 @dataclass

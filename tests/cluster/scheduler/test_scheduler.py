@@ -16,7 +16,7 @@ from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import reason_of
-from support.scheduling.simulations import (
+from support.plans.simulations import (
     BASE,
     DRY,
     check_answer,

@@ -13,8 +13,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation, expected
-from support.scheduling.drafting import SaidDrafters, Says, any_windows, nonsense, replayed
-from support.scheduling.simulations import check_answer, check_writes, random_request, simulation
+from support.plans.drafting import SaidDrafters, Says, any_windows, nonsense, replayed
+from support.plans.simulations import check_answer, check_writes, random_request, simulation
 
 
 def speculating(says: Says, most: int = MAX_WINDOW, **changes: object) -> Simulation:

@@ -27,7 +27,7 @@ from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.arithmetic.batches import possible_cuts
 from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
-from support.scheduling.drafting import SaidDrafters, any_windows, replayed
+from support.plans.drafting import SaidDrafters, any_windows, replayed
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated one."""

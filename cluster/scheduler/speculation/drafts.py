@@ -8,8 +8,8 @@ from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, NO_DRAFT, Dra
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.windows import Candidate
 
-_PRIORS = (0.3, 0.5, 0.3, 0.4, 0.6, 0.4, 0.6, 0.8, 0.85, 0.95, 0.6, 0.9)
-"""How often tokens of a class are taken to be accepted before any were. In summaries, edits and chats, about."""
+_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9)
+"""How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
 
 
 class SequenceDrafts:

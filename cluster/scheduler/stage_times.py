@@ -14,6 +14,9 @@ _FAST_WEIGHT = 0.4
 _FIXED_ROWS = 10
 """Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
+_FRESH = 256
+"""Samples after which an older one of other numbers of rows says little about them."""
+
 _WORTH_HIDING = 0.02
 """Of a round: a smaller share for links and coordinator does not justify lookahead steps, which delay new requests."""
 
@@ -34,13 +37,17 @@ def _moved(estimate: float, sample: float) -> float:
 class Curve:
     """Time of one stage over the rows of a microbatch: one learned point for each power of two, lines between them."""
 
-    __slots__ = ("_points",)
+    __slots__ = ("_learned", "_learned_at", "_points")
 
     def __init__(self) -> None:
         self._points: dict[int, tuple[float, float]] = {}  # bucket: (rows, ns), buckets ascending
+        self._learned = 0
+        self._learned_at: dict[int, int] = {}  # by bucket: when `_learned` was this
 
     def learn(self, rows: int, ns: float) -> None:
         bucket = (rows - 1).bit_length()
+        self._learned += 1
+        self._learned_at[bucket] = self._learned
         point = self._points.get(bucket)
         if point is None:
             self._points[bucket] = (rows, ns)
@@ -49,10 +56,13 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), _moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """With the points of another one behind its last one."""
-        curve, last = Curve(), max(self._points, default=-1)
-        if self._points:
-            curve._points = self._points | {bucket: point for bucket, point in other._points.items() if bucket > last}
+        """With the points of another one behind its last one. Points that were not learned for long do not count, but
+        the first: a time that was too long by chance would never be tried again."""
+        curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
+        own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
+        if own:
+            last = max(own)
+            curve._points = own | {bucket: point for bucket, point in other._points.items() if bucket > last}
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:

@@ -121,15 +121,13 @@ samples = st.builds(
     sequences,
     st.floats(-1e12, 1e12),
 )
-scores = st.builds(ScoreTask, tokens, st.integers(0, 128)).map(lambda task: (task,))
+scores = st.tuples(st.builds(ScoreTask, tokens, st.integers(0, 128)))
 tasks = st.lists(st.builds(in_a_row, samples, st.integers(1, 9)) | scores, max_size=4).map(chained)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
-timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS)), max_size=3).map(
-    tuple
-)
-rows = st.lists(st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12)), max_size=4).map(
-    tuple
-)
+a_timing = st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS))
+timings = st.lists(a_timing, max_size=3).map(tuple)
+a_row = st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12))
+rows = st.lists(a_row, max_size=4).map(tuple)
 lines = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=50)
 embeddings = st.binary(max_size=3).map(lambda data: data * 4)
 results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines, embeddings)

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 from unittest.mock import Mock
 
 import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import (
-    AllowedTokens,
     Grammar,
-    MatcherRow,
-    MatcherStart,
     Reasoning,
     RowResult,
-    RowTask,
     SampleTask,
-    SamplingParams,
 )
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
-from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage import matched_answer as module
 from llamaclust.worker.stage import matchers
 from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.matchers import StageMatchers
-from support.models.random_schemas import token_set
-
-END = 256
-VOCABULARY = GrammarVocabulary(
-    [*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [END], lambda text: [*text.encode()]
-)
-ABC = definitions.of_regex("[ab]c(d|e)", "guided_regex")
+from support.chat.matching import ABC, END, VOCABULARY, begin, inputs_of, sampled, step, taken, task
 
 
 @pytest.fixture
@@ -45,67 +31,6 @@ def stage() -> Iterator[StageMatchers]:
     made = StageMatchers(lambda: VOCABULARY, most=3)
     yield made
     made.close()
-
-
-class Task(NamedTuple):
-    """A row and what its matcher starts with, where it starts."""
-
-    row: SampleTask
-    start: MatcherStart | None
-
-
-def task(
-    key: int,
-    place: int,
-    grammar: Grammar | None = None,
-    said: str = "",
-    *,
-    may_force: bool = False,
-    min_tokens: bool = False,
-    reasoning: Reasoning | None = None,
-) -> Task:
-    start = None
-    if grammar is not None or reasoning is not None:
-        start = MatcherStart(key, grammar, tuple(said.encode()), reasoning, may_force)
-    suppressed, row = (END,) if min_tokens else (), MatcherRow(key, place)
-    return Task(SampleTask(SamplingParams(), 0, 0, 9, suppressed=suppressed, matcher=row), start)
-
-
-def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> SamplingInputs:
-    starts = tuple(each.start for each in tasks if each.start is not None)
-    return SamplingInputs(1, number, tuple(each.row for each in tasks), released, starts)
-
-
-def begin(stage: StageMatchers, inputs: SamplingInputs) -> tuple[RowTask, ...]:
-    """The tasks, when its matchers are ready."""
-    stage.receive(inputs)
-    for answer in (*stage._starting.values(), *stage._answers.values()):
-        answer.ready.result(30)
-    return stage.begin(inputs)
-
-
-def step(
-    stage: StageMatchers, number: int, *tasks: Task, says: str, refused: str = "", released: tuple[int, ...] = ()
-) -> tuple[list[set[str]], tuple[RowResult, ...]]:
-    """What each row could choose whose letter of `refused` its grammar does not allow, and the results where the rows
-    chose the letters of `says`, such a row at its second draw."""
-    begin(stage, inputs_of(number, *tasks, released=released))
-    results, allowed = taken(stage, map(sampled, refused or says))
-    for place in allowed:
-        results[place] = sampled(says[place])
-    assert not allowed or not stage.take(results)
-    return [{"." if i == END else chr(i) for i in token_set(bits)} for bits in allowed.values()], tuple(results)
-
-
-def taken(stage: StageMatchers, rows: Iterable[RowResult]) -> tuple[list[RowResult], dict[int, AllowedTokens]]:
-    """The results, and what rows may choose whose token is not allowed."""
-    results = list(rows)
-    refused = stage.take(results)
-    return results, refused
-
-
-def sampled(letter: str) -> RowResult:
-    return RowResult(END if letter == "." else ord(letter), -1.0)
 
 
 def test_each_answer_has_a_state_of_its_own(stage: StageMatchers) -> None:

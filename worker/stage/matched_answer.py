@@ -128,11 +128,9 @@ class MatchedAnswer:
             self._forced = self._forced[len(self._forced) - ahead :]
         return True
 
-    def goes_on_with(self, row: MatcherRow) -> bool:
-        """Whether the answer has a drafted row's token where that row takes it to be; then the row begins."""
-        return (
-            0 < row.position <= len(self._tokens) and self._tokens[row.position - 1] == row.drafted and self.begin(row)
-        )
+    def has_drafted(self, row: MatcherRow) -> bool:
+        """Whether the answer has a drafted row's token where that row takes it to be."""
+        return 0 < row.position <= len(self._tokens) and self._tokens[row.position - 1] == row.drafted
 
     @property
     def is_complete(self) -> bool:

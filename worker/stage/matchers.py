@@ -121,19 +121,26 @@ class StageMatchers:
         for answer, rows in self._rows.items():
             while rows:
                 place, row = rows[0]
-                if row.drafted is not None and not answer.goes_on_with(row):
+                if row.drafted is not None and not answer.has_drafted(row):
                     rows.clear()
                     break
-                taken = answer.take(results[place], self._time)
+                taken = self._take(answer, row, results[place])
                 if not isinstance(taken, RowResult):
                     refused[place] = taken
                     break
                 results[place] = taken
                 rows.popleft()
                 if taken is DEFERRED:
-                    self._make(answer)
                     rows.clear()
         return refused
+
+    def _take(self, answer: MatchedAnswer, row: MatcherRow, result: RowResult) -> RowResult | AllowedTokens:
+        if row.drafted is not None and not answer.begin(row):
+            return DEFERRED
+        taken = answer.take(result, self._time)
+        if taken is DEFERRED:
+            self._make(answer)
+        return taken
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
         """The newest of an answer, as of this microbatch."""

@@ -45,13 +45,14 @@ class KvStates:
         self._lacking += 1
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes blocks for what so many next rows write."""
+        """Takes blocks for what so many next rows write, unless it has them already."""
         states = sequence.states
         if states.own is None:
             states.own = self.blocks.take()
             self._lacking -= 1
-        start = sequence.scheduled
-        states.marks += [(place, self.blocks.take()) for place in self._checkpoints(sequence, start + 1, start + rows)]
+        start = max([sequence.scheduled, *(place for place, _ in states.marks)]) + 1
+        end = sequence.scheduled + rows
+        states.marks += [(place, self.blocks.take()) for place in self._checkpoints(sequence, start, end)]
 
     def filled(self, sequence: Sequence) -> None:
         """The next rows are in the microbatch that is being made, and scheduled."""

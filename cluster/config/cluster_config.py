@@ -28,6 +28,7 @@ from llamaclust.cluster.config.sections import (
     PlanEntry,
     Ray,
     Section,
+    Speculative,
     Telemetry,
     Timeouts,
     WorkerConfig,
@@ -39,6 +40,7 @@ from llamaclust.cluster.config.values import (
     OrAuto,
     OrCount,
     Origin,
+    OrSwitch,
     OrWord,
     Size,
     check_wire_type,
@@ -118,6 +120,8 @@ class ClusterConfig(Section):
     """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
     prefix_cache: bool = True
     """Whether requests share the KV memory of equal beginnings."""
+    speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
+    """Whether drafted tokens are computed with known ones where that pays: auto, off, or keys; answers are the same."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
     """Names by which clients may call the API, beside this machine's own; another Host header is refused."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)

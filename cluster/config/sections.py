@@ -24,6 +24,7 @@ from llamaclust.cluster.config.values import (
     expand_home,
     parse_ray_address,
 )
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_TOKENS
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
@@ -33,6 +34,9 @@ _LEAST_LEASE_S = 1.0
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
 """How many first layers have their experts in RAM beside a GPU; None: as is fastest."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
+_LEAST_SHARED = 1024
+_MOST_SHARED = 1 << 24
+"""About 17 bytes each."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
@@ -205,6 +209,22 @@ class PlanEntry(Section):
     """Name of the worker that holds these layers."""
     layers: Layers
     """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
+
+
+class Speculative(Section):
+    """Tokens that are drafted and computed with the last one of an answer, so that several are chosen at once."""
+
+    max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
+    """Drafted tokens of one sequence in a step, at most; how many there are follows from what they gain."""
+    shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
+    """Tokens of recent answers to draft from in others with the same `cache_salt`, 0 or 1024 and more; 0: none."""
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> Self:
+        if 0 < self.shared_answers < _LEAST_SHARED:
+            why = f"{self.shared_answers} tokens hold no answers; set {_LEAST_SHARED} or more, or 0 for none"
+            raise PlaceError(("shared_answers",), why)
+        return self
 
 
 class PlacementEntry(Section):

@@ -223,6 +223,26 @@ class OrWord:
         return {**json, "anyOf": [{"const": self._word}, *json["anyOf"]]}
 
 
+class OrSwitch:
+    """Marks an optional section that is on by default: `auto` or true, without keys; `off` or false, which YAML 1.1
+    makes of it, none."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._read, handler(source))
+
+    def _read(self, value: Any) -> Any:
+        if value is None:
+            raise ValueError("an empty value is not possible; give auto, off, or a section of keys")
+        if value is True or value == "auto":
+            return {}
+        return None if value is False or value == "off" else value
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json = handler(schema)
+        sections = [option for option in json["anyOf"] if option.get("type") != "null"]
+        return {**json, "anyOf": [{"enum": ["auto", "off"]}, {"type": "boolean"}, *sections]}
+
+
 class OrText:
     """Marks a list of sections whose items may be texts too."""
 

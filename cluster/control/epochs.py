@@ -23,6 +23,7 @@ from llamaclust.cluster.membership.worker_requests import refresh_memory
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
@@ -218,8 +219,12 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 class Epochs:
     """Opens epochs of one model, each with a number of its own in the cluster."""
 
-    def __init__(self, config: ClusterConfig, model: Model, workers: EpochWorkers) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
+    ) -> None:
+        """`speculation`: of all of them."""
         self._config = config
+        self._speculation = speculation
         self._model = model
         self._versions = {model.model_id: model}
         self._numbers: set[int] = set()  # of all epochs of the model
@@ -295,7 +300,8 @@ class Epochs:
                 await _discard(number, workers)
             suspects = tuple(Suspect(worker.name, error) for worker in workers if worker.name == error.worker)
             raise StageLoadError(error, suspects) from error
-        return Epoch(number, plan, workers, pipeline, scheduler_settings(self._config, self._model, plan))
+        settings = scheduler_settings(self._config, self._model, plan, self._speculation)
+        return Epoch(number, plan, workers, pipeline, settings)
 
     def cancel_loads(self) -> None:
         """Those under way fail soon, where there are any."""

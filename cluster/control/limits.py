@@ -9,8 +9,11 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
+from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits, max_embedded_rows
@@ -167,7 +170,18 @@ def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     return stage_limits(config, plan.context_length, *counts, plan.expert_shards)
 
 
-def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:
+def speculation_settings(config: ClusterConfig) -> SpeculationSettings | None:
+    """Of one model, for all its pipelines, which share what answers it keeps; None: nothing is drafted."""
+    given = config.speculative
+    if given is None:
+        return None
+    drafters = SharedDrafters(given.shared_answers) if given.shared_answers else NgramDrafters()
+    return SpeculationSettings(drafters, given.max_window)
+
+
+def scheduler_settings(
+    config: ClusterConfig, model: Model, plan: Plan, speculation: SpeculationSettings | None
+) -> SchedulerSettings:
     """The scheduler's limits, which are those of the loaded stages."""
     costs, batch_tokens = model.costs(config.kv_type), max_batch_tokens(config)
     groups = KvGroups.of(costs, plan.context_length, config.max_sequences, batch_tokens)
@@ -187,6 +201,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         prefix_cache=config.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
+        speculation=speculation if model.generates else None,
         adapters=model.adapter_numbers,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
+from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings, speculation_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.control.planning import ClusterPlanner
@@ -218,10 +218,11 @@ async def _served(
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
     loaded = 1 if config.load_on_demand else 0
     plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
+    drafting = [speculation_settings(planner.config) for planner in planners]
     supervisors = []
-    for planner, plan in zip(planners, plans, strict=True):
+    for planner, plan, speculation in zip(planners, plans, drafting, strict=True):
         planner.ledger = ledger
-        epochs = Epochs(planner.config, planner.model, epoch_workers)
+        epochs = Epochs(planner.config, planner.model, epoch_workers, speculation)
         is_asleep = plan is not None
         supervisors.append(Supervisor(planner.config, epochs, planner, pool, report=report, is_asleep=is_asleep))
     pool.start()
@@ -230,9 +231,9 @@ async def _served(
     turn = asyncio.Lock()
     for model, runner in zip(opened, pool.runners, strict=True):
         loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders, turn))
-    for loader, plan, supervisor in zip(loaders, plans, supervisors, strict=True):
+    for loader, plan, speculation, supervisor in zip(loaders, plans, drafting, supervisors, strict=True):
         of = loader.model
-        settings = None if plan is None else scheduler_settings(of.config, of.version, plan)
+        settings = None if plan is None else scheduler_settings(of.config, of.version, plan, speculation)
         engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
         served.append(ServedModel(of.config, of.plain, supervisor, engine, loader))
     return tuple(served)

@@ -247,6 +247,7 @@ def minimal(tmp_path: Path) -> Path:
         ("models", "ModelEntry", "models.0."),
         ("workers", "WorkerConfig", "workers.0."),
         ("plan", "PlanEntry", "plan.0."),
+        ("speculative", "Speculative", "speculative."),
         ("timeouts", "Timeouts", "timeouts."),
         ("join", "Join", "join."),
         ("ray", "Ray", "ray."),

@@ -51,6 +51,7 @@ async def temporary_cluster(
             "max_sequences": max_sequences,
             "kv_type": kv_type,
             "prefix_cache": False,
+            "speculative": False,
             "state_dir": folder,
         }
         config = ClusterConfig.model_validate(values)

@@ -54,6 +54,24 @@ def failure(folder: Path, text: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("auto", (32, 0)),
+        ("true", (32, 0)),
+        ("{}", (32, 0)),
+        ("{max_window: 4, shared_answers: 4096}", (4, 4096)),
+        ("off", None),
+        ("'off'", None),
+        ("false", None),
+    ],
+)
+def test_speculation_is_on_or_off_or_has_keys(tmp_path: Path, text: str, found: tuple[int, int] | None) -> None:
+    own = load(tmp_path, SMALL, f"speculative={text}").speculative
+    assert (own and (own.max_window, own.shared_answers)) == found
+    assert load(tmp_path, SMALL).speculative == load(tmp_path, SMALL, "speculative=auto").speculative
+
+
+@pytest.mark.parametrize(
     ("text", "why"),
     [
         ("[{name: a, kv_disk: 1GiB}, {name: b}]", "is for all workers or none"),

@@ -98,7 +98,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
     model: Any = SimpleNamespace(file=SimpleNamespace(path="/m.gguf"), model_id="ab" * 32, adapter_paths=())
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
     registry: Any = SimpleNamespace(workers=workers, present=workers)
-    opened = Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)))
+    opened = Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)), None)
     with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
         await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
     assert "layers of epoch 2.1 stay in memory: worker a" in caplog.text

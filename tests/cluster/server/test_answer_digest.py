@@ -12,7 +12,7 @@ _SAME_ANSWERS = frozenset(
     {
         *("name", "launcher", "join", "ray", "insecure", "listen", "listen_also", "listen_tls", "workers"),
         *("models", "max_loaded_models", "load_on_demand", "plan", "objective"),
-        *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache"),
+        *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache", "speculative"),
         *("cpu_moe", "experts_cache", "placement"),
         *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "telemetry", "timeouts"),
     }
@@ -48,7 +48,13 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        *({"prefill_chunk": 7}, {"prefix_cache": False}, {"max_sequences": 3}, {"timeouts": {"request": "1min"}}),
+        *(
+            {"prefill_chunk": 7},
+            {"prefix_cache": False},
+            {"max_sequences": 3},
+            {"speculative": "off"},
+            {"timeouts": {"request": "1min"}},
+        ),
         {"api": {"prefix": "/llm", "aliases": ["m"]}},
     ],
 )

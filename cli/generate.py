@@ -208,6 +208,8 @@ def reply_json(reply: Answer) -> dict[str, object]:
             "ttft_ms": round(timings.ttft_ms, 3),
             "prefill_tok_s": round(timings.prefill_tok_s, 3),
             "decode_tok_s": round(timings.decode_tok_s, 3),
+            "drafted_tokens": timings.drafted_tokens,
+            "accepted_tokens": timings.accepted_tokens,
         },
     }
 

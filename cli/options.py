@@ -71,6 +71,11 @@ class FileCommand(PlainCommand):
             if option in ("--override-tensor", "-ot"):
                 rules = json.dumps((value or following or "exps=CPU").split(","))
                 raise UsageError(f"{option}: is `placement` in the cluster file: --set 'placement={rules}'")
+            if option in ("--speculative", "--draft-max", "--spec-draft-n-max"):
+                given = value or following or "..."
+                key = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
+                hint = f"--set {key}={'off' if given == '0' else given}"
+                raise UsageError(f"{option}: is `{key}` in the cluster file: {hint}")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"
                 raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")
@@ -223,11 +228,17 @@ _SAMPLERS: dict[str, tuple[Any, str, str]] = {
     "presence_penalty": (float, "X", "Subtracted from the logits of tokens that occurred."),
     "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
     "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
+    "speculative": (str, "WHEN", "auto (default): tokens are drafted where that is faster; off: never."),
+    "draft_max": (int, "N", "Drafted tokens in a step, at most; 0: none."),
     "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
     "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
 }
 """Request fields with type, placeholder and help."""
-_OPTIONS = {"repetition_penalty": "--repeat-penalty", "dry_sequence_breakers": "--dry-sequence-breaker"}
+_OPTIONS = {
+    "repetition_penalty": ("--repeat-penalty",),
+    "dry_sequence_breakers": ("--dry-sequence-breaker",),
+    "draft_max": ("--draft-max", "--spec-draft-n-max"),
+}
 """Those that are not named as their field."""
 
 
@@ -269,16 +280,32 @@ def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
         for name, read in _FILES.items():
             if name in more:
                 more[name] = option_value(f"--{name.replace('_', '-')}", read, more[name])
-        command(**arguments, more=more)
+        command(**arguments, more=_with_most_drafted(more))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
+def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
+    """Both options as the field `speculative`. UsageError for values that cannot be, or contradict each other."""
+    from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+
+    when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
+    if when not in ("auto", "off"):
+        raise UsageError(f"--speculative {when}: give auto or off")
+    if most is not None and not 0 <= most <= MAX_WINDOW:
+        raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
+    if when == "off":
+        if most:
+            raise UsageError(f"--speculative off drafts no tokens and --draft-max {most} some: give one of them")
+        return {**more, "speculative": False}
+    return more if most is None else {**more, "speculative": most}
+
+
 def _parameter(name: str) -> inspect.Parameter:
     kind, metavar, text = _SAMPLERS[name]
-    option = Option(_OPTIONS.get(name, f"--{name.replace('_', '-')}"), metavar=metavar, help=text)
+    option = Option(*_OPTIONS.get(name, (f"--{name.replace('_', '-')}",)), metavar=metavar, help=text)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

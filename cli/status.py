@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llamaclust.cli import terminal
+from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.clusters import find_running
@@ -130,6 +131,8 @@ def _head(state: State) -> Iterator[str]:
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
+    if drafted := measured.get("drafted_tokens"):
+        yield f"drafts:    {accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if predicted["prompt_tokens"] is not None:  # the model has had a plan
         bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
         yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"

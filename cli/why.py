@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from typer import Argument
 
 from llamaclust.cli import terminal
+from llamaclust.cli.drafts import accepted_text
 from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile
 from llamaclust.core.errors import UsageError
 
@@ -64,6 +65,8 @@ def list_lines(records: list[Record]) -> Iterator[str]:
 def _head(record: Record, *, with_model: bool) -> str:
     cached = f" ({record['cached_tokens']} cached)" if record["cached_tokens"] else ""
     generated = "" if record["end"] == "embedded" else f", {record['generated_tokens']} generated"
+    if record.get("drafted_tokens"):
+        generated += f" ({accepted_text(record['accepted_tokens'], record['drafted_tokens'])})"
     model = f"{record['model']}: " if with_model else ""
     prompt = record["prompt_tokens"]
     tokens = f"{model}{prompt} prompt {'token' if prompt == 1 else 'tokens'}{cached}{generated}"

@@ -13,6 +13,7 @@ from llamaclust.cli import terminal
 from llamaclust.cli.chat.answer_screen import AnswerScreen
 from llamaclust.cli.chat.entries import Entries, Entry
 from llamaclust.cli.chat.inserted_files import with_files
+from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.conversation import is_conversation
 from llamaclust.cluster.client.session import ChatSession
 from llamaclust.cluster.client.types import ChunkStream
@@ -161,6 +162,8 @@ class Chat:
             f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"
         )
         answer = f"{timings.generated_tokens} tokens, {timings.decode_tok_s:.1f} tok/s"
+        if timings.drafted_tokens:
+            answer += f", {accepted_text(timings.accepted_tokens, timings.drafted_tokens)}"
         _print_notice(f"prompt: {prompt}; first token after {timings.ttft_ms:.0f} ms; answer: {answer}")
 
     def _save(self, name: str) -> None:

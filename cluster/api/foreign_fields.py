@@ -43,12 +43,14 @@ this one ends."""
 
 _HINTS: Final = {
     **_NO_OPS,
-    **_names("store early_stopping backend_sampling speculative cache_reuse", only(False)),
+    **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
 """Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
+_NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
+"""Where nothing is generated."""
 
 _CONSTRAINTS: Final = _names("grammar_triggers bad_words allowed_token_ids logits_processors", only()) | {
     "grammar_lazy": only(False)
@@ -67,7 +69,7 @@ _REFUSED: Final = {
 }
 """Samplers, constraints and forms of the answer that no endpoint has."""
 
-_OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z"}
+_OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
 """Of fields of all endpoints."""
 
 _SLOT_NAME: Final = {"slot_id": "id_slot"}
@@ -129,13 +131,13 @@ LLAMACPP: Final = ForeignFields(
 
 EMBEDDING: Final = ForeignFields(
     refused=_names("truncate_prompt_tokens lora", only()),
-    hints={**_HINTS, **_SLOTS},
+    hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED},
 )
 
 RERANK: Final = ForeignFields(
     refused=_names("truncate_prompt_tokens max_tokens_per_doc rank_fields lora", only())
     | _names("truncate", only(False)),
-    hints={**_HINTS, **_SLOTS, **_names("raw_scores truncation_direction", anything)},
+    hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
 )
 """Scores are the model's own, as llama.cpp has them."""
 

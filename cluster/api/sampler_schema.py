@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
+from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.schema import Body, SeedField
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.validation import check_chain
@@ -125,7 +126,7 @@ class SamplerFields(Body):
         return None if self.dry_penalty_last_n == -1 else self.dry_penalty_last_n
 
 
-class AnswerFields(SamplerFields, AdapterFields):
+class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
     """Of one answer to one chat, where an API has no more to say of how tokens are sampled."""
 
     stream: bool = False
@@ -169,6 +170,7 @@ class AnswerFields(SamplerFields, AdapterFields):
             dry_breakers=self.dry_sequence_breakers,
             cache_salt=self.cache_salt,
             grammar=grammar,
+            max_drafted=self.speculative,
         )
 
 

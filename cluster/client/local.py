@@ -156,6 +156,7 @@ class LocalStage:
                     pooling=self.model.pooling,
                     ranking=self.model.ranking,
                     generates=self.model.generates,
+                    max_drafted=scheduling.max_drafted,
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):

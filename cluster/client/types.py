@@ -47,6 +47,7 @@ class AnswerOptions(TypedDict, total=False):
     mirostat_eta: float
     penalize_nl: bool
     samplers: Sequence[str]  # which act, and in which order
+    speculative: bool | int  # False: no tokens are drafted; a number: so many in a step, at most
     response_format: Mapping[str, Any]  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
     json_schema: Mapping[str, Any]  # the answer is JSON that it allows
     grammar: str  # in GBNF or Lark, which the answer obeys

@@ -173,6 +173,7 @@ class Engine:
         now_ns = monotonic_ns()
         in_flight = lane.scheduler.in_flight
         slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or now_ns
+        drafts = lane.scheduler.drafts
         updated = lane.scheduler.complete(result, now_ns)
         self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, now_ns))
         if self.retirement is not None:
@@ -182,6 +183,7 @@ class Engine:
         lane.launch()
         tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
         self.metrics.sampled(tokens, now_ns)
+        self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if lane is self._lane:
             self.metrics.completed(result, now_ns)
 

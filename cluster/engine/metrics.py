@@ -15,6 +15,7 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.throughput import MeasuredSpeed, RecentSums, SpeedMeter
 from llamaclust.cluster.scheduler.requests import Operation, Timings
 from llamaclust.cluster.scheduler.scheduler import Counts
+from llamaclust.cluster.scheduler.speculation.counts import DraftCounts
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -152,6 +153,7 @@ class Metrics(Collector):
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
         self._speed = SpeedMeter(clock_ns())
         self.sums = RequestSums()
+        self.drafts = DraftCounts()
         self._finished = Counter(
             "llamaclust_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )
@@ -187,6 +189,12 @@ class Metrics(Collector):
         if tokens:
             self._generated.inc(tokens)
             self._speed.sampled(tokens, now_ns)
+
+    def drafted(self, drafts: DraftCounts, now_ns: int) -> None:
+        """These were computed."""
+        if drafts.drafts:
+            self.drafts += drafts
+            self._speed.drafted(drafts, now_ns)
 
     def completed(self, result: Result, now_ns: int) -> None:
         """A microbatch of these stages is back."""
@@ -252,6 +260,12 @@ class Metrics(Collector):
         yield CounterMetricFamily("llamaclust_prefix_cache_hit_tokens", cached, counts.cached_tokens)
         computed = "Prompt tokens computed"
         yield CounterMetricFamily("llamaclust_prefill_tokens", computed, counts.computed_tokens)
+        for name, what, value in (
+            ("drafts", "Drafts computed", self.drafts.drafts),
+            ("draft_tokens", "Drafted tokens computed", self.drafts.drafted),
+            ("accepted_tokens", "Drafted tokens that are in answers", self.drafts.accepted),
+        ):
+            yield CounterMetricFamily(f"llamaclust_spec_decode_{name}", what, value)
         yield from self._stages()
 
     def _stages(self) -> Iterator[Metric]:

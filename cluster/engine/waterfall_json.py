@@ -36,6 +36,8 @@ def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str
         "prompt_tokens": timings.prompt_tokens,
         "cached_tokens": timings.cached_tokens,
         "generated_tokens": timings.generated_tokens,
+        "drafted_tokens": timings.drafted_tokens,
+        "accepted_tokens": timings.accepted_tokens,
         "adapters": [{"name": adapters.get(number), "scale": scale} for number, scale in record.adapters],
     }
 

@@ -106,6 +106,8 @@ class Timings:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int = 0  # computed in advance
+    accepted_tokens: int = 0  # of these, that are in the answer
 
 
 def rate(tokens: int, ns: int) -> float:

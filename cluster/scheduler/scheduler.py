@@ -22,6 +22,7 @@ from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.counts import DraftCounts
 from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
@@ -85,6 +86,7 @@ class Scheduler:
         self.is_shared = False  # whether another pipeline runs on the same workers
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
+        self.drafts = DraftCounts()
         self._retries = 0
         self._computed_tokens = 0
 
@@ -239,8 +241,10 @@ class Scheduler:
             at += len(hidden)
             if not taken.is_answered or not sequence.counts_results:
                 continue
+            accepted = sequence.accepted_rows
             updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
             if taken.drafted:
+                self.drafts += DraftCounts(1, taken.drafted, sequence.accepted_rows - accepted)
                 self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
             is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
             if is_deferred and not self.settings.may_repeat_rows:
@@ -382,7 +386,6 @@ class Scheduler:
 
 
 def _speculation(settings: SchedulerSettings, times: StageTimes) -> Speculation | None:
-    """None also where a state cannot go back to the row before refused ones."""
-    if settings.speculation is None or (settings.has_states and not settings.state_blocks):
+    if settings.speculation is None or not settings.max_drafted:
         return None
     return Speculation(settings, settings.speculation, times)

@@ -393,4 +393,6 @@ class Sequence:
             prompt_tokens=self.prompt_length,
             cached_tokens=self.cached_tokens or 0,
             generated_tokens=self.generated,
+            drafted_tokens=self.drafted_rows,
+            accepted_tokens=self.accepted_rows,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
-from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -52,6 +52,15 @@ class SchedulerSettings:
     @property
     def window_group(self) -> WindowGroup | None:
         return None if self.window is None else WindowGroup(self.window, self.max_batch_tokens)
+
+    @property
+    def max_drafted(self) -> int:
+        """Tokens that are drafted for one sequence in a step, at most; none where a state cannot go back to the row
+        before refused ones."""
+        if self.speculation is None or (self.has_states and not self.state_blocks):
+            return 0
+        group = self.window_group
+        return min(self.speculation.max_window, group.drafted_rows if group is not None else MAX_WINDOW)
 
     @property
     def may_repeat_rows(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, AdapterScales
@@ -37,6 +38,8 @@ def validate(
     check_integer("top_logprobs", request.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocabulary))
     check_integer("repeat_last_n", request.penalty_window, 0, MAX_CONTEXT_TOKENS)
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
+    if request.max_drafted is not None:
+        check_integer("speculative", request.max_drafted, 0, MAX_WINDOW)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
     check_adapters(request.adapters, adapters)

@@ -109,6 +109,7 @@ def _text_service(served: ServedModel) -> TextService:
         generates=model.generates,
         slots=config.max_sequences if config.api.slot_folder is not None else 0,
         adapters=served.adapters,
+        max_drafted=engine.scheduler.settings.max_drafted,
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 

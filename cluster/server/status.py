@@ -55,6 +55,8 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
             "cached_tokens": sequence.cached_tokens or 0,
             "computed_tokens": min(sequence.scheduled, sequence.prompt_length),
             "generated_tokens": sequence.generated,
+            "drafted_tokens": sequence.drafted_rows,
+            "accepted_tokens": sequence.accepted_rows,
             "max_new_tokens": sequence.max_new_tokens,
             "age_s": max(0, now_ns - sequence.arrived_ns) / 1e9,
         }

@@ -55,6 +55,7 @@ class CompletionRequest:
     grammar: Grammar | None = None  # which each answer obeys
     reasoning: Reasoning | None = None  # of each answer, where it has a budget or delays the grammar
     with_logprobs: bool = False  # of each token; else those that must follow have logprob 0
+    max_drafted: int | None = None  # tokens drafted in a step, at most; None: as the scheduler may
     reading: AnswerReading | None = None  # of a chat's answer
     operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run

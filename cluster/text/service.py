@@ -57,6 +57,7 @@ class TextSettings:
     generates: bool = True
     slots: int = 0  # that remember the tokens of requests that name them
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
+    max_drafted: int = 0  # tokens drafted for a sequence in a step, at most; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +360,7 @@ class TextService:
             grammar=request.grammar,
             reasoning=request.reasoning,
             with_logprobs=request.with_logprobs,
+            max_drafted=request.max_drafted,
             operation=request.operation,
             received_ns=request.received_ns,
         )

@@ -38,7 +38,7 @@ def _escaped(label: str) -> str:
 
 def _counters(engine: Engine) -> Iterator[_Metric]:
     counts, metrics = engine.counts, engine.metrics
-    stages, sums = metrics.stage_report(), metrics.sums
+    stages, sums, drafts = metrics.stage_report(), metrics.sums, metrics.drafts
     for name, text, value in (
         ("prompt_tokens_total", "Prompt tokens computed", counts.computed_tokens),
         ("prompt_tokens_cached_total", "Prompt tokens found in the prefix cache", counts.cached_tokens),
@@ -47,9 +47,9 @@ def _counters(engine: Engine) -> Iterator[_Metric]:
         ("tokens_predicted_seconds_total", "From first token to last, of ended requests", sums.answer_s),
         ("n_decode_total", "Microbatches of the first stage since the plan", stages[0].microbatches if stages else 0),
         ("n_tokens_max", "Most tokens of a request, prompt and answer", sums.most_tokens),
-        ("spec_decode_num_draft_tokens_total", "Tokens drafted: this server has no draft models", 0),
-        ("spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted", 0),
-        ("spec_decode_num_drafts_total", "Drafts", 0),
+        ("spec_decode_num_draft_tokens_total", "Drafted tokens computed", drafts.drafted),
+        ("spec_decode_num_accepted_tokens_total", "Drafted tokens that were accepted", drafts.accepted),
+        ("spec_decode_num_drafts_total", "Drafts computed", drafts.drafts),
     ):
         yield _Metric(name, "counter", text, value)
 

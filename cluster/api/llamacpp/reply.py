@@ -27,7 +27,7 @@ from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 
-_INPUTS: Final = {"model", "prompt", "return_tokens", "input_prefix", "input_suffix", "input_extra"}
+_INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
 """Fields that are no settings of the generation."""
 
 
@@ -104,6 +104,7 @@ class LlamaCppReply:
             with_logprobs=body.n_probs > 0,
             adapters=self._adapters,
             slot=body.slot,
+            max_drafted=body.speculative,
         )
 
     async def _prompt(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
@@ -208,11 +209,13 @@ class _Shape:
 
     def _settings(self) -> dict[str, Any]:
         fields = self._body.model_dump(exclude=_INPUTS)
+        most, wanted = self._service.settings.max_drafted, self._body.speculative
         return {
             **fields,
             "lora": [{"id": number, "scale": scale} for number, scale in self._stream.generation.adapters],
             "logit_bias": self._shown_biases(),
             "seed": self._stream.generation.seed,
+            "speculative.n_max": most if wanted is None else min(most, wanted),
             "n_ctx": self._service.settings.context_length,
         }
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.fields.slots import SlotFields
+from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string
@@ -81,7 +82,7 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields):
+class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     """`POST /completion`."""
 
     model: str | None = None

@@ -9,10 +9,12 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 def shown_timings(timings: Timings) -> dict[str, float]:
     computed = timings.prompt_tokens - timings.cached_tokens
+    drafts = {"draft_n": timings.drafted_tokens, "draft_n_accepted": timings.accepted_tokens}
     return {
         "cache_n": timings.cached_tokens,
         **_phase("prompt", computed, computed, timings.prefill_tok_s),
         **_phase("predicted", timings.generated_tokens, max(0, timings.generated_tokens - 1), timings.decode_tok_s),
+        **(drafts if timings.drafted_tokens else {}),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
+from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.openai.tools import CallField, ToolField
@@ -24,7 +25,7 @@ _EFFORTS: Final = ("low", "medium", "high", "max")
 _MESSAGES: Final = 100_000
 
 
-class Options(SamplerFields, ReasoningFields):
+class Options(SamplerFields, ReasoningFields, SpeculativeFields):
     """How an answer is sampled."""
 
     num_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
@@ -127,6 +128,7 @@ class AnswerFields(Body):
             top_logprobs=self.top_logprobs,
             with_logprobs=self.logprobs,
             grammar=self._grammar(),
+            max_drafted=options.speculative,
         )
 
     @property

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.fields.slots import SlotFields
+from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import MESSAGE
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
@@ -122,7 +123,7 @@ class ChatFields(ToolFields):
         return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
 
 
-class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields):
+class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     model: str | None = None
     """The served model's name, or that of an adapter; another name is refused."""
     frequency_penalty: float = 0.0
@@ -200,6 +201,7 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields):
             cache_salt=self.cache_salt,
             grammar=self.answer_grammar(),
             slot=self.slot,
+            max_drafted=self.speculative,
             **more,
         )
 

@@ -120,7 +120,12 @@ class Operations:
         """The sequences that can run together; the first ones are those that do."""
         settings, running = self._service.settings, self._engine.counts.running
         slots = [
-            {"id": slot, "n_ctx": settings.context_length, "speculative": False, "is_processing": slot < running}
+            {
+                "id": slot,
+                "n_ctx": settings.context_length,
+                "speculative": settings.max_drafted > 0,
+                "is_processing": slot < running,
+            }
             for slot in range(settings.max_sequences)
         ]
         return JsonResponse(slots)

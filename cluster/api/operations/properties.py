@@ -17,7 +17,7 @@ def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, A
     return {
         "default_generation_settings": {
             "n_ctx": settings.context_length,
-            "speculative": False,
+            "speculative": settings.max_drafted > 0,
             "is_processing": False,
             "params": {**params, **defaults},
         },

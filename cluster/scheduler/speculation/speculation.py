@@ -21,8 +21,7 @@ class Speculation:
     """Of one pipeline."""
 
     def __init__(self, settings: SchedulerSettings, own: SpeculationSettings, times: StageTimes) -> None:
-        group = settings.window_group
-        self._most = own.max_window if group is None else min(own.max_window, group.drafted_rows)
+        self._most = settings.max_drafted
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
         self._times = RoundTimes(times)

@@ -179,6 +179,7 @@ def make_service(
         embedding_length=WIDTH,
         slots=slots,
         adapters=adapters or ServedAdapters(),
+        max_drafted=engine.scheduler.settings.max_drafted if isinstance(engine, Engine) else 0,
     )
     return TextService(engine, tokenizer(), template or chat_template(), settings)
 

@@ -1,0 +1,7 @@
+"""How commands show drafted tokens."""
+
+from __future__ import annotations
+
+
+def accepted_text(accepted: int, drafted: int) -> str:
+    return f"{accepted} of {drafted} drafted tokens accepted"

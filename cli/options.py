@@ -73,9 +73,9 @@ class FileCommand(PlainCommand):
                 raise UsageError(f"{option}: is `placement` in the cluster file: --set 'placement={rules}'")
             if option in ("--speculative", "--draft-max", "--spec-draft-n-max"):
                 given = value or following or "..."
-                key = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
-                hint = f"--set {key}={'off' if given == '0' else given}"
-                raise UsageError(f"{option}: is `{key}` in the cluster file: {hint}")
+                name = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
+                hint = f"--set {name}={'off' if given == '0' else given}"
+                raise UsageError(f"{option}: is `{name}` in the cluster file: {hint}")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"
                 raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")

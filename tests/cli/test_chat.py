@@ -186,6 +186,12 @@ async def test_reverse_prompts_and_stats() -> None:
     assert ended.err.count("tok/s") == 2 * 2
 
 
+async def test_stats_have_drafted_tokens() -> None:
+    async with scripted("Hi") as (url, _):
+        ended = await command("chat", "--stats", "--endpoint", url, piped=b"Hello\n")
+    assert ended.err.endswith(" tok/s, 4 of 6 drafted tokens accepted\n")
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

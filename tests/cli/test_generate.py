@@ -93,7 +93,13 @@ async def test_generate_as_json() -> None:
         "prompt_token_ids": ids("abc"),
         "finish_reason": "stop",
         "seed": generation.seed,
-        "timings": {"ttft_ms": 20.0, "prefill_tok_s": 100.0, "decode_tok_s": 50.0},
+        "timings": {
+            "ttft_ms": 20.0,
+            "prefill_tok_s": 100.0,
+            "decode_tok_s": 50.0,
+            "drafted_tokens": 6,
+            "accepted_tokens": 4,
+        },
     }
     assert (generation.params.top_k, generation.params.top_p, generation.params.min_p) == (
         7,
@@ -130,6 +136,57 @@ async def test_samplers_beyond_the_plain_ones() -> None:
         assert generation.breakers
         ended = await command("generate", "abc", "--samplers", "magic", "--endpoint", url)
         assert (ended.code, ended.out) != (0, "") and "'magic' is none of penalties" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ((), None),
+        (("--speculative", "auto"), None),
+        (("--speculative", "off"), 0),
+        (("--speculative", "off", "--draft-max", "0"), 0),
+        (("--draft-max", "0"), 0),
+        (("--draft-max", "7"), 7),
+        (("--spec-draft-n-max", "32", "--speculative", "auto"), 32),
+    ],
+)
+async def test_options_say_how_many_tokens_are_drafted(options: tuple[str, ...], most: int | None) -> None:
+    async with scripted("a") as (url, engine):
+        assert (await command("generate", "abc", *options, "--endpoint", url)).code == 0
+        assert (await command("chat", *options, "--endpoint", url, piped=b"Hi\n")).code == 0
+        assert [request.max_drafted for request in engine.submitted] == [most, most]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--speculative", "maybe"), "--speculative maybe: give auto or off"),
+        (("--draft-max", "33"), "--draft-max 33: give 0 to 32"),
+        (("--draft-max", "-1"), "--draft-max -1: give 0 to 32"),
+        (
+            ("--speculative", "off", "--draft-max", "3"),
+            "--speculative off drafts no tokens and --draft-max 3 some: give one of them",
+        ),
+    ],
+)
+def test_options_of_drafts_that_cannot_be_are_refused(here: Here, options: tuple[str, ...], why: str) -> None:
+    for name in ("generate", "chat"):
+        assert here(name, *options, "--model", "x.gguf") == Ended(2, "", f"error: {why}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--draft-max", "8"),
+            "--draft-max: is `speculative.max_window` in the cluster file: --set speculative.max_window=8",
+        ),
+        (("--spec-draft-n-max=0",), "--spec-draft-n-max: is `speculative` in the cluster file: --set speculative=off"),
+        (("--speculative", "off"), "--speculative: is `speculative` in the cluster file: --set speculative=off"),
+    ],
+)
+def test_commands_with_a_cluster_file_name_its_key_for_drafts(here: Here, options: tuple[str, ...], told: str) -> None:
+    assert here("up", "c.yaml", *options) == Ended(2, "", f"error: {told}\n")
 
 
 async def test_prompts_may_be_piped() -> None:

@@ -144,6 +144,8 @@ def test_adapters_of_a_request_are_shown_with_their_scales() -> None:
     assert list(waterfall_lines(record))[1:] == ["adapters: poet 1, clerk 0.25"]
     (listed,) = list_lines([record])
     assert listed.endswith(", stop, 500.0 ms, adapters: poet 1, clerk 0.25")
+    (drafted,) = list_lines([record | {"drafted_tokens": 6, "accepted_tokens": 3}])
+    assert ", 4 generated (3 of 6 drafted tokens accepted), stop" in drafted
     assert "97047352: 1 prompt token, 4 generated" in "".join(list_lines([{**record, "prompt_tokens": 1}]))
 
 
@@ -167,6 +169,10 @@ def test_the_head_of_several_models_is_of_all_of_them() -> None:
     first, second, *more = _head(state)
     assert first.startswith("many: ready, one at") and second == "requests: 2 running, 4 waiting"
     assert [line.split(":")[0] for line in more] == ["models", "predicted"]
+    counts = {"drafted_tokens": 96, "accepted_tokens": 80}
+    drafting = {"predicted": speed | {"bottleneck": None}, "measured": speed | counts}
+    shown = "\n".join(_head(state | {"speed": drafting}))
+    assert "drafts:    80 of 96 drafted tokens accepted in the last 10 s" in shown
     unplanned = {"predicted": dict.fromkeys((*speed, "bottleneck")), "measured": speed}  # no model was ever loaded
     assert "predicted" not in "\n".join(_head(state | {"speed": unplanned}))
 

@@ -47,6 +47,7 @@ _EVERYTHING: AnswerOptions = {
     "stop": ["x", "yy"],
     "stop_token_ids": [5],
     "min_tokens": 2,
+    "speculative": 3,
     **SAMPLERS,
 }
 
@@ -77,6 +78,7 @@ async def test_a_reply_has_everything_and_the_bits_of_each_logprob() -> None:
     assert reply.prompt_token_ids == tuple(ids("abc"))
     assert reply.logprobs == tuple(logprob(place) for place in range(len(tokens)))
     assert (reply.timings.ttft_ms, reply.timings.decode_tok_s) == (20.0, 50.0)
+    assert (reply.timings.drafted_tokens, reply.timings.accepted_tokens) == (6, 4)
 
 
 async def test_without_max_tokens_the_context_is_the_limit() -> None:
@@ -187,6 +189,7 @@ async def test_both_kinds_of_client_ask_for_the_same(more: AnswerOptions) -> Non
         await asyncio.to_thread(_request_both_ways, client, options)
     assert _submitted(local) == _submitted(engine)
     assert (local.submitted[0].seed, local.submitted[1].params.top_k) == (2**63 + 5, 3)
+    assert [request.max_drafted for request in local.submitted] == [3, 3]
     chain = local.submitted[1].params.chain
     assert chain is not None and (chain.mirostat, chain.dry_base) == (options.get("mirostat", 0), 2.0)
     off = SamplerChain()

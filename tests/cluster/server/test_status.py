@@ -34,6 +34,7 @@ def stage(worker: str) -> StagePlan:
 def test_requests_are_listed_with_their_progress_and_without_their_whole_ids() -> None:
     computed = sequence(0x123456789ABCDEF << 32)
     computed.scheduled, computed.cached_tokens = 50, 16
+    computed.drafted_rows, computed.accepted_rows = 7, 5
     computed.tokens += [1, 2, 3]
     waiting = sequence(1)
     listed = sequences_json([computed, waiting], 3 * SECOND_NS)
@@ -44,6 +45,8 @@ def test_requests_are_listed_with_their_progress_and_without_their_whole_ids() -
         "cached_tokens": 16,
         "computed_tokens": 40,
         "generated_tokens": 3,
+        "drafted_tokens": 7,
+        "accepted_tokens": 5,
         "max_new_tokens": 9,
         "age_s": 2.0,
     }

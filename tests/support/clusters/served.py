@@ -153,7 +153,7 @@ class ScriptedEngine:
         if self.failure is not None:
             return [*events[: self.failure_after], self.failure]
         reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
-        timings = Timings(1.5, 20.0, 100.0, 50.0, len(generation.prompt), 3, len(rows))
+        timings = Timings(1.5, 20.0, 100.0, 50.0, len(generation.prompt), 3, len(rows), 6, 4)
         return [*events, Finished(reason, timings)]
 
     def _row(self, generation: GenerationRequest, place: int) -> RowResult:

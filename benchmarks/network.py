@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,9 @@ from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Report  # noqa: E402
 from support.network.box import Box, missing  # noqa: E402
 from support.network.link import Link  # noqa: E402
-from support.network.namespaces import enter  # noqa: E402
+from support.network.namespaces import entered  # noqa: E402
 
-_COORDINATOR = "coordinator"
+COORDINATOR = "coordinator"
 _WORKERS = ("a", "b")
 _REQUESTS = 8
 _LINKS = 3  # coordinator, first stage, last stage, coordinator
@@ -103,20 +103,23 @@ async def local_cluster(model: Path, folder: Path) -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def distant_cluster(box: Box, model: Path, folder: Path) -> AsyncIterator[Cluster]:
-    """Two workers on hosts of their own, over mutual TLS; this process is on the coordinator's."""
-    here = box[_COORDINATOR].address
+async def distant_cluster(
+    box: Box, model: Path, folder: Path, workers: Sequence[str] = _WORKERS, more: Sequence[str] = ()
+) -> AsyncIterator[Cluster]:
+    """Workers on hosts of their own, over mutual TLS; this process is on the coordinator's. `more` keys of
+    the cluster file may be given."""
+    here = box[COORDINATOR].address
     keys = ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
-    keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in _WORKERS)}]")
-    token = folder / "two" / "trust" / "token"
+    keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in workers)}]")
+    token = folder / "distant" / "trust" / "token"
 
     def report(event: Event) -> None:
         if isinstance(event, AwaitingWorkers):
-            for name in _WORKERS:
+            for name in workers:
                 command = f"-P -m llamaclust worker --join {here}:7100 --name {name} --threads 1 --token-file {token}"
                 box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
 
-    async with _opened(model, folder / "two", keys, report) as cluster:
+    async with _opened(model, folder / "distant", [*keys, *more], report) as cluster:
         yield cluster
 
 
@@ -184,9 +187,8 @@ def main() -> None:
     given = parser.parse_args()
     if (reason := missing()) is not None:
         sys.exit(f"error: {reason}")
-    with Box([_COORDINATOR, *_WORKERS], delays=True) as box:
-        enter(box[_COORDINATOR].namespace)  # this thread and those it starts: from here on this process is on that host
-        parts = frozenset((given.part,) if given.part else ("near", "far"))
+    parts = frozenset((given.part,) if given.part else ("near", "far"))
+    with Box([COORDINATOR, *_WORKERS], delays=True) as box, entered(box[COORDINATOR].namespace):
         asyncio.run(measure(box, given.model, given.repeats, Sizes(given.tokens, given.prompt, parts)))
 
 

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -105,10 +105,26 @@ def inside(namespace: str, function: Callable[[], T]) -> T:
 
 def enter(namespace: str) -> None:
     """This thread, and those that it starts, are in the namespace from now on."""
-    descriptor = os.open(NAMESPACES / namespace, os.O_RDONLY | os.O_CLOEXEC)
+    _enter(NAMESPACES / namespace)
+
+
+@contextmanager
+def entered(namespace: str) -> Iterator[None]:
+    """This thread is in the namespace meanwhile; those that it starts stay there. A process whose main thread is still
+    there when the namespace is removed ends with it."""
+    with Path("/proc/thread-self/ns/net").open("rb") as before:
+        enter(namespace)
+        try:
+            yield
+        finally:
+            _enter(Path(f"/proc/self/fd/{before.fileno()}"))
+
+
+def _enter(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"setns into {namespace}")
+            raise OSError(ctypes.get_errno(), f"setns into {path}")
     finally:
         os.close(descriptor)
 

@@ -24,6 +24,7 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain
 from support.clusters.forked_commands import forked_script
 from support.models.tiny_model import build_tiny_model
+from support.network.box import missing
 from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -168,6 +169,36 @@ def test_drafting(folder: Path) -> None:
     rows = re.findall(r"^ +(64|1100) ([a-zE31 ,]+?) +[\d.]+ +[\d.]+ +[\d.]+ +\d+ +([1-5]\.\d+)$", text, re.MULTILINE)
     assert len(rows) == 22 and ("1100", "one token", "5.00") in rows
     assert re.search(r"^ +4 +[1-9]\d* +[01]\.\d+ +\d\.\d+$", text, re.MULTILINE)
+
+
+def test_replayed_answers(folder: Path) -> None:
+    options = ("--acceptance", "0,1", "--tokens", "120", "--repeats", "1", "--together", "2")
+    text = output(folder, "speculation/replay.py", "Q8_0.gguf", *options)
+    assert re.search(r"^acceptance 0: [\d.]+ -> [\d.]+ tok/s, 0 of \d+ drafted tokens accepted$", text, re.MULTILINE)
+    whole = re.search(r"^acceptance 1: .* (\d+) of (\d+) drafted tokens accepted$", text, re.MULTILINE)
+    assert whole is not None and whole[1] == whole[2]
+    assert len(re.findall(r"^acceptance [\d.]+, then [\d.]+: tokens lost +-?\d", text, re.MULTILINE)) == 2
+    assert re.search(r"^2 together, n-gram drafts / plain +\d", text, re.MULTILINE)
+
+
+def test_drafts_of_texts(folder: Path) -> None:
+    options = ("--prompts", "8", "--tokens", "16", "--characters", "200")
+    text = output(folder, "speculation/texts.py", "Q8_0.gguf", *options)
+    rows = re.findall(r"^(copy|edit|quote|prose) +2 +\d.* (\d+)/(\d+) +[01]\.", text, re.MULTILINE)
+    assert len(rows) == 4 and all(int(accepted) <= int(drafted) for _, accepted, drafted in rows)
+
+
+def test_drafts_across_links(folder: Path) -> None:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    options = ("--round-trip", "0.5", "--repeats", "1", "--tokens", "16", "--characters", "200")
+    text = output(folder, "speculation/distant.py", "Q8_0.gguf", *options)
+    assert re.findall(r"^(copy|replay|prose): gain at 0.5 ms, 2 stages +\d", text, re.MULTILINE) == [
+        "copy",
+        "replay",
+        "prose",
+    ]
+    assert re.search(r"^copy: 2 stages with drafts / one worker, plain +\d", text, re.MULTILINE)
 
 
 def test_schema_suite(folder: Path) -> None:

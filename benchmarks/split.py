@@ -67,7 +67,7 @@ def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> 
 
 
 async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finished:
-    request = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens)
+    request = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens, max_drafted=0)
     async for event in cluster.engine.submit(request):
         if isinstance(event, Finished):
             return event

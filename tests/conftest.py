@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,18 +72,31 @@ _UNIT_FOLDERS = (
 """Without processes, networks or models of more than a few KiB: seconds in all."""
 
 
+@cache
 def _is_unit(path: Path) -> bool:
     return str(path.relative_to(TESTS)).startswith(_UNIT_FOLDERS)
 
 
+@cache
+def _turn(path: Path) -> int:
+    """The files with the longest tests first, those with the shortest at the end."""
+    return 0 if path.is_relative_to(TESTS / "e2e") else 2 if _is_unit(path) else 1
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m unit` does not import the other test files, which takes some seconds."""
-    is_test = collection_path.name.startswith("test_")
-    return True if is_test and config.option.markexpr == "unit" and not _is_unit(collection_path) else None
+    """`-m unit` and `-m alone` do not import the other test files, which takes some seconds."""
+    if not collection_path.name.startswith("test_") or not collection_path.is_file():
+        return None
+    match config.option.markexpr:
+        case "unit":
+            return None if _is_unit(collection_path) else True
+        case "alone":
+            return None if "mark.alone" in collection_path.read_text() else True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "e2e"))  # the longest files first, none at the end
+    items.sort(key=lambda item: _turn(item.path))
     for item in items:
         if _is_unit(item.path) and item.get_closest_marker("alone") is None:
             item.add_marker("unit")

@@ -31,7 +31,7 @@ from support.arithmetic.batches import Chain
 from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
 from support.seed import SEED
 
-DAMAGES = 40  # of each model
+DAMAGES = 20  # of each model, others in each run
 SMALL_BYTES = 2048
 MEMORY_LIMIT_BYTES = 1 << 25
 RUN_LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=2, max_context_tokens=64, kv_blocks=8)

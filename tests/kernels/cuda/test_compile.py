@@ -26,7 +26,7 @@ def compiler() -> Iterator[Compiler]:
 
 def test_every_module_for_every_architecture(compiler: Compiler, request: pytest.FixtureRequest) -> None:
     """Machine code for the oldest, which have the least registers and shared memory, and what the newest one's is made
-    of; or machine code for all there are (--all-architectures)."""
+    of, without optimizations where that is quicker; or machine code for all there are (--all-architectures)."""
     known = [one for one in compiler.architectures if one >= OLDEST]
     assert known[0] == OLDEST, "the oldest cards are not compiled for any more"
     every = request.config.getoption("--all-architectures", default=False)
@@ -36,7 +36,8 @@ def test_every_module_for_every_architecture(compiler: Compiler, request: pytest
     with ThreadPoolExecutor(2) as pool:
         for binary in pool.map(lambda job: compiler.binary(*job), jobs):
             assert binary.startswith(b"\x7fELF")
-        for ptx in pool.map(lambda text: compiler.ptx(text[0], text[1], known[-1]), texts):
+        options = (*OPTIONS, *compiler.quick)
+        for ptx in pool.map(lambda text: compiler.ptx(text[0], text[1], known[-1], options), texts):
             assert f".target sm_{known[-1]}" in ptx
 
 

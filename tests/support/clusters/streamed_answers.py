@@ -9,7 +9,7 @@ from typing import Any
 from llamaclust.cluster.client.http import AsyncClient
 
 STREAMS = 6
-TOKENS = 1200
+TOKENS = 500
 
 
 def options(number: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, open_nvrtc
@@ -24,6 +25,7 @@ class ByNvrtc:
     """What compiles the kernels for users."""
 
     nvrtc: Nvrtc
+    quick: ClassVar[tuple[str, ...]] = ()
 
     @property
     def architectures(self) -> tuple[int, ...]:
@@ -41,9 +43,10 @@ class ByNvrtc:
 
 @dataclass(frozen=True, slots=True)
 class ByNvcc:
-    """The toolkit's, which has the same back end."""
+    """The toolkit's, which has the same back end. `quick`: options of a PTX that only has to be there."""
 
     nvcc: str
+    quick: ClassVar[tuple[str, ...]] = ("-Xcicc", "-O0")
 
     @property
     def architectures(self) -> tuple[int, ...]:

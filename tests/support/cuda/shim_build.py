@@ -21,7 +21,8 @@ BUILT = ROOT / "build" / "cuda-shim"
 COMPILE_DEADLINE_S = 600.0
 
 _INCLUDE = (*INCLUDE, SHIM)
-_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare")
+# -O1: compiled in two thirds of the time of -O2, and no slower where it was measured.
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare")
 # Kernels look at memory as they like; what they do beyond an array or without alignment ends the launch.
 _KERNEL_FLAGS = (
     "-fno-strict-aliasing",

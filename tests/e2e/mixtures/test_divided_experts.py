@@ -71,13 +71,14 @@ def logits(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_shards_and_chunks_give_the_same_bits(folder: Path, name: str, backend: str) -> None:
+    """Each family in each of three ways to chunk, on a backend in one of them."""
     model, source, computing = opened(folder, name), Random(f"{SEED} {name} {backend}"), BACKENDS[backend]()
     whole = logits(computing, model, name, None)
-    for chunk in (None, 1, source.randint(2, 9)):
-        shards, cuts = random_cut(model, source)
-        found = logits(computing, model, name, chunk, shards, cuts)
-        what = f"seed {SEED}: {shards} shards, cuts {cuts}, chunks of {chunk}"
-        np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32), what)
+    chunk = (None, 1, source.randint(2, 9))[(FAMILIES.index(name) + list(BACKENDS).index(backend)) % 3]
+    shards, cuts = random_cut(model, source)
+    found = logits(computing, model, name, chunk, shards, cuts)
+    what = f"seed {SEED}: {shards} shards, cuts {cuts}, chunks of {chunk}"
+    np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32), what)
 
 
 @pytest.mark.parametrize("name", DISTURBED)

@@ -24,7 +24,7 @@ from support.models.tiny_model import build_tiny_model, every_type
 
 VOCABULARY = 320
 KV_HEADS, HEAD_DIM = 2, 32
-SEED = 11  # of those up to 12 the one with the fewest rows of pairs
+SEED = 20
 CUTS = ((0, 6), (0, 3, 6), (0, 1, 5, 6), (0, 1, 2, 3, 5, 6))  # test_random_ways has others
 
 

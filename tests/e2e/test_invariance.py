@@ -61,6 +61,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "cached": (False, True),
     "preempted": (False, True),
     "kv_type": tuple(KvType),
+    "drafted": (False, True),
 }
 
 
@@ -127,7 +128,7 @@ def test_every_pair_of_ways(
     model, expected = models(row["kind"], row["kv_type"])
     way = Way(**{name: value for name, value in row.items() if name != "kind"})
     work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
-    answers = run(model, way, work, tmp_path, monkeypatch)
+    answers = run(model, way, work, tmp_path, monkeypatch, expected)
     check_answers(answers, expected)
 
 

@@ -23,7 +23,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.state_tables import batch_states
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
-from support.plans.drafting import SaidDrafters, Says, any_windows, replayed
+from support.plans.drafting import AnyWindows, SaidDrafters, Says, replayed
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _rows_find_the_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = random.Random(seed)
     texts: list[list[int]] = []
     run = simulation(source, replayed(texts, source.choice([0.5, 0.9, 1.0]), source, VOCABULARY))
-    monkeypatch.setattr(speculation, "best_windows", any_windows(source, 32))
+    monkeypatch.setattr(speculation, "best_windows", AnyWindows(source, 32))
     requests: dict[int, GenerationRequest] = {}
     for number in range(source.randint(2, 10)):
         start, length = source.randint(0, 1), source.choice([2, 15, 16, 17, 48, 97, 150])

@@ -21,7 +21,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
-from support.plans.drafting import SaidDrafters, any_windows, replayed
+from support.plans.drafting import AnyWindows, SaidDrafters, replayed
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _random_mixes_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         max_sequences=source.randint(1, 8),
         speculation=source.choice([None, SpeculationSettings(SaidDrafters(says), source.choice([1, 3, 32]))]),
     )
-    monkeypatch.setattr(speculation, "best_windows", any_windows(source, 32))
+    monkeypatch.setattr(speculation, "best_windows", AnyWindows(source, 32))
     requests: dict[int, GenerationRequest] = {}
     epoch = 1
     for number in range(source.randint(1, 12)):

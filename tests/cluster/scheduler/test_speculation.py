@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation, expected
-from support.plans.drafting import SaidDrafters, Says, any_windows, nonsense, replayed
+from support.plans.drafting import AnyWindows, SaidDrafters, Says, nonsense, replayed
 from support.plans.simulations import check_answer, check_writes, random_request, simulation
 
 
@@ -55,7 +55,7 @@ def test_drafted_rows_change_no_token_and_leak_nothing(seed: int) -> None:
     keys: dict[int, GenerationRequest] = {}
     with pytest.MonkeyPatch.context() as patch:
         if random_.random() < 0.8:
-            patch.setattr(module, "best_windows", any_windows(random_, 32))
+            patch.setattr(module, "best_windows", AnyWindows(random_, 32))
         for request in requests:
             keys[run.add(request)] = request
             for _ in range(random_.choice([0, 0, 1, 5, 20])):

@@ -27,7 +27,7 @@ from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.arithmetic.batches import possible_cuts
 from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
-from support.plans.drafting import SaidDrafters, any_windows, replayed
+from support.plans.drafting import AnyWindows, SaidDrafters, replayed
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
@@ -109,7 +109,7 @@ def disturbed(
     generated, and up to six stages go on, or others as `ways` says. Then two requests once more, of which prompts are
     in the prefix cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "best_windows", any_windows(Random(5), 6))
+        patch.setattr(speculation, "best_windows", AnyWindows(Random(5), 6))
         return _disturbed(backend, model, context, known, ways)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -21,6 +22,7 @@ from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, S
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from support.plans.drafting import draft
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one; of a
@@ -57,6 +59,7 @@ class Way:
     feature_level: str | None = None
     kv_type: KvType = KvType.F16
     every: bool = False  # the seven that grow as well, although each is alone
+    drafted: bool = False  # tokens are drafted, most of them as the known answers have them, whether it pays or not
 
     @property
     def workers(self) -> int:
@@ -116,14 +119,27 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
     return Work(own + others, kv_heads, head_dim)
 
 
-def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+def run(
+    model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch, known: Sequence[Answer] = ()
+) -> list[Answer]:
     """Starts a cluster of real processes, runs `work.asks_of(way)` and returns the answers in that order.
 
     Requests that are alone are the first four, unless `way.every`.
     """
     if way.feature_level is not None:
         monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
-    return asyncio.run(_run(model, way, work, folder))
+    windows = draft(_texts(work, known), random.Random(11), 320, monkeypatch) if way.drafted else None
+    answers = asyncio.run(_run(model, way, work, folder))
+    assert windows is None or windows.rows > 0, "no token was drafted"
+    return answers
+
+
+def _texts(work: Work, known: Sequence[Answer]) -> list[list[int]]:
+    """Prompts and answers, as far as these are known."""
+    return [
+        [*generation.prompt, *(token for token, _ in answer[len(answer) - generation.max_new_tokens :])]
+        for generation, answer in zip(work.generations, known, strict=False)
+    ]
 
 
 async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:

@@ -63,7 +63,7 @@ def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answ
     """What one worker answers, each request alone."""
 
     async def run() -> list[Answer]:
-        client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
+        client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, speculation=False))
         async with client._stage.serve() as service:
             return [await answer_of(service._engine.submit(generation)) for generation in requests]
 

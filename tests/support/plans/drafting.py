@@ -5,7 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Sequence
 
+import pytest
+
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
+from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.costs import RoundTimes
 from llamaclust.cluster.scheduler.speculation.windows import Candidate
 
@@ -57,14 +61,29 @@ def nonsense(source: random.Random, vocabulary: int) -> Says:
     return says
 
 
-def any_windows(source: random.Random, most: int) -> Callable[[Sequence[Candidate], RoundTimes, int, int], list[int]]:
-    """In place of `best_windows`: whether it pays or not."""
+class AnyWindows:
+    """In place of `best_windows`: windows of any size, whether they pay or not."""
 
-    def windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
+    def __init__(self, source: random.Random, most: int) -> None:
+        self._source = source
+        self._most = most
+        self.rows = 0  # drafted ones so far
+
+    def __call__(self, candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
         chosen: list[int] = []
         for each in candidates:
-            left = min(len(each.tokens), most, most_rows - sum(chosen))
-            chosen.append(source.randint(0, left) if source.random() < 0.8 else left)
+            left = min(len(each.tokens), self._most, most_rows - sum(chosen))
+            chosen.append(self._source.randint(0, left) if self._source.random() < 0.8 else left)
+        self.rows += sum(chosen)
         return chosen
 
+
+def draft(
+    texts: Sequence[Sequence[int]], source: random.Random, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> AnyWindows:
+    """Engines of this process compute windows of any size. Nine of ten drafted tokens are as in these texts, of prompts
+    and answers."""
+    drafters, windows = SaidDrafters(replayed(texts, 0.9, source, vocabulary)), AnyWindows(source, 32)
+    monkeypatch.setattr(NgramDrafters, "of", lambda self, key: drafters.of(key))
+    monkeypatch.setattr(speculation, "best_windows", windows)
     return windows

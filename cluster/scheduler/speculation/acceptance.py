@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-_REMEMBERED = 48
+_REMEMBERED = 96
 """Tokens, about: of earlier ones little is left."""
 _PRIOR_TOKENS = 3
 """What is known in advance counts as so many."""
-_STREAK = 2
-"""From so many tokens in a row on, that says more than the mean: text changes from one token to the next."""
+_CHANGES = 1 / 64
+"""How probable it is at each token that what is said is of another kind from there on."""
 
 
 class Acceptance:
@@ -32,8 +32,14 @@ class Acceptance:
     def rate(self, prior: float) -> float:
         """The probability that the next one is accepted. `prior`: what it is taken for without experience."""
         mean = (self._accepted + _PRIOR_TOKENS * prior) / (self._tried + _PRIOR_TOKENS)
-        if self._streak >= _STREAK:
-            return max(mean, (self._streak + 1) / (self._streak + 2))
-        if self._streak <= -_STREAK:
-            return min(mean, 1 / (2 - self._streak))
-        return mean
+        streak = abs(self._streak)
+        if self._streak >= 0:
+            return _weighed(mean**streak, mean, streak, (streak + 1) / (streak + 2))
+        return _weighed((1 - mean) ** streak, mean, streak, 1 / (streak + 2))
+
+
+def _weighed(as_before: float, mean: float, streak: int, since: float) -> float:
+    """The mean of before, whose probability to bring such a streak is given, and that of the streak alone, which has
+    probability 1 / (streak + 1) where any rate is as probable as any other."""
+    changed = _CHANGES * streak / (streak + 1)
+    return (as_before * mean + changed * since) / (as_before + changed) if changed else mean

@@ -13,8 +13,10 @@ from math import inf
 
 from llamaclust.cluster.scheduler.speculation.costs import RoundTimes, counts_to_try
 
-_MARGIN = 0.03
+_MARGIN = 0.05
 """Predicted gain below which nothing is drafted: predictions are not better than that."""
+_MARGIN_BESIDE = 0.2
+"""The same where several microbatches are under way: ones of different lengths wait for each other, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)
     limit = sum(each.rate / (1 - min(each.rate, 0.999)) for each in candidates if each.tokens)
-    if plain_ns == inf or limit < _MARGIN * sequences:
+    margin = _MARGIN if groups == 1 else _MARGIN_BESIDE
+    if plain_ns == inf or limit < margin * sequences:
         return windows
     gains = sorted(
         (
@@ -41,7 +44,7 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
         ),
         key=lambda gain: -gain[0],
     )[:most_rows]
-    best, best_speed = 0, (1 + _MARGIN) * sequences / plain_ns
+    best, best_speed = 0, (1 + margin) * sequences / plain_ns
     chosen, tokens = 0, float(sequences)
     for count in counts_to_try(len(gains)):
         tokens += sum(gain for gain, _ in gains[chosen:count])

@@ -168,7 +168,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
             answers = await _answers(cluster, way, work)
             hits = cluster.engine.scheduler.counts.cached_tokens - before
             assert hits > 0 or way.preempted, "the prefix cache was not hit"
-        if way.preempted:
+        if way.preempted and not way.drafted:  # with drafts, some end before others need their memory
             assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
         return answers
 

@@ -14,7 +14,7 @@ _FAST_WEIGHT = 0.4
 _FIXED_ROWS = 10
 """Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
-_FRESH = 256
+_FRESH = 96
 """Samples after which an older one of other numbers of rows says little about them."""
 
 _WORTH_HIDING = 0.02

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 
+from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.core.errors import UsageError
 from llamaclust.tools.assume.assumed_plan import AssumedPlan, Survey, plan_assumed, plan_shapes
 from llamaclust.tools.assume.machines import EXAMPLE
 
 
-def show_assumed_plan(machines: str | None, model: str | None, overrides: list[str], as_json: bool) -> None:
+def show_assumed_plan(
+    machines: str | None,
+    model: str | None,
+    overrides: list[str],
+    as_json: bool,
+    acceptances: Sequence[float] | None = None,
+) -> None:
     """Prints the plan, or without a model a table of those of all named shapes. Raises what `plan_assumed` does, and
-    UsageError where there are no machines."""
+    UsageError where there are no machines. `acceptances`: for which the gain of speculation is predicted."""
     if machines is None:
         raise UsageError(f"--model: is for --assume MACHINES, for example --assume {EXAMPLE!r}")
-    found = _planned(machines, model, overrides)
+    if acceptances is not None and model is None:
+        raise UsageError("--acceptance: is for the plan of one model; give --model MODEL, too")
+    found = _planned(machines, model, overrides, USUAL_ACCEPTANCES if acceptances is None else acceptances)
     print(json.dumps(found.json()) if as_json else "\n".join(found.lines()))
 
 
-def _planned(machines: str, model: str | None, overrides: list[str]) -> AssumedPlan | Survey:
+def _planned(
+    machines: str, model: str | None, overrides: list[str], acceptances: Sequence[float]
+) -> AssumedPlan | Survey:
     """A terminal shows meanwhile what is planned."""
     with Console(stderr=True, highlight=False).status("planning") as status:
         if model is not None:
-            return plan_assumed(machines, model, overrides)
+            return plan_assumed(machines, model, overrides, acceptances)
         return plan_shapes(machines, overrides, lambda name: status.update(f"planning {name}"))

@@ -177,19 +177,31 @@ def plan(
     model: Annotated[
         str | None, Option("--model", metavar="MODEL", help="For --assume: a shape, a model of the catalog or a file.")
     ] = None,
+    acceptance: Annotated[
+        float | None,
+        Option("--acceptance", metavar="SHARE", help="Of drafted tokens that are right: the gain of speculation, 0.8."),
+    ] = None,
 ) -> None:
     """Show the split, its memory and its predicted speed, without starting anything."""
+    acceptances = _acceptances(acceptance)
     if assume is not None or model is not None:
         from llamaclust.cli.assumed_plan import show_assumed_plan
 
         if source is not None or workers is not None:
             raise UsageError("--assume: describes the machines: leave out FILE and --workers")
-        show_assumed_plan(assume, model, overrides, as_json)
+        show_assumed_plan(assume, model, overrides, as_json, acceptances)
         return
     from llamaclust.cli.plan import show_plan
 
     file, overrides = cluster_source(source, workers, overrides)
-    show_plan(file, overrides, as_json)
+    show_plan(file, overrides, as_json, acceptances)
+
+
+def _acceptances(given: float | None) -> tuple[float, ...] | None:
+    """None: the usual ones."""
+    if given is not None and not 0.0 <= given <= 1.0:
+        raise UsageError(f"--acceptance: {given:g} is no share of tokens; give 0 to 1, for example 0.8")
+    return None if given is None else (given,)
 
 
 def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:

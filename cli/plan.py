@@ -20,6 +20,7 @@ from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import Profile
@@ -30,28 +31,31 @@ from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_o
 from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
 
 
-def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
-    """Prints the plan of a cluster file, of several models each alone; raises what `planned` does."""
-    config = load_config(file, overrides)
+def show_plan(
+    file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
+) -> None:
+    """Prints the plan of a cluster file, of several models each alone; raises what `planned` does. `acceptances`: for
+    which the gain of speculation is predicted."""
+    config, acceptances = load_config(file, overrides), USUAL_ACCEPTANCES if acceptances is None else acceptances
     models = config.of_each_model()
     if config.models:
         check_distinct((own.model_name, _model_id(own)) for own in models)
     if as_json:
-        shown = [{"name": own.model_name} | _json(own) for own in models] if config.models else []
-        print(json.dumps({"models": shown} if config.models else _json(models[0])))
+        shown = [{"name": own.model_name} | _json(own, acceptances) for own in models] if config.models else []
+        print(json.dumps({"models": shown} if config.models else _json(models[0], acceptances)))
         return
     for own in models:
         if config.models:
             print(f"{own.model_name}, alone:")
-        _show(own)
+        _show(own, acceptances)
 
 
-def _json(config: ClusterConfig) -> dict[str, object]:
+def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
     rules = [
         {"tensors": each.rule.pattern, "device": each.rule.device, "count": each.tensors, "bytes": each.n_bytes}
         for each in _effects(config)
     ]
-    return plan_json(planned(config)[0]) | {"kv_disk_bytes": _on_disk(config), "placement": rules}
+    return plan_json(planned(config)[0], acceptances) | {"kv_disk_bytes": _on_disk(config), "placement": rules}
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
@@ -67,7 +71,7 @@ def _on_disk(config: ClusterConfig) -> dict[str, int]:
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
-def _show(config: ClusterConfig) -> None:
+def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
     plan, own_bytes = planned(config)
     on_disk = _on_disk(config)
     kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in plan.stages if on_disk)
@@ -76,7 +80,7 @@ def _show(config: ClusterConfig) -> None:
         f"  placement: {each.rule} decides on {each.tensors} tensors with {mib(each.n_bytes)} MiB"
         for each in _effects(config)
     )
-    print("\n".join((*plan_lines(plan), *rules, *lines, *_room(config, own_bytes))))
+    print("\n".join((*plan_lines(plan, acceptances), *rules, *lines, *_room(config, own_bytes))))
 
 
 def planned(config: ClusterConfig) -> tuple[Plan, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from typing import Any
 
 from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
+from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES, SpeculationGain, predict_gain
 from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
@@ -17,9 +18,11 @@ _SPARSE = 0.75
 """If a token reads less of the weights than this, the text says how much."""
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured."""
+def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
+    """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured.
+    `acceptances`: shares of drafted tokens that are right, for which gains are predicted."""
     values, predicted = asdict(plan), plan.prediction
+    gains = _gains(plan, acceptances)
     del values["prediction"]
     values |= {
         "prompt_tokens": plan.prompt_tokens,
@@ -28,6 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "ttft_ms": predicted and 1e3 * predicted.ttft_s,
         "tokens_per_s": predicted and predicted.tokens_per_s,
         "bottleneck": predicted and predicted.bottleneck,
+        "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
     del values["expert_shards"]  # places in layers have fractions instead
@@ -45,7 +49,7 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return stage | places | devices
 
 
-def plan_lines(plan: Plan) -> tuple[str, ...]:
+def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
     """One line a stage, then what to expect; `?` where not measured."""
     values = plan_json(plan)
     expected = [
@@ -67,7 +71,27 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
-    return ("plan:", *lines, *idle_workers, *unused_gpus, kv, predicted, *unknown, *bound)
+    gains = _gain_lines(_gains(plan, acceptances))
+    return ("plan:", *lines, *idle_workers, *unused_gpus, kv, predicted, *unknown, *gains, *bound)
+
+
+def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:
+    gains = (predict_gain(plan, acceptance) for acceptance in acceptances)
+    return [gain for gain in gains if gain is not None]
+
+
+def _gain_lines(gains: Sequence[SpeculationGain]) -> Iterator[str]:
+    """One, if any gains are predicted."""
+    if gains:
+        first, *others = gains
+        yield f"  speculation: {', '.join((_gain(first, ' of drafted tokens right'), *map(_gain, others)))}"
+
+
+def _gain(gain: SpeculationGain, right: str = "") -> str:
+    share = f"with {100 * gain.acceptance:.3g} %{right}"
+    if not gain.drafted_tokens:
+        return f"no gain {share}"
+    return f"{gain.gain:.1f}x {share} ({_number(gain.tokens_per_s)} tok/s, drafts of {gain.drafted_tokens})"
 
 
 def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iterator[str]:

@@ -84,6 +84,14 @@ class StagePrediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """A step of one sequence whose last token is computed with drafted ones behind it, when it is known."""
+
+    drafted: int
+    seconds: float  # until its tokens are known
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What a plan should bring."""
 
@@ -93,6 +101,7 @@ class Prediction:
     ttft_s: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
     bottleneck: str  # the worker whose stage takes longest
+    rounds: tuple[Round, ...] = ()  # by ascending windows; none where refused tokens would change states of layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,14 @@ import numpy as np
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
-from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePrediction
+from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
+from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 
 _CHUNKS = (1, 2, 4, 8, 16)
 _NS = 1e9
+_WINDOWS = counts_to_try(MAX_WINDOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def predict(
         ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,
+        rounds=_rounds(costs, split, path),
     )
 
 
@@ -127,6 +131,17 @@ def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, 
     sent = [rows * ms for ms in path.row_s]
     head_s = split[-1].decode_s(costs) - split[-1].prefill_s(costs, 1)
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
+
+
+def _rounds(costs: StageCosts, split: Sequence[StageParts], path: _Path) -> tuple[Round, ...]:
+    """Each with an output row for every drafted token: the weights are read once, products and the head count by rows.
+    The coordinator drafts, so that a round begins and ends there."""
+    if costs.state_bytes[0, costs.layers]:
+        return ()
+    computed = ((drafted, sum(stage.decode_s(costs, 1 + drafted) for stage in split)) for drafted in _WINDOWS)
+    return tuple(
+        Round(drafted, seconds + (1 + drafted) * sum(path.row_s) + path.there_s) for drafted, seconds in computed
+    )
 
 
 def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:

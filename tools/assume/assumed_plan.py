@@ -8,6 +8,7 @@ from typing import Any
 
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import gigabytes, mib
 from llamaclust.tools.assume import rates
@@ -31,10 +32,11 @@ class AssumedPlan:
     assumed: AssumedMachines
     plan: Plan
     helps: tuple[str, ...]
+    acceptances: tuple[float, ...]  # for which the gain of speculation is predicted
 
     def json(self) -> dict[str, Any]:
         """The plan's values, beside what it was made from."""
-        return plan_json(self.plan) | {
+        return plan_json(self.plan, self.acceptances) | {
             "model": self.model.title,
             "quantization": self.model.shown_mix,
             "file_bytes": self.model.file.size_bytes,
@@ -51,12 +53,14 @@ class AssumedPlan:
             f"{_named(self.model)} on {used} of {_machines(len(self.assumed.machines))}: it fits, "
             f"{shown_speed(1 / prediction.token_s)} tok/s for one request"
         )
-        yield from plan_lines(self.plan)
+        yield from plan_lines(self.plan, self.acceptances)
         yield from (f"  what would help: {text}" for text in self.helps)
         yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
 
 
-def plan_assumed(machines: str, spec: str, overrides: Sequence[str]) -> AssumedPlan:
+def plan_assumed(
+    machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
+) -> AssumedPlan:
     """UsageError for a wrong description, model or override; InsufficientMemoryError with the MiB that are missing, and
     what would fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
@@ -71,7 +75,7 @@ def plan_assumed(machines: str, spec: str, overrides: Sequence[str]) -> AssumedP
         explained = InsufficientMemoryError(f"{_named(model)}: {told}")
         explained.missing_bytes = error.missing_bytes
         raise explained from error
-    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, plan)))
+    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, plan)), tuple(acceptances))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ _REFRESHED = 16
 """Questions after which times are read again."""
 
 
-class RoundTimes:
+class MeasuredRounds:
     """Of one round: from a token of each sequence to the next ones."""
 
     def __init__(self, times: StageTimes) -> None:

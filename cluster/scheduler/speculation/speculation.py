@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
-from llamaclust.cluster.scheduler.speculation.costs import RoundTimes
+from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
@@ -24,7 +24,7 @@ class Speculation:
         self._most = settings.max_drafted
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
-        self._times = RoundTimes(times)
+        self._times = MeasuredRounds(times)
         self._acceptance = [Acceptance() for _ in range(CLASSES)]
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, reserve: int) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Protocol
 
-from llamaclust.cluster.scheduler.speculation.costs import RoundTimes, counts_to_try
+from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
 """Predicted gain below which nothing is drafted: predictions are not better than that."""
@@ -26,6 +27,20 @@ class Candidate:
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
 
+    def gain(self, depth: int) -> float:
+        """How probable it is that all tokens up to the one at this depth are accepted."""
+        return self.rate**depth
+
+
+class RoundTimes(Protocol):
+    """What rounds take: measured for the scheduler, predicted for a plan."""
+
+    def plain_ns(self, sequences: int, groups: int) -> float:
+        """Without drafted rows. Infinite where that is not known."""
+
+    def window_ns(self, rows: int, groups: int) -> float:
+        """With so many rows in a microbatch, which waits for the tokens that it begins with."""
+
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
     """Drafted tokens of each sequence, `most_rows` in all. They are in one of so many microbatches that are alike."""
@@ -38,7 +53,7 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
         return windows
     gains = sorted(
         (
-            (each.rate**depth, index)
+            (each.gain(depth), index)
             for index, each in enumerate(candidates)
             for depth in range(1, len(each.tokens) + 1)
         ),

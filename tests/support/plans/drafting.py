@@ -10,8 +10,7 @@ import pytest
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, Draft, Drafter
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.cluster.scheduler.speculation.costs import RoundTimes
-from llamaclust.cluster.scheduler.speculation.windows import Candidate
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, RoundTimes
 
 Says = Callable[[Sequence[int], int], tuple[int, ...]]
 """A draft for these tokens, of about so many."""

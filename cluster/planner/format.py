@@ -71,7 +71,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
-    gains = _gain_lines(_gains(plan, acceptances))
+    gains = _gain_lines(plan, acceptances)
     return ("plan:", *lines, *idle_workers, *unused_gpus, kv, predicted, *unknown, *gains, *bound)
 
 
@@ -80,11 +80,13 @@ def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:
     return [gain for gain in gains if gain is not None]
 
 
-def _gain_lines(gains: Sequence[SpeculationGain]) -> Iterator[str]:
-    """One, if any gains are predicted."""
-    if gains:
+def _gain_lines(plan: Plan, acceptances: Sequence[float]) -> Iterator[str]:
+    """One, if speeds are predicted."""
+    if gains := _gains(plan, acceptances):
         first, *others = gains
         yield f"  speculation: {', '.join((_gain(first, ' of drafted tokens right'), *map(_gain, others)))}"
+    elif plan.prediction is not None:
+        yield "  speculation: not predicted for layers with states"
 
 
 def _gain(gain: SpeculationGain, right: str = "") -> str:

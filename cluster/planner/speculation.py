@@ -1,9 +1,10 @@
-"""What speculation gains where a share of the drafted tokens is right, with the windows that the scheduler would choose.
-Pure."""
+"""What speculation gains where a share of the drafted tokens is right, with the scheduler's choice of windows. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
@@ -40,11 +41,12 @@ def predict_gain(plan: Plan, acceptance: float) -> SpeculationGain | None:
 
 
 class _PlannedRounds:
-    """Of one sequence, in one microbatch."""
+    """Of one sequence, in one microbatch. Between two windows times are on a line."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s
-        self._seconds = {1 + each.drafted: each.seconds for each in prediction.rounds}
+        self._rows = [1 + each.drafted for each in prediction.rounds]
+        self._seconds = [each.seconds for each in prediction.rounds]
 
     def plain_ns(self, sequences: int, groups: int) -> float:
         assert sequences == groups == 1
@@ -52,7 +54,7 @@ class _PlannedRounds:
 
     def window_ns(self, rows: int, groups: int) -> float:
         assert groups == 1
-        return _ns(self._seconds[rows])
+        return _ns(float(np.interp(rows, self._rows, self._seconds)))
 
 
 def _ns(seconds: float) -> float:

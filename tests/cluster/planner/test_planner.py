@@ -286,7 +286,7 @@ def test_the_prompt_of_a_prediction_fits_in_the_context(context: int, prompt: in
 def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     workers = [worker("a", read=20 if measured else None), worker("b")]
     values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, REQUEST))))
-    predicted_keys = {"token_ms", "links_ms", "ttft_ms", "tokens_per_s", "bottleneck"}
+    predicted_keys = {"token_ms", "links_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
     assert values.keys() == predicted_keys | {
         "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "idle_workers", "optimality_gap",
         "unused_gpus", "prompt_tokens",

@@ -99,3 +99,16 @@ def test_the_command_refuses_what_it_would_ignore() -> None:
     assert values["stages"][0]["worker"] == "m1" and values["model"] == "LLaMA 3.1 8B"
     with pytest.raises(InsufficientMemoryError):
         plan_assumed("8GB@40GB/s", "70b", ())
+
+
+def test_gains_are_predicted_for_the_acceptance_that_is_asked_for() -> None:
+    example = ["plan", "--assume", "16GB@40GB/s", "--model", "8b"]
+    assert "give --model MODEL" in output([*example[:3], "--acceptance", "0.8"])
+    for wrong in ("80", "-0.1", "nan"):
+        assert f"--acceptance: {float(wrong):g} is no share of tokens" in output([*example, "--acceptance", wrong])
+    usual = json.loads(output([*example, "--json"]))["speculation"]
+    assert [gain["acceptance"] for gain in usual] == [0.5, 0.8, 0.95]
+    (given,) = json.loads(output([*example, "--json", "--acceptance", "0.8"]))["speculation"]
+    assert given == usual[1] and given["gain"] > 1.5
+    (line,) = (line for line in output([*example, "--acceptance", "0.8"]).splitlines() if "speculation: " in line)
+    assert f"{given['gain']:.1f}x with 80 % of drafted tokens right" in line and "95 %" not in line

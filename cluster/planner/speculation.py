@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
-"""Of summaries with quotations, of edits, and of text that is repeated, about."""
+"""From drafts that are often wrong to copies of a text with few edits."""
 
 
 @dataclass(frozen=True, slots=True)

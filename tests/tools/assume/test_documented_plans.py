@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
+from llamaclust.cluster.planner.speculation import predict_gain
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.tools.assume.assumed_model import assumed_model
 from llamaclust.tools.assume.assumed_plan import plan_assumed
@@ -19,7 +20,10 @@ from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs/models.md").read_text()
-EXAMPLES = re.findall(r"^```console\n\$ llamaclust (plan --assume [^\n]*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+GAINS_PAGE = (ROOT / "docs/speculation.md").read_text()
+EXAMPLE = re.compile(r"^```console\n\$ llamaclust (plan --assume [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = [*EXAMPLE.findall(PAGE), *EXAMPLE.findall(GAINS_PAGE)]
+GAINS = re.findall(r"^\| `(.*?)`[^|]* \| `(.*?)` \| (\S+)x \| (\S+)x \| (\S+)x \|$", GAINS_PAGE, re.MULTILINE)
 ROWS = re.findall(r"^\| `([\w.:-]+)`: .*? \| ([\d.]+) GB \| ([\d.]+) \| ([\d.]+) s \|$", PAGE, re.MULTILINE)
 GPU_PAGE = (ROOT / "docs/gpu.md").read_text()
 GPU_TABLES = re.findall(r'--assume "([^"]* gpu)".*?\n((?:\|[^\n]*\n)+)', GPU_PAGE, re.DOTALL)
@@ -49,7 +53,7 @@ def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
 
 
 def test_the_page_has_examples_of_both_kinds() -> None:
-    assert len(EXAMPLES) == 4 and len(ROWS) == 4 and len(GPU_ROWS) == 6
+    assert len(EXAMPLES) == 5 and len(GAINS) == 4 and len(ROWS) == 4 and len(GPU_ROWS) == 6
     assert sum(printed.startswith("error: ") for _, printed in EXAMPLES) == 1
 
 
@@ -99,6 +103,15 @@ def test_the_command_refuses_what_it_would_ignore() -> None:
     assert values["stages"][0]["worker"] == "m1" and values["model"] == "LLaMA 3.1 8B"
     with pytest.raises(InsufficientMemoryError):
         plan_assumed("8GB@40GB/s", "70b", ())
+
+
+@pytest.mark.parametrize("row", GAINS)
+def test_gains_on_the_page_are_those_of_the_program(row: tuple[str, ...]) -> None:
+    machines, model, *shown = row
+    plan = plan_assumed(machines, model, ()).plan
+    gains = [predict_gain(plan, acceptance) for acceptance in (0.5, 0.8, 0.95)]
+    found = [gain.gain for gain in gains if gain is not None]
+    assert found == pytest.approx(list(map(float, shown)), abs=0.06)
 
 
 def test_gains_are_predicted_for_the_acceptance_that_is_asked_for() -> None:

@@ -135,13 +135,13 @@ def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
     request = replace(REQUEST, context_length=8192, max_batch_tokens=544)
     assert make_plan(SMALL, [worker("a")], request).window_blocks == 0
     plan = make_plan(WINDOWED, [worker("a", memory_mib=None)], request)
-    most = 8 * 65 + 34  # (1000 + 13) // 16 + 2 for each sequence, and the rows of a microbatch
+    most = 8 * 66 + 34  # (1000 + 13) // 16 + 3 for each sequence, and the rows of a microbatch
     assert (plan.kv_blocks, plan.window_blocks) == (8 * 512, most)
     assert plan.stages[0].kv_bytes == 6 * 4096 * 16 * (8 * 512 + most)
     assert make_plan(WINDOWED, [worker("a", memory_mib=None)], replace(request, context_length=1024)).window_blocks == 0
     for given in (300, 411):
         plan = make_plan(WINDOWED, [worker("a")], replace(request, kv_memory_bytes=given * MIB))
-        assert plan.window_blocks == min(most, 65 - (-4 * (plan.kv_blocks - 512) * 65 // 512) + 34)
+        assert plan.window_blocks == min(most, 66 - (-4 * (plan.kv_blocks - 512) * 66 // 512) + 34)
         assert plan.stages[0].kv_bytes == 6 * 4096 * 16 * (plan.kv_blocks + plan.window_blocks)
         assert 0 <= given * MIB - plan.stages[0].kv_bytes < 6 * 4096 * 16 * 2
     alone = replace(WINDOWED, layers=WINDOWED.layers[1:2] * 12)

@@ -35,9 +35,12 @@ def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
     """Prints the plan of a cluster file, of several models each alone; raises what `planned` does. `acceptances`: for
-    which the gain of speculation is predicted."""
-    config, acceptances = load_config(file, overrides), USUAL_ACCEPTANCES if acceptances is None else acceptances
+    which the gain of speculation is predicted; UsageError where it is off."""
+    config = load_config(file, overrides)
     models = config.of_each_model()
+    if acceptances is not None and any(own.speculative is None for own in models):
+        raise UsageError("--acceptance: the cluster drafts nothing: `speculative` is off")
+    acceptances = USUAL_ACCEPTANCES if acceptances is None else acceptances
     if config.models:
         check_distinct((own.model_name, _model_id(own)) for own in models)
     if as_json:

@@ -138,6 +138,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
         experts_cache_bytes=config.experts_cache,
+        max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]

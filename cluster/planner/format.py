@@ -76,7 +76,8 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
 
 
 def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:
-    gains = (predict_gain(plan, acceptance) for acceptance in acceptances)
+    predicted = plan.prediction
+    gains = (None if predicted is None else predict_gain(predicted, acceptance) for acceptance in acceptances)
     return [gain for gain in gains if gain is not None]
 
 
@@ -85,7 +86,7 @@ def _gain_lines(plan: Plan, acceptances: Sequence[float]) -> Iterator[str]:
     if gains := _gains(plan, acceptances):
         first, *others = gains
         yield f"  speculation: {', '.join((_gain(first, ' of drafted tokens right'), *map(_gain, others)))}"
-    elif plan.prediction is not None:
+    elif plan.prediction is not None and plan.state_blocks:
         yield "  speculation: not predicted for layers with states"
 
 

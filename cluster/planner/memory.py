@@ -15,6 +15,7 @@ from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeL
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -56,6 +57,7 @@ class PlanRequest:
     rounding: Rounding = lambda device: 0
     rest_rounding: Rounding = lambda device: 0  # of layers without their experts
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
+    max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
 
     @property
     def context_blocks(self) -> int:
@@ -91,6 +93,15 @@ class MemoryModel:
         """The blocks that KV memory of all stages is divided into."""
         stages, request = self.stages, self.request
         return KvGroups.of(stages.model, request.context_length, request.max_sequences, request.max_batch_tokens)
+
+    @property
+    def max_drafted(self) -> int:
+        """Drafted tokens of a sequence in a step, at most; none where refused ones would change states of layers, which
+        takes time that is not predicted."""
+        if self.stages.state_bytes[0, self.stages.layers]:
+            return 0
+        window = self.kv_groups.window
+        return min(self.request.max_window, MAX_WINDOW if window is None else window.drafted_rows)
 
     def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
         """KV memory of a stage with so many blocks."""

@@ -101,7 +101,7 @@ class Prediction:
     ttft_s: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
     bottleneck: str  # the worker whose stage takes longest
-    rounds: tuple[Round, ...] = ()  # by ascending windows; none where refused tokens would change states of layers
+    rounds: tuple[Round, ...] = ()  # by drafted tokens, ascending; empty: none are drafted, or layers have states
 
 
 @dataclass(frozen=True, slots=True)

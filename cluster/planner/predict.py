@@ -14,11 +14,9 @@ from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 
 _CHUNKS = (1, 2, 4, 8, 16)
 _NS = 1e9
-_WINDOWS = counts_to_try(MAX_WINDOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,13 @@ def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, conc
 
 
 def predict(
-    costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, max_sequences: int, links: Links
+    costs: StageCosts,
+    split: Sequence[StageParts],
+    prompt_tokens: int,
+    max_sequences: int,
+    links: Links,
+    *,
+    max_drafted: int = 0,
 ) -> Prediction:
     """Of stages whose workers were all measured."""
     crossing_bytes = [int(costs.border_bytes[stage.end]) for stage in split[:-1]]
@@ -95,7 +99,7 @@ def predict(
         ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,
-        rounds=_rounds(costs, split, path),
+        rounds=tuple(_round(costs, split, drafted, path) for drafted in counts_to_try(max_drafted)),
     )
 
 
@@ -106,7 +110,9 @@ def predict_again(
     split = [StageParts(stage.worker, _held(stage, workers)) for stage in plan.stages]
     if any(not stage.parts or any(part.device.profile is None for part in stage.parts) for stage in split):
         return None
-    return predict(costs, split, plan.prompt_tokens, max_sequences, links)
+    drafted = () if plan.prediction is None else plan.prediction.rounds
+    most = drafted[-1].drafted if drafted else 0
+    return predict(costs, split, plan.prompt_tokens, max_sequences, links, max_drafted=most)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
@@ -133,15 +139,11 @@ def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, 
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
 
 
-def _rounds(costs: StageCosts, split: Sequence[StageParts], path: _Path) -> tuple[Round, ...]:
-    """Each with an output row for every drafted token: the weights are read once, products and the head count by rows.
-    The coordinator drafts, so that a round begins and ends there."""
-    if costs.state_bytes[0, costs.layers]:
-        return ()
-    computed = ((drafted, sum(stage.decode_s(costs, 1 + drafted) for stage in split)) for drafted in _WINDOWS)
-    return tuple(
-        Round(drafted, seconds + (1 + drafted) * sum(path.row_s) + path.there_s) for drafted, seconds in computed
-    )
+def _round(costs: StageCosts, split: Sequence[StageParts], drafted: int, path: _Path) -> Round:
+    """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
+    coordinator drafts, so that a round begins and ends there."""
+    rows = 1 + drafted
+    return Round(drafted, sum(stage.decode_s(costs, rows) for stage in split) + rows * sum(path.row_s) + path.there_s)
 
 
 def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.cluster.planner.plan import Plan, Prediction
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.cluster.planner.plan import Prediction
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
@@ -24,14 +23,12 @@ class SpeculationGain:
     tokens_per_s: float
 
 
-def predict_gain(plan: Plan, acceptance: float) -> SpeculationGain | None:
-    """None where something was not measured, or where layers have states."""
-    prediction = plan.prediction
-    if prediction is None or not prediction.rounds:
+def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain | None:
+    """None where nothing is drafted, or where layers have states."""
+    if not prediction.rounds:
         return None
     times = _PlannedRounds(prediction)
     most = prediction.rounds[-1].drafted
-    most = min(most, WindowGroup.drafted_rows) if plan.window_blocks else most
     candidate = Candidate((0,) * most, acceptance)
     (window,) = best_windows((candidate,), times, 1, most)
     plain_ns = times.plain_ns(1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,6 @@ class WindowGroup:
     read them is made, so that rows of a prompt take blocks beside the window's while their microbatch is made.
     """
 
-    drafted_rows: ClassVar[int] = KV_BLOCK_TOKENS  # of one sequence, at most
-
     window: int
     rows: int  # of a microbatch, at most
 
@@ -47,6 +45,11 @@ class WindowGroup:
         of a window and one more, wherever they begin in their blocks, a block for what such rows do not fill, and one
         for drafted rows."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
+
+    @property
+    def drafted_rows(self) -> int:
+        """Of one sequence, at most."""
+        return KV_BLOCK_TOKENS
 
     @property
     def row_blocks(self) -> int:

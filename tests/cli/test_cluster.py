@@ -155,6 +155,19 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     assert unknown.code == 0 and "? ms/token" in unknown.out and "?: not measured yet" in unknown.out
 
 
+def test_plans_of_measured_workers_predict_gains_of_speculation(line: CommandLine, cluster: Cluster) -> None:
+    file = line.cluster_file("good.gguf", context_length=256)
+    assert "  speculation: " in line.run("plan", file).out
+    (gain,) = line.run("plan", file, "--json", "--acceptance", "1", "--set", "speculative.max_window=3").json[
+        "speculation"
+    ]
+    assert gain["acceptance"] == 1.0 and gain["drafted_tokens"] <= 3
+    off = ("--set", "speculative=off")
+    assert "speculation" not in line.run("plan", file, *off).out
+    refused = line.run("plan", file, "--acceptance", "0.8", *off)
+    assert refused.code == 2 and "the cluster drafts nothing: `speculative` is off" in refused.error
+
+
 def test_plan_shows_kv_memory_on_disk(line: CommandLine) -> None:
     on_disk = ("--set", "workers.a.kv_disk=64MiB", "--set", "workers.b.kv_disk=1.5GiB")
     path = line.cluster_file("good.gguf", objective="throughput")

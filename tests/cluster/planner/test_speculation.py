@@ -35,7 +35,7 @@ SHARES = tuple(step / 50 for step in range(51))
 
 
 def gain_of(plan: Plan, acceptance: float) -> SpeculationGain:
-    gain = predict_gain(plan, acceptance)
+    gain = None if plan.prediction is None else predict_gain(plan.prediction, acceptance)
     assert gain is not None
     return gain
 
@@ -137,15 +137,15 @@ def test_windows_of_layers_bound_drafts_and_states_have_no_prediction() -> None:
     request = replace(REQUEST, context_length=8192)
     fast = worker("a", memory_mib=None, int8=30_000)
     assert gain_of(make_plan(SMALL, [fast], request), 1.0).drafted_tokens == MAX_WINDOW
+    assert gain_of(make_plan(SMALL, [fast], replace(request, max_window=5)), 1.0).drafted_tokens == 5
     plan = make_plan(WINDOWED, [fast], request)
     assert plan.window_blocks and gain_of(plan, 1.0).drafted_tokens == 16
-    stateful = make_plan(STATEFUL, [fast], request)
-    assert stateful.prediction is not None and predict_gain(stateful, 0.8) is None
-    assert plan_json(stateful)["speculation"] is None
-    assert any("speculation: not predicted for layers with states" in line for line in plan_lines(stateful))
+    off, stateful = make_plan(SMALL, [fast], replace(request, max_window=0)), make_plan(STATEFUL, [fast], request)
     unmeasured = make_plan(SMALL, [worker("a", read=None)], request)
-    assert predict_gain(unmeasured, 0.8) is None and plan_json(unmeasured)["speculation"] is None
-    assert not any("speculation" in line for line in plan_lines(unmeasured))
+    assert all(plan_json(other)["speculation"] is None for other in (off, stateful, unmeasured))
+    shown = [[line for line in plan_lines(other) if "speculation" in line] for other in (off, stateful, unmeasured)]
+    assert shown == [[], ["  speculation: not predicted for layers with states"], []]
+    assert all(other.prediction is not None for other in (off, stateful))
 
 
 def test_texts_say_gain_speed_and_drafts() -> None:
@@ -230,6 +230,7 @@ def test_a_simulated_pipeline_gains_what_is_predicted(
         Round(window, computed_s(1 + window) + (stages + 1) * hop_us / 1e6) for window in (*range(1, 9), 12, 16, 24, 32)
     )
     prediction = Prediction((), computed_s(1) + links_s, links_s, 0, 0, "a", rounds)
-    plan = replace(make_plan(SMALL, [worker("a")], REQUEST), prediction=prediction)
-    predicted = gain_of(plan, acceptance).gain
+    found = predict_gain(prediction, acceptance)
+    assert found is not None
+    predicted = found.gain
     assert 0.7 * predicted < drafted / plain < 1.25 * predicted, (drafted / plain, predicted)

@@ -15,7 +15,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.tools.assume.assumed_model import assumed_model
 from llamaclust.tools.assume.assumed_plan import plan_assumed
 from llamaclust.tools.assume.description import parse_machines
-from llamaclust.tools.assume.planning import KEYS, AssumedCluster
+from llamaclust.tools.assume.planning import KEYS, AssumedCluster, prediction_of
 from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
 
@@ -108,8 +108,8 @@ def test_the_command_refuses_what_it_would_ignore() -> None:
 @pytest.mark.parametrize("row", GAINS)
 def test_gains_on_the_page_are_those_of_the_program(row: tuple[str, ...]) -> None:
     machines, model, *shown = row
-    plan = plan_assumed(machines, model, ()).plan
-    gains = [predict_gain(plan, acceptance) for acceptance in (0.5, 0.8, 0.95)]
+    prediction = prediction_of(plan_assumed(machines, model, ()).plan)
+    gains = [predict_gain(prediction, acceptance) for acceptance in (0.5, 0.8, 0.95)]
     found = [gain.gain for gain in gains if gain is not None]
     assert found == pytest.approx(list(map(float, shown)), abs=0.06)
 

@@ -80,9 +80,9 @@ def test_windows_are_those_with_most_tokens_a_second() -> None:
             each.drafted: (1 - acceptance ** (each.drafted + 1)) / (1 - acceptance) * prediction.token_s / each.seconds
             for each in prediction.rounds
         }
-        if max(gains.values()) < 1.02:
+        if max(gains.values()) < 1.0:
             assert (found.drafted_tokens, found.gain) == (0, 1.0)
-        elif max(gains.values()) > 1.04:
+        elif max(gains.values()) > 1.1:
             assert found.gain == pytest.approx(max(gains.values()))
             assert gains[found.drafted_tokens] == pytest.approx(found.gain)
 

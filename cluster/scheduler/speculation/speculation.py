@@ -16,6 +16,10 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
+_MOST_REPEATED = 4
+"""Known rows behind a state that refused windows did not change. With more of them a step without drafts comes first:
+else each further refused window would add to the rows of all later ones."""
+
 
 class Speculation:
     """Of one pipeline."""
@@ -46,7 +50,7 @@ class Speculation:
         self._drafters.ended(sequence.block_keys.salt, sequence.tokens)
 
     def _next(self, sequence: Sequence) -> Candidate:
-        if not sequence.may_draft:
+        if not sequence.may_draft or (sequence.states.is_begun and sequence.remaining > _MOST_REPEATED):
             return Candidate()
         if sequence.drafts is None:
             drafter = self._drafters.of(sequence.block_keys.salt)

@@ -111,7 +111,7 @@ class KvMemory:
         """Gives a sequence the blocks for its next rows; False where none is left."""
         if not self.extend(sequence):
             return False
-        self.reserve(sequence, max(1, sequence.remaining))
+        self.reserve(sequence, sequence.next_rows)
         return True
 
     def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:
@@ -122,12 +122,17 @@ class KvMemory:
         if is_full or not self.extend(sequence) or not (self.states is None or self.states.draft(sequence)):
             sequence.drafted = ()
         elif self.window is not None:
-            self.window.reserve(sequence, sequence.remaining + len(tokens))
+            self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Drafted rows of a sequence came back: all of them count, or not."""
+        """Drafted rows of a sequence came back: all of them count, or not. Blocks that are full now can be shared:
+        there may be no further microbatch of it."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
+        if sequence.is_running:
+            self._register(sequence)
+            if self.window is not None:
+                self.window.settle(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for all rows to compute, but those with a window; False where too few are
@@ -150,6 +155,13 @@ class KvMemory:
     def filled(self, sequence: Sequence) -> None:
         """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
         tokens."""
+        self._register(sequence)
+        if self.window is not None:
+            self.window.release_out_of_window(sequence)
+        if self.states is not None:
+            self.states.filled(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
         full = min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
         if full > sequence.registered:
             self._cache.register(sequence.block_keys, sequence.tokens, sequence.table.blocks, sequence.registered, full)
@@ -157,10 +169,6 @@ class KvMemory:
                 self.window.register(sequence, full)
             self._filling.update(sequence.block_keys[sequence.registered : full])
             sequence.registered = full
-        if self.window is not None:
-            self.window.release_out_of_window(sequence)
-        if self.states is not None:
-            self.states.filled(sequence)
 
     def end_microbatch(self) -> None:
         """Later microbatches may write the blocks that only this one's rows still read."""

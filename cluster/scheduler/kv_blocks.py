@@ -133,6 +133,14 @@ class BlockTable:
             self.append(block)
         return blocks[:count]
 
+    def drop_behind(self, end: int) -> list[int]:
+        """Removes and returns the blocks from block number `end` on."""
+        start, committed, blocks = self.start, self.committed, self.clear()
+        self.start, self.committed = start, committed
+        for block in blocks[: end - start]:
+            self.append(block)
+        return blocks[end - start :]
+
     def clear(self) -> list[int]:
         """Empties the table; the blocks it had."""
         blocks, self.blocks = self.blocks, []

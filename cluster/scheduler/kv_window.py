@@ -79,6 +79,12 @@ class KvWindow:
         """Releases the blocks that no later row sees."""
         self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.settled))
 
+    def settle(self, sequence: Sequence) -> None:
+        """Releases the blocks of drafted rows that were refused: a table ends with its chunk's last row."""
+        table, kept = sequence.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)
+        if table.end > max(kept, table.start):
+            self.blocks.release(table.drop_behind(max(kept, table.start)))
+
     def end_microbatch(self) -> None:
         if self._out_of_window:
             self.blocks.release(self._out_of_window)

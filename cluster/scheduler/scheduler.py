@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import accumulate, islice
 from operator import attrgetter
 
 from llamaclust.cluster.scheduler.chunking import chunk_rows, scored_rows
@@ -69,6 +69,7 @@ since little is measured yet, and one is in flight: the other pipeline's decode 
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
+_next_rows = attrgetter("next_rows")
 
 
 class Scheduler:
@@ -212,7 +213,7 @@ class Scheduler:
         for sequence in self.queues.prefilling:
             self.queues.extend(sequence)
         ready = self._ready_to_decode()
-        prefill = self._prefill_slices(len(ready), now_ns)
+        prefill = self._prefill_slices(ready, now_ns)
         if not prefill:
             ready = ready[: self._decode_rows(len(ready))]
             self._draft(ready)
@@ -230,19 +231,20 @@ class Scheduler:
         slices = self.in_flight.complete(result, now_ns)
         row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
         for taken in slices:
-            self.strikes.computed(taken)
             sequence, count = taken.sequence, len(taken.tasks)
             rows = result.rows[row : row + count]
             row += count
             sequence.in_flight -= 1
-            sequence.computed = taken.chunk.position + len(taken.chunk.tokens)
+            sequence.computed = taken.end
             sequence.sampling -= taken.is_sampled
             hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
             at += len(hidden)
             if not taken.is_answered or not sequence.counts_results:
+                self.strikes.computed(sequence, taken.end - taken.drafted)
                 continue
             accepted = sequence.accepted_rows
             updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
+            self.strikes.computed(sequence, sequence.computed)
             if taken.drafted:
                 self.drafts += DraftCounts(1, taken.drafted, sequence.accepted_rows - accepted)
                 self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
@@ -270,13 +272,18 @@ class Scheduler:
         awaiting = [sequence for sequence in self.queues.running if sequence.awaits_decode]
         for sequence in awaiting:
             self.queues.grow(sequence)
-        return [sequence for sequence in awaiting if sequence.phase is Phase.DECODE]
+        return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
+
+    def _fitting(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Those of them, oldest first, whose rows fit into a microbatch: behind a state there may be several."""
+        ends = accumulate(map(_next_rows, decoding))
+        return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
     def _draft(self, ready: list[Sequence]) -> None:
         """Has sequences that are ready compute drafted tokens with their last one, where that pays."""
         if self._speculation is not None and ready:
             queues, settings = self.queues, self.settings
-            rows = min(settings.max_outputs, settings.max_batch_tokens) - len(ready)
+            rows = min(settings.max_outputs - len(ready), settings.max_batch_tokens - sum(map(_next_rows, ready)))
             groups = self._split.groups(queues.decoding)
             self._speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
 
@@ -308,6 +315,7 @@ class Scheduler:
         if self._speculation is not None and self._speculation.waits(queues.running, self.settings.max_outputs):
             return None
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
+        ahead = self._fitting(ahead)
         return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
@@ -327,7 +335,7 @@ class Scheduler:
 
     # -- prefill ---------------------------------------------------------------------------------------------------
 
-    def _prefill_slices(self, decoding: int, now_ns: int) -> list[SequenceSlice]:
+    def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
         """Prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of arrival.
 
         So a short prompt does not wait for a long one, nor after a loss for all sequences that are computed again, and
@@ -338,8 +346,9 @@ class Scheduler:
             return []
         if self.is_shared and self.in_flight.has_prefill:
             return []
-        rows = self._prefill_rows(prefilling, decoding)
-        outputs = self.settings.max_outputs - decoding
+        decoding = sum(map(_next_rows, ready))
+        rows = max(0, self._prefill_rows(prefilling, decoding))
+        outputs = self.settings.max_outputs - len(ready)
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
         batch = PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
         kept = batch.rows_left if self.settings.whole_prompts else batch.rows_left // 2

@@ -142,6 +142,11 @@ class Sequence:
         return self.target - self.scheduled
 
     @property
+    def next_rows(self) -> int:
+        """In decode, without drafted ones; several behind a state that refused rows did not change."""
+        return max(1, self.remaining)
+
+    @property
     def awaits_decode(self) -> bool:
         """Whether its last token is chosen and not yet on its way."""
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
@@ -162,11 +167,8 @@ class Sequence:
         """Whether drafted rows may be computed with its last token's: each row's sampling follows from tokens alone."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
-        return (
-            is_open
-            and not request.params.needs_state
-            and not (request.needs_matcher and self.generated < request.min_tokens)
-        )
+        is_early = request.needs_matcher and self.generated < request.min_tokens
+        return is_open and not is_early and not request.params.needs_state
 
     @property
     def expects_forced(self) -> bool:
@@ -287,9 +289,9 @@ class Sequence:
         first_row = taken.end - len(rows)
         if sampled and sampled[0].is_deferred:
             self._repeat(taken.end - len(sampled))
+            sampled = ()
             if not scored:
                 return []
-            sampled = ()
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
         failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)
@@ -319,15 +321,15 @@ class Sequence:
             added += self._append_sampled(place, row)
         self._settle(taken, place + 1)
         if self.phase is _PREFILL or self.phase is _DECODE:
-            is_behind = self.scheduled < len(self.tokens) - 1 and not (taken.drafted and self.states.is_begun)
-            self.phase = _PREFILL if is_behind else _DECODE
+            is_refused = taken.drafted and self.states.is_begun and self.last_forced < self.generated
+            self.phase = _PREFILL if self.scheduled < len(self.tokens) - 1 and not is_refused else _DECODE
         return added
 
     def _settle(self, taken: SequenceSlice, end: int) -> None:
         """Of a window of drafted rows, those up to `end` count. Where a state goes with rows, all of them or none."""
         if not taken.drafted:
             return
-        self.accepted_rows += taken.drafted - (taken.end - end)
+        self.accepted_rows += max(0, taken.drafted - (taken.end - end))
         self.unsettled = 0
         if end < taken.end:
             self.scheduled = min(self.scheduled, taken.chunk.position if self.states.is_begun else end)

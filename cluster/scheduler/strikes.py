@@ -117,13 +117,13 @@ class Strikes:
             isolated.interrupted += 1
         return [record.sequence for record in struck if record.strikes >= MAX_STRIKES]
 
-    def computed(self, taken: SequenceSlice) -> None:
-        """The pipeline has computed these rows."""
-        record = self._records.get(taken.sequence.key)
+    def computed(self, sequence: Sequence, end: int) -> None:
+        """The pipeline has computed rows of it up to this one."""
+        record = self._records.get(sequence.key)
         if record is not None:
-            record.computed(_rows(taken).stop)
+            record.computed(end)
             if not record.suspected:
-                self.forget(taken.sequence)
+                self.forget(sequence)
 
     def move(self, sequence: Sequence, other: Strikes) -> None:
         """Another pipeline computes it from now on."""
@@ -135,7 +135,7 @@ class Strikes:
 
 
 def _rows(taken: SequenceSlice) -> range:
-    return range(taken.chunk.position, taken.chunk.position + len(taken.chunk.tokens))
+    return range(taken.chunk.position, taken.end)
 
 
 def _rows_in_flight(slices: Iterable[SequenceSlice]) -> dict[Sequence, range]:

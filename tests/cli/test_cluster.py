@@ -46,7 +46,8 @@ def test_generate_finds_the_cluster_that_runs(line: CommandLine, cluster: Cluste
     assert (found["token_ids"], float32(found["logprobs"])) == cluster.answer()
     assert found["finish_reason"] == "length"
     assert found.keys() >= {"text", "prompt_token_ids", "timings"}
-    assert found["timings"].keys() == {"ttft_ms", "prefill_tok_s", "decode_tok_s"}
+    measured = {"ttft_ms", "prefill_tok_s", "decode_tok_s", "drafted_tokens", "accepted_tokens"}
+    assert found["timings"].keys() == measured
     assert line.run(*arguments, "--endpoint", cluster.api).out.rstrip("\n") == found["text"].rstrip("\n")
     alone = line.run(*arguments, "--json", "--model", "good.gguf").json
     assert [alone[key] for key in ("token_ids", "logprobs")] == [found[key] for key in ("token_ids", "logprobs")]

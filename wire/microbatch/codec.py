@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
-from operator import add
 from typing import Literal
 
 from llamaclust.core import limits, sampling_bounds
@@ -24,13 +23,14 @@ from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.matchers import matcher_row_in, matcher_row_out, starts_in, starts_out
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.tables import LAST_BLOCK, states_in, table_in
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
+MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES
 
-_LAST_BLOCK = limits.MAX_KV_BLOCKS - 1
 _PLAIN_PARAMS = 256
 _BIASED_PARAMS = 32
 """Kept parameters; those with logit biases may be large."""
@@ -80,36 +80,23 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     bounded("last position", message.position + len(tokens) - 1, 0, limits.MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
     depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
-    window = _table(message.window_table) if message.window_table else ()
+    window = table_in(message.window_table) if message.window_table else ()
     start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
     end = bounded("end of embedded rows", message.embedded_end, 0, len(tokens))
     embedded = (bounded("first embedded row", message.embedded_first, 0, end), end)
     return Chunk(
         tokens,
         message.position,
-        _table(message.table),
+        table_in(message.table),
         message.outputs,
         depends_on,
         window,
         start,
         embedded,
         _adapters(message.adapters),
-        bounded("state_from", message.state_from, 0, _LAST_BLOCK) if message.HasField("state_from") else None,
-        _states(message.state_to, len(tokens)) if message.state_to else (),
+        bounded("state_from", message.state_from, 0, LAST_BLOCK) if message.HasField("state_from") else None,
+        states_in(message.state_to, len(tokens)) if message.state_to else (),
     )
-
-
-def _states(numbers: Sequence[int], tokens: int) -> tuple[int, ...]:
-    """Rows in ascending order, all at last, each with a block."""
-    states = tuple(numbers)
-    pairs = bounded("states", len(states) // 2, 1, tokens)
-    bounded("numbers of states", len(states), 2 * pairs, 2 * pairs)
-    least = 1
-    for rows in states[::2]:
-        least = bounded("rows before a state", rows, least, tokens) + 1
-    bounded("rows before the last state", states[-2], tokens, tokens)
-    bounded("state block", max(states[1::2]), 0, _LAST_BLOCK)
-    return states
 
 
 def _adapters(messages: Sequence[microbatch_proto.AdapterScale]) -> AdapterScales:
@@ -135,16 +122,6 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
     message = parse(microbatch_proto.SampledTokens, data, MAX_MICROBATCH_BYTES)
     bounded("sampled tokens", len(message.tokens), 0, limits.MAX_BATCH_TOKENS)
     return SampledTokens(message.number, _tokens(message.tokens))
-
-
-def _table(numbers: Sequence[int]) -> tuple[int, ...]:
-    table = tuple(numbers)
-    starts, counts = table[::2], table[1::2]
-    bounded("runs of a table", len(counts), 1, limits.MAX_CONTEXT_TOKENS)
-    bounded("numbers of a table", len(table), 2 * len(counts), 2 * len(counts))
-    bounded("blocks of a run", min(counts), 1, limits.MAX_CONTEXT_TOKENS)
-    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, limits.MAX_KV_BLOCKS - 1)
-    return table
 
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:
@@ -210,6 +187,7 @@ def decode_inputs(data: bytes) -> SamplingInputs:
     bounded("tasks", len(message.tasks), 0, limits.MAX_BATCH_TOKENS)
     bounded("released", len(message.released), 0, MAX_RELEASED)
     bounded("output rows", sum(1 + task.sample.further_rows for task in message.tasks), 0, limits.MAX_BATCH_TOKENS)
+    bounded("tokens that rows look at", sum(map(_looked_at, message.tasks)), 0, MAX_INPUTS_TOKENS)
     tasks = tuple(chain.from_iterable(map(_tasks_in, message.tasks)))
     return SamplingInputs(message.epoch, message.number, tasks, tuple(message.released), starts_in(message))
 
@@ -223,6 +201,13 @@ def _tasks_in(message: sampling_proto.RowTask) -> Iterable[RowTask]:
             return (ScoreTask(_token(message.score.token), _top(message.score.top_logprobs)),)
         case _:
             raise ProtocolError("a row task of a kind that this version does not know")
+
+
+def _looked_at(message: sampling_proto.RowTask) -> int:
+    """Each row has its own copy."""
+    sample = message.sample
+    tokens = len(sample.history) + len(sample.suppressed) + len(sample.params.logit_bias)
+    return (1 + sample.further_rows) * (tokens + sum(len(breaker.tokens) for breaker in sample.breakers))
 
 
 def _next(task: SampleTask, _: SampleTask) -> SampleTask:

@@ -97,6 +97,8 @@ class StageMatchers:
         for place, row in _rows(inputs):
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"a row of answer {row.key}, whose matcher is not here")
+            if (row.drafted is None) == (answer in self._rows):
+                raise ProtocolError(f"rows of answer {row.key} that do not go on with its first one")
             if row.drafted is not None:
                 self._rows[answer].append((place, row))
             elif answer.begin(row):
@@ -105,8 +107,8 @@ class StageMatchers:
             else:
                 self._deferred.append(place)
                 self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
-        if rows := sum(map(len, self._rows.values())):
-            self._time = StepTime(STEP_NS // rows)
+        if self._rows:
+            self._time = StepTime(STEP_NS // len(self._rows))
         return tuple(tasks)
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
@@ -118,24 +120,35 @@ class StageMatchers:
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
-        for answer, rows in self._rows.items():
-            while rows:
-                place, row = rows[0]
-                if row.drafted is not None and not answer.has_drafted(row):
-                    rows.clear()
-                    break
-                taken = self._take(answer, row, results[place])
-                if not isinstance(taken, RowResult):
-                    refused[place] = taken
-                    break
-                results[place] = taken
-                rows.popleft()
-                if taken is DEFERRED:
-                    rows.clear()
+        for is_drafted in (False, True):  # no answer waits for drafted rows of others
+            for answer, rows in self._rows.items():
+                while rows and (rows[0][1].drafted is not None) is is_drafted and rows[0][0] not in refused:
+                    self._take_first(answer, rows, results, refused)
         return refused
 
+    def _take_first(
+        self,
+        answer: MatchedAnswer,
+        rows: deque[tuple[int, MatcherRow]],
+        results: list[RowResult],
+        refused: dict[int, AllowedTokens],
+    ) -> None:
+        """Takes in the first of an answer's rows that are left."""
+        place, row = rows[0]
+        if row.drafted is not None and not answer.has_drafted(row):
+            rows.clear()
+            return
+        taken = self._take(answer, row, results[place])
+        if not isinstance(taken, RowResult):
+            refused[place] = taken
+            return
+        results[place] = taken
+        rows.popleft()
+        if taken is DEFERRED:
+            rows.clear()
+
     def _take(self, answer: MatchedAnswer, row: MatcherRow, result: RowResult) -> RowResult | AllowedTokens:
-        if row.drafted is not None and not answer.begin(row):
+        if row.drafted is not None and (self._time.left_ns <= 0 or not answer.begin(row)):
             return DEFERRED
         taken = answer.take(result, self._time)
         if taken is DEFERRED:

@@ -47,7 +47,8 @@ class Speculation:
 
     def ended(self, sequence: Sequence) -> None:
         """It has its whole answer."""
-        self._drafters.ended(sequence.block_keys.salt, sequence.tokens)
+        if sequence.generated:
+            self._drafters.ended(sequence.block_keys.salt, sequence.tokens[sequence.prompt_length :])
 
     def _next(self, sequence: Sequence) -> Candidate:
         if not sequence.may_draft or (sequence.states.is_begun and sequence.remaining > _MOST_REPEATED):

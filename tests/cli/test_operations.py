@@ -96,6 +96,7 @@ def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster:
     eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 30.0, "three pictures")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
+    eventually(lambda: shown[-1] == b"", 10.0, "the end of what it wrote")
     text = b"".join(shown).decode()
     assert "Traceback" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
@@ -105,7 +106,8 @@ def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster:
 
 
 def on_terminal(line: CommandLine, *arguments: str, lines: int) -> tuple[list[bytes], subprocess.Popen[bytes]]:
-    """A command on a terminal of so many lines, and what it has written there so far."""
+    """A command on a terminal of so many lines, and what it has written there so far; nothing more
+    comes after an empty one."""
     ours, its = pty.openpty()
     size = {"LINES": str(lines), "COLUMNS": "100", "TERM": "xterm-256color"}
     state = {"LLAMACLUST_STATE_DIR": str(line.state_dir)}
@@ -121,6 +123,7 @@ def on_terminal(line: CommandLine, *arguments: str, lines: int) -> tuple[list[by
                 shown.append(data)
         except OSError:  # the other end is closed
             os.close(ours)
+            shown.append(b"")
 
     threading.Thread(target=read, daemon=True).start()
     return shown, process

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.instants import Instant
+from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine
 from support.clusters.static_cluster import free_port
@@ -35,7 +37,8 @@ def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> No
 
 @pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])
 async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, end: str) -> None:
-    """Also one that is stopped by two signals, without an end of its requests."""
+    """Also one that is stopped by two signals, without an end of its requests. What clients had just read to the end
+    when it was killed may stay in the journal: nothing says there that they did."""
     with_standby = end == "kill with a standby"
     numbers = [signal.SIGTERM, signal.SIGINT] if end == "stop at once" else [signal.SIGKILL]
     folder = ClusterDir(line.cluster_dir("tiny"))
@@ -44,7 +47,7 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
     keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 1280}
     with line.cluster(model, **keys) as cluster:
         undisturbed = await answers(cluster.api, [0] * STREAMS)
-        arrived = [0] * STREAMS
+        arrived, answered = [0] * STREAMS, 0
         asking = asyncio.create_task(answers(cluster.api, arrived))
         for _ in range(2):
             if with_standby:
@@ -63,10 +66,11 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
                 again = await asyncio.to_thread(line.start, "up", line.cluster_file(model, "tiny", **keys))
             await asyncio.to_thread(again.says, "tiny is ready")
             assert end != "stop at once" or "computed again" in again.err.read_text()
+            answered = max(answered, arrived.count(TOKENS))
         async with asyncio.timeout(120):
             assert await asking == undisturbed
         assert line.run("down").code == 0
-        assert (line.cluster_dir("tiny") / "requests.journal").stat().st_size == 0
+        assert len(read_journal(folder.journal, Instant.now())) <= answered
 
 
 def test_a_standby_ends_with_a_cluster_that_is_stopped_in_order(line: CommandLine, model: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from llamaclust.cluster.client.http import AsyncClient
 
 STREAMS = 6
-TOKENS = 500
+TOKENS = 1000
 
 
 def options(number: int) -> dict[str, Any]:

@@ -101,10 +101,12 @@ _FLOATS: dict[QuantType, tuple[np.dtype[np.uint16 | np.uint32], int]] = {
 """How wide, and which bits are sign and mantissa."""
 
 
-def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...]) -> memoryview:
-    """The bytes of a matrix whose weights have a deviation near 1 / sqrt(width)."""
+def random_matrix(
+    generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...], strength: float = 1.0
+) -> memoryview:
+    """The bytes of a matrix whose weights have a deviation near `strength` / sqrt(width)."""
     layout, info = LAYOUTS[quant_type], quant_type.info
-    deviation = shape[-1] ** -0.5
+    deviation = strength * shape[-1] ** -0.5
     words = -(-prod(shape) // info.block_size * info.block_bytes // 8)
     data = generator.integers(0, 1 << 64, words, np.uint64).view(np.uint8)
     data = data[: prod(shape) // info.block_size * info.block_bytes]

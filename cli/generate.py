@@ -18,6 +18,7 @@ from llamaclust.cli.options import (
     Cluster,
     CpuMoe,
     Devices,
+    DraftModel,
     Endpoint,
     GpuLayers,
     Gpus,
@@ -76,6 +77,7 @@ def generate(
     served_model: ServedModel = None,
     model: ModelFile = None,
     threads: Threads = None,
+    model_draft: DraftModel = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
@@ -88,7 +90,17 @@ def generate(
     """Complete PROMPT and stream the text."""
     text = given_or_piped(prompt)
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
-    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=gpus, ca_file=ca_file, served=served_model)
+    target = Target(
+        cluster,
+        endpoint,
+        api_key_file,
+        model,
+        threads,
+        gpus=gpus,
+        ca_file=ca_file,
+        served=served_model,
+        draft=model_draft,
+    )
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
@@ -135,6 +147,7 @@ def chat(
         Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template, for --model."),
     ] = None,
     threads: Threads = None,
+    model_draft: DraftModel = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
@@ -151,7 +164,9 @@ def chat(
     from llamaclust.cluster.config.values import expand_home
 
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
-    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model)
+    target = Target(
+        cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft
+    )
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     if reasoning_budget is not None:
@@ -227,6 +242,7 @@ class Target:
     gpus: Gpus = NO_GPUS
     ca_file: Path | None = None
     served: str | None = None  # model or adapter of the cluster; None: its first model
+    draft: str | None = None  # draft model of `model`
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs, RequestError for a
@@ -245,6 +261,7 @@ class Target:
                 gpu_layers=gpu_layers,
                 cpu_moe=self.gpus.cpu_moe,
                 placement=self.gpus.placement,
+                draft_model=None if self.draft is None else resolve_model(self.draft),
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
             if client.placement:
@@ -274,6 +291,8 @@ class Target:
             raise UsageError(f"{' and '.join(given)} name different places: give one of them{served}")
         if self.served is not None and self.model is not None:
             raise UsageError("--served-model is for a cluster: --model runs one model in this process")
+        if self.draft is not None and self.model is None:
+            raise UsageError("--model-draft is for --model: a cluster's is `speculative.model` in the cluster file")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
         if self.gpus != NO_GPUS and self.model is None:

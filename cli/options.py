@@ -103,6 +103,12 @@ KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="
 Threads = Annotated[
     int | None, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads; all cores by default.")
 ]
+DraftModel = Annotated[
+    str | None,
+    Option(
+        "--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts; needs --model."
+    ),
+]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]

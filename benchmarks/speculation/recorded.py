@@ -36,6 +36,19 @@ class RecordedDrafters:
         """Nothing more is recorded."""
 
 
+class NoDrafters:
+    """Nothing is drafted without a model."""
+
+    def of(self, key: Hashable) -> Drafter:
+        return self
+
+    def draft(self, tokens: Sequence[int], most: int) -> Draft:
+        return NO_DRAFT
+
+    def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+
 class _RecordedDrafter:
     """Of one sequence."""
 

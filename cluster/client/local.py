@@ -18,6 +18,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.launchers.draft_model import open_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups
@@ -59,6 +60,7 @@ class LocalSettings:
     kv_type: KvType = KvType.F16  # of keys and values
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
     speculation: bool = True  # several tokens a step where drafts of them pay
+    draft_model: Path | None = None  # a small model with the same tokens that drafts
     device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
@@ -124,9 +126,9 @@ class LocalStage:
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
-        with ExitStack() as gpus:
+        with ExitStack() as opened:
             for gpu in device.gpus:
-                gpus.callback(gpu.close)
+                opened.callback(gpu.close)
             held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
             self._runner = StageRunner(
                 device.backend_for(held),
@@ -136,7 +138,9 @@ class LocalStage:
                 limits,
                 StageOptions(self.feature_level, device.threads, held if device.gpus else ()),
             )
-            self._gpus = gpus.pop_all()
+            if settings.draft_model is not None:
+                self.scheduling = self._with_draft_model(settings.draft_model, device.threads, opened)
+            self._opened = opened.pop_all()
         self.placement = placed(held) if device.gpus else ""
         self._own = own
         self._sampled_tokens = SampledTokensBox()
@@ -162,10 +166,22 @@ class LocalStage:
                 async with aclosing(service):
                     yield service
         finally:
-            self._thread.shutdown()
-            self._runner.close()
-            self._gpus.close()
-            self.model.close()
+            self.close()
+
+    def close(self) -> None:
+        """Waits for what is computed, and frees memory."""
+        self._thread.shutdown()
+        self._runner.close()
+        self._opened.close()
+        self.model.close()
+
+    def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
+        """UsageError where nothing is to be drafted, and as for `open_draft_model`."""
+        scheduling = self.scheduling
+        if scheduling.speculation is None:
+            raise UsageError("draft_model: nothing is drafted without speculation: leave one of them out")
+        model = opened.enter_context(open_draft_model(path, self.model, threads, scheduling.context_length))
+        return replace(scheduling, speculation=replace(scheduling.speculation, model=model))
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""

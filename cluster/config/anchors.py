@@ -31,6 +31,9 @@ def anchored(document: Document, folder: Path) -> Document:
         for entry in values["models"]:
             if isinstance(entry, dict):
                 _anchor_model(entry, folder)
+    if isinstance(speculative := values.get("speculative"), dict):
+        values["speculative"] = dict(speculative)
+        _anchor_file(values["speculative"], folder)
     for key in ("api_keys_file", "state_dir"):
         _anchor(values, key, folder)
     for section, key in _PATHS:
@@ -42,15 +45,20 @@ def anchored(document: Document, folder: Path) -> Document:
 
 def _anchor_model(values: dict[str, Any], folder: Path) -> None:
     """Its file, its template and its adapters, where they are files."""
-    model = values.get("model")
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
-        _anchor(values, "model", folder)
+    _anchor_file(values, folder)
     if values.get("chat_template") not in built_in_names():
         _anchor(values, "chat_template", folder)
     if isinstance(adapters := values.get("adapters"), list):
         values["adapters"] = [dict(adapter) if isinstance(adapter, dict) else adapter for adapter in adapters]
         for adapter in filter(lambda adapter: isinstance(adapter, dict), values["adapters"]):
             _anchor(adapter, "path", folder)
+
+
+def _anchor_file(values: dict[str, Any], folder: Path) -> None:
+    """Its model, where that is a file."""
+    model = values.get("model")
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
+        _anchor(values, "model", folder)
 
 
 def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:

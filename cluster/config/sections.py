@@ -218,6 +218,10 @@ class Speculative(Section):
     """Drafted tokens of one sequence in a step, at most; how many there are follows from what they gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
     """Tokens of recent answers to draft from in others with the same `cache_salt`, 0 or 1024 and more; 0: none."""
+    model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
+    """Draft model: a small one with the same tokens, as `model` of the cluster; it runs beside the coordinator."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads of the draft model; by default one a core."""
 
     @model_validator(mode="after")
     def _check_shared(self) -> Self:

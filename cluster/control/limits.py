@@ -9,6 +9,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
@@ -170,13 +171,14 @@ def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     return stage_limits(config, plan.context_length, *counts, plan.expert_shards)
 
 
-def speculation_settings(config: ClusterConfig) -> SpeculationSettings | None:
-    """Of one model, for all its pipelines, which share what answers it keeps; None: nothing is drafted."""
+def speculation_settings(config: ClusterConfig, model: DraftModel | None) -> SpeculationSettings | None:
+    """Of one model, for all its pipelines, which share what answers it keeps, and its draft model; None: nothing is
+    drafted."""
     given = config.speculative
     if given is None:
         return None
     drafters = SharedDrafters(given.shared_answers) if given.shared_answers else NgramDrafters()
-    return SpeculationSettings(drafters, given.max_window)
+    return SpeculationSettings(drafters, given.max_window, model)
 
 
 def scheduler_settings(

@@ -17,8 +17,9 @@ from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, Requ
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
-from llamaclust.cluster.scheduler.scheduler import Counts, Scheduler
+from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import (

@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.throughput import MeasuredSpeed, RecentSums, SpeedMeter
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Operation, Timings
-from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.scheduler.speculation.counts import DraftCounts
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 

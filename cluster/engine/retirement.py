@@ -9,8 +9,8 @@ from operator import attrgetter
 from time import monotonic_ns
 
 from llamaclust.cluster.engine.lane import Lane
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest, Update
-from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.turns import turn_of
 from llamaclust.core.errors import LlamaclustError

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import accumulate, islice
 from operator import attrgetter
 
 from llamaclust.cluster.scheduler.chunking import chunk_rows, scored_rows
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
@@ -27,32 +28,9 @@ from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
+from llamaclust.core.drafts import DraftOrder, DraftReplies
 from llamaclust.core.errors import QueueFullError
 from llamaclust.wire.microbatch.messages import Result
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """A moment of the scheduler, for metrics."""
-
-    running: int
-    waiting: int
-    in_flight: int
-    kv_blocks: int
-    kv_blocks_held: int
-    preemptions: int
-    retries: int  # sequences computed again because a row had no answer
-    cached_tokens: int  # prompt tokens found in the prefix cache, in all
-    computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    @property
-    def totals(self) -> Counts:
-        """What remains of a scheduler that has ended."""
-        return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)
-
 
 _VISIBLE_WAITING = 8
 """Waiting sequences that count as work to come."""
@@ -139,6 +117,8 @@ class Scheduler:
         if sequence is not None:
             self.queues.remove(sequence)
             self.strikes.forget(sequence)
+            if self._speculation is not None:
+                self._speculation.forget(sequence)
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
@@ -180,6 +160,8 @@ class Scheduler:
             other.queues.waiting.remove(sequence)
             del other._sequences[sequence.key]
             other.strikes.move(sequence, self.strikes)
+            if other._speculation is not None:
+                other._speculation.forget(sequence)
             sequence.restart()
             if other.settings.model_id != self.settings.model_id:
                 sequence.block_keys.clear()
@@ -215,8 +197,7 @@ class Scheduler:
         ready = self._ready_to_decode()
         prefill = self._prefill_slices(ready, now_ns)
         if not prefill:
-            ready = ready[: self._decode_rows(len(ready))]
-            self._draft(ready)
+            ready = self._drafted(ready[: self._decode_rows(len(ready))])
         slices = (*(sequence.take_token() for sequence in ready), *prefill)
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
@@ -265,6 +246,19 @@ class Scheduler:
             updated.append((sequence.key, updates))
         return updated
 
+    def next_orders(self) -> list[DraftOrder]:
+        """What the draft model of the settings is to do now; one call follows the replies to another."""
+        return [] if self._speculation is None else self._speculation.next_orders(self.queues.running)
+
+    def drafted(self, replies: DraftReplies | None, taken_ns: int) -> None:
+        """Takes in what it drafted. None: it does not answer, and is not asked any more."""
+        if self._speculation is None:
+            return
+        if replies is None:
+            self._speculation.lose_model()
+        else:
+            self._speculation.drafted(replies, taken_ns, self._sequences)
+
     # -- decode ----------------------------------------------------------------------------------------------------
 
     def _ready_to_decode(self) -> list[Sequence]:
@@ -279,13 +273,16 @@ class Scheduler:
         ends = accumulate(map(_next_rows, decoding))
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
-    def _draft(self, ready: list[Sequence]) -> None:
-        """Has sequences that are ready compute drafted tokens with their last one, where that pays."""
-        if self._speculation is not None and ready:
-            queues, settings = self.queues, self.settings
-            rows = min(settings.max_outputs - len(ready), settings.max_batch_tokens - sum(map(_next_rows, ready)))
-            groups = self._split.groups(queues.decoding)
-            self._speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
+    def _drafted(self, ready: list[Sequence]) -> list[Sequence]:
+        """Those that are computed now, with drafted tokens where that pays: some wait for a draft model."""
+        if self._speculation is None or not ready:
+            return ready
+        queues, settings = self.queues, self.settings
+        rows = min(settings.max_outputs - len(ready), settings.max_batch_tokens - sum(map(_next_rows, ready)))
+        groups = self._split.groups(queues.decoding)
+        ready = self._speculation.ready(ready, groups, rows)
+        self._speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
+        return ready
 
     def _decode_rows(self, ready: int) -> int:
         """How many of the ready sequences form a microbatch of their own now.

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-CLASSES = 12
-"""Of confidence. Of these, n-gram drafters use: """
+CLASSES = 13
+"""Of confidence."""
 SUBSTITUTED = 1
 """A match of 8 tokens or more went on behind one that differs from the sequence's last one."""
 SHORT = 2
@@ -18,6 +18,8 @@ LONG = 8
 """Of 8 to 15, and of more."""
 SHARED = 10
 """In answers to other requests: of less than 16, and of more."""
+MODEL = 12
+"""Of a draft model."""
 
 
 @dataclass(frozen=True, slots=True)

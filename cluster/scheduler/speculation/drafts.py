@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, MODEL, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.windows import Candidate
 
-_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9)
+_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7)
 """How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
 
 
@@ -24,15 +24,29 @@ class SequenceDrafts:
         self._draft = NO_DRAFT
         self._at = 0  # tokens before the draft
         self._seen = 0  # tokens that it was compared with
+        self._offered = 0  # tokens before the last draft of a draft model
 
     def next(self, tokens: Sequence[int], most: int) -> Candidate:
         """What may follow these tokens: `most` at most."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = self._checked(self._drafter.draft(tokens, most), most), len(tokens)
-        confidence = self._draft.confidence
-        common = self._common[confidence].rate(_PRIORS[confidence])
-        return Candidate(self._draft.tokens[:most], self._own[confidence].rate(common))
+        return Candidate(self._draft.tokens[:most], self.rate(self._draft.confidence))
+
+    def rate(self, confidence: int) -> float:
+        """How probable it is that a token of such a draft is accepted."""
+        return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
+
+    def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
+        """What a draft model says follows the first `length` tokens: it counts where no more are known by now."""
+        self._compare(tokens)
+        if length == len(tokens):
+            self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
+            self._offered = length
+
+    def has_offer(self, tokens: Sequence[int]) -> bool:
+        """Whether a draft model has said what follows these."""
+        return self._offered == len(tokens)
 
     def _checked(self, draft: Draft, most: int) -> Draft:
         """Whatever a drafter says, it is as long as it may be, and of tokens that there are."""

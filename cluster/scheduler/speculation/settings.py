@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import Drafters
+from llamaclust.cluster.scheduler.drafting.model import DraftModel
 
 MAX_WINDOW = 32
 
@@ -15,3 +16,4 @@ class SpeculationSettings:
 
     drafters: Drafters
     max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most
+    model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts

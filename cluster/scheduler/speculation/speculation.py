@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
+from math import inf
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
@@ -12,9 +13,11 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
+from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows, speed_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _MOST_REPEATED = 4
 """Known rows behind a state that refused windows did not change. With more of them a step without drafts comes first:
@@ -29,6 +32,7 @@ class Speculation:
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
         self._times = MeasuredRounds(times)
+        self._model = None if own.model is None else ModelDrafts(own.model.times, self._times)
         self._acceptance = [Acceptance() for _ in range(CLASSES)]
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, reserve: int) -> None:
@@ -40,15 +44,71 @@ class Speculation:
             if window:
                 memory.draft(sequence, candidate.tokens[:window], reserve)
 
-    def waits(self, sequences: Iterable[Sequence], most_rows: int) -> bool:
+    def waits(self, sequences: Items[Sequence], most_rows: int) -> bool:
         """Whether one of these should rather wait for its next token than be computed behind it, since drafted ones
         will follow."""
-        return any(self._windows([self._next(sequence) for sequence in sequences], 1, most_rows))
+        if self._model is not None and any(map(self._model.awaits, sequences)):
+            return True
+        candidates = [self._next(sequence) for sequence in sequences]
+        windows = self._windows(candidates, 1, most_rows)
+        return any(windows) or bool(self._model_length(sequences, candidates, windows))
 
     def ended(self, sequence: Sequence) -> None:
         """It has its whole answer."""
         if sequence.generated:
             self._drafters.ended(sequence.block_keys.salt, sequence.tokens[sequence.prompt_length :])
+
+    # -- drafts of a draft model -----------------------------------------------------------------------------------
+
+    def ready(self, sequences: list[Sequence], groups: int, most_rows: int) -> list[Sequence]:
+        """Those that are computed now, of which there are so many microbatches. Others wait for their drafts."""
+        if self._model is None:
+            return sequences
+        present = [sequence for sequence in sequences if not self._model.awaits(sequence)]
+        if groups > 1 or not present:
+            return present
+        candidates = [self._next(sequence) for sequence in present]
+        length = self._model_length(present, candidates, self._windows(candidates, groups, most_rows))
+        return self._model.order(present, self._orderable(present), length) if length else present
+
+    def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
+        """What the draft model is to do now."""
+        return [] if self._model is None else self._model.next_orders(running)
+
+    def drafted(self, replies: DraftReplies, taken_ns: int, sequences: Mapping[int, Sequence]) -> None:
+        """Takes in drafts of sequences, by their keys."""
+        if self._model is not None:
+            self._model.drafted(replies, taken_ns, sequences)
+
+    def lose_model(self) -> None:
+        """The draft model does not answer: nothing waits for it any more."""
+        self._model = None
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended, or goes elsewhere."""
+        if self._model is not None:
+            self._model.forget(sequence.key)
+
+    def _model_length(self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int]) -> int:
+        """Tokens that a draft model is asked for of each, where that gains more than these windows; 0: none."""
+        if self._model is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
+            return 0
+        speed = speed_of(candidates, windows, self._times, 1)
+        return self._model.length(sequences, self._orderable(sequences), speed)
+
+    def _orderable(self, sequences: Iterable[Sequence]) -> dict[int, int]:
+        """Of which sequences a draft model may be asked for how many tokens, by key."""
+        return {
+            sequence.key: self._most_of(sequence)
+            for sequence in sequences
+            if sequence.may_draft and sequence.drafts is not None and not sequence.drafts.has_offer(sequence.tokens)
+        }
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _most_of(self, sequence: Sequence) -> int:
+        most = self._most if sequence.request.max_drafted is None else min(self._most, sequence.request.max_drafted)
+        return min(most, sequence.left - 1)
 
     def _next(self, sequence: Sequence) -> Candidate:
         if not sequence.may_draft or (sequence.states.is_begun and sequence.remaining > _MOST_REPEATED):
@@ -56,8 +116,7 @@ class Speculation:
         if sequence.drafts is None:
             drafter = self._drafters.of(sequence.block_keys.salt)
             sequence.drafts = SequenceDrafts(drafter, self._vocabulary, self._acceptance)
-        most = self._most if sequence.request.max_drafted is None else min(self._most, sequence.request.max_drafted)
-        return sequence.drafts.next(sequence.tokens, min(most, sequence.left - 1))
+        return sequence.drafts.next(sequence.tokens, self._most_of(sequence))
 
     def _windows(self, candidates: Items[Candidate], groups: int, most_rows: int) -> list[int]:
         self._times.refresh()

@@ -16,8 +16,8 @@ from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.model_metrics import render_all
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, Timings
-from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.wire.control.messages import Heartbeat, Register

@@ -27,11 +27,11 @@ def _config(**keys: object) -> ClusterConfig:
 
 
 def test_the_cluster_file_chooses_drafters_and_window() -> None:
-    plain, shared = speculation_settings(_config()), {"max_window": 7, "shared_answers": 4096}
+    plain, shared = speculation_settings(_config(), None), {"max_window": 7, "shared_answers": 4096}
     assert plain is not None and isinstance(plain.drafters, NgramDrafters) and plain.max_window == 32
-    known = speculation_settings(_config(speculative=shared))
+    known = speculation_settings(_config(speculative=shared), None)
     assert known is not None and isinstance(known.drafters, SharedDrafters) and known.max_window == 7
-    assert speculation_settings(_config(speculative="off")) is None
+    assert speculation_settings(_config(speculative="off"), None) is None
 
 
 async def test_shared_answers_outlive_pipelines(model: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, M
 
 from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Operation, Timings
-from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.server.telemetry.prometheus import MetricTimes, otlp_metrics
 from llamaclust.cluster.server.telemetry.records import MetricFamilies
 from support.hub.otlp_collector import values

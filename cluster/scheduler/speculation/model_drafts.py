@@ -1,0 +1,183 @@
+"""Which sequences wait for a draft model, for how many tokens, and what it takes in before. Pure.
+
+A draft costs time before each step, so it must gain more than n-gram drafts, which cost none. Before the first one the
+model takes in the prompt, beside steps that do not wait: where the tokens that are left are worth it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.drafting.drafter import MODEL
+from llamaclust.cluster.scheduler.drafting.model import DraftTimes
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
+from llamaclust.core.drafts import DraftOrder, DraftReplies
+from llamaclust.core.sampling import SampleTask, SamplingParams
+
+_CLOSE = 64
+"""Tokens that a model may lack of a sequence that waits for it: those of the last window are among them."""
+_MOST_SEQUENCES = 8
+"""Together: more of them read the weights for several rows anyhow."""
+_WORTH = 2.0
+"""Time that drafts would save relative to that for taking in a prompt: answers may end early."""
+_AGAIN = 64
+"""Tokens after which a model whose drafts did not pay is tried once more; each time twice as many, up to: """
+_AGAIN_MOST = 1024
+_DRAFTS = 6
+"""Of such a trial."""
+_HOPEFUL = 0.7
+"""Acceptance with which it is tried."""
+_MARGIN = 0.05
+"""Predicted gain over other drafts below which the model is not asked."""
+
+
+class ModelDrafts:
+    """Of one pipeline."""
+
+    def __init__(self, times: DraftTimes, rounds: MeasuredRounds) -> None:
+        self._times = times
+        self._rounds = rounds
+        self._orders: list[DraftOrder] = []  # that nobody has taken yet
+        self._awaited: set[int] = set()  # keys of sequences that wait
+        self._taken_in: dict[int, int] = {}  # by key: tokens that the model has
+        self._without_room: set[int] = set()
+        self._trials: dict[int, _Trial] = {}
+
+    def awaits(self, sequence: Sequence) -> bool:
+        return sequence.key in self._awaited
+
+    def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
+        """How many tokens are worth waiting for, where there would be `speed` tokens a nanosecond without: of those
+        sequences that `most` has a number for; 0: none."""
+        drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
+        if not drafted or len(sequences) > _MOST_SEQUENCES:
+            return 0
+        count = self._length(drafted, list(map(_rate, drafted)), len(sequences), most, speed)
+        if not count and any(map(self._is_due, drafted)):
+            rates = [max(_rate(each), _HOPEFUL) for each in drafted]
+            return self._length(drafted, rates, len(sequences), most, speed)
+        return count
+
+    def _length(
+        self, drafted: Items[Sequence], rates: Items[float], together: int, most: Mapping[int, int], speed: float
+    ) -> int:
+        """With these rates of acceptance, where so many sequences are computed together."""
+        lacking = sum(map(self._lacking, drafted))
+        best, best_speed = 0, (1 + _MARGIN) * speed
+        for count in counts_to_try(min(most[each.key] for each in drafted)):
+            tokens = together + sum(_accepted(rate, count) for rate in rates)
+            drafts_ns = self._times.draft_ns(len(drafted), count, lacking)
+            round_ns = self._rounds.window_ns(together + count * len(drafted), 1) + drafts_ns
+            if tokens / round_ns > best_speed:
+                best, best_speed = count, tokens / round_ns
+        return best
+
+    def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
+        """Asks for so many tokens of each that `most` has a number for. The others, which do not wait, come back."""
+        others = []
+        for sequence in sequences:
+            if most.get(sequence.key) and self._is_close(sequence):
+                self._awaited.add(sequence.key)
+                self._trials.setdefault(sequence.key, _Trial()).asked(len(sequence.tokens))
+                self._orders.append(_order(sequence, min(count, most[sequence.key])))
+            else:
+                others.append(sequence)
+        return others
+
+    def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
+        """What the model is to do now."""
+        orders, self._orders = self._orders, []
+        if orders:
+            return orders
+        decoding = [sequence for sequence in running if sequence.may_draft]
+        if len(decoding) > _MOST_SEQUENCES:
+            return []
+        lacking = next((sequence for sequence in decoding if self._is_worth(sequence)), None)
+        return [] if lacking is None else [_order(lacking, 0)]
+
+    def drafted(self, replies: DraftReplies, taken_ns: int, sequences: Mapping[int, Sequence]) -> None:
+        self._times.learn(replies, taken_ns)
+        for reply in replies.replies:
+            before = self._taken_in.get(reply.key, 0)
+            self._awaited.discard(reply.key)
+            if (sequence := sequences.get(reply.key)) is None:
+                continue
+            self._taken_in[reply.key] = reply.taken_in
+            if reply.taken_in <= before and not reply.tokens:
+                self._without_room.add(reply.key)
+            if sequence.drafts is not None:
+                sequence.drafts.offer(sequence.tokens, reply.length, reply.tokens)
+
+    def forget(self, key: int) -> None:
+        """The sequence has ended."""
+        self._awaited.discard(key)
+        self._without_room.discard(key)
+        self._trials.pop(key, None)
+        self._taken_in.pop(key, None)
+        self._orders = [order for order in self._orders if order.key != key]
+
+    def _lacking(self, sequence: Sequence) -> int:
+        return len(sequence.tokens) - self._taken_in.get(sequence.key, 0)
+
+    def _is_close(self, sequence: Sequence) -> bool:
+        return self._lacking(sequence) <= _CLOSE and sequence.key not in self._without_room
+
+    def _is_due(self, sequence: Sequence) -> bool:
+        """Whether the model is tried again, although what is known says that it does not pay."""
+        trial = self._trials.get(sequence.key)
+        return trial is not None and trial.is_due(len(sequence.tokens))
+
+    def _is_worth(self, sequence: Sequence) -> bool:
+        """Whether the model is to take in what it lacks of a sequence."""
+        lacking = self._lacking(sequence)
+        if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafts is None:
+            return False
+        plain_ns = self._rounds.plain_ns(1, 1)
+        rate = max(_rate(sequence), _HOPEFUL) if self._is_due(sequence) else _rate(sequence)
+        token_ns = min(
+            (self._rounds.window_ns(1 + count, 1) + self._times.draft_ns(1, count, 1)) / (1 + _accepted(rate, count))
+            for count in counts_to_try(_CLOSE // 4)
+        )
+        return sequence.left * (plain_ns / (1 + _MARGIN) - token_ns) > _WORTH * self._times.take_in_ns(lacking)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Of the model for one sequence."""
+
+    again: int = 0  # tokens of the sequence when it is tried again
+    wait: int = _AGAIN
+    left: int = 0  # drafts of a trial that goes on
+
+    def is_due(self, tokens: int) -> bool:
+        return self.left > 0 or tokens >= self.again
+
+    def asked(self, tokens: int) -> None:
+        """For a draft. A model that is asked again and again pays."""
+        if tokens >= self.again:
+            self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
+        elif self.left:
+            self.left -= 1
+        else:
+            self.wait = _AGAIN
+        self.again = tokens + self.wait
+
+
+def _rate(sequence: Sequence) -> float:
+    return 0.0 if sequence.drafts is None else sequence.drafts.rate(MODEL)
+
+
+def _accepted(rate: float, count: int) -> float:
+    """Of so many drafted tokens, expected."""
+    return sum(rate**depth for depth in range(1, count + 1))
+
+
+def _order(sequence: Sequence, most: int) -> DraftOrder:
+    request, length = sequence.request, len(sequence.tokens)
+    params = request.params
+    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p)
+    task = SampleTask(draws, request.seed, request.choice, position=length)
+    return DraftOrder(sequence.key, sequence.tokens, length, most, task)

@@ -1,0 +1,1 @@
+"""Drafts of a small model, computed in the process of a coordinator."""

@@ -1,0 +1,61 @@
+"""Which tokens of which sequences a draft model has keys and values of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from llamaclust.core.drafts import DraftOrder
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+@dataclass(slots=True)
+class SequenceCache:
+    """Of one sequence. Its own tokens come first; drafted ones behind them may be refused."""
+
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    settled: int = 0  # first tokens that are known to be the sequence's
+
+    def keep(self, tokens: Sequence[int], length: int) -> None:
+        """Only what the sequence begins with, of whose `length` tokens the last one is to be computed."""
+        end = min(len(self.tokens), length - 1)
+        place = min(self.settled, end)
+        while place < end and self.tokens[place] == tokens[place]:
+            place += 1
+        self.settled = place
+        del self.tokens[place:]
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """`Chunk.table`."""
+        runs: list[int] = []
+        for _, run in groupby(enumerate(self.blocks), key=lambda at: at[1] - at[0]):
+            numbers = [block for _, block in run]
+            runs += (numbers[0], len(numbers))
+        return tuple(runs)
+
+
+class SequenceCaches:
+    """Of all sequences, in so many KV blocks. Those that were not drafted for longest give theirs up."""
+
+    def __init__(self, blocks: int) -> None:
+        self._free = list(range(blocks - 1, -1, -1))
+        self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
+
+    def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
+        """With blocks for so many rows; None where there are not as many, without those of the `kept` sequences."""
+        cache = self._caches.setdefault(order.key, SequenceCache())
+        self._caches.move_to_end(order.key)
+        wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)
+        for key in [key for key in self._caches if key not in kept]:
+            if len(self._free) >= wanted:
+                break
+            self._free += self._caches.pop(key).blocks
+        if len(self._free) < wanted:
+            return None
+        cache.blocks += [self._free.pop() for _ in range(wanted)]
+        cache.keep(order.tokens, order.length)
+        return cache

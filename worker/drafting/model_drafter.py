@@ -1,0 +1,99 @@
+"""A small model that drafts: greedily, or with the draws that the answer's own tokens get, which makes it agree with
+the larger one more often. It is one stage with keys and values of its own. Blocking; one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter_ns
+
+from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
+from llamaclust.core.sampling import SampleTask
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+MOST_ROWS = 256
+"""Tokens of a sequence that are taken in at once."""
+MOST_ORDERS = 32
+"""That are given together."""
+
+
+class ModelDrafter:
+    """Owns the stage, which holds all layers."""
+
+    def __init__(self, stage: StageRunner) -> None:
+        self._stage = stage
+        self._caches = SequenceCaches(stage.limits.kv_blocks)
+
+    def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
+        """A sequence of which the model lacks too many tokens gets no draft; nor one for which it has no memory."""
+        kept = {order.key for order in orders}
+        drafting: list[_Drafting] = []
+        replies = {order.key: DraftReply(order.key, order.length, (), 0) for order in orders}
+        rows, began_ns = 0, perf_counter_ns()
+        for order in orders:
+            most = min(order.most, self._stage.limits.max_context_tokens - order.length)
+            cache = self._caches.of(order, order.length + max(0, most), kept)
+            if cache is None or most < 0:
+                continue
+            if order.length - len(cache.tokens) > MOST_ROWS or not most:
+                rows += self._take_in(order, cache)
+            else:
+                drafting.append(_Drafting(order, cache, most))
+            replies[order.key] = DraftReply(order.key, order.length, (), len(cache.tokens))
+        rows_ns = perf_counter_ns() - began_ns
+        steps = self._draft(drafting)
+        for each in drafting:
+            taken_in = min(len(each.cache.tokens), each.order.length)
+            replies[each.order.key] = DraftReply(each.order.key, each.order.length, tuple(each.drafted), taken_in)
+        steps_ns = perf_counter_ns() - began_ns - rows_ns
+        return DraftReplies(tuple(replies.values()), rows, rows_ns, steps, steps_ns)
+
+    def _take_in(self, order: DraftOrder, cache: SequenceCache) -> int:
+        """The next tokens that the model does not have. Returns how many they are."""
+        start = len(cache.tokens)
+        tokens = tuple(order.tokens[start : min(order.length - 1, start + MOST_ROWS)])
+        if tokens:
+            self._run((Chunk(tokens, start, cache.table, 0),))
+            cache.tokens += tokens
+            cache.settled = len(cache.tokens)
+        return len(tokens)
+
+    def _draft(self, drafting: list[_Drafting]) -> int:
+        """A token for each at a time. Returns how many times."""
+        steps = 0
+        while drafting := [each for each in drafting if len(each.drafted) < each.most]:
+            tasks = tuple(each.task for each in drafting)
+            for each, token in zip(drafting, self._run(tuple(each.chunk() for each in drafting), tasks), strict=True):
+                each.take(token)
+            steps += 1
+        return steps
+
+    def _run(self, chunks: tuple[Chunk, ...], tasks: tuple[SampleTask, ...] = ()) -> tuple[int, ...]:
+        logits = self._stage.run(Microbatch(self._stage.model_id, 1, 0, chunks), None)
+        return tuple(row.token for row in self._stage.finish(logits, SamplingInputs(1, 0, tasks))) if tasks else ()
+
+    def close(self) -> None:
+        self._stage.close()
+
+
+class _Drafting:
+    """One order on its way."""
+
+    def __init__(self, order: DraftOrder, cache: SequenceCache, most: int) -> None:
+        self.order = order
+        self.cache = cache
+        self.most = most
+        self.drafted: list[int] = []
+        self.task = order.task
+
+    def chunk(self) -> Chunk:
+        """The rows from the first token that the model does not have."""
+        start = len(self.cache.tokens)
+        tokens = (*self.order.tokens[start : self.order.length], *self.drafted[max(0, start - self.order.length) :])
+        self.cache.tokens += tokens
+        return Chunk(tokens, start, self.cache.table, 1)
+
+    def take(self, token: int) -> None:
+        self.drafted.append(token)
+        self.task = self.task.next()

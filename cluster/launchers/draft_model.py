@@ -38,8 +38,7 @@ class DraftModel:
     def __init__(self, path: Path, stage: StageRunner, vocabulary: int) -> None:
         self.path = path
         self.memory_bytes = stage.memory.total_bytes
-        self._vocabulary = vocabulary
-        self._drafter = ModelDrafter(stage)
+        self._drafter = ModelDrafter(stage, vocabulary)
         self._thread = ThreadPoolExecutor(1, "drafts")
         self.times = self._tried()
 
@@ -50,9 +49,9 @@ class DraftModel:
     def _tried(self) -> DraftTimes:
         """What it takes for one sequence."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * MOST_ROWS
-        self._drafter.draft([DraftOrder(0, tokens, MOST_ROWS, 1, task)])  # the first one is slow
-        taken_in = self._drafter.draft([DraftOrder(-1, tokens, MOST_ROWS, 0, task)])
-        drafted = self._drafter.draft([DraftOrder(0, tokens, MOST_ROWS, _TRIED, task)])
+        self._drafter.draft([DraftOrder(-1, tokens, MOST_ROWS, 1, task)])  # the first one is slow
+        taken_in = self._drafter.draft([DraftOrder(-2, tokens, MOST_ROWS, 0, task)])
+        drafted = self._drafter.draft([DraftOrder(-1, tokens, MOST_ROWS, _TRIED, task)])
         return DraftTimes(drafted.steps_ns / drafted.steps, taken_in.rows_ns / taken_in.rows)
 
     def close(self) -> None:

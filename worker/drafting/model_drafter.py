@@ -16,17 +16,21 @@ MOST_ROWS = 256
 """Tokens of a sequence that are taken in at once."""
 MOST_ORDERS = 32
 """That are given together."""
+_MOST_BESIDE = 8
+"""Tokens of each that are taken in by the row that drafts; more are taken in before."""
 
 
 class ModelDrafter:
     """Owns the stage, which holds all layers."""
 
-    def __init__(self, stage: StageRunner) -> None:
+    def __init__(self, stage: StageRunner, vocabulary: int) -> None:
         self._stage = stage
+        self._vocabulary = vocabulary
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """A sequence of which the model lacks too many tokens gets no draft; nor one for which it has no memory."""
+        """A sequence of which the model lacks too many tokens gets no draft; nor one for which it has no memory, or
+        with tokens that it does not know."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, (), 0) for order in orders}
@@ -34,11 +38,12 @@ class ModelDrafter:
         for order in orders:
             most = min(order.most, self._stage.limits.max_context_tokens - order.length)
             cache = self._caches.of(order, order.length + max(0, most), kept)
-            if cache is None or most < 0:
+            if cache is None or most < 0 or not self._knows(order, len(cache.tokens)):
                 continue
-            if order.length - len(cache.tokens) > MOST_ROWS or not most:
+            lacking = order.length - len(cache.tokens)
+            if lacking > _MOST_BESIDE or not most:
                 rows += self._take_in(order, cache)
-            else:
+            if lacking <= MOST_ROWS and most:
                 drafting.append(_Drafting(order, cache, most))
             replies[order.key] = DraftReply(order.key, order.length, (), len(cache.tokens))
         rows_ns = perf_counter_ns() - began_ns
@@ -48,6 +53,12 @@ class ModelDrafter:
             replies[each.order.key] = DraftReply(each.order.key, each.order.length, tuple(each.drafted), taken_in)
         steps_ns = perf_counter_ns() - began_ns - rows_ns
         return DraftReplies(tuple(replies.values()), rows, rows_ns, steps, steps_ns)
+
+    def _knows(self, order: DraftOrder, start: int) -> bool:
+        """Whether all tokens from `start` on, and those that the choice of tokens names, are in the vocabulary."""
+        task = order.task
+        named = (*task.suppressed, *(token for token, _ in task.params.logit_bias))
+        return max((*order.tokens[start : order.length], *named)) < self._vocabulary
 
     def _take_in(self, order: DraftOrder, cache: SequenceCache) -> int:
         """The next tokens that the model does not have. Returns how many they are."""

@@ -102,7 +102,8 @@ class ModelDrafts:
         self._times.learn(replies, taken_ns)
         for reply in replies.replies:
             before = self._taken_in.get(reply.key, 0)
-            self._awaited.discard(reply.key)
+            if all(order.key != reply.key for order in self._orders):  # one may follow what it took in
+                self._awaited.discard(reply.key)
             if (sequence := sequences.get(reply.key)) is None:
                 continue
             self._taken_in[reply.key] = reply.taken_in
@@ -178,6 +179,7 @@ def _accepted(rate: float, count: int) -> float:
 def _order(sequence: Sequence, most: int) -> DraftOrder:
     request, length = sequence.request, len(sequence.tokens)
     params = request.params
-    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p)
-    task = SampleTask(draws, request.seed, request.choice, position=length)
+    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, logit_bias=params.logit_bias)
+    stops = request.stop_token_ids if sequence.generated < request.min_tokens else ()
+    task = SampleTask(draws, request.seed, request.choice, position=length, suppressed=tuple(sorted(stops)))
     return DraftOrder(sequence.key, sequence.tokens, length, most, task)

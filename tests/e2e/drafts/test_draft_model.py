@@ -1,0 +1,99 @@
+"""A draft model on real clusters: the tokens and logprob bits of one worker without drafts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.launchers.draft_model import DraftModel
+from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.core.errors import UsageError
+from support.clusters.recovering import (
+    CONTEXT,
+    Answer,
+    answer_of,
+    config,
+    generations,
+    model_in,
+    recovering,
+    undisturbed,
+)
+from support.models.tiny_model import build_tiny_model
+from support.plans.draft_models import wait_for_any
+from support.plans.drafting import AnyWindows
+from support.seed import SEED
+
+REQUESTS = generations(SEED)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Answer]:
+    return undisturbed(model, REQUESTS)
+
+
+@pytest.fixture(params=["itself", "another"])
+def draft(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """All its tokens are right, or hardly any."""
+    return model if request.param == "itself" else build_tiny_model(tmp_path / "other.gguf", layers=1, context=CONTEXT)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+async def test_any_cut_gives_the_same_answers(
+    model: Path, draft: Path, expected: list[Answer], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_any(Random(SEED), 8, monkeypatch)
+    monkeypatch.setattr(speculation, "best_windows", AnyWindows(Random(SEED), 8))
+    settings = config(model, tmp_path, workers, speculative={"model": str(draft)})
+    async with recovering(settings) as run:
+        assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
+        counts = run.cluster.engine.scheduler.drafts
+    assert counts.drafted > 50
+    assert (counts.accepted > counts.drafted // 2) is (draft == model)
+
+
+async def test_a_worker_that_is_lost_within_drafts_changes_nothing(
+    model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_any(Random(SEED), 8, monkeypatch)
+    async with recovering(config(model, tmp_path, speculative={"model": str(model)})) as run:
+        answering = run.start(REQUESTS)
+        await run.token(200)
+        run.hurt("b")
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
+
+
+async def test_answers_go_on_when_the_draft_model_fails(
+    model: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_for_any(Random(SEED), 8, monkeypatch)
+    drafting = DraftModel.draft
+    asked = 0
+
+    async def fails(self: DraftModel, orders: list[object]) -> object:
+        nonlocal asked
+        asked += 1
+        if asked > 20:
+            raise OSError("gone")
+        return await drafting(self, orders)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DraftModel, "draft", fails)
+    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, draft_model=model))
+    async with client._stage.serve() as service:
+        answering = [answer_of(service._engine.submit(request)) for request in REQUESTS]
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
+    assert asked == 21
+    assert "the draft model failed, and is not asked any more: OSError('gone')" in caplog.text
+
+
+def test_a_draft_model_without_speculation_is_refused(model: Path) -> None:
+    with pytest.raises(UsageError, match="draft_model: nothing is drafted without speculation"):
+        LocalClient(model, settings=LocalSettings(speculation=False, draft_model=model))

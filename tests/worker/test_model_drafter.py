@@ -1,0 +1,110 @@
+"""A draft model's tokens are those of the model behind the sequence, whatever was drafted, refused or given up before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.launchers.draft_model import DraftModel, open_draft_model
+from llamaclust.core.drafts import DraftOrder, DraftReply
+from llamaclust.core.errors import UsageError
+from llamaclust.core.sampling import SampleTask, SamplingParams
+from llamaclust.model.loader import Model
+from llamaclust.worker.drafting.model_drafter import MOST_ROWS
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+VOCABULARY = 320
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", layers=2, hidden=64, ffn=64, heads=4)
+
+
+@pytest.fixture
+def model(path: Path) -> DraftModel:
+    with Model.open(path) as target, open_draft_model(path, target, 1, CONTEXT) as opened:
+        yield opened  # type: ignore[misc]
+
+
+def ask(model: DraftModel, *orders: DraftOrder) -> list[DraftReply]:
+    return list(model._drafter.draft(orders).replies)
+
+
+def order(key: int, tokens: list[int], most: int, task: SampleTask | None = None) -> DraftOrder:
+    return DraftOrder(key, tokens, len(tokens), most, task or SampleTask(SamplingParams(), 0, 0, len(tokens)))
+
+
+def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> None:
+    """Sequences grow by accepted tokens and others, several are drafted together, and memory holds not all of them."""
+    source = Random(SEED)
+    drawn = SamplingParams(temperature=1.0, top_k=40)
+    texts = {key: [source.randrange(3, VOCABULARY) for _ in range(source.choice([3, 40, 200]))] for key in range(9)}
+    with LocalClient(path, threads=1, settings=LocalSettings(CONTEXT, speculation=False)) as client:
+        for _ in range(60):
+            keys = source.sample(sorted(texts), source.randint(1, 3))
+            params = source.choice([SamplingParams(), drawn])
+            orders = [
+                order(
+                    key, texts[key], source.randint(1, 9), SampleTask(params, key, 0, len(texts[key]), suppressed=(2,))
+                )
+                for key in keys
+            ]
+            for each, reply in zip(orders, ask(model, *orders), strict=True):
+                options = {
+                    "temperature": params.temperature,
+                    "top_k": params.top_k,
+                    "top_p": 1.0,
+                    "min_p": 0.0,
+                    "seed": each.key,
+                }
+                said = client.generate(each.tokens, max_tokens=each.most, ignore_eos=True, **options)  # type: ignore[arg-type]
+                assert reply.tokens == tuple(row.token for row in said.rows), f"seed {SEED}"
+                texts[each.key] += reply.tokens[: source.randint(0, each.most)]
+                texts[each.key] += [source.randrange(3, VOCABULARY) for _ in range(source.choice([0, 1, 3]))]
+
+
+def test_unknown_tokens_get_no_draft(model: DraftModel) -> None:
+    known, unknown = order(1, [3, 4, 5], 3), order(2, [3, VOCABULARY, 5], 3)
+    named = order(3, [3, 4, 5], 3, SampleTask(SamplingParams(logit_bias=((VOCABULARY, 1.0),)), 0, 0, 3))
+    assert [len(reply.tokens) for reply in ask(model, known, unknown, named)] == [3, 0, 0]
+
+
+def test_long_prompts_are_taken_in_by_parts(model: DraftModel) -> None:
+    tokens = [3 + place % 300 for place in range(MOST_ROWS + 50)]
+    (first,) = ask(model, order(1, tokens, 4))
+    assert (first.tokens, first.taken_in) == ((), MOST_ROWS), "a sequence that waits does not wait for that"
+    (second,) = ask(model, order(1, tokens, 0))
+    assert second.taken_in == len(tokens) - 1
+    (third,) = ask(model, order(1, tokens, 4))
+    assert len(third.tokens) == 4 and third.taken_in == len(tokens)
+
+
+def test_drafts_end_with_the_context_and_with_memory(model: DraftModel) -> None:
+    tokens = [3] * (CONTEXT - 2)
+    for _ in range(3):
+        ask(model, order(1, tokens, 0))
+    (reply,) = ask(model, order(1, tokens, 9))
+    assert len(reply.tokens) == 2
+    many = [order(key, [key] * 200, 8) for key in range(20)]
+    drafted = [bool(each.tokens) for each in ask(model, *many)]
+    assert any(drafted) and not all(drafted), "they are in memory together, or not at all"
+    assert all(each.taken_in == 0 for each in ask(model, *many) if not each.tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocabulary": 512}, "its 512 tokens are not the 320 of"),
+        ({"architecture": "qwen2"}, "its 320 tokens are not the 320 of"),
+    ],
+)
+def test_a_model_of_other_tokens_is_refused(path: Path, tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    other = build_tiny_model(tmp_path / "other.gguf", layers=1, hidden=64, ffn=64, heads=4, **changes)  # type: ignore[arg-type]
+    with Model.open(path) as target, pytest.raises(UsageError, match=f"draft model .*other.gguf: {message}"):
+        open_draft_model(other, target, 1, CONTEXT)

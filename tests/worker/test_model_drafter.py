@@ -1,4 +1,4 @@
-"""A draft model's tokens are those of the model behind the sequence, whatever was drafted, refused or given up before."""
+"""A draft model's tokens are those of the model behind the sequence, whatever was drafted or refused before."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class ModelDrafts:
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
                 self._awaited.add(sequence.key)
-                self._trials.setdefault(sequence.key, _Trial()).asked(len(sequence.tokens))
+                self._trial(sequence).asked(len(sequence.tokens))
                 self._orders.append(_order(sequence, min(count, most[sequence.key])))
             else:
                 others.append(sequence)
@@ -128,8 +128,13 @@ class ModelDrafts:
 
     def _is_due(self, sequence: Sequence) -> bool:
         """Whether the model is tried again, although what is known says that it does not pay."""
+        return self._trial(sequence).is_due(len(sequence.tokens))
+
+    def _trial(self, sequence: Sequence) -> _Trial:
         trial = self._trials.get(sequence.key)
-        return trial is not None and trial.is_due(len(sequence.tokens))
+        if trial is None:
+            trial = self._trials[sequence.key] = _Trial(len(sequence.tokens) + _AGAIN)
+        return trial
 
     def _is_worth(self, sequence: Sequence) -> bool:
         """Whether the model is to take in what it lacks of a sequence."""
@@ -149,7 +154,7 @@ class ModelDrafts:
 class _Trial:
     """Of the model for one sequence."""
 
-    again: int = 0  # tokens of the sequence when it is tried again
+    again: int  # tokens of the sequence when it is tried again
     wait: int = _AGAIN
     left: int = 0  # drafts of a trial that goes on
 

@@ -48,9 +48,14 @@ class InFlight:
         return len(self._sent)
 
     @property
+    def live(self) -> int:
+        """How many contain anything that still counts."""
+        return sum(any(not taken.is_stale for taken in sent.slices) for sent in self._sent)
+
+    @property
     def decoding(self) -> int:
-        """How many contain decode."""
-        return sum(sent.decoding > 0 for sent in self._sent)
+        """How many contain decode that still counts."""
+        return sum(any(not taken.is_stale for taken in sent.slices[: sent.decoding]) for sent in self._sent)
 
     @property
     def has_prefill(self) -> bool:

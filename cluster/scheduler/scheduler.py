@@ -188,7 +188,7 @@ class Scheduler:
             return None if is_busy else self._next_alone(isolated, now_ns)
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
-        room = self.times.in_flight - len(self.in_flight)
+        room = self.times.in_flight - self.in_flight.live
         if room < 0 or (room == 0 and self.queues.decoding):
             return self._next_ahead(now_ns)
         self.queues.give_turn()
@@ -216,8 +216,10 @@ class Scheduler:
             rows = result.rows[row : row + count]
             row += count
             sequence.in_flight -= 1
-            sequence.computed = taken.end
             sequence.sampling -= taken.is_sampled
+            if taken.is_stale:
+                continue
+            sequence.computed = taken.end
             hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
             at += len(hidden)
             if not taken.is_answered or not sequence.counts_results:
@@ -302,10 +304,12 @@ class Scheduler:
         One step ahead, where all decode together: with several groups, stages compute one while another one's results
         travel. And only without prompts to compute: these would wait behind it.
         """
-        if len(self.in_flight) != 1 or not self.times.lookahead_pays:
-            return None
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
+            return None
+        if (further := self._next_window(now_ns)) is not None:
+            return further
+        if len(self.in_flight) != 1 or not self.times.lookahead_pays:
             return None
         if any(sequence.expects_forced for sequence in queues.running):
             return None
@@ -314,6 +318,18 @@ class Scheduler:
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
         ahead = self._fitting(ahead)
         return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
+
+    def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
+        """Drafted rows behind those of the only sequence that are under way."""
+        queues = self.queues
+        if self._speculation is None or len(queues.running) != 1 or not self.settings.may_repeat_rows:
+            return None
+        (sequence,) = queues.running
+        if sequence.awaits_decode or not sequence.may_draft_further:
+            return None
+        if tokens := self._speculation.further(sequence, self.in_flight.live):
+            queues.memory.draft(sequence, tokens, RESERVE_BLOCKS)
+        return self._launch((sequence.take_token(),), 1, now_ns) if sequence.drafted else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
         """A microbatch of this sequence alone, with nothing else in flight. Others make room for it."""

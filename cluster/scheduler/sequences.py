@@ -23,7 +23,7 @@ from llamaclust.cluster.scheduler.requests import (
     rate,
 )
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
-from llamaclust.cluster.scheduler.rows.tasks import prompt_tasks, sample_task, window_tasks
+from llamaclust.cluster.scheduler.rows.tasks import further_tasks, prompt_tasks, sample_task, window_tasks
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
 from llamaclust.core.sampling import RowResult, RowTask
@@ -71,6 +71,8 @@ class Sequence:
     embedded: int = 0  # first prompt row whose hidden state is still to come
     drafts: SequenceDrafts | None = None  # what may follow its tokens
     drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
+    ahead: tuple[int, ...] = ()  # drafted tokens under way, behind the known ones
+    branch: int = 0  # how many times rows under way were given up
     unsettled: int = 0  # scheduled rows at the end that may have to be computed again
     drafted_rows: int = 0  # in all
     accepted_rows: int = 0  # of these, whose tokens were chosen
@@ -171,6 +173,13 @@ class Sequence:
         return is_open and not is_early and not request.params.needs_state
 
     @property
+    def may_draft_further(self) -> bool:
+        """Whether drafted rows may be sent behind those that are under way: these need no history."""
+        request = self.request
+        is_plain = not (request.history_window or request.needs_matcher)
+        return is_plain and bool(self.ahead) and self.may_draft and self.left > len(self.ahead) + 1
+
+    @property
     def expects_forced(self) -> bool:
         """Whether it had forced tokens lately, and may again: a row sent ahead would only repeat them."""
         forces = self.request.needs_matcher and not self.request.with_logprobs
@@ -238,6 +247,8 @@ class Sequence:
 
     def take_token(self) -> SequenceSlice:
         """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones."""
+        if self.drafted and self._unknown:
+            return self._take_further()
         if self._unknown:
             return self._slice((0,), (sample_task(self, 1),), self.sampled_at)
         known, drafted = self.tokens[self.scheduled :], self.drafted
@@ -245,8 +256,22 @@ class Sequence:
             return self._slice(tuple(known), (sample_task(self),))
         self.unsettled = len(drafted) + (len(known) if self.states.is_begun else 0)
         self.drafted_rows += len(drafted)
-        self.drafted = ()
+        self.drafted, self.ahead = (), drafted
         return self._slice((*known, *drafted), window_tasks(self, drafted), drafted=len(drafted))
+
+    def _take_further(self) -> SequenceSlice:
+        """Drafted rows behind those that are under way."""
+        drafted, self.drafted = self.drafted, ()
+        tasks = further_tasks(self, drafted)
+        self.ahead += drafted
+        self.unsettled += len(drafted)
+        self.drafted_rows += len(drafted)
+        return self._slice(drafted, tasks, drafted=len(drafted))
+
+    def give_up_ahead(self) -> None:
+        """Drafted rows under way do not count: they are behind another token, or computed again."""
+        self.branch += 1
+        self.ahead, self.unsettled = (), 0
 
     def _slice(
         self,
@@ -261,13 +286,14 @@ class Sequence:
         chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states)
         self.scheduled += len(tokens)
         self.in_flight += 1
-        taken = SequenceSlice(self, chunk, tasks, drafted)
+        taken = SequenceSlice(self, chunk, tasks, drafted, self.branch)
         self.sampling += taken.is_sampled
         return taken
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
-        self.scheduled, self.unsettled, self.drafted = cached, 0, ()
+        self.scheduled, self.drafted = cached, ()
+        self.give_up_ahead()
         self.registered = cached // KV_BLOCK_TOKENS
 
     def restart(self) -> None:
@@ -296,7 +322,7 @@ class Sequence:
         self.last_ns = now_ns
         failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)
         if failure is not None:
-            self._settle(taken, taken.end - len(sampled))
+            self._settle(taken, taken.end - len(sampled), [])
             return [Failed(failure)]
         self.failures = 0
         updates: list[Update] = []
@@ -313,27 +339,32 @@ class Sequence:
         """The tokens that sampled rows add. A drafted row counts where its token is the one that is known by then."""
         place = taken.end - len(rows)  # of the row's own token
         added = self._append_sampled(place, rows[0])
-        for row, token in zip(rows[1:], taken.chunk.tokens[len(taken.chunk.tokens) - taken.drafted :], strict=True):
+        for row, token in zip(rows[1:], taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :], strict=True):
             is_over = self._finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
             if is_over or place + 1 >= len(self.tokens) or self.tokens[place + 1] != token:
                 break
             place += 1
             added += self._append_sampled(place, row)
-        self._settle(taken, place + 1)
+        self._settle(taken, place + 1, [row.token for row in added])
         if self.phase is _PREFILL or self.phase is _DECODE:
             is_refused = taken.drafted and self.states.is_begun and self.last_forced < self.generated
             self.phase = _PREFILL if self.scheduled < len(self.tokens) - 1 and not is_refused else _DECODE
         return added
 
-    def _settle(self, taken: SequenceSlice, end: int) -> None:
-        """Of a window of drafted rows, those up to `end` count. Where a state goes with rows, all of them or none."""
+    def _settle(self, taken: SequenceSlice, end: int, added: list[int]) -> None:
+        """Of a window of drafted rows, those up to `end` count, and added tokens. Where a state goes with rows, all of
+        them or none. Further windows go on where these tokens are what they are behind."""
         if not taken.drafted:
             return
         self.accepted_rows += max(0, taken.drafted - (taken.end - end))
-        self.unsettled = 0
-        if end < taken.end:
+        expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
+        if end == taken.end and list(expected) == added[: len(expected)]:
+            self.unsettled = self.scheduled - taken.end
+            return
+        if end < taken.end or self.scheduled > taken.end:
             self.scheduled = min(self.scheduled, taken.chunk.position if self.states.is_begun else end)
             self.computed = min(self.computed, self.scheduled)
+        self.give_up_ahead()
 
     def received(self, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
         """Takes in the hidden states of a part's embedded rows."""
@@ -351,7 +382,8 @@ class Sequence:
 
     def _repeat(self, row: int) -> None:
         """The row at this position is computed again, beside others in decode."""
-        self.scheduled, self.unsettled = min(self.scheduled, row), 0
+        self.scheduled = min(self.scheduled, row)
+        self.give_up_ahead()
         self.computed = min(self.computed, self.scheduled)
         if self.phase is _PREFILL:
             self.phase = _DECODE

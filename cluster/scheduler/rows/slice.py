@@ -21,6 +21,7 @@ class SequenceSlice:
     chunk: Chunk
     tasks: tuple[RowTask, ...]
     drafted: int = 0
+    branch: int = 0  # of the sequence when it was taken
 
     @property
     def is_sampled(self) -> bool:
@@ -38,9 +39,14 @@ class SequenceSlice:
         return bool(self.tasks) or self.chunk.embedded_rows > 0
 
     @property
+    def is_stale(self) -> bool:
+        """Whether its drafted rows cannot count any more: a token before them is another one."""
+        return self.drafted > 0 and self.branch != self.sequence.branch
+
+    @property
     def sampled(self) -> int:
-        """Rows that choose a token: the last ones."""
-        return 1 + self.drafted if self.is_sampled else 0
+        """Rows that choose a token: the last ones. All are drafted where the window before was under way."""
+        return min(1 + self.drafted, len(self.chunk.tokens)) if self.is_sampled else 0
 
     @property
     def end(self) -> int:

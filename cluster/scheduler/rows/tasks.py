@@ -41,6 +41,17 @@ def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTa
     )
 
 
+def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
+    """For rows of drafted tokens behind others that are under way, without a history."""
+    unknown, most = len(sequence.ahead) + 1, sequence.request.min_tokens
+    first = _task(sequence, [], unknown, (*sequence.ahead, *drafted))
+    tasks = accumulate(repeat(first, len(drafted)), lambda before, _: before.next())
+    return tuple(
+        task if sequence.generated + unknown + row < most else replace(task, suppressed=())
+        for row, task in enumerate(tasks)
+    )
+
+
 def _task(
     sequence: Sequence, history: list[int], unknown: int, drafted: tuple[int, ...] = (), follows: bool = False
 ) -> SampleTask:

@@ -38,6 +38,11 @@ class MeasuredRounds:
         stage_ns = self._at(rows, groups)
         return inf if stage_ns is None else cycle_ns(stage_ns, groups, self._times.whole_transit_ns)
 
+    def slowest_ns(self, rows: int) -> float:
+        """Of the stage that takes longest, with so many rows in a microbatch."""
+        stage_ns = self._at(rows, 1)
+        return inf if stage_ns is None else max(stage_ns)
+
     def _at(self, rows: int, groups: int) -> list[float] | None:
         key = rows, groups > 1
         if key not in self._stage_ns:

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, MODEL, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
-from llamaclust.cluster.scheduler.speculation.windows import Candidate
+from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7)
 """How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
+
+
+_LONGEST = 4 * MAX_WINDOW
+"""Of a draft: several windows of it may be under way."""
 
 
 class SequenceDrafts:
@@ -24,14 +29,23 @@ class SequenceDrafts:
         self._draft = NO_DRAFT
         self._at = 0  # tokens before the draft
         self._seen = 0  # tokens that it was compared with
+        self.chain: Chain | None = None  # windows that are sent without waiting for each other
         self._offered = 0  # tokens before the last draft of a draft model
 
     def next(self, tokens: Sequence[int], most: int) -> Candidate:
         """What may follow these tokens: `most` at most."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
-            self._draft, self._at = self._checked(self._drafter.draft(tokens, most), most), len(tokens)
+            self._draft, self._at = self._checked(self._drafter.draft(tokens, _LONGEST), _LONGEST), len(tokens)
         return Candidate(self._draft.tokens[:most], self.rate(self._draft.confidence))
+
+    def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
+        """What the draft says behind those of its tokens that are under way; none where these are others by now."""
+        self._compare(tokens)
+        under_way = (*tokens[self._at :], *ahead)
+        if self._draft.tokens[: len(under_way)] != under_way:
+            return ()
+        return self._draft.tokens[len(under_way) : len(under_way) + most]
 
     def rate(self, confidence: int) -> float:
         """How probable it is that a token of such a draft is accepted."""

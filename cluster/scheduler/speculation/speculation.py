@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows, speed_of
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
@@ -40,9 +40,26 @@ class Speculation:
         KV blocks are left. There are so many microbatches that are alike."""
         candidates = [self._next(sequence) for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
+        if len(sequences) == 1 and sequences[0].drafts is not None:
+            windows = [self._chained(sequences[0].drafts, candidates[0], windows[0], most_rows)]
         for sequence, candidate, window in zip(sequences, candidates, windows, strict=True):
             if window:
                 memory.draft(sequence, candidate.tokens[:window], reserve)
+
+    def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
+        """Drafted tokens behind those of the only sequence that are under way, in so many microbatches."""
+        if sequence.drafts is None or (chain := sequence.drafts.chain) is None or under_way >= chain.depth:
+            return ()
+        most = min(chain.window, sequence.left - 1 - len(sequence.ahead))
+        return sequence.drafts.further(sequence.tokens, sequence.ahead, most) if most > 0 else ()
+
+    def _chained(self, drafts: SequenceDrafts, candidate: Candidate, window: int, most_rows: int) -> int:
+        """Of the only sequence: its next window, which others may follow at once."""
+        drafts.chain = None
+        if window:
+            speed = speed_of([candidate], [window], self._times, 1)
+            drafts.chain = best_chain(candidate, self._times, most_rows, speed)
+        return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_rows: int) -> bool:
         """Whether one of these should rather wait for its next token than be computed behind it, since drafted ones

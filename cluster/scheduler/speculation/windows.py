@@ -16,6 +16,8 @@ from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
 """Predicted gain below which nothing is drafted: predictions are not better than that."""
+_DEEPEST = 6
+"""Windows under way."""
 _MARGIN_BESIDE = 0.2
 """The same where several microbatches are under way: ones of different lengths wait for each other, too."""
 
@@ -40,6 +42,42 @@ class RoundTimes(Protocol):
 
     def window_ns(self, rows: int, groups: int) -> float:
         """With so many rows in a microbatch, which waits for the tokens that it begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Windows of one sequence behind each other, each behind the drafted tokens of the one before it."""
+
+    window: int  # drafted tokens of each
+    depth: int  # windows under way, at most
+
+
+class ChainTimes(RoundTimes, Protocol):
+    def slowest_ns(self, rows: int) -> float:
+        """Of the stage that takes longest, with so many rows in a microbatch."""
+
+
+def best_chain(candidate: Candidate, times: ChainTimes, most: int, speed: float) -> Chain | None:
+    """Where several windows under way are faster than `speed`, in tokens a nanosecond, which waiting for each gives.
+
+    Drafted tokens are right up to the first that is not, 1 / (1 - a) of them. That is known when its window has come
+    back, after the time of a whole round. Windows before it came back one after the other meanwhile, as fast as the
+    slowest stage computes them; what is under way behind it is computed for nothing, and keeps the next one waiting.
+    """
+    rate = min(candidate.rate, 0.999)
+    best, best_speed = None, (1 + _MARGIN) * speed
+    for count in counts_to_try(min(most, len(candidate.tokens))):
+        round_ns, stage_ns = times.window_ns(1 + count, 1), times.slowest_ns(1 + count)
+        if round_ns == inf:
+            return None
+        depth = min(_DEEPEST, int(round_ns / max(stage_ns, 1.0)))
+        if depth < 2:
+            continue
+        whole = rate**count
+        ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * whole / (1 - whole)
+        if 1 / (1 - rate) / ns > best_speed:
+            best, best_speed = Chain(count, depth), 1 / (1 - rate) / ns
+    return best
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:

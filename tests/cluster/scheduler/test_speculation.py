@@ -13,7 +13,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation, expected
-from support.plans.drafting import AnyWindows, SaidDrafters, Says, nonsense, replayed
+from support.plans.drafting import AnyChains, AnyWindows, SaidDrafters, Says, nonsense, replayed
 from support.plans.simulations import check_answer, check_writes, random_request, simulation
 
 
@@ -47,7 +47,7 @@ def test_drafted_rows_change_no_token_and_leak_nothing(seed: int) -> None:
         hop_us=random_.choice([0, 1, 50, 1000]),
         prefill_chunk=random_.choice([None, None, 1, 5, 16, 100]),
         kv_blocks=random_.randint(13, 40),
-        max_sequences=random_.randint(1, 8),
+        max_sequences=random_.choice([1, 1, 2, 5, 8]),
         max_outputs=random_.randint(8, 48),
         prefix_cache=random_.random() < 0.8,
     )
@@ -56,6 +56,7 @@ def test_drafted_rows_change_no_token_and_leak_nothing(seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if random_.random() < 0.8:
             patch.setattr(module, "best_windows", AnyWindows(random_, 32))
+            patch.setattr(module, "best_chain", AnyChains(random_, random_.choice([1, 3, 16])))
         for request in requests:
             keys[run.add(request)] = request
             for _ in range(random_.choice([0, 0, 1, 5, 20])):

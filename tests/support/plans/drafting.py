@@ -10,7 +10,7 @@ import pytest
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, Draft, Drafter
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, RoundTimes
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain, RoundTimes
 
 Says = Callable[[Sequence[int], int], tuple[int, ...]]
 """A draft for these tokens, of about so many."""
@@ -77,6 +77,20 @@ class AnyWindows:
         return chosen
 
 
+class AnyChains:
+    """In place of `best_chain`: any number of windows of any size under way."""
+
+    def __init__(self, source: random.Random, most: int) -> None:
+        self._source = source
+        self._most = most
+
+    def __call__(self, candidate: Candidate, times: RoundTimes, most: int, speed: float) -> Chain | None:
+        most = min(most, self._most, len(candidate.tokens))
+        if most < 1 or self._source.random() < 0.2:
+            return None
+        return Chain(self._source.randint(1, most), self._source.randint(2, 6))
+
+
 def draft(
     texts: Sequence[Sequence[int]], source: random.Random, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> AnyWindows:
@@ -85,4 +99,5 @@ def draft(
     drafters, windows = SaidDrafters(replayed(texts, 0.9, source, vocabulary)), AnyWindows(source, 32)
     monkeypatch.setattr(NgramDrafters, "of", lambda self, key: drafters.of(key))
     monkeypatch.setattr(speculation, "best_windows", windows)
+    monkeypatch.setattr(speculation, "best_chain", AnyChains(source, 8))
     return windows

@@ -89,6 +89,7 @@ class Round:
 
     drafted: int
     seconds: float  # until its tokens are known
+    slowest_s: float  # of these, on the stage or link that takes longest: others may follow so soon
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,9 @@ def _round(costs: StageCosts, split: Sequence[StageParts], drafted: int, path: _
     """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
     coordinator drafts, so that a round begins and ends there."""
     rows = 1 + drafted
-    return Round(drafted, sum(stage.decode_s(costs, rows) for stage in split) + rows * sum(path.row_s) + path.there_s)
+    stages = [stage.decode_s(costs, rows) for stage in split]
+    links = [rows * row_s for row_s in path.row_s]
+    return Round(drafted, sum(stages) + sum(links) + path.there_s, max(*stages, *links, 0.0))
 
 
 def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:

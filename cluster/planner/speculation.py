@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.cluster.planner.plan import Prediction
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
+from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
 """From drafts that are often wrong to copies of a text with few edits."""
@@ -18,7 +18,7 @@ class SpeculationGain:
     """Of one request alone."""
 
     acceptance: float  # the probability that a drafted token is right where those before it are
-    drafted_tokens: int  # in each step; 0 where that would not pay
+    drafted_tokens: int  # in each window; 0 where that would not pay
     gain: float  # tokens a second, relative to those without drafts
     tokens_per_s: float
 
@@ -32,9 +32,10 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
     candidate = Candidate((0,) * most, acceptance)
     (window,) = best_windows((candidate,), times, 1, most)
     plain_ns = times.plain_ns(1, 1)
-    tokens = sum(map(candidate.gain, range(window + 1)))
-    gain = tokens * plain_ns / times.window_ns(1 + window, 1) if window else 1.0
-    return SpeculationGain(acceptance, window, gain, gain * 1e9 / plain_ns)
+    speed = speed_of((candidate,), (window,), times, 1)
+    chain = best_chain(candidate, times, most, speed) if window else None
+    window, speed = (window, speed) if chain is None else (chain.window, chain.speed)
+    return SpeculationGain(acceptance, window, speed * plain_ns, speed * 1e9)
 
 
 class _PlannedRounds:
@@ -44,6 +45,7 @@ class _PlannedRounds:
         self._plain_s = prediction.token_s
         self._rows = [1 + each.drafted for each in prediction.rounds]
         self._seconds = [each.seconds for each in prediction.rounds]
+        self._slowest_s = [each.slowest_s for each in prediction.rounds]
 
     def plain_ns(self, sequences: int, groups: int) -> float:
         assert sequences == groups == 1
@@ -52,6 +54,9 @@ class _PlannedRounds:
     def window_ns(self, rows: int, groups: int) -> float:
         assert groups == 1
         return _ns(float(np.interp(rows, self._rows, self._seconds)))
+
+    def slowest_ns(self, rows: int) -> float:
+        return _ns(float(np.interp(rows, self._rows, self._slowest_s)))
 
 
 def _ns(seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -27,9 +28,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(path: Path) -> DraftModel:
+def model(path: Path) -> Iterator[DraftModel]:
     with Model.open(path) as target, open_draft_model(path, target, 1, CONTEXT) as opened:
-        yield opened  # type: ignore[misc]
+        yield opened
 
 
 def ask(model: DraftModel, *orders: DraftOrder) -> list[DraftReply]:
@@ -56,14 +57,16 @@ def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> Non
                 for key in keys
             ]
             for each, reply in zip(orders, ask(model, *orders), strict=True):
-                options = {
-                    "temperature": params.temperature,
-                    "top_k": params.top_k,
-                    "top_p": 1.0,
-                    "min_p": 0.0,
-                    "seed": each.key,
-                }
-                said = client.generate(each.tokens, max_tokens=each.most, ignore_eos=True, **options)  # type: ignore[arg-type]
+                said = client.generate(
+                    each.tokens,
+                    max_tokens=each.most,
+                    ignore_eos=True,
+                    temperature=params.temperature,
+                    top_k=params.top_k,
+                    top_p=1.0,
+                    min_p=0.0,
+                    seed=each.key,
+                )
                 assert reply.tokens == tuple(row.token for row in said.rows), f"seed {SEED}"
                 texts[each.key] += reply.tokens[: source.randint(0, each.most)]
                 texts[each.key] += [source.randrange(3, VOCABULARY) for _ in range(source.choice([0, 1, 3]))]

@@ -6,7 +6,7 @@ _REMEMBERED = 96
 """Tokens, about: of earlier ones little is left."""
 _PRIOR_TOKENS = 3
 """What is known in advance counts as so many."""
-_CHANGES = 1 / 64
+_CHANGES = 1 / 128
 """How probable it is at each token that what is said is of another kind from there on."""
 
 

@@ -50,6 +50,7 @@ class Chain:
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most
+    speed: float  # tokens a nanosecond, expected
 
 
 class ChainTimes(RoundTimes, Protocol):
@@ -65,7 +66,8 @@ def best_chain(candidate: Candidate, times: ChainTimes, most: int, speed: float)
     slowest stage computes them; what is under way behind it is computed for nothing, and keeps the next one waiting.
     """
     rate = min(candidate.rate, 0.999)
-    best, best_speed = None, (1 + _MARGIN) * speed
+    best = None
+    least = (1 + _MARGIN) * speed
     for count in counts_to_try(min(most, len(candidate.tokens))):
         round_ns, stage_ns = times.window_ns(1 + count, 1), times.slowest_ns(1 + count)
         if round_ns == inf:
@@ -75,8 +77,9 @@ def best_chain(candidate: Candidate, times: ChainTimes, most: int, speed: float)
             continue
         whole = rate**count
         ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * whole / (1 - whole)
-        if 1 / (1 - rate) / ns > best_speed:
-            best, best_speed = Chain(count, depth), 1 / (1 - rate) / ns
+        chain = Chain(count, depth, 1 / (1 - rate) / ns)
+        if chain.speed > (least if best is None else best.speed):
+            best = chain
     return best
 
 

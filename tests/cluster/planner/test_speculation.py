@@ -149,7 +149,7 @@ def test_windows_of_layers_bound_drafts_and_states_have_no_prediction() -> None:
 
 
 def test_texts_say_gain_speed_and_drafts() -> None:
-    rounds = tuple(Round(drafted, 0.1 + 0.02 * drafted) for drafted in (1, 2, 3, 4))
+    rounds = tuple(Round(drafted, 0.1 + 0.02 * drafted, 0.1 + 0.02 * drafted) for drafted in (1, 2, 3, 4))
     plan = replace(make_plan(SMALL, [worker("a")], REQUEST), prediction=Prediction((), 0.1, 0, 0, 0, "a", rounds))
     plan = replace(plan, stages=())
     lines = plan_lines(plan, (0.1, 0.9, 1.0))
@@ -227,7 +227,8 @@ def test_a_simulated_pipeline_gains_what_is_predicted(
 
     links_s = hop_us * (stages if stages > 1 else 0) / 1e6
     rounds = tuple(
-        Round(window, computed_s(1 + window) + (stages + 1) * hop_us / 1e6) for window in (*range(1, 9), 12, 16, 24, 32)
+        Round(window, computed_s(1 + window) + (stages + 1) * hop_us / 1e6, computed_s(1 + window) / stages)
+        for window in (*range(1, 9), 12, 16, 24, 32)
     )
     prediction = Prediction((), computed_s(1) + links_s, links_s, 0, 0, "a", rounds)
     found = predict_gain(prediction, acceptance)

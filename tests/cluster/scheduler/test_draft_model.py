@@ -88,14 +88,14 @@ def test_a_draft_model_changes_no_token_and_leaks_nothing(seed: int) -> None:
 def test_sequences_go_on_without_a_model_that_is_lost() -> None:
     request = GenerationRequest("r", tuple(range(1, 30)), 60)
     run = _run(SaidModel(lambda tokens, most: (1,) * most, 1000, 10), [linear(4000, 50)], 100)
+    assert isinstance(run, DraftingSimulation)
     run.add(request)
-    waits = lambda: run.replies is not None and any(reply.tokens for reply in run.replies[1].replies)  # noqa: E731
     for _ in range(1000):
         run.send_all()
-        if waits():
+        if run.replies is not None and any(reply.tokens for reply in run.replies[1].replies):
             break
         run.step()
-    assert waits()
+    assert run.replies is not None
     run.replies = None
     run.scheduler.drafted(None, 0)
     run.finish()

@@ -103,6 +103,7 @@ def values(text: str) -> dict[str, float]:
 
 async def test_replies_and_metrics_count_drafted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "best_windows", whole_drafts)
+    monkeypatch.setattr(speculation, "best_chain", lambda *given: None)
     known = Known()
     settings = replace(SETTINGS, speculation=SpeculationSettings(SaidDrafters(known.says), 4))
     body = {"prompt": PROMPT, "n_predict": TOKENS, "seed": 5, "ignore_eos": True, "return_tokens": True}
@@ -143,6 +144,7 @@ async def test_replies_and_metrics_count_drafted_tokens(monkeypatch: pytest.Monk
 
 async def test_timings_of_choices_have_drafted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "best_windows", whole_drafts)
+    monkeypatch.setattr(speculation, "best_chain", lambda *given: None)
     known = Known()
     settings = replace(SETTINGS, speculation=SpeculationSettings(SaidDrafters(known.says), 4))
     body = {"prompt": PROMPT, "max_tokens": TOKENS, "seed": 5, "ignore_eos": True, "return_token_ids": True}

@@ -104,10 +104,15 @@ async def local_cluster(model: Path, folder: Path) -> AsyncIterator[Cluster]:
 
 @asynccontextmanager
 async def distant_cluster(
-    box: Box, model: Path, folder: Path, workers: Sequence[str] = _WORKERS, more: Sequence[str] = ()
+    box: Box,
+    model: Path,
+    folder: Path,
+    workers: Sequence[str] = _WORKERS,
+    more: Sequence[str] = (),
+    beside: str | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Workers on hosts of their own, over mutual TLS; this process is on the coordinator's. `more` keys of
-    the cluster file may be given."""
+    """Workers on hosts of their own, but one that is `beside` this process, on the coordinator's host; over mutual TLS.
+    `more` keys of the cluster file may be given."""
     here = box[COORDINATOR].address
     keys = ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
     keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in workers)}]")
@@ -117,7 +122,9 @@ async def distant_cluster(
         if isinstance(event, AwaitingWorkers):
             for name in workers:
                 command = f"-P -m llamaclust worker --join {here}:7100 --name {name} --threads 1 --token-file {token}"
-                box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
+                box.start(
+                    COORDINATOR if name == beside else name, sys.executable, *command.split(), stderr=subprocess.DEVNULL
+                )
 
     async with _opened(model, folder / "distant", [*keys, *more], report) as cluster:
         yield cluster

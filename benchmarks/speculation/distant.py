@@ -2,8 +2,8 @@
 
     python benchmarks/speculation/distant.py MODEL.gguf [--round-trip 20 --stages 2]     (as root: network namespaces)
 
-The coordinator and every worker have a host each, so a plain token travels a link more than there are stages: half a
-round trip each. Medians of pairs: prompts that are copied and open questions, with n-gram drafts; recorded answers of
+The coordinator is on the first worker's host, and every other worker has a host of its own; with --apart, the
+coordinator has one as well. Each link takes half a round trip. Medians of pairs: prompts that are copied and open questions, with n-gram drafts; recorded answers of
 which 80 % are drafted right. At a round trip below a millisecond, copies are also measured beside one worker that has
 no network and drafts nothing. Both ways must have the same tokens and logprobs.
 """
@@ -98,7 +98,12 @@ async def measure(box: Box, workers: list[str], given: argparse.Namespace) -> No
     drafters = RecordedDrafters()
     with tempfile.TemporaryDirectory() as folder, drafting_with(drafters):
         async with distant_cluster(
-            box, given.model, Path(folder), workers, [even_plan(given.model, workers)]
+            box,
+            given.model,
+            Path(folder),
+            workers,
+            [even_plan(given.model, workers)],
+            None if given.apart else workers[0],
         ) as cluster:
             distant = Served(cluster.engine, cluster.model)
             box.set_link(Link.of_round_trip(given.round_trip / 1e3))
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--round-trip", type=float, default=20.0, help="milliseconds; %(default)s by default")
     parser.add_argument("--stages", type=positive, default=2, help="workers; %(default)s by default")
     parser.add_argument("--parts", type=listed(chosen("--parts", {part: part for part in _PARTS})), default=_PARTS)
+    parser.add_argument("--apart", action="store_true", help="the coordinator has a host of its own")
     parser.add_argument("--repeats", type=positive, default=5, help="pairs; %(default)s by default")
     parser.add_argument("--tokens", type=positive, default=200, help="of an answer, at most; %(default)s by default")
     parser.add_argument("--characters", type=positive, default=1200, help="of a text in a prompt")
@@ -130,7 +136,8 @@ def main() -> None:
         sys.exit(f"error: {reason}")
     print(machine(1), f"seed {given.seed}", sep=", ")
     workers = [f"w{number}" for number in range(given.stages)]
-    with Box([COORDINATOR, *workers], delays=True) as box, entered(box[COORDINATOR].namespace):
+    hosts = workers if given.apart else workers[1:]
+    with Box([COORDINATOR, *hosts], delays=True) as box, entered(box[COORDINATOR].namespace):
         asyncio.run(measure(box, workers, given))
 
 

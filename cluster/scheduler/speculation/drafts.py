@@ -47,6 +47,11 @@ class SequenceDrafts:
             return ()
         return self._draft.tokens[len(under_way) : len(under_way) + most]
 
+    @property
+    def current_rate(self) -> float:
+        """Of the draft that stands."""
+        return self.rate(self._draft.confidence)
+
     def rate(self, confidence: int) -> float:
         """How probable it is that a token of such a draft is accepted."""
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))

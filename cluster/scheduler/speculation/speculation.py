@@ -24,6 +24,10 @@ _MOST_REPEATED = 4
 else each further refused window would add to the rows of all later ones."""
 
 
+_OTHER_RATE = 0.02
+"""Difference of acceptance for which windows that follow each other are chosen anew."""
+
+
 class Speculation:
     """Of one pipeline."""
 
@@ -48,10 +52,14 @@ class Speculation:
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
         """Drafted tokens behind those of the only sequence that are under way, in so many microbatches."""
-        if sequence.drafts is None or (chain := sequence.drafts.chain) is None or under_way >= chain.depth:
+        drafts = sequence.drafts
+        if drafts is None or drafts.chain is None or under_way >= drafts.chain.depth:
             return ()
+        if abs((rate := drafts.current_rate) - drafts.chain.rate) > _OTHER_RATE:
+            drafts.chain = best_chain(Candidate((0,) * self._most, rate), self._times, self._most, 0.0) or drafts.chain
+        chain = drafts.chain
         most = min(chain.window, sequence.left - 1 - len(sequence.ahead))
-        return sequence.drafts.further(sequence.tokens, sequence.ahead, most) if most > 0 else ()
+        return drafts.further(sequence.tokens, sequence.ahead, most) if most > 0 else ()
 
     def _chained(self, drafts: SequenceDrafts, candidate: Candidate, window: int, most_rows: int) -> int:
         """Of the only sequence: its next window, which others may follow at once."""

@@ -50,6 +50,7 @@ class Chain:
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most
+    rate: float  # of acceptance
     speed: float  # tokens a nanosecond, expected
 
 
@@ -77,7 +78,7 @@ def best_chain(candidate: Candidate, times: ChainTimes, most: int, speed: float)
             continue
         whole = rate**count
         ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * whole / (1 - whole)
-        chain = Chain(count, depth, 1 / (1 - rate) / ns)
+        chain = Chain(count, depth, rate, 1 / (1 - rate) / ns)
         if chain.speed > (least if best is None else best.speed):
             best = chain
     return best

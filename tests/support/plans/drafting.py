@@ -88,7 +88,7 @@ class AnyChains:
         most = min(most, self._most, len(candidate.tokens))
         if most < 1 or self._source.random() < 0.2:
             return None
-        return Chain(self._source.randint(1, most), self._source.randint(2, 6), 1.0)
+        return Chain(self._source.randint(1, most), self._source.randint(2, 6), candidate.rate, 1.0)
 
 
 def draft(

@@ -26,3 +26,8 @@ def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are f
     """'12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'; `room` says what the room is."""
     there = room.format(room_bytes // MIB)
     return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 fault`, `2 faults`."""
+    return f"{number} {noun if number == 1 else f'{noun}s'}"

@@ -3,9 +3,10 @@
     python benchmarks/speculation/distant.py MODEL.gguf [--round-trip 20 --stages 2]     (as root: network namespaces)
 
 The coordinator is on the first worker's host, and every other worker has a host of its own; with --apart, the
-coordinator has one as well. Each link takes half a round trip. Medians of pairs: prompts that are copied and open questions, with n-gram drafts; recorded answers of
-which 80 % are drafted right. At a round trip below a millisecond, copies are also measured beside one worker that has
-no network and drafts nothing. Both ways must have the same tokens and logprobs.
+coordinator has one as well. Each link takes half a round trip. Medians of pairs: prompts that are copied and open
+questions, with n-gram drafts; recorded answers of which 80 % are drafted right. At a round trip below a millisecond,
+copies are also measured beside one worker that has no network and drafts nothing. Both ways must have the same tokens
+and logprobs.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Lane:
     def _send_all(self) -> None:
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self.pipeline.submit(scheduled.microbatch, scheduled.inputs)
-        self._model_drafts.ask()
+        self._model_drafts.request()
 
     def _take(self, result: Result) -> None:
         self._guard(lambda: self._owner.completed(self, result))

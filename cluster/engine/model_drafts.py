@@ -9,6 +9,7 @@ from time import monotonic_ns
 
 from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.core.drafts import DraftOrder
 
 _DEADLINE_S = 30.0
@@ -26,24 +27,24 @@ class ModelDrafts:
         self._drafted = drafted
         self._task: asyncio.Task[None] | None = None
 
-    def ask(self) -> None:
+    def request(self) -> None:
         """Gives the model what there is for it to do, unless it is busy."""
-        own = self._scheduler.settings.speculation
-        if own is None or own.model is None or self._task is not None:
+        speculation = self._scheduler.speculation
+        if speculation is None or speculation.model is None or self._task is not None:
             return
-        if orders := self._scheduler.next_orders():
-            self._task = asyncio.get_running_loop().create_task(self._ask(own.model, orders))
+        if orders := speculation.next_orders(self._scheduler.queues.running):
+            self._task = asyncio.get_running_loop().create_task(self._draft(speculation, speculation.model, orders))
 
-    async def _ask(self, model: DraftModel, orders: list[DraftOrder]) -> None:
+    async def _draft(self, speculation: Speculation, model: DraftModel, orders: list[DraftOrder]) -> None:
         begun_ns = monotonic_ns()
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 replies = await model.draft(orders)
         except Exception as error:  # noqa: BLE001  a border: answers do not depend on drafts
             _log.warning("the draft model failed, and is not asked any more: %r", error)
-            self._scheduler.drafted(None, 0)
+            speculation.lose_model()
         else:
-            self._scheduler.drafted(replies, monotonic_ns() - begun_ns)
+            speculation.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
         self._task = None
         self._drafted()
 

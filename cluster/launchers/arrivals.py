@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.events import Notice, Report, Waiting, WorkerJoined
-from llamaclust.core.counts import counted
 from llamaclust.core.errors import DeadlineError, LlamaclustError
+from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
 Shortfall = Callable[[], Awaitable[LlamaclustError | None]]

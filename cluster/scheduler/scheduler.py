@@ -7,20 +7,21 @@ read them: stages run microbatches in number order, and the next owner writes th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, islice
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
+from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.taking import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.counts import DraftCounts
@@ -28,7 +29,6 @@ from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
-from llamaclust.core.drafts import DraftOrder, DraftReplies
 from llamaclust.core.errors import QueueFullError
 from llamaclust.wire.microbatch.messages import Result
 
@@ -56,7 +56,7 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
         self.settings = settings
         self.times = StageTimes(stages)
-        self._speculation = _speculation(settings, self.times)
+        self.speculation = Speculation.of(settings, self.times)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
         self._sequences: dict[int, Sequence] = {}
@@ -89,6 +89,10 @@ class Scheduler:
         """All that are not finished, by arrival."""
         return list(self._sequences.values())
 
+    @property
+    def by_key(self) -> Mapping[int, Sequence]:
+        return self._sequences
+
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Queues a request, unless there is nothing to compute. Raises ParameterError or QueueFullError."""
         settings = self.settings
@@ -117,8 +121,8 @@ class Scheduler:
         if sequence is not None:
             self.queues.remove(sequence)
             self.strikes.forget(sequence)
-            if self._speculation is not None:
-                self._speculation.forget(sequence)
+            if self.speculation is not None:
+                self.speculation.forget(sequence)
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
@@ -129,7 +133,7 @@ class Scheduler:
                 sequence.block_keys.clear()
         self.settings = settings
         self.times = StageTimes(stages)
-        self._speculation = _speculation(settings, self.times)
+        self.speculation = Speculation.of(settings, self.times)
         self._split = DecodeSplit(self.times)
         self.in_flight = InFlight(settings, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
@@ -160,8 +164,8 @@ class Scheduler:
             other.queues.waiting.remove(sequence)
             del other._sequences[sequence.key]
             other.strikes.move(sequence, self.strikes)
-            if other._speculation is not None:
-                other._speculation.forget(sequence)
+            if other.speculation is not None:
+                other.speculation.forget(sequence)
             sequence.restart()
             if other.settings.model_id != self.settings.model_id:
                 sequence.block_keys.clear()
@@ -198,7 +202,7 @@ class Scheduler:
         prefill = self._prefill_slices(ready, now_ns)
         if not prefill:
             ready = self._drafted(ready[: self._decode_rows(len(ready))])
-        slices = (*(sequence.take_token() for sequence in ready), *prefill)
+        slices = (*map(take_token, ready), *prefill)
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
@@ -241,25 +245,12 @@ class Scheduler:
                 self.queues.discard(sequence)
                 self._retries += 1
                 continue
-            if isinstance(updates[-1], Finished) and self._speculation is not None:
-                self._speculation.ended(sequence)
+            if isinstance(updates[-1], Finished) and self.speculation is not None:
+                self.speculation.ended(sequence)
             if isinstance(updates[-1], Finished | Failed):
                 self.abort(sequence.key)
             updated.append((sequence.key, updates))
         return updated
-
-    def next_orders(self) -> list[DraftOrder]:
-        """What the draft model of the settings is to do now; one call follows the replies to another."""
-        return [] if self._speculation is None else self._speculation.next_orders(self.queues.running)
-
-    def drafted(self, replies: DraftReplies | None, taken_ns: int) -> None:
-        """Takes in what it drafted. None: it does not answer, and is not asked any more."""
-        if self._speculation is None:
-            return
-        if replies is None:
-            self._speculation.lose_model()
-        else:
-            self._speculation.drafted(replies, taken_ns, self._sequences)
 
     # -- decode ----------------------------------------------------------------------------------------------------
 
@@ -277,13 +268,13 @@ class Scheduler:
 
     def _drafted(self, ready: list[Sequence]) -> list[Sequence]:
         """Those that are computed now, with drafted tokens where that pays: some wait for a draft model."""
-        if self._speculation is None or not ready:
+        if self.speculation is None or not ready:
             return ready
         queues, settings = self.queues, self.settings
         rows = min(settings.max_outputs - len(ready), settings.max_batch_tokens - sum(map(_next_rows, ready)))
         groups = self._split.groups(queues.decoding)
-        ready = self._speculation.ready(ready, groups, rows)
-        self._speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
+        ready = self.speculation.ready(ready, groups, rows)
+        self.speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
         return ready
 
     def _decode_rows(self, ready: int) -> int:
@@ -313,30 +304,30 @@ class Scheduler:
             return None
         if any(sequence.expects_forced for sequence in queues.running):
             return None
-        if self._speculation is not None and self._speculation.waits(queues.running, self.settings.max_outputs):
+        if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
         ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
         ahead = self._fitting(ahead)
-        return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
+        return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
         """Drafted rows behind those of the only sequence that are under way."""
         queues = self.queues
-        if self._speculation is None or len(queues.running) != 1 or not self.settings.may_repeat_rows:
+        if self.speculation is None or len(queues.running) != 1 or not self.settings.may_repeat_rows:
             return None
         (sequence,) = queues.running
         if sequence.awaits_decode or not sequence.may_draft_further:
             return None
-        if tokens := self._speculation.further(sequence, self.in_flight.live):
+        if tokens := self.speculation.further(sequence, self.in_flight.live):
             queues.memory.draft(sequence, tokens, RESERVE_BLOCKS)
-        return self._launch((sequence.take_token(),), 1, now_ns) if sequence.drafted else None
+        return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafted else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
         """A microbatch of this sequence alone, with nothing else in flight. Others make room for it."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:
-            return self._launch((sequence.take_token(),), 1, now_ns)
+            return self._launch((take_token(sequence),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = sequence.remaining if sequence.is_whole else min(rows, self.strikes.rows(sequence))
         most = self.settings
@@ -405,9 +396,3 @@ class Scheduler:
             memory.filled(taken.sequence)
         memory.end_microbatch()
         return self.in_flight.send(slices, decoding, now_ns, self.queues.take_released())
-
-
-def _speculation(settings: SchedulerSettings, times: StageTimes) -> Speculation | None:
-    if settings.speculation is None or not settings.max_drafted:
-        return None
-    return Speculation(settings, settings.speculation, times)

@@ -23,12 +23,10 @@ from llamaclust.cluster.scheduler.requests import (
     rate,
 )
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
-from llamaclust.cluster.scheduler.rows.tasks import further_tasks, prompt_tasks, sample_task, window_tasks
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
-from llamaclust.core.sampling import RowResult, RowTask
+from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.microbatch.messages import Chunk
 
 _LATELY = 16  # tokens of an answer after a forced one, in which a further one is likely
 
@@ -186,7 +184,7 @@ class Sequence:
         return forces and self.generated - self.last_forced < _LATELY
 
     @property
-    def _unknown(self) -> int:
+    def unknown(self) -> int:
         """Tokens before the one that the next row chooses that are not known yet: 1 at most."""
         return max(0, self.scheduled + 1 - len(self.tokens))
 
@@ -229,66 +227,10 @@ class Sequence:
         before_outputs = max(0, self.first_output - self.scheduled)
         return min(rows, self.remaining, before_outputs + outputs)
 
-    def take(self, rows: int) -> SequenceSlice:
-        """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
-        start, end = self.scheduled, self.scheduled + rows
-        if self.request.embedded is not None:
-            return self._take_embedded(start, end, self.request.embedded[1])
-        tasks = prompt_tasks(self, max(start, self.first_output), end)
-        if tasks:
-            self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
-        return self._slice(tuple(self.tokens[start:end]), tasks)
-
-    def _take_embedded(self, start: int, end: int, embedded_end: int) -> SequenceSlice:
-        first, stop = max(start, self.next_embedded), min(end, embedded_end)
-        self.next_embedded = max(self.next_embedded, stop)
-        embedded = (first - start, stop - start) if first < stop else (0, 0)
-        return self._slice(tuple(self.tokens[start:end]), (), embedded=embedded)
-
-    def take_token(self) -> SequenceSlice:
-        """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones."""
-        if self.drafted and self._unknown:
-            return self._take_further()
-        if self._unknown:
-            return self._slice((0,), (sample_task(self, 1),), self.sampled_at)
-        known, drafted = self.tokens[self.scheduled :], self.drafted
-        if not drafted:
-            return self._slice(tuple(known), (sample_task(self),))
-        self.unsettled = len(drafted) + (len(known) if self.states.is_begun else 0)
-        self.drafted_rows += len(drafted)
-        self.drafted, self.ahead = (), drafted
-        return self._slice((*known, *drafted), window_tasks(self, drafted), drafted=len(drafted))
-
-    def _take_further(self) -> SequenceSlice:
-        """Drafted rows behind those that are under way."""
-        drafted, self.drafted = self.drafted, ()
-        tasks = further_tasks(self, drafted)
-        self.ahead += drafted
-        self.unsettled += len(drafted)
-        self.drafted_rows += len(drafted)
-        return self._slice(drafted, tasks, drafted=len(drafted))
-
     def give_up_ahead(self) -> None:
         """Drafted rows under way do not count: they are behind another token, or computed again."""
         self.branch += 1
         self.ahead, self.unsettled = (), 0
-
-    def _slice(
-        self,
-        tokens: tuple[int, ...],
-        tasks: tuple[RowTask, ...],
-        follows: tuple[int, int] | None = None,
-        embedded: tuple[int, int] = (0, 0),
-        drafted: int = 0,
-    ) -> SequenceSlice:
-        table, window, rest = self.table.runs, self.window, (embedded, self.request.adapters)
-        start, states = window.start if window.blocks else 0, self.states.of_chunk(self.scheduled, len(tokens))
-        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states)
-        self.scheduled += len(tokens)
-        self.in_flight += 1
-        taken = SequenceSlice(self, chunk, tasks, drafted, self.branch)
-        self.sampling += taken.is_sampled
-        return taken
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""

@@ -33,7 +33,7 @@ def model(path: Path) -> Iterator[DraftModel]:
         yield opened
 
 
-def ask(model: DraftModel, *orders: DraftOrder) -> list[DraftReply]:
+def drafts_of(model: DraftModel, *orders: DraftOrder) -> list[DraftReply]:
     return list(model._drafter.draft(orders).replies)
 
 
@@ -52,11 +52,14 @@ def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> Non
             params = source.choice([SamplingParams(), drawn])
             orders = [
                 order(
-                    key, texts[key], source.randint(1, 9), SampleTask(params, key, 0, len(texts[key]), suppressed=(2,))
+                    key,
+                    texts[key],
+                    source.randint(1, 9),
+                    SampleTask(params, key, 0, len(texts[key]), suppressed=(2,)),
                 )
                 for key in keys
             ]
-            for each, reply in zip(orders, ask(model, *orders), strict=True):
+            for each, reply in zip(orders, drafts_of(model, *orders), strict=True):
                 said = client.generate(
                     each.tokens,
                     max_tokens=each.most,
@@ -75,29 +78,29 @@ def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> Non
 def test_unknown_tokens_get_no_draft(model: DraftModel) -> None:
     known, unknown = order(1, [3, 4, 5], 3), order(2, [3, VOCABULARY, 5], 3)
     named = order(3, [3, 4, 5], 3, SampleTask(SamplingParams(logit_bias=((VOCABULARY, 1.0),)), 0, 0, 3))
-    assert [len(reply.tokens) for reply in ask(model, known, unknown, named)] == [3, 0, 0]
+    assert [len(reply.tokens) for reply in drafts_of(model, known, unknown, named)] == [3, 0, 0]
 
 
 def test_long_prompts_are_taken_in_by_parts(model: DraftModel) -> None:
     tokens = [3 + place % 300 for place in range(MOST_ROWS + 50)]
-    (first,) = ask(model, order(1, tokens, 4))
+    (first,) = drafts_of(model, order(1, tokens, 4))
     assert (first.tokens, first.taken_in) == ((), MOST_ROWS), "a sequence that waits does not wait for that"
-    (second,) = ask(model, order(1, tokens, 0))
+    (second,) = drafts_of(model, order(1, tokens, 0))
     assert second.taken_in == len(tokens) - 1
-    (third,) = ask(model, order(1, tokens, 4))
+    (third,) = drafts_of(model, order(1, tokens, 4))
     assert len(third.tokens) == 4 and third.taken_in == len(tokens)
 
 
 def test_drafts_end_with_the_context_and_with_memory(model: DraftModel) -> None:
     tokens = [3] * (CONTEXT - 2)
     for _ in range(3):
-        ask(model, order(1, tokens, 0))
-    (reply,) = ask(model, order(1, tokens, 9))
+        drafts_of(model, order(1, tokens, 0))
+    (reply,) = drafts_of(model, order(1, tokens, 9))
     assert len(reply.tokens) == 2
     many = [order(key, [key] * 200, 8) for key in range(20)]
-    drafted = [bool(each.tokens) for each in ask(model, *many)]
+    drafted = [bool(each.tokens) for each in drafts_of(model, *many)]
     assert any(drafted) and not all(drafted), "they are in memory together, or not at all"
-    assert all(each.taken_in == 0 for each in ask(model, *many) if not each.tokens)
+    assert all(each.taken_in == 0 for each in drafts_of(model, *many) if not each.tokens)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from llamaclust.cluster.scheduler.chunking import chunk_rows
+from llamaclust.cluster.scheduler.rows.chunking import chunk_rows
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import LlamaclustError

@@ -15,8 +15,8 @@ from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterRecord
-from llamaclust.core.counts import counted
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.sizes import counted
 from llamaclust.tools.chaos.firewall import Firewall, FirewallError
 from llamaclust.tools.chaos.injector import Injector
 from llamaclust.tools.chaos.load import Streams, fitting_requests, meanwhile

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
-from llamaclust.core.counts import counted
+from llamaclust.core.sizes import counted
 from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 

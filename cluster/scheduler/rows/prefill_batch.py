@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
@@ -37,7 +38,7 @@ class PrefillBatch:
         if rows > 0 and sequence.key not in self.slices:
             sequence.started_ns = sequence.started_ns or self.now_ns
             self.memory.reserve(sequence, rows)
-            taken = self.slices[sequence.key] = sequence.take(rows)
+            taken = self.slices[sequence.key] = take_rows(sequence, rows)
             self.memory.filled(sequence)
             self.rows_left -= rows
             self.outputs_left -= len(taken.tasks)

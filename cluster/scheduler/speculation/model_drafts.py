@@ -27,7 +27,7 @@ _AGAIN = 64
 """Tokens after which a model whose drafts did not pay is tried once more; each time twice as many, up to: """
 _AGAIN_MOST = 1024
 _DRAFTS = 6
-"""Of such a trial."""
+"""Of such a retry."""
 _HOPEFUL = 0.7
 """Acceptance with which it is tried."""
 _MARGIN = 0.05
@@ -44,7 +44,7 @@ class ModelDrafts:
         self._awaited: set[int] = set()  # keys of sequences that wait
         self._taken_in: dict[int, int] = {}  # by key: tokens that the model has
         self._without_room: set[int] = set()
-        self._trials: dict[int, _Trial] = {}
+        self._retries: dict[int, _Retry] = {}
 
     def awaits(self, sequence: Sequence) -> bool:
         return sequence.key in self._awaited
@@ -81,7 +81,7 @@ class ModelDrafts:
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
                 self._awaited.add(sequence.key)
-                self._trial(sequence).asked(len(sequence.tokens))
+                self._retry_of(sequence).asked(len(sequence.tokens))
                 self._orders.append(_order(sequence, min(count, most[sequence.key])))
             else:
                 others.append(sequence)
@@ -116,7 +116,7 @@ class ModelDrafts:
         """The sequence has ended."""
         self._awaited.discard(key)
         self._without_room.discard(key)
-        self._trials.pop(key, None)
+        self._retries.pop(key, None)
         self._taken_in.pop(key, None)
         self._orders = [order for order in self._orders if order.key != key]
 
@@ -128,13 +128,13 @@ class ModelDrafts:
 
     def _is_due(self, sequence: Sequence) -> bool:
         """Whether the model is tried again, although what is known says that it does not pay."""
-        return self._trial(sequence).is_due(len(sequence.tokens))
+        return self._retry_of(sequence).is_due(len(sequence.tokens))
 
-    def _trial(self, sequence: Sequence) -> _Trial:
-        trial = self._trials.get(sequence.key)
-        if trial is None:
-            trial = self._trials[sequence.key] = _Trial(len(sequence.tokens) + _AGAIN)
-        return trial
+    def _retry_of(self, sequence: Sequence) -> _Retry:
+        retry = self._retries.get(sequence.key)
+        if retry is None:
+            retry = self._retries[sequence.key] = _Retry(len(sequence.tokens) + _AGAIN)
+        return retry
 
     def _is_worth(self, sequence: Sequence) -> bool:
         """Whether the model is to take in what it lacks of a sequence."""
@@ -151,12 +151,12 @@ class ModelDrafts:
 
 
 @dataclass(slots=True)
-class _Trial:
+class _Retry:
     """Of the model for one sequence."""
 
     again: int  # tokens of the sequence when it is tried again
     wait: int = _AGAIN
-    left: int = 0  # drafts of a trial that goes on
+    left: int = 0  # drafts of a retry that goes on
 
     def is_due(self, tokens: int) -> bool:
         return self.left > 0 or tokens >= self.again

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from math import inf
+from typing import Self
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
@@ -36,8 +37,15 @@ class Speculation:
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
         self._times = MeasuredRounds(times)
+        self.model = own.model  # None: there is none, or it does not answer
         self._model = None if own.model is None else ModelDrafts(own.model.times, self._times)
         self._acceptance = [Acceptance() for _ in range(CLASSES)]
+
+    @classmethod
+    def of(cls, settings: SchedulerSettings, times: StageTimes) -> Self | None:
+        """None where nothing is drafted."""
+        own = settings.speculation
+        return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, reserve: int) -> None:
         """Has sequences that have grown for a microbatch compute drafted rows in it: `most_rows` in all, if `reserve`
@@ -107,7 +115,7 @@ class Speculation:
 
     def lose_model(self) -> None:
         """The draft model does not answer: nothing waits for it any more."""
-        self._model = None
+        self.model = self._model = None
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended, or goes elsewhere."""

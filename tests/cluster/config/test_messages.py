@@ -53,13 +53,13 @@ TOP_KEYS = {
     "speculative: null": "speculative: an empty value is not possible; give auto, off, or a section of keys",
     "speculative: ngram": (
         "speculative: 'ngram' is not possible; "
-        "give auto or off or true or false or keys with values: max_window, shared_answers"
+        "give auto or off or true or false or keys with values: max_window, shared_answers, model, threads"
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (
         "speculative.shared_answers: 9 tokens hold no answers; set 1024 or more, or 0 for none"
     ),
-    "speculative: {n_max: 3}": "unknown key 'n_max' in speculative; known: max_window, shared_answers",
+    "speculative: {n_max: 3}": "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, threads",
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",
     "wire: q8_0": "wire: this build has no wire_type q8_0 yet",

@@ -17,6 +17,7 @@ from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, W
 from llamaclust.cluster.engine.waterfall_json import matching, waterfall_json
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
+from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import LlamaclustError, WorkerError
@@ -50,7 +51,7 @@ async def read(stream: RequestStream) -> None:
 def test_phases_follow_each_other_and_their_parts_add_up() -> None:
     sequence = Sequence(1, request(), 12, 1000)
     waterfall = Waterfall(400, 1000, 20)
-    first, second = sequence.take(16), sequence.take(4)
+    first, second = take_rows(sequence, 16), take_rows(sequence, 4)
     waterfall.add(computed(1500, 2500, (300, 100, 50), (200, 50, 100)), first.chunk)
     waterfall.add(computed(1600, 2900, (600, 0, 0), (600, 0, 0)), second.chunk)  # sent before the first one was back
     waterfall.add(computed(3000, 3600, (200, 0, 0), (100, 0, 0)), Chunk((5,), 20, (), 0))
@@ -65,11 +66,11 @@ def test_phases_follow_each_other_and_their_parts_add_up() -> None:
 def test_what_was_computed_before_is_computed_again() -> None:
     sequence = Sequence(1, request(), 12, 0)
     waterfall = Waterfall(0, 0, 20)
-    waterfall.add(computed(0, 10), sequence.take(20).chunk)
+    waterfall.add(computed(0, 10), take_rows(sequence, 20).chunk)
     waterfall.pass_until(15)
     waterfall.pass_until(100, PhaseKind.RECOVERY)
     sequence.restart()
-    waterfall.add(computed(110, 130), sequence.take(20).chunk)
+    waterfall.add(computed(110, 130), take_rows(sequence, 20).chunk)
     waterfall.pass_until(140)
     assert kinds(waterfall) == [("prefill", 15), ("recovery", 85), ("waiting", 10), ("recomputation", 30)]
 

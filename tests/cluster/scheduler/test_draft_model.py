@@ -77,7 +77,7 @@ def test_a_draft_model_changes_no_token_and_leaks_nothing(seed: int) -> None:
             if source.random() < 0.15 and run.scheduler.abort(victim := source.choice(list(keys))) is not None:
                 del keys[victim]
             if source.random() < 0.05:
-                run.scheduler.drafted(None, 0)
+                run.speculation.lose_model()
         run.finish()
     for key, request in keys.items():
         check_answer(run, key, request)
@@ -97,7 +97,7 @@ def test_sequences_go_on_without_a_model_that_is_lost() -> None:
         run.step()
     assert run.replies is not None
     run.replies = None
-    run.scheduler.drafted(None, 0)
+    run.speculation.lose_model()
     run.finish()
 
 

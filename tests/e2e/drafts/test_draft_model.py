@@ -10,6 +10,7 @@ import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.launchers.draft_model import DraftModel
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import UsageError
 from support.clusters.recovering import (
@@ -24,7 +25,7 @@ from support.clusters.recovering import (
 )
 from support.models.tiny_model import build_tiny_model
 from support.plans.draft_models import wait_for_any
-from support.plans.drafting import AnyWindows
+from support.plans.drafting import AnyWindows, SaidDrafters
 from support.seed import SEED
 
 REQUESTS = generations(SEED)
@@ -52,11 +53,13 @@ async def test_any_cut_gives_the_same_answers(
 ) -> None:
     wait_for_any(Random(SEED), 8, monkeypatch)
     monkeypatch.setattr(speculation, "best_windows", AnyWindows(Random(SEED), 8))
-    settings = config(model, tmp_path, workers, speculative={"model": str(draft)})
+    monkeypatch.setattr(NgramDrafters, "of", lambda self, key: SaidDrafters(lambda tokens, most: ()).of(key))
+    together = 8 if workers == 1 else 1  # several microbatches under way have no drafts of a model
+    settings = config(model, tmp_path, workers, speculative={"model": str(draft)}, max_sequences=together)
     async with recovering(settings) as run:
         assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
         counts = run.cluster.engine.scheduler.drafts
-    assert counts.drafted > 50
+    assert counts.drafted > 20
     assert draft != model or counts.accepted > counts.drafted // 5
 
 

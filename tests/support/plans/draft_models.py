@@ -10,6 +10,7 @@ import pytest
 
 from llamaclust.cluster.scheduler.drafting.model import DraftTimes
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
+from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
 from support.clusters.fakes import Simulation
 
@@ -63,12 +64,17 @@ class DraftingSimulation(Simulation):
 
     replies: tuple[int, DraftReplies, int] | None = None  # when they come, and how long they took
 
+    @property
+    def speculation(self) -> Speculation:
+        assert self.scheduler.speculation is not None
+        return self.scheduler.speculation
+
     def send_all(self) -> None:
         super().send_all()
-        own = self.scheduler.settings.speculation
-        assert own is not None and isinstance(own.model, SaidModel)
-        if self.replies is None and (orders := self.scheduler.next_orders()):
-            replies, taken_ns = own.model.reply(orders)
+        running = self.scheduler.queues.running
+        if self.replies is None and (orders := self.speculation.next_orders(running)):
+            assert isinstance(self.speculation.model, SaidModel)
+            replies, taken_ns = self.speculation.model.reply(orders)
             self.replies = self.now_ns + taken_ns, replies, taken_ns
 
     def step(self) -> bool:
@@ -76,7 +82,7 @@ class DraftingSimulation(Simulation):
         if self.replies is None or (self.sent and self.sent[0][0] <= self.replies[0]):
             return super().step()
         (self.now_ns, replies, taken_ns), self.replies = self.replies, None
-        self.scheduler.drafted(replies, taken_ns)
+        self.speculation.drafted(replies, taken_ns, self.scheduler.by_key)
         return True
 
 

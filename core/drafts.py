@@ -25,6 +25,7 @@ class DraftReply:
 
     key: int
     length: int  # as in the order
+    is_draft: bool  # else tokens were only to be taken in
     tokens: tuple[int, ...]
     taken_in: int  # tokens of the sequence of which the model has keys and values
 

@@ -138,6 +138,7 @@ class LocalStage:
                 limits,
                 StageOptions(self.feature_level, device.threads, held if device.gpus else ()),
             )
+            opened.callback(self._runner.close)
             if settings.draft_model is not None:
                 self.scheduling = self._with_draft_model(settings.draft_model, device.threads, opened)
             self._opened = opened.pop_all()
@@ -171,7 +172,6 @@ class LocalStage:
     def close(self) -> None:
         """Waits for what is computed, and frees memory."""
         self._thread.shutdown()
-        self._runner.close()
         self._opened.close()
         self.model.close()
 
@@ -180,6 +180,8 @@ class LocalStage:
         scheduling = self.scheduling
         if scheduling.speculation is None:
             raise UsageError("draft_model: nothing is drafted without speculation: leave one of them out")
+        if not (scheduling.max_drafted and self.model.generates):
+            raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
         model = opened.enter_context(open_draft_model(path, self.model, threads, scheduling.context_length))
         return replace(scheduling, speculation=replace(scheduling.speculation, model=model))
 

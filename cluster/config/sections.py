@@ -224,6 +224,14 @@ class Speculative(Section):
     """Threads of the draft model; by default one a core."""
 
     @model_validator(mode="after")
+    def _check_draft_model(self) -> Self:
+        if self.threads is not None and self.model is None:
+            raise PlaceError(
+                ("threads",), "these are threads of a draft model: name it as speculative.model, or leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_shared(self) -> Self:
         if 0 < self.shared_answers < _LEAST_SHARED:
             why = f"{self.shared_answers} tokens hold no answers; set {_LEAST_SHARED} or more, or 0 for none"

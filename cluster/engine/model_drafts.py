@@ -40,12 +40,12 @@ class ModelDrafts:
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 replies = await model.draft(orders)
+            speculation.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
         except Exception as error:  # noqa: BLE001  a border: answers do not depend on drafts
             _log.warning("the draft model failed, and is not asked any more: %r", error)
             speculation.lose_model()
-        else:
-            speculation.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
-        self._task = None
+        finally:
+            self._task = None
         self._drafted()
 
     def stop(self) -> None:

@@ -100,12 +100,13 @@ class Waterfall:
         last.ns += passed
         self._at_ns = now_ns
 
-    def add(self, microbatch: ComputedMicrobatch, chunk: Chunk) -> None:
-        """The time since the last one, in which a microbatch computed rows of the sequence. Where several were in
+    def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
+        """The time since the last one, in which a microbatch computed rows of the sequence; the last `drafted` ones may
+        come again. Where several were in
         flight, they divide it: each counts from the end of the one before it."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
-        self._reached = max(self._reached, end)
+        self._reached = max(self._reached, end - drafted)
         if kind is not _DECODE and not self._continues(kind, microbatch.stages):
             self.pass_until(microbatch.sent_ns, PhaseKind.WAITING)
         phase, at_ns = self._phase(kind, microbatch.stages), self._at_ns

@@ -76,7 +76,7 @@ class Waterfalls:
         for taken in slices:
             found = self._open.get(taken.sequence.key)
             if found is not None:  # neither aborted nor a copy of another sequence
-                found.waterfall.add(microbatch, taken.chunk)
+                found.waterfall.add(microbatch, taken.chunk, taken.drafted)
 
     def lost(self, now_ns: int) -> None:
         """No pipeline computes from now on."""

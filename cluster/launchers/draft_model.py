@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +29,7 @@ _MOST_OTHER = 128
 """Token ids at the end of one vocabulary that the other may lack: files of one family are padded differently."""
 _CONTEXTS = 4
 """Whole contexts of KV memory."""
+_LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
 """Tokens drafted to see how long one takes, and how many times."""
 
@@ -39,24 +41,25 @@ class DraftModel:
         self.path = path
         self.memory_bytes = stage.memory.total_bytes
         self._drafter = ModelDrafter(stage, vocabulary)
+        self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
         self._thread = ThreadPoolExecutor(1, "drafts")
-        self.times = self._tried()
 
     async def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
         """See `DraftModel` of the scheduler."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._drafter.draft, orders)
 
-    def _tried(self) -> DraftTimes:
-        """What it takes for one sequence, at its quickest: other work may hold up single steps."""
-        task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * MOST_ROWS
-        self._drafter.draft([DraftOrder(-1, tokens, MOST_ROWS, 1, task)])  # the first one is slow
-        taken_in = self._drafter.draft([DraftOrder(-2, tokens, MOST_ROWS, 0, task)])
-        tries = [self._drafter.draft([DraftOrder(-1, tokens, MOST_ROWS, _TRIED, task)]) for _ in range(_TRIES)]
+    def _tried(self, length: int) -> DraftTimes:
+        """What it takes behind so many tokens of one sequence, at its quickest: other work may hold up single steps."""
+        task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
+        self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
+        taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])
+        tries = [self._drafter.draft([DraftOrder(-1, tokens, length, _TRIED, task)]) for _ in range(_TRIES)]
         step_ns = min(drafted.steps_ns / drafted.steps for drafted in tries)
         return DraftTimes(step_ns, taken_in.rows_ns / taken_in.rows)
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """Waits for the draft that is computed."""
+        self._thread.shutdown(cancel_futures=True)
         self._drafter.close()
 
     def __enter__(self) -> Self:
@@ -75,6 +78,10 @@ def open_draft_model(path: Path, target: Model, threads: int | None, context_len
     settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
     device = Device.open(with_caches(settings))
     context = min(context_length, model.hyperparameters.context_length)
+    if context < _LEAST_CONTEXT:
+        raise UsageError(
+            f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
+        )
     limits = StageLimits(
         max_batch_tokens=MOST_ROWS + MOST_ORDERS,
         max_outputs=MOST_ORDERS,
@@ -89,7 +96,11 @@ def open_draft_model(path: Path, target: Model, threads: int | None, context_len
         raise InsufficientMemoryError(f"draft model {path} needs {missing(needed.parts, free_bytes)}")
     options = StageOptions(device.backend.feature_level, device.threads)
     stage = StageRunner(device.backend, model, 0, model.layer_count, limits, options)
-    return DraftModel(path, stage, model.hyperparameters.vocabulary_size)
+    with ExitStack() as opened:
+        opened.callback(stage.close)
+        draft_model = DraftModel(path, stage, model.hyperparameters.vocabulary_size)
+        opened.pop_all()
+    return draft_model
 
 
 def _check(model: Model, target: Model) -> None:

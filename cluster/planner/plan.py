@@ -89,7 +89,7 @@ class Round:
 
     drafted: int
     seconds: float  # until its tokens are known
-    slowest_s: float  # of these, on the stage or link that takes longest: others may follow so soon
+    slowest_s: float  # after which another one may follow: on the slowest stage or link; else the whole time
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,13 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     if _is_measured([part.device for part in split]):
         prompt_tokens = usual_prompt_tokens(request.context_length)
         prediction = predict(
-            stages, parts, prompt_tokens, request.max_sequences, request.links, max_drafted=sizes.max_drafted
+            stages,
+            parts,
+            prompt_tokens,
+            request.max_sequences,
+            request.links,
+            max_drafted=sizes.max_drafted,
+            may_chain=sizes.kv_groups.window is None,
         )
     return Plan(
         stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in parts),

@@ -84,8 +84,9 @@ def predict(
     links: Links,
     *,
     max_drafted: int = 0,
+    may_chain: bool = True,
 ) -> Prediction:
-    """Of stages whose workers were all measured."""
+    """Of stages whose workers were all measured. `may_chain`: windows of drafted tokens may be sent behind others."""
     crossing_bytes = [int(costs.border_bytes[stage.end]) for stage in split[:-1]]
     path = _Path.of(links, [stage.worker for stage in split], crossing_bytes)
     stages = tuple(
@@ -99,7 +100,9 @@ def predict(
         ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,
-        rounds=tuple(_round(costs, split, drafted, path) for drafted in counts_to_try(max_drafted)),
+        rounds=tuple(
+            _round(costs, split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)
+        ),
     )
 
 
@@ -112,7 +115,8 @@ def predict_again(
         return None
     drafted = () if plan.prediction is None else plan.prediction.rounds
     most = drafted[-1].drafted if drafted else 0
-    return predict(costs, split, plan.prompt_tokens, max_sequences, links, max_drafted=most)
+    may_chain = not drafted or drafted[-1].slowest_s < drafted[-1].seconds
+    return predict(costs, split, plan.prompt_tokens, max_sequences, links, max_drafted=most, may_chain=may_chain)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
@@ -139,13 +143,14 @@ def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, 
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
 
 
-def _round(costs: StageCosts, split: Sequence[StageParts], drafted: int, path: _Path) -> Round:
+def _round(costs: StageCosts, split: Sequence[StageParts], drafted: int, path: _Path, *, may_chain: bool) -> Round:
     """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
     coordinator drafts, so that a round begins and ends there."""
     rows = 1 + drafted
     stages = [stage.decode_s(costs, rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
-    return Round(drafted, sum(stages) + sum(links) + path.there_s, max(*stages, *links, 0.0))
+    seconds = sum(stages) + sum(links) + path.there_s
+    return Round(drafted, seconds, max(*stages, *links, 0.0) if may_chain else seconds)
 
 
 def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.cluster.planner.plan import Prediction
+from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
@@ -32,9 +33,12 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
     candidate = Candidate((0,) * most, acceptance)
     (window,) = best_windows((candidate,), times, 1, most)
     plain_ns = times.plain_ns(1, 1)
+    if not window:
+        return SpeculationGain(acceptance, 0, 1.0, 1e9 / plain_ns)
     speed = speed_of((candidate,), (window,), times, 1)
-    chain = best_chain(candidate, times, most, speed) if window else None
-    window, speed = (window, speed) if chain is None else (chain.window, chain.speed)
+    chain = best_chain(acceptance, LONGEST_DRAFT, times, most)
+    if chain is not None and chain.speed > speed:
+        window, speed = chain.window, chain.speed
     return SpeculationGain(acceptance, window, speed * plain_ns, speed * 1e9)
 
 

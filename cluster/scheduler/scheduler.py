@@ -222,6 +222,7 @@ class Scheduler:
             sequence.in_flight -= 1
             sequence.sampling -= taken.is_sampled
             if taken.is_stale:
+                self.drafts += DraftCounts(1, taken.drafted, 0)
                 continue
             sequence.computed = taken.end
             hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
@@ -274,7 +275,7 @@ class Scheduler:
         rows = min(settings.max_outputs - len(ready), settings.max_batch_tokens - sum(map(_next_rows, ready)))
         groups = self._split.groups(queues.decoding)
         ready = self.speculation.ready(ready, groups, rows)
-        self.speculation.draft(ready, queues.memory, groups, rows, RESERVE_BLOCKS * len(queues.running))
+        self.speculation.draft(ready, queues.memory, groups, rows, len(queues.running))
         return ready
 
     def _decode_rows(self, ready: int) -> int:
@@ -313,7 +314,7 @@ class Scheduler:
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
         """Drafted rows behind those of the only sequence that are under way."""
         queues = self.queues
-        if self.speculation is None or len(queues.running) != 1 or not self.settings.may_repeat_rows:
+        if self.speculation is None or len(queues.running) != 1:
             return None
         (sequence,) = queues.running
         if sequence.awaits_decode or not sequence.may_draft_further:

@@ -173,9 +173,12 @@ class Sequence:
     @property
     def may_draft_further(self) -> bool:
         """Whether drafted rows may be sent behind those that are under way: these need no history."""
-        request = self.request
-        is_plain = not (request.history_window or request.needs_matcher)
-        return is_plain and bool(self.ahead) and self.may_draft and self.left > len(self.ahead) + 1
+        return self.samples_alone and bool(self.ahead) and self.may_draft and self.left > len(self.ahead) + 1
+
+    @property
+    def samples_alone(self) -> bool:
+        """Whether a token is chosen from its row alone, without the tokens before it."""
+        return not (self.request.history_window or self.request.needs_matcher)
 
     @property
     def expects_forced(self) -> bool:

@@ -142,7 +142,7 @@ def _rows_in_flight(slices: Iterable[SequenceSlice]) -> dict[Sequence, range]:
     """Of each sequence that has not ended: from the first row to the last one."""
     found: dict[Sequence, range] = {}
     for taken in slices:
-        if taken.sequence.phase is not Phase.FINISHED:
+        if taken.sequence.phase is not Phase.FINISHED and not taken.is_stale:
             rows, before = _rows(taken), found.get(taken.sequence, _rows(taken))
             found[taken.sequence] = range(min(rows.start, before.start), max(rows.stop, before.stop))
     return found

@@ -81,6 +81,24 @@ def test_unknown_tokens_get_no_draft(model: DraftModel) -> None:
     assert [len(reply.tokens) for reply in drafts_of(model, known, unknown, named)] == [3, 0, 0]
 
 
+@pytest.mark.parametrize("context", [40, MOST_ROWS, MOST_ROWS + 1])
+def test_short_contexts(path: Path, context: int) -> None:
+    with Model.open(path) as target, open_draft_model(path, target, 1, context) as opened:
+        assert 0 < opened.times.draft_ns(1, 1, 1) < 1e9
+        (reply,) = drafts_of(opened, order(1, [3] * 30, 5))
+        assert len(reply.tokens) == 5
+    with Model.open(path) as target, pytest.raises(UsageError, match="a context of 16 tokens is too short"):
+        open_draft_model(path, target, 1, 16)
+
+
+def test_a_prompt_that_never_fits_takes_no_memory_from_others(model: DraftModel) -> None:
+    (before,) = drafts_of(model, order(1, [3] * 100, 4))
+    (refused,) = drafts_of(model, order(2, [3] * (CONTEXT + 10), 4))
+    (again,) = drafts_of(model, order(1, [3] * 100, 4))
+    assert (refused.tokens, refused.taken_in) == ((), 0)
+    assert before.tokens == again.tokens and model._drafter._caches._caches[1].tokens
+
+
 def test_long_prompts_are_taken_in_by_parts(model: DraftModel) -> None:
     tokens = [3 + place % 300 for place in range(MOST_ROWS + 50)]
     (first,) = drafts_of(model, order(1, tokens, 4))

@@ -50,12 +50,12 @@ class SequenceCaches:
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)
+        if wanted > len(self._free) + sum(len(self._caches[key].blocks) for key in self._caches.keys() - set(kept)):
+            return None
         for key in [key for key in self._caches if key not in kept]:
             if len(self._free) >= wanted:
                 break
             self._free += self._caches.pop(key).blocks
-        if len(self._free) < wanted:
-            return None
         cache.blocks += [self._free.pop() for _ in range(wanted)]
         cache.keep(order.tokens, order.length)
         return cache

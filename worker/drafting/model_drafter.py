@@ -4,6 +4,7 @@ the larger one more often. It is one stage with keys and values of its own. Bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter_ns
 
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
@@ -33,24 +34,25 @@ class ModelDrafter:
         with tokens that it does not know."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
-        replies = {order.key: DraftReply(order.key, order.length, (), 0) for order in orders}
+        replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
         rows, began_ns = 0, perf_counter_ns()
         for order in orders:
             most = min(order.most, self._stage.limits.max_context_tokens - order.length)
-            cache = self._caches.of(order, order.length + max(0, most), kept)
-            if cache is None or most < 0 or not self._knows(order, len(cache.tokens)):
+            cache = self._caches.of(order, order.length + most, kept) if most >= 0 else None
+            if cache is None or not self._knows(order, len(cache.tokens)):
                 continue
             lacking = order.length - len(cache.tokens)
             if lacking > _MOST_BESIDE or not most:
                 rows += self._take_in(order, cache)
             if lacking <= MOST_ROWS and most:
                 drafting.append(_Drafting(order, cache, most))
-            replies[order.key] = DraftReply(order.key, order.length, (), len(cache.tokens))
+            replies[order.key] = replace(replies[order.key], taken_in=len(cache.tokens))
         rows_ns = perf_counter_ns() - began_ns
         steps = self._draft(drafting)
         for each in drafting:
             taken_in = min(len(each.cache.tokens), each.order.length)
-            replies[each.order.key] = DraftReply(each.order.key, each.order.length, tuple(each.drafted), taken_in)
+            reply = replies[each.order.key]
+            replies[each.order.key] = replace(reply, tokens=tuple(each.drafted), taken_in=taken_in)
         steps_ns = perf_counter_ns() - began_ns - rows_ns
         return DraftReplies(tuple(replies.values()), rows, rows_ns, steps, steps_ns)
 

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, MODEL, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7)
 """How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
-
-
-_LONGEST = 4 * MAX_WINDOW
-"""Of a draft: several windows of it may be under way."""
 
 
 class SequenceDrafts:
@@ -36,7 +32,10 @@ class SequenceDrafts:
         """What may follow these tokens: `most` at most."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
-            self._draft, self._at = self._checked(self._drafter.draft(tokens, _LONGEST), _LONGEST), len(tokens)
+            self._draft, self._at = (
+                self._checked(self._drafter.draft(tokens, LONGEST_DRAFT), LONGEST_DRAFT),
+                len(tokens),
+            )
         return Candidate(self._draft.tokens[:most], self.rate(self._draft.confidence))
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -46,6 +45,11 @@ class SequenceDrafts:
         if self._draft.tokens[: len(under_way)] != under_way:
             return ()
         return self._draft.tokens[len(under_way) : len(under_way) + most]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the draft that stands."""
+        return len(self._draft.tokens)
 
     @property
     def current_rate(self) -> float:
@@ -60,8 +64,9 @@ class SequenceDrafts:
         """What a draft model says follows the first `length` tokens: it counts where no more are known by now."""
         self._compare(tokens)
         if length == len(tokens):
-            self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
             self._offered = length
+            if drafted:
+                self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
     def has_offer(self, tokens: Sequence[int]) -> bool:
         """Whether a draft model has said what follows these."""

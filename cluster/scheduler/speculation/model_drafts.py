@@ -53,7 +53,7 @@ class ModelDrafts:
         """How many tokens are worth waiting for, where there would be `speed` tokens a nanosecond without: of those
         sequences that `most` has a number for; 0: none."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
-        if not drafted or len(sequences) > _MOST_SEQUENCES:
+        if not drafted or len(sequences) + len(self._awaited) > _MOST_SEQUENCES:
             return 0
         count = self._length(drafted, list(map(_rate, drafted)), len(sequences), most, speed)
         if not count and any(map(self._is_due, drafted)):
@@ -89,7 +89,7 @@ class ModelDrafts:
 
     def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
         """What the model is to do now."""
-        orders, self._orders = self._orders, []
+        orders, self._orders = self._orders[:_MOST_SEQUENCES], self._orders[_MOST_SEQUENCES:]
         if orders:
             return orders
         decoding = [sequence for sequence in running if sequence.may_draft]
@@ -101,15 +101,14 @@ class ModelDrafts:
     def drafted(self, replies: DraftReplies, taken_ns: int, sequences: Mapping[int, Sequence]) -> None:
         self._times.learn(replies, taken_ns)
         for reply in replies.replies:
-            before = self._taken_in.get(reply.key, 0)
             if all(order.key != reply.key for order in self._orders):  # one may follow what it took in
                 self._awaited.discard(reply.key)
             if (sequence := sequences.get(reply.key)) is None:
                 continue
             self._taken_in[reply.key] = reply.taken_in
-            if reply.taken_in <= before and not reply.tokens:
+            if not reply.taken_in:
                 self._without_room.add(reply.key)
-            if sequence.drafts is not None:
+            if reply.is_draft and sequence.drafts is not None:
                 sequence.drafts.offer(sequence.tokens, reply.length, reply.tokens)
 
     def forget(self, key: int) -> None:

@@ -8,6 +8,8 @@ from llamaclust.cluster.scheduler.drafting.drafter import Drafters
 from llamaclust.cluster.scheduler.drafting.model import DraftModel
 
 MAX_WINDOW = 32
+LONGEST_DRAFT = 4 * MAX_WINDOW
+"""Several windows of it may be under way."""
 
 
 @dataclass(frozen=True, slots=True)

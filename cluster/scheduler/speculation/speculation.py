@@ -9,6 +9,7 @@ from typing import Self
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
+from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
@@ -34,6 +35,8 @@ class Speculation:
 
     def __init__(self, settings: SchedulerSettings, own: SpeculationSettings, times: StageTimes) -> None:
         self._most = settings.max_drafted
+        self._may_chain = settings.may_repeat_rows
+        self._most_rows = min(settings.max_outputs, settings.max_batch_tokens)
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
         self._times = MeasuredRounds(times)
@@ -47,34 +50,40 @@ class Speculation:
         own = settings.speculation
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
-    def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, reserve: int) -> None:
-        """Has sequences that have grown for a microbatch compute drafted rows in it: `most_rows` in all, if `reserve`
-        KV blocks are left. There are so many microbatches that are alike."""
+    def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
+        """Has sequences that have grown for a microbatch compute drafted rows in it: `most_rows` in all. There are so
+        many microbatches that are alike, and so many sequences that run."""
         candidates = [self._next(sequence) for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
-        if len(sequences) == 1 and sequences[0].drafts is not None:
-            windows = [self._chained(sequences[0].drafts, candidates[0], windows[0], most_rows)]
+        for sequence in sequences:
+            if sequence.drafts is not None:
+                sequence.drafts.chain = None
+        if sequences and groups == running == 1:
+            windows = [self._chained(sequences[0], candidates[0], windows[0], most_rows)]
         for sequence, candidate, window in zip(sequences, candidates, windows, strict=True):
             if window:
-                memory.draft(sequence, candidate.tokens[:window], reserve)
+                memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
         """Drafted tokens behind those of the only sequence that are under way, in so many microbatches."""
         drafts = sequence.drafts
-        if drafts is None or drafts.chain is None or under_way >= drafts.chain.depth:
+        if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
-        if abs((rate := drafts.current_rate) - drafts.chain.rate) > _OTHER_RATE:
-            drafts.chain = best_chain(Candidate((0,) * self._most, rate), self._times, self._most, 0.0) or drafts.chain
-        chain = drafts.chain
-        most = min(chain.window, sequence.left - 1 - len(sequence.ahead))
+        window, most = chain.window, min(self._most_rows, self._most_of(sequence))
+        if abs((rate := drafts.current_rate) - chain.rate) > _OTHER_RATE:
+            again = best_chain(rate, drafts.length, self._times, most)
+            window = window if again is None else again.window
+        most = min(window, most, sequence.left - 1 - len(sequence.ahead))
         return drafts.further(sequence.tokens, sequence.ahead, most) if most > 0 else ()
 
-    def _chained(self, drafts: SequenceDrafts, candidate: Candidate, window: int, most_rows: int) -> int:
+    def _chained(self, sequence: Sequence, candidate: Candidate, window: int, most_rows: int) -> int:
         """Of the only sequence: its next window, which others may follow at once."""
-        drafts.chain = None
-        if window:
-            speed = speed_of([candidate], [window], self._times, 1)
-            drafts.chain = best_chain(candidate, self._times, most_rows, speed)
+        if (drafts := sequence.drafts) is None:
+            return window
+        if window and self._may_chain and sequence.samples_alone:
+            chain = best_chain(candidate.rate, drafts.length, self._times, min(most_rows, len(candidate.tokens)))
+            if chain is not None and chain.speed > speed_of([candidate], [window], self._times, 1):
+                drafts.chain = chain
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_rows: int) -> bool:

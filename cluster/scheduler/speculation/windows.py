@@ -43,6 +43,9 @@ class RoundTimes(Protocol):
     def window_ns(self, rows: int, groups: int) -> float:
         """With so many rows in a microbatch, which waits for the tokens that it begins with."""
 
+    def slowest_ns(self, rows: int) -> float:
+        """Of the stage that takes longest, with so many rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -51,36 +54,33 @@ class Chain:
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most
     rate: float  # of acceptance
-    speed: float  # tokens a nanosecond, expected
+    speed: float  # tokens a nanosecond, expected: what is certain of them
 
 
-class ChainTimes(RoundTimes, Protocol):
-    def slowest_ns(self, rows: int) -> float:
-        """Of the stage that takes longest, with so many rows in a microbatch."""
+def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
+    """The best windows of `most` tokens at most for a draft of so many, accepted at this rate; None where there is no
+    time for a second one before the first is back.
 
-
-def best_chain(candidate: Candidate, times: ChainTimes, most: int, speed: float) -> Chain | None:
-    """Where several windows under way are faster than `speed`, in tokens a nanosecond, which waiting for each gives.
-
-    Drafted tokens are right up to the first that is not, 1 / (1 - a) of them. That is known when its window has come
-    back, after the time of a whole round. Windows before it came back one after the other meanwhile, as fast as the
-    slowest stage computes them; what is under way behind it is computed for nothing, and keeps the next one waiting.
+    Drafted tokens are right up to the first that is not. That is known when its window has come back, after the time of
+    a whole round. Windows before it came back one after the other meanwhile, as fast as the slowest stage computes
+    them; what is under way behind it is computed for nothing, and keeps the next one waiting.
     """
-    rate = min(candidate.rate, 0.999)
-    best = None
-    least = (1 + _MARGIN) * speed
-    for count in counts_to_try(min(most, len(candidate.tokens))):
+    rate = min(rate, 0.999)
+    best: Chain | None = None
+    for count in counts_to_try(min(most, length)):
         round_ns, stage_ns = times.window_ns(1 + count, 1), times.slowest_ns(1 + count)
         if round_ns == inf:
             return None
         depth = min(_DEEPEST, int(round_ns / max(stage_ns, 1.0)))
-        if depth < 2:
+        windows = length // count
+        if depth < 2 or windows < 2:
             continue
         whole = rate**count
-        ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * whole / (1 - whole)
-        chain = Chain(count, depth, rate, 1 / (1 - rate) / ns)
-        if chain.speed > (least if best is None else best.speed):
-            best = chain
+        followed = whole * (1 - whole ** (windows - 1)) / (1 - whole)
+        ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * followed
+        speed = (1 - rate ** (count * windows + 1)) / (1 - rate) / ns
+        if best is None or speed > best.speed:
+            best = Chain(count, depth, rate, speed / (1 + _MARGIN))
     return best
 
 

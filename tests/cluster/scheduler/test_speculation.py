@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation, expected
 from support.plans.drafting import AnyChains, AnyWindows, SaidDrafters, Says, nonsense, replayed
-from support.plans.simulations import check_answer, check_writes, random_request, simulation
+from support.plans.simulations import check_answer, check_writes, generation, random_request, simulation
 
 
 def speculating(says: Says, most: int = MAX_WINDOW, **changes: object) -> Simulation:
@@ -69,3 +69,16 @@ def test_drafted_rows_change_no_token_and_leak_nothing(seed: int) -> None:
     counts = run.scheduler.counts
     assert (counts.kv_blocks_held, counts.running, counts.waiting, counts.in_flight) == (0, 0, 0, 0)
     assert run.scheduler.queues.memory.blocks.available == counts.kv_blocks
+
+
+@pytest.mark.parametrize("most", [3, 9])
+def test_windows_behind_each_other_are_as_long_as_requests_allow(most: int) -> None:
+    request = generation(20, 90, max_drafted=most)
+    run = speculating(replayed(texts([request]), 1.0, random.Random(1), VOCABULARY), hop_us=20_000)
+    key = run.add(request)
+    run.finish()
+    check_answer(run, key, request)
+    decode = [each.microbatch.chunks[0] for each in run.microbatches[1:]]
+    assert max(chunk.outputs for chunk in decode) <= 1 + most
+    assert sum(chunk.outputs > 1 for chunk in decode) > 3
+    assert run.scheduler.drafts.drafted >= run.scheduler.drafts.accepted > 60

@@ -53,7 +53,7 @@ class SaidModel:
                 taken = min(MOST_ROWS, lacking - 1)
                 rows, rows_ns = rows + taken, rows_ns + taken * self._row_ns
             self._taken_in[order.key] = before + taken
-            replies.append(DraftReply(order.key, order.length, drafted, before + taken))
+            replies.append(DraftReply(order.key, order.length, order.most > 0, drafted, before + taken))
         steps_ns = most * self._step_ns
         return DraftReplies(tuple(replies), rows, rows_ns if rows else 0, most, steps_ns), rows_ns + steps_ns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Sequence
+from math import inf
 
 import pytest
 
@@ -84,11 +85,11 @@ class AnyChains:
         self._source = source
         self._most = most
 
-    def __call__(self, candidate: Candidate, times: RoundTimes, most: int, speed: float) -> Chain | None:
-        most = min(most, self._most, len(candidate.tokens))
+    def __call__(self, rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
+        most = min(most, self._most, length)
         if most < 1 or self._source.random() < 0.2:
             return None
-        return Chain(self._source.randint(1, most), self._source.randint(2, 6), candidate.rate, 1.0)
+        return Chain(self._source.randint(1, most), self._source.randint(2, 6), rate, inf)
 
 
 def draft(

@@ -59,7 +59,9 @@ TOP_KEYS = {
     "speculative: {shared_answers: 9}": (
         "speculative.shared_answers: 9 tokens hold no answers; set 1024 or more, or 0 for none"
     ),
-    "speculative: {threads: 3}": "speculative.threads: these are threads of a draft model: name it as speculative.model, or leave them out",
+    "speculative: {threads: 3}": (
+        "speculative.threads: these are threads of a draft model: name it as speculative.model, or leave them out"
+    ),
     "speculative: {n_max: 3}": "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, threads",
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",

@@ -19,7 +19,7 @@ TOKENS = 150
 MIXES = 4
 
 POISON = 666
-WITHIN_S = 10.0
+WITHIN_S = 60.0  # five on an idle machine
 _POISONED = dedent(
     f"""
     # Runs in every process that the test starts: a worker cannot sample for a request with this seed.
@@ -43,11 +43,10 @@ BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(o
 
 async def fails(run: Recovering) -> None:
     """A poisoned request ends with an error of its own, in time."""
-    began_s = asyncio.get_running_loop().time()
     (task,) = run.start([GenerationRequest("poison", tuple(range(3, 23)), 60, seed=POISON)])
     with pytest.raises(RequestFailedError, match=f"the pipeline failed {MAX_STRIKES} times while it"):
-        await task
-    assert asyncio.get_running_loop().time() - began_s < WITHIN_S
+        async with asyncio.timeout(WITHIN_S):
+            await task
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -71,7 +71,6 @@ class Sequence:
     drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
     ahead: tuple[int, ...] = ()  # drafted tokens under way, behind the known ones
     branch: int = 0  # how many times rows under way were given up
-    unsettled: int = 0  # scheduled rows at the end that may have to be computed again
     drafted_rows: int = 0  # in all
     accepted_rows: int = 0  # of these, whose tokens were chosen
     in_flight: int = 0  # microbatches
@@ -219,8 +218,11 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may still be computed, for the first time or again."""
-        return self.scheduled - self.unsettled
+        """The first row that may still be computed, for the first time or again: drafted rows under way may be refused,
+        and behind a state the known ones with them are computed again then."""
+        if self.ahead and self.states.is_begun:
+            return self.computed
+        return self.scheduled - len(self.ahead)
 
     def rows_within(self, rows: int, outputs: int) -> int:
         """How many of the next rows fit where at most that many rows and output rows do."""
@@ -233,7 +235,7 @@ class Sequence:
     def give_up_ahead(self) -> None:
         """Drafted rows under way do not count: they are behind another token, or computed again."""
         self.branch += 1
-        self.ahead, self.unsettled = (), 0
+        self.ahead = ()
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
@@ -304,7 +306,6 @@ class Sequence:
         self.accepted_rows += max(0, taken.drafted - (taken.end - end))
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         if end == taken.end and list(expected) == added[: len(expected)]:
-            self.unsettled = self.scheduled - taken.end
             return
         if end < taken.end or self.scheduled > taken.end:
             self.scheduled = min(self.scheduled, taken.chunk.position if self.states.is_begun else end)

@@ -32,28 +32,18 @@ def _take_embedded(sequence: Sequence, start: int, end: int, embedded_end: int) 
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones."""
-    if sequence.drafted and sequence.unknown:
-        return _take_further(sequence)
-    if sequence.unknown:
+    """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones: behind
+    that token, or behind others that are under way."""
+    known, drafted = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafted
+    if not drafted and sequence.unknown:
         return _slice(sequence, (0,), (sample_task(sequence, 1),), sequence.sampled_at)
-    known, drafted = sequence.tokens[sequence.scheduled :], sequence.drafted
     if not drafted:
-        return _slice(sequence, tuple(known), (sample_task(sequence),))
-    sequence.unsettled = len(drafted) + (len(known) if sequence.states.is_begun else 0)
+        return _slice(sequence, known, (sample_task(sequence),))
+    tasks = further_tasks(sequence, drafted) if sequence.unknown else window_tasks(sequence, drafted)
     sequence.drafted_rows += len(drafted)
-    sequence.drafted, sequence.ahead = (), drafted
-    return _slice(sequence, (*known, *drafted), window_tasks(sequence, drafted), drafted=len(drafted))
-
-
-def _take_further(sequence: Sequence) -> SequenceSlice:
-    """Drafted rows behind those that are under way."""
-    drafted, sequence.drafted = sequence.drafted, ()
-    tasks = further_tasks(sequence, drafted)
+    sequence.drafted = ()
     sequence.ahead += drafted
-    sequence.unsettled += len(drafted)
-    sequence.drafted_rows += len(drafted)
-    return _slice(sequence, drafted, tasks, drafted=len(drafted))
+    return _slice(sequence, (*known, *drafted), tasks, drafted=len(drafted))
 
 
 def _slice(

@@ -70,7 +70,7 @@ async def test_a_worker_that_is_lost_within_windows_changes_nothing(
     async with recovering(config(model, tmp_path)) as run:
         answering = run.start(REQUESTS)
         await run.token(200)
-        await run.until("a window", lambda: any(s.unsettled for s in run.cluster.engine.scheduler.sequences))
+        await run.until("a window", lambda: any(s.ahead for s in run.cluster.engine.scheduler.sequences))
         before = windows.rows
         run.hurt(victim)
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"

@@ -4,7 +4,8 @@
 
 The draft model is the first layers of the model. What the later layers add to the hidden state is so many times weaker
 than usual: with strength 0 nothing, so every draft is right. Acceptance is the share of an answer's tokens that the
-draft model would choose too. Nothing is drafted from n-grams. Both ways must have the same tokens and logprobs.
+draft model would choose too. The prediction for an answer goes through these with the best fixed number of drafted
+tokens. Nothing is drafted from n-grams. Both ways must have the same tokens and logprobs.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from recorded import NoDrafters
 from row_costs import RowCosts, machine, measured
 from shape import LAYOUTS, SHAPES, Shape, metadata, random_matrix, tensors
 from split import show
-from turns import Pair, Served, answer, check_same, pair, summary
+from turns import Pair, Served, check_same, pair, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.draft_model import DraftModel
+from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
@@ -66,41 +67,38 @@ def _weakened(source: TensorSource, layers: int, strength: float) -> TensorSourc
     return replace(source, produce=lambda: random_matrix(generator, source.quant_type, source.shape, strength))
 
 
-class Drafted:
-    """Measures one pair of models."""
-
-    def __init__(self, served: Served, model: DraftModel, draft: Path, tokens: int, seed: int) -> None:
-        self._served = served
-        self._model = model
-        self._draft = draft
-        self._tokens = tokens
-        self._draw = random.Random(seed)
-
-    async def pairs(self, repeats: int) -> list[Pair]:
-        """One prompt a pair; the first pair, from which the scheduler learns, does not count."""
-        pairs = []
-        for turn in range(repeats + 1):
-            prompt = tuple(self._draw.randrange(self._served.vocabulary) for _ in range(_PROMPT))
-            request = GenerationRequest(f"draft-{turn}", prompt, self._tokens)
-            both = await pair(self._served.engine, request, turn)
-            check_same(both.plain, both.drafted)
-            pairs.append(both)
-        return pairs[1:]
-
-    async def acceptance(self) -> float:
-        """Share of the tokens of an answer that the draft model would choose."""
-        prompt = tuple(self._draw.randrange(self._served.vocabulary) for _ in range(_PROMPT))
-        request = GenerationRequest("acceptance", prompt, self._tokens, max_drafted=0)
-        tokens = (await answer(self._served.engine, request)).tokens
-        with Client.local(self._draft) as client:
-            chosen = client.logits((*prompt, *tokens))[_PROMPT - 1 : -1].argmax(axis=1)
-        return float(np.mean(chosen == np.array(tokens)))
+async def pairs_of(served: Served, given: argparse.Namespace) -> dict[tuple[int, ...], Pair]:
+    """One prompt a pair; the first pair, from which the scheduler learns, does not count."""
+    draw, pairs = random.Random(given.seed), {}
+    for turn in range(given.repeats + 1):
+        prompt = tuple(draw.randrange(served.vocabulary) for _ in range(_PROMPT))
+        both = await pair(served.engine, GenerationRequest(f"draft-{turn}", prompt, given.tokens), turn)
+        check_same(both.plain, both.drafted)
+        if turn:
+            pairs[prompt] = both
+    return pairs
 
 
-def predicted_gain(costs: RowCosts, times_ns: Sequence[float], acceptance: float) -> tuple[int, float]:
+def right_tokens(client: Client, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> list[bool]:
+    """Which tokens of an answer the draft model would choose too, where it knows those before them."""
+    chosen = client.logits((*prompt, *tokens))[len(prompt) - 1 : -1].argmax(axis=1)
+    return [bool(same) for same in chosen == np.array(tokens)]
+
+
+def rounds_of(right: Sequence[bool], count: int) -> int:
+    """Rounds of an answer with so many drafted tokens in each, of which these would be right."""
+    rounds = place = 0
+    while place < len(right):
+        window = right[place : place + count]
+        place += 1 + (window.index(False) if False in window else len(window))
+        rounds += 1
+    return rounds
+
+
+def predicted_gain(costs: RowCosts, times_ns: Sequence[float], right: Sequence[bool]) -> tuple[int, float]:
     """With the best fixed number of drafted tokens: that, and the gain. `times_ns`: of drafts of 0, 1, ... tokens."""
     gains = {
-        count: sum(acceptance**depth for depth in range(count + 1)) * costs.at(1) / (costs.at(1 + count) + draft_ns)
+        count: len(right) * costs.at(1) / (rounds_of(right, count) * (costs.at(1 + count) + draft_ns))
         for count, draft_ns in enumerate(times_ns)
     }
     return max(gains.items(), key=lambda item: item[1])
@@ -118,22 +116,26 @@ async def measure(paths: tuple[Path, Path], strength: float, given: argparse.Nam
     settings = LocalSettings(context_length=_CONTEXT, draft_model=draft_path)
     stage = LocalStage(model_path, given.threads, None, settings)
     own = stage.scheduling.speculation
-    assert own is not None and isinstance(own.model, DraftModel)
+    assert own is not None and isinstance(own.draft_model, LoadedDraftModel)
     scheduling = replace(stage.scheduling, speculation=replace(own, drafters=NoDrafters()))
-    times_ns = [0.0, *(own.model.times.draft_ns(1, count, 1) for count in range(1, MAX_WINDOW + 1))]
+    times_ns = [0.0, *(own.draft_model.times.draft_ns(1, count, 1) for count in range(1, MAX_WINDOW + 1))]
     pipeline = LocalPipeline(stage)
     with stage.model:
         async with Engine(pipeline, scheduling) as engine:
-            drafted = Drafted(Served(engine, stage.model), own.model, draft_path, given.tokens, given.seed)
-            acceptance = await drafted.acceptance()
-            pairs = await drafted.pairs(given.repeats)
+            pairs = await pairs_of(Served(engine, stage.model), given)
         stage.close()
-    count, predicted = predicted_gain(costs, times_ns, acceptance)
-    gains = [each.gain for each in pairs]
+    with Client.local(draft_path) as client:
+        rights = [right_tokens(client, prompt, both.plain.tokens) for prompt, both in pairs.items()]
+    predicted = [predicted_gain(costs, times_ns, right) for right in rights]
+    gains = [both.gain for both in pairs.values()]
+    acceptance = ", ".join(f"{sum(right) / len(right):.2f}" for right in rights)
+    expected = ", ".join(f"{gain:.2f} with {count} tokens" for count, gain in predicted)
     name = f"strength {strength:g}"
-    print(f"{name}: acceptance {acceptance:.2f}, {times_ns[1] / 1e6:.2f} ms a drafted token; {summary(pairs)}")
-    show(f"{name}: gain; predicted {predicted:.2f} with {count} tokens", gains, "")
-    show(f"{name}: gain / prediction", [gain / predicted for gain in gains], "0.85 .. 1.15")
+    print(f"{name}: {times_ns[1] / 1e6:.2f} ms a drafted token; {summary([*pairs.values()])}")
+    print(f"{name}: acceptance {acceptance}; predicted {expected}")
+    show(f"{name}: gain", gains, "")
+    ratios = [gain / best for gain, (_, best) in zip(gains, predicted, strict=True)]
+    show(f"{name}: gain / prediction", ratios, "0.85 .. 1.15")
 
 
 def parse() -> argparse.Namespace:

@@ -103,7 +103,7 @@ KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="
 Threads = Annotated[
     int | None, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads; all cores by default.")
 ]
-DraftModel = Annotated[
+ModelDraft = Annotated[
     str | None,
     Option(
         "--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts; needs --model."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llamaclust.cluster.api.settings import read_api_keys
@@ -21,6 +22,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
+from llamaclust.cluster.server.drafting import DraftModelMemory, draft_model_memory
 from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import Profile
@@ -53,12 +55,26 @@ def show_plan(
         _show(own, acceptances)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStart:
+    """What a start on this machine would do."""
+
+    plan: Plan
+    own_bytes: int
+    """That a worker's process takes by itself: it is taken to be as large as this one, which has loaded the kernels too
+    and holds nothing of the model yet."""
+    draft_model: DraftModelMemory | None
+
+
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
     rules = [
         {"tensors": each.rule.pattern, "device": each.rule.device, "count": each.tensors, "bytes": each.n_bytes}
         for each in _effects(config)
     ]
-    return plan_json(planned(config)[0], acceptances) | {"kv_disk_bytes": _on_disk(config), "placement": rules}
+    start = planned(config)
+    drafting = None if start.draft_model is None else asdict(start.draft_model)
+    beside = {"kv_disk_bytes": _on_disk(config), "placement": rules, "draft_model": drafting}
+    return plan_json(start.plan, acceptances) | beside
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
@@ -75,23 +91,19 @@ def _on_disk(config: ClusterConfig) -> dict[str, int]:
 
 
 def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
-    plan, own_bytes = planned(config)
-    on_disk = _on_disk(config)
-    kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in plan.stages if on_disk)
+    start, on_disk = planned(config), _on_disk(config)
+    kv_disk = ", ".join(f"{stage.worker} {mib(on_disk[stage.worker])} MiB" for stage in start.plan.stages if on_disk)
     lines = (f"  KV memory on disk, at most: {kv_disk}",) if kv_disk else ()
     rules = (
         f"  placement: {each.rule} decides on {each.tensors} tensors with {mib(each.n_bytes)} MiB"
         for each in _effects(config)
     )
-    print("\n".join((*plan_lines(plan, acceptances), *rules, *lines, *_room(config, own_bytes))))
+    beside = _beside(config, start.own_bytes, start.draft_model)
+    print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, *beside)))
 
 
-def planned(config: ClusterConfig) -> tuple[Plan, int]:
-    """The plan of a start on this machine, and the bytes that a worker's process takes by itself: it is taken to be as
-    large as this one, which has loaded the kernels too and holds nothing of the model yet.
-
-    UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing MiB.
-    """
+def planned(config: ClusterConfig) -> PlannedStart:
+    """UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing MiB."""
     if config.launcher != "local" and (config.launcher != "ray" or config.ray.address != "none"):
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
@@ -117,11 +129,15 @@ def planned(config: ClusterConfig) -> tuple[Plan, int]:
             )
             for spec in specs
         }
-        resources = ClusterResources(workers, profiles, links, free_bytes=available_memory_bytes())
+        draft_model = _draft_model(config)
+        taken_bytes = 0 if draft_model is None else draft_model.bytes
+        free_bytes = max(0, available_memory_bytes() - taken_bytes)
         try:
-            return plan_cluster(config, model, resources), own_bytes
+            plan = plan_cluster(config, model, ClusterResources(workers, profiles, links, free_bytes=free_bytes))
         except InsufficientMemoryError as error:
-            raise InsufficientMemoryError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
+            beside = map(str.strip, _beside(config, own_bytes, draft_model))
+            raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
+        return PlannedStart(plan, own_bytes, draft_model)
 
 
 def _opened(config: ClusterConfig) -> closing[Model]:
@@ -134,11 +150,21 @@ def _model_id(config: ClusterConfig) -> str:
         return model.model_id
 
 
-def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
-    """Why workers with `memory` have less than that, as lines; none where no worker has it."""
-    if all(worker.memory is None for worker in config.workers):
-        return ()
-    return (f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it",)
+def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
+    if config.speculative is None or config.speculative.model is None:
+        return None
+    with ExitStack() as opened:
+        models = [(own, opened.enter_context(_opened(own))) for own in config.of_each_model()]
+        return draft_model_memory(models)
+
+
+def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
+    """Lines on what else takes memory: a draft model, and processes of workers with `memory`, which have less for
+    layers."""
+    if draft_model is not None:
+        yield f"  {draft_model.text}, which workers do not have"
+    if any(worker.memory is not None for worker in config.workers):
+        yield f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it"
 
 
 def _profiles(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from llamaclust.core.sampling import SampleTask
 
+MOST_ORDERS = 8
+"""That are given together. A model computes more sequences' tokens with the weights it reads for one anyhow."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftOrder:

@@ -32,8 +32,7 @@ from split import show
 from turns import Pair, Served, check_same, pair, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.cluster.client.http import Client
-from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -79,7 +78,7 @@ async def pairs_of(served: Served, given: argparse.Namespace) -> dict[tuple[int,
     return pairs
 
 
-def right_tokens(client: Client, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> list[bool]:
+def right_tokens(client: LocalClient, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> list[bool]:
     """Which tokens of an answer the draft model would choose too, where it knows those before them."""
     chosen = client.logits((*prompt, *tokens))[len(prompt) - 1 : -1].argmax(axis=1)
     return [bool(same) for same in chosen == np.array(tokens)]
@@ -124,7 +123,7 @@ async def measure(paths: tuple[Path, Path], strength: float, given: argparse.Nam
         async with Engine(pipeline, scheduling) as engine:
             pairs = await pairs_of(Served(engine, stage.model), given)
         stage.close()
-    with Client.local(draft_path) as client:
+    with LocalClient(draft_path) as client:
         rights = [right_tokens(client, prompt, both.plain.tokens) for prompt, both in pairs.items()]
     predicted = [predicted_gain(costs, times_ns, right) for right in rights]
     gains = [both.gain for both in pairs.values()]

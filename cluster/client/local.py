@@ -18,7 +18,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
-from llamaclust.cluster.launchers.draft_model import open_draft_model
+from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups
@@ -176,14 +176,15 @@ class LocalStage:
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """UsageError where nothing is to be drafted, and as for `open_draft_model`."""
+        """UsageError where nothing is to be drafted, and as for `plan_draft_model` and `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None:
             raise UsageError("draft_model: nothing is drafted without speculation: leave one of them out")
         if not (scheduling.max_drafted and self.model.generates):
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
-        model = opened.enter_context(open_draft_model(path, self.model, threads, scheduling.context_length))
-        return replace(scheduling, speculation=replace(scheduling.speculation, model=model))
+        plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
+        draft_model = opened.enter_context(open_draft_model(plan))
+        return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""

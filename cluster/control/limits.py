@@ -171,14 +171,14 @@ def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     return stage_limits(config, plan.context_length, *counts, plan.expert_shards)
 
 
-def speculation_settings(config: ClusterConfig, model: DraftModel | None) -> SpeculationSettings | None:
+def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
     """Of one model, for all its pipelines, which share what answers it keeps, and its draft model; None: nothing is
     drafted."""
     given = config.speculative
     if given is None:
         return None
     drafters = SharedDrafters(given.shared_answers) if given.shared_answers else NgramDrafters()
-    return SpeculationSettings(drafters, given.max_window, model)
+    return SpeculationSettings(drafters, given.max_window, draft_model)
 
 
 def scheduler_settings(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import monotonic_ns
 
-from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.speculation.speculation import Speculation
-from llamaclust.core.drafts import DraftOrder
+from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
+from llamaclust.core.drafts import DraftReplies
 
 _DEADLINE_S = 30.0
 """Of one batch: a model that takes longer is not asked any more."""
@@ -18,7 +17,7 @@ _DEADLINE_S = 30.0
 _log = logging.getLogger(__name__)
 
 
-class ModelDrafts:
+class DraftRunner:
     """Sequences wait for drafts, so whatever goes wrong with the model, they go on without it."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
@@ -30,23 +29,32 @@ class ModelDrafts:
     def request(self) -> None:
         """Gives the model what there is for it to do, unless it is busy."""
         speculation = self._scheduler.speculation
-        if speculation is None or speculation.model is None or self._task is not None:
+        if speculation is None or (drafts := speculation.model_drafts) is None or self._task is not None:
             return
-        if orders := speculation.next_orders(self._scheduler.queues.running):
-            self._task = asyncio.get_running_loop().create_task(self._draft(speculation, speculation.model, orders))
+        if orders := drafts.next_orders(self._scheduler.queues.running):
+            begun_ns = monotonic_ns()
+            try:
+                drafting = drafts.model.draft(orders)
+            except Exception as error:  # noqa: BLE001  a border, as below
+                self._lose(drafts, error)
+                self._drafted()
+            else:
+                self._task = asyncio.get_running_loop().create_task(self._wait(drafts, drafting, begun_ns))
 
-    async def _draft(self, speculation: Speculation, model: DraftModel, orders: list[DraftOrder]) -> None:
-        begun_ns = monotonic_ns()
+    async def _wait(self, drafts: ModelDrafts, drafting: Awaitable[DraftReplies], begun_ns: int) -> None:
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                replies = await model.draft(orders)
-            speculation.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
+                replies = await drafting
+            drafts.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
         except Exception as error:  # noqa: BLE001  a border: answers do not depend on drafts
-            _log.warning("the draft model failed, and is not asked any more: %r", error)
-            speculation.lose_model()
+            self._lose(drafts, error)
         finally:
             self._task = None
         self._drafted()
+
+    def _lose(self, drafts: ModelDrafts, error: Exception) -> None:
+        _log.warning("the draft model failed, and is not asked any more: %r", error)
+        drafts.model.lose()
 
     def stop(self) -> None:
         if self._task is not None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Protocol
 
+from llamaclust.cluster.engine.draft_runner import DraftRunner
 from llamaclust.cluster.engine.kv_disk import KvDisk
-from llamaclust.cluster.engine.model_drafts import ModelDrafts
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Sequence
@@ -37,7 +37,7 @@ class Lane:
         self._owner = owner
         self._deadlines = deadlines
         self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self)
-        self._model_drafts = ModelDrafts(scheduler, self.launch_soon)
+        self._draft_runner = DraftRunner(scheduler, self.launch_soon)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_running = False
         self._is_launch_due = False
@@ -55,7 +55,7 @@ class Lane:
         """Results that come later are ignored."""
         self._is_running = False
         self.kv_disk.stop()
-        self._model_drafts.stop()
+        self._draft_runner.stop()
         for task in self._tasks:
             task.cancel()
 
@@ -89,7 +89,7 @@ class Lane:
     def _send_all(self) -> None:
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self.pipeline.submit(scheduled.microbatch, scheduled.inputs)
-        self._model_drafts.request()
+        self._draft_runner.request()
 
     def _take(self, result: Result) -> None:
         self._guard(lambda: self._owner.completed(self, result))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.drafting.model import DraftTimes
-from llamaclust.core.drafts import DraftOrder, DraftReplies
+from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams
@@ -21,32 +22,88 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.drafting.model_drafter import MOST_ORDERS, MOST_ROWS, ModelDrafter
+from llamaclust.worker.drafting.model_drafter import MOST_ROWS, ModelDrafter
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, plan_memory
 
 _MOST_OTHER = 128
 """Token ids at the end of one vocabulary that the other may lack: files of one family are padded differently."""
+_FIRST_COMPARED = 5
+"""Ids before it are of tokens such as beginning and end of text, which files name differently."""
 _CONTEXTS = 4
 """Whole contexts of KV memory."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
 """Tokens drafted to see how long one takes, and how many times."""
 
+Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
-class DraftModel:
+
+@dataclass(frozen=True, slots=True)
+class DraftModelPlan:
+    """A draft model that can be loaded, and what it will take."""
+
+    model: Model
+    device: Device
+    limits: StageLimits
+    memory: StageMemory
+    targets: tuple[int, ...]  # for which of the given models it can draft
+
+    @property
+    def path(self) -> Path:
+        return Path(self.model.file.path)
+
+
+def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
+    """Reads its header only. It has memory for sequences of this context. UsageError where its drafts could be for none
+    of the targets; errors of `Model.open`."""
+    model = Model.open(path)
+    variables = environment()
+    settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
+    drafted = _targets(model, targets)
+    device = Device.open(with_caches(settings))
+    context = min(context_length, model.hyperparameters.context_length)
+    if context < _LEAST_CONTEXT:
+        raise UsageError(
+            f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
+        )
+    limits = StageLimits(
+        max_batch_tokens=MOST_ROWS + MOST_ORDERS,
+        max_outputs=MOST_ORDERS,
+        max_sequences=MOST_ORDERS,
+        max_context_tokens=context,
+        kv_blocks=_CONTEXTS * -(-context // KV_BLOCK_TOKENS),
+        kv_type=KvType.F16.value,
+    )
+    memory = plan_memory(device.backend, model, 0, model.layer_count, limits)
+    return DraftModelPlan(model, device, limits, memory, drafted)
+
+
+class LoadedDraftModel:
     """Made with `open_draft_model`; closed by its owner."""
 
-    def __init__(self, path: Path, stage: StageRunner, vocabulary: int) -> None:
-        self.path = path
+    def __init__(self, plan: DraftModelPlan, stage: StageRunner) -> None:
+        self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
-        self._drafter = ModelDrafter(stage, vocabulary)
+        self.is_lost = False
+        self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
         self._thread = ThreadPoolExecutor(1, "drafts")
 
-    async def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """See `DraftModel` of the scheduler."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._drafter.draft, orders)
+    def draft(self, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
+        """See `DraftModel`."""
+        return self.submit(self.compute, orders)
+
+    def submit(self, compute: Compute, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
+        """On its thread."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, compute, orders)
+
+    def compute(self, orders: Sequence[DraftOrder]) -> DraftReplies:
+        """On the calling thread."""
+        return self._drafter.draft(orders)
+
+    def lose(self) -> None:
+        self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
         """What it takes behind so many tokens of one sequence, at its quickest: other work may hold up single steps."""
@@ -69,49 +126,93 @@ class DraftModel:
         self.close()
 
 
-def open_draft_model(path: Path, target: Model, threads: int | None, context_length: int) -> DraftModel:
-    """Loads it, with memory for sequences of the target's whole context. UsageError where its drafts could not be for
-    the target; errors of `Model.open`; InsufficientMemoryError."""
-    model = Model.open(path)
-    _check(model, target)
-    variables = environment()
-    settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
-    device = Device.open(with_caches(settings))
-    context = min(context_length, model.hyperparameters.context_length)
-    if context < _LEAST_CONTEXT:
-        raise UsageError(
-            f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
-        )
-    limits = StageLimits(
-        max_batch_tokens=MOST_ROWS + MOST_ORDERS,
-        max_outputs=MOST_ORDERS,
-        max_sequences=MOST_ORDERS,
-        max_context_tokens=context,
-        kv_blocks=_CONTEXTS * -(-context // KV_BLOCK_TOKENS),
-        kv_type=KvType.F16.value,
-    )
-    needed = plan_memory(device.backend, model, 0, model.layer_count, limits)
+class SharedDraftModel:
+    """A draft model as one of several models has it, each with keys of its own."""
+
+    def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
+        self._model = model
+        self._number = number
+        self._sharers = sharers
+
+    @property
+    def times(self) -> DraftTimes:
+        return self._model.times
+
+    @property
+    def is_lost(self) -> bool:
+        return self._model.is_lost
+
+    def lose(self) -> None:
+        self._model.lose()
+
+    def draft(self, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
+        """See `DraftModel`."""
+        return self._model.submit(self._compute, orders)
+
+    def _compute(self, orders: Sequence[DraftOrder]) -> DraftReplies:
+        given = [replace(order, key=order.key * self._sharers + self._number) for order in orders]
+        replies = self._model.compute(given)
+        own = (replace(reply, key=reply.key // self._sharers) for reply in replies.replies)
+        return replace(replies, replies=tuple(own))
+
+
+def open_draft_model(plan: DraftModelPlan) -> LoadedDraftModel:
+    """Loads it, and tries how fast it is. InsufficientMemoryError."""
+    model, device = plan.model, plan.device
     free_bytes = device.free_bytes_of("cpu")
-    if needed.total_bytes > free_bytes:
-        raise InsufficientMemoryError(f"draft model {path} needs {missing(needed.parts, free_bytes)}")
+    if plan.memory.total_bytes > free_bytes:
+        raise InsufficientMemoryError(f"draft model {plan.path} needs {missing(plan.memory.parts, free_bytes)}")
     options = StageOptions(device.backend.feature_level, device.threads)
-    stage = StageRunner(device.backend, model, 0, model.layer_count, limits, options)
+    stage = StageRunner(device.backend, model, 0, model.layer_count, plan.limits, options)
     with ExitStack() as opened:
         opened.callback(stage.close)
-        draft_model = DraftModel(path, stage, model.hyperparameters.vocabulary_size)
+        draft_model = LoadedDraftModel(plan, stage)
         opened.pop_all()
     return draft_model
 
 
-def _check(model: Model, target: Model) -> None:
-    """UsageError for a model whose tokens are not the target's, or that could not go back to before refused ones."""
+@asynccontextmanager
+async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
+    """Loads and closes it beside the event loop. Cancelled while it loads, it is closed as soon as it is loaded."""
+    thread = ThreadPoolExecutor(1, "draft model")
+    loading = thread.submit(open_draft_model, plan)
+    thread.shutdown(wait=False)
+    try:
+        model = await asyncio.wrap_future(loading)
+    except asyncio.CancelledError:
+        loading.add_done_callback(_close_loaded)
+        raise
+    try:
+        yield model
+    finally:
+        await asyncio.to_thread(model.close)
+
+
+def _close_loaded(loading: Future[LoadedDraftModel]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().close()
+
+
+def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
+    """Which of these have its tokens. UsageError where none has, or for a model that could not go back to before
+    refused tokens."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")
+    refusals = [_refusal(model, target) for target in targets]
+    drafted = tuple(index for index, refusal in enumerate(refusals) if not refusal)
+    if not drafted:
+        raise UsageError(f"draft model {path}: {'; '.join(refusals)}; name a model of the same family")
+    return drafted
+
+
+def _refusal(model: Model, target: Model) -> str:
+    """Why its tokens are not the target's; "" where they are."""
     own, others = (each.file.metadata.get("tokenizer.ggml.tokens") for each in (model, target))
     if not isinstance(own, Sequence) or not isinstance(others, Sequence):
-        raise UsageError(f"draft model {path}: it or {target.file.path} has no tokens; name another")
+        return f"it or {target.file.path} has no tokens"
     both = min(len(own), len(others))
-    if max(len(own), len(others)) - both > _MOST_OTHER or own[:both] != others[:both]:
-        what = f"its {len(own)} tokens are not the {len(others)} of {target.file.path}"
-        raise UsageError(f"draft model {path}: {what}; name a model of the same family")
+    compared = slice(_FIRST_COMPARED, both)
+    if max(len(own), len(others)) - both > _MOST_OTHER or own[compared] != others[compared]:
+        return f"its {len(own)} tokens are not the {len(others)} of {target.file.path}"
+    return ""

@@ -29,7 +29,8 @@ def _occupied_ns(timing: StageTiming) -> int:
     return timing.compute_ns + timing.wire_ns
 
 
-def _moved(estimate: float, sample: float) -> float:
+def moved(estimate: float, sample: float) -> float:
+    """The estimate after a sample of the same time."""
     weight = _SLOW_WEIGHT if sample > estimate else _FAST_WEIGHT
     return estimate + weight * (sample - estimate)
 
@@ -53,7 +54,7 @@ class Curve:
             self._points[bucket] = (rows, ns)
             self._points = dict(sorted(self._points.items()))
         else:
-            self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), _moved(point[1], ns))
+            self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
         """With the points of another one behind its last one. Points that were not learned for long do not count, but
@@ -146,10 +147,10 @@ class StageTimes:
         self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]
         if was_alone:  # behind others it would wait where no stage sees it
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
-            self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
+            self.transit_ns = moved(self.transit_ns, transit) if self.transit_ns else transit
             if not was_lookahead:
                 whole = self.whole_transit_ns
-                self.whole_transit_ns = _moved(whole, transit) if whole else transit
+                self.whole_transit_ns = moved(whole, transit) if whole else transit
 
     def predictions(self, rows: int) -> list[list[float]]:
         """Nanoseconds on each stage, for every kind of microbatch that was seen."""

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings, speculation_settings
+from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.control.planning import ClusterPlanner
@@ -28,7 +27,6 @@ from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import NoPipeline
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.launchers.draft_model import open_draft_model
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
@@ -39,14 +37,14 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel, fixed_names
+from llamaclust.cluster.server.drafting import drafting
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.profile import Profile
-from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.rpc.sched_slice import short_slices
@@ -134,7 +132,7 @@ async def open_cluster(
         registry = _registry(config, launcher, record)
         models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
         _check_models(config, models, launcher)
-        drafting = [await _drafting(stack, *of, report) for of in models]  # workers' memory is what this leaves
+        speculations = await drafting(stack, models, report)  # workers' memory is what this leaves
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
         opened = [await OpenedModel.restore(*of, adapter_record, names=names, report=report) for of in models]
@@ -153,7 +151,7 @@ async def open_cluster(
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(
-            stack, opened, planners, drafting, pool=pool, adapter_record=adapter_record, report=report
+            stack, opened, planners, speculations, pool=pool, adapter_record=adapter_record, report=report
         )
         metrics = _cluster_metrics(served, registry)
         residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
@@ -168,22 +166,6 @@ async def _opened(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> t
     model = await asyncio.to_thread(Model.open, path, config.chat_template, adapters)
     stack.callback(model.close)
     return config, model
-
-
-async def _drafting(
-    stack: AsyncExitStack, config: ClusterConfig, model: Model, report: Report
-) -> SpeculationSettings | None:
-    """With the draft model that the cluster names, if any, which is loaded."""
-    own = config.speculative
-    if own is None or own.model is None:
-        return speculation_settings(config, None)
-    path = resolve_model(own.model)
-    opening = partial(open_draft_model, path, model, own.threads, config.context_length)
-    draft_model = stack.enter_context(await asyncio.to_thread(opening))
-    step_ms = draft_model.times.draft_ns(1, 1, 1) / 1e6
-    memory = mib(draft_model.memory_bytes)
-    report(Notice(f"draft model {path.name}: {memory} MiB of this machine, {step_ms:.1f} ms a token"))
-    return speculation_settings(config, draft_model)
 
 
 def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
@@ -229,7 +211,7 @@ async def _served(
     stack: AsyncExitStack,
     opened: Sequence[OpenedModel],
     planners: Sequence[ClusterPlanner],
-    drafting: Sequence[SpeculationSettings | None],
+    speculations: Sequence[SpeculationSettings | None],
     *,
     pool: WorkerPool,
     adapter_record: AdapterRecord,
@@ -243,7 +225,7 @@ async def _served(
     loaded = 1 if config.load_on_demand else 0
     plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
     supervisors = []
-    for planner, plan, speculation in zip(planners, plans, drafting, strict=True):
+    for planner, plan, speculation in zip(planners, plans, speculations, strict=True):
         planner.ledger = ledger
         epochs = Epochs(planner.config, planner.model, epoch_workers, speculation)
         is_asleep = plan is not None
@@ -254,7 +236,7 @@ async def _served(
     turn = asyncio.Lock()
     for model, runner in zip(opened, pool.runners, strict=True):
         loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders, turn))
-    for loader, plan, speculation, supervisor in zip(loaders, plans, drafting, supervisors, strict=True):
+    for loader, plan, speculation, supervisor in zip(loaders, plans, speculations, supervisors, strict=True):
         of = loader.model
         settings = None if plan is None else scheduler_settings(of.config, of.version, plan, speculation)
         engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.cluster.launchers.draft_model import DraftModel, open_draft_model
-from llamaclust.core.drafts import DraftOrder, DraftReply
+from llamaclust.cluster.launchers.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
+from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReply
 from llamaclust.core.errors import UsageError
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.model.loader import Model
@@ -28,12 +28,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(path: Path) -> Iterator[DraftModel]:
-    with Model.open(path) as target, open_draft_model(path, target, 1, CONTEXT) as opened:
+def model(path: Path) -> Iterator[LoadedDraftModel]:
+    with Model.open(path) as target, open_draft_model(plan_draft_model(path, [target], 1, CONTEXT)) as opened:
         yield opened
 
 
-def drafts_of(model: DraftModel, *orders: DraftOrder) -> list[DraftReply]:
+def drafts_of(model: LoadedDraftModel, *orders: DraftOrder) -> list[DraftReply]:
     return list(model._drafter.draft(orders).replies)
 
 
@@ -41,7 +41,7 @@ def order(key: int, tokens: list[int], most: int, task: SampleTask | None = None
     return DraftOrder(key, tokens, len(tokens), most, task or SampleTask(SamplingParams(), 0, 0, len(tokens)))
 
 
-def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> None:
+def test_drafts_are_the_models_own_answers(path: Path, model: LoadedDraftModel) -> None:
     """Sequences grow by accepted tokens and others, several are drafted together, and memory holds not all of them."""
     source = Random(SEED)
     drawn = SamplingParams(temperature=1.0, top_k=40)
@@ -75,7 +75,7 @@ def test_drafts_are_the_models_own_answers(path: Path, model: DraftModel) -> Non
                 texts[each.key] += [source.randrange(3, VOCABULARY) for _ in range(source.choice([0, 1, 3]))]
 
 
-def test_unknown_tokens_get_no_draft(model: DraftModel) -> None:
+def test_unknown_tokens_get_no_draft(model: LoadedDraftModel) -> None:
     known, unknown = order(1, [3, 4, 5], 3), order(2, [3, VOCABULARY, 5], 3)
     named = order(3, [3, 4, 5], 3, SampleTask(SamplingParams(logit_bias=((VOCABULARY, 1.0),)), 0, 0, 3))
     assert [len(reply.tokens) for reply in drafts_of(model, known, unknown, named)] == [3, 0, 0]
@@ -83,15 +83,15 @@ def test_unknown_tokens_get_no_draft(model: DraftModel) -> None:
 
 @pytest.mark.parametrize("context", [40, MOST_ROWS, MOST_ROWS + 1])
 def test_short_contexts(path: Path, context: int) -> None:
-    with Model.open(path) as target, open_draft_model(path, target, 1, context) as opened:
+    with Model.open(path) as target, open_draft_model(plan_draft_model(path, [target], 1, context)) as opened:
         assert 0 < opened.times.draft_ns(1, 1, 1) < 1e9
         (reply,) = drafts_of(opened, order(1, [3] * 30, 5))
         assert len(reply.tokens) == 5
     with Model.open(path) as target, pytest.raises(UsageError, match="a context of 16 tokens is too short"):
-        open_draft_model(path, target, 1, 16)
+        plan_draft_model(path, [target], 1, 16)
 
 
-def test_a_prompt_that_never_fits_takes_no_memory_from_others(model: DraftModel) -> None:
+def test_a_prompt_that_never_fits_takes_no_memory_from_others(model: LoadedDraftModel) -> None:
     (before,) = drafts_of(model, order(1, [3] * 100, 4))
     (refused,) = drafts_of(model, order(2, [3] * (CONTEXT + 10), 4))
     (again,) = drafts_of(model, order(1, [3] * 100, 4))
@@ -99,7 +99,7 @@ def test_a_prompt_that_never_fits_takes_no_memory_from_others(model: DraftModel)
     assert before.tokens == again.tokens and model._drafter._caches._caches[1].tokens
 
 
-def test_long_prompts_are_taken_in_by_parts(model: DraftModel) -> None:
+def test_long_prompts_are_taken_in_by_parts(model: LoadedDraftModel) -> None:
     tokens = [3 + place % 300 for place in range(MOST_ROWS + 50)]
     (first,) = drafts_of(model, order(1, tokens, 4))
     assert (first.tokens, first.taken_in) == ((), MOST_ROWS), "a sequence that waits does not wait for that"
@@ -109,13 +109,13 @@ def test_long_prompts_are_taken_in_by_parts(model: DraftModel) -> None:
     assert len(third.tokens) == 4 and third.taken_in == len(tokens)
 
 
-def test_drafts_end_with_the_context_and_with_memory(model: DraftModel) -> None:
+def test_drafts_end_with_the_context_and_with_memory(model: LoadedDraftModel) -> None:
     tokens = [3] * (CONTEXT - 2)
     for _ in range(3):
         drafts_of(model, order(1, tokens, 0))
     (reply,) = drafts_of(model, order(1, tokens, 9))
     assert len(reply.tokens) == 2
-    many = [order(key, [key] * 200, 8) for key in range(20)]
+    many = [order(key, [key] * 250, 8) for key in range(MOST_ORDERS)]
     drafted = [bool(each.tokens) for each in drafts_of(model, *many)]
     assert any(drafted) and not all(drafted), "they are in memory together, or not at all"
     assert all(each.taken_in == 0 for each in drafts_of(model, *many) if not each.tokens)
@@ -131,4 +131,4 @@ def test_drafts_end_with_the_context_and_with_memory(model: DraftModel) -> None:
 def test_a_model_of_other_tokens_is_refused(path: Path, tmp_path: Path, changes: dict[str, int], message: str) -> None:
     other = build_tiny_model(tmp_path / "other.gguf", layers=1, hidden=64, ffn=64, heads=4, **changes)  # type: ignore[arg-type]
     with Model.open(path) as target, pytest.raises(UsageError, match=f"draft model .*other.gguf: {message}"):
-        open_draft_model(other, target, 1, CONTEXT)
+        plan_draft_model(other, [target], 1, CONTEXT)

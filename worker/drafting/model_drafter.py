@@ -15,8 +15,6 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
 """Tokens of a sequence that are taken in at once."""
-MOST_ORDERS = 32
-"""That are given together."""
 _MOST_BESIDE = 8
 """Tokens of each that are taken in by the row that drafts; more are taken in before."""
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
+from llamaclust.cluster.scheduler.stage_times import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
-_WEIGHT = 0.125
 _LATE = 4.0
 """A time that is so many times the expected one counts as that: machines pause."""
+_USUAL_OVERHEAD = 0.125
+"""Of a step: what the overhead is taken for until it is known."""
 
 
 class DraftTimes:
     """Of a draft model, in nanoseconds: measured, and learned from what its drafts take."""
 
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Of a token drafted for one sequence, and of one that it takes in."""
+        """Of a token drafted for one sequence, and of one that it takes in, at their quickest."""
+        self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
-        self._overhead_ns = 0.0
+        self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
-    def draft_ns(self, sequences: int, tokens: int, rows: int) -> float:
-        """For so many tokens of each sequence, of which the model lacks so many `rows` in all."""
-        nearest = min(self._step_ns, key=lambda known: abs(known - sequences))
+    def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
+        """For so many tokens of each sequence, of which the model lacks so many `rows` in all. `at_best`: as it was
+        measured, whatever drafts took since: they may have been late by chance."""
         lacking = max(0, rows - sequences)
+        if at_best:
+            return tokens * self._best_step_ns + lacking * self._best_row_ns
+        nearest = min(self._step_ns, key=lambda known: abs(known - sequences))
         return self._overhead_ns + tokens * self._step_ns[nearest] + lacking * self._row_ns
 
     def take_in_ns(self, rows: int) -> float:
@@ -33,17 +39,18 @@ class DraftTimes:
     def learn(self, replies: DraftReplies, taken_ns: int) -> None:
         """`taken_ns`: from the orders to the replies."""
         if replies.rows:
-            self._row_ns = _moved(self._row_ns, replies.rows_ns / replies.rows)
+            self._row_ns = _learned(self._row_ns, replies.rows_ns / replies.rows)
         if replies.steps:
             drafted = sum(1 for reply in replies.replies if reply.tokens)
             step_ns = replies.steps_ns / replies.steps
-            self._step_ns[drafted] = _moved(self._step_ns.get(drafted, step_ns), step_ns)
+            self._step_ns[drafted] = _learned(self._step_ns.get(drafted, step_ns), step_ns)
             overhead_ns = max(0, taken_ns - replies.rows_ns - replies.steps_ns)
-            self._overhead_ns = _moved(self._overhead_ns or overhead_ns, overhead_ns)
+            least_ns = _USUAL_OVERHEAD * self._best_step_ns / _LATE
+            self._overhead_ns = _learned(max(self._overhead_ns, least_ns), overhead_ns)
 
 
-def _moved(estimate: float, sample: float) -> float:
-    return estimate + _WEIGHT * (min(sample, _LATE * estimate) - estimate)
+def _learned(estimate: float, sample: float) -> float:
+    return moved(estimate, min(sample, _LATE * estimate))
 
 
 class DraftModel(Protocol):
@@ -52,5 +59,11 @@ class DraftModel(Protocol):
     @property
     def times(self) -> DraftTimes: ...
 
-    async def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Of each order's sequence, as far as there is memory for it."""
+    @property
+    def is_lost(self) -> bool:
+        """It failed once: from then on, no pipeline asks it."""
+
+    def lose(self) -> None: ...
+
+    def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
+        """Of each order's sequence, as far as there is memory for it. Begins at once."""

@@ -11,16 +11,14 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import MODEL
-from llamaclust.cluster.scheduler.drafting.model import DraftTimes
+from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
-from llamaclust.core.drafts import DraftOrder, DraftReplies
+from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask, SamplingParams
 
 _CLOSE = 64
 """Tokens that a model may lack of a sequence that waits for it: those of the last window are among them."""
-_MOST_SEQUENCES = 8
-"""Together: more of them read the weights for several rows anyhow."""
 _WORTH = 2.0
 """Time that drafts would save relative to that for taking in a prompt: answers may end early."""
 _AGAIN = 64
@@ -37,8 +35,9 @@ _MARGIN = 0.05
 class ModelDrafts:
     """Of one pipeline."""
 
-    def __init__(self, times: DraftTimes, rounds: MeasuredRounds) -> None:
-        self._times = times
+    def __init__(self, model: DraftModel, rounds: MeasuredRounds) -> None:
+        self.model = model
+        self._times = model.times
         self._rounds = rounds
         self._orders: list[DraftOrder] = []  # that nobody has taken yet
         self._awaited: set[int] = set()  # keys of sequences that wait
@@ -53,23 +52,22 @@ class ModelDrafts:
         """How many tokens are worth waiting for, where there would be `speed` tokens a nanosecond without: of those
         sequences that `most` has a number for; 0: none."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
-        if not drafted or len(sequences) + len(self._awaited) > _MOST_SEQUENCES:
+        if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
-        count = self._length(drafted, list(map(_rate, drafted)), len(sequences), most, speed)
+        longest = min(most[each.key] for each in drafted)
+        count = self._length(drafted, longest, len(sequences), speed, hopeful=False)
         if not count and any(map(self._is_due, drafted)):
-            rates = [max(_rate(each), _HOPEFUL) for each in drafted]
-            return self._length(drafted, rates, len(sequences), most, speed)
+            return self._length(drafted, longest, len(sequences), speed, hopeful=True)
         return count
 
-    def _length(
-        self, drafted: Items[Sequence], rates: Items[float], together: int, most: Mapping[int, int], speed: float
-    ) -> int:
-        """With these rates of acceptance, where so many sequences are computed together."""
+    def _length(self, drafted: Items[Sequence], longest: int, together: int, speed: float, *, hopeful: bool) -> int:
+        """Where so many sequences are computed together. `hopeful`: with what it should accept and take."""
         lacking = sum(map(self._lacking, drafted))
+        rates = [max(_rate(each), _HOPEFUL) if hopeful else _rate(each) for each in drafted]
         best, best_speed = 0, (1 + _MARGIN) * speed
-        for count in counts_to_try(min(most[each.key] for each in drafted)):
+        for count in counts_to_try(longest):
             tokens = together + sum(_accepted(rate, count) for rate in rates)
-            drafts_ns = self._times.draft_ns(len(drafted), count, lacking)
+            drafts_ns = self._times.draft_ns(len(drafted), count, lacking, at_best=hopeful)
             round_ns = self._rounds.window_ns(together + count * len(drafted), 1) + drafts_ns
             if tokens / round_ns > best_speed:
                 best, best_speed = count, tokens / round_ns
@@ -89,11 +87,11 @@ class ModelDrafts:
 
     def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
         """What the model is to do now."""
-        orders, self._orders = self._orders[:_MOST_SEQUENCES], self._orders[_MOST_SEQUENCES:]
+        orders, self._orders = self._orders[:MOST_ORDERS], self._orders[MOST_ORDERS:]
         if orders:
             return orders
         decoding = [sequence for sequence in running if sequence.may_draft]
-        if len(decoding) > _MOST_SEQUENCES:
+        if len(decoding) > MOST_ORDERS:
             return []
         lacking = next((sequence for sequence in decoding if self._is_worth(sequence)), None)
         return [] if lacking is None else [_order(lacking, 0)]
@@ -140,12 +138,13 @@ class ModelDrafts:
         lacking = self._lacking(sequence)
         if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafts is None:
             return False
-        plain_ns = self._rounds.plain_ns(1, 1)
-        rate = max(_rate(sequence), _HOPEFUL) if self._is_due(sequence) else _rate(sequence)
-        token_ns = min(
-            (self._rounds.window_ns(1 + count, 1) + self._times.draft_ns(1, count, 1)) / (1 + _accepted(rate, count))
-            for count in counts_to_try(_CLOSE // 4)
-        )
+        plain_ns, is_due = self._rounds.plain_ns(1, 1), self._is_due(sequence)
+        rate = max(_rate(sequence), _HOPEFUL) if is_due else _rate(sequence)
+
+        def round_ns(count: int) -> float:
+            return self._rounds.window_ns(1 + count, 1) + self._times.draft_ns(1, count, 1, at_best=is_due)
+
+        token_ns = min(round_ns(count) / (1 + _accepted(rate, count)) for count in counts_to_try(_CLOSE // 4))
         return sequence.left * (plain_ns / (1 + _MARGIN) - token_ns) > _WORTH * self._times.take_in_ns(lacking)
 
 
@@ -176,8 +175,8 @@ def _rate(sequence: Sequence) -> float:
 
 
 def _accepted(rate: float, count: int) -> float:
-    """Of so many drafted tokens, expected."""
-    return sum(rate**depth for depth in range(1, count + 1))
+    """Of so many drafted tokens, expected: rate + rate ** 2 + ... + rate ** count."""
+    return rate * (1 - rate**count) / (1 - rate) if rate < 1 else count
 
 
 def _order(sequence: Sequence, most: int) -> DraftOrder:

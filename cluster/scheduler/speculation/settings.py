@@ -18,4 +18,4 @@ class SpeculationSettings:
 
     drafters: Drafters
     max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most
-    model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts
+    draft_model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts

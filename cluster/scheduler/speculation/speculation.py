@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from math import inf
 from typing import Self
@@ -19,7 +19,6 @@ from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
-from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _MOST_REPEATED = 4
 """Known rows behind a state that refused windows did not change. With more of them a step without drafts comes first:
@@ -40,8 +39,7 @@ class Speculation:
         self._vocabulary = settings.vocabulary
         self._drafters = own.drafters
         self._times = MeasuredRounds(times)
-        self.model = own.model  # None: there is none, or it does not answer
-        self._model = None if own.model is None else ModelDrafts(own.model.times, self._times)
+        self._model_drafts = None if own.draft_model is None else ModelDrafts(own.draft_model, self._times)
         self._acceptance = [Acceptance() for _ in range(CLASSES)]
 
     @classmethod
@@ -89,7 +87,8 @@ class Speculation:
     def waits(self, sequences: Items[Sequence], most_rows: int) -> bool:
         """Whether one of these should rather wait for its next token than be computed behind it, since drafted ones
         will follow."""
-        if self._model is not None and any(map(self._model.awaits, sequences)):
+        drafts = self.model_drafts
+        if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
         candidates = [self._next(sequence) for sequence in sequences]
         windows = self._windows(candidates, 1, most_rows)
@@ -104,39 +103,33 @@ class Speculation:
 
     def ready(self, sequences: list[Sequence], groups: int, most_rows: int) -> list[Sequence]:
         """Those that are computed now, of which there are so many microbatches. Others wait for their drafts."""
-        if self._model is None:
+        if (drafts := self.model_drafts) is None:
             return sequences
-        present = [sequence for sequence in sequences if not self._model.awaits(sequence)]
+        present = [sequence for sequence in sequences if not drafts.awaits(sequence)]
         if groups > 1 or not present:
             return present
         candidates = [self._next(sequence) for sequence in present]
         length = self._model_length(present, candidates, self._windows(candidates, groups, most_rows))
-        return self._model.order(present, self._orderable(present), length) if length else present
+        return drafts.order(present, self._orderable(present), length) if length else present
 
-    def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
-        """What the draft model is to do now."""
-        return [] if self._model is None else self._model.next_orders(running)
-
-    def drafted(self, replies: DraftReplies, taken_ns: int, sequences: Mapping[int, Sequence]) -> None:
-        """Takes in drafts of sequences, by their keys."""
-        if self._model is not None:
-            self._model.drafted(replies, taken_ns, sequences)
-
-    def lose_model(self) -> None:
-        """The draft model does not answer: nothing waits for it any more."""
-        self.model = self._model = None
+    @property
+    def model_drafts(self) -> ModelDrafts | None:
+        """None: there is no draft model, or it does not answer."""
+        drafts = self._model_drafts
+        return None if drafts is None or drafts.model.is_lost else drafts
 
     def forget(self, sequence: Sequence) -> None:
         """It has ended, or goes elsewhere."""
-        if self._model is not None:
-            self._model.forget(sequence.key)
+        if self._model_drafts is not None:
+            self._model_drafts.forget(sequence.key)
 
     def _model_length(self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int]) -> int:
         """Tokens that a draft model is asked for of each, where that gains more than these windows; 0: none."""
-        if self._model is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
+        drafts = self.model_drafts
+        if drafts is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
             return 0
         speed = speed_of(candidates, windows, self._times, 1)
-        return self._model.length(sequences, self._orderable(sequences), speed)
+        return drafts.length(sequences, self._orderable(sequences), speed)
 
     def _orderable(self, sequences: Iterable[Sequence]) -> dict[int, int]:
         """Of which sequences a draft model may be asked for how many tokens, by key."""

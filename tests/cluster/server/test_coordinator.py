@@ -105,10 +105,10 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     file = tmp_path / "cluster.yaml"
     values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
     file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
-    known, _ = planned(load_config(file))
+    known = planned(load_config(file)).plan
     assert known.prediction is not None and plan.prediction is not None
     assert known.prediction.token_s == plan.prediction.token_s
-    assert planned(load_config(file, ["workers.a.threads=2"]))[0].prediction is None
+    assert planned(load_config(file, ["workers.a.threads=2"])).plan.prediction is None
 
 
 def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cli.plan import planned, show_plan
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import speculation_settings
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.server.drafting import draft_model_memory, drafting
+from llamaclust.cluster.state.events import Event, Notice
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sizes import mib
+from llamaclust.model.loader import Model
 from support.clusters.recovering import answer_of, config, model_in, recovering
+from support.models.tiny_model import build_tiny_model
+
+FREE_BYTES = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +68,48 @@ async def test_a_cluster_file_turns_speculation_off(model: Path, tmp_path: Path)
     async with recovering(config(model, tmp_path, 2, speculative="off")) as run:
         assert run.cluster.engine.scheduler.settings.speculation is None
         await asyncio.gather(*run.start([GenerationRequest("r", (5, 6, 7) * 9, 30)]))
+
+
+def test_a_plan_counts_the_draft_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr("llamaclust.cli.plan.available_memory_bytes", lambda: FREE_BYTES)
+    given = [f"model={model}", "context_length=64", "workers=[{name: a}]"]
+    drafting = [*given, f"speculative={{model: {model}, threads: 1}}"]
+    plain, beside = planned(load_config(None, given)), planned(load_config(None, drafting))
+    assert plain.draft_model is None and beside.draft_model is not None
+    (before,), (after,) = plain.plan.stages, beside.plan.stages
+    assert before.memory_bytes is not None and after.memory_bytes is not None
+    taken = beside.draft_model.bytes
+    assert (before.memory_bytes, before.memory_bytes - after.memory_bytes) == (FREE_BYTES, taken) and taken > 0
+    show_plan(None, drafting, as_json=False)
+    line = f"  draft model {model.name}: {mib(taken)} MiB of this machine, which workers do not have\n"
+    assert line in capsys.readouterr().out
+    show_plan(None, drafting, as_json=True)
+    shown = json.loads(capsys.readouterr().out)["draft_model"]
+    assert shown == {"name": model.name, "bytes": taken, "models": [model.stem], "others": []}
+    monkeypatch.setattr("llamaclust.cli.plan.available_memory_bytes", lambda: taken + after.bytes // 2)
+    with pytest.raises(InsufficientMemoryError, match=f"; draft model {model.name}: {mib(taken)} MiB of this machine"):
+        planned(load_config(None, drafting))
+
+
+async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path) -> None:
+    """It is for those that have its tokens, and the start says for which."""
+    small = partial(build_tiny_model, layers=1, hidden=64, ffn=64, heads=4)
+    paths = [model, small(tmp_path / "other.gguf", vocabulary=1024), small(tmp_path / "copy.gguf")]
+    names = [{"model": str(path), "context_length": 64 + index} for index, path in enumerate(paths)]
+    file = {"models": names, "workers": [{"name": "a"}], "speculative": {"model": str(model), "threads": 1}}
+    configs = ClusterConfig.model_validate(file).of_each_model()
+    events: list[Event] = []
+    async with AsyncExitStack() as stack:
+        opened = [(own, stack.enter_context(Model.open(path))) for own, path in zip(configs, paths, strict=True)]
+        first, other, last = await drafting(stack, opened, events.append)
+        assert first is not None and other is not None and last is not None
+        assert first.draft_model is not None and last.draft_model is not None and other.draft_model is None
+        assert first.draft_model.times is last.draft_model.times, "it is loaded once"
+        memory = draft_model_memory(opened)
+    (notice,) = events
+    assert isinstance(notice, Notice) and memory is not None
+    text = f"draft model {model.name}: {mib(memory.bytes)} MiB of this machine, for {model.stem}, copy"
+    assert notice.text.startswith(f"{text} (not for other: other tokens), ")

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.cluster.launchers.draft_model import DraftModel
+from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import UsageError
@@ -78,17 +78,17 @@ async def test_answers_go_on_when_the_draft_model_fails(
     model: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wait_for_any(Random(SEED), 8, monkeypatch)
-    drafting = DraftModel.draft
+    drafting = LoadedDraftModel.draft
     asked = 0
 
-    async def fails(self: DraftModel, orders: list[object]) -> object:
+    async def fails(self: LoadedDraftModel, orders: list[object]) -> object:
         nonlocal asked
         asked += 1
         if asked > 20:
             raise OSError("gone")
         return await drafting(self, orders)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(DraftModel, "draft", fails)
+    monkeypatch.setattr(LoadedDraftModel, "draft", fails)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, draft_model=model))
     async with client._stage.serve() as service:
         answering = [answer_of(service._engine.submit(request)) for request in REQUESTS]

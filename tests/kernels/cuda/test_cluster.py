@@ -239,7 +239,7 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     given = [f"model={model}", "context_length=64", "max_sequences=2"]
     workers = "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"
     manual = "plan=[{worker: a, layers: [0, 4]}]"  # of so small a model, launches take longer than a processor
-    plan, _ = planned(load_config(None, [*given, workers, manual]))
+    plan = planned(load_config(None, [*given, workers, manual])).plan
     parts = [(one.device, one.start, one.end) for stage in plan.stages for one in stage.devices]
     assert parts == [("cpu", 0, 1), ("cuda:0", 1, 4)]
     assert opened == ["cuda:0"], "opened once, for all that is to be known"

@@ -10,7 +10,6 @@ import pytest
 
 from llamaclust.cluster.scheduler.drafting.model import DraftTimes
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
-from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
 from support.clusters.fakes import Simulation
 
@@ -24,12 +23,17 @@ class SaidModel:
     def __init__(self, says: Says, step_ns: int, row_ns: int, room: int = 8) -> None:
         """`room`: for so many sequences."""
         self.times = DraftTimes(step_ns, row_ns)
+        self.is_lost = False
         self.asked: list[DraftOrder] = []
+        self.late_ns: list[int] = []  # by which the next drafts come later
         self._says = says
         self._step_ns = step_ns
         self._row_ns = row_ns
         self._room = room
         self._taken_in: dict[int, int] = {}
+
+    def lose(self) -> None:
+        self.is_lost = True
 
     async def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
         """As an engine asks."""
@@ -55,7 +59,8 @@ class SaidModel:
             self._taken_in[order.key] = before + taken
             replies.append(DraftReply(order.key, order.length, order.most > 0, drafted, before + taken))
         steps_ns = most * self._step_ns
-        return DraftReplies(tuple(replies), rows, rows_ns if rows else 0, most, steps_ns), rows_ns + steps_ns
+        late_ns = self.late_ns.pop(0) if most and self.late_ns else 0
+        return DraftReplies(tuple(replies), rows, rows_ns if rows else 0, most, steps_ns), rows_ns + steps_ns + late_ns
 
 
 @dataclass
@@ -65,16 +70,16 @@ class DraftingSimulation(Simulation):
     replies: tuple[int, DraftReplies, int] | None = None  # when they come, and how long they took
 
     @property
-    def speculation(self) -> Speculation:
+    def drafts(self) -> ModelDrafts | None:
         assert self.scheduler.speculation is not None
-        return self.scheduler.speculation
+        return self.scheduler.speculation.model_drafts
 
     def send_all(self) -> None:
         super().send_all()
         running = self.scheduler.queues.running
-        if self.replies is None and (orders := self.speculation.next_orders(running)):
-            assert isinstance(self.speculation.model, SaidModel)
-            replies, taken_ns = self.speculation.model.reply(orders)
+        if self.replies is None and self.drafts is not None and (orders := self.drafts.next_orders(running)):
+            assert isinstance(self.drafts.model, SaidModel)
+            replies, taken_ns = self.drafts.model.reply(orders)
             self.replies = self.now_ns + taken_ns, replies, taken_ns
 
     def step(self) -> bool:
@@ -82,7 +87,8 @@ class DraftingSimulation(Simulation):
         if self.replies is None or (self.sent and self.sent[0][0] <= self.replies[0]):
             return super().step()
         (self.now_ns, replies, taken_ns), self.replies = self.replies, None
-        self.speculation.drafted(replies, taken_ns, self.scheduler.by_key)
+        if self.drafts is not None:
+            self.drafts.drafted(replies, taken_ns, self.scheduler.by_key)
         return True
 
 

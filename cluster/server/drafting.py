@@ -1,0 +1,74 @@
+"""What drafts for the models of a cluster: one draft model for all that have its tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from llamaclust.cluster.config.catalog import resolve_model
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.limits import speculation_settings
+from llamaclust.cluster.launchers.draft_model import (
+    DraftModelPlan,
+    SharedDraftModel,
+    draft_model_beside,
+    plan_draft_model,
+)
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.core.sizes import mib
+from llamaclust.model.loader import Model
+
+Models = Sequence[tuple[ClusterConfig, Model]]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelMemory:
+    """What a draft model takes of the coordinator's machine, and for which models it drafts."""
+
+    name: str  # of its file
+    bytes: int
+    models: tuple[str, ...]
+    others: tuple[str, ...]  # models of other tokens, for which it cannot
+
+    @property
+    def text(self) -> str:
+        text = f"draft model {self.name}: {mib(self.bytes)} MiB of this machine"
+        if len(self.models) + len(self.others) > 1:
+            text += f", for {', '.join(self.models)}"
+        return text + (f" (not for {', '.join(self.others)}: other tokens)" if self.others else "")
+
+
+def draft_model_memory(models: Models) -> DraftModelMemory | None:
+    """None where the cluster names no draft model. Raises as `plan_draft_model`."""
+    plan = _planned(models)
+    return None if plan is None else _memory(plan, models)
+
+
+async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> list[SpeculationSettings | None]:
+    """Of each model. The draft model is loaded, and closed with the stack. Raises as `plan_draft_model` and
+    `open_draft_model`."""
+    plan = await asyncio.to_thread(_planned, models)
+    if plan is None:
+        return [speculation_settings(config, None) for config, _ in models]
+    loaded = await stack.enter_async_context(draft_model_beside(plan))
+    report(Notice(f"{_memory(plan, models).text}, {loaded.times.draft_ns(1, 1, 1) / 1e6:.1f} ms a token"))
+    shares = {index: SharedDraftModel(loaded, index, len(models)) for index in plan.targets}
+    return [speculation_settings(config, shares.get(index)) for index, (config, _) in enumerate(models)]
+
+
+def _planned(models: Models) -> DraftModelPlan | None:
+    own = models[0][0].speculative
+    if own is None or own.model is None:
+        return None
+    context = max(config.context_length for config, _ in models)
+    return plan_draft_model(resolve_model(own.model), [model for _, model in models], own.threads, context)
+
+
+def _memory(plan: DraftModelPlan, models: Models) -> DraftModelMemory:
+    names = [config.model_name for config, _ in models]
+    others = tuple(name for index, name in enumerate(names) if index not in plan.targets)
+    drafted = tuple(names[index] for index in plan.targets)
+    return DraftModelMemory(plan.path.name, plan.memory.total_bytes, drafted, others)

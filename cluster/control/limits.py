@@ -9,11 +9,11 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names

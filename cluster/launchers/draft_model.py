@@ -12,7 +12,7 @@ from typing import Self
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.launchers.worker_settings import with_caches
-from llamaclust.cluster.scheduler.drafting.model import DraftTimes
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.limits import StageLimits

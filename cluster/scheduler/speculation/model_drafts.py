@@ -11,9 +11,9 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import MODEL
-from llamaclust.cluster.scheduler.drafting.model import DraftModel
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask, SamplingParams
 

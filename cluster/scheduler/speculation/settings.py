@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import Drafters
-from llamaclust.cluster.scheduler.drafting.model import DraftModel
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llamaclust.cluster.scheduler.drafting.model import DraftTimes
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
 from support.clusters.fakes import Simulation

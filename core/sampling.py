@@ -76,6 +76,7 @@ class MatcherStart:
     tokens: tuple[int, ...] = ()  # of the answer, so far
     reasoning: Reasoning | None = None
     may_force: bool = False  # tokens that must follow a sampled one are wanted with it
+    drafts_forced: bool = False  # or as a draft, and computed like all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,5 +145,6 @@ class RowResult:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
     mu: float | None = None  # of Mirostat, for the next token
-    forced: tuple[int, ...] = ()  # tokens that must follow it
+    forced: tuple[int, ...] = ()  # tokens that must follow it, and are taken in
     is_deferred: bool = False  # the row is to be computed again; then token is -1, logprob NaN
+    forced_draft: tuple[int, ...] = ()  # tokens that must follow it, as a draft

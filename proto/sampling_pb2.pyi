@@ -305,12 +305,15 @@ class MatcherStart(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     MAY_FORCE_FIELD_NUMBER: _builtins.int
+    DRAFTS_FORCED_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """The answer, within an epoch."""
     grammar: _builtins.int
     """Index among the message's grammars; without it, the answer obeys none."""
     may_force: _builtins.bool
     """Whether tokens that must follow a sampled one are wanted with it."""
+    drafts_forced: _builtins.bool
+    """Whether they are wanted as a draft, behind the last row of a step that counts."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of the answer so far."""
@@ -327,10 +330,11 @@ class MatcherStart(_message.Message):
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         reasoning: Global___Reasoning | None = ...,
         may_force: _builtins.bool = ...,
+        drafts_forced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "reasoning", b"reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "grammar", b"grammar", "key", b"key", "may_force", b"may_force", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_reasoning", b"_reasoning", "drafts_forced", b"drafts_forced", "grammar", b"grammar", "key", b"key", "may_force", b"may_force", "reasoning", b"reasoning", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
     _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
@@ -613,6 +617,7 @@ class RowResult(_message.Message):
     MU_FIELD_NUMBER: _builtins.int
     FORCED_FIELD_NUMBER: _builtins.int
     IS_DEFERRED_FIELD_NUMBER: _builtins.int
+    FORCED_DRAFT_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
     mu: _builtins.float
@@ -633,7 +638,11 @@ class RowResult(_message.Message):
 
     @_builtins.property
     def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that must follow it."""
+        """Tokens that must follow it, and are taken in."""
+
+    @_builtins.property
+    def forced_draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that must follow it, and are computed like all others."""
 
     def __init__(
         self,
@@ -645,10 +654,11 @@ class RowResult(_message.Message):
         mu: _builtins.float | None = ...,
         forced: _abc.Iterable[_builtins.int] | None = ...,
         is_deferred: _builtins.bool = ...,
+        forced_draft: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "is_deferred", b"is_deferred", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

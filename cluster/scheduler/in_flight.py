@@ -39,6 +39,7 @@ class InFlight:
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
         self._row_bytes = 4 * settings.embedding_length  # of a hidden state that comes back
+        self._may_draft = settings.speculation is not None and settings.max_drafted > 0
         self._epoch = epoch
         self._times = times
         self._next_number = 0
@@ -100,7 +101,8 @@ class InFlight:
                 taken.sequence.sampled_at = (number, row - 1)
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
-        starts = tuple(start for taken in slices if (start := matcher_start(taken.sequence)) is not None)
+        matchers = (matcher_start(taken.sequence, may_draft=self._may_draft) for taken in slices)
+        starts = tuple(start for start in matchers if start is not None)
         microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
         return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released, starts))
 

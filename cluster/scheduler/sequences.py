@@ -68,6 +68,7 @@ class Sequence:
     next_embedded: int = 0  # first prompt row whose hidden state is still to be requested
     embedded: int = 0  # first prompt row whose hidden state is still to come
     drafts: SequenceDrafts | None = None  # what may follow its tokens
+    forced_draft: tuple[int, ...] = ()  # tokens that must follow the last one, by its grammar
     drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
     ahead: tuple[int, ...] = ()  # drafted tokens under way, behind the known ones
     branch: int = 0  # how many times rows under way were given up
@@ -181,9 +182,8 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """Whether it had forced tokens lately, and may again: a row sent ahead would only repeat them."""
-        forces = self.request.needs_matcher and not self.request.with_logprobs
-        return forces and self.generated - self.last_forced < _LATELY
+        """Whether it had forced tokens lately, and may again: a row sent ahead would be one of them alone."""
+        return self.request.needs_matcher and self.generated - self.last_forced < _LATELY
 
     @property
     def unknown(self) -> int:
@@ -294,7 +294,8 @@ class Sequence:
             added += self._append_sampled(place, row)
         self._settle(taken, place + 1, [row.token for row in added])
         if self.phase is _PREFILL or self.phase is _DECODE:
-            is_refused = taken.drafted and self.states.is_begun and self.last_forced < self.generated
+            is_forced = bool(added) and all(row is not added[-1] for row in rows)
+            is_refused = taken.drafted and self.states.is_begun and not is_forced
             self.phase = _PREFILL if self.scheduled < len(self.tokens) - 1 and not is_refused else _DECODE
         return added
 
@@ -342,7 +343,8 @@ class Sequence:
         for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:
             self.append(following)
             added.append(following)
-            self.last_forced = self.generated if following is not row else self.last_forced
+            if following is not row or row.forced_draft:
+                self.last_forced = self.generated + len(row.forced_draft)
             if self._finish_reason(is_sampled=True) is not None:
                 break
         return added
@@ -351,6 +353,7 @@ class Sequence:
         """The next token of the answer."""
         self.tokens.append(row.token)
         self.breakers.add(row.token)
+        self.forced_draft = row.forced_draft
         self.mu = self.mu if row.mu is None else row.mu
 
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:

@@ -61,7 +61,7 @@ class GrammarMatcher:
         self._native = compiled(grammar.definition, vocabulary)
         self._check("the grammar cannot be used")
         self._ended = False
-        self._has_choice = False  # `forced` found none that must come next
+        self._following: list[int] | None = None  # tokens that must come next, once this was looked for
         self._allowed: AllowedTokens | None = None  # as far as they are computed
         self._waiting = _Triggers(grammar.triggers, vocabulary) if grammar.triggers else None
 
@@ -124,9 +124,14 @@ class GrammarMatcher:
         """The token that must come next; None where there is a choice."""
         if self._waiting is not None or self._ended:
             return None
-        following = self._computed(lambda: self._native.compute_ff_tokens())
-        self._has_choice = not following
+        following = self._computed(self._must_follow)
         return following[0] if following else None
+
+    def peek_forced(self) -> list[int]:
+        """Tokens that must come next, as far as one look tells; they are not taken in."""
+        if self._waiting is not None or self._ended:
+            return []
+        return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
 
     def may_follow(self, token: int) -> bool:
         """Whether a token is among those that may come next."""
@@ -135,19 +140,25 @@ class GrammarMatcher:
 
     def _add(self, token: int) -> None:
         self.position += 1
-        self._has_choice, self._allowed = False, None
+        self._following, self._allowed = None, None
 
     def _allows(self, token: int) -> bool:
         """Whether a token may come next, which is then taken in."""
         if self._ended:
             return token in self._vocabulary.end_ids
-        following = [] if self._has_choice else self._native.compute_ff_tokens()
+        following = self._must_follow()
         if token in self._vocabulary.end_ids:
             self._ended = not following and self._native.is_accepting()
             return self._ended
         if (following and token != following[0]) or not self._vocabulary.words[token]:
             return False
         return self._consumes(token)
+
+    def _must_follow(self) -> list[int]:
+        """Computed once a token: a second look would use up more of the lexer."""
+        if self._following is None:
+            self._following = self._native.compute_ff_tokens()
+        return self._following
 
     def _consumes(self, token: int) -> bool:
         if self._is_costly:

@@ -107,6 +107,11 @@ class ReasoningState:
         """The token that must come next."""
         return None if self._at is None else self._forced[self._at]
 
+    @property
+    def forced_end(self) -> list[int]:
+        """All forced tokens that are left."""
+        return [] if self._at is None else [*self._forced[self._at :]]
+
     def take(self, token: int) -> None:
         """The next token of the answer; where one is forced, that one."""
         if self._at is not None:

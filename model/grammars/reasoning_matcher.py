@@ -74,6 +74,12 @@ class ReasoningMatcher:
             tokens.append(following)
         return tokens
 
+    def peek_forced(self) -> list[int]:
+        """Tokens that must come next, as far as one look tells; they are not taken in."""
+        if self._forced() is not None:
+            return self._state.forced_end[:MAX_FORCED_TOKENS]
+        return [] if self._ruling is None else self._ruling.peek_forced()
+
     @property
     def _ruling(self) -> GrammarMatcher | None:
         """The grammar, unless the reasoning delays it. Once it has begun to rule, nothing does."""

@@ -51,12 +51,21 @@ def test_reasoning_arrives_as_it_was_sent(reasoning: Reasoning, grammar: Grammar
 
 def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> None:
     free, lazy = Grammar("x" * 1000), Grammar("y", ("<call>", "é"))
-    started = MatcherStart(1, free), MatcherStart(2, lazy, (5, 6, 7), may_force=True), MatcherStart(4, free)
+    started = (
+        MatcherStart(1, free),
+        MatcherStart(2, lazy, (5, 6, 7), may_force=True),
+        MatcherStart(4, free, drafts_forced=True),
+    )
     inputs = SamplingInputs(1, 0, (row(1, 0), row(3, 9)), (7, 8), started)
     data = encode_inputs(inputs)
     assert decode_inputs(data) == inputs
     assert data.count(b"x" * 1000) == 1
-    result = Result(1, 0, (RowResult(3, -1.0, forced=(4, 5)), RowResult(-1, nan, is_deferred=True)))
+    rows = (
+        RowResult(3, -1.0, forced=(4, 5)),
+        RowResult(3, -1.0, forced_draft=(6,)),
+        RowResult(-1, nan, is_deferred=True),
+    )
+    result = Result(1, 0, rows)
     assert decode_result(encode_result(result)) == result
 
 
@@ -95,3 +104,7 @@ def test_a_grammar_that_is_not_in_the_message_is_refused() -> None:
 def test_too_many_forced_tokens_are_refused() -> None:
     with pytest.raises(ProtocolError, match="forced tokens is 65"):
         decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced=(4,) * 65),))))
+    with pytest.raises(ProtocolError, match="forced tokens of a draft is 65"):
+        decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced_draft=(4,) * 65),))))
+    with pytest.raises(ProtocolError, match="token is"):
+        decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced_draft=(MAX_VOCABULARY,)),))))

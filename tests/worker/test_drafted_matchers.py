@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from llamaclust.core.sampling import MatcherRow
+from llamaclust.core.sampling import AllowedTokens, MatcherRow
+from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.worker.stage.matchers import StageMatchers
 from support.chat.matching import ABC, VOCABULARY, Task, begin, inputs_of, sampled, step, taken, task
+
+ABCDEF = definitions.of_regex("[ab]bcde[fg]", "guided_regex")
 
 
 @pytest.fixture
@@ -23,6 +27,17 @@ def drafted(key: int, place: int, letter: str) -> Task:
     """The row at this place of the answer, whose own token was drafted."""
     row = task(key, place).row
     return Task(replace(row, matcher=MatcherRow(key, place, ord(letter))), None)
+
+
+def _second_is_used_up(
+    try_take: Callable[[GrammarMatcher, int], AllowedTokens | None],
+) -> Callable[[GrammarMatcher, int], AllowedTokens | None]:
+    def take(matcher: GrammarMatcher, token: int) -> AllowedTokens | None:
+        if matcher.position and not matcher._is_costly:
+            raise LexerUsedUpError("used up")
+        return try_take(matcher, token)
+
+    return take
 
 
 def test_each_row_goes_on_with_what_the_one_before_it_chose(stage: StageMatchers) -> None:
@@ -67,3 +82,41 @@ def test_a_draft_that_differs_from_forced_tokens_does_not_count(stage: StageMatc
     results, refused = taken(stage, map(sampled, "azd"))
     assert not refused and results[2] == sampled("d")
     assert step(stage, 1, task(1, 2), says="e", refused="!")[0] == [set("de")]
+
+
+def test_the_last_row_that_counts_has_a_forced_draft(stage: StageMatchers) -> None:
+    """As a draft: the tokens are not taken in."""
+    begin(stage, inputs_of(0, task(1, 0, ABCDEF, drafts_forced=True), drafted(1, 1, "a"), drafted(1, 2, "x")))
+    results, refused = taken(stage, map(sampled, "abz"))
+    assert not refused
+    assert results == [sampled("a"), replace(sampled("b"), forced_draft=(*b"cde",)), sampled("z")]
+    assert step(stage, 1, task(1, 2), drafted(1, 3, "c"), says="cd", refused="!d")[0] == [{"c"}]
+    assert step(stage, 2, task(1, 4), says="e", refused="!")[0] == [{"e"}]
+
+
+def test_forced_drafts_come_with_rows_that_are_sampled_again(stage: StageMatchers) -> None:
+    begin(stage, inputs_of(0, task(1, 0, ABC, drafts_forced=True), task(2, 0, ABC, drafts_forced=True)))
+    results, refused = taken(stage, map(sampled, "!a"))
+    assert set(refused) == {0} and results[1] == sampled("a"), "not before all are taken in"
+    results[0] = sampled("b")
+    assert stage.take(results) == {}
+    assert [row.forced_draft for row in results] == [(ord("c"),)] * 2
+
+
+def test_a_forced_draft_that_cannot_be_computed_changes_nothing(
+    stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use_up(matcher: GrammarMatcher) -> list[int]:
+        raise LexerUsedUpError("used up")
+
+    monkeypatch.setattr(GrammarMatcher, "peek_forced", use_up)
+    assert step(stage, 0, task(1, 0, ABC, drafts_forced=True), says="a") == ([], (sampled("a"),))
+    assert step(stage, 1, task(1, 1), says="c", refused="!")[0] == [{"c"}]
+
+
+def test_a_deferred_row_has_no_forced_draft(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matcher is made again by a thread meanwhile."""
+    begin(stage, inputs_of(0, task(1, 0, ABC, drafts_forced=True), drafted(1, 1, "a")))
+    monkeypatch.setattr(GrammarMatcher, "try_take", _second_is_used_up(GrammarMatcher.try_take))
+    results, _ = taken(stage, map(sampled, "ac"))
+    assert results[0] == sampled("a") and results[1].is_deferred

@@ -331,6 +331,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     if row.mu is not None:
         to.mu = row.mu
     to.forced.extend(row.forced)
+    to.forced_draft.extend(row.forced_draft)
 
 
 def decode_result(data: bytes) -> Result:
@@ -361,10 +362,15 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.is_deferred:
         return RowResult(-1, math.nan, is_deferred=True)
     mu = _mu(message.mu) if message.HasField("mu") else None
-    bounded("forced tokens", len(message.forced), 0, MAX_FORCED_TOKENS)
-    forced = _tokens(message.forced)
+    forced = _forced("forced tokens", message.forced) if message.forced else ()
+    draft = _forced("forced tokens of a draft", message.forced_draft) if message.forced_draft else ()
     token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
-    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced)
+    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft)
+
+
+def _forced(what: str, tokens: Sequence[int]) -> tuple[int, ...]:
+    bounded(what, len(tokens), 0, MAX_FORCED_TOKENS)
+    return _tokens(tokens)
 
 
 def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:

@@ -27,6 +27,7 @@ def starts_out(starts: Iterable[MatcherStart], to: sampling_proto.SamplingInputs
             tokens=start.tokens,
             reasoning=None if start.reasoning is None else _reasoning_out(start.reasoning),
             may_force=start.may_force,
+            drafts_forced=start.drafts_forced,
         )
     for grammar in grammars:
         to.grammars.add(definition=grammar.definition, triggers=grammar.triggers)
@@ -65,7 +66,7 @@ def _start_in(message: sampling_proto.MatcherStart, grammars: Sequence[Grammar])
         bounded("key of an answer", message.key, 0, UINT64),
         _tokens_in(message.tokens, limits.MAX_CONTEXT_TOKENS),
     )
-    return MatcherStart(key, grammar, tokens, reasoning, message.may_force)
+    return MatcherStart(key, grammar, tokens, reasoning, message.may_force, message.drafts_forced)
 
 
 def _reasoning_out(reasoning: Reasoning) -> sampling_proto.Reasoning:

@@ -156,6 +156,21 @@ class MatchedAnswer:
             return RowResult(-1, nan, failure=self._failure)
         return replace(result, forced=tuple(self._forced)) if self._forced else result
 
+    def with_forced_draft(self, result: RowResult, time: StepTime) -> RowResult:
+        """The result of its last row that counts, with the tokens that must follow, if a draft of these is wanted."""
+        if not self._start.drafts_forced or self._failure is not None or self._matcher is None or time.left_ns <= 0:
+            return result
+        began_ns = thread_time_ns()
+        try:
+            forced = self._matcher.peek_forced()
+        except RequestError:
+            return result  # the next row comes upon it, and makes the matcher again
+        except Exception as error:  # noqa: BLE001  a border: one answer fails, at its next row
+            self.fail(error)
+            return result
+        time.left_ns -= thread_time_ns() - began_ns
+        return replace(result, forced_draft=tuple(forced)) if forced else result
+
     def fail(self, error: Exception) -> None:
         if isinstance(error, LlamaclustError):
             self._failure = str(error)

@@ -42,6 +42,7 @@ class StageMatchers:
         self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
+        self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
         self._time = StepTime(STEP_NS)
         self._thread = ThreadPoolExecutor(1, "matchers")
 
@@ -92,7 +93,7 @@ class StageMatchers:
         for key in inputs.released:
             self._answers.pop(key, None)
         self._admit(inputs.number)
-        self._rows, self._deferred = {}, []
+        self._rows, self._deferred, self._last = {}, [], {}
         tasks = list(inputs.tasks)
         for place, row in _rows(inputs):
             if (answer := self._answers.get(row.key)) is None:
@@ -124,6 +125,8 @@ class StageMatchers:
             for answer, rows in self._rows.items():
                 while rows and (rows[0][1].drafted is not None) is is_drafted and rows[0][0] not in refused:
                     self._take_first(answer, rows, results, refused)
+        for answer, place in () if refused else self._last.items():
+            results[place] = answer.with_forced_draft(results[place], self._time)
         return refused
 
     def _take_first(
@@ -146,6 +149,9 @@ class StageMatchers:
         rows.popleft()
         if taken is DEFERRED:
             rows.clear()
+            self._last.pop(answer, None)  # its matcher may be made again by now
+        else:
+            self._last[answer] = place
 
     def _take(self, answer: MatchedAnswer, row: MatcherRow, result: RowResult) -> RowResult | AllowedTokens:
         if row.drafted is not None and (self._time.left_ns <= 0 or not answer.begin(row)):

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-CLASSES = 13
+CLASSES = 14
 """Of confidence."""
 SUBSTITUTED = 1
 """A match of 8 tokens or more went on behind one that differs from the sequence's last one."""
@@ -20,6 +20,8 @@ SHARED = 10
 """In answers to other requests: of less than 16, and of more."""
 MODEL = 12
 """Of a draft model."""
+FORCED = 13
+"""By a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,12 @@ class Draft:
     tokens: tuple[int, ...]
     confidence: int
     """Its class, in [0, CLASSES): drafts of one class are accepted about as often."""
+    forced: int = 0
+    """How many of the first tokens are those that a grammar forces: these are of class FORCED."""
+
+    def confidence_at(self, place: int) -> int:
+        """Of the token there."""
+        return FORCED if place < self.forced else self.confidence
 
 
 NO_DRAFT = Draft((), 0)

@@ -74,10 +74,13 @@ def _task(
     )
 
 
-def matcher_start(sequence: Sequence) -> MatcherStart | None:
+def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
     """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
     if not sequence.lacks_matcher:
         return None
     sequence.has_matcher = True
     request, answer = sequence.request, tuple(sequence.tokens[sequence.prompt_length :])
-    return MatcherStart(sequence.key, request.grammar, answer, request.reasoning, not request.with_logprobs)
+    drafts_forced = may_draft and request.with_logprobs and request.max_drafted != 0
+    return MatcherStart(
+        sequence.key, request.grammar, answer, request.reasoning, not request.with_logprobs, drafts_forced=drafts_forced
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, MODEL, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, MODEL, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
 
-_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7)
+_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99)
 """How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
 
 
@@ -28,15 +28,16 @@ class SequenceDrafts:
         self.chain: Chain | None = None  # windows that are sent without waiting for each other
         self._offered = 0  # tokens before the last draft of a draft model
 
-    def next(self, tokens: Sequence[int], most: int) -> Candidate:
-        """What may follow these tokens: `most` at most."""
+    def next(self, tokens: Sequence[int], most: int, forced: tuple[int, ...] = ()) -> Candidate:
+        """What may follow these tokens: `most` at most. A grammar forces the tokens `forced`."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = (
-                self._checked(self._drafter.draft(tokens, LONGEST_DRAFT), LONGEST_DRAFT),
+                self._checked(_obeying(self._drafter.draft(tokens, LONGEST_DRAFT), forced), LONGEST_DRAFT),
                 len(tokens),
             )
-        return Candidate(self._draft.tokens[:most], self.rate(self._draft.confidence))
+        draft, rate = self._draft, self.rate(self._draft.confidence)
+        return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
         """What the draft says behind those of its tokens that are under way; none where these are others by now."""
@@ -76,15 +77,21 @@ class SequenceDrafts:
         """Whatever a drafter says, it is as long as it may be, and of tokens that there are."""
         tokens = draft.tokens[:most]
         wrong = next((place for place, token in enumerate(tokens) if not 0 <= token < self._vocabulary), most)
-        return Draft(tokens[:wrong], min(max(draft.confidence, 0), CLASSES - 1))
+        return Draft(tokens[:wrong], min(max(draft.confidence, 0), CLASSES - 1), min(draft.forced, wrong))
 
     def _compare(self, tokens: Sequence[int]) -> None:
-        confidence = self._draft.confidence
         for place in range(self._seen, min(len(tokens), self._at + len(self._draft.tokens))):
             is_accepted = tokens[place] == self._draft.tokens[place - self._at]
+            confidence = self._draft.confidence_at(place - self._at)
             self._own[confidence].learn(is_accepted=is_accepted)
             self._common[confidence].learn(is_accepted=is_accepted)
             if not is_accepted:
                 self._draft = NO_DRAFT
                 break
         self._seen = max(self._seen, len(tokens))
+
+
+def _obeying(draft: Draft, forced: tuple[int, ...]) -> Draft:
+    """The draft if it begins with forced tokens, else these."""
+    tokens = draft.tokens if draft.tokens[: len(forced)] == forced else forced
+    return Draft(tokens, draft.confidence, len(forced))

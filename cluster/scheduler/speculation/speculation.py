@@ -136,7 +136,10 @@ class Speculation:
         return {
             sequence.key: self._most_of(sequence)
             for sequence in sequences
-            if sequence.may_draft and sequence.drafts is not None and not sequence.drafts.has_offer(sequence.tokens)
+            if sequence.may_draft
+            and not sequence.forced_draft
+            and sequence.drafts is not None
+            and not sequence.drafts.has_offer(sequence.tokens)
         }
 
     # --------------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class Speculation:
         if sequence.drafts is None:
             drafter = self._drafters.of(sequence.block_keys.salt)
             sequence.drafts = SequenceDrafts(drafter, self._vocabulary, self._acceptance)
-        return sequence.drafts.next(sequence.tokens, self._most_of(sequence))
+        return sequence.drafts.next(sequence.tokens, self._most_of(sequence), sequence.forced_draft)
 
     def _windows(self, candidates: Items[Candidate], groups: int, most_rows: int) -> list[int]:
         self._times.refresh()

@@ -28,10 +28,19 @@ class Candidate:
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
+    forced: int = 0  # how many of the first ones a grammar forces
+    forced_rate: float = 1.0  # of these
 
     def gain(self, depth: int) -> float:
         """How probable it is that all tokens up to the one at this depth are accepted."""
-        return self.rate**depth
+        forced = min(depth, self.forced)
+        return self.forced_rate**forced * self.rate ** (depth - forced)
+
+    @property
+    def most_gain(self) -> float:
+        """No draft of these rates gains more tokens, however long it is."""
+        others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
+        return self.forced + others
 
 
 class RoundTimes(Protocol):
@@ -89,7 +98,7 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)
-    limit = sum(each.rate / (1 - min(each.rate, 0.999)) for each in candidates if each.tokens)
+    limit = sum(each.most_gain for each in candidates)
     margin = _MARGIN if groups == 1 else _MARGIN_BESIDE
     if plain_ns == inf or limit < margin * sequences:
         return windows

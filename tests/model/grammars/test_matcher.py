@@ -207,3 +207,21 @@ def test_what_a_trigger_cannot_begin_stays_free(vocabulary: GrammarVocabulary, t
     matcher = GrammarMatcher(grammar, vocabulary)
     matcher.take(tokenizer.encode_plain("<call><call>", after_special=False))
     assert matcher.is_free
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 12))
+def test_peeked_tokens_must_follow_and_are_not_taken_in(seed: int, vocabulary: GrammarVocabulary) -> None:
+    """The first token surely; of the others, a later look may find other ones with the same bytes."""
+    source = Random(seed)
+    grammar = definitions.of_schema(random_schema(source), "json_schema")
+    tokens, sets = walk(GrammarMatcher(grammar, vocabulary), source)
+    matcher, right, peeked = GrammarMatcher(grammar, vocabulary), 0, 0
+    for place, token in enumerate(tokens):
+        following = matcher.peek_forced()
+        assert following == matcher.peek_forced() and matcher.position == place
+        assert not following or following[0] == token
+        right += sum(a == b for a, b in zip(following, tokens[place:], strict=False))
+        peeked += min(len(following), len(tokens) - place)
+        assert token_set(matcher.allowed()) == sets[place]
+        assert matcher.try_take(token) is None
+    assert right >= 0.95 * peeked, f"seed {seed}: {right} of {peeked}"

@@ -200,6 +200,21 @@ def test_forced_tokens_come_together_and_the_answer_goes_on() -> None:
     assert made.forced() == [*ids("x" * MAX_FORCED_TOKENS)] and made.forced() == [*ids(END)]
 
 
+def test_the_rest_of_the_forced_end_is_peeked_at() -> None:
+    made = matcher(reasoning(2))
+    made.take(ids("a"))
+    assert made.peek_forced() == []
+    made.take(ids("b"))
+    assert made.peek_forced() == [*ids(END)] and made.position == 2
+    made.take(ids(END[:1]))
+    assert made.peek_forced() == [*ids(END[1:])]
+    made.take(ids(END[1:]))
+    assert made.peek_forced() == []
+    delayed = matcher(reasoning(1, delays=True), JSON)
+    delayed.take(ids("a" + END))
+    assert delayed.peek_forced() == [*ids("{")]
+
+
 def test_a_grammar_begins_behind_the_reasoning_that_delays_it() -> None:
     made = matcher(reasoning(4, delays=True), JSON)
     assert said(made, "a{b}cccc!abc!") == "a{b}</t>{abc}"

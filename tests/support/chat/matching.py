@@ -43,12 +43,13 @@ def task(
     said: str = "",
     *,
     may_force: bool = False,
+    drafts_forced: bool = False,
     min_tokens: bool = False,
     reasoning: Reasoning | None = None,
 ) -> Task:
     start = None
     if grammar is not None or reasoning is not None:
-        start = MatcherStart(key, grammar, tuple(said.encode()), reasoning, may_force)
+        start = MatcherStart(key, grammar, tuple(said.encode()), reasoning, may_force, drafts_forced)
     suppressed, row = (END,) if min_tokens else (), MatcherRow(key, place)
     return Task(SampleTask(SamplingParams(), 0, 0, 9, suppressed=suppressed, matcher=row), start)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,7 +37,7 @@ from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint,
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.openapi import declare_body, describe, docs_page
+from llamaclust.cluster.api.openapi import ApiRoute, Document
 from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.api.operations.endpoints import Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.api.paths import Paths, RouteNames
@@ -48,7 +47,6 @@ from llamaclust.cluster.api.security import KeyGate, Security, page_origins
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.version import VERSION
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 _ONE_MODEL = "one model is served, which stays loaded; list several as `models` in the cluster file"
@@ -63,7 +61,7 @@ def create_app(
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
     controls: Controls | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app. The owner
     of `replies` closes them."""
     app = model_app(service, replies, engine, cluster_status, controls or Controls(), ResponseStore())
@@ -73,9 +71,9 @@ def create_app(
     return app
 
 
-def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admission: Admission) -> FastAPI:
+def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admission: Admission) -> Starlette:
     """The app of several models, each behind its own app."""
-    app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     add_error_handlers(app)
     door = ModelDoor(models, settings)
     lists = ModelLists(models, door, settings)
@@ -89,7 +87,7 @@ def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admiss
     _route(app, "GET", "/props", disabled if "props" in settings.disabled else lists.props)
     _add_requests(app, lists)
     app.router.default = door
-    of_models = (route for model in models if isinstance(model.app, FastAPI) for route in model.app.routes)
+    of_models = (route for model in models if isinstance(model.app, Starlette) for route in model.app.routes)
     add_gates(app, settings, admission, [*app.routes, *of_models])
     return app
 
@@ -101,11 +99,13 @@ def model_app(
     cluster_status: Callable[[], Mapping[str, Any]],
     controls: Controls,
     store: ResponseStore,
-) -> FastAPI:
+) -> Starlette:
     """The endpoints of one model, which all clients reach."""
     settings = replies.settings
-    app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
+    app = Starlette()
     add_error_handlers(app)
+    document = Document(app.routes, is_strict=settings.is_strict)
+    app.add_route("/openapi.json", document.show)
     app.router.routes.append(PageRoute())
     models = ModelsEndpoint(service, settings)
     counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
@@ -134,14 +134,13 @@ def model_app(
         workers = Workers(controls.workers)
         for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
             _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
-    _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else docs_page)
+    _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else document.show_page)
     _route(app, "GET", "/cors-proxy", no_proxy)
-    app.openapi = partial(describe, app.routes, is_strict=settings.is_strict)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(IgnoredFields)
     return app
 
 
-def add_gates(app: FastAPI, settings: ApiSettings, admission: Admission | None, routes: Sequence[BaseRoute]) -> None:
+def add_gates(app: Starlette, settings: ApiSettings, admission: Admission | None, routes: Sequence[BaseRoute]) -> None:
     """What all requests pass before an endpoint, which is one of the routes."""
     app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(RouteNames, routes=routes)
@@ -174,7 +173,7 @@ def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[s
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 
-def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: ResponseStore) -> None:
+def _add_responses(app: Starlette, service: TextService, replies: Replies, store: ResponseStore) -> None:
     """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
     settings = replies.settings
     stored = StoredResponses(replies, store)
@@ -191,15 +190,14 @@ def _add_responses(app: FastAPI, service: TextService, replies: Replies, store: 
         _route(app, "DELETE", f"{path}/{{id}}", stored.delete)
 
 
-def _add_requests(app: FastAPI, of: Operations | ModelLists) -> None:
+def _add_requests(app: Starlette, of: Operations | ModelLists) -> None:
     _route(app, "GET", "/cluster/requests", of.requests)
     _route(app, "GET", "/cluster/requests/{request}", of.waterfall)
 
 
-def _route(app: FastAPI, method: str, path: str, endpoint: Endpoint, body: type[BaseModel] | None = None) -> None:
-    """`body` is for openapi.json: the endpoint reads its body itself."""
-    app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=declare_body(body))
+def _route(app: Starlette, method: str, path: str, endpoint: Endpoint, body: type[BaseModel] | None = None) -> None:
+    app.routes.append(ApiRoute(method, path, endpoint, body))
 
 
-def _post(app: FastAPI, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
+def _post(app: Starlette, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
     _route(app, "POST", path, endpoint, body)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -76,7 +76,7 @@ def error_response(error: LlamaclustError, scope: Scope) -> Response:
     return _response(failure_of(error), scope, headers)
 
 
-def add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: Starlette) -> None:
     """Every error leaves the app in the same shape."""
     app.add_exception_handler(LlamaclustError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cache
 from html import escape
 from typing import Any, Final
 
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
-from starlette.routing import BaseRoute
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from llamaclust.cluster.api.paths import template
 from llamaclust.cluster.api.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 
-_BODY: Final = "body"
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
 _LINES: Final = "application/x-ndjson"
@@ -106,9 +104,35 @@ _STYLE: Final = (
 _HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 
 
-def declare_body(body: type[BaseModel] | None) -> dict[str, Any] | None:
-    """What a route that reads its body itself keeps for `describe`, which makes a schema of it."""
-    return None if body is None else {_BODY: body}
+class ApiRoute(Route):
+    """One operation, which the document describes. `body`: the class of its fields; the endpoint reads its body
+    itself."""
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Callable[[Request], Awaitable[Response]],
+        body: type[BaseModel] | None = None,
+    ) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.method = method
+        self.body = body
+
+
+class Document:
+    """Of an app's routes, also of those that are added later."""
+
+    def __init__(self, routes: Sequence[BaseRoute], *, is_strict: bool) -> None:
+        self._routes = routes
+        self._is_strict = is_strict
+
+    async def show(self, request: Request) -> Response:
+        return JSONResponse(describe(self._routes, is_strict=self._is_strict))
+
+    async def show_page(self, request: Request) -> Response:
+        """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
+        return HTMLResponse(_page(describe(self._routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
@@ -121,14 +145,13 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 
-def describe(routes: list[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
+def describe(routes: Sequence[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        if isinstance(route, APIRoute):
+        if isinstance(route, ApiRoute):
             path = template(route.path)
-            for method in sorted(route.methods or ()):
-                paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, is_strict)
+            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, is_strict)
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -142,9 +165,7 @@ def describe(routes: list[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     }
 
 
-async def docs_page(request: Request) -> Response:
-    """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
-    document = request.app.openapi()
+def _page(document: Mapping[str, Any]) -> str:
     parts = "".join(
         _shown(path, method, operation)
         for path, methods in document["paths"].items()
@@ -152,11 +173,11 @@ async def docs_page(request: Request) -> Response:
     )
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>llamaclust API</title><style>{_STYLE}</style>'
     intro = "<h1>llamaclust API</h1><p>For programs: <a href='openapi.json'>openapi.json</a></p>"
-    return HTMLResponse(f"{head}<main>{intro}{parts}</main></html>", headers=_HEADERS)
+    return f"{head}<main>{intro}{parts}</main></html>"
 
 
-def _operation(route: APIRoute, method: str, path: str, is_strict: bool) -> dict[str, Any]:
-    body = _request_body(route.openapi_extra[_BODY]) if route.openapi_extra else {}
+def _operation(route: ApiRoute, path: str, is_strict: bool) -> dict[str, Any]:
+    method, body = route.method, {} if route.body is None else _request_body(route.body)
     streams = "stream" in _fields(body)
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
     is_ollama = path.startswith(_OLLAMA)

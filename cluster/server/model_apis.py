@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app, create_models_app, model_app
@@ -65,7 +65,7 @@ async def restore(apis: Sequence[ModelApi], journal: Journal, requests: Sequence
 
 def cluster_app(
     apis: Sequence[ModelApi], cluster: Cluster, admission: Admission, show: Callable[[ServedModel], Mapping[str, Any]]
-) -> FastAPI:
+) -> Starlette:
     """The app of a cluster file's `model`, or of its `models`. `show`: what `GET /cluster` says of one."""
     first = apis[0]
     controls = {api.served.name: Controls(cluster.pool.operations, api.served.loader) for api in apis}

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
 from llamaclust.cluster.api.port.api_port import ApiPort
@@ -133,7 +133,7 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
 def test_idle_connections_are_kept_for_longer_than_clients_keep_them() -> None:
     """Where a server closes one as its client sends on it, the request is lost."""
     settings = ApiSettings()
-    server_s = server_config(FastAPI(), settings, PORT).timeout_keep_alive
+    server_s = server_config(Starlette(), settings, PORT).timeout_keep_alive
     client_s = httpx.Limits().keepalive_expiry
     assert client_s is not None and client_s < settings.head_s < server_s
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.operations.controls import Controls, DrainControl
@@ -105,7 +105,7 @@ def cluster_app(
     pool: DrainControl | None = None,
     model_name: str = MODEL,
     engine: ScriptedEngine | Engine | None = None,
-) -> FastAPI:
+) -> Starlette:
     """An app that says this of its cluster."""
     settings = TextSettings(model_name, CONTEXT, SETTINGS.max_sequences)
     spoken: Any = engine or ScriptedEngine(says("a"))

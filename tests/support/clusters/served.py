@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from llamaclust.cluster.api.admission import Admission
@@ -191,7 +191,7 @@ def make_app(
     controls: Controls | None = None,
     replies: Replies | None = None,
     **settings: Any,
-) -> FastAPI:
+) -> Starlette:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     replies = replies or Replies(ApiSettings(**settings))

@@ -12,8 +12,8 @@ from support.browser.cluster_states import cluster_app
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from playwright.async_api import Browser, Route
+    from starlette.applications import Starlette
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -232,7 +232,7 @@ async def test_another_model_after_a_restart_is_named_and_answers(browser: Brows
     async def serve(scope: Any, receive: Any, reply: Any) -> None:
         await served[-1](scope, receive, reply)
 
-    async with serving(cast("FastAPI", serve)) as address, opened(browser, address) as seen:
+    async with serving(cast("Starlette", serve)) as address, opened(browser, address) as seen:
         await seen.page.get_by_text("first: ready").wait_for()
         served.append(apps[1])
         await send(seen.page, "Hi")

@@ -9,6 +9,7 @@ from typing import Any
 from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
+from llamaclust.core.interpreter import collect_rarely
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""
@@ -16,6 +17,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit, 130 interrupted."""
+    collect_rarely()
     with ends_at_once():
         from llamaclust.cli.app import BadUsage, app
     try:

@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock, Thread
+from typing import TYPE_CHECKING
 
 from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
 from llamaclust.cli.progress import ClusterView, announce, cluster_view, shown_progress
+from llamaclust.cluster.config.catalog import stored_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
 from llamaclust.core.errors import LlamaclustError, UsageError
+
+if TYPE_CHECKING:
+    from llamaclust.tools.progress import Progress
 
 
 def run_cluster(
@@ -46,12 +51,10 @@ def run_cluster(
         if detach:
             raise UsageError("--detach: a cluster of launcher mpi ends with mpirun; put that into the background")
         raise SystemExit(run_ranks(config, _arguments(file, overrides)))
-    from llamaclust.tools.hub.pull import pull_model
-
     for own in config.of_each_model():
         announce(own.model)
     with shown_progress() as progress:
-        models = [pull_model(own.model, progress) for own in config.of_each_model()]
+        models = [_model(own.model, progress) for own in config.of_each_model()]
     if detach:
         run_detached(config, _arguments(file, overrides))
         return
@@ -61,6 +64,16 @@ def run_cluster(
 
         serve(config, models, show, is_standby=standby)
         show(Notice(f"{config.name} is stopped"))
+
+
+def _model(spec: str, progress: Progress) -> Path:
+    """A model's file, downloaded first if need be."""
+    path = stored_model(spec)
+    if path is None:
+        from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
+
+        path = pull_model(spec, progress)
+    return path
 
 
 def _tune_grpc() -> None:
@@ -89,7 +102,6 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     """Serves as the detached process: events go to the command that waits, later ones to the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
-    from llamaclust.tools.hub.pull import pull_model
     from llamaclust.tools.progress import silent
 
     with cluster_view(config.name) as show:
@@ -98,7 +110,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
             (starter.report if starter.waits else show)(event)
 
         try:
-            serve(config, [pull_model(own.model, silent) for own in config.of_each_model()], report)
+            serve(config, [_model(own.model, silent) for own in config.of_each_model()], report)
         except LlamaclustError as error:
             report(StartFailed(str(error), error.exit_code))
             raise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from llamaclust.core.interpreter import collect_rarely
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
 
 
 def main() -> None:
+    collect_rarely()
     settings = WorkerSettings.from_json(sys.stdin.buffer.read())
     assert sys.argv[1:] == ["--name", settings.name], "the name is there for lists of processes"
     tune_grpc()

@@ -13,7 +13,7 @@ import sys
 from typing import NoReturn
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
-from llamaclust.core.interpreter import share_interpreter
+from llamaclust.core.interpreter import collect_rarely, share_interpreter
 from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -26,8 +26,6 @@ from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger("llamaclust.worker")
 
-_COLLECT_EVERY = 20_000
-"""Objects between two looks for garbage, 700 by default: a step makes hundreds, and none in cycles."""
 _GRACE_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
@@ -41,7 +39,7 @@ def run_worker(settings: WorkerSettings) -> int:
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     share_interpreter()
     gc.freeze()
-    gc.set_threshold(_COLLECT_EVERY)
+    collect_rarely()
     try:
         if settings.parent_pid is not None:
             _set_parent_death_signal(settings.parent_pid)

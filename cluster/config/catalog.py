@@ -168,12 +168,18 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
     """The file of a model given as catalog name, path, `pypi:` or web address; UsageError where it is unknown, or not
     downloaded (the message says how)."""
+    path = stored_model(spec, models_dir)
+    if path is None:
+        raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
+    return path
+
+
+def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
+    """The file of a model; None where it is not downloaded. UsageError where it is unknown."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
-    if not found.is_there:
-        raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
-    return found.path
+    return found.path if found.is_there else None
 
 
 def made_beside(source: Path, name: str) -> Path:

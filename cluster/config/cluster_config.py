@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamaclust.cluster.config.anchors import anchored
 from llamaclust.cluster.config.document import Document, override, read_document
@@ -59,6 +59,8 @@ SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
 class ClusterConfig(Section):
     """A cluster of llamaclust: one model or several on one or more workers, and their HTTP API."""
+
+    model_config = ConfigDict(defer_build=False)  # its validator includes those of its sections
 
     name: Name = "default"
     """Tells clusters of one machine apart."""

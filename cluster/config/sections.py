@@ -43,7 +43,7 @@ _KUBERNETES = "https://kubernetes.default.svc"
 class Section(DocumentedModel):
     """What has keys of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class WorkerConfig(Section):

@@ -27,7 +27,6 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.default_fields import check_defaults
-from llamaclust.cluster.server.leadership import leading
 from llamaclust.cluster.server.model_apis import ModelApi, cluster_app, model_apis, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
@@ -41,7 +40,7 @@ from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
-from llamaclust.core.interpreter import share_interpreter
+from llamaclust.core.interpreter import collect_rarely, share_interpreter
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
-_COLLECT_EVERY = 20_000
-"""Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
 _END_S = 5.0
 _MORE_REQUESTS = 64
@@ -71,6 +68,8 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = _api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
+        from llamaclust.cluster.server.leadership import leading  # only here, for its HTTP client
+
         with _open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
                 front = _Front(port, _record(config, folder, port), settings, telemetry, report)
@@ -144,7 +143,7 @@ def _settle_memory() -> None:
     """What is there now stays: looking through it for garbage again and again would hold up every request."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_COLLECT_EVERY)
+    collect_rarely()
 
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:

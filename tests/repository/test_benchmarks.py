@@ -50,14 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *arguments],
-        cwd=folder,
-        env=os.environ | {"LLAMACLUST_STATE_DIR": str(folder / "state")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Without the time of imports."""
+    state = str(folder / "state")
+    return forked_script(FOLDER / script, *arguments, folder=folder, within_s=120.0, LLAMACLUST_STATE_DIR=state)
 
 
 def output(folder: Path, script: str, *arguments: str) -> str:
@@ -66,14 +61,9 @@ def output(folder: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def run_quickly(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script that ends before it computes, without the time of imports."""
-    return forked_script(FOLDER / script, *arguments, folder=folder)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_says_what_it_does(folder: Path, script: str) -> None:
-    done = run_quickly(folder, script, "--help")
+    done = run(folder, script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {Path(script).name}")
 
@@ -112,7 +102,7 @@ def test_batch(folder: Path) -> None:
     ],
 )
 def test_batch_refuses_what_it_would_not_obey(folder: Path, arguments: tuple[str, ...], words: str) -> None:
-    done = run_quickly(folder, "batch.py", "Q8_0.gguf", *arguments)
+    done = run(folder, "batch.py", "Q8_0.gguf", *arguments)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
 
 
@@ -275,7 +265,7 @@ def test_mistakes_are_one_line_before_anything_runs(
     folder: Path, script: str, arguments: tuple[str, ...], words: str
 ) -> None:
     (folder / "words").write_text("words\n")
-    done = run_quickly(folder, script, *arguments)
+    done = run(folder, script, *arguments)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "error: " in last and words in last
     assert "Traceback" not in done.stderr and done.stdout == ""

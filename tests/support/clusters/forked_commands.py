@@ -52,11 +52,16 @@ def run_forked(
     return process.exitcode
 
 
-def forked_script(script: Path, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A Python script that ends within a minute, run in `folder`, or in this process's own."""
+def forked_script(
+    script: Path, *arguments: str, folder: Path | None = None, within_s: float = 60.0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python script that ends by itself, run in `folder`, or in this process's own, with these variables of the
+    environment besides."""
     with TemporaryDirectory() as outputs:
         out, err = Path(outputs, "out"), Path(outputs, "err")
-        code = run_forked([str(script), *arguments], dict(os.environ), folder or Path.cwd(), out, err, 60.0)
+        code = run_forked(
+            [str(script), *arguments], {**os.environ, **variables}, folder or Path.cwd(), out, err, within_s
+        )
         return subprocess.CompletedProcess([script, *arguments], code, out.read_text(), err.read_text())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, inf
 
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
@@ -63,7 +63,7 @@ class Curve:
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
             last = max(own)
-            curve._points = own | {bucket: point for bucket, point in other._points.items() if bucket > last}
+            curve._points = _rising(own) | {bucket: point for bucket, point in other._points.items() if bucket > last}
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
@@ -83,6 +83,15 @@ class Curve:
         (low, low_ns), (high, high_ns) = points[index - 1], points[index]
         slope = min(max(0.0, (high_ns - low_ns) / max(high - low, 0.5)), high_ns / high)
         return max(low_ns + slope * (rows - low), 0.0)
+
+
+def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """Points of which none says that fewer rows take longer: such a sample was late, or it is old."""
+    rising, most = dict[int, tuple[float, float]](), inf
+    for bucket, (rows, ns) in sorted(points.items(), reverse=True):
+        most = min(most, ns)
+        rising[bucket] = rows, most
+    return dict(sorted(rising.items()))
 
 
 class StageCurves:

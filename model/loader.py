@@ -118,6 +118,7 @@ class ModelCosts:
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
     cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
     expert_shards: int = 1  # so many of `layers` are the parts of one
+    idle_head_bytes: int = 0  # weights of the last stage that a token does not read
 
     @property
     def borders(self) -> tuple[int, ...]:
@@ -298,10 +299,10 @@ class Model:
 
     def _part_costs(self, layer: Program, parts: Sequence[Program], shards: int) -> list[LayerCost]:
         """As many as there are shards."""
-        costs = [_layer_cost(self.tensors_for(part), part) for part in parts]
+        costs = [layer_cost(self.tensors_for(part), part) for part in parts]
         if len(parts) == 1:
             return [*costs, *[JOINED] * (shards - 1)]
-        whole_bytes = _layer_cost(self.file.tensors, layer).weight_bytes
+        whole_bytes = layer_cost(self.file.tensors, layer).weight_bytes
         saved_bytes = sum(cost.weight_bytes for cost in costs) - whole_bytes
         return [replace(costs[0], saved_bytes=saved_bytes), *costs[1:]]
 
@@ -355,7 +356,7 @@ def _named(path: Path) -> Iterator[None]:
         raise ModelFileError(f"{path}: {error}") from error
 
 
-def _layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
+def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(_is_before_head, program), program.steps)
     steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]

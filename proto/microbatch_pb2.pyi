@@ -39,6 +39,8 @@ class Chunk(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     STATE_FROM_FIELD_NUMBER: _builtins.int
     STATE_TO_FIELD_NUMBER: _builtins.int
+    NEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
@@ -53,6 +55,10 @@ class Chunk(_message.Message):
     """Where states have blocks of their own (StageLimits.state_blocks): the one with the state behind the position before
     the first token; set where that is not 0.
     """
+    next_token: _builtins.int
+    """The token behind its last one, where that is known already: heads that predict further tokens read it."""
+    drafts: _builtins.int
+    """Tokens that such a head is to draft behind the one that the chunk's last row that counts chooses."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, at least one."""
@@ -98,13 +104,20 @@ class Chunk(_message.Message):
         adapters: _abc.Iterable[Global___AdapterScale] | None = ...,
         state_from: _builtins.int | None = ...,
         state_to: _abc.Iterable[_builtins.int] | None = ...,
+        next_token: _builtins.int | None = ...,
+        drafts: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_state_from", b"_state_from", "depends_on", b"depends_on", "state_from", b"state_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "depends_on", b"depends_on", "next_token", b"next_token", "state_from", b"state_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_state_from", b"_state_from", "adapters", b"adapters", "depends_on", b"depends_on", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "adapters", b"adapters", "depends_on", b"depends_on", "drafts", b"drafts", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "next_token", b"next_token", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__next_token: _TypeAlias = _typing.Literal["next_token"]  # noqa: Y015
+    _WhichOneofArgType__next_token: _TypeAlias = _typing.Literal["_next_token", b"_next_token"]  # noqa: Y015
     _WhichOneofReturnType__state_from: _TypeAlias = _typing.Literal["state_from"]  # noqa: Y015
     _WhichOneofArgType__state_from: _TypeAlias = _typing.Literal["_state_from", b"_state_from"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_token) -> _WhichOneofReturnType__next_token | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__state_from) -> _WhichOneofReturnType__state_from | None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015

@@ -618,6 +618,7 @@ class RowResult(_message.Message):
     FORCED_FIELD_NUMBER: _builtins.int
     IS_DEFERRED_FIELD_NUMBER: _builtins.int
     FORCED_DRAFT_FIELD_NUMBER: _builtins.int
+    DRAFTED_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
     mu: _builtins.float
@@ -644,6 +645,10 @@ class RowResult(_message.Message):
     def forced_draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that must follow it, and are computed like all others."""
 
+    @_builtins.property
+    def drafted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that may follow it, drafted by a head that predicts further tokens."""
+
     def __init__(
         self,
         *,
@@ -655,10 +660,11 @@ class RowResult(_message.Message):
         forced: _abc.Iterable[_builtins.int] | None = ...,
         is_deferred: _builtins.bool = ...,
         forced_draft: _abc.Iterable[_builtins.int] | None = ...,
+        drafted: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "drafted", b"drafted", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015
@@ -717,6 +723,7 @@ class Result(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    DRAFTING_NS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The microbatch's epoch."""
     number: _builtins.int
@@ -725,6 +732,8 @@ class Result(_message.Message):
     """Set when a stage could not compute it: one line that names worker, layers and cause."""
     embeddings: _builtins.bytes
     """Normed hidden state of the chunks' embedded rows, in row order: float32, little endian."""
+    drafting_ns: _builtins.int
+    """What the last stage took to draft tokens, beside its compute_ns."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowResult]:
         """One for each output row, in row order; empty with a failure."""
@@ -742,10 +751,11 @@ class Result(_message.Message):
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         failure: _builtins.str | None = ...,
         embeddings: _builtins.bytes = ...,
+        drafting_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "embeddings", b"embeddings", "epoch", b"epoch", "failure", b"failure", "number", b"number", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "drafting_ns", b"drafting_ns", "embeddings", b"embeddings", "epoch", b"epoch", "failure", b"failure", "number", b"number", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

@@ -61,6 +61,7 @@ class LocalSettings:
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
     speculation: bool = True  # several tokens a step where drafts of them pay
     draft_model: Path | None = None  # a small model with the same tokens that drafts
+    heads: bool = False  # the model's own head that predicts further tokens drafts
     device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
@@ -126,6 +127,8 @@ class LocalStage:
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
+        if settings.heads and not limits.nextn:
+            raise UsageError("heads: nothing is drafted without speculation: leave one of them out")
         with ExitStack() as opened:
             for gpu in device.gpus:
                 opened.callback(gpu.close)
@@ -136,7 +139,9 @@ class LocalStage:
                 0,
                 self.model.layer_count,
                 limits,
-                StageOptions(self.feature_level, device.threads, held if device.gpus else ()),
+                StageOptions(
+                    self.feature_level, device.threads, held if device.gpus else (), head_backend=device.backend
+                ),
             )
             opened.callback(self._runner.close)
             if settings.draft_model is not None:
@@ -199,8 +204,14 @@ class LocalStage:
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
         embeddings = self._runner.embeddings(microbatch)
-        timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
-        return Result(microbatch.epoch, microbatch.number, rows, (timing,), embeddings=embeddings)
+        drafted = self._runner.draft(microbatch, rows, inputs)
+        compute_ns = perf_counter_ns() - started_ns - drafted.drafting_ns
+        timing = StageTiming(started_ns - queued_ns, compute_ns, 0, microbatch.rows)
+        return Result(
+            *(microbatch.epoch, microbatch.number, drafted.rows, (timing,)),
+            embeddings=embeddings,
+            drafting_ns=drafted.drafting_ns,
+        )
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
         """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
@@ -337,7 +348,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
-        speculation=SpeculationSettings(NgramDrafters()) if settings.speculation else None,
+        speculation=SpeculationSettings(NgramDrafters(), head=settings.heads) if settings.speculation else None,
         window=None if groups.window is None else groups.window.window,
         window_blocks=groups.window_blocks(kv_blocks),
         has_states=model.has_states,
@@ -365,4 +376,5 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         kv_type=scheduling.kv_type.value,
         window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
         state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
+        nextn=scheduling.has_head,
     )

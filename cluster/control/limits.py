@@ -18,7 +18,8 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits, max_embedded_rows
-from llamaclust.model.loader import Model
+from llamaclust.model.loader import Model, ModelCosts
+from llamaclust.model.nextn.costs import with_head
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -52,6 +53,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
+    _check_head(config, model)
     check_placement(config, model)
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
@@ -121,6 +123,16 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
         raise UsageError(f"kv_disk: {why}, and layers of this model have some; leave it out")
 
 
+def _check_head(config: ClusterConfig, model: Model) -> None:
+    """UsageError where a head is to draft and the model has none, or its layers are divided."""
+    if not uses_head(config):
+        return
+    model_costs(config, model)
+    if manual_shards(config) > 1:
+        why = "heads draft beside whole layers, and the plan divides the experts of some"
+        raise UsageError(f"speculative.heads: {why}; leave it out, or divide no layer")
+
+
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
     """The assignments that the cluster file names, in parts of layers; empty where the planner decides."""
     shards = manual_shards(config)
@@ -162,7 +174,19 @@ def stage_limits(
         window_blocks=window_blocks,
         state_blocks=state_blocks,
         expert_shards=expert_shards,
+        nextn=uses_head(config),
     )
+
+
+def uses_head(config: ClusterConfig) -> bool:
+    """Whether the last stage drafts with the model's head that predicts further tokens."""
+    return config.speculative is not None and config.speculative.heads
+
+
+def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
+    """With the head, where one drafts. UsageError where the model has none."""
+    costs = model.costs(config.kv_type, expert_shards)
+    return with_head(model, costs, config.kv_type) if uses_head(config) and expert_shards == 1 else costs
 
 
 def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
@@ -178,14 +202,14 @@ def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) 
     if given is None:
         return None
     drafters = SharedDrafters(given.shared_answers) if given.shared_answers else NgramDrafters()
-    return SpeculationSettings(drafters, given.max_window, draft_model)
+    return SpeculationSettings(drafters, given.max_window, draft_model, given.heads)
 
 
 def scheduler_settings(
     config: ClusterConfig, model: Model, plan: Plan, speculation: SpeculationSettings | None
 ) -> SchedulerSettings:
     """The scheduler's limits, which are those of the loaded stages."""
-    costs, batch_tokens = model.costs(config.kv_type), max_batch_tokens(config)
+    costs, batch_tokens = model_costs(config, model), max_batch_tokens(config)
     groups = KvGroups.of(costs, plan.context_length, config.max_sequences, batch_tokens)
     return SchedulerSettings(
         model_id=model.model_id,

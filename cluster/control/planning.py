@@ -17,8 +17,10 @@ from llamaclust.cluster.control.limits import (
     manual_plan,
     manual_shards,
     max_batch_tokens,
+    model_costs,
     says_placement,
     stage_limits,
+    uses_head,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.placement import placements
@@ -94,7 +96,13 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
     """Into how many shards, `most` at most, the experts of layers may be divided where whole layers do not fit, and
     where that may be of use. Shards are in RAM, so experts are not divided where the user wants some on GPUs."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
-    if most < 2 or on_gpus or not model.hyperparameters.expert_count or not _have_room(config, model, resources):
+    if (
+        most < 2
+        or on_gpus
+        or uses_head(config)
+        or not model.hyperparameters.expert_count
+        or not _have_room(config, model, resources)
+    ):
         return
     shards = 2
     while shards <= min(most, model.hyperparameters.expert_count, _MOST_PARTS // model.layer_count):
@@ -104,7 +112,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
     """Whether all memory but that for workspaces holds the weights, however divided."""
-    length, costs = context_length(config, model), StageCosts.of(model.costs(config.kv_type))
+    length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
     workspace = workspace_of(model, stage_limits(config, length, kv_blocks=1))
     left = costs.weight_bytes(0, model.layer_count)
     for worker in _worker_facts(config, resources):
@@ -142,7 +150,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
-    plan = _plan(model.costs(config.kv_type, expert_shards), facts, request)
+    plan = _plan(model_costs(config, model, expert_shards), facts, request)
     for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.stages) > MAX_STAGES:
@@ -158,7 +166,7 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
     """What a plan of before brings by the present profiles and links. None where that is unknown."""
-    costs = StageCosts.of(model.costs(config.kv_type, plan.expert_shards))
+    costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
     workers = _worker_facts(config, resources)
     by_name = {worker.name: worker for worker in workers}
     return predict_again(costs, plan, by_name, config.max_sequences, resources.links)

@@ -85,7 +85,10 @@ class StageCosts:
             hidden_bytes=costs.hidden_bytes,
             border_bytes=_border_bytes(costs),
             expert_shards=costs.expert_shards,
-            held_bytes=read + last * costs.head_bytes + first * costs.embedding_bytes - _saved_bytes(costs),
+            held_bytes=read
+            + last * (costs.head_bytes + costs.idle_head_bytes)
+            + first * costs.embedding_bytes
+            - _saved_bytes(costs),
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             state_bytes=sums(layer.state_bytes for layer in costs.layers),
             window_token_bytes=sums(layer.window_bytes_per_token for layer in costs.layers),

@@ -24,6 +24,7 @@ from llamaclust.cluster.scheduler.requests import (
 )
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
+from llamaclust.cluster.scheduler.speculation.head_use import HeadUse
 from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -53,6 +54,7 @@ class Sequence:
     max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
     is_whole: bool = False  # all rows are in one microbatch
+    has_head: bool = False  # the last stage has a head that predicts further tokens
     tokens: list[int] = field(init=False)  # prompt, then answer
     breakers: SeenBreakers = field(init=False)  # for DRY
     mu: float = 0.0  # of Mirostat, for the next token
@@ -70,6 +72,7 @@ class Sequence:
     drafts: SequenceDrafts | None = None  # what may follow its tokens
     forced_draft: tuple[int, ...] = ()  # tokens that must follow the last one, by its grammar
     drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
+    head: HeadUse = field(default_factory=HeadUse)
     ahead: tuple[int, ...] = ()  # drafted tokens under way, behind the known ones
     branch: int = 0  # how many times rows under way were given up
     drafted_rows: int = 0  # in all
@@ -248,6 +251,7 @@ class Sequence:
         self.table, self.window, self.states = BlockTable(), BlockTable(), SequenceStates()
         self.rewind(0)
         self.in_flight = self.sampling = 0
+        self.head = HeadUse()
         self.has_matcher = False
         self.phase = Phase.WAITING
         self.repeat_outputs()
@@ -265,6 +269,7 @@ class Sequence:
             sampled = ()
             if not scored:
                 return []
+        self.head.is_awaited = False
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
         failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)
@@ -278,9 +283,16 @@ class Sequence:
             updates.append(PromptScored(first_row + 1, scored))
         if sampled:
             updates += map(TokenSampled, self._take_sampled(taken, sampled))
+            self._take_suggested(taken.end - len(sampled), sampled)
         if (reason := self._finish_reason(bool(sampled))) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
+
+    def _take_suggested(self, place: int, rows: tuple[RowResult, ...]) -> None:
+        """What a head drafted behind the last token. `place`: of the first row's own token."""
+        for end, row in enumerate(rows, place + 2):
+            if row.drafted and end == len(self.tokens) and self.drafts is not None:
+                self.drafts.suggest(self.tokens, row.drafted)
 
     def _take_sampled(self, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
         """The tokens that sampled rows add. A drafted row counts where its token is the one that is known by then."""

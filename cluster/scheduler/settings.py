@@ -63,6 +63,11 @@ class SchedulerSettings:
         return min(self.speculation.max_window, group.drafted_rows if group is not None else MAX_WINDOW)
 
     @property
+    def has_head(self) -> bool:
+        """Whether the last stage drafts with a head that predicts further tokens."""
+        return self.speculation is not None and self.speculation.head and self.max_drafted > 0
+
+    @property
     def may_repeat_rows(self) -> bool:
         """Whether a sequence's last row may be computed again in place: not where it would update a state again, or see
         blocks that were given up."""

@@ -17,7 +17,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
-from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
@@ -53,6 +53,8 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
             adapters=[microbatch_proto.AdapterScale(adapter=number, scale=scale) for number, scale in chunk.adapters],
             state_from=chunk.state_from,
             state_to=chunk.state_to,
+            next_token=chunk.next_token,
+            drafts=chunk.drafts,
         )
         if chunk.depends_on is not None:
             added.depends_on.number, added.depends_on.row = chunk.depends_on
@@ -76,7 +78,8 @@ def decode_microbatch(data: bytes) -> Microbatch:
 def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     tokens = tuple(message.tokens)
     bounded("tokens of a chunk", len(tokens), 1, limits.MAX_BATCH_TOKENS)
-    bounded("token", max(tokens), 0, limits.MAX_VOCABULARY - 1)
+    last_token = limits.MAX_VOCABULARY - 1
+    bounded("token", max(tokens), 0, last_token)
     bounded("last position", message.position + len(tokens) - 1, 0, limits.MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
     depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
@@ -96,6 +99,8 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
         _adapters(message.adapters),
         bounded("state_from", message.state_from, 0, LAST_BLOCK) if message.HasField("state_from") else None,
         states_in(message.state_to, len(tokens)) if message.state_to else (),
+        bounded("next_token", message.next_token, 0, last_token) if message.HasField("next_token") else None,
+        bounded("drafts", message.drafts, 0, MAX_DRAFTED_TOKENS),
     )
 
 
@@ -305,6 +310,7 @@ def _top(value: int) -> int:
 
 def encode_result(result: Result) -> bytes:
     message = sampling_proto.Result(epoch=result.epoch, number=result.number, embeddings=result.embeddings)
+    message.drafting_ns = result.drafting_ns
     for row in result.rows:
         _row_out(row, message.rows.add())
     for timing in result.timings:
@@ -332,6 +338,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
         to.mu = row.mu
     to.forced.extend(row.forced)
     to.forced_draft.extend(row.forced_draft)
+    to.drafted.extend(row.drafted)
 
 
 def decode_result(data: bytes) -> Result:
@@ -346,6 +353,7 @@ def decode_result(data: bytes) -> Result:
         tuple(StageTiming(t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in message.timings),
         line("failure", message.failure) if message.HasField("failure") else None,
         _floats("embeddings", message.embeddings),
+        message.drafting_ns,
     )
 
 
@@ -362,14 +370,17 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.is_deferred:
         return RowResult(-1, math.nan, is_deferred=True)
     mu = _mu(message.mu) if message.HasField("mu") else None
-    forced = _forced("forced tokens", message.forced) if message.forced else ()
-    draft = _forced("forced tokens of a draft", message.forced_draft) if message.forced_draft else ()
+    forced = _following("forced tokens", message.forced, MAX_FORCED_TOKENS)
+    draft = _following("forced tokens of a draft", message.forced_draft, MAX_FORCED_TOKENS)
+    drafted = _following("drafted tokens", message.drafted, MAX_DRAFTED_TOKENS)
     token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
-    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft)
+    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft, drafted=drafted)
 
 
-def _forced(what: str, tokens: Sequence[int]) -> tuple[int, ...]:
-    bounded(what, len(tokens), 0, MAX_FORCED_TOKENS)
+def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+    if not tokens:
+        return ()
+    bounded(what, len(tokens), 0, most)
     return _tokens(tokens)
 
 

@@ -18,7 +18,8 @@ class Chunk:
     unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
     The result has the normed hidden state of the `embedded` rows [first, end) of the chunk. Its rows are computed with
-    these adapters of LoRA.
+    these adapters of LoRA. A head that predicts further tokens reads `next_token`, the one behind the last where it is
+    known, and drafts so many tokens behind the one that the last row that counts chooses.
     """
 
     tokens: tuple[int, ...]
@@ -32,6 +33,8 @@ class Chunk:
     adapters: AdapterScales = ()
     state_from: int | None = None  # the block of the state that the first row reads, where states have their own
     state_to: tuple[int, ...] = ()  # (rows, block, rows, block, ...): blocks that get the state behind so many rows
+    next_token: int | None = None
+    drafts: int = 0
 
     @property
     def embedded_rows(self) -> int:
@@ -98,3 +101,4 @@ class Result:
     timings: tuple[StageTiming, ...] = field(default=())  # first stage first
     failure: str | None = None  # one line: worker, layers, what happened
     embeddings: bytes = b""  # normed hidden state of the embedded rows, in row order: float32, little endian
+    drafting_ns: int = 0  # of the last stage, for tokens that its head drafted, beside its compute_ns

@@ -6,6 +6,7 @@ from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.split_experts import without_experts
 from llamaclust.model.loader import Model
+from llamaclust.worker.stage.heads import head_limits, head_program
 from llamaclust.worker.stage.stage_runner import model_program
 
 
@@ -14,15 +15,18 @@ def planned_workspace_bytes(
 ) -> int:
     """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
     `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
-    program = model_program(model, start, end, limits)
+    from llamaclust.kernels.cpu.backend import workspace_bytes
+
+    program, head_bytes = model_program(model, start, end, limits), 0
+    if limits.nextn and program.is_last:
+        head = head_program(model, limits)
+        head_bytes = workspace_bytes(head, model.tensors_for(head), head_limits(limits), threads)
     tensors = model.tensors_for(program)
     if gpu_names(device):
         from llamaclust.kernels.cuda import backend as cuda
 
-        return cuda.most_workspace_bytes(program, tensors, limits)
-    from llamaclust.kernels.cpu.backend import workspace_bytes
-
-    return workspace_bytes(program, tensors, limits, threads)
+        return cuda.most_workspace_bytes(program, tensors, limits) + head_bytes
+    return workspace_bytes(program, tensors, limits, threads) + head_bytes
 
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:

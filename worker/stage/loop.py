@@ -61,6 +61,7 @@ class _Outputs:
 
     rows: tuple[RowResult, ...]
     embeddings: bytes
+    drafting_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,9 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _finish(self, microbatch: Microbatch, logits: Float32, inputs: SamplingInputs) -> _Outputs:
-        return _Outputs(self.runner.finish(logits, inputs), self.runner.embeddings(microbatch))
+        rows, embeddings = self.runner.finish(logits, inputs), self.runner.embeddings(microbatch)
+        drafted = self.runner.draft(microbatch, rows, inputs)
+        return _Outputs(drafted.rows, embeddings, drafted.drafting_ns)
 
     def _run_layers(self, arrival: Arrival) -> Float32:
         program, microbatch = self.runner.program, arrival.microbatch
@@ -228,9 +231,12 @@ class StageLoop:
         return taken
 
     def _result(self, arrival: Arrival, outputs: _Outputs, queue_ns: int, compute_ns: int) -> Answer:
-        microbatch, timings = arrival.microbatch, self._timings(arrival, queue_ns, compute_ns)
+        microbatch, drafting_ns = arrival.microbatch, outputs.drafting_ns
+        timings = self._timings(arrival, queue_ns, compute_ns - drafting_ns)
         rows, hidden = outputs.rows, outputs.embeddings
-        data = encode_result(Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=hidden))
+        data = encode_result(
+            Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=hidden, drafting_ns=drafting_ns)
+        )
         if not rows:
             return Answer(data)
         sampled = sampled_tokens_of(microbatch.number, rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from time import perf_counter_ns
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
-from llamaclust.kernels.backend import Backend, CacheCounts, Float32, KvInRam, Progress, kv_bytes
+from llamaclust.kernels.backend import Backend, Batch, CacheCounts, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.kernels.split_experts import SplitExpertsStage
@@ -26,6 +27,7 @@ from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch, embedded_rows
+from llamaclust.worker.stage.heads import NextnHead, head_limits, head_program
 from llamaclust.worker.stage.matchers import StageMatchers
 
 
@@ -64,6 +66,23 @@ def program_memory(backend: Backend, model: Model, program: Program, limits: Sta
     )
 
 
+def head_memory(backend: Backend, model: Model, beside: Program, limits: StageLimits) -> StageMemory:
+    """What a head that predicts further tokens takes beside the program of its stage."""
+    program, own = head_program(model, limits), head_limits(limits)
+    tensors = model.tensors_for(program)
+    return StageMemory(
+        weight_bytes=head_weight_bytes(model, beside, limits),
+        kv_bytes=kv_bytes(program, own),
+        workspace_bytes=backend.workspace_bytes(program, tensors, own),
+    )
+
+
+def head_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> int:
+    """Of its weights, those that the program of its stage does not have."""
+    names = {*head_program(model, limits).weights} - {*beside.weights}
+    return sum(model.file.tensor(name).resident_bytes for name in names)
+
+
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
     """The program of layers [start, end), for the limits' KV type and context; UsageError where the model has no such
     layers, or they cannot be divided so."""
@@ -92,6 +111,15 @@ class StageOptions:
     threads: int = 1
     devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
     progress: Progress | None = None  # called with weight bytes as they are loaded
+    head_backend: Backend | None = None  # of a head that predicts further tokens; None: that of the layers
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Of a last stage: what it says of output rows, and what its head took to draft tokens behind them."""
+
+    rows: tuple[RowResult, ...]
+    drafting_ns: int = 0
 
 
 class StageRunner:
@@ -118,9 +146,24 @@ class StageRunner:
         self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)
         self.matchers = StageMatchers(vocabulary, limits.max_sequences)
-        self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or (lambda _: None))
+        progress = options.progress or (lambda _: None)
+        self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self._batch: Batch | None = None  # of the last run
+        self._head: NextnHead | None = None
+        if limits.nextn and self._sampler is not None:
+            self._head = NextnHead(options.head_backend or backend, model, limits, self._sampler, progress)
+        self.memory = self._loaded_memory(model)
+
+    def _loaded_memory(self, model: Model) -> StageMemory:
         stage = self._stage
-        self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
+        memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
+        if self._head is None:
+            return memory
+        return StageMemory(
+            memory.weight_bytes + head_weight_bytes(model, self.program, self.limits),
+            memory.kv_bytes + self._head.kv_bytes,
+            memory.workspace_bytes + self._head.workspace_bytes,
+        )
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
         """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
@@ -131,7 +174,7 @@ class StageRunner:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
         window = self.program.window
-        batch = build_batch(microbatch, self.limits, self._vocabulary, window, self._adapters)
+        self._batch = batch = build_batch(microbatch, self.limits, self._vocabulary, window, self._adapters)
         return self._stage.run(batch, hidden)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
@@ -163,6 +206,14 @@ class StageRunner:
                 rows[place] = row
         return tuple(rows)
 
+    def draft(self, microbatch: Microbatch, rows: tuple[RowResult, ...], inputs: SamplingInputs) -> Finished:
+        """Results of the last run's output rows, with the tokens that a head drafts behind them."""
+        if self._head is None or self._batch is None:
+            return Finished(rows)
+        begun_ns = perf_counter_ns()
+        drafted = self._head.draft(microbatch, self._batch, self._stage.normed, rows, inputs.tasks)
+        return Finished(drafted, perf_counter_ns() - begun_ns)
+
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
         """KV memory of each layer, see `KvInRam`. ProtocolError where it lies elsewhere, or has a window."""
@@ -183,6 +234,8 @@ class StageRunner:
                 in_ram = stage.experts.weight_bytes + stage.experts.workspace_bytes
                 taken[part.device] -= in_ram
                 taken["cpu"] = taken.get("cpu", 0) + in_ram
+        if self._head is not None:
+            taken["cpu"] = taken.get("cpu", 0) + self.memory.total_bytes - sum(taken.values())
         return taken
 
     @property
@@ -195,9 +248,11 @@ class StageRunner:
     @property
     def weights(self) -> object:
         """Keeps the weights in memory while it is referenced."""
-        return self._stage.weights
+        return self._stage.weights if self._head is None else (self._stage.weights, self._head.weights)
 
     def close(self) -> None:
         """Frees weights and KV memory."""
         self.matchers.close()
+        if self._head is not None:
+            self._head.close()
         self._stage.close()

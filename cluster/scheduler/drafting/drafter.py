@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-CLASSES = 14
+CLASSES = 15
 """Of confidence."""
 SUBSTITUTED = 1
 """A match of 8 tokens or more went on behind one that differs from the sequence's last one."""
@@ -22,6 +22,8 @@ MODEL = 12
 """Of a draft model."""
 FORCED = 13
 """By a grammar."""
+HEAD = 14
+"""Of a head that predicts further tokens."""
 
 
 @dataclass(frozen=True, slots=True)

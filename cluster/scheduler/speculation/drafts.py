@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, MODEL, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, HEAD, MODEL, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
 
-_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99)
+_PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99, 0.7)
 """How often tokens of a class are taken to be accepted before any were (benchmarks/models/drafting.py)."""
 
 
@@ -69,6 +69,18 @@ class SequenceDrafts:
             if drafted:
                 self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
+    def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
+        """What a head says follows these: it counts where the drafter's own draft promises fewer tokens."""
+        own = self.next(tokens, LONGEST_DRAFT)
+        draft = self._checked(Draft(drafted, HEAD), len(drafted))
+        if expected(self.rate(HEAD), len(draft.tokens)) > expected(own.rate, len(own.tokens)):
+            self._draft, self._at = draft, len(tokens)
+
+    @property
+    def is_of_head(self) -> bool:
+        """Whether the draft that stands is a head's."""
+        return self._draft.confidence == HEAD
+
     def has_offer(self, tokens: Sequence[int]) -> bool:
         """Whether a draft model has said what follows these."""
         return self._offered == len(tokens)
@@ -95,3 +107,8 @@ def _obeying(draft: Draft, forced: tuple[int, ...]) -> Draft:
     """The draft if it begins with forced tokens, else these."""
     tokens = draft.tokens if draft.tokens[: len(forced)] == forced else forced
     return Draft(tokens, draft.confidence, len(forced))
+
+
+def expected(rate: float, count: int) -> float:
+    """Of so many drafted tokens, those that are accepted."""
+    return sum(rate**depth for depth in range(1, count + 1))

@@ -12,6 +12,7 @@ from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma3n import GEMMA3N, ends_of_gemma3n, layer_of_gemma3n
 from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
+from support.models.tiny.heads import further_tensors
 from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny.llama4 import TEXT_MODELS
 from support.models.tiny.mamba_models import MAMBA_MODELS
@@ -265,6 +266,7 @@ def build_tiny(path: Path, tiny: Tiny) -> Path:
     layer_of = {"gemma3n": layer_of_gemma3n, "gemma4": layer_of_gemma4}.get(tiny.architecture, _layer)
     for layer in range(tiny.layers):
         tensors += layer_of(tiny, layer)
+    tensors += further_tensors(tiny)
     sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path
@@ -386,6 +388,8 @@ def _metadata(tiny: Tiny) -> dict[str, WritableValue]:
         numbers |= tiny.mamba.keys()
     if tiny.shared_ffn:
         numbers |= {"expert_shared_feed_forward_length": tiny.shared_ffn}
+    if tiny.nextn:
+        numbers |= {"nextn_predict_layers": tiny.nextn}
     general: dict[str, WritableValue] = {
         "general.architecture": tiny.architecture,
         "general.name": "tiny random model",

@@ -1,0 +1,65 @@
+"""For which sequences a head that predicts further tokens drafts, and how many. Pure.
+
+Drafts come with the results that they follow, and take time there. So they are asked for where the step after them is
+expected to gain more than other drafts promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from math import inf
+
+from llamaclust.cluster.scheduler.drafting.drafter import HEAD
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
+from llamaclust.cluster.scheduler.speculation.drafts import expected
+from llamaclust.cluster.scheduler.speculation.head_times import HeadTimes
+
+_MARGIN = 0.05
+"""Predicted gain over other drafts below which the head is not asked."""
+
+
+class HeadDrafts:
+    """Of one pipeline."""
+
+    def __init__(self, times: HeadTimes, rounds: MeasuredRounds) -> None:
+        self._times = times
+        self._rounds = rounds
+
+    def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
+        """How many tokens, `most` at most, are worth drafting behind the next step of these sequences, of which there
+        are so many microbatches, where there would be `speed` tokens a nanosecond without; 0: none."""
+        drafted = [sequence for sequence in sequences if may_ask(sequence)]
+        if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
+            return 0
+        best, best_speed = 0, (1 + _MARGIN) * speed
+        for count in counts_to_try(most):
+            draft_ns = self._times.draft_ns(len(drafted), count)
+            if draft_ns is None:
+                return 1  # it is measured
+            tokens = len(sequences) + sum(expected(_rate(sequence), count) for sequence in drafted)
+            ns = self._rounds.window_ns(len(sequences) + count * len(drafted), groups) + draft_ns
+            if tokens / ns > best_speed:
+                best, best_speed = count, tokens / ns
+        return best or int(any(map(_is_due, drafted)))
+
+
+def ask(sequences: Iterable[Sequence], count: int) -> None:
+    """Has the next step of each draft so many tokens behind it."""
+    for sequence in sequences if count else ():
+        if may_ask(sequence):
+            sequence.head.ask(len(sequence.tokens), count)
+
+
+def may_ask(sequence: Sequence) -> bool:
+    """Whether a draft for it may be of use."""
+    return sequence.may_draft and sequence.left > 2 and sequence.drafts is not None
+
+
+def _is_due(sequence: Sequence) -> bool:
+    return sequence.head.is_due(len(sequence.tokens))
+
+
+def _rate(sequence: Sequence) -> float:
+    return 0.0 if sequence.drafts is None else sequence.drafts.rate(HEAD)

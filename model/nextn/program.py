@@ -1,0 +1,102 @@
+"""The program of a head that predicts further tokens (`nextn_predict_layers`): a layer of its architecture between
+projections of its own.
+
+A row at position p reads the normed hidden state of that position and the token at p + 1, and its logits are of the one
+at p + 2. Its keys and values lie in KV memory of a layer of its own, at position p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model import program as steps
+from llamaclust.model.architectures import ARCHITECTURES
+from llamaclust.model.architectures.encoder_layers import EncoderBuilder
+from llamaclust.model.architectures.layers import EMBEDDING
+from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Buffer, Program
+
+FAMILIES: Final = ("deepseek2", "glm4moe")
+"""Architectures whose heads have a layer like the others."""
+
+
+def has_head(model: Model) -> bool:
+    """Whether a file has a head of a family above."""
+    return model.hyperparameters.architecture in FAMILIES and _projection(model.layer_count) in model.file.tensors
+
+
+def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
+    """Of the first head, for sequences of so many tokens at most. It reads tokens and the normed hidden state of the
+    last stage. UsageError where there is none, ModelFileError where a tensor does not fit."""
+    if not has_head(model):
+        known = f"known are those of {' and '.join(FAMILIES)} files with nextn tensors"
+        raise UsageError(f"{model.file.path} has no head that predicts further tokens: {known}; set heads: false")
+    builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
+    ARCHITECTURES[model.hyperparameters.architecture](builder)
+    return builder.program()
+
+
+def _projection(layer: int) -> str:
+    return f"blk.{layer}.nextn.eh_proj.weight"
+
+
+class _NextnBuilder(EncoderBuilder):
+    """Collects the steps of a head: its architecture appends the layer as one of its own."""
+
+    def __init__(self, keys: ModelKeys, kv_type: KvType, context_tokens: int | None) -> None:
+        of_layers = hyperparameters_of(keys)
+        layer = of_layers.block_count
+        own = replace(
+            of_layers,
+            block_count=layer + 1,
+            feed_forward_lengths=(*of_layers.feed_forward_lengths, of_layers.feed_forward_lengths[-1]),
+            head_counts_kv=(*of_layers.head_counts_kv, of_layers.head_counts_kv[-1]),
+        )
+        super().__init__(keys, own, layer, layer + 1, kv_type, context_tokens)
+        self._prefix = f"blk.{layer}.nextn"
+        self.given = Buffer("hidden before", own.embedding_length)
+
+    def layers(
+        self,
+        embedding_factor: float = 1.0,
+        *,
+        positions: bool = False,
+        soft_cap: float | None = None,
+        may_rank: bool = False,
+        logit_factor: float = 1.0,
+    ) -> Iterator[int]:
+        """The layer, between the projection of its inputs and the logits."""
+        assert (embedding_factor, positions, soft_cap, logit_factor) == (1.0, False, None, 1.0), "of no family"
+        self._project_inputs()
+        yield from self.stage
+        norm = f"{self._prefix}.shared_head_norm"
+        self._norm(norm if self.has(f"{norm}.weight") else self.last_norm, self._hidden, self._last_normed)
+        self._further_logits()
+
+    def _project_inputs(self) -> None:
+        width, prefix = self._hidden.width, self._prefix
+        shape = (self.hyperparameters.vocabulary_size, width)
+        embedded, before = Buffer("embedded", width), Buffer("normed before", width)
+        joined = Buffer("embedded+before", 2 * width)
+        weight = self._first_of(f"{prefix}.embed_tokens.weight", EMBEDDING)
+        self.append([steps.Embed(embedded, self.weight(weight, shape))])
+        self._rms_norm(f"{prefix}.enorm", embedded, embedded)
+        self._rms_norm(f"{prefix}.hnorm", self.given, before)
+        self.append([steps.Join(embedded, before, joined)])
+        self._matmul(f"{prefix}.eh_proj", joined, self._hidden)
+
+    def _further_logits(self) -> None:
+        self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
+        selected = Buffer("selected", self._hidden.width)
+        self.append([steps.SelectRows(self._last_normed, selected)])
+        weight = self._first_of(f"{self._prefix}.shared_head_head.weight", "output.weight", EMBEDDING)
+        self._matmul(weight.removesuffix(".weight"), selected, self.out)
+
+    def _first_of(self, *names: str) -> str:
+        """Of these tensors, the first that the file has."""
+        return next((name for name in names if self.has(name)), names[-1])

@@ -1,0 +1,181 @@
+"""A head that predicts further tokens, beside the layers of a last stage: it drafts what may follow a sampled token.
+
+It has keys and values of every row that counted, in blocks of the same ids as the stage's layers. Those of drafted
+tokens are overwritten when their rows are computed, as those of the layers are; where some are missing or of other
+tokens, its drafts are worse, and no answer is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress
+from llamaclust.kernels.sampling import Sampler
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.nextn.program import nextn_program
+from llamaclust.model.program import KV_BLOCK_TOKENS, Program
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+
+Normed = Callable[[Int32], Float32]
+"""The normed hidden state of rows of the stage's last run, [rows, embedding]."""
+
+
+def head_program(model: Model, limits: StageLimits) -> Program:
+    """UsageError where the model has none."""
+    return nextn_program(model, KvType(limits.kv_type), limits.max_context_tokens)
+
+
+def head_limits(limits: StageLimits) -> StageLimits:
+    """Of each sequence one row has logits; there are no windows and no states."""
+    outputs = min(limits.max_outputs, limits.max_sequences)
+    return replace(limits, max_outputs=outputs, window_blocks=0, state_blocks=0)
+
+
+@dataclass(slots=True)
+class _Taken:
+    """A chunk's rows that count, each with the token behind it."""
+
+    tables: Int32  # [blocks]
+    end: int  # positions that they hold
+    first_row: int  # in the microbatch
+    position: int  # of its first row; then of the row before the next drafted token
+    tokens: tuple[int, ...]  # behind the rows
+    output: int = -1  # index of the result whose token is the last of these; -1: it was not sampled
+    most: int = 0  # tokens to draft
+    task: SampleTask | None = None
+    drafted: list[int] = field(default_factory=list)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another token is to be drafted, and its row has a place in the chunk's blocks."""
+        return len(self.drafted) < self.most and self.position < self.end
+
+
+class NextnHead:
+    """One call at a time, behind the stage's run."""
+
+    def __init__(
+        self, backend: Backend, model: Model, limits: StageLimits, sampler: Sampler, progress: Progress
+    ) -> None:
+        """Loads weights. UsageError where the model has no head."""
+        program = head_program(model, limits)
+        self._stage = backend.load(program, model.tensors_for(program), head_limits(limits), progress)
+        self._sampler = sampler
+        self._most_tokens = limits.max_context_tokens
+        self.weights = self._stage.weights
+        self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
+
+    def draft(
+        self,
+        microbatch: Microbatch,
+        batch: Batch,
+        normed: Normed,
+        rows: Sequence[RowResult],
+        tasks: Sequence[RowTask],
+    ) -> tuple[RowResult, ...]:
+        """Computes keys and values of the rows of a microbatch that count by their results. The results with what is
+        drafted where chunks ask for it."""
+        taken = _taken(microbatch.chunks, batch, rows, tasks)
+        for each in taken:
+            each.end = min(each.end, self._most_tokens)
+        if not taken:
+            return tuple(rows)
+        results, drafting = list(rows), [each for each in taken if each.most]
+        places = np.concatenate([np.arange(each.first_row, each.first_row + len(each.tokens)) for each in taken])
+        lines, logits = self._run(taken, normed(places.astype(np.int32)))
+        for each in drafting:
+            each.position += len(each.tokens) - 1
+        self._choose(drafting, logits)
+        while further := [index for index, each in enumerate(drafting) if each.has_room]:
+            hidden = self._stage.normed(lines[further])
+            drafting = [drafting[index] for index in further]
+            for each in drafting:
+                each.tokens = (each.drafted[-1],)
+            lines, logits = self._run(drafting, hidden)
+            self._choose(drafting, logits)
+        for each in taken:
+            if each.drafted:
+                results[each.output] = replace(results[each.output], drafted=tuple(each.drafted))
+        return tuple(results)
+
+    def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
+        """Which rows have logits, those of chunks that ask for drafts, and these [rows, vocabulary]."""
+        counts = [len(each.tokens) for each in taken]
+        starts = np.cumsum([0, *counts], dtype=np.int32)
+        lines = np.array([end - 1 for end, each in zip(starts[1:], taken, strict=True) if each.most], np.int32)
+        batch = Batch(
+            tokens=np.array([token for each in taken for token in each.tokens], np.int32),
+            positions=np.concatenate([np.arange(e.position, e.position + len(e.tokens)) for e in taken]).astype(
+                np.int32
+            ),
+            sequence_starts=starts,
+            table_starts=np.cumsum([0, *(len(each.tables) for each in taken)], dtype=np.int32),
+            block_tables=np.concatenate([each.tables for each in taken]),
+            output_rows=lines,
+        )
+        return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
+
+    def _choose(self, drafting: Sequence[_Taken], logits: Float32) -> None:
+        """The next token of each. One whose logits are not finite has no more."""
+        if not drafting:
+            return
+        tasks = tuple(each.task for each in drafting if each.task is not None)
+        for each, task, row in zip(drafting, tasks, self._sampler.run(logits, tasks), strict=True):
+            if row.token < 0:
+                each.most = 0
+                continue
+            each.drafted.append(row.token)
+            each.position += 1
+            each.task = replace(task, position=task.position + 1)
+
+    def close(self) -> None:
+        self._stage.close()
+
+
+def _taken(chunks: Sequence[Chunk], batch: Batch, rows: Sequence[RowResult], tasks: Sequence[RowTask]) -> list[_Taken]:
+    taken, at = [], 0
+    for index, chunk in enumerate(chunks):
+        results, of_rows = rows[at : at + chunk.outputs], tasks[at : at + chunk.outputs]
+        tokens, chosen = following(chunk, results, of_rows)
+        if tokens:
+            tables = batch.block_tables[batch.table_starts[index] : batch.table_starts[index + 1]]
+            end = len(tables) * KV_BLOCK_TOKENS
+            each = _Taken(tables, end, int(batch.sequence_starts[index]), chunk.position, tokens)
+            if chosen is not None and not results[chosen].forced:
+                each.output, each.most = at + chosen, chunk.drafts
+                task = of_rows[chosen]
+                assert isinstance(task, SampleTask), "it chose a token"
+                each.task = _draft_task(task)
+            taken.append(each)
+        at += chunk.outputs
+    return taken
+
+
+def following(
+    chunk: Chunk, results: Sequence[RowResult], tasks: Sequence[RowTask]
+) -> tuple[tuple[int, ...], int | None]:
+    """The tokens behind those rows of a chunk, from its first on, that count and whose next token is known; and which
+    result's token the last of them is, if it was sampled. A drafted row counts where the row before it chose it."""
+    tokens = chunk.tokens
+    for index, (row, task) in enumerate(zip(results, tasks, strict=True)):
+        place = len(tokens) - chunk.outputs + index
+        if not isinstance(task, SampleTask):
+            continue
+        if row.token < 0:
+            return tokens[1 : place + 1], None
+        if place + 1 == len(tokens) or tokens[place + 1] != row.token:
+            return (*tokens[1 : place + 1], row.token), index
+    return tokens[1:] if chunk.next_token is None else (*tokens[1:], chunk.next_token), None
+
+
+def _draft_task(task: SampleTask) -> SampleTask:
+    """For the token behind the one that a task chose: the same draws, and what the head can know of the choice."""
+    params = task.params
+    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, logit_bias=params.logit_bias)
+    return SampleTask(draws, task.seed, task.choice, task.position + 1, suppressed=task.suppressed)

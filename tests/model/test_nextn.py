@@ -1,0 +1,195 @@
+"""The program of a head that predicts further tokens, compared with its arithmetic written out in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError, UsageError
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Backend, Batch
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.nextn.costs import with_head as costs_with_head
+from llamaclust.model.nextn.program import FAMILIES, has_head, nextn_program
+from support.models.heads import with_head
+from support.models.tiny_architectures import VOCABULARY, build_architecture
+from support.seed import SEED
+
+Float64 = NDArray[np.float64]
+_ROWS, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _ROTATED = 20, 64, 4, 2, 16, 8
+_EPSILON = 1e-5
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    return Model.open(with_head(tmp_path / "model.gguf", request.param))
+
+
+class GlmHead:
+    """A head of GLM 4.5, as the DeepSeek V3 report (section 2.2) has it, around a decoder layer of GLM."""
+
+    def __init__(self, model: Model) -> None:
+        self._tensors = {
+            name: np.frombuffer(tensor.read(), np.float32).reshape(tensor.shape).astype(np.float64)
+            for name, tensor in model.file.tensors.items()
+        }
+        self._layer = f"blk.{model.layer_count}"
+
+    def logits(self, tokens: NDArray[np.int32], before: Float64) -> Float64:
+        embedded = self._norm(self._tensors["token_embd.weight"][tokens], "nextn.enorm")
+        x = np.concatenate([embedded, self._norm(before, "nextn.hnorm")], axis=1) @ self._weight("nextn.eh_proj").T
+        x = x + self._attention(self._norm(x, "attn_norm"))
+        x = x + self._experts(self._norm(x, "post_attention_norm"))
+        return np.asarray(self._norm(x, "nextn.shared_head_norm") @ self._tensors["output.weight"].T)
+
+    def _weight(self, name: str) -> Float64:
+        return self._tensors[f"{self._layer}.{name}.weight"]
+
+    def _bias(self, name: str) -> Float64:
+        return self._tensors[f"{self._layer}.{name}.bias"]
+
+    def _norm(self, x: Float64, name: str) -> Float64:
+        return np.asarray(x / np.sqrt((x**2).mean(axis=1, keepdims=True) + _EPSILON) * self._weight(name))
+
+    def _attention(self, x: Float64) -> Float64:
+        q, k, v = (x @ self._weight(name).T + self._bias(name) for name in ("attn_q", "attn_k", "attn_v"))
+        q, k = _rotated(q.reshape(_ROWS, _HEADS, _HEAD_DIM)), _rotated(k.reshape(_ROWS, _KV_HEADS, _HEAD_DIM))
+        v = v.reshape(_ROWS, _KV_HEADS, _HEAD_DIM)
+        out = np.empty_like(q)
+        for head in range(_HEADS):
+            group = head // (_HEADS // _KV_HEADS)
+            scores = q[:, head] @ k[:, group].T / np.sqrt(_HEAD_DIM)
+            scores[np.triu_indices(_ROWS, 1)] = -np.inf
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, group]
+        return np.asarray(out.reshape(_ROWS, -1) @ self._weight("attn_output").T)
+
+    def _experts(self, x: Float64) -> Float64:
+        gates = 1 / (1 + np.exp(-x @ self._weight("ffn_gate_inp").T))
+        chosen = np.argsort(-(gates + self._bias("exp_probs_b")), axis=1, kind="stable")[:, :3]
+        out = _inner(x, *(self._weight(f"ffn_{part}_shexp") for part in ("gate", "up", "down")))
+        matrices = [self._weight(f"ffn_{part}_exps") for part in ("gate", "up", "down")]
+        for row, experts in enumerate(chosen):
+            weights = gates[row, experts] / gates[row, experts].sum() * 2.5
+            for expert, weight in zip(experts, weights, strict=True):
+                out[row] += weight * _inner(x[row : row + 1], *(matrix[expert] for matrix in matrices))[0]
+        return out
+
+
+def _inner(x: Float64, gate: Float64, up: Float64, down: Float64) -> Float64:
+    gated = x @ gate.T
+    return np.asarray((gated / (1 + np.exp(-gated)) * (x @ up.T)) @ down.T)
+
+
+def _rotated(x: Float64) -> Float64:
+    """The first channels of each head turn, those half of them apart together."""
+    half = _ROTATED // 2
+    angles = np.arange(_ROWS)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = x[..., :half], x[..., half:_ROTATED]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, x[..., _ROTATED:]], axis=2)
+
+
+def _batch(tokens: NDArray[np.int32]) -> Batch:
+    return Batch(
+        tokens=tokens,
+        positions=np.arange(_ROWS, dtype=np.int32),
+        sequence_starts=np.array([0, _ROWS], np.int32),
+        table_starts=np.array([0, 2], np.int32),
+        block_tables=np.array([3, 1], np.int32),
+        output_rows=np.arange(_ROWS, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("backend", [CpuBackend(1), ReferenceBackend()], ids=["cpu", "reference"])
+def test_logits_are_those_of_the_published_arithmetic(tmp_path: Path, backend: Backend) -> None:
+    model, source = Model.open(with_head(tmp_path / "model.gguf")), np.random.default_rng(SEED)
+    tokens = source.integers(0, VOCABULARY, _ROWS, np.int32)
+    before = source.standard_normal((_ROWS, _HIDDEN)).astype(np.float32)
+    program = nextn_program(model)
+    stage = backend.load(program, model.tensors_for(program), StageLimits(64, 32, 2, 256, 8), lambda _: None)
+    found = stage.run(_batch(tokens), before)
+    wanted = GlmHead(model).logits(tokens, before.astype(np.float64))
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < 2e-3, f"seed {SEED}"  # keys and values are float16
+    assert np.linalg.norm(GlmHead(model).logits(tokens, 2 * before[::-1]) - wanted) > 0.1 * np.linalg.norm(wanted)
+
+
+def test_the_backends_agree_on_every_family(model: Model) -> None:
+    source, program = np.random.default_rng(SEED), nextn_program(model)
+    tokens = source.integers(0, VOCABULARY, _ROWS, np.int32)
+    before = source.standard_normal((_ROWS, _HIDDEN)).astype(np.float32)
+    logits, normed = [], []
+    for backend in (CpuBackend(2), ReferenceBackend()):
+        stage = backend.load(program, model.tensors_for(program), StageLimits(64, 32, 2, 256, 8), lambda _: None)
+        logits.append(stage.run(_batch(tokens), before).copy())
+        normed.append(stage.normed(np.arange(_ROWS, dtype=np.int32)))
+    for ours, reference in (logits, normed):
+        assert np.abs(ours - reference).max() < 1e-3 * np.abs(reference).max(), f"seed {SEED}"
+
+
+def test_a_head_has_a_layer_behind_the_others_and_reads_their_normed_state(model: Model) -> None:
+    program, layers = nextn_program(model, KvType.Q8_0), model.layer_count
+    assert (program.start, program.end) == (layers, layers + 1)
+    assert program.is_last and not program.is_first and program.has_logits
+    assert [step.layer for step in program.kv_layers] == [layers]
+    assert {step.kv_type for step in program.kv_layers} == {KvType.Q8_0}
+    assert "token_embd.weight" in program.weights and "output.weight" in program.weights
+    named = {name for name in model.file.tensors if name.startswith(f"blk.{layers}.")}
+    assert named <= {*program.weights}
+
+
+def test_tensors_of_its_own_take_the_place_of_the_models(tmp_path: Path) -> None:
+    model = Model.open(with_head(tmp_path / "model.gguf"))
+    prefix, tensors = f"blk.{model.layer_count}.nextn", model.file.tensors
+    sources = [TensorSource(name, t.quant_type, t.shape, t.read) for name, t in tensors.items()]
+    for name, of in (("embed_tokens", "token_embd"), ("shared_head_head", "output")):
+        tensor = tensors[f"{of}.weight"]
+        sources.append(TensorSource(f"{prefix}.{name}.weight", tensor.quant_type, tensor.shape, tensor.read))
+    without_norm = [source for source in sources if source.name != f"{prefix}.shared_head_norm.weight"]
+    write_gguf(tmp_path / "own.gguf", dict(model.file.metadata), without_norm)
+    weights = nextn_program(Model.open(tmp_path / "own.gguf")).weights
+    assert {f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head_head.weight", "output_norm.weight"} <= {*weights}
+    assert not {"token_embd.weight", "output.weight"} & {*weights}
+
+
+def test_a_model_without_a_known_head_is_refused(tmp_path: Path) -> None:
+    for name in ("glm4moe", "qwen3"):
+        model = Model.open(build_architecture(tmp_path / f"{name}.gguf", name))
+        assert not has_head(model)
+        with pytest.raises(UsageError, match=r"has no head that predicts further tokens.*heads: false"):
+            nextn_program(model)
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model = Model.open(with_head(tmp_path / "model.gguf"))
+    sources = [TensorSource(name, t.quant_type, t.shape, t.read) for name, t in model.file.tensors.items()]
+    wrong = [
+        TensorSource(source.name, source.quant_type, (_HIDDEN, _HIDDEN), lambda: bytes(4 * _HIDDEN * _HIDDEN))
+        if source.name.endswith("eh_proj.weight")
+        else source
+        for source in sources
+    ]
+    write_gguf(tmp_path / "wrong.gguf", dict(model.file.metadata), wrong)
+    with pytest.raises(ModelFileError, match=r"eh_proj.weight: shape \[64, 64\], \[128, 64\] expected"):
+        nextn_program(Model.open(tmp_path / "wrong.gguf"))
+
+
+def test_costs_have_its_layer_and_what_a_token_does_not_read(model: Model) -> None:
+    plain = model.costs(KvType.F16)
+    found = costs_with_head(model, plain, KvType.F16)
+    own = [tensor for name, tensor in model.file.tensors.items() if name.startswith(f"blk.{model.layer_count}.")]
+    embedding = model.file.tensor("token_embd.weight")
+    added = sum(tensor.resident_bytes for tensor in own) + embedding.resident_bytes
+    before, last = plain.layers[-1], found.layers[-1]
+    assert last.weight_bytes - before.weight_bytes + found.idle_head_bytes == added
+    assert last.kv_bytes_per_token == 2 * before.kv_bytes_per_token
+    assert last.macs_per_token > before.macs_per_token
+    assert found.head_bytes == plain.head_bytes and found.layers[:-1] == plain.layers[:-1]

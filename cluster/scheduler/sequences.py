@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 import numpy as np
@@ -350,6 +350,7 @@ class Sequence:
     def _append_sampled(self, place: int, row: RowResult) -> list[RowResult]:
         """The token that the row at this position chose and those that must follow it, as far as they are new: a row
         that was sent before the tokens forced by its predecessor were known repeats these."""
+        row = replace(row, drafted=()) if row.drafted else row
         known = len(self.tokens) - place - 1
         added: list[RowResult] = []
         for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:

@@ -18,6 +18,8 @@ from llamaclust.cluster.scheduler.speculation.head_times import HeadTimes
 
 _MARGIN = 0.05
 """Predicted gain over other drafts below which the head is not asked."""
+_HOPEFUL = 0.7
+"""Acceptance with which it is tried again."""
 
 
 class HeadDrafts:
@@ -33,16 +35,25 @@ class HeadDrafts:
         drafted = [sequence for sequence in sequences if may_ask(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0
+        rates = list(map(_rate, drafted))
+        count = self._best(rates, len(sequences), speed, groups, most)
+        if not count and any(map(_is_due, drafted)):
+            hopeful = [max(rate, _HOPEFUL) for rate in rates]
+            return min(1, self._best(hopeful, len(sequences), speed, groups, most))
+        return count
+
+    def _best(self, rates: Items[float], together: int, speed: float, groups: int, most: int) -> int:
+        """With these rates of acceptance, where so many sequences are computed together."""
         best, best_speed = 0, (1 + _MARGIN) * speed
         for count in counts_to_try(most):
-            draft_ns = self._times.draft_ns(len(drafted), count)
+            draft_ns = self._times.draft_ns(len(rates), count)
             if draft_ns is None:
                 return 1  # it is measured
-            tokens = len(sequences) + sum(expected(_rate(sequence), count) for sequence in drafted)
-            ns = self._rounds.window_ns(len(sequences) + count * len(drafted), groups) + draft_ns
+            tokens = together + sum(expected(rate, count) for rate in rates)
+            ns = self._rounds.window_ns(together + count * len(rates), groups) + draft_ns
             if tokens / ns > best_speed:
                 best, best_speed = count, tokens / ns
-        return best or int(any(map(_is_due, drafted)))
+        return best
 
 
 def ask(sequences: Iterable[Sequence], count: int) -> None:

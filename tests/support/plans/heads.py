@@ -1,15 +1,20 @@
-"""Heads that are asked whether their drafts pay or not."""
+"""Heads that are asked whether their drafts pay or not, and fake ones on a counted clock."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts
+from llamaclust.wire.microbatch.messages import Result
+from llamaclust.worker.stage.heads import following
+from support.clusters.fakes import FakeStages
 
 
 @dataclass
@@ -30,3 +35,29 @@ def ask_for_any(source: random.Random, most: int, monkeypatch: pytest.MonkeyPatc
     lengths = AnyLengths(source, most)
     monkeypatch.setattr(HeadDrafts, "length", lengths.length)
     return lengths
+
+
+@dataclass
+class HeadStages(FakeStages):
+    """Stages of which the last one has a head: `says` how it goes on behind a position, up to so many tokens, each of
+    which takes `draft_ns`."""
+
+    says: Callable[[int, int], tuple[int, ...]] = lambda position, most: ()
+    draft_ns: int = 0
+    asked: int = 0  # tokens
+
+    def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
+        back_ns, result = super().send(scheduled, now_ns)
+        rows, at, most = list(result.rows), 0, 0
+        for chunk in scheduled.microbatch.chunks:
+            tasks = scheduled.inputs.tasks[at : at + chunk.outputs]
+            _, chosen = following(chunk, rows[at : at + chunk.outputs], tasks)
+            if chunk.drafts and chosen is not None:
+                row, place = at + chosen, chunk.position + len(chunk.tokens) - chunk.outputs + chosen + 2
+                rows[row] = replace(rows[row], drafted=self.says(place, chunk.drafts))
+                most = max(most, chunk.drafts)
+            at += chunk.outputs
+        drafting_ns = most * self.draft_ns
+        self.asked += most
+        self.free_at[-1] += drafting_ns
+        return back_ns + drafting_ns, replace(result, rows=tuple(rows), drafting_ns=drafting_ns)

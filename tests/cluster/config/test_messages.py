@@ -62,7 +62,9 @@ TOP_KEYS = {
     "speculative: {threads: 3}": (
         "speculative.threads: these are threads of a draft model: name it as speculative.model, or leave them out"
     ),
-    "speculative: {n_max: 3}": "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, threads",
+    "speculative: {n_max: 3}": (
+        "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, heads, threads"
+    ),
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",
     "wire: q8_0": "wire: this build has no wire_type q8_0 yet",

@@ -136,7 +136,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
     """The same from keys that more is read from."""
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
-    block_count = _read_block_count(keys)
+    block_count = read_block_count(keys)
     feed_forward_lengths = _read_feed_forward_lengths(keys, block_count)
     expert_count = keys.count("expert_count", 0, minimum=0, maximum=1 << 10)
     context_length = keys.count("context_length", maximum=_MAX_CONTEXT)
@@ -276,7 +276,7 @@ class ModelKeys:
         return f"{self.architecture}.{key}"
 
 
-def _read_block_count(keys: ModelKeys) -> int:
+def read_block_count(keys: ModelKeys) -> int:
     """Without the layers behind the others that predict more than one token."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)

@@ -21,8 +21,8 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, Program
 
-FAMILIES: Final = ("deepseek2", "glm4moe")
-"""Architectures whose heads have a layer like the others."""
+FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
+"""Architectures whose heads have a layer like others, with attention."""
 
 
 def has_head(model: Model) -> bool:
@@ -34,7 +34,7 @@ def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: in
     """Of the first head, for sequences of so many tokens at most. It reads tokens and the normed hidden state of the
     last stage. UsageError where there is none, ModelFileError where a tensor does not fit."""
     if not has_head(model):
-        known = f"known are those of {' and '.join(FAMILIES)} files with nextn tensors"
+        known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
         raise UsageError(f"{model.file.path} has no head that predicts further tokens: {known}; set heads: false")
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

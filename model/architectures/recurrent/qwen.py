@@ -10,6 +10,7 @@ from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.positions import check_sections
 from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
 from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
+from llamaclust.model.hyperparameters import read_block_count
 from llamaclust.model.step_options import Gating
 
 _FEED_FORWARD_NORM = "post_attention_norm"
@@ -44,11 +45,13 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """A flag for each layer, or all but the last of each period."""
-    keys, layers = builder.keys, builder.hyperparameters.block_count
+    """A flag for each layer, or all but the last of each period. Behind them, a head that predicts further tokens has
+    attention."""
+    keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)
-    return [(layer + 1) % period != 0 for layer in range(layers)] if flags is None else flags
+    flags = [(layer + 1) % period != 0 for layer in range(layers)] if flags is None else flags
+    return [*flags, False]
 
 
 def _experts(builder: ProgramBuilder) -> ExpertsVariant:

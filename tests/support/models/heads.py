@@ -31,7 +31,7 @@ def with_knowing_head(path: Path, name: str = "glm4moe") -> Path:
 def _knowing(model: Model, name: str) -> TensorSource:
     tensor = model.file.tensor(name)
     values = np.frombuffer(tensor.read(), np.float32).reshape(tensor.shape).copy()
-    if any(part in name for part in ("attn_output", "ffn_down")):
+    if any(part in name for part in ("attn_output", "ffn_down", "ssm_out")):
         values[:] = 0
     if name.endswith("eh_proj.weight"):
         values[:] = np.eye(values.shape[0], values.shape[1])

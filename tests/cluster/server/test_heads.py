@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.heads import with_head
 from support.models.tiny_architectures import build_architecture
 
-_HEADS = {"speculative": {"heads": True}}
+_HEADS: dict[str, Any] = {"speculative": {"heads": True}}
 
 
 def _config(path: Path, workers: int = 2, **keys: object) -> ClusterConfig:

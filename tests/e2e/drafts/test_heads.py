@@ -6,6 +6,7 @@ import asyncio
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from support.plans.heads import ask_for_any
 from support.seed import SEED
 
 REQUESTS = generations(SEED)
-HEADS = {"speculative": {"heads": True}}
+HEADS: dict[str, Any] = {"speculative": {"heads": True}}
 
 
 @cache
@@ -44,12 +45,6 @@ def _expected(model: Path) -> list[Answer]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(params=[(name, knows) for name in FAMILIES for knows in (True, False)], ids=str)
-def model(folder: Path, request: pytest.FixtureRequest) -> Path:
-    name, knows = request.param
-    return _model(folder, name, knows=knows)
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ async def test_any_cut_gives_the_same_answers(
     folder: Path, workers: int, alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _draft_any(monkeypatch)
-    name = FAMILIES[workers % 2]
+    name = FAMILIES[workers]
     for knows in (True, False):
         model = _model(folder, name, knows=knows)
         expected = await asyncio.to_thread(_expected, model)
@@ -94,8 +89,12 @@ async def test_a_lost_worker_changes_nothing(
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
 
 
-async def test_preemptions_aborts_and_prefix_hits_change_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["deepseek2", "glm4moe"])
+async def test_preemptions_aborts_and_prefix_hits_change_nothing(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _draft_any(monkeypatch)
+    model = _model(folder, name, knows=False)
     expected = await asyncio.to_thread(_expected, model)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, kv_blocks=40, heads=True))
     async with client._stage.serve() as service:
@@ -113,8 +112,14 @@ async def test_preemptions_aborts_and_prefix_hits_change_nothing(model: Path, mo
         assert engine.counts.kv_blocks_held == 0
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(1), ReferenceBackend()], ids=["cpu", "reference"])
-def test_disturbances_change_no_bit(model: Path, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    ("knows", "backend"),
+    [(True, CpuBackend(1)), (False, CpuBackend(1)), (False, ReferenceBackend())],
+    ids=["right", "wrong", "reference"],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_disturbances_change_no_bit(folder: Path, name: str, knows: bool, backend: Backend) -> None:
+    model = _model(folder, name, knows=knows)
     with Model.open(model) as opened:
         known = disturbed.undisturbed(backend, opened, 256)
         assert disturbed.disturbed(backend, opened, 256, known, head=True) == known

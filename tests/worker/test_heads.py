@@ -21,7 +21,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInput
 from llamaclust.worker.stage.heads import following
 from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory, program_memory
 from llamaclust.worker.stage.stage_runner import head_memory as memory_of_head
-from support.models.heads import with_head
+from support.models.tiny.head_models import with_head
 from support.seed import SEED
 
 _TOKENS, _BLOCK = 40, 16

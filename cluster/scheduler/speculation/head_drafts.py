@@ -32,7 +32,7 @@ class HeadDrafts:
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
         """How many tokens, `most` at most, are worth drafting behind the next step of these sequences, of which there
         are so many microbatches, where there would be `speed` tokens a nanosecond without; 0: none."""
-        drafted = [sequence for sequence in sequences if may_ask(sequence)]
+        drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0
         rates = list(map(_rate, drafted))
@@ -56,14 +56,14 @@ class HeadDrafts:
         return best
 
 
-def ask(sequences: Iterable[Sequence], count: int) -> None:
+def order_drafts(sequences: Iterable[Sequence], count: int) -> None:
     """Has the next step of each draft so many tokens behind it."""
     for sequence in sequences if count else ():
-        if may_ask(sequence):
-            sequence.head.ask(len(sequence.tokens), count)
+        if may_order(sequence):
+            sequence.head.order(len(sequence.tokens), count)
 
 
-def may_ask(sequence: Sequence) -> bool:
+def may_order(sequence: Sequence) -> bool:
     """Whether a draft for it may be of use."""
     return sequence.may_draft and sequence.left > 2 and sequence.drafts is not None
 

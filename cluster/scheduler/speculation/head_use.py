@@ -25,7 +25,7 @@ class HeadUse:
         """Whether the head is tried, although what is known says that it does not pay."""
         return self._left > 0 or tokens - self._asked_at >= self._wait
 
-    def ask(self, tokens: int, count: int) -> None:
+    def order(self, tokens: int, count: int) -> None:
         """For so many drafted tokens behind the next step of a sequence of so many."""
         if tokens - self._asked_at >= self._wait:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _AGAIN_MOST)

@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
-from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts, ask
+from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts, order_drafts
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
@@ -59,7 +59,7 @@ class Speculation:
             if sequence.drafts is not None:
                 sequence.drafts.chain = None
         if self._head is not None:
-            ask(sequences, self._head_length(sequences, candidates, windows, groups))
+            order_drafts(sequences, self._head_length(sequences, candidates, windows, groups))
         if sequences and groups == running == 1:
             windows = [self._chained(sequences[0], candidates[0], windows[0], most_rows)]
         for sequence, candidate, window in zip(sequences, candidates, windows, strict=True):

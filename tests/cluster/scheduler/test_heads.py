@@ -122,7 +122,7 @@ def test_a_head_that_gets_better_is_noticed() -> None:
     asked = []
     for tokens in range(PROMPT, 5000):
         if use.is_due(tokens):
-            use.ask(tokens, 1)
+            use.order(tokens, 1)
             asked.append(tokens)
     assert asked[0] == PROMPT and 15 < len(asked) < 60
     pauses = [later - earlier for earlier, later in pairwise(asked) if later - earlier > 1]

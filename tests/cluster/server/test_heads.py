@@ -16,7 +16,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import FAMILIES
 from llamaclust.worker.stage.stage_runner import StageRunner
-from support.models.heads import with_head
+from support.models.tiny.head_models import with_head
 from support.models.tiny_architectures import build_architecture
 
 _HEADS: dict[str, Any] = {"speculative": {"heads": True}}

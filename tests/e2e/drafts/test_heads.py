@@ -21,10 +21,10 @@ from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import FAMILIES
 from support.arithmetic import disturbed
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, generations, recovering, undisturbed
-from support.models.heads import with_head, with_knowing_head
+from support.models.tiny.head_models import with_head, with_knowing_head
 from support.models.tiny_architectures import build_architecture
 from support.plans.drafting import AnyWindows, SaidDrafters
-from support.plans.heads import ask_for_any
+from support.plans.heads import order_any
 from support.seed import SEED
 
 REQUESTS = generations(SEED)
@@ -55,7 +55,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _draft_any(monkeypatch: pytest.MonkeyPatch, most: int = 6) -> None:
     """Heads and windows of any size, whether they pay or not."""
-    ask_for_any(Random(SEED), most, monkeypatch)
+    order_any(Random(SEED), most, monkeypatch)
     monkeypatch.setattr(speculation, "best_windows", AnyWindows(Random(SEED), most))
 
 

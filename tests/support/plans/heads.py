@@ -31,7 +31,7 @@ class AnyLengths:
         return count
 
 
-def ask_for_any(source: random.Random, most: int, monkeypatch: pytest.MonkeyPatch) -> AnyLengths:
+def order_any(source: random.Random, most: int, monkeypatch: pytest.MonkeyPatch) -> AnyLengths:
     lengths = AnyLengths(source, most)
     monkeypatch.setattr(HeadDrafts, "length", lengths.length)
     return lengths

@@ -282,7 +282,8 @@ class Sequence:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
         if sampled:
-            updates += map(TokenSampled, self._take_sampled(taken, sampled))
+            rows = tuple(replace(row, drafted=()) if row.drafted else row for row in sampled)
+            updates += map(TokenSampled, self._take_sampled(taken, rows))
             self._take_suggested(taken.end - len(sampled), sampled)
         if (reason := self._finish_reason(bool(sampled))) is not None:
             updates.append(Finished(reason, self.timings()))
@@ -291,7 +292,7 @@ class Sequence:
     def _take_suggested(self, place: int, rows: tuple[RowResult, ...]) -> None:
         """What a head drafted behind the last token. `place`: of the first row's own token."""
         for end, row in enumerate(rows, place + 2):
-            if row.drafted and end == len(self.tokens) and self.drafts is not None:
+            if row.drafted and end == len(self.tokens) and self.drafts is not None and not self.forced_draft:
                 self.drafts.suggest(self.tokens, row.drafted)
 
     def _take_sampled(self, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
@@ -350,7 +351,6 @@ class Sequence:
     def _append_sampled(self, place: int, row: RowResult) -> list[RowResult]:
         """The token that the row at this position chose and those that must follow it, as far as they are new: a row
         that was sent before the tokens forced by its predecessor were known repeats these."""
-        row = replace(row, drafted=()) if row.drafted else row
         known = len(self.tokens) - place - 1
         added: list[RowResult] = []
         for following in (row, *(RowResult(token, 0.0) for token in row.forced))[known:]:

@@ -147,7 +147,7 @@ def _taken(chunks: Sequence[Chunk], batch: Batch, rows: Sequence[RowResult], tas
             tables = batch.block_tables[batch.table_starts[index] : batch.table_starts[index + 1]]
             end = len(tables) * KV_BLOCK_TOKENS
             each = _Taken(tables, end, int(batch.sequence_starts[index]), chunk.position, tokens)
-            if chosen is not None and not results[chosen].forced:
+            if chosen is not None and not (results[chosen].forced or results[chosen].forced_draft):
                 each.output, each.most = at + chosen, chunk.drafts
                 task = of_rows[chosen]
                 assert isinstance(task, SampleTask), "it chose a token"

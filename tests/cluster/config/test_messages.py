@@ -53,7 +53,7 @@ TOP_KEYS = {
     "speculative: null": "speculative: an empty value is not possible; give auto, off, or a section of keys",
     "speculative: ngram": (
         "speculative: 'ngram' is not possible; "
-        "give auto or off or true or false or keys with values: max_window, shared_answers, model, threads"
+        "give auto or off or true or false or keys with values: max_window, shared_answers, model, heads, threads"
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (

@@ -69,7 +69,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
-    from llamaclust.worker.devices.system_info import physical_cores
+    from llamaclust.worker.devices.cores import physical_cores
 
     if task.workers > 1:
         tune_grpc()

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.resources.link_profiling import hops_matter, kep
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
-from llamaclust.cluster.launchers.worker_settings import worker_settings
+from llamaclust.cluster.launchers.worker_settings import thread_shares, worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
@@ -29,6 +29,7 @@ from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from llamaclust.model.placement import RuleEffect, rule_effects
+from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
 from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
 
@@ -99,7 +100,14 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, *beside)))
+    print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside)))
+
+
+def _cores(config: ClusterConfig) -> str:
+    """Threads of workers, and the cores that they are for."""
+    threads, cores = thread_shares(config), read_cores()
+    text = f"  threads: {', '.join(f'{name} {count}' for name, count in threads.items())}, for {cores}"
+    return f"{text}; more threads than that are slower" if sum(threads.values()) > cores.count else text
 
 
 def planned(config: ClusterConfig) -> PlannedStart:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.rpc.server import Handler
 from llamaclust.wire.security.terms import TermProof
+from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
@@ -16,6 +18,8 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -52,6 +56,7 @@ class Worker:
         """UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
+        _log.info("%s", read_cores().threads_text(device.threads))
         weights = Weights(weight_cache(settings), settings.model_dir)
         return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file), kv_disk=kv_disk)
 

@@ -62,7 +62,7 @@ def quantize(
     from llamaclust.model.imatrix import read_imatrix
     from llamaclust.tools.quantize.quantize import plan_quantizing, write_quantized
     from llamaclust.tools.quantize.type_choice import Wishes
-    from llamaclust.worker.devices.system_info import physical_cores
+    from llamaclust.worker.devices.cores import physical_cores
 
     if len(out) > 1:
         raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
@@ -111,7 +111,7 @@ def imatrix(
     from llamaclust.model.loader import Model
     from llamaclust.tools.evaluate.perplexity import cut, read_text
     from llamaclust.tools.quantize.imatrix import collect
-    from llamaclust.worker.devices.system_info import physical_cores
+    from llamaclust.worker.devices.cores import physical_cores
 
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")

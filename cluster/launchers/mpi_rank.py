@@ -38,7 +38,7 @@ from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.token import JoinToken
-from llamaclust.worker.devices.system_info import physical_cores
+from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.enrolment import pinned
 from llamaclust.worker.settings import WorkerSettings
 

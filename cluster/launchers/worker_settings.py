@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import WorkerConfig
-from llamaclust.worker.devices.system_info import physical_cores
+from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}

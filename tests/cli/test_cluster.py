@@ -14,6 +14,7 @@ from llamaclust.cli import terminal
 from llamaclust.cli.cluster import logs
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import UsageError
+from llamaclust.worker.devices.cores import physical_cores, read_cores
 from support.clusters.command_line import Cluster, CommandLine, eventually, float32
 
 WORKER_KEYS = {"name", "pid", "address", "device", "layers", "state", "memory_bytes", "busy", "tokens_per_s"}
@@ -154,6 +155,9 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     assert [(stage["worker"], stage["end"]) for stage in by_hand["stages"]] == [("a", 4)]
     unknown = line.run("plan", line.cluster_file("good.gguf", "never", workers=[{"name": "a"}]))
     assert unknown.code == 0 and "? ms/token" in unknown.out and "?: not measured yet" in unknown.out
+    assert f"  threads: a {physical_cores()}, for {read_cores()}\n" in unknown.out
+    many = line.run("plan", line.cluster_file("good.gguf"), "--set", "workers.a.threads=999").out
+    assert f"  threads: a 999, b 1, for {read_cores()}; more threads than that" in many
 
 
 def test_plans_of_measured_workers_predict_gains_of_speculation(line: CommandLine, cluster: Cluster) -> None:

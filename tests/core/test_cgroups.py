@@ -15,7 +15,6 @@ from llamaclust.model.weights.manifest import make_manifest
 from llamaclust.worker.devices.system_info import (
     available_memory_bytes,
     memory_group,
-    physical_cores,
     total_memory_bytes,
 )
 from support.models.tiny_model import build_tiny_model
@@ -114,36 +113,3 @@ def test_workers_of_one_limited_group_have_the_same_identity_of_it(tmp_path: Pat
     for place in ("/a", "/a/b", "/a/c", "/"):
         names.append(memory_group(_machine(tmp_path, f"0::{place}", groups)))
     assert names[0] == names[1] != "" and names[2] not in (names[0], "") and names[3] == ""
-
-
-def _processors(root: Path, siblings: str) -> Path:
-    """`siblings`: the hardware threads of each core, as in "0,4 1,5"; of several sockets, the numbers are unique."""
-    for core in siblings.split():
-        for number in core.split(","):
-            folder = root / f"sys/devices/system/cpu/cpu{number}/topology"
-            folder.mkdir(parents=True)
-            (folder / "thread_siblings_list").write_text(f"{core}\n")
-    return root
-
-
-def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
-    root = _processors(_machine(tmp_path, "0::/", {}), "0,4 1,5 2 3")
-    assert physical_cores(root, range(6)) == 4
-    assert physical_cores(root, [0, 1, 4, 5]) == 2, "those of the affinity"
-    assert physical_cores(root, [8, 9]) == 2, "without topology, each hardware thread is a core"
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "groups", "cores"),
-    [
-        ("0::/a/b", {f"{_V2}/a": {"cpu.max": "250000 100000"}, f"{_V2}/a/b": {"cpu.max": "max 100000"}}, 3),
-        ("0::/a", {f"{_V2}/a": {"cpu.max": "1000000 100000"}}, 4),
-        ("3:cpu,cpuacct:/a", {"sys/fs/cgroup/cpu/a": {"cpu.cfs_quota_us": 50000, "cpu.cfs_period_us": 100000}}, 1),
-        ("3:cpu,cpuacct:/a", {"sys/fs/cgroup/cpu/a": {"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000}}, 4),
-    ],
-    ids=["rounded up", "more than there are", "half a core", "no quota"],
-)
-def test_a_quota_of_cpu_time_limits_cores(
-    tmp_path: Path, cgroup: str, groups: Mapping[str, Mapping[str, object]], cores: int
-) -> None:
-    assert physical_cores(_processors(_machine(tmp_path, cgroup, groups), "0,4 1,5 2,6 3,7"), range(8)) == cores

@@ -28,7 +28,7 @@ from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
-from llamaclust.worker.devices.system_info import physical_cores
+from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.stage.stage_runner import StageOptions
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model

@@ -24,7 +24,7 @@ from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu
-from llamaclust.worker.devices.system_info import physical_cores
+from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.stage.stage_runner import StageOptions
 
 OnStep = Callable[[str], None]

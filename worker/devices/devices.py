@@ -22,6 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends, system_info
 from llamaclust.worker.devices.backends import GpuBackend
+from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.settings import WorkerSettings
 
 _CPU = "cpu"
@@ -44,7 +45,7 @@ class Device:
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
-        threads = settings.threads or system_info.physical_cores()
+        threads = settings.threads or physical_cores()
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
         backend = backends.open_processor(settings.device, threads, level, packed_cache)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from llamaclust.core.cgroups import cpu_quota, memory_groups, read_text
+from llamaclust.core.cgroups import memory_groups, read_text
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -44,18 +42,6 @@ def memory_group(root: Path = _ROOT) -> str:
         return ""
     found = tightest.path.stat()
     return f"{found.st_dev}:{found.st_ino}"
-
-
-def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> int:
-    """Cores that this process may use, as many as compute threads are worth starting: hardware threads of one core
-    count once, and no more than the control groups' quota of CPU time, rounded up. `affinity`: hardware threads, else
-    the process's own."""
-    cores = set()
-    for number in os.sched_getaffinity(0) if affinity is None else affinity:
-        siblings = read_text(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        cores.add(siblings.strip() or str(number))
-    quota = cpu_quota(root)
-    return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
 
 
 def resident_bytes() -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from llamaclust.core.errors import UsageError
-from llamaclust.worker.devices import cores
 from llamaclust.worker.devices.cores import bind_to_node, physical_cores, read_cores
 
 _CPU = "sys/devices/system/cpu"
@@ -154,8 +153,8 @@ def test_nodes_of_two_sockets(tmp_path: Path) -> None:
 
 def test_a_thread_is_bound_to_the_cores_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = []
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(cores.os, "sched_setaffinity", lambda _, numbers: bound.append(numbers))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, numbers: bound.append(numbers))
     bind_to_node(1, _written(tmp_path, _two_sockets()))
     assert bound == [tuple(range(1, 16, 2))], "none outside of the affinity"
     with pytest.raises(UsageError):

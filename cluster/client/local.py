@@ -188,7 +188,8 @@ class LocalStage:
         if not (scheduling.max_drafted and self.model.generates):
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
         plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
-        draft_model = opened.enter_context(open_draft_model(plan))
+        unused_bytes = self._runner.memory.kv_bytes  # counts as free until answers write to it
+        draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
         return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:

@@ -10,9 +10,12 @@ from time import monotonic_ns
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.core.drafts import DraftReplies
+from llamaclust.core.errors import DeadlineError, LlamaclustError
 
-_DEADLINE_S = 30.0
+_DEADLINE_S = 30
 """Of one batch: a model that takes longer is not asked any more."""
+_SLICE_S = 1.0
+"""Of the deadline: while the whole process is paused, however long, no more than one ends."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +46,7 @@ class DraftRunner:
 
     async def _wait(self, drafts: ModelDrafts, drafting: Awaitable[DraftReplies], begun_ns: int) -> None:
         try:
-            async with asyncio.timeout(_DEADLINE_S):
-                replies = await drafting
+            replies = await _in_time(drafting)
             drafts.drafted(replies, monotonic_ns() - begun_ns, self._scheduler.by_key)
         except Exception as error:  # noqa: BLE001  a border: answers do not depend on drafts
             self._lose(drafts, error)
@@ -53,9 +55,22 @@ class DraftRunner:
         self._drafted()
 
     def _lose(self, drafts: ModelDrafts, error: Exception) -> None:
-        _log.warning("the draft model failed, and is not asked any more: %r", error)
+        text = str(error) if isinstance(error, LlamaclustError) else repr(error)
+        _log.warning("the draft model failed, and is not asked any more: %s", text)
         drafts.model.lose()
 
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+
+async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
+    """DeadlineError for a model that does not answer while this process runs."""
+    awaited = asyncio.ensure_future(drafting)
+    try:
+        for _ in range(round(_DEADLINE_S / _SLICE_S)):
+            if (await asyncio.wait((awaited,), timeout=_SLICE_S))[0]:
+                return awaited.result()
+    finally:
+        awaited.cancel()
+    raise DeadlineError(f"no draft within {_DEADLINE_S} s")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -57,16 +57,15 @@ class DraftModelPlan:
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
     """Reads its header only. It has memory for sequences of this context. UsageError where its drafts could be for none
     of the targets; errors of `Model.open`."""
-    model = Model.open(path)
+    with of_draft_model():
+        model = Model.open(path)
     variables = environment()
     settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
     drafted = _targets(model, targets)
     device = Device.open(with_caches(settings))
     context = min(context_length, model.hyperparameters.context_length)
     if context < _LEAST_CONTEXT:
-        raise UsageError(
-            f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
-        )
+        raise UsageError(_too_short(path, context_length, model.hyperparameters.context_length))
     limits = StageLimits(
         max_batch_tokens=MOST_ROWS + MOST_ORDERS,
         max_outputs=MOST_ORDERS,
@@ -85,6 +84,8 @@ class LoadedDraftModel:
     def __init__(self, plan: DraftModelPlan, stage: StageRunner) -> None:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
+        self.kv_bytes = stage.memory.kv_bytes
+        """Of these, what counts as free memory until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -106,11 +107,14 @@ class LoadedDraftModel:
         self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
-        """What it takes behind so many tokens of one sequence, at its quickest: other work may hold up single steps."""
+        """What it takes behind so many tokens of one sequence, at its quickest: other work may hold up single steps.
+        UsageError for a model whose logits are not finite."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
         self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
         taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])
         tries = [self._drafter.draft([DraftOrder(-1, tokens, length, _TRIED, task)]) for _ in range(_TRIES)]
+        if any(len(reply.tokens) < _TRIED for drafted in tries for reply in drafted.replies):
+            raise UsageError(f"draft model {self.path}: its logits are not finite, so it drafts nothing; name another")
         step_ns = min(drafted.steps_ns / drafted.steps for drafted in tries)
         return DraftTimes(step_ns, taken_in.rows_ns / taken_in.rows)
 
@@ -156,10 +160,11 @@ class SharedDraftModel:
         return replace(replies, replies=tuple(own))
 
 
-def open_draft_model(plan: DraftModelPlan) -> LoadedDraftModel:
-    """Loads it, and tries how fast it is. InsufficientMemoryError."""
+def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
+    """Loads it, and tries how fast it is. `reserved_bytes` of what is free are not for it. InsufficientMemoryError,
+    and UsageError for a model whose logits are not finite."""
     model, device = plan.model, plan.device
-    free_bytes = device.free_bytes_of("cpu")
+    free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
         raise InsufficientMemoryError(f"draft model {plan.path} needs {missing(plan.memory.parts, free_bytes)}")
     options = StageOptions(device.backend.feature_level, device.threads)
@@ -169,6 +174,16 @@ def open_draft_model(plan: DraftModelPlan) -> LoadedDraftModel:
         draft_model = LoadedDraftModel(plan, stage)
         opened.pop_all()
     return draft_model
+
+
+@contextmanager
+def of_draft_model() -> Iterator[None]:
+    """Errors in a file say that it is the draft model's."""
+    try:
+        yield
+    except UsageError as error:
+        error.args = (f"draft model {error}",)
+        raise
 
 
 @asynccontextmanager
@@ -191,6 +206,14 @@ async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftM
 def _close_loaded(loading: Future[LoadedDraftModel]) -> None:
     if not loading.cancelled() and loading.exception() is None:
         loading.result().close()
+
+
+def _too_short(path: Path, context: int, own_context: int) -> str:
+    if own_context < _LEAST_CONTEXT:
+        return (
+            f"draft model {path}: is made for {own_context} tokens, {_LEAST_CONTEXT} at least are needed; name another"
+        )
+    return f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:

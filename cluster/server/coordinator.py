@@ -132,7 +132,7 @@ async def open_cluster(
         registry = _registry(config, launcher, record)
         models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
         _check_models(config, models, launcher)
-        speculations = await drafting(stack, models, report)  # workers' memory is what this leaves
+        drafts = await drafting(stack, models, report)  # workers' memory is what this leaves
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
         opened = [await OpenedModel.restore(*of, adapter_record, names=names, report=report) for of in models]
@@ -146,12 +146,12 @@ async def open_cluster(
         named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
         # a bad tokenizer is named now
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
-        meter = await _measured(planners, registry, launcher, folder, report)
+        meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes)
         start_s = 0.0 if config.launcher == "local" else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(
-            stack, opened, planners, speculations, pool=pool, adapter_record=adapter_record, report=report
+            stack, opened, planners, drafts.settings, pool=pool, adapter_record=adapter_record, report=report
         )
         metrics = _cluster_metrics(served, registry)
         residents = {one.name: _resident(one, entry) for one, entry in zip_longest(served, config.models)}
@@ -191,8 +191,10 @@ async def _measured(
     launcher: Launcher,
     folder: ClusterDir,
     report: Report,
+    unused_bytes: int,
 ) -> MeasureLinks | None:
-    """Planners know the workers and their links from now on. Returns how to measure links again."""
+    """Planners know the workers and their links from now on. Returns how to measure links again. So many bytes of this
+    machine's memory count as free and are not."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -201,7 +203,7 @@ async def _measured(
     meter = _link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
     for planner in planners:
-        planner.free_bytes = free_bytes
+        planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes)
         if links is not None:
             planner.update(links)
     return meter

@@ -14,6 +14,7 @@ from llamaclust.cluster.launchers.draft_model import (
     DraftModelPlan,
     SharedDraftModel,
     draft_model_beside,
+    of_draft_model,
     plan_draft_model,
 )
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
@@ -47,16 +48,24 @@ def draft_model_memory(models: Models) -> DraftModelMemory | None:
     return None if plan is None else _memory(plan, models)
 
 
-async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> list[SpeculationSettings | None]:
-    """Of each model. The draft model is loaded, and closed with the stack. Raises as `plan_draft_model` and
-    `open_draft_model`."""
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How the models of a cluster are drafted for."""
+
+    settings: Sequence[SpeculationSettings | None]  # of each
+    unused_bytes: int = 0  # of this machine's memory: of a draft model that has not written to them yet
+
+
+async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
+    """The draft model is loaded, and closed with the stack. Raises as `plan_draft_model` and `open_draft_model`."""
     plan = await asyncio.to_thread(_planned, models)
     if plan is None:
-        return [speculation_settings(config, None) for config, _ in models]
+        return Drafting([speculation_settings(config, None) for config, _ in models])
     loaded = await stack.enter_async_context(draft_model_beside(plan))
     report(Notice(f"{_memory(plan, models).text}, {loaded.times.draft_ns(1, 1, 1) / 1e6:.1f} ms a token"))
     shares = {index: SharedDraftModel(loaded, index, len(models)) for index in plan.targets}
-    return [speculation_settings(config, shares.get(index)) for index, (config, _) in enumerate(models)]
+    settings = [speculation_settings(config, shares.get(index)) for index, (config, _) in enumerate(models)]
+    return Drafting(settings, loaded.kv_bytes)
 
 
 def _planned(models: Models) -> DraftModelPlan | None:
@@ -64,7 +73,9 @@ def _planned(models: Models) -> DraftModelPlan | None:
     if own is None or own.model is None:
         return None
     context = max(config.context_length for config, _ in models)
-    return plan_draft_model(resolve_model(own.model), [model for _, model in models], own.threads, context)
+    with of_draft_model():
+        path = resolve_model(own.model)
+    return plan_draft_model(path, [model for _, model in models], own.threads, context)
 
 
 def _memory(plan: DraftModelPlan, models: Models) -> DraftModelMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from random import Random
 
@@ -12,9 +13,12 @@ from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReply
 from llamaclust.core.errors import UsageError
-from llamaclust.core.sampling import SampleTask, SamplingParams
+from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
+from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
+from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.drafting.model_drafter import MOST_ROWS
+from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
@@ -81,6 +85,36 @@ def test_unknown_tokens_get_no_draft(model: LoadedDraftModel) -> None:
     assert [len(reply.tokens) for reply in drafts_of(model, known, unknown, named)] == [3, 0, 0]
 
 
+def test_logits_that_are_not_finite_end_that_draft_alone(
+    model: LoadedDraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = [order(key, [3 + key] * 9, 5) for key in (0, 2, 1)]
+    expected = drafts_of(model, *healthy)
+    finish = StageRunner.finish
+
+    def damaged(self: StageRunner, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        rows = finish(self, logits, inputs)
+        bad = [isinstance(task, SampleTask) and (task.seed, task.position) >= (2, 9 + 2) for task in inputs.tasks]
+        return tuple(
+            RowResult(-1, nan, failure="not finite") if is_bad else row for is_bad, row in zip(bad, rows, strict=True)
+        )
+
+    monkeypatch.setattr(StageRunner, "finish", damaged)
+    hurt = [order(key, [3 + key] * 9, 5, SampleTask(SamplingParams(), key, 0, 9)) for key in (0, 2, 1)]
+    first, second, third = drafts_of(model, *hurt)
+    assert [first, third] == [expected[0], expected[2]]
+    assert second.tokens == expected[1].tokens[:2], "those before it are drafts"
+    assert second.taken_in == 0, "the scheduler does not ask for this sequence again"
+
+
+def test_a_model_without_finite_logits_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = lambda self, logits, inputs: tuple(RowResult(-1, nan, failure="x") for _ in inputs.tasks)  # noqa: E731
+    monkeypatch.setattr(StageRunner, "finish", bad)
+    told = r"draft model .*tiny.gguf: its logits are not finite, so it drafts nothing; name another"
+    with Model.open(path) as target, pytest.raises(UsageError, match=told):
+        open_draft_model(plan_draft_model(path, [target], 1, CONTEXT))
+
+
 @pytest.mark.parametrize("context", [40, MOST_ROWS, MOST_ROWS + 1])
 def test_short_contexts(path: Path, context: int) -> None:
     with Model.open(path) as target, open_draft_model(plan_draft_model(path, [target], 1, context)) as opened:
@@ -89,6 +123,13 @@ def test_short_contexts(path: Path, context: int) -> None:
         assert len(reply.tokens) == 5
     with Model.open(path) as target, pytest.raises(UsageError, match="a context of 16 tokens is too short"):
         plan_draft_model(path, [target], 1, 16)
+
+
+def test_a_model_that_is_made_for_short_contexts_is_refused(path: Path, tmp_path: Path) -> None:
+    short = build_tiny_model(tmp_path / "short.gguf", layers=1, hidden=64, ffn=64, heads=4, context=16)
+    told = r"draft model .*short.gguf: is made for 16 tokens, 32 at least are needed; name another"
+    with Model.open(path) as target, pytest.raises(UsageError, match=told):
+        plan_draft_model(short, [target], 1, CONTEXT)
 
 
 def test_a_prompt_that_never_fits_takes_no_memory_from_others(model: LoadedDraftModel) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 
 from llamaclust.core.drafts import DraftOrder, DraftReplies, DraftReply
-from llamaclust.core.sampling import SampleTask
+from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -29,7 +29,8 @@ class ModelDrafter:
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
         """A sequence of which the model lacks too many tokens gets no draft; nor one for which it has no memory, or
-        with tokens that it does not know."""
+        with tokens that it does not know. A draft ends before a row whose logits are not finite, and that sequence gets
+        no more drafts: as one without memory, `taken_in` is 0."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
@@ -48,7 +49,7 @@ class ModelDrafter:
         rows_ns = perf_counter_ns() - began_ns
         steps = self._draft(drafting)
         for each in drafting:
-            taken_in = min(len(each.cache.tokens), each.order.length)
+            taken_in = 0 if each.has_failed else min(len(each.cache.tokens), each.order.length)
             reply = replies[each.order.key]
             replies[each.order.key] = replace(reply, tokens=tuple(each.drafted), taken_in=taken_in)
         steps_ns = perf_counter_ns() - began_ns - rows_ns
@@ -73,16 +74,16 @@ class ModelDrafter:
     def _draft(self, drafting: list[_Drafting]) -> int:
         """A token for each at a time. Returns how many times."""
         steps = 0
-        while drafting := [each for each in drafting if len(each.drafted) < each.most]:
+        while drafting := [each for each in drafting if len(each.drafted) < each.most and not each.has_failed]:
             tasks = tuple(each.task for each in drafting)
-            for each, token in zip(drafting, self._run(tuple(each.chunk() for each in drafting), tasks), strict=True):
-                each.take(token)
+            for each, row in zip(drafting, self._run(tuple(each.chunk() for each in drafting), tasks), strict=True):
+                each.take(row)
             steps += 1
         return steps
 
-    def _run(self, chunks: tuple[Chunk, ...], tasks: tuple[SampleTask, ...] = ()) -> tuple[int, ...]:
+    def _run(self, chunks: tuple[Chunk, ...], tasks: tuple[SampleTask, ...] = ()) -> tuple[RowResult, ...]:
         logits = self._stage.run(Microbatch(self._stage.model_id, 1, 0, chunks), None)
-        return tuple(row.token for row in self._stage.finish(logits, SamplingInputs(1, 0, tasks))) if tasks else ()
+        return tuple(self._stage.finish(logits, SamplingInputs(1, 0, tasks))) if tasks else ()
 
     def close(self) -> None:
         self._stage.close()
@@ -97,6 +98,7 @@ class _Drafting:
         self.most = most
         self.drafted: list[int] = []
         self.task = order.task
+        self.has_failed = False
 
     def chunk(self) -> Chunk:
         """The rows from the first token that the model does not have."""
@@ -105,6 +107,9 @@ class _Drafting:
         self.cache.tokens += tokens
         return Chunk(tokens, start, self.cache.table, 1)
 
-    def take(self, token: int) -> None:
-        self.drafted.append(token)
+    def take(self, row: RowResult) -> None:
+        if row.failure is not None:  # it has no token
+            self.has_failed = True
+            return
+        self.drafted.append(row.token)
         self.task = self.task.next()

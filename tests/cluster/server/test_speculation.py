@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,19 @@ import pytest
 from llamaclust.cli.plan import planned, show_plan
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import speculation_settings
+from llamaclust.cluster.launchers.draft_model import plan_draft_model
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.drafting import draft_model_memory, drafting
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from support.clusters.recovering import answer_of, config, model_in, recovering
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 FREE_BYTES = 1 << 30
@@ -94,6 +97,37 @@ def test_a_plan_counts_the_draft_model(
         planned(load_config(None, drafting))
 
 
+async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system counts it as free."""
+    monkeypatch.setattr("llamaclust.cluster.launchers.local.available_memory_bytes", lambda: FREE_BYTES)
+    settings = config(model, tmp_path, 1, speculative={"model": str(model), "threads": 1})
+    with Model.open(model) as opened:
+        kv_bytes = plan_draft_model(model, [opened], 1, settings.context_length).memory.kv_bytes
+    async with recovering(settings) as run:
+        (stage,) = run.cluster.plan.stages
+    assert stage.memory_bytes == FREE_BYTES - kv_bytes and kv_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (partial(build_tiny_model, vocabulary=1024), "draft model .*draft.gguf: its 1024 tokens are not the 320 of"),
+        (partial(build_architecture, name="falcon-h1"), "draft model .*draft.gguf: layers with states"),
+        (lambda path: path.write_bytes(b"GGML"), "draft model .*draft.gguf: "),
+        (lambda path: None, "draft model .*draft.gguf: no such file"),
+    ],
+)
+def test_a_plan_refuses_a_draft_model_as_a_start_does(
+    model: Path, tmp_path: Path, build: Callable[[Path], object], message: str
+) -> None:
+    build(tmp_path / "draft.gguf")
+    given = [f"model={model}", "context_length=64", "workers=[{name: a}]", f"speculative.model={tmp_path}/draft.gguf"]
+    with pytest.raises(UsageError, match=message):
+        planned(load_config(None, given))
+
+
 async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path) -> None:
     """It is for those that have its tokens, and the start says for which."""
     small = partial(build_tiny_model, layers=1, hidden=64, ffn=64, heads=4)
@@ -104,7 +138,7 @@ async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path)
     events: list[Event] = []
     async with AsyncExitStack() as stack:
         opened = [(own, stack.enter_context(Model.open(path))) for own, path in zip(configs, paths, strict=True)]
-        first, other, last = await drafting(stack, opened, events.append)
+        first, other, last = (await drafting(stack, opened, events.append)).settings
         assert first is not None and other is not None and last is not None
         assert first.draft_model is not None and last.draft_model is not None and other.draft_model is None
         assert first.draft_model.times is last.draft_model.times, "it is loaded once"

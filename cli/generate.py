@@ -24,6 +24,7 @@ from llamaclust.cli.options import (
     Json,
     KeyFile,
     ModelDraft,
+    Mtp,
     NCpuMoe,
     OverrideTensors,
     Threads,
@@ -78,6 +79,7 @@ def generate(
     model: ModelFile = None,
     threads: Threads = None,
     model_draft: ModelDraft = None,
+    mtp: Mtp = False,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
@@ -88,7 +90,6 @@ def generate(
     more: dict[str, Any],
 ) -> None:
     """Complete PROMPT and stream the text."""
-    text = given_or_piped(prompt)
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(
         cluster,
@@ -100,7 +101,10 @@ def generate(
         ca_file=ca_file,
         served=served_model,
         draft=model_draft,
+        mtp=mtp,
     )
+    target.check_drafts(more.get("speculative"))
+    text = given_or_piped(prompt)
     options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     with target.open() as client:
@@ -148,6 +152,7 @@ def chat(
     ] = None,
     threads: Threads = None,
     model_draft: ModelDraft = None,
+    mtp: Mtp = False,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
@@ -165,8 +170,9 @@ def chat(
 
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(
-        cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft
+        cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft, mtp
     )
+    target.check_drafts(more.get("speculative"))
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
     if reasoning_budget is not None:
@@ -243,6 +249,14 @@ class Target:
     ca_file: Path | None = None
     served: str | None = None  # model or adapter of the cluster; None: its first model
     draft: str | None = None  # draft model of `model`
+    mtp: bool = False  # its own head for multi-token prediction drafts
+
+    def check_drafts(self, most: int | None) -> None:
+        """UsageError where something is to draft, and no tokens: `most` at a time; None: as many as pay."""
+        given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
+        if given and most is not None and not most:
+            none = "--speculative off" if most is False else "--draft-max 0"
+            raise UsageError(f"{given[0]} drafts tokens and {none} none: give one of them")
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs, RequestError for a
@@ -262,6 +276,7 @@ class Target:
                 cpu_moe=self.gpus.cpu_moe,
                 placement=self.gpus.placement,
                 draft_model=None if self.draft is None else resolve_model(self.draft),
+                mtp=self.mtp,
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
             if client.placement:
@@ -293,6 +308,8 @@ class Target:
             raise UsageError("--served-model is for a cluster: --model runs one model in this process")
         if self.draft is not None and self.model is None:
             raise UsageError("--model-draft is for --model: a cluster's is `speculative.model` in the cluster file")
+        if self.mtp and self.model is None:
+            raise UsageError("--mtp is for --model: a cluster's is `speculative.mtp` in the cluster file")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
         if self.gpus != NO_GPUS and self.model is None:

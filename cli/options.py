@@ -76,6 +76,8 @@ class FileCommand(PlainCommand):
                 name = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
                 hint = f"--set {name}={'off' if given == '0' else given}"
                 raise UsageError(f"{option}: is `{name}` in the cluster file: {hint}")
+            if option == "--mtp":
+                raise UsageError(f"{option}: is `speculative.mtp` in the cluster file: --set speculative.mtp=true")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"
                 raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")
@@ -108,6 +110,9 @@ ModelDraft = Annotated[
     Option(
         "--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts; needs --model."
     ),
+]
+Mtp = Annotated[
+    bool, Option("--mtp", help="Draft with the model's own head for multi-token prediction; needs --model.")
 ]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")

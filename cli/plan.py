@@ -11,7 +11,7 @@ from pathlib import Path
 from llamaclust.cluster.api.settings import read_api_keys
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.control.limits import check_distinct
+from llamaclust.cluster.control.limits import check_distinct, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
@@ -65,6 +65,8 @@ class PlannedStart:
     """That a worker's process takes by itself: it is taken to be as large as this one, which has loaded the kernels too
     and holds nothing of the model yet."""
     draft_model: DraftModelMemory | None
+    unused_mtp: str | None
+    """A line on an MTP head that could draft."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -100,7 +102,8 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside)))
+    hints = () if start.unused_mtp is None else (f"  {start.unused_mtp}",)
+    print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside, *hints)))
 
 
 def _cores(config: ClusterConfig) -> str:
@@ -145,7 +148,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         except InsufficientMemoryError as error:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
-        return PlannedStart(plan, own_bytes, draft_model)
+        return PlannedStart(plan, own_bytes, draft_model, unused_mtp(config, model))
 
 
 def _opened(config: ClusterConfig) -> closing[Model]:

@@ -53,7 +53,7 @@ class StageLimits:
     state_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = 0
     # start and end of stages count parts of layers, so many for each: the experts of a layer are on several workers
     expert_shards: Annotated[int, Integer(1, MAX_EXPERT_SHARDS)] = 1
-    nextn: bool = False  # the last stage also holds the model's head that predicts further tokens
+    nextn: bool = False  # the last stage also holds the model's head for multi-token prediction (MTP)
 
     def places(self, start: int, end: int) -> tuple[float, float]:
         """Of a stage in layers, with fractions inside one whose experts are divided."""

@@ -148,4 +148,4 @@ class RowResult:
     forced: tuple[int, ...] = ()  # tokens that must follow it, and are taken in
     is_deferred: bool = False  # the row is to be computed again; then token is -1, logprob NaN
     forced_draft: tuple[int, ...] = ()  # tokens that must follow it, as a draft
-    drafted: tuple[int, ...] = ()  # tokens that may follow it, by a head that predicts further ones
+    drafted: tuple[int, ...] = ()  # tokens that may follow it, by an MTP head

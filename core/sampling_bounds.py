@@ -43,5 +43,5 @@ MAX_GRAMMAR_BYTES = 1 << 20
 MAX_TRIGGERS = 64
 MAX_TRIGGER_BYTES = 1024
 MAX_FORCED_TOKENS = 64  # that one output row may add to the sampled one
-MAX_DRAFTED_TOKENS = 32  # that a head adds likewise
+MAX_DRAFTED_TOKENS = 32  # that an MTP head adds likewise
 MAX_REASONING_END_TOKENS = 1 << 14  # that end reasoning whose budget is used up

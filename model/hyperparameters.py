@@ -51,7 +51,7 @@ MAX_LAYERS = 1 << 10
 SHARED_KV_KEY = "attention.shared_kv_layers"
 """How many of the layers, the last ones, read the keys and values of others."""
 NEXTN_KEY = "nextn_predict_layers"
-"""How many of the layers, the last ones, are heads that predict further tokens."""
+"""How many of the layers, the last ones, are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):

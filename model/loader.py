@@ -118,7 +118,8 @@ class ModelCosts:
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
     cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
     expert_shards: int = 1  # so many of `layers` are the parts of one
-    idle_head_bytes: int = 0  # weights of the last stage that a token does not read
+    nextn_bytes: int = 0  # of an MTP head, what the last stage holds beside its layer
+    nextn_embedding_bytes: int = 0  # likewise, where it is not the first stage too
 
     @property
     def borders(self) -> tuple[int, ...]:

@@ -200,7 +200,7 @@ class StageLimits(_message.Message):
     expert_shards: _builtins.int
     """Shards of the experts of each layer: first and last layer of a stage count these parts of layers; 1: whole layers."""
     nextn: _builtins.bool
-    """Whether the last stage also holds the model's head that predicts further tokens."""
+    """Whether the last stage also holds the model's head for multi-token prediction (MTP)."""
     def __init__(
         self,
         *,

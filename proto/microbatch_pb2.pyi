@@ -56,7 +56,7 @@ class Chunk(_message.Message):
     the first token; set where that is not 0.
     """
     next_token: _builtins.int
-    """The token behind its last one, where that is known already: heads that predict further tokens read it."""
+    """The token behind its last one, where that is known already: MTP heads read it."""
     drafts: _builtins.int
     """Tokens that such a head is to draft behind the one that the chunk's last row that counts chooses."""
     @_builtins.property

@@ -647,7 +647,7 @@ class RowResult(_message.Message):
 
     @_builtins.property
     def drafted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that may follow it, drafted by a head that predicts further tokens."""
+        """Tokens that may follow it, drafted by an MTP head."""
 
     def __init__(
         self,

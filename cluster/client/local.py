@@ -31,6 +31,7 @@ from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits,
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
@@ -61,7 +62,7 @@ class LocalSettings:
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
     speculation: bool = True  # several tokens a step where drafts of them pay
     draft_model: Path | None = None  # a small model with the same tokens that drafts
-    heads: bool = False  # the model's own head that predicts further tokens drafts
+    mtp: bool = False  # the model's own head for multi-token prediction drafts
     device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
     gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
     gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
@@ -127,8 +128,8 @@ class LocalStage:
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
-        if settings.heads and not limits.nextn:
-            raise UsageError("heads: nothing is drafted without speculation: leave one of them out")
+        if settings.mtp:
+            _check_mtp(self.model, limits)
         with ExitStack() as opened:
             for gpu in device.gpus:
                 opened.callback(gpu.close)
@@ -140,7 +141,7 @@ class LocalStage:
                 self.model.layer_count,
                 limits,
                 StageOptions(
-                    self.feature_level, device.threads, held if device.gpus else (), head_backend=device.backend
+                    self.feature_level, device.threads, held if device.gpus else (), nextn_backend=device.backend
                 ),
             )
             opened.callback(self._runner.close)
@@ -349,7 +350,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         prefix_cache=settings.prefix_cache and model.is_causal,
         whole_prompts=not model.is_causal,
         generates=model.generates,
-        speculation=SpeculationSettings(NgramDrafters(), head=settings.heads) if settings.speculation else None,
+        speculation=SpeculationSettings(NgramDrafters(), mtp=settings.mtp) if settings.speculation else None,
         window=None if groups.window is None else groups.window.window,
         window_blocks=groups.window_blocks(kv_blocks),
         has_states=model.has_states,
@@ -366,6 +367,13 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
+def _check_mtp(model: Model, limits: StageLimits) -> None:
+    """UsageError where the model has no MTP head, or nothing is drafted."""
+    check_nextn(model)
+    if not limits.nextn:
+        raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
+
+
 def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
     group = scheduling.window_group
     return StageLimits(
@@ -377,5 +385,5 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         kv_type=scheduling.kv_type.value,
         window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
         state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
-        nextn=scheduling.has_head,
+        nextn=scheduling.has_mtp,
     )

@@ -220,8 +220,8 @@ class Speculative(Section):
     """Tokens of recent answers to draft from in others with the same `cache_salt`, 0 or 1024 and more; 0: none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
     """Draft model: a small one with the same tokens, as `model` of the cluster; it runs beside the coordinator."""
-    heads: bool = False
-    """Whether the model's own head that predicts further tokens drafts; it is loaded with the last stage."""
+    mtp: bool = False
+    """Whether the model's own head for multi-token prediction (MTP) drafts; it is loaded with the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the draft model; by default one a core."""
 

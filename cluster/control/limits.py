@@ -19,7 +19,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits, max_embedded_rows
 from llamaclust.model.loader import Model, ModelCosts
-from llamaclust.model.nextn.costs import with_head
+from llamaclust.model.nextn.costs import with_nextn
+from llamaclust.model.nextn.program import check_nextn, has_nextn
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -53,7 +54,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
-    _check_head(config, model)
+    _check_mtp(config, model)
     check_placement(config, model)
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
@@ -123,14 +124,14 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
         raise UsageError(f"kv_disk: {why}, and layers of this model have some; leave it out")
 
 
-def _check_head(config: ClusterConfig, model: Model) -> None:
+def _check_mtp(config: ClusterConfig, model: Model) -> None:
     """UsageError where a head is to draft and the model has none, or its layers are divided."""
-    if not uses_head(config):
+    if not uses_mtp(config):
         return
-    model_costs(config, model)
+    check_nextn(model)
     if manual_shards(config) > 1:
-        why = "heads draft beside whole layers, and the plan divides the experts of some"
-        raise UsageError(f"speculative.heads: {why}; leave it out, or divide no layer")
+        why = "the MTP head drafts beside whole layers, and the plan divides the experts of some"
+        raise UsageError(f"speculative.mtp: {why}; leave it out, or divide no layer")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
@@ -174,19 +175,27 @@ def stage_limits(
         window_blocks=window_blocks,
         state_blocks=state_blocks,
         expert_shards=expert_shards,
-        nextn=uses_head(config),
+        nextn=uses_mtp(config),
     )
 
 
-def uses_head(config: ClusterConfig) -> bool:
-    """Whether the last stage drafts with the model's head that predicts further tokens."""
-    return config.speculative is not None and config.speculative.heads
+def uses_mtp(config: ClusterConfig) -> bool:
+    """Whether the last stage drafts with the model's MTP head."""
+    return config.speculative is not None and config.speculative.mtp
+
+
+def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
+    """A line on an MTP head that could draft; None where there is none, it drafts, or nothing is to be drafted."""
+    if config.speculative is None or config.speculative.mtp or not has_nextn(model):
+        return None
+    use = "`speculative: {mtp: true}` drafts with it"
+    return f"{config.model_name} has a head for multi-token prediction, which is not loaded: {use}"
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
     """With the head, where one drafts. UsageError where the model has none."""
     costs = model.costs(config.kv_type, expert_shards)
-    return with_head(model, costs, config.kv_type) if uses_head(config) and expert_shards == 1 else costs
+    return with_nextn(model, costs, config.kv_type) if uses_mtp(config) and expert_shards == 1 else costs
 
 
 def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
@@ -202,7 +211,7 @@ def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) 
     if given is None:
         return None
     drafters = SharedDrafters(given.shared_answers) if given.shared_answers else NgramDrafters()
-    return SpeculationSettings(drafters, given.max_window, draft_model, given.heads)
+    return SpeculationSettings(drafters, given.max_window, draft_model, given.mtp)
 
 
 def scheduler_settings(

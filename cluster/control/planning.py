@@ -20,7 +20,7 @@ from llamaclust.cluster.control.limits import (
     model_costs,
     says_placement,
     stage_limits,
-    uses_head,
+    uses_mtp,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.resources.placement import placements
@@ -99,7 +99,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
     if (
         most < 2
         or on_gpus
-        or uses_head(config)
+        or uses_mtp(config)
         or not model.hyperparameters.expert_count
         or not _have_room(config, model, resources)
     ):

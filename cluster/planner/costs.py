@@ -86,8 +86,9 @@ class StageCosts:
             border_bytes=_border_bytes(costs),
             expert_shards=costs.expert_shards,
             held_bytes=read
-            + last * (costs.head_bytes + costs.idle_head_bytes)
+            + last * (costs.head_bytes + costs.nextn_bytes)
             + first * costs.embedding_bytes
+            + last * (1 - first) * costs.nextn_embedding_bytes
             - _saved_bytes(costs),
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
             state_bytes=sums(layer.state_bytes for layer in costs.layers),

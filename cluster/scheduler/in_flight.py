@@ -129,7 +129,7 @@ class InFlight:
         is_scored = any(taken.is_scored for taken in due.slices)
         elapsed_ns = now_ns - due.begun_ns - result.drafting_ns
         if asked := sum(taken.chunk.drafts > 0 for taken in due.slices):
-            self._times.head.learn(asked, max(len(row.drafted) for row in result.rows), result.drafting_ns)
+            self._times.mtp.learn(asked, max(len(row.drafted) for row in result.rows), result.drafting_ns)
         self._times.learn(
             result, is_decode, due.alone, elapsed_ns, was_lookahead=due.is_lookahead, was_scored=is_scored
         )

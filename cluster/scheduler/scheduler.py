@@ -105,7 +105,7 @@ class Scheduler:
         )
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
-        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts, settings.has_head)
+        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts, settings.has_mtp)
         if sequence.known_end is None:
             waiting = len(self.queues.waiting) + len(self.queues.restoring)
             starting = self.settings.max_sequences - len(self.queues.running)

@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.requests import (
 )
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
-from llamaclust.cluster.scheduler.speculation.head_use import HeadUse
+from llamaclust.cluster.scheduler.speculation.mtp_use import MtpUse
 from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -54,7 +54,7 @@ class Sequence:
     max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
     is_whole: bool = False  # all rows are in one microbatch
-    has_head: bool = False  # the last stage has a head that predicts further tokens
+    has_mtp: bool = False  # the last stage has an MTP head
     tokens: list[int] = field(init=False)  # prompt, then answer
     breakers: SeenBreakers = field(init=False)  # for DRY
     mu: float = 0.0  # of Mirostat, for the next token
@@ -72,7 +72,7 @@ class Sequence:
     drafts: SequenceDrafts | None = None  # what may follow its tokens
     forced_draft: tuple[int, ...] = ()  # tokens that must follow the last one, by its grammar
     drafted: tuple[int, ...] = ()  # tokens to compute with its last one, which they may follow
-    head: HeadUse = field(default_factory=HeadUse)
+    mtp: MtpUse = field(default_factory=MtpUse)
     ahead: tuple[int, ...] = ()  # drafted tokens under way, behind the known ones
     branch: int = 0  # how many times rows under way were given up
     drafted_rows: int = 0  # in all
@@ -251,7 +251,7 @@ class Sequence:
         self.table, self.window, self.states = BlockTable(), BlockTable(), SequenceStates()
         self.rewind(0)
         self.in_flight = self.sampling = 0
-        self.head = HeadUse()
+        self.mtp = MtpUse()
         self.has_matcher = False
         self.phase = Phase.WAITING
         self.repeat_outputs()
@@ -269,7 +269,7 @@ class Sequence:
             sampled = ()
             if not scored:
                 return []
-        self.head.is_awaited = False
+        self.mtp.is_awaited = False
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
         failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)

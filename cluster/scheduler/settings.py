@@ -63,9 +63,9 @@ class SchedulerSettings:
         return min(self.speculation.max_window, group.drafted_rows if group is not None else MAX_WINDOW)
 
     @property
-    def has_head(self) -> bool:
-        """Whether the last stage drafts with a head that predicts further tokens."""
-        return self.speculation is not None and self.speculation.head and self.max_drafted > 0
+    def has_mtp(self) -> bool:
+        """Whether the last stage drafts with an MTP head."""
+        return self.speculation is not None and self.speculation.mtp and self.max_drafted > 0
 
     @property
     def may_repeat_rows(self) -> bool:

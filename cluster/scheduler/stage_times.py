@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, inf
 
-from llamaclust.cluster.scheduler.speculation.head_times import HeadTimes
+from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
 _SLOW_WEIGHT = 0.1
@@ -129,7 +129,7 @@ class StageTimes:
         self.beside = StageCurves(stages)
         self.prefill = StageCurves(stages)
         self.scoring = StageCurves(stages)
-        self.head = HeadTimes()
+        self.mtp = MtpTimes()
         self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
         self.whole_transit_ns = 0.0  # the same where no step was sent ahead
         self._recent_ns: list[float] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import speculation_settings
+from llamaclust.cluster.control.limits import speculation_settings, unused_mtp
 from llamaclust.cluster.launchers.draft_model import (
     DraftModelPlan,
     SharedDraftModel,
@@ -58,6 +58,8 @@ class Drafting:
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
     """The draft model is loaded, and closed with the stack. Raises as `plan_draft_model` and `open_draft_model`."""
+    for line in filter(None, (unused_mtp(*of) for of in models)):
+        report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)
     if plan is None:
         return Drafting([speculation_settings(config, None) for config, _ in models])

@@ -1,1 +1,1 @@
-"""Heads that predict further tokens, in layers behind the others: their programs and costs."""
+"""Heads for multi-token prediction (MTP), in layers behind the others: their programs and costs."""

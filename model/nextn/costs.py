@@ -1,25 +1,28 @@
-"""What a head that predicts further tokens adds to the costs of its model's last stage."""
+"""What an MTP head adds to the costs of its model's last stage."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from llamaclust.model.architectures.layers import EMBEDDING
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import LayerCost, Model, ModelCosts, layer_cost
 from llamaclust.model.nextn.program import nextn_program
 
 
-def with_head(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
+def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
     """`costs`, of whole layers, with a head whose layer is computed behind the last one for each row. Its logits are
     not in them: drafts are made where they gain more than they take."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}
-    added_bytes = sum(model.file.tensor(name).resident_bytes for name in program.weights if name not in held)
+    added_bytes = {name: model.file.tensor(name).resident_bytes for name in program.weights if name not in held}
+    embedding_bytes = added_bytes.get(EMBEDDING, 0)
     *others, last = costs.layers
     return replace(
         costs,
-        idle_head_bytes=added_bytes - own.weight_bytes,
+        nextn_bytes=sum(added_bytes.values()) - own.weight_bytes - embedding_bytes,
+        nextn_embedding_bytes=embedding_bytes,
         layers=(*others, _together(last, own)),
     )
 

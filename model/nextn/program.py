@@ -1,4 +1,4 @@
-"""The program of a head that predicts further tokens (`nextn_predict_layers`): a layer of its architecture between
+"""The program of a head for multi-token prediction (MTP; `nextn_predict_layers`): a layer of its architecture between
 projections of its own.
 
 A row at position p reads the normed hidden state of that position and the token at p + 1, and its logits are of the one
@@ -25,17 +25,22 @@ FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
 """Architectures whose heads have a layer like others, with attention."""
 
 
-def has_head(model: Model) -> bool:
+def has_nextn(model: Model) -> bool:
     """Whether a file has a head of a family above."""
     return model.hyperparameters.architecture in FAMILIES and _projection(model.layer_count) in model.file.tensors
+
+
+def check_nextn(model: Model) -> None:
+    """UsageError where a file has none."""
+    if not has_nextn(model):
+        known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
+        raise UsageError(f"{model.file.path} has no head for multi-token prediction (MTP): {known}; leave `mtp` out")
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
     """Of the first head, for sequences of so many tokens at most. It reads tokens and the normed hidden state of the
     last stage. UsageError where there is none, ModelFileError where a tensor does not fit."""
-    if not has_head(model):
-        known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
-        raise UsageError(f"{model.file.path} has no head that predicts further tokens: {known}; set heads: false")
+    check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)
     return builder.program()

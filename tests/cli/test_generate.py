@@ -18,6 +18,7 @@ from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters import served
 from support.clusters.scripted_command import Ended, command, scripted
 from support.clusters.served import END, ids, logprob
+from support.models.tiny.nextn_models import with_right_nextn
 from support.models.tiny_model import build_tiny_model
 
 Here = Callable[..., Ended]
@@ -167,6 +168,9 @@ async def test_options_say_how_many_tokens_are_drafted(options: tuple[str, ...],
             ("--speculative", "off", "--draft-max", "3"),
             "--speculative off drafts no tokens and --draft-max 3 some: give one of them",
         ),
+        (("--mtp", "--speculative", "off"), "--mtp drafts tokens and --speculative off none: give one of them"),
+        (("--mtp", "--draft-max", "0"), "--mtp drafts tokens and --draft-max 0 none: give one of them"),
+        (("-md", "y", "--draft-max", "0"), "--model-draft drafts tokens and --draft-max 0 none: give one of them"),
     ],
 )
 def test_options_of_drafts_that_cannot_be_are_refused(here: Here, options: tuple[str, ...], why: str) -> None:
@@ -182,6 +186,7 @@ def test_options_of_drafts_that_cannot_be_are_refused(here: Here, options: tuple
             "--draft-max: is `speculative.max_window` in the cluster file: --set speculative.max_window=8",
         ),
         (("--spec-draft-n-max=0",), "--spec-draft-n-max: is `speculative` in the cluster file: --set speculative=off"),
+        (("--mtp",), "--mtp: is `speculative.mtp` in the cluster file: --set speculative.mtp=true"),
         (("--speculative", "off"), "--speculative: is `speculative` in the cluster file: --set speculative=off"),
     ],
 )
@@ -206,6 +211,17 @@ async def test_a_model_in_the_process(tiny: Path) -> None:
     printed = json.loads(ended.out)
     assert tuple(printed["token_ids"]) == reply.token_ids
     assert tuple(np.float32(value) for value in printed["logprobs"]) == reply.logprobs
+
+
+async def test_a_model_in_the_process_drafts_with_its_mtp_head(tiny: Path, tmp_path: Path) -> None:
+    model = str(with_right_nextn(tmp_path / "model.gguf"))
+    common = ("generate", "Hi", "-n", "40", "--model", model, "--threads", "1", "--json")
+    plain, drafted = await command(*common), await command(*common, "--mtp")
+    assert (plain.code, drafted.code, drafted.err) == (0, 0, "")
+    before, after = json.loads(plain.out), json.loads(drafted.out)
+    assert (after["token_ids"], after["logprobs"]) == (before["token_ids"], before["logprobs"])
+    refused = await command("generate", "Hi", "--model", str(tiny), "--mtp")
+    assert refused.code == 2 and f"{tiny} has no head for multi-token prediction (MTP)" in refused.err
 
 
 async def test_an_answer_obeys_the_schema_or_the_grammar_in_a_file(tiny: Path, tmp_path: Path) -> None:
@@ -248,6 +264,7 @@ async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeyp
         (("generate", "x", "--endpoint", "http://a", "--model", "b"), 2, "--endpoint and --model"),
         (("chat", "--cluster", "a", "--model", "b"), 2, "--cluster and --model"),
         (("generate", "x", "--threads", "2"), 2, "--threads is for --model"),
+        (("chat", "--mtp"), 2, "--mtp is for --model: a cluster's is `speculative.mtp`"),
         (("generate", "x", "--endpoint", "http://a", "--api-key-file", "/nonexistent"), 2, "cannot read the API key"),
         (("generate", "x", "--model", "/nonexistent.gguf"), 2, "no such file"),
         (("generate", "x", "--json-schema", "/nonexistent"), 2, "--json-schema: /nonexistent: No such file"),

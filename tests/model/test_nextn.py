@@ -1,4 +1,4 @@
-"""The program of a head that predicts further tokens, compared with its arithmetic written out in float64."""
+"""The program of an MTP head, compared with its arithmetic written out in float64."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.nextn.costs import with_head as costs_with_head
-from llamaclust.model.nextn.program import FAMILIES, has_head, nextn_program
-from support.models.tiny.head_models import with_head
+from llamaclust.model.nextn.costs import with_nextn as costs_with_nextn
+from llamaclust.model.nextn.program import FAMILIES, has_nextn, nextn_program
+from support.models.tiny.nextn_models import with_nextn
 from support.models.tiny_architectures import VOCABULARY, build_architecture
 from support.seed import SEED
 
@@ -29,10 +29,10 @@ _EPSILON = 1e-5
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    return Model.open(with_head(tmp_path / "model.gguf", request.param))
+    return Model.open(with_nextn(tmp_path / "model.gguf", request.param))
 
 
-class GlmHead:
+class GlmNextn:
     """A head of GLM 4.5, as the DeepSeek V3 report (section 2.2) has it, around a decoder layer of GLM."""
 
     def __init__(self, model: Model) -> None:
@@ -110,17 +110,17 @@ def _batch(tokens: NDArray[np.int32]) -> Batch:
 
 @pytest.mark.parametrize("backend", [CpuBackend(1), ReferenceBackend()], ids=["cpu", "reference"])
 def test_logits_are_those_of_the_published_arithmetic(tmp_path: Path, backend: Backend) -> None:
-    model, source = Model.open(with_head(tmp_path / "model.gguf")), np.random.default_rng(SEED)
+    model, source = Model.open(with_nextn(tmp_path / "model.gguf")), np.random.default_rng(SEED)
     tokens = source.integers(0, VOCABULARY, _ROWS, np.int32)
     before = source.standard_normal((_ROWS, _HIDDEN)).astype(np.float32)
     program = nextn_program(model)
     stage = backend.load(program, model.tensors_for(program), StageLimits(64, 32, 2, 256, 8), lambda _: None)
     found = stage.run(_batch(tokens), before)
     exact = before.astype(np.float64)
-    wanted = GlmHead(model).logits(tokens, exact)
+    wanted = GlmNextn(model).logits(tokens, exact)
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
     assert error < 2e-3, f"seed {SEED}"  # keys and values are float16
-    assert np.linalg.norm(GlmHead(model).logits(tokens, 2 * exact[::-1]) - wanted) > 0.1 * np.linalg.norm(wanted)
+    assert np.linalg.norm(GlmNextn(model).logits(tokens, 2 * exact[::-1]) - wanted) > 0.1 * np.linalg.norm(wanted)
 
 
 def test_the_backends_agree_on_every_family(model: Model) -> None:
@@ -149,7 +149,7 @@ def test_a_head_has_a_layer_behind_the_others_and_reads_their_normed_state(model
 
 
 def test_tensors_of_its_own_take_the_place_of_the_models(tmp_path: Path) -> None:
-    model = Model.open(with_head(tmp_path / "model.gguf"))
+    model = Model.open(with_nextn(tmp_path / "model.gguf"))
     prefix, tensors = f"blk.{model.layer_count}.nextn", model.file.tensors
     sources = [TensorSource(name, t.quant_type, t.shape, t.read) for name, t in tensors.items()]
     for name, of in (("embed_tokens", "token_embd"), ("shared_head_head", "output")):
@@ -165,13 +165,13 @@ def test_tensors_of_its_own_take_the_place_of_the_models(tmp_path: Path) -> None
 def test_a_model_without_a_known_head_is_refused(tmp_path: Path) -> None:
     for name in ("glm4moe", "qwen3"):
         model = Model.open(build_architecture(tmp_path / f"{name}.gguf", name))
-        assert not has_head(model)
-        with pytest.raises(UsageError, match=r"has no head that predicts further tokens.*heads: false"):
+        assert not has_nextn(model)
+        with pytest.raises(UsageError, match=r"has no head for multi-token prediction"):
             nextn_program(model)
 
 
 def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
-    model = Model.open(with_head(tmp_path / "model.gguf"))
+    model = Model.open(with_nextn(tmp_path / "model.gguf"))
     sources = [TensorSource(name, t.quant_type, t.shape, t.read) for name, t in model.file.tensors.items()]
     wrong = [
         TensorSource(source.name, source.quant_type, (_HIDDEN, _HIDDEN), lambda: bytes(4 * _HIDDEN * _HIDDEN))
@@ -186,13 +186,13 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 def test_costs_have_its_layer_and_what_a_token_does_not_read(model: Model) -> None:
     plain = model.costs(KvType.F16)
-    found = costs_with_head(model, plain, KvType.F16)
+    found = costs_with_nextn(model, plain, KvType.F16)
     own = [tensor for name, tensor in model.file.tensors.items() if name.startswith(f"blk.{model.layer_count}.")]
     added = sum(tensor.resident_bytes for tensor in own)
     if "output.weight" in model.file.tensors:  # else the last stage has the embedding as it is
-        added += model.file.tensor("token_embd.weight").resident_bytes
+        assert found.nextn_embedding_bytes == model.file.tensor("token_embd.weight").resident_bytes
     before, last = plain.layers[-1], found.layers[-1]
-    assert last.weight_bytes - before.weight_bytes + found.idle_head_bytes == added
+    assert last.weight_bytes - before.weight_bytes + found.nextn_bytes == added
     own_kv_bytes = sum(step.kv_token_bytes for step in nextn_program(model).kv_layers)
     assert last.kv_bytes_per_token - before.kv_bytes_per_token == own_kv_bytes > 0
     assert last.macs_per_token > before.macs_per_token

@@ -18,8 +18,8 @@ class Chunk:
     unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
     The result has the normed hidden state of the `embedded` rows [first, end) of the chunk. Its rows are computed with
-    these adapters of LoRA. A head that predicts further tokens reads `next_token`, the one behind the last where it is
-    known, and drafts so many tokens behind the one that the last row that counts chooses.
+    these adapters of LoRA. An MTP head reads `next_token`, the one behind the last where it is known, and drafts so
+    many tokens behind the one that the last row that counts chooses.
     """
 
     tokens: tuple[int, ...]

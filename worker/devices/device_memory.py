@@ -12,7 +12,7 @@ from llamaclust.kernels.backend import ExpertsBackend
 from llamaclust.kernels.split_experts import cached_lines, experts_of, without_experts
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
-from llamaclust.worker.stage.stage_runner import StageMemory, head_memory, model_program, program_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, model_program, nextn_memory, program_memory
 
 if TYPE_CHECKING:
     from llamaclust.worker.devices.devices import Device
@@ -49,8 +49,8 @@ def device_shares(
             memory = _experts_memory(device, model, experts, limits, lines)
             found.setdefault(_CPU, []).append(DeviceShare(layers, memory))
         if limits.nextn and program.is_last:
-            memory = head_memory(device.backend, model, program, limits)
-            found.setdefault(_CPU, []).append(DeviceShare("the head that predicts further tokens", memory))
+            memory = nextn_memory(device.backend, model, program, limits)
+            found.setdefault(_CPU, []).append(DeviceShare("the MTP head", memory))
     return {name: _together(shares) for name, shares in found.items()}
 
 

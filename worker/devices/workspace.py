@@ -6,7 +6,7 @@ from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.split_experts import without_experts
 from llamaclust.model.loader import Model
-from llamaclust.worker.stage.heads import head_limits, head_program
+from llamaclust.worker.stage.nextn import nextn_limits, nextn_program_of
 from llamaclust.worker.stage.stage_runner import model_program
 
 
@@ -19,8 +19,8 @@ def planned_workspace_bytes(
 
     program, head_bytes = model_program(model, start, end, limits), 0
     if limits.nextn and program.is_last:
-        head = head_program(model, limits)
-        head_bytes = workspace_bytes(head, model.tensors_for(head), head_limits(limits), threads)
+        head = nextn_program_of(model, limits)
+        head_bytes = workspace_bytes(head, model.tensors_for(head), nextn_limits(limits), threads)
     tensors = model.tensors_for(program)
     if gpu_names(device):
         from llamaclust.kernels.cuda import backend as cuda

@@ -27,8 +27,8 @@ from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch, embedded_rows
-from llamaclust.worker.stage.heads import NextnHead, head_limits, head_program
 from llamaclust.worker.stage.matchers import StageMatchers
+from llamaclust.worker.stage.nextn import NextnDrafter, nextn_limits, nextn_program_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +66,20 @@ def program_memory(backend: Backend, model: Model, program: Program, limits: Sta
     )
 
 
-def head_memory(backend: Backend, model: Model, beside: Program, limits: StageLimits) -> StageMemory:
-    """What a head that predicts further tokens takes beside the program of its stage."""
-    program, own = head_program(model, limits), head_limits(limits)
+def nextn_memory(backend: Backend, model: Model, beside: Program, limits: StageLimits) -> StageMemory:
+    """What an MTP head takes beside the program of its stage."""
+    program, own = nextn_program_of(model, limits), nextn_limits(limits)
     tensors = model.tensors_for(program)
     return StageMemory(
-        weight_bytes=head_weight_bytes(model, beside, limits),
+        weight_bytes=nextn_weight_bytes(model, beside, limits),
         kv_bytes=kv_bytes(program, own),
         workspace_bytes=backend.workspace_bytes(program, tensors, own),
     )
 
 
-def head_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> int:
+def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> int:
     """Of its weights, those that the program of its stage does not have."""
-    names = {*head_program(model, limits).weights} - {*beside.weights}
+    names = {*nextn_program_of(model, limits).weights} - {*beside.weights}
     return sum(model.file.tensor(name).resident_bytes for name in names)
 
 
@@ -111,7 +111,7 @@ class StageOptions:
     threads: int = 1
     devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
     progress: Progress | None = None  # called with weight bytes as they are loaded
-    head_backend: Backend | None = None  # of a head that predicts further tokens; None: that of the layers
+    nextn_backend: Backend | None = None  # of an MTP head; None: that of the layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +149,20 @@ class StageRunner:
         progress = options.progress or (lambda _: None)
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
         self._batch: Batch | None = None  # of the last run
-        self._head: NextnHead | None = None
+        self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
-            self._head = NextnHead(options.head_backend or backend, model, limits, self._sampler, progress)
+            self._nextn = NextnDrafter(options.nextn_backend or backend, model, limits, self._sampler, progress)
         self.memory = self._loaded_memory(model)
 
     def _loaded_memory(self, model: Model) -> StageMemory:
         stage = self._stage
         memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
-        if self._head is None:
+        if self._nextn is None:
             return memory
         return StageMemory(
-            memory.weight_bytes + head_weight_bytes(model, self.program, self.limits),
-            memory.kv_bytes + self._head.kv_bytes,
-            memory.workspace_bytes + self._head.workspace_bytes,
+            memory.weight_bytes + nextn_weight_bytes(model, self.program, self.limits),
+            memory.kv_bytes + self._nextn.kv_bytes,
+            memory.workspace_bytes + self._nextn.workspace_bytes,
         )
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
@@ -208,10 +208,10 @@ class StageRunner:
 
     def draft(self, microbatch: Microbatch, rows: tuple[RowResult, ...], inputs: SamplingInputs) -> Finished:
         """Results of the last run's output rows, with the tokens that a head drafts behind them."""
-        if self._head is None or self._batch is None:
+        if self._nextn is None or self._batch is None:
             return Finished(rows)
         begun_ns = perf_counter_ns()
-        drafted = self._head.draft(microbatch, self._batch, self._stage.normed, rows, inputs.tasks)
+        drafted = self._nextn.draft(microbatch, self._batch, self._stage.normed, rows, inputs.tasks)
         return Finished(drafted, perf_counter_ns() - begun_ns)
 
     @property
@@ -234,7 +234,7 @@ class StageRunner:
                 in_ram = stage.experts.weight_bytes + stage.experts.workspace_bytes
                 taken[part.device] -= in_ram
                 taken["cpu"] = taken.get("cpu", 0) + in_ram
-        if self._head is not None:
+        if self._nextn is not None:
             taken["cpu"] = taken.get("cpu", 0) + self.memory.total_bytes - sum(taken.values())
         return taken
 
@@ -248,11 +248,11 @@ class StageRunner:
     @property
     def weights(self) -> object:
         """Keeps the weights in memory while it is referenced."""
-        return self._stage.weights if self._head is None else (self._stage.weights, self._head.weights)
+        return self._stage.weights if self._nextn is None else (self._stage.weights, self._nextn.weights)
 
     def close(self) -> None:
         """Frees weights and KV memory."""
         self.matchers.close()
-        if self._head is not None:
-            self._head.close()
+        if self._nextn is not None:
+            self._nextn.close()
         self._stage.close()

@@ -15,7 +15,7 @@ from llamaclust.model.mixtures.steps import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.heads import head_program
+from llamaclust.worker.stage.nextn import nextn_program_of
 from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program
 from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Progress, Reach, Weights
@@ -51,7 +51,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         outline = await remote.outline()
         planned = await asyncio.to_thread(_planned, order, device, outline)
         program = model_program(outline, order.start, order.end, order.limits)
-        own = head_program(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
+        own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
         progress.weight_bytes = planned.weight_bytes

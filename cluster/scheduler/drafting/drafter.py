@@ -22,8 +22,8 @@ MODEL = 12
 """Of a draft model."""
 FORCED = 13
 """By a grammar."""
-HEAD = 14
-"""Of a head that predicts further tokens."""
+MTP = 14
+"""Of an MTP head."""
 
 
 @dataclass(frozen=True, slots=True)

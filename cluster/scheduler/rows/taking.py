@@ -57,8 +57,8 @@ def _slice(
     table, window, rest = sequence.table.runs, sequence.window, (embedded, sequence.request.adapters)
     start, states = window.start if window.blocks else 0, sequence.states.of_chunk(sequence.scheduled, len(tokens))
     end = sequence.scheduled + len(tokens)
-    following = sequence.tokens[end] if sequence.has_head and end < len(sequence.tokens) else None
-    head = following, sequence.head.take()
+    following = sequence.tokens[end] if sequence.has_mtp and end < len(sequence.tokens) else None
+    head = following, sequence.mtp.take()
     chunk = Chunk(tokens, sequence.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states, *head)
     sequence.scheduled = end
     sequence.in_flight += 1

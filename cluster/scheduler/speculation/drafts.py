@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, HEAD, MODEL, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, MODEL, MTP, NO_DRAFT, Draft, Drafter
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
@@ -72,14 +72,14 @@ class SequenceDrafts:
     def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
         """What a head says follows these: it counts where the drafter's own draft promises fewer tokens."""
         own = self.next(tokens, LONGEST_DRAFT)
-        draft = self._checked(Draft(drafted, HEAD), len(drafted))
-        if expected(self.rate(HEAD), len(draft.tokens)) > expected(own.rate, len(own.tokens)):
+        draft = self._checked(Draft(drafted, MTP), len(drafted))
+        if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):
             self._draft, self._at = draft, len(tokens)
 
     @property
-    def is_of_head(self) -> bool:
+    def is_of_mtp(self) -> bool:
         """Whether the draft that stands is a head's."""
-        return self._draft.confidence == HEAD
+        return self._draft.confidence == MTP
 
     def has_offer(self, tokens: Sequence[int]) -> bool:
         """Whether a draft model has said what follows these."""

@@ -19,4 +19,4 @@ class SpeculationSettings:
     drafters: Drafters
     max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most
     draft_model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts
-    head: bool = False  # the last stage has a head that predicts further tokens, and drafts with it
+    mtp: bool = False  # the last stage has an MTP head, and drafts with it

@@ -15,8 +15,8 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
-from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts, order_drafts
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
+from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts, order_drafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
@@ -41,7 +41,7 @@ class Speculation:
         self._drafters = own.drafters
         self._times = MeasuredRounds(times)
         self._model_drafts = None if own.draft_model is None else ModelDrafts(own.draft_model, self._times)
-        self._head = HeadDrafts(times.head, self._times) if own.head else None
+        self._mtp = MtpDrafts(times.mtp, self._times) if own.mtp else None
         self._acceptance = [Acceptance() for _ in range(CLASSES)]
 
     @classmethod
@@ -58,8 +58,8 @@ class Speculation:
         for sequence in sequences:
             if sequence.drafts is not None:
                 sequence.drafts.chain = None
-        if self._head is not None:
-            order_drafts(sequences, self._head_length(sequences, candidates, windows, groups))
+        if self._mtp is not None:
+            order_drafts(sequences, self._mtp_length(sequences, candidates, windows, groups))
         if sequences and groups == running == 1:
             windows = [self._chained(sequences[0], candidates[0], windows[0], most_rows)]
         for sequence, candidate, window in zip(sequences, candidates, windows, strict=True):
@@ -82,7 +82,7 @@ class Speculation:
         """Of the only sequence: its next window, which others may follow at once."""
         if (drafts := sequence.drafts) is None:
             return window
-        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_head or sequence.head.asked):
+        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_mtp or sequence.mtp.asked):
             chain = best_chain(candidate.rate, drafts.length, self._times, min(most_rows, len(candidate.tokens)))
             if chain is not None and chain.speed > speed_of([candidate], [window], self._times, 1):
                 drafts.chain = chain
@@ -94,11 +94,11 @@ class Speculation:
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
-        if any(sequence.head.is_awaited for sequence in sequences):
+        if any(sequence.mtp.is_awaited for sequence in sequences):
             return True
         candidates = [self._next(sequence) for sequence in sequences]
         windows = self._windows(candidates, 1, most_rows)
-        if self._head_length(sequences, candidates, windows, 1):
+        if self._mtp_length(sequences, candidates, windows, 1):
             return True
         return any(windows) or bool(self._model_length(sequences, candidates, windows))
 
@@ -152,17 +152,17 @@ class Speculation:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _head_length(
+    def _mtp_length(
         self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int], groups: int
     ) -> int:
         """Tokens that a head is asked for behind the next step of each, where that gains more than these windows."""
-        if self._head is None or not sequences:
+        if self._mtp is None or not sequences:
             return 0
-        others = [s.drafts is None or not s.drafts.is_of_head for s in sequences]
+        others = [s.drafts is None or not s.drafts.is_of_mtp for s in sequences]
         candidates = [each if other else Candidate() for each, other in zip(candidates, others, strict=True)]
         windows = [window if other else 0 for window, other in zip(windows, others, strict=True)]
         most = min(map(self._most_of, sequences)) - 1
-        return self._head.length(sequences, speed_of(candidates, windows, self._times, groups), groups, max(most, 0))
+        return self._mtp.length(sequences, speed_of(candidates, windows, self._times, groups), groups, max(most, 0))
 
     def _most_of(self, sequence: Sequence) -> int:
         most = self._most if sequence.request.max_drafted is None else min(self._most, sequence.request.max_drafted)

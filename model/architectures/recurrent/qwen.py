@@ -45,8 +45,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """A flag for each layer, or all but the last of each period. Behind them, a head that predicts further tokens has
-    attention."""
+    """A flag for each layer, or all but the last of each period. Behind them, an MTP head has attention."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

@@ -53,7 +53,7 @@ TOP_KEYS = {
     "speculative: null": "speculative: an empty value is not possible; give auto, off, or a section of keys",
     "speculative: ngram": (
         "speculative: 'ngram' is not possible; "
-        "give auto or off or true or false or keys with values: max_window, shared_answers, model, heads, threads"
+        "give auto or off or true or false or keys with values: max_window, shared_answers, model, mtp, threads"
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (
@@ -63,7 +63,7 @@ TOP_KEYS = {
         "speculative.threads: these are threads of a draft model: name it as speculative.model, or leave them out"
     ),
     "speculative: {n_max: 3}": (
-        "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, heads, threads"
+        "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, mtp, threads"
     ),
     "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",

@@ -18,7 +18,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts
+from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32
@@ -29,7 +29,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from support.arithmetic.batches import possible_cuts
 from support.clusters.fakes import FakeModel, FakeStages, Simulation, linear
 from support.plans.drafting import AnyWindows, SaidDrafters, replayed
-from support.plans.heads import AnyLengths
+from support.plans.mtp import AnyLengths
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
@@ -111,20 +111,20 @@ def disturbed(
     known: Sequence[Answer],
     ways: tuple[Cuts, Cuts] | None = None,
     *,
-    head: bool = False,
+    mtp: bool = False,
 ) -> list[Answer]:
     """All requests together in chunks of five tokens, KV memory for less than two of them. Nine of ten drafted tokens
     are those of `known`, what the requests are answered with. The workers of two stages are lost while tokens are
     generated, and up to six stages go on, or others as `ways` says. Then two requests once more, of which prompts are
-    in the prefix cache. With a `head`, this drafts behind steps too, more often than would pay."""
+    in the prefix cache. With `mtp`, the head drafts behind steps too, more often than would pay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "best_windows", AnyWindows(Random(5), 6))
-        patch.setattr(HeadDrafts, "length", AnyLengths(Random(6), 6).length)
-        return _disturbed(backend, model, context, known, ways, head)
+        patch.setattr(MtpDrafts, "length", AnyLengths(Random(6), 6).length)
+        return _disturbed(backend, model, context, known, ways, mtp)
 
 
 def _disturbed(
-    backend: Backend, model: Model, context: int, known: Sequence[Answer], ways: tuple[Cuts, Cuts] | None, head: bool
+    backend: Backend, model: Model, context: int, known: Sequence[Answer], ways: tuple[Cuts, Cuts] | None, mtp: bool
 ) -> list[Answer]:
     settings = _settings(model, context, _SHORT, LocalSettings(context, max_sequences=4, prefill_chunk=5))
     asked = requests(settings.vocabulary)
@@ -133,7 +133,7 @@ def _disturbed(
         for request, answer in zip(asked, known, strict=True)
     ]
     says = replayed(texts, 0.9, Random(3), settings.vocabulary)
-    settings = replace(settings, speculation=SpeculationSettings(SaidDrafters(says), head=head))
+    settings = replace(settings, speculation=SpeculationSettings(SaidDrafters(says), mtp=mtp))
     count = model.layer_count
     (shards, cuts), (later_shards, later) = ways or ((1, (count // 2,)), (1, range(1, count, -(-count // 5))))
     first = CutModel(backend, model, cuts, settings, shards)
@@ -159,7 +159,7 @@ def _disturbed(
     assert drafted > 0, "no rows were drafted"
     assert again == answers[:2]
     suggested = sum(chunk.drafts > 0 for sent in run.microbatches for chunk in sent.microbatch.chunks)
-    assert not head or suggested > 20, suggested
+    assert not mtp or suggested > 20, suggested
     return answers
 
 

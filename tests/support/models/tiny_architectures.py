@@ -12,10 +12,10 @@ from llamaclust.model.gguf.writer import WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny.gemma3n import GEMMA3N, ends_of_gemma3n, layer_of_gemma3n
 from support.models.tiny.gemma4 import GEMMA4, inputs_of_gemma4, layer_of_gemma4
-from support.models.tiny.heads import further_tensors
 from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny.llama4 import TEXT_MODELS
 from support.models.tiny.mamba_models import MAMBA_MODELS
+from support.models.tiny.nextn import further_tensors
 from support.models.tiny.shape import Tiny
 from support.models.tiny.states import STATE_MODELS, convolution
 from support.models.tiny_model import RandomTensor, matrix, norm, source_of

@@ -58,7 +58,7 @@ class Tiny:
     attention_beside: bool = False  # of Mamba's blocks, not in other layers
     single_blocks: tuple[int, ...] | None = None  # layers that are feed-forward networks; others have none
     last_norm: str = "output_norm"
-    nextn: int = 0  # of the layers, the last ones: heads that predict further tokens
+    nextn: int = 0  # of the layers, the last ones: MTP heads
     keys: dict[str, WritableValue] = field(default_factory=dict)
 
     def attends(self, layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""A head that predicts further tokens, beside the layers of a last stage: it drafts what may follow a sampled token.
+"""A head for multi-token prediction (MTP) beside the layers of a last stage: drafts what may follow a sampled token.
 
 It has keys and values of every row that counted, in blocks of the same ids as the stage's layers. Those of drafted
 tokens are overwritten when their rows are computed, as those of the layers are; where some are missing or of other
@@ -26,12 +26,12 @@ Normed = Callable[[Int32], Float32]
 """The normed hidden state of rows of the stage's last run, [rows, embedding]."""
 
 
-def head_program(model: Model, limits: StageLimits) -> Program:
+def nextn_program_of(model: Model, limits: StageLimits) -> Program:
     """UsageError where the model has none."""
     return nextn_program(model, KvType(limits.kv_type), limits.max_context_tokens)
 
 
-def head_limits(limits: StageLimits) -> StageLimits:
+def nextn_limits(limits: StageLimits) -> StageLimits:
     """Of each sequence one row has logits; there are no windows and no states."""
     outputs = min(limits.max_outputs, limits.max_sequences)
     return replace(limits, max_outputs=outputs, window_blocks=0, state_blocks=0)
@@ -57,15 +57,15 @@ class _Taken:
         return len(self.drafted) < self.most and self.position < self.end
 
 
-class NextnHead:
+class NextnDrafter:
     """One call at a time, behind the stage's run."""
 
     def __init__(
         self, backend: Backend, model: Model, limits: StageLimits, sampler: Sampler, progress: Progress
     ) -> None:
         """Loads weights. UsageError where the model has no head."""
-        program = head_program(model, limits)
-        self._stage = backend.load(program, model.tensors_for(program), head_limits(limits), progress)
+        program = nextn_program_of(model, limits)
+        self._stage = backend.load(program, model.tensors_for(program), nextn_limits(limits), progress)
         self._sampler = sampler
         self._most_tokens = limits.max_context_tokens
         self.weights = self._stage.weights

@@ -1,4 +1,4 @@
-"""What heads that predict further tokens read and say, as bytes."""
+"""What MTP heads read and say, as bytes."""
 
 from __future__ import annotations
 

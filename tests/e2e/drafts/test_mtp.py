@@ -1,4 +1,4 @@
-"""Heads that predict further tokens, on real clusters: the tokens and logprob bits of one worker without drafts."""
+"""MTP heads, on real clusters: the tokens and logprob bits of one worker without drafts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import FAMILIES
 from support.arithmetic import disturbed
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, generations, recovering, undisturbed
-from support.models.tiny.head_models import with_head, with_knowing_head
+from support.models.tiny.nextn_models import with_nextn, with_right_nextn
 from support.models.tiny_architectures import build_architecture
 from support.plans.drafting import AnyWindows, SaidDrafters
-from support.plans.heads import order_any
+from support.plans.mtp import order_any
 from support.seed import SEED
 
 REQUESTS = generations(SEED)
-HEADS: dict[str, Any] = {"speculative": {"heads": True}}
+MTP: dict[str, Any] = {"speculative": {"mtp": True}}
 
 
 @cache
 def _model(folder: Path, name: str, *, knows: bool) -> Path:
-    build = with_knowing_head if knows else with_head
+    build = with_right_nextn if knows else with_nextn
     return build(folder / f"{name}-{knows}.gguf", name)
 
 
@@ -68,7 +68,7 @@ async def test_any_cut_gives_the_same_answers(
     for knows in (True, False):
         model = _model(folder, name, knows=knows)
         expected = await asyncio.to_thread(_expected, model)
-        async with recovering(config(model, tmp_path, workers, **HEADS)) as run:
+        async with recovering(config(model, tmp_path, workers, **MTP)) as run:
             assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
             counts = run.cluster.engine.scheduler.drafts
         assert counts.drafted > 50
@@ -82,7 +82,7 @@ async def test_a_lost_worker_changes_nothing(
     _draft_any(monkeypatch)
     model = _model(folder, "glm4moe", knows=False)
     expected = await asyncio.to_thread(_expected, model)
-    async with recovering(config(model, tmp_path, **HEADS)) as run:
+    async with recovering(config(model, tmp_path, **MTP)) as run:
         answering = run.start(REQUESTS)
         await run.token(200)
         run.hurt(victim)
@@ -96,7 +96,7 @@ async def test_preemptions_aborts_and_prefix_hits_change_nothing(
     _draft_any(monkeypatch)
     model = _model(folder, name, knows=False)
     expected = await asyncio.to_thread(_expected, model)
-    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, kv_blocks=40, heads=True))
+    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, kv_blocks=40, mtp=True))
     async with client._stage.serve() as service:
         engine, begun = service._engine, asyncio.Event()
         leaving = [asyncio.create_task(answer_of(engine.submit(request), begun.set)) for request in REQUESTS[:3]]
@@ -122,14 +122,14 @@ def test_disturbances_change_no_bit(folder: Path, name: str, knows: bool, backen
     model = _model(folder, name, knows=knows)
     with Model.open(model) as opened:
         known = disturbed.undisturbed(backend, opened, 256)
-        assert disturbed.disturbed(backend, opened, 256, known, head=True) == known
+        assert disturbed.disturbed(backend, opened, 256, known, mtp=True) == known
 
 
 async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: None) -> None:
     """The real controller: greedy tokens of a model that its head knows."""
     model = _model(folder, "glm4moe", knows=True)
     expected = await asyncio.to_thread(_expected, model)
-    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, heads=True))
+    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, mtp=True))
     async with client._stage.serve() as service:
         assert await answer_of(service._engine.submit(REQUESTS[0])) == expected[0]
         counts = service._engine.scheduler.drafts
@@ -139,7 +139,7 @@ async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: N
 async def test_a_head_that_is_wrong_is_not_asked_for_long(folder: Path, alone: None) -> None:
     model = _model(folder, "glm4moe", knows=False)
     expected = await asyncio.to_thread(_expected, model)
-    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, heads=True))
+    client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, mtp=True))
     async with client._stage.serve() as service:
         found = [await answer_of(service._engine.submit(request)) for request in REQUESTS]
         assert found == expected
@@ -149,11 +149,11 @@ async def test_a_head_that_is_wrong_is_not_asked_for_long(folder: Path, alone: N
 
 def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     model = build_architecture(tmp_path / "model.gguf", "glm4moe")
-    with pytest.raises(UsageError, match="has no head that predicts further tokens"):
-        LocalClient(model, settings=LocalSettings(CONTEXT, heads=True))
+    with pytest.raises(UsageError, match="has no head for multi-token prediction"):
+        LocalClient(model, settings=LocalSettings(CONTEXT, mtp=True))
 
 
 def test_a_head_without_speculation_is_refused(folder: Path) -> None:
     model = _model(folder, "glm4moe", knows=True)
-    with pytest.raises(UsageError, match="heads: nothing is drafted without speculation"):
-        LocalClient(model, settings=LocalSettings(CONTEXT, heads=True, speculation=False))
+    with pytest.raises(UsageError, match="mtp: nothing is drafted without speculation"):
+        LocalClient(model, settings=LocalSettings(CONTEXT, mtp=True, speculation=False))

@@ -1,4 +1,4 @@
-"""What a head that predicts further tokens takes, on the last stage, beside the step that it drafts behind. Pure."""
+"""What an MTP head takes, on the last stage, beside the step that it drafts behind. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ _LATE = 4.0
 """A time that is so many times the expected one counts as that: machines pause."""
 
 
-class HeadTimes:
+class MtpTimes:
     """Learned from results."""
 
     def __init__(self) -> None:

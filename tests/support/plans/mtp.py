@@ -11,9 +11,9 @@ import pytest
 
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts
+from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.wire.microbatch.messages import Result
-from llamaclust.worker.stage.heads import following
+from llamaclust.worker.stage.nextn import following
 from support.clusters.fakes import FakeStages
 
 
@@ -33,12 +33,12 @@ class AnyLengths:
 
 def order_any(source: random.Random, most: int, monkeypatch: pytest.MonkeyPatch) -> AnyLengths:
     lengths = AnyLengths(source, most)
-    monkeypatch.setattr(HeadDrafts, "length", lengths.length)
+    monkeypatch.setattr(MtpDrafts, "length", lengths.length)
     return lengths
 
 
 @dataclass
-class HeadStages(FakeStages):
+class MtpStages(FakeStages):
     """Stages of which the last one has a head: `says` how it goes on behind a position, up to so many tokens, each of
     which takes `draft_ns`."""
 

@@ -18,10 +18,10 @@ from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import FAMILIES, nextn_program
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
-from llamaclust.worker.stage.heads import following
+from llamaclust.worker.stage.nextn import following
 from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory, program_memory
-from llamaclust.worker.stage.stage_runner import head_memory as memory_of_head
-from support.models.tiny.head_models import with_head
+from llamaclust.worker.stage.stage_runner import nextn_memory as memory_of_head
+from support.models.tiny.nextn_models import with_nextn
 from support.seed import SEED
 
 _TOKENS, _BLOCK = 40, 16
@@ -58,7 +58,7 @@ def test_rows_count_as_far_as_the_ones_before_chose_them(
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
-    return Model.open(with_head(tmp_path / "model.gguf", request.param))
+    return Model.open(with_nextn(tmp_path / "model.gguf", request.param))
 
 
 class OneSequence:

@@ -1,4 +1,4 @@
-"""What a sequence asks of a head that predicts further tokens. Pure."""
+"""What a sequence asks of an MTP head. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DRAFTS = 6
 
 
 @dataclass(slots=True)
-class HeadUse:
+class MtpUse:
     """Of one sequence."""
 
     asked: int = 0  # tokens to draft behind its next step

@@ -1,4 +1,4 @@
-"""Small models with a head that predicts further tokens: random, or right about all that is chosen greedily."""
+"""Small models with an MTP head: random, or right about all that is chosen greedily."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llamaclust.model.quant_types import QuantType
 from support.models.tiny_architectures import MODELS, build_tiny
 
 
-def with_head(path: Path, name: str = "glm4moe") -> Path:
+def with_nextn(path: Path, name: str = "glm4moe") -> Path:
     """One of MODELS with a layer more, which is a head. Its weights are random, so it is hardly ever right."""
     tiny = MODELS[name]
     return build_tiny(path, replace(tiny, layers=tiny.layers + 1, nextn=1))
 
 
-def with_knowing_head(path: Path, name: str = "glm4moe") -> Path:
+def with_right_nextn(path: Path, name: str = "glm4moe") -> Path:
     """The same, but for layers that add nothing: each token follows from the one before it alone, and the head, which
     hands on the token behind its row, says the same."""
-    with Model.open(with_head(path.with_suffix(".random.gguf"), name)) as model:
+    with Model.open(with_nextn(path.with_suffix(".random.gguf"), name)) as model:
         sources = [_knowing(model, tensor) for tensor in model.file.tensors]
         write_gguf(path, dict(model.file.metadata), sources)
     return path

@@ -1,5 +1,5 @@
-"""Heads that predict further tokens, as the scheduler uses them: what they gain on a counted clock, and that whatever
-they draft changes no token."""
+"""MTP heads, as the scheduler uses them: what they gain on a counted clock, and that whatever they draft changes no
+token."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.cluster.scheduler.drafting.drafter import HEAD, LONG, Draft
+from llamaclust.cluster.scheduler.drafting.drafter import LONG, MTP, Draft
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation as module
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
-from llamaclust.cluster.scheduler.speculation.head_drafts import HeadDrafts
-from llamaclust.cluster.scheduler.speculation.head_times import HeadTimes
-from llamaclust.cluster.scheduler.speculation.head_use import HeadUse
+from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
+from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
+from llamaclust.cluster.scheduler.speculation.mtp_use import MtpUse
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from support.clusters.fakes import VOCABULARY, ConstantModel, Simulation, StageNs, linear
 from support.plans.drafting import AnyWindows, SaidDrafters
-from support.plans.heads import AnyLengths, HeadStages
+from support.plans.mtp import AnyLengths, MtpStages
 from support.plans.simulations import check_answer, check_writes, random_request, simulation
 
 PROMPT, TOKENS = 64, 600
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=4096, kv_blocks=4096, prefix_cache=False)
 SILENT = SaidDrafters(lambda tokens, most: ())
-HEADS = SpeculationSettings(SILENT, head=True)
+USING = SpeculationSettings(SILENT, mtp=True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -40,7 +40,7 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
     source = random.Random(seed)
     requests = [random_request(source) for _ in range(source.randint(1, 10))]
     run = simulation(
-        speculation=SpeculationSettings(SILENT, source.choice([1, 2, 5, 32]), head=True),
+        speculation=SpeculationSettings(SILENT, source.choice([1, 2, 5, 32]), mtp=True),
         stages=source.randint(1, 4),
         fixed_us=source.choice([0, 100, 1000]),
         row_us=source.choice([1, 10, 500]),
@@ -57,13 +57,13 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
         return tuple(source.randint(-1, VOCABULARY) for _ in range(source.choice([0, 1, most, most, most + 1])))
 
     stages = run.stages
-    run.stages = HeadStages(stages.model, stages.stage_ns, stages.hop_ns, says=says, draft_ns=source.choice([0, 9_000]))
+    run.stages = MtpStages(stages.model, stages.stage_ns, stages.hop_ns, says=says, draft_ns=source.choice([0, 9_000]))
     check_writes(run)
     keys: dict[int, GenerationRequest] = {}
     with pytest.MonkeyPatch.context() as patch:
         if source.random() < 0.8:
             patch.setattr(module, "best_windows", AnyWindows(source, 32))
-            patch.setattr(HeadDrafts, "length", AnyLengths(source, 8).length)
+            patch.setattr(MtpDrafts, "length", AnyLengths(source, 8).length)
         for request in requests:
             keys[run.add(request)] = request
             for _ in range(source.randint(0, 12)):
@@ -76,7 +76,7 @@ def test_what_heads_draft_changes_no_token_and_leaks_nothing(seed: int) -> None:
 
 def _ms_of(
     right: float | None, stage_ns: Sequence[StageNs], draft_us: float, sequences: int = 1, hop_us: float = 100.0
-) -> tuple[float, HeadStages]:
+) -> tuple[float, MtpStages]:
     """Of so many tokens of each sequence, behind the prompts; `right`: the probability of each drafted token."""
     source = random.Random(5)  # fixed: what chance makes of a gain is no error
 
@@ -84,8 +84,8 @@ def _ms_of(
         assert right is not None, "no head was loaded"
         return tuple(1 if source.random() < right else 2 for _ in range(most))
 
-    own = None if right is None else HEADS
-    stages = HeadStages(ConstantModel(4096), stage_ns, round(hop_us * 1e3), says=says, draft_ns=round(draft_us * 1e3))
+    own = None if right is None else USING
+    stages = MtpStages(ConstantModel(4096), stage_ns, round(hop_us * 1e3), says=says, draft_ns=round(draft_us * 1e3))
     run = Simulation(Scheduler(replace(SETTINGS, speculation=own), 1, len(stage_ns)), stages)
     keys = [run.add(GenerationRequest("r", (index,) * PROMPT, TOKENS)) for index in range(sequences)]
     while not all(run.rows(key) for key in keys):
@@ -118,7 +118,7 @@ def test_a_head_that_does_not_pay_costs_little(curve: str, right: float, draft_u
 
 
 def test_a_head_that_gets_better_is_noticed() -> None:
-    use = HeadUse()
+    use = MtpUse()
     asked = []
     for tokens in range(PROMPT, 5000):
         if use.is_due(tokens):
@@ -130,7 +130,7 @@ def test_a_head_that_gets_better_is_noticed() -> None:
 
 
 def test_times_are_those_of_the_nearest_number_of_sequences() -> None:
-    times = HeadTimes()
+    times = MtpTimes()
     assert times.draft_ns(1, 3) is None
     times.learn(1, 2, 2000)
     times.learn(8, 1, 5000)
@@ -150,9 +150,9 @@ class _Says:
 
 def test_the_draft_that_promises_more_counts() -> None:
     def chosen(other: Draft, suggested: tuple[int, ...]) -> tuple[int, ...]:
-        drafts = SequenceDrafts(_Says(other), VOCABULARY, [Acceptance() for _ in range(HEAD + 1)])
+        drafts = SequenceDrafts(_Says(other), VOCABULARY, [Acceptance() for _ in range(MTP + 1)])
         drafts.suggest([1, 2, 3], suggested)
-        assert drafts.is_of_head == (other.tokens != drafts.next([1, 2, 3], 8).tokens)
+        assert drafts.is_of_mtp == (other.tokens != drafts.next([1, 2, 3], 8).tokens)
         return drafts.next([1, 2, 3], 8).tokens
 
     assert chosen(Draft((5,) * 8, LONG + 1), (6, 7)) == (5,) * 8

@@ -1,4 +1,4 @@
-"""For which sequences a head that predicts further tokens drafts, and how many. Pure.
+"""For which sequences a head for multi-token prediction (MTP) drafts, and how many. Pure.
 
 Drafts come with the results that they follow, and take time there. So they are asked for where the step after them is
 expected to gain more than other drafts promise.
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from math import inf
 
-from llamaclust.cluster.scheduler.drafting.drafter import HEAD
+from llamaclust.cluster.scheduler.drafting.drafter import MTP
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.drafts import expected
-from llamaclust.cluster.scheduler.speculation.head_times import HeadTimes
+from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 
 _MARGIN = 0.05
 """Predicted gain over other drafts below which the head is not asked."""
@@ -22,10 +22,10 @@ _HOPEFUL = 0.7
 """Acceptance with which it is tried again."""
 
 
-class HeadDrafts:
+class MtpDrafts:
     """Of one pipeline."""
 
-    def __init__(self, times: HeadTimes, rounds: MeasuredRounds) -> None:
+    def __init__(self, times: MtpTimes, rounds: MeasuredRounds) -> None:
         self._times = times
         self._rounds = rounds
 
@@ -60,7 +60,7 @@ def order_drafts(sequences: Iterable[Sequence], count: int) -> None:
     """Has the next step of each draft so many tokens behind it."""
     for sequence in sequences if count else ():
         if may_order(sequence):
-            sequence.head.order(len(sequence.tokens), count)
+            sequence.mtp.order(len(sequence.tokens), count)
 
 
 def may_order(sequence: Sequence) -> bool:
@@ -69,8 +69,8 @@ def may_order(sequence: Sequence) -> bool:
 
 
 def _is_due(sequence: Sequence) -> bool:
-    return sequence.head.is_due(len(sequence.tokens))
+    return sequence.mtp.is_due(len(sequence.tokens))
 
 
 def _rate(sequence: Sequence) -> float:
-    return 0.0 if sequence.drafts is None else sequence.drafts.rate(HEAD)
+    return 0.0 if sequence.drafts is None else sequence.drafts.rate(MTP)

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.resources.link_profiling import hops_matter, kep
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key
-from llamaclust.cluster.launchers.worker_settings import thread_shares, worker_settings
+from llamaclust.cluster.launchers.worker_settings import numa_nodes, thread_shares, worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
@@ -108,9 +108,14 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
 
 def _cores(config: ClusterConfig) -> str:
     """Threads of workers, and the cores that they are for."""
-    threads, cores = thread_shares(config), read_cores()
-    text = f"  threads: {', '.join(f'{name} {count}' for name, count in threads.items())}, for {cores}"
-    return f"{text}; more threads than that are slower" if sum(threads.values()) > cores.count else text
+    threads, cores, nodes = thread_shares(config), read_cores(), numa_nodes(config)
+    on_node = {name: "" if node is None else f" on NUMA node {node}" for name, node in nodes.items()}
+    text = f"  threads: {', '.join(f'{name} {count}{on_node[name]}' for name, count in threads.items())}, for {cores}"
+    if sum(threads.values()) > cores.count:
+        text += "; more threads than that are slower"
+    if len(cores.nodes) > 1 and not any(on_node.values()):
+        text += f"; {len(cores.nodes)} NUMA nodes: as many workers without threads, one on each, are faster"
+    return text
 
 
 def planned(config: ClusterConfig) -> PlannedStart:
@@ -124,7 +129,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         check_placement(config, model)
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}
         fingerprints = {
-            spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name])
+            spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name], spec.numa_node)
             for spec in specs
         }
         profiles = _profiles(config, model.model_id, fingerprints, sum(spec.threads or 0 for spec in specs))

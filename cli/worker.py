@@ -49,9 +49,14 @@ def worker(
         Option("--gpu-memory", metavar="SIZE", help="Limit for the memory of each GPU. Default: what is free."),
     ] = None,
     threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="Default: one per core.")] = None,
+    numa_node: Annotated[
+        int | None,
+        Option("--numa-node", min=0, max=1023, metavar="N", help="Use cores and memory of this NUMA node only."),
+    ] = None,
     memory: Annotated[
         str | None, Option(metavar="SIZE", help="Limit for the process's RAM, as 8GiB. Default: what is free.")
     ] = None,
+    mlock: Annotated[bool, Option("--mlock", help="Lock weights in RAM, so that they are never swapped out.")] = False,
     kv_disk: Annotated[
         str | None,
         Option("--kv-disk", metavar="SIZE", help="Limit for KV memory on disk. Default: none is kept."),
@@ -98,6 +103,8 @@ def worker(
         gpu_layers=layers,
         gpu_memory_bytes=gpu_bytes,
         threads=threads,
+        numa_node=numa_node,
+        mlock=mlock,
         memory_bytes=None if memory is None else option_value("--memory", parse_size, memory),
         kv_disk_bytes=None if kv_disk is None else option_value("--kv-disk", parse_size, kv_disk),
         feature_level=variables.feature_level or "",

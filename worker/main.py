@@ -20,6 +20,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.devices.cores import bind_to_node
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
@@ -43,6 +44,8 @@ def run_worker(settings: WorkerSettings) -> int:
     try:
         if settings.parent_pid is not None:
             _set_parent_death_signal(settings.parent_pid)
+        if settings.numa_node is not None:
+            bind_to_node(settings.numa_node)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
         if isinstance(error, UsageError) and settings.static and settings.log_format is LogFormat.TEXT:

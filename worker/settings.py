@@ -28,7 +28,9 @@ class WorkerSettings:
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
     device: str = "cpu"  # "cpu" | "reference" | "cuda:N", or several of these with commas between
     threads: int | None = None  # None: one a core
+    numa_node: int | None = None  # the only one whose cores and memory are used; None: all
     memory_bytes: int | None = None  # cap on weights, KV memory and workspace in RAM; None: what is free
+    mlock: bool = False  # packed weights are locked in RAM
     feature_level: str = ""  # "": the best there is
     join_s: float = 60.0  # how long to wait for the coordinator
     parent_pid: int | None = None

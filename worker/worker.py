@@ -56,7 +56,8 @@ class Worker:
         """UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
-        _log.info("%s", read_cores().threads_text(device.threads))
+        for line in read_cores().lines(device.threads):
+            _log.info("%s", line)
         weights = Weights(weight_cache(settings), settings.model_dir)
         return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file), kv_disk=kv_disk)
 

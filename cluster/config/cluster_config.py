@@ -268,6 +268,9 @@ class ClusterConfig(Section):
             if self.launcher == "ray" and set(gpus) != (own := {f"cuda:{number}" for number in range(len(gpus))}):
                 why = f"Ray gives each worker GPUs of its own, numbered from 0: set {','.join(sorted(own))}"
                 raise PlaceError(("workers", index, "device"), why)
+            if self.launcher == "mpi" and worker.numa_node is not None:
+                why = "MPI binds its ranks: leave it out and start mpirun with --map-by numa --bind-to numa"
+                raise PlaceError(("workers", index, "numa_node"), why)
             if self.launcher == "ray" and worker.threads is None:
                 raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
         return self
@@ -314,7 +317,7 @@ class ClusterConfig(Section):
         return self
 
 
-_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory", "kv_disk")
+_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
 """Keys of workers that are options of `llamaclust worker` of a static cluster."""
 _OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "placement", "plan")
 """Keys that each of `models` may have of its own."""
@@ -329,6 +332,8 @@ _FOR_ONE_MODEL = {
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
     value = getattr(worker, key)
+    if key == "mlock":
+        return "--mlock" if value else "without --mlock"
     if key in ("memory", "gpu_memory", "kv_disk") and value is not None:
         value = f"{value / (1 << 30):g}GiB"
     return f"--{key.replace('_', '-')} {'auto' if value is None else value}"

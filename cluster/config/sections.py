@@ -61,8 +61,12 @@ class WorkerConfig(Section):
     """As the key `cpu_moe` of the cluster, for this worker; by default the cluster's."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads that compute; by default the machine's cores, shared out among its workers."""
+    numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
+    """The NUMA node whose cores and memory it uses; by default one of its own if each node can have equally many."""
     memory: Size | None = None
     """Cap on weights, KV memory and workspace in RAM; by default what is free, shared out among its workers."""
+    mlock: bool = False
+    """Whether its weights in RAM are locked there, so that they are never swapped out."""
     kv_disk: Size | None = None
     """KV memory on its machine's disk, at most, for use after restarts, on all workers or none; default: none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None

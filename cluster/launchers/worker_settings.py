@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import WorkerConfig
-from llamaclust.worker.devices.cores import physical_cores
+from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
@@ -16,21 +17,40 @@ _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SET
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Threads of each worker: workers without a number of their own share this machine's physical cores."""
-    share = max(1, physical_cores() // len(config.workers))
-    return {worker.name: worker.threads or share for worker in config.workers}
+    """Threads of each worker: workers without a number of their own share the physical cores of this machine, or of
+    their NUMA node on it. UsageError for a node that is not there."""
+    cores, nodes = read_cores(), numa_nodes(config)
+    sharers = Counter(nodes.values())
+    found = {}
+    for worker in config.workers:
+        node = nodes[worker.name]
+        of_node = cores if node is None or config.launcher != "local" else cores.on_node(node)
+        count = len(config.workers) if of_node is cores else sharers[node]
+        found[worker.name] = worker.threads or max(1, of_node.count // count)
+    return found
+
+
+def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
+    """NUMA node of each worker. Local workers are divided evenly over the nodes of this machine, if their number allows
+    it and the cluster file says nothing of nodes or threads."""
+    workers, nodes = config.workers, read_cores().nodes
+    free = all(worker.numa_node is None and worker.threads is None for worker in workers)
+    if config.launcher != "local" or len(nodes) == 1 or len(workers) % len(nodes) or not free:
+        return {worker.name: worker.numa_node for worker in workers}
+    return {worker.name: nodes[place * len(nodes) // len(workers)] for place, worker in enumerate(workers)}
 
 
 def worker_settings(config: ClusterConfig) -> list[WorkerSettings]:
     """Of all workers, if they run on this machine."""
-    threads, variables = thread_shares(config), environment()
+    threads, nodes, variables = thread_shares(config), numa_nodes(config), environment()
     common = {
         "feature_level": variables.feature_level or "",
         "log_format": variables.log_format,
         "cluster": config.name,
     }
     keys = [{name: getattr(worker, key) for key, name in _KEYS.items()} for worker in config.workers]
-    return [with_caches(WorkerSettings(**own | {"threads": threads[own["name"]]} | common)) for own in keys]
+    shares = ({"threads": threads[own["name"]], "numa_node": nodes[own["name"]]} for own in keys)
+    return [with_caches(WorkerSettings(**own | share | common)) for own, share in zip(keys, shares, strict=True)]
 
 
 def with_caches(settings: WorkerSettings) -> WorkerSettings:

@@ -149,7 +149,8 @@ def _explained(program: Program) -> Iterator[None]:
 
 class CpuBackend:
     """See `kernels.backend.Backend`. Computes on `threads` threads including the caller of `run`, or fewer while other
-    programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine."""
+    programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine. `mlock`:
+    packed weights are locked in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -161,6 +162,7 @@ class CpuBackend:
         *,
         yields: bool = True,
         packed_cache: PackedCacheFolder | None = None,
+        mlock: bool = False,
     ) -> None:
         """UsageError for a feature level that is not available here, or too many threads."""
         levels = _native.available_levels()
@@ -176,7 +178,7 @@ class CpuBackend:
             raise UsageError(f"{threads} threads: {error}; give another number") from error
         self.threads = threads
         self.packed_cache = None if packed_cache is None else PackedCache(packed_cache)
-        self._weights = WeightStore(threads, self.packed_cache)
+        self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
 
     def load(
         self,

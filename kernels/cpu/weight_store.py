@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache import PackedCache
 from llamaclust.kernels.packed.load import load_tensors
+from llamaclust.kernels.packed.locking import lock_memory
 from llamaclust.kernels.packed.weights import Weight, check_weights
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -18,9 +19,10 @@ from llamaclust.model.program import Program
 class WeightStore:
     """Loads tensors, each once for as long as any stage holds it."""
 
-    def __init__(self, threads: int, packed_cache: PackedCache | None) -> None:
+    def __init__(self, threads: int, packed_cache: PackedCache | None, *, mlock: bool = False) -> None:
         self._threads = threads
         self._packed_cache = packed_cache
+        self._mlock = mlock
         self._lock = Lock()
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
@@ -47,6 +49,8 @@ class WeightStore:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if self._mlock:
+            lock_memory([*loaded.cached.values(), *loaded.packed.values()])
         if self._packed_cache is not None:
             self._packed_cache.keep(loaded.packed)
         return loaded.weights

@@ -6,6 +6,7 @@ import re
 import socket
 import stat
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -125,9 +126,8 @@ def test_a_detached_cluster_from_start_to_stop(line: CommandLine) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = line.cluster_file("good.gguf", "apart")
-    done = line.run(
-        "up", path, "--detach", "--port", str(port), "--set", "context_length=128", "--set", "workers.b.threads=2"
-    )
+    keys = ("context_length=128", "workers.b.threads=2", "workers.b.mlock=true", "workers.b.numa_node=0")
+    done = line.run("up", path, "--detach", "--port", str(port), *chain(*(("--set", key) for key in keys)))
     assert done.code == 0 and done.out == "" and "apart is ready" in done.err and "Traceback" not in done.err
     try:
         status = line.run("status", "--cluster", "apart", "--json").json
@@ -136,6 +136,10 @@ def test_a_detached_cluster_from_start_to_stop(line: CommandLine) -> None:
         refused = line.run("generate", "the " * 200, "--cluster", "apart")
         assert refused.code == 2 and "128" in refused.error
         assert "Traceback" not in line.run("logs", "coordinator", "--cluster", "apart").out
+        log = line.run("logs", "b", "--cluster", "apart").out
+        assert read_cores().on_node(0).threads_text(2) in log
+        assert "MiB of packed weights are locked in RAM" in log
+        assert "locked" not in line.run("logs", "a", "--cluster", "apart").out
     finally:
         stopped = line.run("down", "--cluster", "apart")
     assert stopped.code == 0 and stopped.err == "apart is stopped\n"
@@ -157,6 +161,8 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     assert unknown.code == 0 and "? ms/token" in unknown.out and "?: not measured yet" in unknown.out
     assert f"  threads: a {physical_cores()}, for {read_cores()}\n" in unknown.out
     many = line.run("plan", line.cluster_file("good.gguf"), "--set", "workers.a.threads=999").out
+    on_node = line.run("plan", line.cluster_file("good.gguf"), "--set", "workers.b.numa_node=0").out
+    assert f"  threads: a 1, b 1 on NUMA node 0, for {read_cores()}" in on_node and "? ms/token" not in on_node
     assert f"  threads: a 999, b 1, for {read_cores()}; more threads than that" in many
 
 

@@ -40,14 +40,19 @@ class GpuBackend(ExchangingBackend, Protocol):
 
 
 def open_processor(
-    device: str, threads: int, feature_level: str, packed_cache: PackedCacheFolder | None = None
+    device: str,
+    threads: int,
+    feature_level: str,
+    packed_cache: PackedCacheFolder | None = None,
+    *,
+    mlock: bool = False,
 ) -> Backend:
-    """UsageError for a device or feature level that this machine does not have."""
+    """`mlock`: as in `CpuBackend`. UsageError for a device or feature level that this machine does not have."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
-        return CpuBackend(threads, feature_level, packed_cache=packed_cache)
-    if device == "reference":
+        return CpuBackend(threads, feature_level, packed_cache=packed_cache, mlock=mlock)
+    if device == "reference" and not mlock:
         from llamaclust.kernels.reference.backend import ReferenceBackend
 
         return ReferenceBackend()

@@ -73,6 +73,17 @@ class Cores:
             text += f" with a CPU quota of {self.quota:g}"
         return text
 
+    def lines(self, threads: int) -> tuple[str, ...]:
+        """What a worker's log says: `threads_text`, and what is better on several NUMA nodes."""
+        return (self.threads_text(threads), *([self.nodes_text] if len(self.nodes) > 1 else []))
+
+    @property
+    def nodes_text(self) -> str:
+        """What to do on several NUMA nodes."""
+        options = " and ".join(f"--numa-node {node}" for node in self.nodes)
+        better = "a worker for each, which reads memory of its own node only, is faster"
+        return f"{len(self.nodes)} NUMA nodes: {better}: {options}, or numa_node of local workers"
+
     def threads_text(self, threads: int) -> str:
         """Which cores compute threads of a worker use, in one line."""
         text = f"{threads} compute thread{'s' if threads > 1 else ''} for {self}"

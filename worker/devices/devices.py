@@ -22,7 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends, system_info
 from llamaclust.worker.devices.backends import GpuBackend
-from llamaclust.worker.devices.cores import physical_cores
+from llamaclust.worker.devices.cores import physical_cores, read_cores
 from llamaclust.worker.settings import WorkerSettings
 
 _CPU = "cpu"
@@ -48,7 +48,7 @@ class Device:
         threads = settings.threads or physical_cores()
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
-        backend = backends.open_processor(settings.device, threads, level, packed_cache)
+        backend = backends.open_processor(settings.device, threads, level, packed_cache, mlock=settings.mlock)
         cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
         gpus = tuple(
             backends.open_gpu(name, threads, cap, packed_cache, kernels) for name in gpu_names(settings.device)
@@ -127,7 +127,7 @@ class Device:
             feature_level=level,
             total_memory_bytes=system_info.total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
-            fingerprint=_fingerprint(self.kind, self.threads, level, gpus),
+            fingerprint=_fingerprint(self.kind, self.threads, level, gpus, len(os.sched_getaffinity(0))),
             machine_free_bytes=system_info.available_memory_bytes(),
             numerics_version=self.backend.numerics_version,
             gpus=gpus,
@@ -146,15 +146,17 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def fingerprint(kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = ()) -> str:
+def fingerprint(
+    kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
+) -> str:
     """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
     not available here."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
-    return _fingerprint(kind, threads, level, gpus)
+    cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
+    return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
 
 
-def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...]) -> str:
-    cores = len(os.sched_getaffinity(0))
+def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cores: int) -> str:
     alike = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
     beside = "".join(f", {count} x {gpu}" for gpu, count in alike.items())
     return f"{system_info.processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"

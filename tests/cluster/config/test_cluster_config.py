@@ -87,6 +87,21 @@ def test_kv_memory_on_disk_is_refused_where_it_would_not_be_used(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[{name: a, numa_node: 1}]\nlauncher: static", "llamaclust worker ... --numa-node 1"),
+        ("[{name: a, mlock: true}]\nlauncher: static", "llamaclust worker ... --mlock"),
+        ("[{name: a, mlock: false}]\nlauncher: static", "llamaclust worker ... without --mlock"),
+        ("[{name: a, numa_node: 1}]\nlauncher: mpi", "start mpirun with --map-by numa --bind-to numa"),
+        ("[{name: a, numa_node: -1}]", "numa_node"),
+        ("[{name: a, mlock: 3}]", "mlock"),
+    ],
+)
+def test_memory_of_workers_is_placed_where_they_are_started(tmp_path: Path, text: str, why: str) -> None:
+    assert why in failure(tmp_path, f"model: m\nworkers: {text}\n")
+
+
+@pytest.mark.parametrize(
     ("api", "why"),
     [
         ("{model_name: m}", "give `name` and `aliases` among `models`"),

@@ -56,10 +56,11 @@ def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
         **tokenizer(vocabulary),
         "general.quantization_version": 2,
     }
-    write_gguf(path, metadata, _sources(file, seed))
+    write_gguf(path, metadata, sources_of(file, seed))
 
 
-def _sources(file: ModelFile, seed: int) -> Iterator[TensorSource]:
+def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
+    """Its tensors, made when they are written."""
     generator, made = np.random.default_rng(seed), dict[tuple[str, QuantType], memoryview]()
 
     def content(tensor: Tensor) -> memoryview:

@@ -52,9 +52,9 @@ class Sample:
 
 
 @asynccontextmanager
-async def cluster_of(workers: int, model: Path, folder: Path) -> AsyncIterator[Cluster]:
+async def cluster_of(workers: int, model: Path, folder: Path, *more: str) -> AsyncIterator[Cluster]:
     names = ", ".join(f"{{name: w{index}, threads: 1}}" for index in range(workers))
-    overrides = [f"model={model}", f"workers=[{names}]", "context_length=1024", "objective=throughput"]
+    overrides = [f"model={model}", f"workers=[{names}]", "context_length=1024", "objective=throughput", *more]
     directory = ClusterDir(folder / f"{workers}")
     directory.create()
     async with open_cluster(load_config(None, overrides), model, directory) as cluster:

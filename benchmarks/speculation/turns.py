@@ -49,6 +49,7 @@ class Answered:
     tok_s: float  # behind the first token
     drafted: int
     accepted: int
+    ttft_ms: float
 
     @property
     def token_ns(self) -> float:
@@ -66,18 +67,22 @@ class Pair:
 
 
 @asynccontextmanager
-async def served(path: Path, stages: int, threads: int, drafters: Drafters) -> AsyncIterator[Served]:
-    """One stage is in this process, with so many threads; several are workers of one thread each on this machine."""
+async def served(
+    path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
+) -> AsyncIterator[Served]:
+    """One stage is in this process, with so many threads; several are workers of one thread each on this machine.
+    `mtp`: the model's own head drafts too."""
     if stages == 1:
         context = _context(path)
-        stage = LocalStage(path, threads, None, LocalSettings(context_length=context, kv_blocks=16 * -(-context // 16)))
-        settings = replace(stage.scheduling, speculation=SpeculationSettings(drafters))
+        own = LocalSettings(context_length=context, kv_blocks=16 * -(-context // 16), mtp=mtp)
+        stage = LocalStage(path, threads, None, own)
+        settings = replace(stage.scheduling, speculation=SpeculationSettings(drafters, mtp=mtp))
         with stage.model:
             async with Engine(LocalPipeline(stage), settings) as engine:
                 yield Served(engine, stage.model)
         return
     with tempfile.TemporaryDirectory() as folder, drafting_with(drafters):
-        async with cluster_of(stages, path, Path(folder)) as cluster:
+        async with cluster_of(stages, path, Path(folder), f"speculative={{mtp: {mtp}}}") as cluster:
             yield Served(cluster.engine, cluster.model)
 
 
@@ -108,6 +113,7 @@ async def answer(engine: Engine, request: GenerationRequest) -> Answered:
                 event.timings.decode_tok_s,
                 event.timings.drafted_tokens,
                 event.timings.accepted_tokens,
+                event.timings.ttft_ms,
             )
     raise AssertionError("a request ends with Finished")
 

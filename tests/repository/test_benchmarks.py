@@ -178,6 +178,16 @@ def test_drafts_of_texts(folder: Path) -> None:
     assert len(rows) == 4 and all(int(accepted) <= int(drafted) for _, accepted, drafted in rows)
 
 
+def test_drafts_of_mtp_heads(folder: Path) -> None:
+    sizes = ("--layers", "2", "--hidden", "256", "--vocabulary", "400")
+    options = ("--stages", "1", "--prompt", "9", "--tokens", "40", "--repeats", "1", "--threads", "1")
+    text = output(folder, "speculation/mtp.py", *sizes, *options)
+    assert re.search(r"^wrong, stages 1: .* 0 of \d+ drafted tokens accepted$", text, re.MULTILINE)
+    for name in ("right", "wrong"):
+        assert re.search(rf"^{name}, stages 1: gain +\d", text, re.MULTILINE)
+        assert re.search(rf"^{name}, stages 1: time of the prompt +\d.* 1\.500$", text, re.MULTILINE)
+
+
 def test_drafts_across_links(folder: Path) -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)

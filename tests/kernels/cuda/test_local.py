@@ -7,6 +7,8 @@ import os
 import random
 import re
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +17,27 @@ import pytest
 from llamaclust.cli.models.perplexity import Source
 from llamaclust.cli.options import Gpus
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import ranges
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.placement import read_rules
 from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.microbatch.messages import Microbatch
 from llamaclust.worker.devices import backends
+from llamaclust.worker.stage.nextn import NextnDrafter, Normed
 from support.clusters.command_line import command_line
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
+from support.models.tiny.nextn_models import with_nextn
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
+from support.plans.drafting import AnyWindows
+from support.plans.mtp import order_any
 from support.seed import SEED
 
 PROMPT = [5, 9, 17, 33, 65, 3, 7]
@@ -238,6 +248,51 @@ def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path
         assert Gpus(all_cpu_moe=True).cpu_moe
     with pytest.raises(UsageError, match="--cpu-moe and --n-cpu-moe: give one of them"):
         assert Gpus(("cuda:0",), all_cpu_moe=True, n_cpu_moe=1).cpu_moe
+
+
+@pytest.mark.parametrize(("name", "gpu_layers"), [("glm4moe", None), ("deepseek2", 1)])
+def test_an_mtp_head_beside_layers_on_gpus(
+    shim: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, gpu_layers: int | None
+) -> None:
+    """The processor computes it, from the same hidden states: its drafts are the same, too."""
+    path = with_nextn(tmp_path / "head.gguf", name)
+    wanted, _ = answered(path, settings())
+    order_any(random.Random(SEED), 3, monkeypatch)
+    monkeypatch.setattr(speculation, "best_windows", AnyWindows(random.Random(SEED), 3))
+    drafts = []
+    for own in (settings(), settings("cuda:0", gpu_layers)):
+        with noted_drafts() as noted:
+            answer, placement = answered(path, replace(own, mtp=True))
+        assert answer == wanted, f"seed {SEED}"
+        drafts.append(noted)
+    assert "on GPUs" in placement
+    common = drafts[0].keys() & drafts[1].keys()
+    assert common and all(drafts[0][place] == drafts[1][place] for place in common), f"seed {SEED}"
+
+
+@contextmanager
+def noted_drafts() -> Iterator[dict[int, int]]:
+    """The first token of each draft of an MTP head, by the position of the token that it follows."""
+    noted, draft = dict[int, int](), NextnDrafter.draft
+
+    def noting(
+        self: NextnDrafter,
+        microbatch: Microbatch,
+        batch: Batch,
+        normed: Normed,
+        rows: Sequence[RowResult],
+        tasks: Sequence[RowTask],
+    ) -> tuple[RowResult, ...]:
+        found = draft(self, microbatch, batch, normed, rows, tasks)
+        for row, task in zip(found, tasks, strict=True):
+            if row.drafted:
+                assert isinstance(task, SampleTask)
+                noted[task.position] = row.drafted[0]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NextnDrafter, "draft", noting)
+        yield noted
 
 
 def test_more_layers_than_fit_are_refused(shim: None, model: Path) -> None:

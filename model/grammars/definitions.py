@@ -8,8 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llguidance import regex_to_lark
-
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
@@ -44,6 +42,8 @@ def of_object(origin: str) -> Grammar:
 
 def of_regex(pattern: str, origin: str) -> Grammar:
     """A text that all of a regular expression (Rust's syntax, without look-around) matches."""
+    from llguidance import regex_to_lark
+
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits
 
 from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import AllowedTokens, Grammar
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
 
 _Computed = TypeVar("_Computed")
 
@@ -19,6 +21,8 @@ _Computed = TypeVar("_Computed")
 def _limits() -> LLParserLimits:
     """Tens of milliseconds a step and tens of megabytes an answer, whatever the grammar: the same for checks and for
     matching."""
+    from llguidance import LLParserLimits
+
     return LLParserLimits(
         max_items_in_row=2000,
         initial_lexer_fuel=1_000_000,
@@ -33,6 +37,8 @@ def _limits() -> LLParserLimits:
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
     """The state before the first token; `is_error` where the grammar cannot be used. Each answer compiles its own:
     copies of one state share a lexer, and with it what they may use up."""
+    from llguidance import LLMatcher
+
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits())
 
 

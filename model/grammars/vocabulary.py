@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import Final
-
-from llguidance import LLTokenizer
+from typing import TYPE_CHECKING, Final
 
 from llamaclust.model.grammars.reasoning import may_run_over
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 _SPECIAL: Final = b"\xff"
 """What llguidance has before the name of a token that stands for no text."""
@@ -31,6 +32,8 @@ class GrammarVocabulary:
     @cached_property
     def native(self) -> LLTokenizer:
         """For llguidance. Building takes about a second for 256 Ki tokens."""
+        from llguidance import LLTokenizer  # only here: its import is a fifteenth of a worker's start
+
         return LLTokenizer(_Words(self.words, self.end_ids, self._encode), eos_token=list(self.end_ids))  # type: ignore[arg-type]
 
 

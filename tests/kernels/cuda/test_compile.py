@@ -25,14 +25,15 @@ def compiler() -> Iterator[Compiler]:
 
 
 def test_every_module_for_every_architecture(compiler: Compiler, request: pytest.FixtureRequest) -> None:
-    """Machine code for the oldest, which have the least registers and shared memory, and what the newest one's is made
-    of, without optimizations where that is quicker; or machine code for all there are (--all-architectures)."""
+    """Machine code for the oldest, which have the least shared memory, and what the newest one's is made of, with fewer
+    optimizations where that is quicker; or machine code for all there are, as users get it (--all-architectures)."""
     known = [one for one in compiler.architectures if one >= OLDEST]
     assert known[0] == OLDEST, "the oldest cards are not compiled for any more"
     every = request.config.getoption("--all-architectures", default=False)
     texts = [(name, whole_text(path)) for name, path in modules().items()]
     assert len(texts) >= 4
-    jobs = [(name, text, one) for name, text in texts for one in (known if every else known[:1])]
+    machine = OPTIONS if every else (*OPTIONS, *compiler.quick_binary)
+    jobs = [(name, text, one, machine) for name, text in texts for one in (known if every else known[:1])]
     with ThreadPoolExecutor(2) as pool:
         for binary in pool.map(lambda job: compiler.binary(*job), jobs):
             assert binary.startswith(b"\x7fELF")

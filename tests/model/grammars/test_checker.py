@@ -19,7 +19,7 @@ from llguidance import LLMatcher
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import checker as module
-from llamaclust.model.grammars import checker_child, definitions, matcher
+from llamaclust.model.grammars import checker_child, definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.checker_process import CheckLimits
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
@@ -121,7 +121,7 @@ def test_a_grammar_whose_first_token_takes_too_much_is_refused(checker: GrammarC
 def test_a_check_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b""], [256], lambda text: [*text.encode()])
     native = Mock(wraps=LLMatcher)
-    monkeypatch.setattr(matcher, "LLMatcher", native)
+    monkeypatch.setattr("llguidance.LLMatcher", native)
     assert checker_child._checked(definitions.of_object("o").definition, vocabulary, 0.0)["error"] == ""
     native.assert_called_once()
 

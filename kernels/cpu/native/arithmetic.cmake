@@ -23,6 +23,14 @@ set(flags_avx512vnni ${flags_avx512} -mavx512vnni)
 set(flags_neon -DLLAMACLUST_NEON)
 set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 
+# What a level adds to another one are integer dot products, in matmul/ and attention/; all else is the other one's code,
+# if that is built as well.
+set(base_avxvnni avx2)
+set(base_avx512vnni avx512)
+set(base_neon_dotprod neon)
+set(dot_sources ${level_sources})
+list(FILTER dot_sources INCLUDE REGEX "/level/(matmul|attention)/")
+
 # No multiplication and addition is ever joined by the compiler: every level rounds where the source says so.
 # The AVX-512 headers of g++ 12 are full of values that look uninitialized to it.
 set(LLAMACLUST_OPTIMIZATION -O3 CACHE STRING "-O1 is quicker to compile and slower to run, and gives the same bits")
@@ -40,8 +48,15 @@ set_source_files_properties(${native}/runtime/dtype_cast.cpp PROPERTIES COMPILE_
 
 set(objects $<TARGET_OBJECTS:cpu_baseline>)
 set(checks "")
+set(built "")
 foreach(level IN LISTS LLAMACLUST_LEVELS)
-  add_library(cpu_${level} OBJECT ${level_sources})
+  if("${base_${level}}" IN_LIST LLAMACLUST_LEVELS)
+    add_library(cpu_${level} OBJECT ${dot_sources})
+    string(APPEND built " X(${level},${base_${level}})")
+  else()
+    add_library(cpu_${level} OBJECT ${level_sources})
+    string(APPEND built " X(${level},${level})")
+  endif()
   target_compile_options(cpu_${level} PRIVATE ${arithmetic_flags} ${flags_${level}} -fno-exceptions -fno-rtti)
   target_compile_definitions(cpu_${level} PRIVATE LLAMACLUST_LEVEL=${level})
   target_include_directories(cpu_${level} PRIVATE ${native})
@@ -50,6 +65,4 @@ foreach(level IN LISTS LLAMACLUST_LEVELS)
                              "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:cpu_${level}>,|>"
                              -P ${check_isa})
 endforeach()
-list(TRANSFORM LLAMACLUST_LEVELS REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE built)
-list(JOIN built " " built)
 set_source_files_properties(${native}/runtime/levels.cpp PROPERTIES COMPILE_OPTIONS "-DLLAMACLUST_LEVELS(X)=${built}")

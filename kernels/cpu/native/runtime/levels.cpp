@@ -9,9 +9,10 @@
 #include <sys/auxv.h>
 #endif
 
-// LLAMACLUST_LEVELS(X), of the build: X(name) for each level that is there (arithmetic.cmake).
+// LLAMACLUST_LEVELS(X), of the build: X(name, base) for each level that is there (arithmetic.cmake). `base`: the level
+// with the same code but for integer dot products, or the level itself.
 // Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
-#define DECLARE(name)                      \
+#define DECLARE(name, base)                \
   namespace llamaclust::name {             \
   extern const MatmulOps matmul_ops;       \
   extern const VectorOps vector_ops;       \
@@ -76,10 +77,10 @@ CpuFeatures cpu_features() { return {}; }
 std::vector<Level> available_levels() {
   const CpuFeatures can = cpu_features();
   std::vector<Level> levels;
-#define ADD(name) \
-  if (can.name)   \
-    levels.push_back({#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, \
-                      name::quantize_ops, name::state_ops, name::scan_ops});
+#define ADD(name, base) \
+  if (can.name)         \
+    levels.push_back({#name, name::matmul_ops, base::vector_ops, name::attention_ops, base::sampler_ops, \
+                      base::quantize_ops, base::state_ops, base::scan_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;
 }

@@ -86,7 +86,8 @@ SWAPS = {
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """The installed build with one file of this machine's best level compiled anew, from a copy of the sources."""
+    """The installed build with one file that this machine's best level uses compiled anew, from a copy of the
+    sources."""
 
     folder: Path
     commands: tuple[str, ...]
@@ -95,7 +96,7 @@ class Rebuild:
     def answers(self, model: Path, unit: str) -> list[Answer]:
         compiled, linked = self.tree / "unit.o", self.tree / "_native.so"
         # -Og: half the time of -O1 to compile, slower to run, of the same bits
-        compile_it, out = self._command(f"cpu_{available_levels()[-1]}.dir/level/{unit}.cpp.o")
+        compile_it, out = self._command(f"{self._level(unit)}/{unit}.cpp.o")
         compile_it = compile_it.replace(str(ROOT / NATIVE), str(self.tree / NATIVE)).replace("-O3", "-Og")
         self._run(f"{compile_it.replace(f'-o {out}', f'-o {compiled}')} -MF {self.tree / 'unit.d'}")
         link, library = self._command(r"_native\.[^/ ]*so")
@@ -103,6 +104,11 @@ class Rebuild:
         script = TESTS / "support" / "clusters" / "oracle_answers.py"
         printed = json.loads(self._run(f"{sys.executable} {script} {model} {linked}"))
         return [[(token, bits) for token, bits in answer] for answer in printed]
+
+    def _level(self, unit: str) -> str:
+        """The folder of the best level that has the unit: those that add only dot products have no others."""
+        folders = [f"cpu_{level}.dir/level" for level in reversed(available_levels())]
+        return next(one for one in folders if any(f"{one}/{unit}.cpp.o" in command for command in self.commands))
 
     def _command(self, out: str) -> tuple[str, str]:
         """The command that makes the file whose path ends so, without what follows it; and the path."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-CLASSES = 15
+CLASSES = 20
 """Of confidence."""
 SUBSTITUTED = 1
 """A match of 8 tokens or more went on behind one that differs from the sequence's last one."""
@@ -24,6 +24,10 @@ FORCED = 13
 """By a grammar."""
 MTP = 14
 """Of an MTP head."""
+RESUMED = 15
+"""A copy that goes on a few tokens behind a difference; two classes: the last token alone is near there, or several."""
+SINGLE = 17
+"""A match of the last token alone; three classes as of `SHORT`."""
 
 
 @dataclass(frozen=True, slots=True)

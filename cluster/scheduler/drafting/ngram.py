@@ -5,28 +5,43 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import cycle, islice
 
-from llamaclust.cluster.scheduler.drafting.drafter import LONG, MIDDLE, NO_DRAFT, SHORT, SUBSTITUTED, Draft
+from llamaclust.cluster.scheduler.drafting.copies import Copy
+from llamaclust.cluster.scheduler.drafting.drafter import (
+    LONG,
+    MIDDLE,
+    NO_DRAFT,
+    RESUMED,
+    SHORT,
+    SINGLE,
+    SUBSTITUTED,
+    Draft,
+)
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
 """Tokens of the shortest match. Where one token always followed a pair, it follows four times in five."""
-_BEFORE_SUBSTITUTED = 8
-"""Tokens before one that differs from a match's: after so many, what follows is probably the match's again."""
+_COPIED = 8
+"""Tokens of a match that make it a copy, which probably goes on behind tokens that differ."""
+_UNSURE = 3
+"""A match of so many tokens says less about where a copy goes on than as many tokens near its last place."""
 
 
 class NgramDrafter:
-    """Of one sequence: about 12 bytes a token, and a bounded number of comparisons a draft."""
+    """Of one sequence: about 24 bytes a token, and a bounded number of comparisons a draft."""
 
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
+        self._singles = HashChains(1)
         self._distance = 0  # of the last match from the end; 0: none yet
+        self._copy = Copy()
 
     @property
     def size_bytes(self) -> int:
-        return self._chains.size_bytes
+        return self._chains.size_bytes + self._singles.size_bytes
 
     def take_in(self, tokens: Sequence[int]) -> bool:
         """Some of the tokens that are new; whether the index has all of them now."""
+        self._singles.take_in(tokens)
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
@@ -50,14 +65,30 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """What followed the match, again and again where it ends at the end of the tokens."""
-        last = len(tokens) - 1
+        """What followed the match, or a place near the last copy, or the last token: again and again where it ends at
+        the end of the tokens."""
+        if match.length <= _UNSURE:
+            resumed = self._copy.resumption(tokens)
+            if resumed is not None and resumed.length >= match.length:
+                return self._behind(tokens, resumed.place, most, RESUMED + (resumed.length > 1))
         if match.length:
-            self._distance = last - match.place
-            return Draft(_cycled(tokens, match.place + 1, most), _confidence(match))
-        place, before = last - self._distance, tokens[-_BEFORE_SUBSTITUTED - 1 : -1]
-        if self._distance and place >= _BEFORE_SUBSTITUTED and tokens[place - _BEFORE_SUBSTITUTED : place] == before:
+            if match.length >= _COPIED:
+                self._copy.begin(tokens, match.place)
+            return self._behind(tokens, match.place, most, _confidence(match))
+        return self._guessed(tokens, most)
+
+    def _behind(self, tokens: Sequence[int], place: int, most: int, confidence: int) -> Draft:
+        self._distance = len(tokens) - 1 - place
+        return Draft(_cycled(tokens, place + 1, most), confidence)
+
+    def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
+        """Where the last two tokens are new together: behind one that replaces another, else behind the same token."""
+        place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
+        if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)
+        single = self._singles.longest(tokens, self._singles.before_last, tokens[-1:]) if tokens else NO_MATCH
+        if single.length:
+            return Draft(_cycled(tokens, single.place + 1, most), SINGLE + _votes(single))
         return NO_DRAFT
 
 
@@ -71,8 +102,12 @@ def _confidence(match: Match) -> int:
     """How many tokens match says less than whether one token followed wherever they were."""
     if match.length >= 8:
         return LONG + (match.length >= 16)
-    votes = 1 if match.followers == 1 else 2 if match.agree else 0
-    return (MIDDLE if match.length >= 4 else SHORT) + votes
+    return (MIDDLE if match.length >= 4 else SHORT) + _votes(match)
+
+
+def _votes(match: Match) -> int:
+    """0: other tokens followed elsewhere, 1: it is the only one, 2: one token followed."""
+    return 1 if match.followers == 1 else 2 if match.agree else 0
 
 
 class NgramDrafters:

@@ -6,40 +6,66 @@ _REMEMBERED = 96
 """Tokens, about: of earlier ones little is left."""
 _PRIOR_TOKENS = 3
 """What is known in advance counts as so many."""
-_CHANGES = 1 / 128
+_CHANGES = 1 / 256
 """How probable it is at each token that what is said is of another kind from there on."""
+_STRETCHES = 6
+"""That are looked at, at most."""
+_EVEN = 1.0
+"""Tokens of either kind that count behind a change: any rate is as probable as any other."""
+
+
+class _Stretch:
+    """Tokens since a possible change."""
+
+    __slots__ = ("accepted", "tried", "weight")
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight  # how probable it is that all of these tokens, and no earlier ones, are of one kind
+        self.tried = self.accepted = 0.0
+
+    @property
+    def rate(self) -> float:
+        return (self.accepted + _EVEN) / (self.tried + 2 * _EVEN)
+
+    def learn(self, is_accepted: bool) -> None:
+        rate = self.rate
+        self.weight *= rate if is_accepted else 1 - rate
+        self.tried += 1 - self.tried / _REMEMBERED
+        self.accepted += is_accepted - self.accepted / _REMEMBERED
 
 
 class Acceptance:
-    """Of drafts of one kind."""
+    """Of drafts of one kind. Since when they have been of this kind is not known: the mean over the stretches that may
+    have begun with a change, by how probable the tokens since then make each of them."""
 
-    __slots__ = ("_accepted", "_streak", "_tried")
+    __slots__ = ("_first", "_stretches")
 
     def __init__(self) -> None:
-        self._tried = self._accepted = 0.0
-        self._streak = 0  # tokens since the last one that went the other way; negative: refused ones
+        self._first: _Stretch | None = _Stretch(1.0)  # without a change; None: there was one, as good as certain
+        self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
         """Of a token before which all drafted ones were right."""
-        kept = 1 - 1 / _REMEMBERED
-        self._tried = self._tried * kept + 1
-        self._accepted = self._accepted * kept + is_accepted
-        if is_accepted:
-            self._streak = max(self._streak, 0) + 1
-        else:
-            self._streak = min(self._streak, 0) - 1
+        stretches = self._stretches
+        for stretch in stretches:
+            stretch.learn(is_accepted)
+        unchanged = (1 - _CHANGES) / sum(stretch.weight for stretch in stretches)
+        for stretch in stretches:
+            stretch.weight *= unchanged
+        if len(stretches) == _STRETCHES:
+            least = min(stretches, key=lambda stretch: stretch.weight)
+            stretches.remove(least)
+            if least is self._first:
+                self._first = None
+        stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
         """The probability that the next one is accepted. `prior`: what it is taken for without experience."""
-        mean = (self._accepted + _PRIOR_TOKENS * prior) / (self._tried + _PRIOR_TOKENS)
-        streak = abs(self._streak)
-        if self._streak >= 0:
-            return _weighed(mean**streak, mean, streak, (streak + 1) / (streak + 2))
-        return _weighed((1 - mean) ** streak, mean, streak, 1 / (streak + 2))
-
-
-def _weighed(as_before: float, mean: float, streak: int, since: float) -> float:
-    """The mean of before, whose probability to bring such a streak is given, and that of the streak alone, which has
-    probability 1 / (streak + 1) where any rate is as probable as any other."""
-    changed = _CHANGES * streak / (streak + 1)
-    return (as_before * mean + changed * since) / (as_before + changed) if changed else mean
+        total = weighed = 0.0
+        for stretch in self._stretches:
+            rate = stretch.rate
+            if stretch is self._first:
+                rate = (stretch.accepted + _PRIOR_TOKENS * prior) / (stretch.tried + _PRIOR_TOKENS)
+            total += stretch.weight
+            weighed += stretch.weight * rate
+        return weighed / total

@@ -188,6 +188,14 @@ def test_drafts_of_mtp_heads(folder: Path) -> None:
         assert re.search(rf"^{name}, stages 1: time of the prompt +\d.* 1\.500$", text, re.MULTILINE)
 
 
+def test_drafts_of_recorded_answers(folder: Path) -> None:
+    options = ("--record", "Q8_0.gguf", "--prompts", "8", "--tokens", "16", "--characters", "200")
+    text = output(folder, "speculation/counted.py", "answers.jsonl", *options)
+    rows = re.findall(r"^(?:one worker|[24] stages, [25]0 ms) +(copy|edit|quote|prose) +2 +\d", text, re.MULTILINE)
+    assert rows == ["copy", "edit", "quote", "prose"] * 3
+    assert text == output(folder, "speculation/counted.py", "answers.jsonl"), "nothing but the recording counts"
+
+
 def test_drafts_across_links(folder: Path) -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from llamaclust.cluster.scheduler.drafting.copies import MOST_DIFFERENT
-from llamaclust.cluster.scheduler.drafting.drafter import NO_DRAFT, RESUMED, SHORT, SINGLE, SUBSTITUTED, Draft
+from llamaclust.cluster.scheduler.drafting.drafter import MIDDLE, NO_DRAFT, RESUMED, SHORT, SINGLE, SUBSTITUTED, Draft
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 from support.seed import SEED
 
@@ -71,6 +71,10 @@ def test_long_matches_elsewhere_are_better() -> None:
     drafter = NgramDrafter()
     drafter.draft(tokens, 4)
     assert drafter.draft([*tokens, 50, 51, 1012], 1) == Draft((1099,), SHORT + 1), "three tokens beside one"
+    tokens = [*SOURCE, *SOURCE[12:16], 99, 1, *SOURCE[:10]]
+    drafter = NgramDrafter()
+    drafter.draft(tokens, 4)
+    assert drafter.draft([*tokens, 5, *SOURCE[12:16]], 1) == Draft((99,), MIDDLE), "four tokens are sure"
 
 
 def test_behind_a_single_other_token_a_copy_goes_on_whatever_followed_that_elsewhere() -> None:

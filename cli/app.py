@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from llamaclust.cli import bench, cache, chaos, cluster, generate, why, worker
 from llamaclust.cli.models import convert, model, quantize
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.core.version import VERSION
-
-BadUsage: type[Any] = typer.BadParameter.__mro__[1]
-"""The base of all mistakes on a command line, whose name is no part of typer's interface."""
 
 
 def _print_version(is_given: bool) -> None:

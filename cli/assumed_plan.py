@@ -25,7 +25,7 @@ def show_assumed_plan(
     if machines is None:
         raise UsageError(f"--model: is for --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:
-        raise UsageError("--acceptance: is for the plan of one model; give --model MODEL, too")
+        raise UsageError("--acceptance: the plan of all shapes has no gains of speculation: give --model MODEL, too")
     found = _planned(machines, model, overrides, USUAL_ACCEPTANCES if acceptances is None else acceptances)
     print(json.dumps(found.json()) if as_json else "\n".join(found.lines()))
 

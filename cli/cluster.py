@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
@@ -178,9 +179,13 @@ def plan(
         str | None, Option("--model", metavar="MODEL", help="For --assume: a shape, a model of the catalog or a file.")
     ] = None,
     acceptance: Annotated[
-        float | None,
-        Option("--acceptance", metavar="SHARE", help="Of drafted tokens that are right: the gain of speculation, 0.8."),
-    ] = None,
+        list[str],
+        Option(
+            "--acceptance",
+            metavar="SHARE",
+            help="Of drafted tokens that are right, 0.8 or 80%: the gain of speculation; repeatable.",
+        ),
+    ] = [],  # noqa: B006  typer reads the default
 ) -> None:
     """Show the split, its memory and its predicted speed, without starting anything."""
     acceptances = _acceptances(acceptance)
@@ -197,11 +202,20 @@ def plan(
     show_plan(file, overrides, as_json, acceptances)
 
 
-def _acceptances(given: float | None) -> tuple[float, ...] | None:
+def _acceptances(given: Sequence[str]) -> tuple[float, ...] | None:
     """None: the usual ones."""
-    if given is not None and not 0.0 <= given <= 1.0:
-        raise UsageError(f"--acceptance: {given:g} is no share of tokens; give 0 to 1, for example 0.8")
-    return None if given is None else (given,)
+    return tuple(map(_share, given)) or None
+
+
+def _share(given: str) -> float:
+    number = given.removesuffix("%")
+    try:
+        share = float(number) / (100.0 if number != given else 1.0)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UsageError(f"--acceptance: {given} is no share of tokens; give 0 to 1, for example 0.8 or 80%")
+    return share
 
 
 def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:

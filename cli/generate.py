@@ -275,7 +275,7 @@ class Target:
                 gpu_layers=gpu_layers,
                 cpu_moe=self.gpus.cpu_moe,
                 placement=self.gpus.placement,
-                draft_model=None if self.draft is None else resolve_model(self.draft),
+                draft_model=self._draft_file(),
                 mtp=self.mtp,
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
@@ -287,6 +287,15 @@ class Target:
             http.check_model()
             stack.pop_all()
         return http
+
+    def _draft_file(self) -> Path | None:
+        from llamaclust.cluster.config.catalog import resolve_model
+        from llamaclust.cluster.launchers.draft_model import of_draft_model
+
+        if self.draft is None:
+            return None
+        with of_draft_model():
+            return resolve_model(self.draft)
 
     def _connect(self) -> Client:
         from llamaclust.cluster.config.environment import environment

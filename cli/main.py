@@ -19,7 +19,8 @@ def main() -> None:
     """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit, 130 interrupted."""
     collect_rarely()
     with ends_at_once():
-        from llamaclust.cli.app import BadUsage, app
+        from llamaclust.cli.app import app
+        from llamaclust.cli.options import BadUsage
     try:
         code = app(standalone_mode=False, prog_name="llamaclust")
         if code == _INTERRUPTED:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 from typer.core import TyperCommand, TyperGroup
 
 from llamaclust.core.bounds import MAX_LAYERS
@@ -22,11 +22,23 @@ if TYPE_CHECKING:
     from llamaclust.model.placement import PlacementRule
 
 
+BadUsage: type[Any] = BadParameter.__mro__[1]
+"""The base of all mistakes on a command line, whose name is no part of typer's interface."""
+
+
 class PlainCommand(TyperCommand):
     """A command whose flags have no value in its help, and whose arguments have their name alone."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except BadUsage as error:
+            error.ctx = error.ctx or ctx  # so that the message names this command's help
+            raise
+        return rest
 
 
 class PlainGroup(TyperGroup):
@@ -239,7 +251,7 @@ _SAMPLERS: dict[str, tuple[Any, str, str]] = {
     "presence_penalty": (float, "X", "Subtracted from the logits of tokens that occurred."),
     "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
     "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
-    "speculative": (str, "WHEN", "auto (default): tokens are drafted where that is faster; off: never."),
+    "speculative": (str, "WHEN", "auto or on (default): tokens are drafted where that is faster; off: never."),
     "draft_max": (int, "N", "Drafted tokens in a step, at most; 0: none."),
     "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
     "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
@@ -300,16 +312,17 @@ def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
     """Both options as the field `speculative`. UsageError for values that cannot be, or contradict each other."""
+    from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 
     when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
-    if when not in ("auto", "off"):
-        raise UsageError(f"--speculative {when}: give auto or off")
+    if (is_on := switched(when)) is None:
+        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits drafted tokens")
     if most is not None and not 0 <= most <= MAX_WINDOW:
         raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
-    if when == "off":
+    if not is_on:
         if most:
-            raise UsageError(f"--speculative off drafts no tokens and --draft-max {most} some: give one of them")
+            raise UsageError(f"--speculative {when} drafts no tokens and --draft-max {most} some: give one of them")
         return {**more, "speculative": False}
     return more if most is None else {**more, "speculative": most}
 

@@ -179,6 +179,7 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
     layers."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
+        yield from (f"  {remark}" for remark in draft_model.remarks)
     if any(worker.memory is not None for worker in config.workers):
         yield f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from threading import Lock
+from types import MappingProxyType
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
@@ -132,13 +133,14 @@ def read_fields(
             if leniency is None:
                 raise _unsupported(name)
             leniency.ignore(name)
+    as_sent = {name: other for other, name in foreign.other_names.items() if other in kept and name not in kept}
     for other, name in foreign.other_names.items():
         if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
             raise ParameterError(other, f"is another name of {name}, which has another value: leave one out")
     try:
         return _built(kind).model_validate(kept, context=leniency)
     except ValidationError as error:
-        raise _first_error(error) from error
+        raise _first_error(error, as_sent) from error
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
@@ -153,10 +155,11 @@ def _unsupported(name: str) -> ParameterError:
     return ParameterError(name, "this server does not support it; leave it out")
 
 
-def _first_error(error: ValidationError) -> ParameterError:
-    """An unknown field comes before others: it may be one of those that are missing, misspelt."""
+def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
+    """An unknown field comes before others: it may be one of those that are missing, misspelt. `as_sent`: other names
+    that the body has for fields."""
     details = error.errors(include_url=False, include_input=False)
-    return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN))
+    return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
 
 def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
@@ -169,8 +172,9 @@ def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | Non
     return None
 
 
-def _parameter_error(first: Any) -> ParameterError:
+def _parameter_error(first: Any, as_sent: Mapping[str, str] = MappingProxyType({})) -> ParameterError:
     place: Sequence[str | int] = first["loc"]
+    place = (*(as_sent.get(str(part), part) for part in place[:1]), *place[1:])
     if first["type"] == _UNKNOWN:
         place = (*place, first["ctx"]["name"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")

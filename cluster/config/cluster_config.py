@@ -239,7 +239,10 @@ class ClusterConfig(Section):
         if self.launcher == "static":
             return self
         if self.awaits_any:
-            raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
+            names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
+            more = ", ..." if len(self.workers) > 8 else ""
+            why = f"only launcher static waits for any {len(self.workers)}"
+            raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
         if self.launcher == "local" and self.join != Join():

@@ -223,9 +223,16 @@ class OrWord:
         return {**json, "anyOf": [{"const": self._word}, *json["anyOf"]]}
 
 
+_SWITCHED = {"auto": True, "on": True, "true": True, "off": False, "false": False}
+
+
+def switched(value: object) -> bool | None:
+    """Whether a word or a boolean turns something on; None for other values."""
+    return value if isinstance(value, bool) else _SWITCHED.get(value) if isinstance(value, str) else None
+
+
 class OrSwitch:
-    """Marks an optional section that is on by default: `auto` or true, without keys; `off` or false, which YAML 1.1
-    makes of it, none."""
+    """Marks an optional section that is on by default: `auto`, `on` or true, without keys; `off` or false: none."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
@@ -233,14 +240,13 @@ class OrSwitch:
     def _read(self, value: Any) -> Any:
         if value is None:
             raise ValueError("an empty value is not possible; give auto, off, or a section of keys")
-        if value is True or value == "auto":
-            return {}
-        return None if value is False or value == "off" else value
+        is_on = switched(value)
+        return value if is_on is None else {} if is_on else None
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         json = handler(schema)
         sections = [option for option in json["anyOf"] if option.get("type") != "null"]
-        return {**json, "anyOf": [{"enum": ["auto", "off"]}, {"type": "boolean"}, *sections]}
+        return {**json, "anyOf": [{"enum": ["auto", "on", "off"]}, {"type": "boolean"}, *sections]}
 
 
 class OrText:

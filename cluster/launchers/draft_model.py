@@ -21,6 +21,7 @@ from llamaclust.core.sizes import missing
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.drafting.model_drafter import MOST_ROWS, ModelDrafter
 from llamaclust.worker.settings import WorkerSettings
@@ -55,11 +56,14 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Reads its header only. It has memory for sequences of this context. UsageError where its drafts could be for none
+    """Reads its header only. It has memory for sequences of this context, and no more `threads` than this process may
+    use hardware threads. UsageError where its drafts could be for none
     of the targets; errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     variables = environment()
+    if threads is not None:
+        threads = min(threads, max(1, len(read_cores().hardware_threads)))
     settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
     drafted = _targets(model, targets)
     device = Device.open(with_caches(settings))

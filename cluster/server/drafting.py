@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -23,6 +23,8 @@ from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
+_SMALL = 2
+"""A draft model that is not so many times smaller than the model takes nearly as long for a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class DraftModelMemory:
     bytes: int
     models: tuple[str, ...]
     others: tuple[str, ...]  # models of other tokens, for which it cannot
+    remarks: tuple[str, ...]  # on settings that are obeyed in part, or hardly gain
 
     @property
     def text(self) -> str:
@@ -64,10 +67,28 @@ async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Dra
     if plan is None:
         return Drafting([speculation_settings(config, None) for config, _ in models])
     loaded = await stack.enter_async_context(draft_model_beside(plan))
-    report(Notice(f"{_memory(plan, models).text}, {loaded.times.draft_ns(1, 1, 1) / 1e6:.1f} ms a token"))
+    memory = _memory(plan, models)
+    for remark in memory.remarks:
+        report(Notice(remark))
+    report(Notice(f"{memory.text}, {loaded.times.draft_ns(1, 1, 1) / 1e6:.1f} ms a token"))
     shares = {index: SharedDraftModel(loaded, index, len(models)) for index in plan.targets}
     settings = [speculation_settings(config, shares.get(index)) for index, (config, _) in enumerate(models)]
     return Drafting(settings, loaded.kv_bytes)
+
+
+def _remarks(plan: DraftModelPlan, models: Models) -> Iterator[str]:
+    own = models[0][0].speculative
+    wanted = None if own is None else own.threads
+    if wanted is not None and wanted > plan.device.threads:
+        yield f"draft model: {plan.device.threads} threads in place of {wanted}: this process may use no more"
+    target = max((models[at][1] for at in plan.targets), key=_bytes)
+    if _bytes(plan.model) * _SMALL > _bytes(target):
+        why = f"{mib(_bytes(plan.model))} MiB beside {mib(_bytes(target))} of the model, so drafts hardly gain"
+        yield f"draft model {plan.path.name} is not small: {why}; take a smaller one of the same family"
+
+
+def _bytes(model: Model) -> int:
+    return sum(tensor.n_bytes for tensor in model.file.tensors.values())
 
 
 def _planned(models: Models) -> DraftModelPlan | None:
@@ -84,4 +105,4 @@ def _memory(plan: DraftModelPlan, models: Models) -> DraftModelMemory:
     names = [config.model_name for config, _ in models]
     others = tuple(name for index, name in enumerate(names) if index not in plan.targets)
     drafted = tuple(names[index] for index in plan.targets)
-    return DraftModelMemory(plan.path.name, plan.memory.total_bytes, drafted, others)
+    return DraftModelMemory(plan.path.name, plan.memory.total_bytes, drafted, others, tuple(_remarks(plan, models)))

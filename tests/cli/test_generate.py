@@ -144,6 +144,8 @@ async def test_samplers_beyond_the_plain_ones() -> None:
     [
         ((), None),
         (("--speculative", "auto"), None),
+        (("--speculative", "on"), None),
+        (("--speculative", "false"), 0),
         (("--speculative", "off"), 0),
         (("--speculative", "off", "--draft-max", "0"), 0),
         (("--draft-max", "0"), 0),
@@ -158,10 +160,21 @@ async def test_options_say_how_many_tokens_are_drafted(options: tuple[str, ...],
         assert [request.max_drafted for request in engine.submitted] == [most, most]
 
 
+def test_a_draft_model_without_a_value_names_the_commands_help(here: Here) -> None:
+    for name in ("generate", "chat"):
+        why = f"error: Option '-md' requires an argument; see `llamaclust {name} --help`\n"
+        assert here(name, "-md") == Ended(2, "", why)
+
+
+def test_a_draft_model_that_is_not_there_is_named_as_such(here: Here) -> None:
+    why = "error: draft model nowhere.gguf: no such file\n"
+    assert here("generate", "x", "--model", "nowhere.gguf", "-md", "nowhere.gguf") == Ended(2, "", why)
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--speculative", "maybe"), "--speculative maybe: give auto or off"),
+        (("--speculative", "maybe"), "--speculative maybe: give auto, on or off; --draft-max N limits drafted tokens"),
         (("--draft-max", "33"), "--draft-max 33: give 0 to 32"),
         (("--draft-max", "-1"), "--draft-max -1: give 0 to 32"),
         (

@@ -283,7 +283,10 @@ def test_reserved_values_are_refused(minimal: Path) -> None:
 
 
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
-    pages = (README, *(ROOT / "docs" / name for name in ("cluster-file.md", "several-machines.md", "gpu.md")))
+    pages = (
+        README,
+        *(ROOT / "docs" / name for name in ("cluster-file.md", "several-machines.md", "gpu.md", "speculation.md")),
+    )
     written = [text for page in pages for text in fences(page, "yaml")]
     assert len(written) >= 4
     for text in written:

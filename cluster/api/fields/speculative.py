@@ -6,28 +6,42 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.api.schema import NOTHING_FOREIGN, Body, read_part
+from llamaclust.cluster.api.schema import Body, Leniency
+from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 
-
-class _Limits(Body):
-    """llama.cpp's object. Its other fields choose between drafts, which the server does by itself."""
-
-    n_max: int | None = None
+_FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": such a number}}'
 
 
-def _most_drafted(value: Any, info: ValidationInfo) -> Any:
-    """A number, or None for as many as the server likes."""
-    if isinstance(value, bool):
-        return None if value else 0
+def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
+    """None: as many as the server likes. llama.cpp's other keys choose between drafts, which the server does by
+    itself."""
     if isinstance(value, dict):
-        return read_part(_Limits, value, NOTHING_FOREIGN, info.context).n_max
-    return value
+        for name in value.keys() - {"n_max"}:
+            if not isinstance(info.context, Leniency):
+                raise ValueError(f"{shown(name)} is no key that this server has; {_FORMS}")
+            info.context.ignore(f"speculative.{name}")
+        value = value.get("n_max")
+        if isinstance(value, dict | bool):
+            raise ValueError(f"n_max: {shown(value)} is not possible; {_FORMS}")
+    if value is None or (is_on := switched(value)):
+        return None
+    if is_on is False:
+        return 0
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not is_whole or not 0 <= value <= MAX_WINDOW:
+        raise ValueError(f"{shown(value)} is not possible; {_FORMS}")
+    return int(value)
 
 
 _COUNT: Final = {"type": "integer", "minimum": 0, "maximum": MAX_WINDOW}
 _SCHEMA: Final[dict[str, Any]] = {
-    "anyOf": [{"type": "boolean"}, _COUNT, {"type": "object", "properties": {"n_max": _COUNT}}]
+    "anyOf": [
+        {"type": "boolean"},
+        _COUNT,
+        {"type": "object", "properties": {"n_max": _COUNT}},
+        {"enum": ["auto", "on", "off"]},
+    ]
 }
 
 

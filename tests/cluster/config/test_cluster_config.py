@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, json_schema, load_config
@@ -62,6 +62,9 @@ def failure(folder: Path, text: str, *overrides: str) -> str:
         ("{max_window: 4, shared_answers: 4096}", (4, 4096)),
         ("off", None),
         ("'off'", None),
+        ("'on'", (32, 0)),
+        ("'true'", (32, 0)),
+        ("'false'", None),
         ("false", None),
     ],
 )
@@ -289,6 +292,7 @@ def test_values() -> None:
             split_address(bad)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_is_a_config_or_one_clear_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"

@@ -53,7 +53,7 @@ TOP_KEYS = {
     "speculative: null": "speculative: an empty value is not possible; give auto, off, or a section of keys",
     "speculative: ngram": (
         "speculative: 'ngram' is not possible; "
-        "give auto or off or true or false or keys with values: max_window, shared_answers, model, mtp, threads"
+        "give auto or on or off or true or false or keys with values: max_window, shared_answers, model, mtp, threads"
     ),
     "speculative: {max_window: 33}": ("speculative.max_window: 33 is not possible; give a whole number from 1 to 32"),
     "speculative: {shared_answers: 9}": (
@@ -216,7 +216,10 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m", "FILE: key 'workers' is missing"),
         ("model: ''\nworkers: [{name: a}]", "FILE:1: model: '' is not possible; give text of 1 to 4096 characters"),
         ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
-        ("model: m\nworkers: 2", "FILE:2: workers: name the workers: only launcher static waits for any 2"),
+        (
+            "model: m\nworkers: 2",
+            "FILE:2: workers: only launcher static waits for any 2; name the workers: [{name: a}, {name: b}]",
+        ),
         (
             "model: m\nworkers:\n",
             "FILE:2: workers: an empty value is not possible; "

@@ -25,6 +25,7 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
+from llamaclust.worker.devices.cores import read_cores
 from support.clusters.recovering import answer_of, config, model_in, recovering
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
@@ -91,10 +92,21 @@ def test_a_plan_counts_the_draft_model(
     assert line in capsys.readouterr().out
     show_plan(None, drafting, as_json=True)
     shown = json.loads(capsys.readouterr().out)["draft_model"]
+    remarks = shown.pop("remarks")
+    assert len(remarks) == 1 and remarks[0].startswith(f"draft model {model.name} is not small: ")
     assert shown == {"name": model.name, "bytes": taken, "models": [model.stem], "others": []}
     monkeypatch.setattr("llamaclust.cli.plan.available_memory_bytes", lambda: taken + after.bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=f"; draft model {model.name}: {mib(taken)} MiB of this machine"):
         planned(load_config(None, drafting))
+
+
+def test_a_draft_model_has_no_more_threads_than_there_are(model: Path, tmp_path: Path) -> None:
+    small = build_tiny_model(tmp_path / "small.gguf", layers=1, hidden=32, ffn=32, heads=4)
+    given = [f"model={model}", "context_length=64", "workers=[{name: a}]"]
+    beside = planned(load_config(None, [*given, f"speculative={{model: {small}, threads: 1000}}"])).draft_model
+    assert beside is not None
+    most = len(read_cores().hardware_threads)
+    assert beside.remarks == (f"draft model: {most} threads in place of 1000: this process may use no more",)
 
 
 async def test_memory_that_drafts_have_not_written_to_is_not_for_workers(
@@ -143,7 +155,8 @@ async def test_several_models_share_one_draft_model(model: Path, tmp_path: Path)
         assert first.draft_model is not None and last.draft_model is not None and other.draft_model is None
         assert first.draft_model.times is last.draft_model.times, "it is loaded once"
         memory = draft_model_memory(opened)
-    (notice,) = events
-    assert isinstance(notice, Notice) and memory is not None
+    remark, notice = events
+    assert isinstance(remark, Notice) and isinstance(notice, Notice) and memory is not None
+    assert remark.text.startswith(f"draft model {model.name} is not small: ")
     text = f"draft model {model.name}: {mib(memory.bytes)} MiB of this machine, for {model.stem}, copy"
     assert notice.text.startswith(f"{text} (not for other: other tokens), ")

@@ -62,8 +62,10 @@ def run_cluster(
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
-        serve(config, models, show, is_standby=standby)
+        code = serve(config, models, show, is_standby=standby)
         show(Notice(f"{config.name} is stopped"))
+    if code:
+        raise SystemExit(code)
 
 
 def _model(spec: str, progress: Progress) -> Path:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
@@ -57,10 +58,11 @@ _MORE_REQUESTS = 64
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> None:
+def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
     A standby first waits for the end of the coordinator that has the name, and ends with one that is stopped in order.
     With a Lease, all coordinators wait for that, and what one leaves is the next one's. `model_paths`: of each model.
+    Returns the exit code: a shell's for SIGINT where that ended the start.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
     raises.
@@ -74,19 +76,19 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
             if is_leader:
                 front = _Front(port, _record(config, folder, port), settings, telemetry, report)
                 with folder.kept():
-                    _run(config, model_paths, folder, front)
-        return
+                    return _run(config, model_paths, folder, front)
+        return 0
     if is_standby:
         report(Notice(f"{config.name}: this standby takes over once no coordinator runs"))
     with folder.locked(is_standby=is_standby) as is_held:
         if not is_held:
             report(Notice(f"{config.name} was stopped; its standby ends as well"))
-            return
+            return 0
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
         with _open_port(config, folder) as port:
             front = _Front(port, _record(config, folder, port), settings, telemetry, report)
-            _run(config, model_paths, folder, front)
+            return _run(config, model_paths, folder, front)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,11 @@ class _Front:
     report: Report
 
 
-def _run(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> None:
+def _run(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> int:
     share_interpreter()
-    asyncio.run(_until_signal(config, model_paths, folder, front))
+    is_interrupted = asyncio.run(_until_signal(config, model_paths, folder, front))
     _report_line(front, left_unanswered(folder.journal))
+    return 128 + signal.SIGINT if is_interrupted else 0
 
 
 def _report_line(front: _Front, line: str) -> None:
@@ -111,7 +114,8 @@ def _report_line(front: _Front, line: str) -> None:
         front.report(Notice(f"{front.record.name}: {line}"))
 
 
-async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> None:
+async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> bool:
+    """Whether Ctrl-C ended the start."""
     signals = Signals()
     try:
         if front.port.certificate is not None:
@@ -131,6 +135,7 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
         if signals.asked.is_set():
             folder.mark_stopped()
         folder.remove_record()
+    return signals.has_interrupted_start
 
 
 def _starting_replies(config: ClusterConfig, front: _Front) -> StartingReplies:

@@ -12,14 +12,19 @@ class Signals:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.ready = False
+        self.has_interrupted_start = False  # SIGINT came first, before it was ready
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._received)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGTERM, self._received)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
+
+    def _interrupt(self) -> None:
+        self.has_interrupted_start |= not (self.ready or self.asked.is_set())
+        self._received()
 
     def _lose_terminal(self) -> None:
         """Shell and kernel may both tell of it: that makes no second signal."""

@@ -8,7 +8,7 @@ many as make tokens a second the most; none where that is not clearly faster tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Protocol
 
@@ -72,7 +72,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
     Drafted tokens are right up to the first that is not. That is known when its window has come back, after the time of
     a whole round. Windows before it came back one after the other meanwhile, as fast as the slowest stage computes
-    them; what is under way behind it is computed for nothing, and keeps the next one waiting.
+    them. What is under way behind it is computed for nothing; that it keeps the next one waiting is not counted: half a
+    stage's time for it made answers slower (benchmarks/speculation/counted.py).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None
@@ -86,11 +87,11 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
             continue
         whole = rate**count
         followed = whole * (1 - whole ** (windows - 1)) / (1 - whole)
-        ns = round_ns + stage_ns / 2 + max(stage_ns, round_ns / depth) * followed
+        ns = round_ns + max(stage_ns, round_ns / depth) * followed
         speed = (1 - rate ** (count * windows + 1)) / (1 - rate) / ns
         if best is None or speed > best.speed:
-            best = Chain(count, depth, rate, speed / (1 + _MARGIN))
-    return best
+            best = Chain(count, depth, rate, speed)
+    return best if best is None else replace(best, speed=best.speed / (1 + _MARGIN))
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:

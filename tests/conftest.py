@@ -18,6 +18,9 @@ from support.paths import TESTS
 from support.seed import SEED
 
 if TYPE_CHECKING:
+    from llamaclust.model.grammars.checker import GrammarChecker
+    from llamaclust.model.grammars.checker_process import CheckLimits
+    from llamaclust.model.tokenizers.tokenizer import Tokenizer
     from support.clusters.command_line import CommandLine
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
@@ -57,6 +60,25 @@ def _full_disks_are_good_enough() -> None:
     from support.arithmetic.packed_layers import use_any_disk
 
     use_any_disk()
+
+
+@pytest.fixture(autouse=True)
+def _grammar_checkers_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Those that a test's text services made: each has processes, which would stay as long as this one."""
+    checker = sys.modules.get("llamaclust.model.grammars.checker")
+    if checker is None:  # the test file does not use it
+        yield
+        return
+    begin, made = checker.GrammarChecker.__init__, []
+
+    def begun(self: GrammarChecker, tokenizer: Tokenizer, limits: CheckLimits | None = None) -> None:
+        begin(self, tokenizer, limits)
+        made.append(self)
+
+    monkeypatch.setattr(checker.GrammarChecker, "__init__", begun)
+    yield
+    for each in made:
+        each.close()
 
 
 _UNIT_FOLDERS = (

@@ -133,6 +133,9 @@ def _head(state: State) -> Iterator[str]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
     if drafted := measured.get("drafted_tokens"):
         yield f"drafts:    {accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
+    if drafts := measured.get("drafts"):
+        kinds = (f"{kind} {each['accepted_tokens']} of {each['drafted_tokens']}" for kind, each in drafts.items())
+        yield f"           since the start: {', '.join(kinds)}"
     if predicted["prompt_tokens"] is not None:  # the model has had a plan
         bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
         yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"

@@ -266,6 +266,12 @@ class Metrics(Collector):
             ("accepted_tokens", "Drafted tokens that are in answers", self.drafts.accepted),
         ):
             yield CounterMetricFamily(f"llamaclust_spec_decode_{name}", what, value)
+        for place, (name, what) in enumerate((("draft", "Drafted tokens computed"), ("accepted", "Those in answers"))):
+            text = f"{what}, by kind of draft"
+            family = CounterMetricFamily(f"llamaclust_spec_decode_{name}_tokens_by_kind", text, labels=["kind"])
+            for kind, counts_of_kind in sorted(self.drafts.kinds.items()):
+                family.add_metric([kind], counts_of_kind[place])
+            yield family
         yield from self._stages()
 
     def _stages(self) -> Iterator[Metric]:

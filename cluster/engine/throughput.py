@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,6 +25,7 @@ class MeasuredSpeed:
     requests: int  # that count here
     drafted_tokens: int  # computed in the last ten seconds
     accepted_tokens: int  # of these, that are in answers
+    drafts: Mapping[str, Mapping[str, int]]  # by kind, since the start: drafted_tokens and accepted_tokens
 
 
 class RecentSums:
@@ -65,6 +67,7 @@ class SpeedMeter:
         self._since_ns = since_ns
         self._sampled = RecentSums()
         self._drafted = RecentSums()
+        self._drafts = DraftCounts()
         self._first_tokens: deque[tuple[float, int]] = deque(maxlen=_REQUESTS)  # (ms, prompt tokens)
         self._token_ms: deque[float] = deque(maxlen=_REQUESTS)
 
@@ -73,6 +76,7 @@ class SpeedMeter:
 
     def drafted(self, drafts: DraftCounts, now_ns: int) -> None:
         self._drafted.add(now_ns, drafts.drafted, drafts.accepted)
+        self._drafts += drafts
 
     def finished(self, timings: Timings) -> None:
         if timings.generated_tokens:
@@ -92,4 +96,8 @@ class SpeedMeter:
             requests=len(firsts),
             drafted_tokens=drafted,
             accepted_tokens=accepted,
+            drafts={
+                kind: {"drafted_tokens": drafted, "accepted_tokens": accepted}
+                for kind, (drafted, accepted) in sorted(self._drafts.kinds.items())
+            },
         )

@@ -222,7 +222,7 @@ class Scheduler:
             sequence.in_flight -= 1
             sequence.sampling -= taken.is_sampled
             if taken.is_stale:
-                self.drafts += DraftCounts(1, taken.drafted, 0)
+                self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, 0)
                 continue
             sequence.computed = taken.end
             hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
@@ -234,7 +234,8 @@ class Scheduler:
             updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
             self.strikes.computed(sequence, sequence.computed)
             if taken.drafted:
-                self.drafts += DraftCounts(1, taken.drafted, sequence.accepted_rows - accepted)
+                right = sequence.accepted_rows - accepted
+                self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, right)
                 self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
             is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
             if is_deferred and not self.settings.may_repeat_rows:

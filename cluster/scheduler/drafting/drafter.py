@@ -30,6 +30,12 @@ SINGLE = 17
 """A match of the last token alone; three classes as of `SHORT`."""
 
 
+def kind_of(confidence: int) -> str:
+    """What drafts of a class are made by."""
+    by = {MODEL: "model", FORCED: "forced", MTP: "mtp", SHARED: "shared", SHARED + 1: "shared"}
+    return by.get(confidence, "ngram")
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Tokens that may follow."""

@@ -22,6 +22,7 @@ class SequenceSlice:
     tasks: tuple[RowTask, ...]
     drafted: int = 0
     branch: int = 0  # of the sequence when it was taken
+    draft_kind: str = ""  # see `kind_of`
 
     @property
     def is_sampled(self) -> bool:

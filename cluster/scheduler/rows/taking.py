@@ -62,6 +62,7 @@ def _slice(
     chunk = Chunk(tokens, sequence.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states, *head)
     sequence.scheduled = end
     sequence.in_flight += 1
-    taken = SequenceSlice(sequence, chunk, tasks, drafted, sequence.branch)
+    kind = sequence.drafts.kind if drafted and sequence.drafts is not None else ""
+    taken = SequenceSlice(sequence, chunk, tasks, drafted, sequence.branch, kind)
     sequence.sampling += taken.is_sampled
     return taken

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+Kinds = Mapping[str, tuple[int, int]]
+"""Drafted and accepted tokens by kind of draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +17,26 @@ class DraftCounts:
     drafts: int = 0
     drafted: int = 0  # tokens of these
     accepted: int = 0  # of the tokens, those that are in the answer
+    kinds: Kinds = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of_window(cls, kind: str, drafted: int, accepted: int) -> Self:
+        return cls(1, drafted, accepted, {kind: (drafted, accepted)} if kind else {})
 
     def __add__(self, other: DraftCounts) -> DraftCounts:
-        return DraftCounts(self.drafts + other.drafts, self.drafted + other.drafted, self.accepted + other.accepted)
+        return self._with(other, 1)
 
     def __sub__(self, other: DraftCounts) -> DraftCounts:
-        return DraftCounts(self.drafts - other.drafts, self.drafted - other.drafted, self.accepted - other.accepted)
+        return self._with(other, -1)
+
+    def _with(self, other: DraftCounts, sign: int) -> DraftCounts:
+        kinds = dict(self.kinds)
+        for kind, (drafted, accepted) in other.kinds.items():
+            before = kinds.get(kind, (0, 0))
+            kinds[kind] = before[0] + sign * drafted, before[1] + sign * accepted
+        return DraftCounts(
+            self.drafts + sign * other.drafts,
+            self.drafted + sign * other.drafted,
+            self.accepted + sign * other.accepted,
+            kinds,
+        )

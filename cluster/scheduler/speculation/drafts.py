@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, MODEL, MTP, NO_DRAFT, Draft, Drafter
+from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, FORCED, MODEL, MTP, NO_DRAFT, Draft, Drafter, kind_of
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain
@@ -75,6 +75,11 @@ class SequenceDrafts:
         draft = self._checked(Draft(drafted, MTP), len(drafted))
         if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):
             self._draft, self._at = draft, len(tokens)
+
+    @property
+    def kind(self) -> str:
+        """Of the draft that stands."""
+        return kind_of(self._draft.confidence_at(0))
 
     @property
     def is_of_mtp(self) -> bool:

@@ -62,6 +62,7 @@ async def test_any_cut_gives_the_same_answers(
         assert await asyncio.gather(*run.start(REQUESTS)) == expected, f"seed {SEED}"
         counts = run.cluster.engine.scheduler.drafts
     assert counts.drafted > 20
+    assert counts.kinds == {"model": (counts.drafted, counts.accepted)}
     assert draft != model or counts.accepted > counts.drafted // 5
 
 

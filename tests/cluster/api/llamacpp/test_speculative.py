@@ -147,6 +147,11 @@ async def test_replies_and_metrics_count_drafted_tokens(monkeypatch: pytest.Monk
             assert total / 4 <= shown[f"{prefix}_drafts_total"] < total
         speed = engine.metrics.speed()
         assert (speed.drafted_tokens, speed.accepted_tokens) == (total, right)
+        for name, key, of_all in (("draft", "drafted_tokens", total), ("accepted", "accepted_tokens", right)):
+            by_kind = {kind: each[key] for kind, each in speed.drafts.items()}
+            assert sum(by_kind.values()) == of_all and by_kind.keys() <= {"ngram", "shared", "model", "mtp", "forced"}
+            for kind, tokens in by_kind.items():
+                assert shown[f'llamaclust_spec_decode_{name}_tokens_by_kind_total{{kind="{kind}"}}'] == tokens
         [*_, last] = (await http.get("/cluster/requests")).json()["requests"]
         assert (last["drafted_tokens"], last["accepted_tokens"]) == (slow["timings"]["draft_n"], 0)
 

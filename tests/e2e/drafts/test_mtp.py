@@ -13,6 +13,8 @@ import pytest
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
+from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -125,8 +127,16 @@ def test_disturbances_change_no_bit(folder: Path, name: str, knows: bool, backen
         assert disturbed.disturbed(backend, opened, 256, known, mtp=True) == known
 
 
-async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: None) -> None:
-    """The real controller: greedy tokens of a model that its head knows."""
+@pytest.fixture
+def bandwidth_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's times: rows and drafts take hardly any beside a step, however busy this machine is."""
+    monkeypatch.setattr(MeasuredRounds, "plain_ns", lambda self, sequences, groups: 1e6)
+    monkeypatch.setattr(MeasuredRounds, "window_ns", lambda self, rows, groups: 1e6 + 1e4 * rows)
+    monkeypatch.setattr(MtpTimes, "draft_ns", lambda self, sequences, tokens: 1e4 * tokens)
+
+
+async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: None, bandwidth_bound: None) -> None:
+    """Greedy tokens of a model that its head knows."""
     model = _model(folder, "glm4moe", knows=True)
     expected = await asyncio.to_thread(_expected, model)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, mtp=True))
@@ -136,7 +146,7 @@ async def test_a_head_that_is_right_is_asked_and_believed(folder: Path, alone: N
     assert counts.accepted > counts.drafted // 2 > 0
 
 
-async def test_a_head_that_is_wrong_is_not_asked_for_long(folder: Path, alone: None) -> None:
+async def test_a_head_that_is_wrong_is_not_asked_for_long(folder: Path, alone: None, bandwidth_bound: None) -> None:
     model = _model(folder, "glm4moe", knows=False)
     expected = await asyncio.to_thread(_expected, model)
     client = LocalClient(model, threads=1, settings=LocalSettings(CONTEXT, mtp=True))

@@ -31,7 +31,7 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     assert cluster.answer(max_tokens=30, ignore_eos=True)
     status = line.run("status", "--json").json
     predicted, measured = status["speed"]["predicted"], status["speed"]["measured"]
-    own = {"requests", "drafted_tokens", "accepted_tokens"}
+    own = {"requests", "drafted_tokens", "accepted_tokens", "drafts"}
     assert measured.keys() - own == predicted.keys() - {"bottleneck"}
     assert predicted["token_ms"] > 0 and predicted["bottleneck"] in ("a", "b")
     assert measured["token_ms"] > 0 and measured["ttft_ms"] > 0 and measured["requests"] > 0

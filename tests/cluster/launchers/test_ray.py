@@ -143,7 +143,7 @@ def test_what_cannot_be_placed_is_told_and_ctrl_c_leaves_nothing(line: CommandLi
     below = psutil.Process(command.process.pid).children(recursive=True)
     assert len(below) > 2
     command.press_ctrl_c()
-    assert command.wait().code == 0
+    assert command.wait().code == 130
     assert not [one for one in below if is_there(one)]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llamaclust.model.loader import Model
 _ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"\b[a-z][a-z_]{3,}\b")
 _WORDS = frozenset(("self", "return", "None", "import", "from", "class", "with", "else", "yield", "raise", "assert"))
+_EXACT = 0.9
+"""Share of an answer's tokens that are the text's, of one that counts as a copy of it."""
 _MARGIN = 16
 """Tokens of the context that stay free."""
 _SUBJECTS = (
@@ -39,6 +42,12 @@ class Prompt:
     temperature: float = 0.0
     seed: int = 0
     most: int | None = None  # tokens of the answer; None: as many as are asked for
+    text: tuple[int, ...] = ()  # what it is asked to write, where that is known
+
+    def is_exact(self, answer: Sequence[int]) -> bool:
+        """Whether the answer is hardly another text than was asked for."""
+        same = SequenceMatcher(None, self.text, answer, autojunk=False).get_matching_blocks()
+        return sum(block.size for block in same) >= _EXACT * len(answer)
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:
@@ -72,7 +81,7 @@ def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Pro
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0
     given = min(max(len(ids) // 3, shown), len(ids) - 1)
-    return Prompt(kind, (*head_ids, *ids[:given]), most=max(len(ids) - given, _MARGIN))
+    return Prompt(kind, (*head_ids, *ids[:given]), most=max(len(ids) - given, _MARGIN), text=tuple(ids[given:]))
 
 
 def _quoted(model: Model, draw: random.Random, characters: int) -> Prompt:

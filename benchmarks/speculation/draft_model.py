@@ -5,7 +5,8 @@
 The draft model is the first layers of the model. What the later layers add to the hidden state is so many times weaker
 than usual: with strength 0 nothing, so every draft is right. Acceptance is the share of an answer's tokens that the
 draft model would choose too. The prediction for an answer goes through these with the best fixed number of drafted
-tokens. Nothing is drafted from n-grams. Both ways must have the same tokens and logprobs.
+tokens; the costs that it counts with are means of before and after the answers. Nothing is drafted from n-grams. Both
+ways must have the same tokens and logprobs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSet
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
@@ -103,6 +105,11 @@ def predicted_gain(costs: RowCosts, times_ns: Sequence[float], right: Sequence[b
     return max(gains.items(), key=lambda item: item[1])
 
 
+def _times_ns(times: DraftTimes) -> list[float]:
+    """Of drafts of 0, 1, ... tokens of one sequence."""
+    return [0.0, *(times.draft_ns(1, count, 1) for count in range(1, MAX_WINDOW + 1))]
+
+
 @contextmanager
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
@@ -111,18 +118,22 @@ def folder() -> Iterator[Path]:
 
 async def measure(paths: tuple[Path, Path], strength: float, given: argparse.Namespace) -> None:
     model_path, draft_path = paths
-    costs = measured(model_path, given.threads, _PROMPT + given.tokens // 2)
+    place = _PROMPT + given.tokens // 2
+    before = measured(model_path, given.threads, place)
     settings = LocalSettings(context_length=_CONTEXT, draft_model=draft_path)
     stage = LocalStage(model_path, given.threads, None, settings)
     own = stage.scheduling.speculation
     assert own is not None and isinstance(own.draft_model, LoadedDraftModel)
     scheduling = replace(stage.scheduling, speculation=replace(own, drafters=NoDrafters()))
-    times_ns = [0.0, *(own.draft_model.times.draft_ns(1, count, 1) for count in range(1, MAX_WINDOW + 1))]
+    times = own.draft_model.times
+    first_ns = _times_ns(times)
     pipeline = LocalPipeline(stage)
     with stage.model:
         async with Engine(pipeline, scheduling) as engine:
             pairs = await pairs_of(Served(engine, stage.model), given)
         stage.close()
+    costs = RowCosts.mean(before, measured(model_path, given.threads, place))
+    times_ns = [(one + other) / 2 for one, other in zip(first_ns, _times_ns(times), strict=True)]
     with LocalClient(draft_path) as client:
         rights = [right_tokens(client, prompt, both.plain.tokens) for prompt, both in pairs.items()]
     predicted = [predicted_gain(costs, times_ns, right) for right in rights]

@@ -36,6 +36,12 @@ class RowCosts:
     ns: tuple[float, ...]
     prefill_row_ns: float
 
+    @classmethod
+    def mean(cls, one: RowCosts, other: RowCosts) -> RowCosts:
+        """Of two measurements, such as one before and one after what is compared with them."""
+        ns = tuple((a + b) / 2 for a, b in zip(one.ns, other.ns, strict=True))
+        return cls(one.rows, ns, (one.prefill_row_ns + other.prefill_row_ns) / 2)
+
     def at(self, rows: float) -> float:
         return float(np.interp(rows, self.rows, self.ns))
 

@@ -22,7 +22,16 @@ bool next_job_has_waits() {
 
 int main() {
   llamaclust::ThreadPool pool(4);
-  for (int i = 0; i < 2000; i++) pool.run([](int) {});
+  int64_t begun = 0;
+  for (int i = 0; i < 2000; i++)
+    pool.run([&](int thread) {
+      if (thread == 0) begun += pool.speeds().begin(4, 1);
+      if (pool.speeds().measures()) pool.speeds().add(thread, 1 + 3 * thread);
+    });
+  if (begun < 4000) {
+    std::fputs("thread 0, which is the fastest, gets no more of the work\n", stderr);
+    return 1;
+  }
   if (!next_job_has_waits()) return 0;
   std::fputs("a wait counts for the next job\n", stderr);
   return 1;

@@ -270,7 +270,16 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
 void bind_executor(nb::module_& module) {
   nb::class_<ThreadPool>(module, "ThreadPool")
       .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
-      .def_prop_ro("threads", &ThreadPool::threads);
+      .def_prop_ro("threads", &ThreadPool::threads)
+      .def("set_speeds", &ThreadPool::set_speeds, "speeds"_a);  // for tests
+
+  nb::class_<ThreadSpeeds>(module, "ThreadSpeeds")  // for tests
+      .def(nb::init<int>(), "threads"_a)
+      .def("open", &ThreadSpeeds::open, "threads"_a)
+      .def("begin", &ThreadSpeeds::begin, "count"_a, "thread"_a)
+      .def_prop_ro("measures", &ThreadSpeeds::measures)
+      .def("add", &ThreadSpeeds::add, "thread"_a, "ns"_a)
+      .def("close", &ThreadSpeeds::close);
 
   nb::class_<CoreContention>(module, "CoreContention")  // for tests
       .def(nb::init<int>(), "threads"_a)

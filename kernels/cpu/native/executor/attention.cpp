@@ -274,7 +274,7 @@ class AttentionWork {
 
   void run_spans() const {
     const int64_t all = units_.span_count();
-    worker_.share(all, 1, fixed_tiles(all, worker_.threads_), [this](int64_t begin, int64_t end) {
+    worker_.share(all, 1, fixed_tiles(all), [this](int64_t begin, int64_t end) {
       int64_t first = 0;
       for (int64_t i = 0; i < units_.count() && first < end; i++) {
         const Unit unit = units_.unit(i);

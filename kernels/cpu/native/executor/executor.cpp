@@ -57,7 +57,7 @@ void Worker::work() {
     }
     const Sync before = steps[at].before;
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
-      lookahead_.set_target(*next, thread_, threads_);
+      lookahead_.set_target(*next, fixed_begin(fixed_tiles(next->tiles()), 1, thread_));
     if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
     for (end = at + 1; end < last && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;

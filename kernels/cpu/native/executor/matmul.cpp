@@ -25,9 +25,9 @@ void Worker::execute(const MatmulStep& step) {
     }
   };
   if (rows_ > kFewRows)
-    share(tiles, kPanelTiles, multiply_tiles);
+    share(tiles, kPanelTiles, tiles / 2, multiply_tiles, speeds_.measures());
   else
-    share(tiles, 1, fixed_tiles(tiles, threads_), multiply_tiles);
+    share(tiles, 1, fixed_tiles(tiles), multiply_tiles, speeds_.measures());
 }
 
 namespace {

@@ -7,18 +7,17 @@
 
 namespace llamaclust {
 
-// How many tiles every thread is given to begin with where few rows synchronize them, and memory is the limit. Most: each change
-// of place costs the fetches that ran ahead.
-inline int64_t fixed_tiles(int64_t tiles, int threads) { return threads == 1 ? tiles : tiles * 7 / (8 * threads); }
+// How many tiles the threads are given to begin with where few rows synchronize them, and memory is the limit. Most: each
+// change of place costs the fetches that ran ahead.
+inline int64_t fixed_tiles(int64_t tiles) { return tiles * 7 / 8; }
 
 // Weights that a thread is to read next, fetched into its cache while it waits for the others or does small work.
 class Lookahead {
  public:
-  // Sets the target to this thread's own share of the step's tiles.
-  void set_target(const MatmulStep& step, int thread, int threads) {
+  // Sets the target to the step's tiles from that one on.
+  void set_target(const MatmulStep& step, int64_t tile) {
     if (target_ == &step) return;
     target_ = &step;
-    int64_t tile = fixed_tiles(step.tiles(), threads) * thread;
     for (const Product& product : step.products) {
       const Matrix& weight = product.weight;
       if (tile < weight.tile_count()) {
@@ -48,7 +47,12 @@ class Lookahead {
 class Worker {
  public:
   Worker(Stage& stage, const Batch& batch, ThreadPool& pool, int thread)
-      : stage_(stage), batch_(batch), barrier_(pool.barrier()), thread_(thread), threads_(pool.active_threads()) {
+      : stage_(stage),
+        batch_(batch),
+        barrier_(pool.barrier()),
+        speeds_(pool.speeds()),
+        thread_(thread),
+        threads_(pool.active_threads()) {
     set_rows(batch.rows());
   }
 
@@ -97,19 +101,23 @@ class Worker {
   // Rows of the row by row steps that are this thread's.
   Range own_rows() const {
     if (alone_) return {0, rows_};
-    const int64_t rows = rows_;
-    return {static_cast<int>(rows * thread_ / threads_), static_cast<int>(rows * (thread_ + 1) / threads_)};
+    return {static_cast<int>(speeds_.begin(rows_, thread_)), static_cast<int>(speeds_.begin(rows_, thread_ + 1))};
   }
 
   void synchronize() {
     barrier_.arrive([this] { return lookahead_.fetch(); });
   }
 
-  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
-  // shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for the last. Between two
-  // calls the threads synchronize.
+  // Where this thread's, or another's, part of the first `fixed` units begins, all together.
+  int64_t fixed_begin(int64_t fixed, int64_t grain, int thread) const {
+    return speeds_.begin(fixed / grain, thread) * grain;
+  }
+
+  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first a part of `fixed` for
+  // each, by their speeds, then shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for
+  // the last. Between two calls the threads synchronize. Where it `measures`, all units take equally long.
   template <typename F>
-  void share(int64_t count, int64_t grain, int64_t fixed, F f) {
+  void share(int64_t count, int64_t grain, int64_t fixed, F f, bool measures = false) {
     if (threads_ == 1) {
       if (count > 0) f(int64_t{0}, count);
       return;
@@ -117,8 +125,13 @@ class Worker {
     std::atomic<int64_t>& taken = stage_.shares.counters[round_ % 3].taken;
     if (thread_ == 0) stage_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
     round_++;
-    const int64_t rest = count - fixed * threads_;
-    if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
+    const int64_t rest = count - fixed_begin(fixed, grain, threads_);
+    const int64_t own = fixed_begin(fixed, grain, thread_), next = fixed_begin(fixed, grain, thread_ + 1);
+    if (own < next) {
+      const int64_t start = measures ? now_ns() : 0;
+      f(own, next);
+      if (measures) speeds_.add(thread_, now_ns() - start);
+    }
     int64_t begin = taken.load(std::memory_order_relaxed);
     while (begin < rest) {
       const int64_t fair = (rest - begin) / (2 * threads_) / grain * grain;
@@ -132,7 +145,7 @@ class Worker {
   // Half of all pieces are fixed.
   template <typename F>
   void share(int64_t count, int64_t grain, F f) {
-    share(count, grain, count / (2 * threads_) / grain * grain, f);
+    share(count, grain, count / 2, f);
   }
 
   friend class AttentionWork;
@@ -142,6 +155,7 @@ class Worker {
   Stage& stage_;
   const Batch& batch_;
   Barrier& barrier_;
+  ThreadSpeeds& speeds_;
   const int thread_, threads_;
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out

@@ -14,6 +14,7 @@
 namespace llamaclust {
 namespace {
 
+constexpr int kFewRows = 8;
 constexpr int64_t kSpinNs = 40'000;
 
 // Pauses between two looks at the clock.
@@ -27,12 +28,12 @@ void pause() {
 #endif
 }
 
+}  // namespace
+
 int64_t now_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
-
-}  // namespace
 
 int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old) {
   const auto spin = [&] {
@@ -54,6 +55,7 @@ ThreadPool::ThreadPool(int threads, bool yields)
     : threads_(threads >= 1 && threads <= 1024 ? threads : throw std::invalid_argument("threads must be 1 to 1024")),
       yields_(yields),
       contention_(threads),
+      speeds_of_{ThreadSpeeds(threads), ThreadSpeeds(threads)},
       calls_(std::make_unique<Call[]>(static_cast<size_t>(threads))) {
   others_.reserve(static_cast<size_t>(threads));
   try {
@@ -62,6 +64,11 @@ ThreadPool::ThreadPool(int threads, bool yields)
     stop();
     throw std::runtime_error("the system refuses to start " + std::to_string(threads) + " threads");
   }
+}
+
+void ThreadPool::set_speeds(const std::vector<double>& speeds) {
+  const std::lock_guard<std::mutex> lock(job_mutex_);
+  for (ThreadSpeeds& of : speeds_of_) of.set(speeds);
 }
 
 ThreadPool::~ThreadPool() { stop(); }
@@ -90,8 +97,11 @@ void ThreadPool::run(const Job& job, int rows) {
   job_ = &job;
   active_threads_ = yields_ ? contention_.threads(rows) : threads_;
   barrier_.open(active_threads_);
+  speeds_ = &speeds_of_[rows > kFewRows];
+  speeds_->open(active_threads_);
   for (int thread = 1; thread < active_threads_; thread++) call(thread);
   work(0);
+  speeds_->close();
   if (yields_) contention_.report(rows, start, now_ns(), barrier_.waited_ns());
 }
 

@@ -15,7 +15,12 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/thread_speeds.h"
+
 namespace llamaclust {
+
+// Of a clock that does not go back.
+int64_t now_ns();
 
 // Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a
 // moment.
@@ -187,6 +192,10 @@ class ThreadPool {
   // How many take part in the job that is running, all of them unless the pool yields.
   int active_threads() const { return active_threads_; }
   Barrier& barrier() { return barrier_; }
+  // Of those in the job that is running.
+  ThreadSpeeds& speeds() { return *speeds_; }
+  // Of all threads, to begin with: they are measured. std::invalid_argument but for a positive one for each.
+  void set_speeds(const std::vector<double>& speeds);
 
   // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
   void run(const Job& job, int rows = 1);
@@ -208,6 +217,8 @@ class ThreadPool {
   Barrier barrier_;
   const Job* job_ = nullptr;  // null: a called thread ends
   int active_threads_ = 1;
+  std::array<ThreadSpeeds, 2> speeds_of_;  // with few rows, where memory is the limit, and with many
+  ThreadSpeeds* speeds_ = speeds_of_.data();
   const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;
 };

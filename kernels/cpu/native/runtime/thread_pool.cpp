@@ -14,7 +14,6 @@
 namespace llamaclust {
 namespace {
 
-constexpr int kFewRows = 8;
 constexpr int64_t kSpinNs = 40'000;
 
 // Pauses between two looks at the clock.
@@ -97,7 +96,7 @@ void ThreadPool::run(const Job& job, int rows) {
   job_ = &job;
   active_threads_ = yields_ ? contention_.threads(rows) : threads_;
   barrier_.open(active_threads_);
-  speeds_ = &speeds_of_[rows > kFewRows];
+  speeds_ = &speeds_of_[rows > CoreContention::kFewRows];
   speeds_->open(active_threads_);
   for (int thread = 1; thread < active_threads_; thread++) call(thread);
   work(0);

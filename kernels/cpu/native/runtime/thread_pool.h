@@ -146,8 +146,10 @@ class SimilarJobs {
 
 class CoreContention {
  public:
+  static constexpr int kFewRows = 8;
+
   explicit CoreContention(int threads) {
-    for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < kFewRows);
+    for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < size_t{kFewRows});
   }
 
   // How many should take part in the next job of so many rows.
@@ -164,12 +166,12 @@ class CoreContention {
   }
 
  private:
-  static constexpr size_t kFewRows = 8, kKinds = 16;
+  static constexpr size_t kKinds = 16;
 
   // Few rows by their number, more by its power of two.
   static size_t kind_of(int rows) {
     const auto many = static_cast<size_t>(rows);
-    return many <= kFewRows ? many - 1 : std::min<size_t>(kFewRows - 4 + std::bit_width(many), kKinds - 1);
+    return rows <= kFewRows ? many - 1 : std::min(static_cast<size_t>(kFewRows - 4 + std::bit_width(many)), kKinds - 1);
   }
 
   std::vector<SimilarJobs> kinds_;

@@ -233,7 +233,7 @@ def test_a_row_without_an_answer_counts_as_token_0() -> None:
 
 async def test_waiting_ends_with_the_stream_of_tokens() -> None:
     dependencies = Dependencies(epoch=1, inputs_s=5.0)
-    waiting = asyncio.create_task(dependencies.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),))))
+    waiting = asyncio.create_task(dependencies.known(0))
     await asyncio.sleep(0)
     dependencies.fail(WorkerError("the last stage is gone"))
     with pytest.raises(WorkerError, match="the last stage is gone"):

@@ -29,7 +29,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.microbatch.codec import MAX_STAGES
-from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
+from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
@@ -105,21 +105,20 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
     dependencies = Dependencies(epoch=1, inputs_s=0.05)
     inputs = [SamplingInputs(1, number, ()) for number in range(600)]
-    microbatches = [Microbatch("m", 1, number, ()) for number in range(3)]
     dependencies.put_inputs(inputs[0])
-    assert await dependencies.inputs(microbatches[0]) is inputs[0]
-    dependencies.done(microbatches[0])
-    taking = asyncio.create_task(dependencies.inputs(microbatches[1]))
+    assert await dependencies.inputs(0) is inputs[0]
+    dependencies.done(0)
+    taking = asyncio.create_task(dependencies.inputs(1))
     await asyncio.sleep(0)
     dependencies.put_inputs(inputs[1])
     assert await taking is inputs[1]
-    dependencies.done(microbatches[1])
+    dependencies.done(1)
     with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
-        await dependencies.inputs(microbatches[2])
-    dependencies.done(microbatches[2])
+        await dependencies.inputs(2)
+    dependencies.done(2)
     dependencies.put_inputs(inputs[2])
     with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
-        await dependencies.inputs(microbatches[2])
+        await dependencies.inputs(2)
     with pytest.raises(ProtocolError, match=r"5 of epoch 0\.1 where 3 of epoch 0\.1"):
         dependencies.put_inputs(inputs[5])
     most = 2 * MAX_STAGES + 4  # in_flight of the scheduler, and those that it sends ahead

@@ -8,9 +8,9 @@ from collections.abc import Container
 
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError
-from llamaclust.wire.microbatch.messages import Microbatch, SampledTokens, SamplingInputs
+from llamaclust.wire.microbatch.messages import SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox, newest_dependency
+from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox
 
 _TOKENS_S = 600.0
 """A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
@@ -51,22 +51,21 @@ class Dependencies:
         self._broken = error
         self._came.set()
 
-    async def inputs(self, microbatch: Microbatch) -> SamplingInputs:
-        """DeadlineError where they do not come, ProtocolError where they cannot any more."""
-        await self._wait("sampling inputs", microbatch.number, self._inputs, self._inputs_s)
-        return self._inputs[microbatch.number]
+    async def inputs(self, number: int) -> SamplingInputs:
+        """Of that microbatch. DeadlineError where they do not come, ProtocolError where they cannot any more."""
+        await self._wait("sampling inputs", number, self._inputs, self._inputs_s)
+        return self._inputs[number]
 
-    async def known(self, microbatch: Microbatch) -> None:
-        """Returns when every token that the microbatch follows is there. DeadlineError where one does not come,
-        WorkerError where it cannot any more."""
-        newest = newest_dependency(microbatch)
-        if newest is not None:
-            await self._wait("the tokens", newest, self.tokens, _TOKENS_S)
+    async def known(self, number: int | None) -> None:
+        """Returns when the tokens of that microbatch are there. DeadlineError where they do not come, WorkerError where
+        they cannot any more."""
+        if number is not None:
+            await self._wait("the tokens", number, self.tokens, _TOKENS_S)
 
-    def done(self, microbatch: Microbatch) -> None:
-        """Forgets its sampling inputs, be they here or on their way."""
-        self._inputs.pop(microbatch.number, None)
-        self._next_done = microbatch.number + 1
+    def done(self, number: int) -> None:
+        """Forgets the sampling inputs of that microbatch, be they here or on their way."""
+        self._inputs.pop(number, None)
+        self._next_done = number + 1
 
     async def _wait(self, what: str, number: int, values: Container[int], deadline_s: float) -> None:
         if number in values:

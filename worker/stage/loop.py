@@ -19,15 +19,16 @@ from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolErr
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Float32
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_microbatch, encode_result, encode_sampled_tokens
-from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
-from llamaclust.wire.microbatch.messages import Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.codec import encode_result, encode_sampled_tokens
+from llamaclust.wire.microbatch.frames import encode_failure
+from llamaclust.wire.microbatch.messages import Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
+from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
-from llamaclust.worker.stage.sampled_tokens import newest_dependency, sampled_tokens_of
+from llamaclust.worker.stage.sampled_tokens import needs_tokens, sampled_tokens_of
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)
@@ -65,16 +66,6 @@ class _Outputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """A microbatch as received; `wire_ns`: time to send the one before it."""
-
-    frame: Frame
-    microbatch: Microbatch
-    received_ns: int
-    wire_ns: int
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """Bytes to send on; of a last stage also the sampled tokens."""
 
@@ -90,6 +81,7 @@ class StageLoop:
         runner.matchers.clear()
         self.dependencies = Dependencies(epoch, deadlines.sampling_inputs_s)
         self._tokens = self.dependencies.tokens
+        self._reader = frame_reader(runner)
         self._epoch = epoch
         self._compute = context.compute
         self._counters = context.counters
@@ -141,12 +133,11 @@ class StageLoop:
         """ProtocolError where the bytes are no frame of that microbatch."""
         received_ns = perf_counter_ns()
         self._counters.received_bytes += len(data)
-        frame = decode_frame(data)
-        microbatch = decode_microbatch(frame.header)
-        found, expected = (microbatch.epoch, microbatch.number), (self._epoch, number)
+        arrival = Arrival.read(data, self._reader, received_ns, self._wire_ns)
+        found, expected = (arrival.epoch, arrival.number), (self._epoch, number)
         if found != expected:
             raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
-        return Arrival(frame, microbatch, received_ns, self._wire_ns)
+        return arrival
 
     def put_inputs(self, inputs: SamplingInputs) -> None:
         """ProtocolError for inputs out of turn."""
@@ -159,13 +150,13 @@ class StageLoop:
         So steps of a whole model that are sent ahead follow each other on that thread without a pause, while messages
         come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
         """
-        program, microbatch = self.runner.program, arrival.microbatch
+        program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            if arrival.frame.kind is FrameKind.FAILURE:
-                answered.set_result(self._failed(arrival, arrival.frame.failure))
-            elif program.is_first and program.is_last and newest_dependency(microbatch) is not None:
-                inputs = await self.dependencies.inputs(microbatch)
+            if (failure := arrival.failure) is not None:
+                answered.set_result(self._failed(arrival, failure))
+            elif program.is_first and program.is_last and arrival.newest_dependency is not None:
+                inputs = await self.dependencies.inputs(arrival.number)
                 await self.runner.matchers.ready(inputs)
                 return self._compute.queue(partial(self._whole_step, arrival, inputs))
             else:
@@ -173,50 +164,48 @@ class StageLoop:
         except Exception as error:  # noqa: BLE001  a border, see there
             answered.set_result(self._failure(arrival, error))
         finally:
-            self.dependencies.done(microbatch)
+            self.dependencies.done(arrival.number)
         return answered
 
     def _whole_step(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
         """Of a whole model, in the thread that computes."""
-        microbatch, started_ns = arrival.microbatch, perf_counter_ns()
+        started_ns = perf_counter_ns()
         try:
-            queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(microbatch))
-            logits = self._run_layers(arrival)
-            outputs = self._finish(microbatch, logits, self._tokens.fill_inputs(inputs, microbatch))
+            queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
+            outputs = self._finish(arrival, self._run_layers(arrival), inputs)
             return self._result(arrival, outputs, queue_ns, perf_counter_ns() - started_ns)
         except Exception as error:  # noqa: BLE001  a border, see there
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        program, microbatch = self.runner.program, arrival.microbatch
+        program = self.runner.program
         if program.is_first and not program.is_last:
-            await self.dependencies.known(microbatch)
-        ready_ns = max(arrival.received_ns, self._tokens.came_ns(microbatch))
-        # about how many keys its rows look at in all: with a long context, attention takes most of the time
-        attended = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)
-        size = microbatch.rows.bit_length()
-        kind = ("run", size, attended.bit_length())
+            await self.dependencies.known(arrival.newest_dependency)
+        ready_ns = max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
+        size = arrival.rows.bit_length()
+        kind = ("run", size, arrival.attended.bit_length())  # with a long context, attention takes most of the time
         out, started_ns, compute_ns = await self._timed(kind, partial(self._run_layers, arrival))
         queue_ns = started_ns - ready_ns
         if not program.is_last:
-            return Answer(encode_hidden(arrival.frame.header, self._timings(arrival, queue_ns, compute_ns), out))
-        inputs = self._tokens.fill_inputs(await self.dependencies.inputs(microbatch), microbatch)
+            return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
+        inputs = await self.dependencies.inputs(arrival.number)
         await self.runner.matchers.ready(inputs)
-        kind = ("finish", size, microbatch.embedded_rows.bit_length())
-        outputs, _, finish_ns = await self._timed(kind, partial(self._finish, microbatch, out, inputs))
+        kind = ("finish", size, arrival.embedded_rows.bit_length())
+        outputs, _, finish_ns = await self._timed(kind, partial(self._finish, arrival, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
-    def _finish(self, microbatch: Microbatch, logits: Float32, inputs: SamplingInputs) -> _Outputs:
-        rows, embeddings = self.runner.finish(logits, inputs), self.runner.embeddings(microbatch)
-        drafted = self.runner.draft(microbatch, rows, inputs)
-        return _Outputs(drafted.rows, embeddings, drafted.drafting_ns)
-
     def _run_layers(self, arrival: Arrival) -> Float32:
-        program, microbatch = self.runner.program, arrival.microbatch
-        hidden = arrival.frame.hidden(microbatch.rows, 0 if program.is_first else program.hidden.width)
-        if program.is_first:
-            return self.runner.run(self._tokens.fill(microbatch), None)
-        return self.runner.run(microbatch, hidden)
+        return arrival.run(self.runner, self._tokens)
+
+    def _finish(self, arrival: Arrival, logits: Float32, inputs: SamplingInputs) -> _Outputs:
+        if needs_tokens(inputs):
+            inputs = self._tokens.fill_inputs(inputs, arrival.microbatch)
+        rows = self.runner.finish(logits, inputs)
+        embeddings = self.runner.embeddings(arrival.microbatch) if arrival.embedded_rows else b""
+        if not self.runner.limits.nextn:
+            return _Outputs(rows, embeddings, 0)
+        drafted = self.runner.draft(arrival.microbatch, rows, inputs)
+        return _Outputs(drafted.rows, embeddings, drafted.drafting_ns)
 
     async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Value]) -> tuple[_Value, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
@@ -231,24 +220,22 @@ class StageLoop:
         return taken
 
     def _result(self, arrival: Arrival, outputs: _Outputs, queue_ns: int, compute_ns: int) -> Answer:
-        microbatch, drafting_ns = arrival.microbatch, outputs.drafting_ns
-        timings = self._timings(arrival, queue_ns, compute_ns - drafting_ns)
-        rows, hidden = outputs.rows, outputs.embeddings
-        data = encode_result(
-            Result(microbatch.epoch, microbatch.number, rows, timings, embeddings=hidden, drafting_ns=drafting_ns)
-        )
+        rows, drafting_ns = outputs.rows, outputs.drafting_ns
+        timings = (*arrival.timings, self._timing(arrival, queue_ns, compute_ns - drafting_ns))
+        place, hidden = (arrival.epoch, arrival.number), outputs.embeddings
+        data = encode_result(Result(*place, rows, timings, embeddings=hidden, drafting_ns=drafting_ns))
         if not rows:
             return Answer(data)
-        sampled = sampled_tokens_of(microbatch.number, rows)
+        sampled = sampled_tokens_of(arrival.number, rows)
         self._tokens.put(sampled)
         return Answer(data, sampled)
 
-    def _timings(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> tuple[StageTiming, ...]:
-        rows = arrival.microbatch.rows
+    def _timing(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> StageTiming:
+        rows = arrival.rows
         self._counters.busy_ns += compute_ns
         self._counters.microbatches += 1
         self._counters.tokens += rows
-        return (*arrival.frame.timings, StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows))
+        return StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows)
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
         """One microbatch fails, the worker serves on."""
@@ -257,17 +244,16 @@ class StageLoop:
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
-            _log.error("microbatch %d: %s", arrival.microbatch.number, error)
+            _log.error("microbatch %d: %s", arrival.number, error)
             return self._failed(arrival, f"{self._where}: {error}")
-        _log.error("microbatch %d failed", arrival.microbatch.number, exc_info=error)
+        _log.error("microbatch %d failed", arrival.number, exc_info=error)
         return self._failed(arrival, f"{self._where}: {type(error).__name__}: {error}")
 
     def _failed(self, arrival: Arrival, failure: str) -> Answer:
-        microbatch, timings = arrival.microbatch, arrival.frame.timings
         if not self.runner.program.is_last:
-            return Answer(encode_failure(arrival.frame.header, timings, failure))
-        data = encode_result(Result(microbatch.epoch, microbatch.number, (), timings, failure))
-        return Answer(data, SampledTokens(microbatch.number, ()))
+            return Answer(encode_failure(arrival.frame.header, arrival.timings, failure))
+        data = encode_result(Result(arrival.epoch, arrival.number, (), arrival.timings, failure))
+        return Answer(data, SampledTokens(arrival.number, ()))
 
     async def _send(
         self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answering: asyncio.Future[Answer]

@@ -23,6 +23,11 @@ def newest_dependency(microbatch: Microbatch) -> int | None:
     return max((chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on), default=None)
 
 
+def needs_tokens(inputs: SamplingInputs) -> bool:
+    """Whether tokens of the microbatch itself add something to them."""
+    return any(isinstance(task, SampleTask) and (task.history_rows or task.matcher) for task in inputs.tasks)
+
+
 class SampledTokensBox:
     """The tokens of one epoch's last microbatches."""
 
@@ -41,10 +46,13 @@ class SampledTokensBox:
         if len(self._tokens) > MOST_IN_FLIGHT:
             del self._tokens[next(iter(self._tokens))]
 
-    def came_ns(self, microbatch: Microbatch) -> int:
-        """When the last token came that the microbatch follows (perf_counter_ns); 0 where there is none."""
-        newest = newest_dependency(microbatch)
-        return self._tokens[newest][1] if newest in self._tokens else 0
+    def came_ns(self, number: int | None) -> int:
+        """When the tokens of that microbatch came (perf_counter_ns); 0 where they did not."""
+        return self._tokens[number][1] if number in self._tokens else 0
+
+    def of(self, number: int) -> tuple[int, ...]:
+        """The tokens of that microbatch; none where they are not known."""
+        return self._tokens[number][0] if number in self._tokens else ()
 
     def fill(self, microbatch: Microbatch) -> Microbatch:
         """The microbatch with the tokens it follows. WorkerError where one is not known."""
@@ -55,7 +63,7 @@ class SampledTokensBox:
     def fill_inputs(self, inputs: SamplingInputs, microbatch: Microbatch) -> SamplingInputs:
         """The sampling inputs of a microbatch with what its own tokens add to them: histories go on with these, and
         matchers take a drafted row in if its token was chosen before it."""
-        if not any(isinstance(task, SampleTask) and (task.history_rows or task.matcher) for task in inputs.tasks):
+        if not needs_tokens(inputs):
             return inputs
         rows = [(chunk, row) for chunk in microbatch.chunks for row in _output_rows(chunk)]
         if len(rows) != len(inputs.tasks):
@@ -76,7 +84,7 @@ class SampledTokensBox:
         return replace(chunk, tokens=(self._token(*chunk.depends_on),), depends_on=None)
 
     def _token(self, number: int, row: int) -> int:
-        tokens, _ = self._tokens.get(number, ((), 0))
+        tokens = self.of(number)
         if row >= len(tokens):
             raise WorkerError(f"row {row} of microbatch {number} has no token to follow: {len(tokens)} are known")
         return tokens[row]

@@ -142,9 +142,9 @@ class StageRunner:
         self.devices = options.devices
         self.kv_content = kv_content(model, limits)
         self._adapters = max(model.adapter_numbers, default=-1) + 1
-        self._vocabulary = model.hyperparameters.vocabulary_size
-        self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
-        vocabulary = partial(_grammar_vocabulary, model.file.metadata, self._vocabulary)
+        self.vocabulary = model.hyperparameters.vocabulary_size
+        self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if program.is_last else None
+        vocabulary = partial(_grammar_vocabulary, model.file.metadata, self.vocabulary)
         self.matchers = StageMatchers(vocabulary, limits.max_sequences)
         progress = options.progress or (lambda _: None)
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
@@ -174,7 +174,11 @@ class StageRunner:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
         window = self.program.window
-        self._batch = batch = build_batch(microbatch, self.limits, self._vocabulary, window, self._adapters)
+        return self.run_batch(build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters), hidden)
+
+    def run_batch(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        """Likewise, of a batch within the stage's limits."""
+        self._batch = batch
         return self._stage.run(batch, hidden)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:

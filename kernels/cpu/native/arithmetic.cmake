@@ -3,7 +3,7 @@
 # `checks`, commands that are to follow; `check_isa` is the script that they run.
 set(native ${CMAKE_CURRENT_LIST_DIR})
 file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings/*.cpp)
-file(GLOB baseline CONFIGURE_DEPENDS ${native}/executor/*.cpp ${native}/pack/*.cpp ${native}/probes/*.cpp
+file(GLOB baseline CONFIGURE_DEPENDS ${native}/executor/*.cpp ${native}/frames/*.cpp ${native}/pack/*.cpp ${native}/probes/*.cpp
      ${native}/runtime/*.cpp ${native}/sampler/*.cpp)
 file(GLOB_RECURSE level_sources CONFIGURE_DEPENDS ${native}/level/*.cpp)
 

@@ -21,6 +21,7 @@ using Words = Array<const uint32_t>;
 using Floats = Array<const float>;
 using FloatRows = Array<const float, 2>;
 
+void bind_frames(nb::module_& module);
 void bind_memory(nb::module_& module);
 void bind_matmul(nb::module_& module);
 void bind_sampler(nb::module_& module);

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
@@ -168,8 +170,8 @@ def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path:
 
     async def run() -> list[Result]:
         async with chain(model, tmp_path, (0, 1, 2, 3)) as stages:
-            for stage, number in ((stages.runners[1], 1), (stages.runners[2], 2)):
-                _fail_at(stage, number)
+            for runner in stages.runners[1:]:
+                _fail_second(runner)
             for microbatch, inputs in work:
                 await stages.submit(microbatch, inputs)
             return [await stages.result() for _ in work]
@@ -185,15 +187,16 @@ def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path:
     assert [len(result.timings) for result in results] == [3, 1, 2, 3]
 
 
-def _fail_at(runner: StageRunner, number: int) -> None:
-    whole = runner.run
+def _fail_second(runner: StageRunner) -> None:
+    """The second microbatch that comes as far as this stage."""
+    whole, numbers = runner.run_batch, count()
 
-    def run(microbatch: Microbatch, hidden: object) -> object:
-        if microbatch.number == number:
+    def run_batch(batch: Batch, hidden: Float32 | None) -> Float32:
+        if next(numbers) == 1:
             raise MemoryError("no more")
-        return whole(microbatch, hidden)  # type: ignore[arg-type]
+        return whole(batch, hidden)
 
-    runner.run = run  # type: ignore[method-assign,assignment]
+    runner.run_batch = run_batch  # type: ignore[method-assign]
 
 
 def _good(model: Model) -> Microbatch:

@@ -139,6 +139,8 @@ UNUSUAL = {
     "adapters": replace(GOOD, adapters=((0, 1.0),)),
     "state": replace(GOOD, state_from=0),
     "states": replace(GOOD, state_to=(2, 0)),
+    "next token": replace(GOOD, next_token=0),
+    "drafts": replace(GOOD, drafts=1),
 }
 
 

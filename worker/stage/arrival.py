@@ -1,8 +1,8 @@
 """A microbatch as a stage receives it: of the usual kind read natively, in one call, all others by the codec.
 
 The native reader (`_native.FrameReader`) takes frames in the form that the codec writes, without windows, states,
-adapters, embedded rows or heads that draft, and within the stage's limits. For what it does not take, the codec says what it is, or what
-is wrong with it. Both give backends the same arrays.
+adapters, embedded rows or drafts, and within the stage's limits. For what it does not take, the codec says what it is,
+or what is wrong with it. Both give backends the same arrays.
 """
 
 from __future__ import annotations

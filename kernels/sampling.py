@@ -40,6 +40,15 @@ class Sampler:
         native = map(_native_task, tasks, repeat(None) if allowed is None else allowed)
         return tuple(_result(outcome) for outcome in self._native.run(logits, list(native)))
 
+    def sample(self, logits: NDArray[np.float32], tasks: _native.SamplingTasks) -> _native.RowOutcomes:
+        """Likewise, of tasks that were read natively. See `row_results`."""
+        return _native.sample(self._native, logits, tasks)
+
+
+def row_results(outcomes: _native.RowOutcomes) -> tuple[RowResult, ...]:
+    """As `Sampler.run` gives them."""
+    return tuple(map(_result, outcomes.rows))
+
 
 def _native_task(task: RowTask, allowed: AllowedTokens | None) -> _native.RowTask:
     if isinstance(task, ScoreTask):

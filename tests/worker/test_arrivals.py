@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, StageLimits
-from llamaclust.kernels._native import FrameReader, MicrobatchFrame
+from llamaclust.core.limits import MAX_BATCH_TOKENS
+from llamaclust.kernels._native import MicrobatchFrame
 from llamaclust.kernels.backend import Batch
 from llamaclust.model.loader import Model
 from llamaclust.proto import microbatch_pb2
-from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, decode_microbatch, encode_microbatch
+from llamaclust.wire.microbatch.codec import decode_microbatch, encode_microbatch
 from llamaclust.wire.microbatch.frames import decode_frame, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, StageTiming
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
@@ -25,10 +25,9 @@ from llamaclust.worker.stage.batches import build_batch
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from support.clusters.stage_chain import runner_of
 from support.models.tiny_model import build_tiny_model
+from support.wire.frame_reader import LIMITS, MODEL_ID, VOCABULARY, reader
 
-LIMITS = StageLimits(max_batch_tokens=12, max_outputs=5, max_sequences=4, max_context_tokens=96, kv_blocks=40)
-VOCABULARY, WIDTH, MODEL_ID = 300, 3, "ab12"
-UINT64 = 2**64 - 1
+WIDTH, UINT64 = 3, 2**64 - 1
 
 uint64 = st.integers(0, UINT64)
 timings = st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS))
@@ -47,22 +46,6 @@ microbatches = st.builds(
     st.integers(7, UINT64),
     st.lists(known | following, min_size=1, max_size=5).map(tuple),
 )
-
-
-def reader(hidden_width: int = 0) -> FrameReader:
-    return FrameReader(
-        MODEL_ID,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_outputs=LIMITS.max_outputs,
-        max_sequences=LIMITS.max_sequences,
-        max_context_tokens=LIMITS.max_context_tokens,
-        kv_blocks=LIMITS.kv_blocks,
-        vocabulary=VOCABULARY,
-        hidden_width=hidden_width,
-        max_stages=MAX_STAGES,
-        max_rows=MAX_BATCH_TOKENS,
-        max_header_bytes=MAX_MICROBATCH_BYTES,
-    )
 
 
 def by_codec(data: bytes, hidden_width: int = 0) -> tuple[Microbatch, Batch]:

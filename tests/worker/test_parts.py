@@ -28,7 +28,7 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WorkerMessage,
 )
-from llamaclust.wire.microbatch.codec import MAX_STAGES
+from llamaclust.wire.microbatch.codec import MAX_STAGES, encode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
@@ -39,6 +39,7 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
+from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
@@ -104,7 +105,7 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
 
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
     dependencies = Dependencies(epoch=1, inputs_s=0.05)
-    inputs = [SamplingInputs(1, number, ()) for number in range(600)]
+    inputs = [StepInputs.read(encode_inputs(SamplingInputs(1, number, ()))) for number in range(600)]
     dependencies.put_inputs(inputs[0])
     assert await dependencies.inputs(0) is inputs[0]
     dependencies.done(0)

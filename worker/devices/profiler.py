@@ -25,7 +25,7 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import LayerCost, Model
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
@@ -33,6 +33,7 @@ from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.loop import Counters, StageContext, StageLoop
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from llamaclust.worker.devices.backends import GpuBackend
@@ -199,7 +200,7 @@ class _Measurement:
         self.sweep()
         begun_ns = perf_counter_ns()
         if runner.program.is_last:
-            loop.dependencies.put_inputs(decode_inputs(inputs))
+            loop.dependencies.put_inputs(StepInputs.read(inputs))
         await (await loop.compute(loop.receive(frame, number)))
         return (perf_counter_ns() - begun_ns) / 1e9
 

@@ -8,9 +8,10 @@ from collections.abc import Container
 
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError
-from llamaclust.wire.microbatch.messages import SampledTokens, SamplingInputs
+from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 _TOKENS_S = 600.0
 """A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
@@ -24,12 +25,12 @@ class Dependencies:
         self.tokens = SampledTokensBox()
         self._epoch = epoch
         self._inputs_s = inputs_s
-        self._inputs: dict[int, SamplingInputs] = {}
+        self._inputs: dict[int, StepInputs] = {}
         self._next_put = self._next_done = 0
         self._came = asyncio.Event()
         self._broken: LlamaclustError | None = None
 
-    def put_inputs(self, inputs: SamplingInputs) -> None:
+    def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
         found, expected = (inputs.epoch, inputs.number), (self._epoch, self._next_put)
         if found != expected:
@@ -51,7 +52,7 @@ class Dependencies:
         self._broken = error
         self._came.set()
 
-    async def inputs(self, number: int) -> SamplingInputs:
+    async def inputs(self, number: int) -> StepInputs:
         """Of that microbatch. DeadlineError where they do not come, ProtocolError where they cannot any more."""
         await self._wait("sampling inputs", number, self._inputs, self._inputs_s)
         return self._inputs[number]

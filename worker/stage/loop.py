@@ -16,20 +16,22 @@ from typing import TypeVar
 
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
-from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.sampling import row_results
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_result, encode_sampled_tokens
 from llamaclust.wire.microbatch.frames import encode_failure
-from llamaclust.wire.microbatch.messages import Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTiming
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
-from llamaclust.worker.stage.sampled_tokens import needs_tokens, sampled_tokens_of
+from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
+from llamaclust.worker.stage.sampled_tokens import needs_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +56,6 @@ class StageContext:
     worker: str
     compute: Compute
     counters: Counters
-
-
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """Of a last stage, as `Result` has them."""
-
-    rows: tuple[RowResult, ...]
-    embeddings: bytes
-    drafting_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +132,11 @@ class StageLoop:
             raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
         return arrival
 
-    def put_inputs(self, inputs: SamplingInputs) -> None:
+    def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn."""
         self.dependencies.put_inputs(inputs)
-        self.runner.matchers.receive(inputs)
+        if inputs.native is None:
+            self.runner.matchers.receive(inputs.inputs)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
@@ -156,8 +150,7 @@ class StageLoop:
             if (failure := arrival.failure) is not None:
                 answered.set_result(self._failed(arrival, failure))
             elif program.is_first and program.is_last and arrival.newest_dependency is not None:
-                inputs = await self.dependencies.inputs(arrival.number)
-                await self.runner.matchers.ready(inputs)
+                inputs = await self._inputs(arrival)
                 return self._compute.queue(partial(self._whole_step, arrival, inputs))
             else:
                 answered.set_result(await self._step(arrival))
@@ -167,7 +160,14 @@ class StageLoop:
             self.dependencies.done(arrival.number)
         return answered
 
-    def _whole_step(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
+    async def _inputs(self, arrival: Arrival) -> StepInputs:
+        """When they and their matchers are there."""
+        inputs = await self.dependencies.inputs(arrival.number)
+        if inputs.native is None:
+            await self.runner.matchers.ready(inputs.inputs)
+        return inputs
+
+    def _whole_step(self, arrival: Arrival, inputs: StepInputs) -> Answer:
         """Of a whole model, in the thread that computes."""
         started_ns = perf_counter_ns()
         try:
@@ -188,8 +188,7 @@ class StageLoop:
         queue_ns = started_ns - ready_ns
         if not program.is_last:
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
-        inputs = await self.dependencies.inputs(arrival.number)
-        await self.runner.matchers.ready(inputs)
+        inputs = await self._inputs(arrival)
         kind = ("finish", size, arrival.embedded_rows.bit_length())
         outputs, _, finish_ns = await self._timed(kind, partial(self._finish, arrival, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
@@ -197,15 +196,20 @@ class StageLoop:
     def _run_layers(self, arrival: Arrival) -> Float32:
         return arrival.run(self.runner, self._tokens)
 
-    def _finish(self, arrival: Arrival, logits: Float32, inputs: SamplingInputs) -> _Outputs:
+    def _finish(self, arrival: Arrival, logits: Float32, received: StepInputs) -> Outputs | NativeOutputs:
+        runner = self.runner
+        if arrival.native is not None and received.native is not None:
+            outcomes = runner.sample(logits, received.native)
+            return Outputs(row_results(outcomes)) if outcomes.has_failures else NativeOutputs(arrival.native, outcomes)
+        inputs = received.inputs
         if needs_tokens(inputs):
             inputs = self._tokens.fill_inputs(inputs, arrival.microbatch)
-        rows = self.runner.finish(logits, inputs)
-        embeddings = self.runner.embeddings(arrival.microbatch) if arrival.embedded_rows else b""
-        if not self.runner.limits.nextn:
-            return _Outputs(rows, embeddings, 0)
-        drafted = self.runner.draft(arrival.microbatch, rows, inputs)
-        return _Outputs(drafted.rows, embeddings, drafted.drafting_ns)
+        rows = runner.finish(logits, inputs)
+        embeddings = runner.embeddings(arrival.microbatch) if arrival.embedded_rows else b""
+        if not runner.limits.nextn:
+            return Outputs(rows, embeddings)
+        drafted = runner.draft(arrival.microbatch, rows, inputs)
+        return Outputs(drafted.rows, embeddings, drafted.drafting_ns)
 
     async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Value]) -> tuple[_Value, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
@@ -219,15 +223,11 @@ class StageLoop:
         self._taken_ns[kind] = taken[2]
         return taken
 
-    def _result(self, arrival: Arrival, outputs: _Outputs, queue_ns: int, compute_ns: int) -> Answer:
-        rows, drafting_ns = outputs.rows, outputs.drafting_ns
-        timings = (*arrival.timings, self._timing(arrival, queue_ns, compute_ns - drafting_ns))
-        place, hidden = (arrival.epoch, arrival.number), outputs.embeddings
-        data = encode_result(Result(*place, rows, timings, embeddings=hidden, drafting_ns=drafting_ns))
-        if not rows:
-            return Answer(data)
-        sampled = sampled_tokens_of(arrival.number, rows)
-        self._tokens.put(sampled)
+    def _result(self, arrival: Arrival, outputs: Outputs | NativeOutputs, queue_ns: int, compute_ns: int) -> Answer:
+        data = outputs.encode(arrival, self._timing(arrival, queue_ns, compute_ns - outputs.drafting_ns))
+        sampled = outputs.sampled(arrival.number)
+        if sampled is not None:
+            self._tokens.put(sampled)
         return Answer(data, sampled)
 
     def _timing(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> StageTiming:

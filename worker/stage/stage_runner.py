@@ -15,6 +15,7 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
+from llamaclust.kernels._native import RowOutcomes, SamplingTasks
 from llamaclust.kernels.backend import Backend, Batch, CacheCounts, Float32, KvInRam, Progress, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
@@ -101,6 +102,11 @@ def kv_content(model: Model, limits: StageLimits) -> str:
 
 def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> GrammarVocabulary:
     return read_vocabulary(load_tokenizer(metadata), size)
+
+
+def _check_tasks(tasks: int, logits: Float32) -> None:
+    if tasks != len(logits):
+        raise ProtocolError(f"{tasks} tasks for {len(logits)} output rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +203,7 @@ class StageRunner:
         """Samples and scores logits [outputs, vocabulary] of a last stage's run. ProtocolError where tasks do not
         fit."""
         assert self._sampler is not None, "only a last stage has logits"
-        if len(inputs.tasks) != len(logits):
-            raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
+        _check_tasks(len(inputs.tasks), logits)
         tasks = self.matchers.begin(inputs)
         if not tasks:
             return ()
@@ -209,6 +214,12 @@ class StageRunner:
             for place, row in zip(refused, self._sampler.run(logits[[*refused]], again, allowed), strict=True):
                 rows[place] = row
         return tuple(rows)
+
+    def sample(self, logits: Float32, tasks: SamplingTasks) -> RowOutcomes:
+        """Likewise, of tasks that were read natively: they have no matchers."""
+        assert self._sampler is not None, "only a last stage has logits"
+        _check_tasks(tasks.rows, logits)
+        return self._sampler.sample(logits, tasks)
 
     def draft(self, microbatch: Microbatch, rows: tuple[RowResult, ...], inputs: SamplingInputs) -> Finished:
         """Results of the last run's output rows, with the tokens that a head drafts behind them."""

@@ -12,14 +12,14 @@ from typing import Final
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_inputs, decode_sampled_tokens
-from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.wire.microbatch.codec import decode_sampled_tokens
 from llamaclust.wire.rpc.client import FORWARD, SAMPLED_TOKENS, ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Principal
 from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 _INLINE_BYTES: Final = 1 << 16
 """Larger sampling inputs, with long histories, are decoded beside the event loop: a megabyte takes 60 ms."""
@@ -50,11 +50,11 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
         raise errors.exceptions[0] from None
 
 
-async def _decoded(data: bytes) -> SamplingInputs:
+async def _read(data: bytes) -> StepInputs:
     """ProtocolError for bytes that are no sampling inputs."""
     if len(data) <= _INLINE_BYTES:
-        return decode_inputs(data)
-    return await asyncio.to_thread(decode_inputs, data)
+        return StepInputs.read(data)
+    return await asyncio.to_thread(StepInputs.read, data)
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
@@ -101,7 +101,7 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._loop.put_inputs(await _decoded(data))
+                self._loop.put_inputs(await _read(data))
         except ProtocolError as error:
             self._loop.dependencies.fail(error)
             raise

@@ -1,9 +1,14 @@
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/tuple.h>
 
+#include <algorithm>
 #include <set>
 
 #include "bindings/bindings.h"
 #include "frames/microbatch_frame.h"
+#include "frames/result.h"
+#include "frames/sampling_inputs.h"
+#include "runtime/float_mode.h"
 
 namespace llamaclust {
 namespace {
@@ -70,6 +75,65 @@ nb::object next_frame(const ReadFrame& read, FloatRows hidden, uint64_t queue_ns
   return out;
 }
 
+struct RowOutcomes {
+  std::vector<RowOutcome> rows;
+};
+
+RowOutcomes sample(Sampler& sampler, FloatRows logits, const SamplingTasks& tasks) {
+  if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != tasks.rows.size())
+    throw nb::value_error("logits must be [tasks, vocabulary]");
+  if (tasks.rows.empty()) return {};
+  const nb::gil_scoped_release released;
+  const FloatMode mode;
+  return {sampler.run(logits.data(), tasks.rows)};
+}
+
+bool has_failures(const RowOutcomes& outcomes) {
+  return std::any_of(outcomes.rows.begin(), outcomes.rows.end(), [](const RowOutcome& row) { return !row.failure.empty(); });
+}
+
+std::vector<int32_t> tokens_of(const RowOutcomes& outcomes) {
+  std::vector<int32_t> tokens;
+  for (const RowOutcome& row : outcomes.rows) tokens.push_back(row.token);
+  return tokens;
+}
+
+nb::bytes result_of(const RowOutcomes& outcomes, const ReadFrame& read, uint64_t queue_ns, uint64_t compute_ns,
+                    uint64_t wire_ns) {
+  if (has_failures(outcomes)) throw nb::value_error("a row has no answer");
+  const Timing timing{queue_ns, compute_ns, wire_ns, read.frame.tokens.size()};
+  const std::string result = write_result(read.frame, timing, outcomes.rows);
+  return nb::bytes(result.data(), result.size());
+}
+
+void bind_sampling(nb::module_& module) {
+  nb::class_<InputsBounds>(module, "InputsReader")
+      .def(
+          "__init__",
+          [](InputsBounds* self, uint32_t max_rows, uint32_t max_context_tokens, uint32_t max_vocabulary,
+             uint32_t max_top_logprobs, uint32_t max_top_k, uint64_t max_tokens, size_t max_bytes,
+             const std::array<Range, 6>& reals) {
+            new (self) InputsBounds{max_rows,  max_context_tokens, max_vocabulary, max_top_logprobs,
+                                    max_top_k, max_tokens,         max_bytes,      reals};
+          },
+          "max_rows"_a, "max_context_tokens"_a, "max_vocabulary"_a, "max_top_logprobs"_a, "max_top_k"_a, "max_tokens"_a,
+          "max_bytes"_a, "reals"_a)
+      .def(
+          "read",
+          [](const InputsBounds& bounds, const nb::bytes& data) { return read_inputs(view_of(data), bounds); },
+          "data"_a);
+  nb::class_<SamplingTasks>(module, "SamplingTasks")
+      .def_ro("epoch", &SamplingTasks::epoch)
+      .def_ro("number", &SamplingTasks::number)
+      .def_prop_ro("rows", [](const SamplingTasks& tasks) { return tasks.rows.size(); });
+  nb::class_<RowOutcomes>(module, "RowOutcomes")
+      .def_ro("rows", &RowOutcomes::rows)
+      .def_prop_ro("has_failures", &has_failures)
+      .def_prop_ro("tokens", &tokens_of)
+      .def("result", &result_of, "frame"_a, "queue_ns"_a, "compute_ns"_a, "wire_ns"_a);
+  module.def("sample", &sample, "sampler"_a, "logits"_a, "tasks"_a);
+}
+
 }  // namespace
 
 void bind_frames(nb::module_& module) {
@@ -102,6 +166,7 @@ void bind_frames(nb::module_& module) {
           },
           "number"_a, "tokens"_a)
       .def("next_frame", &next_frame, "hidden"_a, "queue_ns"_a, "compute_ns"_a, "wire_ns"_a);
+  bind_sampling(module);
 }
 
 }  // namespace llamaclust

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <span>
 
@@ -37,6 +38,14 @@ class Fields {
 
   uint32_t number32() { return narrow(number64()); }
 
+  double real() {
+    double value = 0;
+    if (kind_ != kFixed64 || end_ - at_ < static_cast<std::ptrdiff_t>(sizeof value)) return fail();
+    std::memcpy(&value, at_, sizeof value);
+    at_ += sizeof value;
+    return value;
+  }
+
   Bytes bytes() {
     if (kind_ != kBytes) return fail(), Bytes();
     const uint64_t size = varint();
@@ -66,7 +75,7 @@ class Fields {
   }
 
  private:
-  static constexpr uint8_t kVarint = 0, kBytes = 2;
+  static constexpr uint8_t kVarint = 0, kFixed64 = 1, kBytes = 2;
 
   uint64_t varint() {
     uint64_t value = 0;

@@ -1,0 +1,135 @@
+#include "frames/sampling_inputs.h"
+
+#include <cmath>
+
+namespace llamaclust {
+namespace {
+
+// Fields of SamplingParams: all reals but the second.
+constexpr uint32_t kTopK = 2, kLastParam = 7;
+
+class Reading {
+ public:
+  Reading(const InputsBounds& bounds, std::vector<RowTask>& rows) : bounds_(bounds), rows_(rows) {}
+
+  bool task(Bytes message) {
+    Fields fields(message);
+    const uint32_t kind = fields.next();
+    if (kind != 1 && kind != 2) return false;
+    const Bytes task = fields.bytes();
+    return fields.next() == 0 && fields.is_whole() && (kind == 1 ? sampled(task) : scored(task));
+  }
+
+ private:
+  bool scored(Bytes message) {
+    Fields fields(message);
+    uint32_t token = 0, top = 0;
+    while (const uint32_t field = fields.next()) {
+      if (field == 1)
+        token = fields.number32();
+      else if (field == 2)
+        top = fields.number32();
+      else
+        fields.fail();
+    }
+    if (!fields.is_whole() || token >= bounds_.max_vocabulary || top > bounds_.max_top_logprobs) return false;
+    if (rows_.size() >= bounds_.max_rows) return false;
+    rows_.push_back({true, static_cast<int32_t>(token), {}, static_cast<int32_t>(top)});
+    return true;
+  }
+
+  bool sampled(Bytes message) {
+    Fields fields(message);
+    RowTask row{false, -1, {}, 0};
+    Choice& choice = row.choice;
+    uint32_t top = 0, further = 0;
+    bool has_params = false;
+    while (const uint32_t field = fields.next()) {
+      if (field == 1)
+        has_params = params(fields.bytes(), choice);
+      else if (field == 2)
+        choice.seed = fields.number64();
+      else if (field == 3)
+        choice.choice = fields.number32();
+      else if (field == 4)
+        choice.position = fields.number32();
+      else if (field == 6)
+        fields.numbers([&](uint32_t token) {
+          if (token >= bounds_.max_vocabulary || choice.suppressed.size() >= bounds_.max_vocabulary)
+            fields.fail();
+          else
+            choice.suppressed.push_back(static_cast<int32_t>(token));
+        });
+      else if (field == 7)
+        top = fields.number32();
+      else if (field == 14)
+        further = fields.number32();
+      else
+        fields.fail();
+    }
+    if (!fields.is_whole() || !has_params || top > bounds_.max_top_logprobs) return false;
+    row.top_logprobs = static_cast<int32_t>(top);
+    return add(row, further);
+  }
+
+  bool add(RowTask& row, uint32_t further) {
+    if (uint64_t{row.choice.position} + further > bounds_.max_context) return false;
+    if (rows_.size() + 1 + further > bounds_.max_rows) return false;
+    tokens_ += (uint64_t{1} + further) * row.choice.suppressed.size();
+    if (tokens_ > bounds_.max_tokens) return false;
+    for (; further > 0; further--) {
+      rows_.push_back(row);
+      row.choice.position++;
+    }
+    rows_.push_back(std::move(row));
+    return true;
+  }
+
+  bool params(Bytes message, Choice& choice) const {
+    Fields fields(message);
+    std::array<double, 6> reals{};
+    uint32_t top_k = 0;
+    while (const uint32_t field = fields.next()) {
+      if (field == kTopK)
+        top_k = fields.number32();
+      else if (field <= kLastParam)
+        reals[field < kTopK ? 0 : field - 2] = fields.real();
+      else
+        fields.fail();
+    }
+    for (size_t i = 0; i < reals.size(); i++)
+      if (!(reals[i] >= bounds_.reals[i].first && reals[i] <= bounds_.reals[i].second)) return false;
+    choice.temperature = static_cast<float>(reals[0]);
+    choice.top_k = static_cast<int32_t>(top_k);
+    choice.top_p = reals[1];
+    choice.min_p = reals[2];
+    choice.repetition_penalty = static_cast<float>(reals[3]);
+    choice.frequency_penalty = static_cast<float>(reals[4]);
+    choice.presence_penalty = static_cast<float>(reals[5]);
+    return fields.is_whole() && top_k <= bounds_.max_top_k;
+  }
+
+  const InputsBounds& bounds_;
+  std::vector<RowTask>& rows_;
+  uint64_t tokens_ = 0;
+};
+
+}  // namespace
+
+std::optional<SamplingTasks> read_inputs(Bytes data, const InputsBounds& bounds) {
+  if (data.size() > bounds.max_bytes) return std::nullopt;
+  SamplingTasks tasks;
+  Reading reading(bounds, tasks.rows);
+  Fields fields(data, 3);
+  while (const uint32_t field = fields.next()) {
+    if (field == 1)
+      tasks.epoch = fields.number64();
+    else if (field == 2)
+      tasks.number = fields.number64();
+    else if (field != 3 || !reading.task(fields.bytes()))
+      fields.fail();
+  }
+  return fields.is_whole() ? std::optional(std::move(tasks)) : std::nullopt;
+}
+
+}  // namespace llamaclust

@@ -39,10 +39,10 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
-from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.weights import load
 from llamaclust.worker.weights.weights import Progress
 from llamaclust.worker.worker import Worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
+
+if TYPE_CHECKING:
+    from llamaclust.kernels._native import MicrobatchFrame
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -109,6 +112,14 @@ class KvInRam(Protocol):
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
         """KV memory of each layer: of its keys and values and of each state, [KV blocks, bytes]. It stays in memory
         while it is referenced, also after `close`."""
+
+
+@runtime_checkable
+class RunsFrames(Protocol):
+    """A stage that takes a microbatch as the native reader gives it, without arrays of Python's."""
+
+    def run_frame(self, frame: MicrobatchFrame) -> Float32:
+        """As `Stage.run`, of the frame's batch and hidden state."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]

@@ -74,6 +74,13 @@ class CpuStage:
         )
         return self._result[:lines]
 
+    def run_frame(self, frame: _native.MicrobatchFrame) -> Float32:
+        """See `kernels.backend.RunsFrames`."""
+        assert self._native is not None, "the stage was closed"
+        if self._scales:
+            self._choose_adapters(None)
+        return self._result[: self._native.run_frame(frame)]
+
     def _choose_adapters(self, scales: Float32 | None) -> None:
         """Those with a scale in some row are computed; fills the buffers of their rows' scales."""
         assert self._native is not None

@@ -184,7 +184,7 @@ def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, mon
 
     async def run() -> tuple[Result, Result]:
         async with chain(model, tmp_path, (0, 1, 3)) as stages:
-            monkeypatch.setattr(stages.runners[0], "run_batch", explode)
+            monkeypatch.setattr(stages.runners[0], "run_frame", explode)
             first = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 2), 1),))
             await stages.submit(first, SamplingInputs(1, 0, (task(1, ()),)))
             after = Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),))

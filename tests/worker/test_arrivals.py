@@ -12,17 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.limits import MAX_BATCH_TOKENS
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_VOCABULARY
 from llamaclust.kernels._native import MicrobatchFrame
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels._native import read_sampled_tokens as read_natively
+from llamaclust.kernels.backend import Backend, Batch
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.proto import microbatch_pb2
-from llamaclust.wire.microbatch.codec import decode_microbatch, encode_microbatch
+from llamaclust.wire.microbatch.codec import (
+    decode_microbatch,
+    decode_sampled_tokens,
+    encode_microbatch,
+    encode_sampled_tokens,
+)
 from llamaclust.wire.microbatch.frames import decode_frame, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, StageTiming
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.batches import build_batch
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.stage_runner import StageRunner
+from support.clusters.real_cluster import LIMITS as STAGE_LIMITS
 from support.clusters.stage_chain import runner_of
 from support.models.tiny_model import build_tiny_model
 from support.wire.frame_reader import LIMITS, MODEL_ID, VOCABULARY, reader
@@ -163,14 +173,27 @@ def test_tokens_that_were_not_known_come_to_their_places() -> None:
     assert not native.fill(3, (-1,))
 
 
+@settings(max_examples=400, deadline=None)
+@given(uint64, st.lists(st.integers(0, MAX_VOCABULARY), max_size=5), st.binary(max_size=2), st.integers(0, 20))
+def test_sampled_tokens_are_read_as_the_codec_reads_them(number: int, ids: list[int], other: bytes, at: int) -> None:
+    data = encode_sampled_tokens(SampledTokens(number, tuple(ids)))
+    native = read_natively(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
+    assert native == (None if MAX_VOCABULARY in ids else (number, ids))
+    changed = data[:at] + other + data[at + len(other) :]
+    if (native := read_natively(changed, MAX_BATCH_TOKENS, MAX_VOCABULARY)) is not None:
+        assert SampledTokens(native[0], tuple(native[1])) == decode_sampled_tokens(changed)
+    assert read_natively(data, len(ids) - 1, MAX_VOCABULARY) is None or not ids
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     path: Path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     return Model.open(build_tiny_model(path, hidden=64, layers=3, heads=4, ffn=96))
 
 
-def test_stages_compute_the_same_by_both_ways(model: Model) -> None:
-    runners = [runner_of(model, *layers) for layers in pairwise((0, 1, 3))]
+@pytest.mark.parametrize("backend", [ReferenceBackend(), CpuBackend(1)], ids=["reference", "cpu"])
+def test_stages_compute_the_same_by_both_ways(model: Model, backend: Backend) -> None:
+    runners = [StageRunner(backend, model, *layers, STAGE_LIMITS) for layers in pairwise((0, 1, 3))]
     tokens = SampledTokensBox()
     tokens.put(SampledTokens(4, (3, 5)))
     chunks = (Chunk((1, 2, 4), 0, (0, 2), 1), Chunk((0,), 0, (2, 1), 1, (4, 1)))

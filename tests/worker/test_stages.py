@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels._native import MicrobatchFrame
+from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
@@ -189,14 +190,14 @@ def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path:
 
 def _fail_second(runner: StageRunner) -> None:
     """The second microbatch that comes as far as this stage."""
-    whole, numbers = runner.run_batch, count()
+    whole, numbers = runner.run_frame, count()
 
-    def run_batch(batch: Batch, hidden: Float32 | None) -> Float32:
+    def run_frame(frame: MicrobatchFrame) -> Float32:
         if next(numbers) == 1:
             raise MemoryError("no more")
-        return whole(batch, hidden)
+        return whole(frame)
 
-    runner.run_batch = run_batch  # type: ignore[method-assign]
+    runner.run_frame = run_frame  # type: ignore[method-assign]
 
 
 def _good(model: Model) -> Microbatch:

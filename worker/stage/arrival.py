@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.limits import MAX_BATCH_TOKENS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
-from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.backend import Float32
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, decode_microbatch
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, StageTiming
@@ -104,7 +104,7 @@ class Arrival:
         """See `StageRunner.run`, with the tokens that it follows. WorkerError where one of them is not known."""
         native, program = self.native, runner.program
         if native is not None and self._fill(native, runner, tokens):
-            return runner.run_batch(Batch(*native.arrays), native.hidden)
+            return runner.run_frame(native)
         hidden = self.frame.hidden(self.rows, 0 if program.is_first else program.hidden.width)
         if program.is_first:
             return runner.run(tokens.fill(self.microbatch), None)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from time import perf_counter_ns
 
 from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
-from llamaclust.wire.microbatch.codec import MAX_STAGES
+from llamaclust.kernels import _native
+from llamaclust.wire.microbatch.codec import MAX_STAGES, decode_sampled_tokens
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 
 MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
@@ -16,6 +18,12 @@ MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
 def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
     """Of a result; a row without an answer counts as token 0, and what follows it is thrown away."""
     return SampledTokens(number, tuple(max(row.token, 0) for row in rows))
+
+
+def read_sampled_tokens(data: bytes) -> SampledTokens:
+    """Natively where they have their usual form. ProtocolError for bytes that are not sampled tokens."""
+    read = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
+    return decode_sampled_tokens(data) if read is None else SampledTokens(read[0], tuple(read[1]))
 
 
 def newest_dependency(microbatch: Microbatch) -> int | None:

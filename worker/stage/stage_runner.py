@@ -15,8 +15,8 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
-from llamaclust.kernels._native import RowOutcomes, SamplingTasks
-from llamaclust.kernels.backend import Backend, Batch, CacheCounts, Float32, KvInRam, Progress, kv_bytes
+from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
+from llamaclust.kernels.backend import Backend, Batch, CacheCounts, Float32, KvInRam, Progress, RunsFrames, kv_bytes
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.kernels.split_experts import SplitExpertsStage
@@ -154,6 +154,7 @@ class StageRunner:
         self.matchers = StageMatchers(vocabulary, limits.max_sequences)
         progress = options.progress or (lambda _: None)
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
         self._batch: Batch | None = None  # of the last run
         self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
@@ -180,12 +181,14 @@ class StageRunner:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
         window = self.program.window
-        return self.run_batch(build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters), hidden)
-
-    def run_batch(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        """Likewise, of a batch within the stage's limits."""
-        self._batch = batch
+        self._batch = batch = build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters)
         return self._stage.run(batch, hidden)
+
+    def run_frame(self, frame: MicrobatchFrame) -> Float32:
+        """Likewise, of a microbatch that was read natively for this stage, and whose tokens are known."""
+        if self._native_stage is not None:
+            return self._native_stage.run_frame(frame)
+        return self._stage.run(Batch(*frame.arrays), frame.hidden)
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for

@@ -12,12 +12,12 @@ from typing import Final
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_sampled_tokens
 from llamaclust.wire.rpc.client import FORWARD, SAMPLED_TOKENS, ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Principal
 from llamaclust.worker.stage.loop import StageContext, StageLoop
+from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
@@ -117,7 +117,7 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._loop.dependencies.put_tokens(decode_sampled_tokens(data))
+                self._loop.dependencies.put_tokens(read_sampled_tokens(data))
         finally:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 

@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "bindings/bindings.h"
+#include "bindings/frames.h"
 #include "executor/executor.h"
 #include "pack/pack.h"
 #include "runtime/levels.h"
@@ -82,6 +82,17 @@ struct NativeStage {
                       span_of(block_tables),    window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
                       span_of(output_rows),     hidden ? hidden->data() : nullptr,
                       states_of(states)};
+    const nb::gil_scoped_release unlocked;
+    return executor.run(batch);
+  }
+
+  int run_frame(const ReadFrame& read) {
+    if (read.hidden() && read.hidden_width != static_cast<size_t>(executor.hidden_width()))
+      throw std::invalid_argument("frame: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
+                                  "]");
+    const MicrobatchFrame& frame = read.frame;
+    const Batch batch{frame.tokens,       frame.positions, frame.sequence_starts, frame.table_starts,
+                      frame.block_tables, {},              frame.output_rows,     read.hidden()};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }
@@ -326,6 +337,7 @@ void bind_executor(nb::module_& module) {
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none(),
            "states"_a.none() = nb::none())
+      .def("run_frame", &NativeStage::run_frame, "frame"_a)
       .def(
           "set_adapters", [](NativeStage& stage, uint32_t adapters) { stage.executor.set_adapters(adapters); },
           "adapters"_a, "Adapters that the next runs compute, one bit each; steps of others are skipped.")

@@ -4,22 +4,13 @@
 #include <algorithm>
 #include <set>
 
-#include "bindings/bindings.h"
-#include "frames/microbatch_frame.h"
+#include "bindings/frames.h"
 #include "frames/result.h"
 #include "frames/sampling_inputs.h"
 #include "runtime/float_mode.h"
 
 namespace llamaclust {
 namespace {
-
-// A frame that was read, and the bytes that it looks into.
-struct ReadFrame {
-  nb::bytes data;
-  MicrobatchFrame frame;
-  uint32_t vocabulary;
-  size_t hidden_width;
-};
 
 Bytes view_of(const nb::bytes& data) { return {static_cast<const uint8_t*>(data.data()), data.size()}; }
 
@@ -46,8 +37,7 @@ nb::object hidden_of(nb::handle self) {
   const ReadFrame& read = nb::cast<ReadFrame&>(self);
   if (read.hidden_width == 0) return nb::none();
   const size_t shape[2] = {read.frame.tokens.size(), read.hidden_width};
-  const void* body = view_of(read.data).data() + read.frame.body_at;
-  return nb::cast(nb::ndarray<nb::numpy, const float>(body, 2, shape, self));
+  return nb::cast(nb::ndarray<nb::numpy, const float>(read.hidden(), 2, shape, self));
 }
 
 std::vector<uint64_t> numbers_of(const ReadFrame& read) {
@@ -66,7 +56,7 @@ nb::object next_frame(const ReadFrame& read, FloatRows hidden, uint64_t queue_ns
                       uint64_t wire_ns) {
   const size_t rows = read.frame.tokens.size(), hidden_bytes = hidden.size() * sizeof(float);
   if (hidden.shape(0) != rows) throw nb::value_error("hidden must be [rows, embedding]");
-  const Bytes data = view_of(read.data);
+  const Bytes data = read.bytes();
   const size_t size = next_frame_bytes(data, read.frame, hidden_bytes);
   nb::object out = nb::steal(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
   if (!out.is_valid()) throw nb::python_error();
@@ -166,6 +156,12 @@ void bind_frames(nb::module_& module) {
           },
           "number"_a, "tokens"_a)
       .def("next_frame", &next_frame, "hidden"_a, "queue_ns"_a, "compute_ns"_a, "wire_ns"_a);
+  module.def(
+      "read_sampled_tokens",
+      [](const nb::bytes& data, uint32_t max_rows, uint32_t max_vocabulary) {
+        return read_sampled_tokens(view_of(data), max_rows, max_vocabulary);
+      },
+      "data"_a, "max_rows"_a, "max_vocabulary"_a);
   bind_sampling(module);
 }
 

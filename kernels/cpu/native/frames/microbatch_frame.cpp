@@ -183,6 +183,27 @@ bool fill_tokens(MicrobatchFrame& frame, uint64_t number, const std::vector<int6
   return true;
 }
 
+std::optional<std::pair<uint64_t, std::vector<int32_t>>> read_sampled_tokens(Bytes data, uint32_t max_rows,
+                                                                             uint32_t max_vocabulary) {
+  uint64_t number = 0;
+  std::vector<int32_t> tokens;
+  Fields fields(data);
+  while (const uint32_t field = fields.next()) {
+    if (field == 1)
+      number = fields.number64();
+    else if (field == 2)
+      fields.numbers([&](uint32_t token) {
+        if (token >= max_vocabulary || tokens.size() >= max_rows)
+          fields.fail();
+        else
+          tokens.push_back(static_cast<int32_t>(token));
+      });
+    else
+      fields.fail();
+  }
+  return fields.is_whole() ? std::optional(std::pair(number, std::move(tokens))) : std::nullopt;
+}
+
 size_t next_frame_bytes(Bytes data, const MicrobatchFrame& frame, size_t hidden_bytes) {
   return frame.body_at + sizeof(Timing) + hidden_bytes + (data.size() - frame.header_at);
 }

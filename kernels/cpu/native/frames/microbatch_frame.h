@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "frames/fields.h"
@@ -46,6 +47,11 @@ std::optional<MicrobatchFrame> read_frame(Bytes data, const FrameLimits& limits)
 
 // Puts the tokens of an earlier microbatch where they were to come; false where one is missing or unknown.
 bool fill_tokens(MicrobatchFrame& frame, uint64_t number, const std::vector<int64_t>& tokens, uint32_t vocabulary);
+
+// The number of a microbatch and the tokens that it sampled, of message SampledTokens; none where the bytes are no such
+// message in its usual form.
+std::optional<std::pair<uint64_t, std::vector<int32_t>>> read_sampled_tokens(Bytes data, uint32_t max_rows,
+                                                                             uint32_t max_vocabulary);
 
 // The frame for the next stage: the same header, one more timing and another hidden state.
 size_t next_frame_bytes(Bytes data, const MicrobatchFrame& frame, size_t hidden_bytes);

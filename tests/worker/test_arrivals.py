@@ -182,7 +182,7 @@ def test_sampled_tokens_are_read_as_the_codec_reads_them(number: int, ids: list[
     changed = data[:at] + other + data[at + len(other) :]
     if (native := read_natively(changed, MAX_BATCH_TOKENS, MAX_VOCABULARY)) is not None:
         assert SampledTokens(native[0], tuple(native[1])) == decode_sampled_tokens(changed)
-    assert read_natively(data, len(ids) - 1, MAX_VOCABULARY) is None or not ids
+    assert not ids or read_natively(data, len(ids) - 1, MAX_VOCABULARY) is None
 
 
 @pytest.fixture(scope="module")

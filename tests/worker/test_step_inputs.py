@@ -20,7 +20,8 @@ from llamaclust.kernels.sampling import Sampler, row_results
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch, encode_result
 from llamaclust.wire.microbatch.frames import encode_hidden
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.step_inputs import StepInputs, inputs_reader
 from support.wire.frame_reader import MODEL_ID, reader
 
@@ -37,8 +38,11 @@ samples = st.builds(
     uint64,
     st.integers(0, 2**32 - 1),
     st.integers(0, MAX_CONTEXT_TOKENS - 9),
-    suppressed=st.lists(tokens, max_size=4).map(tuple),
-    top_logprobs=st.integers(0, 3) | st.just(MAX_TOP_LOGPROBS),
+    st.lists(tokens, max_size=4).map(tuple),
+    st.lists(tokens, max_size=4).map(tuple),
+    st.integers(0, 3) | st.just(MAX_TOP_LOGPROBS),
+    st.integers(0, 4),
+    st.none() | st.integers(0, 5),
 )
 in_a_row = st.tuples(samples, st.integers(0, 3)).map(
     lambda pair: tuple(accumulate(repeat(pair[0], 1 + pair[1]), lambda task, _: task.next()))
@@ -97,9 +101,6 @@ def test_no_bytes_are_read_otherwise_than_by_the_codec(data: bytes) -> None:
 
 TASK = SampleTask(SamplingParams(), 1, 0, 5)
 UNUSUAL = {
-    "history": replace(TASK, history=(1,)),
-    "history rows": replace(TASK, history_rows=1),
-    "penalty window": replace(TASK, penalty_window=0),
     "DRY's window": replace(TASK, dry_window=0),
     "breakers": replace(TASK, breakers=((1,),)),
     "mu": replace(TASK, mu=1.0),
@@ -133,6 +134,9 @@ BEYOND: dict[str, tuple[RowTask, int]] = {
     "rows": (TASK, MAX_BATCH_TOKENS),
     "suppressed": (replace(TASK, suppressed=(MAX_VOCABULARY,)), 0),
     "tokens": (replace(TASK, suppressed=(1,) * 20000), 8000),
+    "history": (replace(TASK, history=(1,) * (MAX_CONTEXT_TOKENS + 1)), 0),
+    "rows of a history": (replace(TASK, history_rows=MAX_BATCH_TOKENS + 1), 0),
+    "window": (replace(TASK, penalty_window=MAX_CONTEXT_TOKENS + 1), 0),
     "token": (ScoreTask(MAX_VOCABULARY), 0),
 }
 
@@ -174,6 +178,50 @@ def test_results_have_the_bytes_that_the_codec_makes(
     assert outcomes.tokens == [row.token for row in rows]
     native = outcomes.result(frame, timing.queue_ns, timing.compute_ns, timing.wire_ns)
     assert native == encode_result(Result(epoch, number, rows, (*before, timing)))
+
+
+def chunk_of(tokens: tuple[int, ...], outputs: int) -> Chunk:
+    is_known = tokens != (0,)
+    return Chunk(tokens, 4, (0, 1), min(outputs, len(tokens)), None if is_known else (5, 1))
+
+
+chunks = st.builds(
+    chunk_of, st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4).map(tuple), st.integers(0, 4)
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(chunks, min_size=1, max_size=3), st.data())
+def test_histories_go_on_with_the_chunk_s_tokens_by_both_ways(work: list[Chunk], data: st.DataObject) -> None:
+    outputs = sum(chunk.outputs for chunk in work)
+    tasks = data.draw(st.lists(samples | scores.map(lambda one: one[0]), min_size=outputs, max_size=outputs))
+    inputs = SamplingInputs(1, 9, tuple(tasks))
+    microbatch = Microbatch(MODEL_ID, 1, 9, tuple(work))
+    frame = reader().read(encode_hidden(encode_microbatch(microbatch), (), None))
+    box = SampledTokensBox()
+    box.put(SampledTokens(5, (3, 7)))
+    if frame is None:  # more than its limits
+        return
+    received = StepInputs.read(encode_inputs(inputs))
+    assert received.native is not None
+    native = received.tasks(frame, box)
+    try:
+        expected = box.fill_inputs(inputs, microbatch)
+    except ProtocolError:
+        assert native is None
+        return
+    assert native is not None
+    sampler, logits = Sampler(VOCABULARY, "generic"), logits_of(outputs, 3)
+    rows = sampler.run(logits, expected.tasks) if outputs else ()
+    assert repr(row_results(sampler.sample(logits, native))) == repr(rows)
+
+
+def test_histories_wait_for_tokens_that_are_not_known() -> None:
+    work = (Chunk((0,), 4, (0, 1), 1, (5, 1)),)
+    frame = reader().read(encode_hidden(encode_microbatch(Microbatch(MODEL_ID, 1, 9, work)), (), None))
+    received = StepInputs.read(encode_inputs(SamplingInputs(1, 9, (replace(TASK, history_rows=1),))))
+    assert frame is not None
+    assert received.tasks(frame, SampledTokensBox()) is None
 
 
 def test_rows_without_an_answer_are_told_from_others() -> None:

@@ -101,21 +101,15 @@ class Arrival:
         return tuple(StageTiming(*timing) for timing in self.native.timings)
 
     def run(self, runner: StageRunner, tokens: SampledTokensBox) -> Float32:
-        """See `StageRunner.run`, with the tokens that it follows. WorkerError where one of them is not known."""
-        native, program = self.native, runner.program
-        if native is not None and self._fill(native, runner, tokens):
-            return runner.run_frame(native)
+        """See `StageRunner.run`, on a first stage with the tokens that it follows: later ones read none. WorkerError
+        where one of them is not known."""
+        program = runner.program
+        if self.native is not None and (not program.is_first or tokens.fill_frame(self.native)):
+            return runner.run_frame(self.native)
         hidden = self.frame.hidden(self.rows, 0 if program.is_first else program.hidden.width)
         if program.is_first:
             return runner.run(tokens.fill(self.microbatch), None)
         return runner.run(self.microbatch, hidden)
-
-    @staticmethod
-    def _fill(native: MicrobatchFrame, runner: StageRunner, tokens: SampledTokensBox) -> bool:
-        """Later stages read no tokens."""
-        if not runner.program.is_first:
-            return True
-        return all(native.fill(number, tokens.of(number)) for number in native.depends_on)
 
     def next_frame(self, hidden: Float32, timing: StageTiming) -> bytes:
         """For the next stage."""

@@ -198,8 +198,8 @@ class StageLoop:
 
     def _finish(self, arrival: Arrival, logits: Float32, received: StepInputs) -> Outputs | NativeOutputs:
         runner = self.runner
-        if arrival.native is not None and received.native is not None:
-            outcomes = runner.sample(logits, received.native)
+        if arrival.native is not None and (tasks := received.tasks(arrival.native, self._tokens)) is not None:
+            outcomes = runner.sample(logits, tasks)
             return Outputs(row_results(outcomes)) if outcomes.has_failures else NativeOutputs(arrival.native, outcomes)
         inputs = received.inputs
         if needs_tokens(inputs):

@@ -68,6 +68,10 @@ class SampledTokensBox:
             return microbatch
         return replace(microbatch, chunks=tuple(map(self._filled, microbatch.chunks)))
 
+    def fill_frame(self, frame: _native.MicrobatchFrame) -> bool:
+        """Likewise a frame that was read natively; whether all of its tokens are known now."""
+        return all(frame.fill(number, self.of(number)) for number in frame.depends_on)
+
     def fill_inputs(self, inputs: SamplingInputs, microbatch: Microbatch) -> SamplingInputs:
         """The sampling inputs of a microbatch with what its own tokens add to them: histories go on with these, and
         matchers take a drafted row in if its token was chosen before it."""

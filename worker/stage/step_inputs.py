@@ -1,8 +1,8 @@
 """Sampling inputs as a last stage receives them: read natively where they are of the usual kind, else by the codec.
 
-The native reader (`_native.InputsReader`) takes tasks without histories, logit biases, chains of samplers and matchers,
-in the form that the codec writes and within its bounds. For what it does not take, the codec says what it is, or what
-is wrong with it. Both ways sample the same tokens.
+The native reader (`_native.InputsReader`) takes tasks without logit biases, chains of samplers and matchers, in the
+form that the codec writes and within its bounds. For what it does not take, the codec says what it is, or what is wrong
+with it. Both ways sample the same tokens.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import cache
 
 from llamaclust.core import limits
 from llamaclust.core.sampling_bounds import MAX_TOP_K, REAL_BOUNDS
-from llamaclust.kernels._native import InputsReader, SamplingTasks
+from llamaclust.kernels._native import InputsReader, MicrobatchFrame, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, decode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 
 
 @cache
@@ -49,6 +50,14 @@ class StepInputs:
             return cls(data, native.epoch, native.number, native, None)
         decoded = decode_inputs(data)
         return cls(data, decoded.epoch, decoded.number, None, decoded)
+
+    def tasks(self, frame: MicrobatchFrame, tokens: SampledTokensBox) -> SamplingTasks | None:
+        """With what the frame's own tokens add to histories. None where one of both is not native, or they do not fit
+        together: the codec's way says why."""
+        tasks = self.native
+        if tasks is None or (tasks.needs_tokens and not (tokens.fill_frame(frame) and tasks.complete(frame))):
+            return None
+        return tasks
 
     @property
     def inputs(self) -> SamplingInputs:

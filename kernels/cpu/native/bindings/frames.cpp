@@ -115,7 +115,11 @@ void bind_sampling(nb::module_& module) {
   nb::class_<SamplingTasks>(module, "SamplingTasks")
       .def_ro("epoch", &SamplingTasks::epoch)
       .def_ro("number", &SamplingTasks::number)
-      .def_prop_ro("rows", [](const SamplingTasks& tasks) { return tasks.rows.size(); });
+      .def_prop_ro("rows", [](const SamplingTasks& tasks) { return tasks.rows.size(); })
+      .def_prop_ro("needs_tokens", [](const SamplingTasks& tasks) { return !tasks.histories.empty(); })
+      .def(
+          "complete", [](SamplingTasks& tasks, const ReadFrame& read) { return complete_histories(tasks, read.frame); },
+          "frame"_a);
   nb::class_<RowOutcomes>(module, "RowOutcomes")
       .def_ro("rows", &RowOutcomes::rows)
       .def_prop_ro("has_failures", &has_failures)

@@ -1,6 +1,7 @@
 #include "frames/sampling_inputs.h"
 
-#include <cmath>
+#include <algorithm>
+#include <iterator>
 
 namespace llamaclust {
 namespace {
@@ -10,7 +11,7 @@ constexpr uint32_t kTopK = 2, kLastParam = 7;
 
 class Reading {
  public:
-  Reading(const InputsBounds& bounds, std::vector<RowTask>& rows) : bounds_(bounds), rows_(rows) {}
+  Reading(const InputsBounds& bounds, SamplingTasks& tasks) : bounds_(bounds), tasks_(tasks), rows_(tasks.rows) {}
 
   bool task(Bytes message) {
     Fields fields(message);
@@ -42,7 +43,7 @@ class Reading {
     Fields fields(message);
     RowTask row{false, -1, {}, 0};
     Choice& choice = row.choice;
-    uint32_t top = 0, further = 0;
+    uint32_t top = 0, further = 0, history_rows = 0, window = 0;
     bool has_params = false;
     while (const uint32_t field = fields.next()) {
       if (field == 1)
@@ -53,35 +54,46 @@ class Reading {
         choice.choice = fields.number32();
       else if (field == 4)
         choice.position = fields.number32();
+      else if (field == 5)
+        tokens(fields, bounds_.max_context, choice.history);
       else if (field == 6)
-        fields.numbers([&](uint32_t token) {
-          if (token >= bounds_.max_vocabulary || choice.suppressed.size() >= bounds_.max_vocabulary)
-            fields.fail();
-          else
-            choice.suppressed.push_back(static_cast<int32_t>(token));
-        });
+        tokens(fields, bounds_.max_vocabulary, choice.suppressed);
       else if (field == 7)
         top = fields.number32();
+      else if (field == 8)
+        history_rows = fields.number32();
+      else if (field == 9)
+        window = fields.number32();
       else if (field == 14)
         further = fields.number32();
       else
         fields.fail();
     }
     if (!fields.is_whole() || !has_params || top > bounds_.max_top_logprobs) return false;
+    if (history_rows > bounds_.max_rows || window > bounds_.max_context) return false;
     row.top_logprobs = static_cast<int32_t>(top);
-    return add(row, further);
+    return add(row, further, {0, history_rows, window});
   }
 
-  bool add(RowTask& row, uint32_t further) {
+  void tokens(Fields& fields, size_t most, std::vector<int32_t>& to) const {
+    fields.numbers([&](uint32_t token) {
+      if (token >= bounds_.max_vocabulary || to.size() >= most)
+        fields.fail();
+      else
+        to.push_back(static_cast<int32_t>(token));
+    });
+  }
+
+  bool add(RowTask& row, uint32_t further, GrowingHistory history) {
     if (uint64_t{row.choice.position} + further > bounds_.max_context) return false;
     if (rows_.size() + 1 + further > bounds_.max_rows) return false;
-    tokens_ += (uint64_t{1} + further) * row.choice.suppressed.size();
+    tokens_ += (uint64_t{1} + further) * (row.choice.history.size() + row.choice.suppressed.size());
     if (tokens_ > bounds_.max_tokens) return false;
-    for (; further > 0; further--) {
+    for (uint32_t i = 0; i <= further; i++) {
+      if (history.tokens > 0) tasks_.histories.push_back({rows_.size(), history.tokens + i, history.window});
       rows_.push_back(row);
       row.choice.position++;
     }
-    rows_.push_back(std::move(row));
     return true;
   }
 
@@ -110,6 +122,7 @@ class Reading {
   }
 
   const InputsBounds& bounds_;
+  SamplingTasks& tasks_;
   std::vector<RowTask>& rows_;
   uint64_t tokens_ = 0;
 };
@@ -119,7 +132,7 @@ class Reading {
 std::optional<SamplingTasks> read_inputs(Bytes data, const InputsBounds& bounds) {
   if (data.size() > bounds.max_bytes) return std::nullopt;
   SamplingTasks tasks;
-  Reading reading(bounds, tasks.rows);
+  Reading reading(bounds, tasks);
   Fields fields(data, 3);
   while (const uint32_t field = fields.next()) {
     if (field == 1)
@@ -130,6 +143,27 @@ std::optional<SamplingTasks> read_inputs(Bytes data, const InputsBounds& bounds)
       fields.fail();
   }
   return fields.is_whole() ? std::optional(std::move(tasks)) : std::nullopt;
+}
+
+bool complete_histories(SamplingTasks& tasks, const MicrobatchFrame& frame) {
+  if (tasks.rows.size() != frame.output_rows.size()) return false;
+  const auto place = [&](const GrowingHistory& history) {  // the row, and the first one of its chunk
+    const int32_t row = frame.output_rows[history.row];
+    const auto after = std::upper_bound(frame.sequence_starts.begin(), frame.sequence_starts.end(), row);
+    return std::pair(row, *std::prev(after));
+  };
+  for (const GrowingHistory& history : tasks.histories) {
+    const auto [row, start] = place(history);
+    if (history.tokens > static_cast<uint32_t>(row - start + 1)) return false;
+  }
+  for (const GrowingHistory& history : tasks.histories) {
+    const auto end = frame.tokens.begin() + place(history).first + 1;
+    std::vector<int32_t>& known = tasks.rows[history.row].choice.history;
+    known.insert(known.end(), end - history.tokens, end);
+    if (history.window > 0 && known.size() > history.window) known.erase(known.begin(), known.end() - history.window);
+  }
+  tasks.histories.clear();
+  return true;
 }
 
 }  // namespace llamaclust

@@ -81,9 +81,12 @@ class FrameReader:
         max_context_tokens: int,
         kv_blocks: int,
         vocabulary: int,
+        window: int,
+        window_blocks: int,
         hidden_width: int,
         max_stages: int,
         max_rows: int,
+        max_kv_blocks: int,
         max_header_bytes: int,
     ) -> None: ...
     def read(self, data: bytes) -> MicrobatchFrame | None: ...
@@ -111,6 +114,7 @@ class MicrobatchFrame:
         NDArray[np.int32],
         NDArray[np.int32],
         NDArray[np.int32],
+        NDArray[np.int32] | None,
     ]: ...
     @property
     def hidden(self) -> NDArray[np.float32] | None: ...

@@ -43,9 +43,23 @@ uint64 = st.integers(0, UINT64)
 timings = st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS))
 runs = st.tuples(st.integers(0, 41), st.integers(1, 7))
 tables = st.lists(runs, min_size=1, max_size=3).map(lambda parts: tuple(chain.from_iterable(parts)))
-known = st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=5).flatmap(
-    lambda ids: st.builds(Chunk, st.just(tuple(ids)), st.integers(0, 95), tables, st.integers(0, min(2, len(ids))))
-)
+
+
+@st.composite
+def known(draw: st.DrawFn) -> Chunk:
+    """Its window, if it has one, mostly ends with its last block."""
+    ids = tuple(draw(st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=5)))
+    position, outputs = draw(st.integers(0, 95)), draw(st.integers(0, min(2, len(ids))))
+    chunk = Chunk(ids, position, draw(tables), outputs)
+    start, count = draw(st.integers(0, 6)), draw(st.integers(1, 3))
+    fitting = -(-(position + len(ids)) // 16) - start
+    if draw(st.integers(0, 3)) and 0 < fitting <= 6:
+        count = fitting
+    whole = (draw(st.integers(0, 3)), count)
+    parts = whole if count == 1 or draw(st.booleans()) else (5, 1, whole[0], count - 1)
+    return replace(chunk, window_table=parts, window_start=start) if draw(st.booleans()) else chunk
+
+
 following = st.builds(
     Chunk, st.just((0,)), st.integers(0, 95), tables, st.integers(0, 1), st.tuples(st.integers(0, 6), st.integers(0, 3))
 )
@@ -54,41 +68,41 @@ microbatches = st.builds(
     st.just(MODEL_ID),
     uint64,
     st.integers(7, UINT64),
-    st.lists(known | following, min_size=1, max_size=5).map(tuple),
+    st.lists(known() | following, min_size=1, max_size=5).map(tuple),
 )
 
 
-def by_codec(data: bytes, hidden_width: int = 0) -> tuple[Microbatch, Batch]:
+def by_codec(data: bytes, hidden_width: int = 0, window: int | None = None) -> tuple[Microbatch, Batch]:
     """ProtocolError for what a stage refuses."""
     frame = decode_frame(data)
     microbatch = decode_microbatch(frame.header)
     frame.hidden(microbatch.rows, hidden_width)
     if microbatch.model_id != MODEL_ID:
         raise ProtocolError("another model")
-    return microbatch, build_batch(microbatch, LIMITS, VOCABULARY)
+    return microbatch, build_batch(microbatch, LIMITS, VOCABULARY, window)
 
 
 def check_equal(native: MicrobatchFrame, microbatch: Microbatch, batch: Batch) -> None:
     plain = (batch.tokens, batch.positions, batch.sequence_starts, batch.table_starts, batch.block_tables)
-    for array, expected in zip(native.arrays, (*plain, batch.output_rows), strict=True):
-        assert array.dtype == expected.dtype
-        assert array.tolist() == expected.tolist()
+    for array, expected in zip(native.arrays, (*plain, batch.output_rows, batch.window_tables), strict=True):
+        assert (None if array is None else array.tolist()) == (None if expected is None else expected.tolist())
+        assert array is None or array.dtype == np.int32
     assert (native.epoch, native.number, native.rows) == (microbatch.epoch, microbatch.number, microbatch.rows)
     assert native.depends_on == sorted({chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on})
     assert native.attended == sum(len(c.tokens) * (c.position + len(c.tokens)) for c in microbatch.chunks)
 
 
 @settings(max_examples=400, deadline=None)
-@given(microbatches, st.lists(timings, max_size=3).map(tuple), st.booleans())
+@given(microbatches, st.lists(timings, max_size=3).map(tuple), st.booleans(), st.sampled_from([0, 1, 16, 40]))
 def test_a_frame_is_read_as_the_codec_reads_it_or_refused_by_both(
-    microbatch: Microbatch, before: tuple[StageTiming, ...], is_first: bool
+    microbatch: Microbatch, before: tuple[StageTiming, ...], is_first: bool, window: int
 ) -> None:
     width = 0 if is_first else WIDTH
     hidden = None if is_first else np.arange(microbatch.rows * WIDTH, dtype=np.float32).reshape(-1, WIDTH)
     data = encode_hidden(encode_microbatch(microbatch), before, hidden)
-    native = reader(width).read(data)
+    native = reader(width, window).read(data)
     try:
-        _, batch = by_codec(data, width)
+        _, batch = by_codec(data, width, window or None)
     except ProtocolError:
         assert native is None
         return
@@ -126,8 +140,6 @@ def test_no_bytes_are_read_otherwise_than_by_the_codec(header: bytes, data: st.D
 
 GOOD = Chunk((1, 2), 14, (0, 1), 2)
 UNUSUAL = {
-    "window": replace(GOOD, window_table=(0, 1)),
-    "window start": replace(GOOD, window_start=1),
     "embedded": replace(GOOD, embedded=(0, 1)),
     "adapters": replace(GOOD, adapters=((0, 1.0),)),
     "state": replace(GOOD, state_from=0),

@@ -1,7 +1,7 @@
 """A microbatch as a stage receives it: of the usual kind read natively, in one call, all others by the codec.
 
-The native reader (`_native.FrameReader`) takes frames in the form that the codec writes, without windows, states,
-adapters, embedded rows or drafts, and within the stage's limits. For what it does not take, the codec says what it is,
+The native reader (`_native.FrameReader`) takes frames in the form that the codec writes, without states, adapters,
+embedded rows or drafts, and within the stage's limits. For what it does not take, the codec says what it is,
 or what is wrong with it. Both give backends the same arrays.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.core.limits import MAX_BATCH_TOKENS
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
 from llamaclust.kernels.backend import Float32
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, decode_microbatch
@@ -22,8 +22,9 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 def frame_reader(runner: StageRunner) -> FrameReader | None:
     """None for a stage whose microbatches always have what is not read natively."""
     program, limits = runner.program, runner.limits
-    if limits.nextn or limits.state_blocks or limits.gives_up(program.window) or not runner.model_id.isalnum():
+    if limits.nextn or limits.state_blocks or not runner.model_id.isalnum():
         return None
+    window = program.window if limits.gives_up(program.window) else None
     return FrameReader(
         runner.model_id,
         max_batch_tokens=limits.max_batch_tokens,
@@ -32,9 +33,12 @@ def frame_reader(runner: StageRunner) -> FrameReader | None:
         max_context_tokens=limits.max_context_tokens,
         kv_blocks=limits.kv_blocks,
         vocabulary=runner.vocabulary,
+        window=window or 0,
+        window_blocks=limits.window_blocks,
         hidden_width=0 if program.is_first else program.hidden.width,
         max_stages=MAX_STAGES,
         max_rows=MAX_BATCH_TOKENS,
+        max_kv_blocks=MAX_KV_BLOCKS,
         max_header_bytes=MAX_MICROBATCH_BYTES,
     )
 

@@ -91,8 +91,8 @@ struct NativeStage {
       throw std::invalid_argument("frame: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
                                   "]");
     const MicrobatchFrame& frame = read.frame;
-    const Batch batch{frame.tokens,       frame.positions, frame.sequence_starts, frame.table_starts,
-                      frame.block_tables, {},              frame.output_rows,     read.hidden()};
+    const Batch batch{frame.tokens,       frame.positions,     frame.sequence_starts, frame.table_starts,
+                      frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden()};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }

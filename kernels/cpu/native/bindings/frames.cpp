@@ -28,9 +28,10 @@ nb::object array_of(nb::handle owner, const std::vector<int32_t>& numbers) {
 // In the order of kernels.backend.Batch.
 nb::tuple arrays_of(nb::handle self) {
   const MicrobatchFrame& frame = nb::cast<ReadFrame&>(self).frame;
+  const nb::object windows = frame.window_tables.empty() ? nb::none() : array_of(self, frame.window_tables);
   return nb::make_tuple(array_of(self, frame.tokens), array_of(self, frame.positions),
                         array_of(self, frame.sequence_starts), array_of(self, frame.table_starts),
-                        array_of(self, frame.block_tables), array_of(self, frame.output_rows));
+                        array_of(self, frame.block_tables), array_of(self, frame.output_rows), windows);
 }
 
 nb::object hidden_of(nb::handle self) {
@@ -136,13 +137,16 @@ void bind_frames(nb::module_& module) {
           "__init__",
           [](FrameLimits* self, std::string model_id, uint32_t max_batch_tokens, uint32_t max_outputs,
              uint32_t max_sequences, uint32_t max_context_tokens, uint32_t kv_blocks, uint32_t vocabulary,
-             size_t hidden_width, uint32_t max_stages, uint32_t max_rows, size_t max_header_bytes) {
-            new (self) FrameLimits{std::move(model_id), max_batch_tokens, max_outputs,  max_sequences,
-                                   max_context_tokens,  kv_blocks,        vocabulary,   hidden_width,
-                                   max_stages,          max_rows,         max_header_bytes};
+             uint32_t window, uint32_t window_blocks, size_t hidden_width, uint32_t max_stages, uint32_t max_rows,
+             uint32_t max_kv_blocks, size_t max_header_bytes) {
+            new (self) FrameLimits{std::move(model_id), max_batch_tokens, max_outputs,   max_sequences,
+                                   max_context_tokens,  kv_blocks,        vocabulary,    window,
+                                   window_blocks,       hidden_width,     max_stages,    max_rows,
+                                   max_kv_blocks,       max_header_bytes};
           },
           "model_id"_a, "max_batch_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a,
-          "vocabulary"_a, "hidden_width"_a, "max_stages"_a, "max_rows"_a, "max_header_bytes"_a)
+          "vocabulary"_a, "window"_a, "window_blocks"_a, "hidden_width"_a, "max_stages"_a, "max_rows"_a,
+          "max_kv_blocks"_a, "max_header_bytes"_a)
       .def("read", &read, "data"_a);
   nb::class_<ReadFrame>(module, "MicrobatchFrame")
       .def_prop_ro("epoch", [](const ReadFrame& read) { return read.frame.epoch; })

@@ -21,7 +21,8 @@ struct Prefix {
 static_assert(sizeof(Prefix) == 16 && sizeof(Timing) == 32);
 
 struct Chunk {
-  uint32_t position = 0, outputs = 0;
+  uint32_t position = 0, outputs = 0, window_start = 0;
+  std::vector<int32_t> window_blocks;
   std::optional<Dependency> dependency;
 };
 
@@ -63,13 +64,17 @@ class Reading {
       else if (field == 2)
         chunk.position = fields.number32();
       else if (field == 3)
-        table(fields);
+        table(fields, limits_.kv_blocks, frame_.block_tables);
       else if (field == 4)
         chunk.outputs = fields.number32();
+      else if (field == 6)
+        table(fields, limits_.window ? limits_.window_blocks : limits_.max_kv_blocks, chunk.window_blocks);
+      else if (field == 7)
+        chunk.window_start = fields.number32();
       else if (field != 5 || !dependency(fields.bytes(), row, chunk))
         fields.fail();
     }
-    return fields.is_whole() && fits(chunk, row, block) && add(chunk, row);
+    return fields.is_whole() && fits(chunk, row, block) && add(chunk, row, block);
   }
 
   void tokens(Fields& fields) {
@@ -81,22 +86,20 @@ class Reading {
     });
   }
 
-  // Runs of blocks. A table has no more of them than a context, or the frame would make arrays of any size.
-  void table(Fields& fields) {
-    const size_t most = frame_.block_tables.size() + blocks_of(limits_.max_context);
+  // Runs of blocks below `end`. A table has no more of them than a context, or a frame would make arrays of any size.
+  void table(Fields& fields, uint32_t end, std::vector<int32_t>& to) const {
+    const size_t most = to.size() + blocks_of(limits_.max_context);
     std::optional<uint32_t> start;
     fields.numbers([&](uint32_t number) {
       if (!start) {
         start = number;
         return;
       }
-      const uint64_t end = uint64_t{*start} + number;
-      if (number == 0 || end > limits_.kv_blocks || number > most - frame_.block_tables.size()) {
+      const uint64_t last = uint64_t{*start} + number;
+      if (number == 0 || last > end || number > most - to.size())
         fields.fail();
-        start.reset();
-        return;
-      }
-      for (uint64_t id = *start; id < end; id++) frame_.block_tables.push_back(static_cast<int32_t>(id));
+      else
+        for (uint64_t id = *start; id < last; id++) to.push_back(static_cast<int32_t>(id));
       start.reset();
     });
     if (start) fields.fail();
@@ -122,10 +125,23 @@ class Reading {
     const uint64_t context = uint64_t{chunk.position} + tokens;
     if (tokens == 0 || blocks == 0 || context > limits_.max_context || chunk.outputs > tokens) return false;
     if (chunk.dependency && (tokens != 1 || frame_.tokens[row] != 0)) return false;
-    return blocks >= blocks_of(context);
+    if (chunk.window_start > blocks_of(limits_.max_context)) return false;
+    return blocks >= blocks_of(context) && (limits_.window == 0 || has_window(chunk, context));
   }
 
-  bool add(const Chunk& chunk, size_t row) {
+  // Whether the blocks that its rows see, or are stored in, are there.
+  bool has_window(const Chunk& chunk, uint64_t context) const {
+    const uint64_t seen = uint64_t{chunk.position} + 1;
+    const uint64_t first = seen > limits_.window ? (seen - limits_.window) / kBlockTokens : 0;
+    return chunk.window_start <= first && chunk.window_start + chunk.window_blocks.size() == blocks_of(context);
+  }
+
+  bool add(const Chunk& chunk, size_t row, size_t block) {
+    if (limits_.window) {
+      frame_.window_tables.resize(frame_.block_tables.size(), -1);
+      std::copy(chunk.window_blocks.begin(), chunk.window_blocks.end(),
+                frame_.window_tables.begin() + static_cast<std::ptrdiff_t>(block + chunk.window_start));
+    }
     const size_t end = frame_.tokens.size();
     for (size_t at = row; at < end; at++)
       frame_.positions.push_back(static_cast<int32_t>(chunk.position + (at - row)));

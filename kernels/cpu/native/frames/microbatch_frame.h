@@ -15,9 +15,10 @@ namespace llamaclust {
 // What a stage takes: nothing beyond it is read.
 struct FrameLimits {
   std::string model_id;
-  uint32_t max_tokens, max_outputs, max_sequences, max_context, kv_blocks, vocabulary;  // of the stage
-  size_t hidden_width;                                                                  // 0: of a first stage
-  uint32_t max_stages, max_rows;  // of the wire: stages before this one, rows of a microbatch
+  uint32_t max_tokens, max_outputs, max_sequences, max_context, kv_blocks, vocabulary;
+  uint32_t window, window_blocks;  // of layers that give up blocks behind a window; 0: it has none
+  size_t hidden_width;             // 0: of a first stage
+  uint32_t max_stages, max_rows, max_kv_blocks;  // of the wire: stages before this one, rows, blocks of any stage
   size_t max_header_bytes;
 };
 
@@ -37,6 +38,7 @@ struct MicrobatchFrame {
   uint64_t epoch = 0, number = 0;
   uint64_t attended = 0;  // about how many keys its rows look at in all
   std::vector<int32_t> tokens, positions, sequence_starts, table_starts, block_tables, output_rows;
+  std::vector<int32_t> window_tables;  // empty where the stage has no window
   std::vector<Dependency> dependencies;
   std::vector<Timing> timings;
   size_t body_at = 0, header_at = 0;  // in the frame's bytes

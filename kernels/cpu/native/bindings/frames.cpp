@@ -80,7 +80,8 @@ RowOutcomes sample(Sampler& sampler, FloatRows logits, const SamplingTasks& task
 }
 
 bool has_failures(const RowOutcomes& outcomes) {
-  return std::any_of(outcomes.rows.begin(), outcomes.rows.end(), [](const RowOutcome& row) { return !row.failure.empty(); });
+  const auto failed = [](const RowOutcome& row) { return !row.failure.empty(); };
+  return std::any_of(outcomes.rows.begin(), outcomes.rows.end(), failed);
 }
 
 std::vector<int32_t> tokens_of(const RowOutcomes& outcomes) {

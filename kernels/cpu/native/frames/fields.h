@@ -16,7 +16,8 @@ using Bytes = std::span<const uint8_t>;
 class Fields {
  public:
   // Only the field `repeated` may come several times.
-  explicit Fields(Bytes bytes, uint32_t repeated = 0) : at_(bytes.data()), end_(at_ + bytes.size()), repeated_(repeated) {}
+  explicit Fields(Bytes bytes, uint32_t repeated = 0)
+      : at_(bytes.data()), end_(at_ + bytes.size()), repeated_(repeated) {}
 
   // The number of the next field; 0: there is none. Its value is to be read before the next call.
   uint32_t next() {

@@ -1,5 +1,5 @@
-// Sampling inputs (proto/sampling.proto) as tasks of the sampler. Only tasks of the plain samplers, without matchers, are
-// read; of all others the codec says what they are.
+// Sampling inputs (proto/sampling.proto) as tasks of the sampler. Only tasks of the plain samplers, without matchers,
+// are read; of all others the codec says what they are.
 #pragma once
 
 #include <array>

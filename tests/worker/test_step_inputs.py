@@ -168,7 +168,7 @@ def test_results_have_the_bytes_that_the_codec_makes(
     if data.draw(st.booleans()):
         logits[:, 1:] = -np.inf  # logprobs of 0
     outcomes = Sampler(VOCABULARY, "generic").sample(logits, tasks)
-    timing = StageTiming(*(data.draw(uint64) for _ in range(3)), 2)
+    timing = StageTiming(data.draw(uint64), data.draw(uint64), data.draw(uint64), 2)
     rows = row_results(outcomes)
     assert outcomes.has_failures == any(row.failure is not None for row in rows)
     if outcomes.has_failures:

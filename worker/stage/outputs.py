@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes
 from llamaclust.wire.microbatch.codec import encode_result
 from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTiming
-from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.sampled_tokens import sampled_tokens_of
+
+if TYPE_CHECKING:
+    from llamaclust.worker.stage.arrival import Arrival
 
 
 @dataclass(frozen=True, slots=True)

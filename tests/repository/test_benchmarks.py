@@ -383,5 +383,9 @@ def test_a_cluster_ends_with_its_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_streaming(folder: Path) -> None:
-    out = output(folder, "streaming.py", "Q8_0.gguf", "--threads", "1", "--tokens", "8", "--repeats", "1")
-    assert [line.split(":")[0] for line in out.splitlines()[1:]] == ["engine / bench", "curl / bench"]
+    ways = ("--threads", "1", "--streams", "1,2", "--tokens", "8", "--repeats", "1")
+    lines = output(folder, "streaming.py", "Q8_0.gguf", *ways).splitlines()
+    titles = [line.split(":")[0] for line in lines if "at a time" in line]
+    assert titles == [
+        f"{n} at a time, {what}" for n in (1, 2) for what in ("engine / bench", "curl / bench", "coordinator")
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from typing import Any
+from weakref import WeakSet
 
 import grpc
 from grpc import aio
@@ -16,6 +17,7 @@ from llamaclust.core.bounds import line
 from llamaclust.core.errors import DeadlineError, WorkerError
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.unix_streams import PREFIX, UnixCall
 from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, Principal, check_address
 from llamaclust.wire.security.token import ClusterToken
 
@@ -148,6 +150,7 @@ class Peer:
         self._options = OPTIONS if patience_s is None else _options(self._answer_s)
         self._credentials = credentials
         self._channels: list[Any] = []
+        self._unix_calls: WeakSet[UnixCall] = WeakSet()
         self._pair: KeyPair | None = None
 
     @property
@@ -162,15 +165,24 @@ class Peer:
             metadata.append((TOKEN_KEY, self._credentials.value))
         if epoch is not None:
             metadata.append((EPOCH_KEY, str(epoch)))
+        if self.address.startswith(PREFIX):
+            path = self.address.removeprefix(PREFIX)
+            unix_call = UnixCall(path, method, tuple(metadata), wait_for_ready=wait_for_ready)
+            self._unix_calls.add(unix_call)
+            return ClientStream(unix_call, self.address, self.worker)
         call = self._channel().stream_stream(method)
         return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address, self.worker)
 
     async def connected(self) -> None:
         """Returns when the connection of the streams opened last is made, or has failed, of which they know.
         UnreachableError where that takes too long."""
-        channel = self._channel()
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
+                if self.address.startswith(PREFIX):
+                    for call in tuple(self._unix_calls):
+                        await asyncio.wait([call.connecting])
+                    return
+                channel = self._channel()
                 while (state := channel.get_state(try_to_connect=True)) in _TRYING:
                     await channel.wait_for_state_change(state)
         except DeadlineError as error:
@@ -192,4 +204,6 @@ class Peer:
         return self._channels[-1]
 
     async def close(self) -> None:
+        for call in tuple(self._unix_calls):
+            call.cancel()
         await asyncio.gather(*(channel.close(grace=None) for channel in self._channels))

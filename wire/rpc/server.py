@@ -15,6 +15,7 @@ from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.rpc.client import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, ROOT_CAUSE_KEY, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.rpc.rejections import HANDSHAKE_S, Handshakes, RefusalLog
+from llamaclust.wire.rpc.unix_streams import PREFIX, Serve, UnixServer
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
 from llamaclust.wire.security.token import ClusterToken
 
@@ -100,7 +101,7 @@ class _Entry:
         return None
 
 
-def _guarded(handler: Handler, entry: _Entry) -> Any:
+def _guarded(handler: Handler, entry: _Entry) -> Serve:
     """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
 
     async def serve(_: Any, context: Any) -> None:
@@ -114,7 +115,7 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
             _log.exception("a stream failed")
             await _end(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
-    return grpc.stream_stream_rpc_method_handler(serve)
+    return serve
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
@@ -140,7 +141,7 @@ async def _started(server: Any) -> None:
 
 
 class Server:
-    """A running gRPC server and the target under which it is reached."""
+    """A running server, of gRPC or on a Unix socket, and the target under which it is reached."""
 
     def __init__(self, server: Any, address: str, handshakes: Handshakes) -> None:
         self._server = server
@@ -158,25 +159,28 @@ class Server:
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
-        limit = ("grpc.server_handshake_timeout_ms", int(1000 * handshake_s))
-        server = aio.server(options=(*OPTIONS, limit))
         entry = _Entry(credentials, handshakes, refusals)
-        for method, handler in handlers.items():
-            service, _, name = method.strip("/").rpartition("/")
-            generic = grpc.method_handlers_generic_handler(service, {name: _guarded(handler, entry)})
-            server.add_generic_rpc_handlers((generic,))
+        guarded = {method: _guarded(handler, entry) for method, handler in handlers.items()}
         try:
+            if address.startswith(PREFIX):
+                unix_server = UnixServer(guarded)
+                await unix_server.start(address.removeprefix(PREFIX))
+                return cls(unix_server, address, handshakes)
+            server = aio.server(options=(*OPTIONS, ("grpc.server_handshake_timeout_ms", int(1000 * handshake_s))))
+            for method, serve in guarded.items():
+                service, _, name = method.strip("/").rpartition("/")
+                whole = {name: grpc.stream_stream_rpc_method_handler(serve)}
+                server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, whole),))
             if isinstance(credentials, Identity):
                 from llamaclust.wire.security.tls import server_credentials
 
                 port: int = server.add_secure_port(address, server_credentials(credentials, handshakes.begun))
             else:
                 port = server.add_insecure_port(address)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
         await _started(server)
-        where = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
-        return cls(server, where, handshakes)
+        return cls(server, f"{address.rpartition(':')[0]}:{port}", handshakes)
 
     @property
     def port(self) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
 
 from llamaclust.wire.rpc import sched_slice
 from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices
-from support.clusters.real_cluster import real_cluster
 
 
 def time_slice_ns(thread_id: int = 0) -> int | None:
@@ -39,9 +38,31 @@ def test_threads_inherit_short_slices_and_the_usual_ones_come_back() -> None:
         assert pool.submit(time_slice_ns).result() == usual
 
 
-async def test_a_worker_computes_in_usual_slices_and_talks_in_short_ones(tmp_path: Path) -> None:
-    async with real_cluster(tmp_path, 1) as cluster:
-        pid = cluster.pids["a"]
-        threads = [thread.id for thread in psutil.Process(pid).threads()]
-        assert time_slice_ns(pid) == time_slice_ns()
-        assert SHORT_SLICE_NS in map(time_slice_ns, threads)
+_PROGRAM = """
+import asyncio, psutil
+from llamaclust.wire.rpc import sched_slice
+from llamaclust.wire.rpc.client import ECHO, Peer
+from llamaclust.wire.rpc.link_probe import serve_echo
+from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.credentials import Insecure
+
+async def main():
+    with sched_slice.short_slices():
+        server = await Server.start("127.0.0.1:0", Insecure(), {ECHO: serve_echo})
+        peer = Peer(server.address, Insecure())
+    await peer.open(ECHO).opened()
+    threads = {thread.id for thread in psutil.Process().threads()} - {psutil.Process().pid}
+    print(sched_slice._attributes(0)[5], *{sched_slice._attributes(thread)[5] for thread in threads})
+    await peer.close()
+    await server.stop(0.0)
+
+asyncio.run(main())
+"""
+
+
+def test_threads_of_grpc_have_short_slices_and_its_caller_the_usual_one() -> None:
+    """In a process of its own: gRPC makes its threads once."""
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    own, *others = map(int, done.stdout.split())
+    assert own == time_slice_ns()
+    assert SHORT_SLICE_NS in others

@@ -1,0 +1,198 @@
+"""Frames on a Unix socket, both ways.
+
+u32 length | u8 kind | content      little-endian
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from typing import cast
+
+import grpc
+from grpc import aio
+
+from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
+
+_HEAD = struct.Struct("<IB")
+_MOST_CONTROL_BYTES = 1 << 16
+_MOST_UNREAD_BYTES = 1 << 22
+"""More of messages waits with the sender."""
+_PIECE_BYTES = 1 << 18
+_BUFFER_BYTES = 1 << 16
+
+
+class FrameKind(IntEnum):
+    CALL = 1  # JSON: method, metadata
+    ACCEPTED = 2  # JSON: metadata
+    MESSAGE = 3
+    END = 4  # no more messages come
+    STATUS = 5  # JSON: name of a code, details, metadata
+
+
+class EndedError(aio.BaseError, grpc.RpcError):  # type: ignore[misc]  # both are Any
+    """A stream has ended otherwise than in order."""
+
+
+class _LargeFrame:
+    """A frame that is received in parts, where it is to be."""
+
+    __slots__ = ("_filled", "content", "kind")
+
+    def __init__(self, kind: FrameKind, size: int, first: memoryview) -> None:
+        self.kind = kind
+        self.content = bytearray(size)
+        self.content[: len(first)] = first
+        self._filled = len(first)
+
+    @property
+    def free(self) -> memoryview:
+        """The place for what comes next."""
+        return memoryview(self.content)[self._filled :]
+
+    def add(self, count: int) -> bool:
+        """So many bytes came; whether all are there."""
+        self._filled += count
+        return self._filled == len(self.content)
+
+
+class UnixConnection(asyncio.BufferedProtocol):
+    """Frames both ways. `on_control` gets all but messages, `on_lost` the end."""
+
+    def __init__(self, on_control: Callable[[FrameKind, bytes], None], on_lost: Callable[[], None]) -> None:
+        self._on_control = on_control
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._messages: deque[bytes] = deque()
+        self._unread_bytes = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._is_complete = False  # no more messages come
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._filled = 0
+        self._large: _LargeFrame | None = None  # that is being received
+
+    async def read(self) -> bytes | None:
+        """The next message; None where no more come."""
+        while not self._messages:
+            if self._is_complete:
+                return None
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        data = self._messages.popleft()
+        if self._unread_bytes > _MOST_UNREAD_BYTES >= self._unread_bytes - len(data) and self._transport is not None:
+            self._transport.resume_reading()
+        self._unread_bytes -= len(data)
+        return data
+
+    def post(self, kind: FrameKind, data: bytes = b"") -> None:
+        """Sends a small frame, and does not wait. EndedError where the connection has ended."""
+        if self._transport is None or self._transport.is_closing():
+            raise EndedError
+        self._transport.write(_HEAD.pack(len(data), kind) + data)
+
+    async def send(self, data: bytes) -> None:
+        """Returns when the system has taken nearly all of a message. One at a time; EndedError where the connection
+        has ended. One that is cancelled on its way ends it."""
+        if len(data) <= _PIECE_BYTES:
+            self.post(FrameKind.MESSAGE, data)
+            await self._writable.wait()
+            return
+        transport, view = self._transport, memoryview(data)
+        if transport is None or transport.is_closing():
+            raise EndedError
+        transport.write(_HEAD.pack(len(data), FrameKind.MESSAGE))
+        try:
+            for start in range(0, len(data), _PIECE_BYTES):
+                transport.write(view[start : start + _PIECE_BYTES])
+                await self._writable.wait()
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
+
+    def complete(self) -> None:
+        """No more messages come."""
+        self._is_complete = True
+        self._wake()
+
+    def close(self) -> None:
+        """After what was sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    # -- called by the event loop ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._writable.set()
+        self._on_lost()
+        self.complete()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> bool:
+        return False  # ends say so in a frame
+
+    def get_buffer(self, _: int) -> memoryview:
+        return self._buffer[self._filled :] if self._large is None else self._large.free
+
+    def buffer_updated(self, count: int) -> None:
+        if self._large is None:
+            self._filled += count
+            self._take_frames()
+        elif self._large.add(count):
+            large, self._large = self._large, None
+            self._take(large.kind, bytes(large.content))
+
+    def _take_frames(self) -> None:
+        buffer, start, end = self._buffer, 0, self._filled
+        while end - start >= _HEAD.size:
+            size, kind = _HEAD.unpack_from(buffer, start)
+            most = MAX_FRAME_BYTES if kind == FrameKind.MESSAGE else _MOST_CONTROL_BYTES
+            if size > most or not FrameKind.CALL <= kind <= FrameKind.STATUS:
+                self.abort()
+                return
+            content = buffer[start + _HEAD.size : min(end, start + _HEAD.size + size)]
+            if len(content) < size:
+                if _HEAD.size + size > len(buffer):
+                    self._large = _LargeFrame(FrameKind(kind), size, content)
+                    end = start
+                break
+            start += _HEAD.size + size
+            self._take(FrameKind(kind), bytes(content))
+        buffer[: end - start] = buffer[start:end]
+        self._filled = end - start
+
+    def _take(self, kind: FrameKind, content: bytes) -> None:
+        if kind is FrameKind.MESSAGE:
+            self._messages.append(content)
+            if self._unread_bytes <= _MOST_UNREAD_BYTES < self._unread_bytes + len(content):
+                assert self._transport is not None
+                self._transport.pause_reading()
+            self._unread_bytes += len(content)
+            self._wake()
+        elif kind is FrameKind.END:
+            self.complete()
+        else:
+            try:
+                self._on_control(kind, content)
+            except (ValueError, TypeError, KeyError):
+                self.abort()

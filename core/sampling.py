@@ -109,8 +109,21 @@ class SampleTask:
     def next(self) -> SampleTask:
         """The same for the row after it in its chunk, whose token is drafted."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
-        rows = self.history_rows + 1 if self.history_rows else 0
-        return replace(self, position=self.position + 1, history_rows=rows, matcher=matcher)
+        return SampleTask(
+            self.params,
+            self.seed,
+            self.choice,
+            self.position + 1,
+            self.history,
+            self.suppressed,
+            self.top_logprobs,
+            self.history_rows + 1 if self.history_rows else 0,
+            self.penalty_window,
+            self.dry_window,
+            self.breakers,
+            self.mu,
+            matcher,
+        )
 
     def is_next_to(self, before: SampleTask) -> bool:
         return self.position == before.position + 1 and self == before.next()

@@ -308,8 +308,8 @@ class Scheduler:
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
-        ahead = [s for s in queues.running if (s.awaits_decode or s.may_go_ahead) and queues.memory.grow(s)]
-        ahead = self._fitting(ahead)
+        growing = (s for s in queues.running if s.awaits_decode or s.may_go_ahead)
+        ahead = self._fitting([s for s in growing if queues.memory.grow(s)])
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:

@@ -386,6 +386,8 @@ def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:
 
 def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:
     """Without calls for each of them: a result may have thousands."""
+    if not message.top_tokens and not message.top_logprobs:
+        return ()
     tokens, logprobs = _tokens(message.top_tokens), tuple(message.top_logprobs)
     bounded("top_logprobs", len(tokens), 0, limits.MAX_TOP_LOGPROBS)
     bounded("logprobs of the top tokens", len(logprobs), len(tokens), len(tokens))

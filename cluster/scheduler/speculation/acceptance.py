@@ -27,29 +27,31 @@ class _Stretch:
     def rate(self) -> float:
         return (self.accepted + _EVEN) / (self.tried + 2 * _EVEN)
 
-    def learn(self, is_accepted: bool) -> None:
-        rate = self.rate
+    def learn(self, is_accepted: bool) -> float:
+        """Its new weight."""
+        rate = (self.accepted + _EVEN) / (self.tried + 2 * _EVEN)
         self.weight *= rate if is_accepted else 1 - rate
         self.tried += 1 - self.tried / _REMEMBERED
         self.accepted += is_accepted - self.accepted / _REMEMBERED
+        return self.weight
 
 
 class Acceptance:
     """Of drafts of one kind. Since when they have been of this kind is not known: the mean over the stretches that may
     have begun with a change, by how probable the tokens since then make each of them."""
 
-    __slots__ = ("_first", "_stretches")
+    __slots__ = ("_first", "_rate", "_stretches")
 
     def __init__(self) -> None:
+        self._rate: tuple[float, float] | None = None  # prior and rate of the last question since it learned
         self._first: _Stretch | None = _Stretch(1.0)  # without a change; None: there was one, as good as certain
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
         """Of a token before which all drafted ones were right."""
+        self._rate = None
         stretches = self._stretches
-        for stretch in stretches:
-            stretch.learn(is_accepted)
-        unchanged = (1 - _CHANGES) / sum(stretch.weight for stretch in stretches)
+        unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
         for stretch in stretches:
             stretch.weight *= unchanged
         if len(stretches) == _STRETCHES:
@@ -61,6 +63,8 @@ class Acceptance:
 
     def rate(self, prior: float) -> float:
         """The probability that the next one is accepted. `prior`: what it is taken for without experience."""
+        if self._rate is not None and self._rate[0] == prior:
+            return self._rate[1]
         total = weighed = 0.0
         for stretch in self._stretches:
             rate = stretch.rate
@@ -68,4 +72,5 @@ class Acceptance:
                 rate = (stretch.accepted + _PRIOR_TOKENS * prior) / (stretch.tried + _PRIOR_TOKENS)
             total += stretch.weight
             weighed += stretch.weight * rate
-        return weighed / total
+        self._rate = prior, weighed / total
+        return self._rate[1]

@@ -53,7 +53,7 @@ class Speculation:
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
         """Has sequences that have grown for a microbatch compute drafted rows in it: `most_rows` in all. There are so
         many microbatches that are alike, and so many sequences that run."""
-        candidates = [self._next(sequence) for sequence in sequences]
+        candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
             if sequence.drafts is not None:
@@ -88,14 +88,16 @@ class Speculation:
                 drafts.chain = chain
         return window if drafts.chain is None else drafts.chain.window
 
-    def waits(self, sequences: Items[Sequence], most_rows: int) -> bool:
+    def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
         """Whether one of these should rather wait for its next token than be computed behind it, since drafted ones
-        will follow."""
+        will follow. They have so many output rows in all."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
         if any(sequence.mtp.is_awaited for sequence in sequences):
             return True
+        if (most_rows := most_outputs - len(sequences)) < 1:
+            return False
         candidates = [self._next(sequence) for sequence in sequences]
         windows = self._windows(candidates, 1, most_rows)
         if self._mtp_length(sequences, candidates, windows, 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heapreplace
 from math import inf
 from typing import Protocol
 
@@ -101,16 +102,9 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
     plain_ns = times.plain_ns(sequences, groups)
     limit = sum(each.most_gain for each in candidates)
     margin = _MARGIN if groups == 1 else _MARGIN_BESIDE
-    if plain_ns == inf or limit < margin * sequences:
+    if most_rows < 1 or plain_ns == inf or limit < margin * sequences:
         return windows
-    gains = sorted(
-        (
-            (each.gain(depth), index)
-            for index, each in enumerate(candidates)
-            for depth in range(1, len(each.tokens) + 1)
-        ),
-        key=lambda gain: -gain[0],
-    )[:most_rows]
+    gains = _greatest(candidates, most_rows)
     best, best_speed = 0, (1 + margin) * sequences / plain_ns
     chosen, tokens = 0, float(sequences)
     for count in counts_to_try(len(gains)):
@@ -122,6 +116,21 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
     for _, index in gains[:best]:
         windows[index] += 1
     return windows
+
+
+def _greatest(candidates: Sequence[Candidate], most: int) -> list[tuple[float, int]]:
+    """The greatest gains of rows, in order, each with its candidate: they get smaller with the depth."""
+    next_rows = [(-each.gain(1), index, 1) for index, each in enumerate(candidates) if each.tokens]
+    heapify(next_rows)
+    gains: list[tuple[float, int]] = []
+    while next_rows and len(gains) < most:
+        gain, index, depth = next_rows[0]
+        gains.append((-gain, index))
+        if depth < len(candidates[index].tokens):
+            heapreplace(next_rows, (-candidates[index].gain(depth + 1), index, depth + 1))
+        else:
+            heappop(next_rows)
+    return gains
 
 
 def speed_of(candidates: Sequence[Candidate], windows: Sequence[int], times: RoundTimes, groups: int) -> float:

@@ -53,8 +53,7 @@ class ErrorShape:
 def to_json(value: Any) -> bytes:
     """A value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate pairs
     become '?'."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_items)
-    return text.encode("utf-8", "replace")
+    return _encoder.encode(value).encode("utf-8", "replace")
 
 
 def error_shape(path: str) -> ErrorShape:
@@ -107,6 +106,9 @@ def _items(value: object) -> list[Any]:
     if not isinstance(value, Iterator):
         raise TypeError(f"{type(value).__name__} is no JSON")
     return list(value)
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_items)
 
 
 OPENAI: Final = ErrorShape(_openai)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
@@ -22,6 +23,8 @@ from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 
 Choice = dict[str, Any]
+
+_NO_USAGE: Final = {"usage": None}
 
 
 class Shape(Protocol):
@@ -74,6 +77,7 @@ class OpenAiReply:
         self._options = streaming or StreamOptions()
         self._prompts = PromptStreams(service, ticket, is_read_at_once=self.is_streamed)
         self._opened: set[tuple[int, int]] = set()
+        self._frame: tuple[bytes, bytes] | None = None  # of events, before and behind their choice
 
     @property
     def has_measurements(self) -> bool:
@@ -126,7 +130,7 @@ class OpenAiReply:
     async def events(self) -> AsyncGenerator[Event | None, None]:
         options = self._options
         tokens, timings = 0, []
-        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
+        more: dict[str, Any] = _NO_USAGE if options.include_usage else {}
         read = self._prompts.chunks_and_progress if self._shape.shows_progress else self._prompts.chunks
         async for prompt, chunk in read(self._settings.keepalive_s):
             if chunk is None:
@@ -189,13 +193,21 @@ class OpenAiReply:
         timed = dict(more)
         if self._shape.shows_timings:
             timed["timings"] = shown_timings(self._streams[prompt].timings(chunk.index))
-        values = [
-            {**self._reply(self._shape.chunk_object, [choice]), **(more if _opens(choice) else timed)}
+        return [
+            Event(choice["index"], self._event_of(choice, more if _opens(choice) else timed, is_large=is_large))
             for choice in shown
         ]
-        return [
-            Event(choice["index"], event(value, is_large=is_large)) for choice, value in zip(shown, values, strict=True)
-        ]
+
+    def _event_of(self, choice: Choice, more: dict[str, Any], *, is_large: bool) -> bytes:
+        """Most events of a stream differ in their choice alone: the rest is rendered once."""
+        if is_large or more not in ({}, _NO_USAGE):
+            value = {**self._reply(self._shape.chunk_object, [choice]), **more}
+            return event(value, is_large=is_large)
+        if self._frame is None:
+            begin, _, end = event({**self._reply(self._shape.chunk_object, []), **more}).rpartition(b"[]")
+            self._frame = begin + b"[", b"]" + end
+        begin, end = self._frame
+        return begin + to_json(choice) + end
 
     def _shown(self, prompt: int, chunk: TextChunk) -> list[Choice]:
         opening = None

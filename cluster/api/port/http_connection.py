@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import h11
+from h11._writers import ChunkedWriter
 
 
 def canonical_name(name: bytes) -> bytes:
@@ -11,9 +12,11 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """Writes canonical header names."""
+    """Writes canonical header names, and pieces of a streamed body without a look at the protocol's states."""
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # as the last of its overloads
+        if type(event) is h11.Data and type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
         if isinstance(event, h11.Response):
             headers = [(canonical_name(name), value) for name, value in event.headers]
             event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)

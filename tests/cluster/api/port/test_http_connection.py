@@ -1,0 +1,36 @@
+"""Bodies on a connection: what is written without a look at the protocol's states is what h11 writes."""
+
+from __future__ import annotations
+
+import h11
+import pytest
+
+from llamaclust.cluster.api.port.http_connection import HttpConnection
+
+REQUEST = b"GET / HTTP/%b\r\nHost: a\r\n\r\n"
+
+
+def begun(kind: type[h11.Connection], version: bytes, headers: list[tuple[bytes, bytes]]) -> h11.Connection:
+    connection = kind(h11.SERVER)
+    connection.receive_data(REQUEST % version)
+    assert isinstance(connection.next_event(), h11.Request)
+    connection.next_event()
+    connection.send(h11.Response(status_code=200, headers=headers))
+    return connection
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("headers", [[], [(b"Content-Length", b"71003")]], ids=["chunked", "length"])
+def test_pieces_of_a_body_are_those_of_h11(version: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    ours, plain = (begun(kind, version, headers) for kind in (HttpConnection, h11.Connection))
+    for data in (b"abc", b"", b"x" * 71000):
+        assert ours.send(h11.Data(data=data)) == plain.send(h11.Data(data=data))
+    assert ours.send(h11.EndOfMessage()) == plain.send(h11.EndOfMessage())
+    with pytest.raises(h11.LocalProtocolError):
+        ours.send(h11.Data(data=b"late"))
+
+
+def test_a_body_longer_than_it_says_is_refused() -> None:
+    connection = begun(HttpConnection, b"1.1", [(b"Content-Length", b"2")])
+    with pytest.raises(h11.LocalProtocolError):
+        connection.send(h11.Data(data=b"abc"))

@@ -33,7 +33,7 @@ class FrameKind(IntEnum):
     STATUS = 5  # JSON: name of a code, details, metadata
 
 
-class EndedError(aio.BaseError, grpc.RpcError):  # type: ignore[misc]  # both are Any
+class EndedError(aio.BaseError, grpc.RpcError):
     """A stream has ended otherwise than in order."""
 
 

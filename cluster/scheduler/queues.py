@@ -52,6 +52,11 @@ class SequenceQueues:
         return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
 
     @property
+    def are_settled(self) -> bool:
+        """Whether none waits, and of those that run all known rows are under way."""
+        return not self.waiting and not any(s.awaits_decode or s.phase is _PREFILL for s in self.running)
+
+    @property
     def can_start(self) -> bool:
         """Whether a sequence waits and there is a place for it, KV memory apart."""
         return bool(self.waiting) and len(self.running) < self.max_running

@@ -193,7 +193,7 @@ class Scheduler:
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
         room = self.times.in_flight - self.in_flight.live
-        if room < 0 or (room == 0 and self.queues.decoding):
+        if room < 0 or (room == 0 and self.queues.decoding) or self.queues.are_settled:
             return self._next_ahead(now_ns)
         self.queues.give_turn()
         for sequence in self.queues.prefilling:

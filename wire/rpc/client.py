@@ -96,6 +96,10 @@ class ClientStream:
         """Returns when the network has taken the message; StreamBrokenError where it does not."""
         await self._result(self._call.write(data))
 
+    def try_write(self, data: bytes) -> bool:
+        """Hands the message on where that takes no waiting; else it is to be written. Not while another one is."""
+        return isinstance(self._call, UnixCall) and self._call.try_write(data)
+
     async def read(self) -> bytes | None:
         """The next message; None once the other side has ended the stream in order."""
         data: Any = await self._result(self._call.read())

@@ -14,23 +14,34 @@ class Writable(Protocol):
     async def write(self, data: bytes) -> None: ...
 
 
+class Sink(Writable, Protocol):
+    """Our end of a stream that may take messages at once."""
+
+    def try_write(self, data: bytes) -> bool: ...
+
+
 class SendQueue:
     """Messages for one stream, sent in order by `run`. What comes after how many others is its users' matter."""
 
-    def __init__(self, stream: Writable, what: str, seconds: float) -> None:
+    def __init__(self, stream: Sink, what: str, seconds: float) -> None:
         """`what`: a message, for errors; `seconds`: what handing on one of them may take."""
         self._stream = stream
         self._what = what
         self._seconds = seconds
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue()
+        self._is_writing = False
 
     def put(self, data: bytes) -> None:
-        self._waiting.put_nowait(data)
+        """Where nothing is on its way, the stream may take it at once."""
+        if self._is_writing or not self._waiting.empty() or not self._stream.try_write(data):
+            self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
         """Until it is cancelled. DeadlineError where the network does not take a message, or the stream's error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()
+                self._is_writing = True
                 with limit:
                     await self._stream.write(data)
+                self._is_writing = False

@@ -67,6 +67,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
+        self._is_sending = False  # a large message, in pieces
         self._messages: deque[bytes] = deque()
         self._unread_bytes = 0
         self._reader: asyncio.Future[None] | None = None
@@ -94,6 +95,16 @@ class UnixConnection(asyncio.BufferedProtocol):
             raise EndedError
         self._transport.write(_HEAD.pack(len(data), kind) + data)
 
+    def try_send(self, data: bytes) -> bool:
+        """Sends a message where the system takes all of it at once, or nearly so; whether it was sent."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
+            return False
+        if len(data) > _PIECE_BYTES:
+            return False
+        self.post(FrameKind.MESSAGE, data)
+        return True
+
     async def send(self, data: bytes) -> None:
         """Returns when the system has taken nearly all of a message. One at a time; EndedError where the connection
         has ended. One that is cancelled on its way ends it."""
@@ -104,6 +115,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         transport, view = self._transport, memoryview(data)
         if transport is None or transport.is_closing():
             raise EndedError
+        self._is_sending = True
         transport.write(_HEAD.pack(len(data), FrameKind.MESSAGE))
         try:
             for start in range(0, len(data), _PIECE_BYTES):
@@ -112,6 +124,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             transport.abort()
             raise
+        finally:
+            self._is_sending = False
 
     def complete(self) -> None:
         """No more messages come."""

@@ -48,6 +48,10 @@ class UnixCall:
             raise EndedError
         await self._connection.send(data)
 
+    def try_write(self, data: bytes) -> bool:
+        """Whether the message is sent already; else it is to be written. Not while another one is."""
+        return self._status is None and not self._is_done_writing and self._connection.try_send(data)
+
     async def read(self) -> Any:
         data = await self._connection.read()
         if data is None and await self.code() is not grpc.StatusCode.OK:

@@ -19,6 +19,9 @@ class Slow:
         self.lets = asyncio.Semaphore(0)
         self.all_taken = asyncio.Event()
 
+    def try_write(self, data: bytes) -> bool:
+        return False
+
     async def write(self, data: bytes) -> None:
         await self.lets.acquire()
         self.taken.append(data)
@@ -39,6 +42,37 @@ async def test_messages_go_out_in_order_without_waiting() -> None:
     async with asyncio.timeout(30):
         await stream.all_taken.wait()
     assert stream.taken == [b"%d" % number for number in range(9)]
+    running.cancel()
+
+
+class Quick(Slow):
+    """Takes messages at once, but for some."""
+
+    def try_write(self, data: bytes) -> bool:
+        if data in (b"2", b"3", b"7"):
+            return False
+        self.taken.append(data)
+        return True
+
+
+async def test_messages_that_are_taken_at_once_do_not_overtake_others() -> None:
+    stream = Quick()
+    box = SendQueue(stream, "a message", 5.0)
+    running = asyncio.create_task(box.run())
+    for number in range(9):
+        box.put(b"%d" % number)
+        await asyncio.sleep(0)
+        if number == 1:
+            assert stream.taken == [b"0", b"1"]
+        if number > 3:  # 2 is being written, the others wait behind it
+            assert len(stream.taken) == 2
+    for _ in range(9):
+        stream.lets.release()
+    async with asyncio.timeout(30):
+        await stream.all_taken.wait()
+    assert stream.taken == [b"%d" % number for number in range(9)]
+    box.put(b"9")
+    assert stream.taken[-1] == b"9"
     running.cancel()
 
 

@@ -246,3 +246,33 @@ async def test_a_stopped_server_ends_streams_after_its_grace(address: str) -> No
 async def test_a_path_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot listen on unix:"):
         await Server.start(f"unix:{tmp_path}/none/s.sock", TOKEN, {})
+
+
+async def test_messages_are_handed_on_at_once_while_the_other_side_reads(address: str) -> None:
+    may_read = asyncio.Event()
+
+    async def slow(stream: ServerStream) -> None:
+        await stream.accept()
+        await may_read.wait()
+        while (data := await stream.read()) is not None:
+            await stream.write(data[:4])
+
+    server = await Server.start(address, TOKEN, {FORWARD: slow})
+    stream = Peer(server.address, TOKEN).open(FORWARD)
+    assert not stream.try_write(b"early")
+    await stream.opened()
+    assert not stream.try_write(bytes(1 << 20))
+    writing = asyncio.create_task(stream.write(b"0000" * (1 << 22)))
+    await asyncio.sleep(0)
+    assert not stream.try_write(b"within")
+    may_read.set()
+    await writing
+    sent = 0
+    while stream.try_write(b"%04d" % (sent + 1) * (1 << 15)) and sent < 1000:
+        sent += 1
+    assert sent < 1000, "the system takes no such numbers at once"
+    await stream.done_writing()
+    assert [await stream.read() for _ in range(sent + 1)] == [b"%04d" % number for number in range(sent + 1)]
+    assert await stream.read() is None
+    assert not stream.try_write(b"late")
+    await server.stop(0.0)

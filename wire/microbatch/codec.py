@@ -31,8 +31,7 @@ MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES
 
-_PLAIN_PARAMS = 256
-_BIASED_PARAMS = 32
+_PLAIN_PARAMS, _BIASED_PARAMS = 256, 32
 """Kept parameters; those with logit biases may be large."""
 
 
@@ -245,10 +244,7 @@ def _checked_params(data: bytes) -> SamplingParams:
     return _params_in(sampling_proto.SamplingParams.FromString(data))
 
 
-_plain_params_in, _biased_params_in = (
-    lru_cache(_PLAIN_PARAMS)(_checked_params),
-    lru_cache(_BIASED_PARAMS)(_checked_params),
-)
+_plain_params_in, _biased_params_in = (lru_cache(most)(_checked_params) for most in (_PLAIN_PARAMS, _BIASED_PARAMS))
 """Checked once, since a sequence brings the same ones with every token."""
 
 

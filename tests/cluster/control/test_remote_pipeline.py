@@ -38,6 +38,9 @@ class Stream:
         await self._end("read")
         return None
 
+    def try_write(self, _: bytes) -> bool:
+        return False
+
     async def write(self, data: bytes) -> None:
         await self._end("write")
 

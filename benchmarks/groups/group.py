@@ -1,0 +1,248 @@
+"""A prototype of groups: members that share every product's output rows, in turns with one process that has them all.
+
+    python benchmarks/groups/group.py 1.1b IQ2_XXS [--gathers 4,2,1] [--round-trips 0,0.1,0.5,2]
+    python benchmarks/groups/group.py 70b IQ1_S --layers 2                           # each layer counts 40 times
+    python benchmarks/groups/group.py 70b IQ1_S --layers 2 --shares 2,1 --speeds 1,0.5         # unequal machines
+    python benchmarks/groups/group.py 1.1b IQ2_XXS --shares 2,1,1 --cores 0,1,1      # three processes on two cores
+
+Members decode one sequence of a model with random weights, the shape of `shape.py`, each on one thread, and exchange
+activations over mutual TLS on loopback. A gather is complete half a round trip after the last member has sent, and
+later by what its messages take at --gbit. Gathers a layer: 4 divide all products; 3 compute the attention's output, 2
+all of attention, and 1 the last product, too, on every member. Tokens and bits of logits must be those of the one
+process. Medians of pairs; the round trip at which both are as fast is interpolated. Links are C++, built at the start:
+a compiler and OpenSSL's headers are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Self, TextIO
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from compare import chosen, listed, positive
+from divided import CONTEXT, DIVIDED, Cut
+from links import build, write_keys
+from member import Outcome, Run, Setting
+from shape import LAYOUTS, SHAPES, Shape, check
+
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.kernels import probes
+from llamaclust.worker.devices.system_info import processor_name
+
+CHECKED_TOKENS = 16
+_END_S = 10.0
+_HEADER = "gathers  trip, ms   one, ms group, ms  gathered     tok/s  speedup"
+
+
+class Group:
+    """Processes that run until the context ends."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "member.py")]
+        self._settings = settings
+        self._processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in settings
+        ]
+        self.weight_bytes: list[int] = []
+
+    def __enter__(self) -> Self:
+        try:
+            ports = self._ask([asdict(setting) for setting in self._settings])
+            self.weight_bytes = self._ask([ports] * len(ports))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def run(self, run: Run) -> list[Outcome]:
+        return [Outcome(**answer) for answer in self._ask([asdict(run)] * len(self._processes))]
+
+    def _ask(self, values: Sequence[Any]) -> list[Any]:
+        for process, value in zip(self._processes, values, strict=True):
+            print(json.dumps(value), file=process.stdin, flush=True)
+        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        if "" in lines:
+            raise LlamaclustError(f"member {lines.index('')} has ended; see above")
+        return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Milliseconds of a token of the whole model, and of these in gathers: medians, as the speedup of pairs."""
+
+    gathers: int
+    round_trip_ms: float
+    one_ms: float
+    group_ms: float
+    gathers_ms: float
+    speedup: float
+
+    def __str__(self) -> str:
+        values = f"{self.round_trip_ms:10g} {self.one_ms:9.2f} {self.group_ms:9.2f} {self.gathers_ms:9.2f}"
+        return f"{self.gathers:7} {values} {1e3 / self.group_ms:9.2f} {self.speedup:8.2f}"
+
+
+def break_even_ms(rows: Sequence[Row]) -> float:
+    """The round trip at which a group is as fast as one process, on the line through two measured ones; 0: none is."""
+    gains = [row.one_ms - row.group_ms for row in rows]
+    if len(rows) < 2 or gains[0] <= 0:
+        return 0.0
+    behind = next((at for at, gain in enumerate(gains) if gain <= 0), len(gains) - 1)
+    before, after = rows[behind - 1], rows[behind]
+    slope = (gains[behind - 1] - gains[behind]) / (after.round_trip_ms - before.round_trip_ms)
+    return before.round_trip_ms + gains[behind - 1] / slope if slope > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is measured: `shape` has some of the whole model's `layers`."""
+
+    given: argparse.Namespace
+    shape: Shape
+    layers: int
+
+    def settings(self, folder: str, hosts: list[str], gathers: int) -> list[Setting]:
+        """Of the members, of one where there are no gathers."""
+        given, is_alone = self.given, gathers == 0
+        return [
+            Setting(
+                folder=folder,
+                hosts=hosts,
+                member=member,
+                shape=asdict(self.shape),
+                quant_type=given.type.name,
+                shares=(1.0,) if is_alone else given.shares,
+                gathers=gathers,
+                int8=given.int8,
+                core=given.cores[member],
+                spins=len(set(given.cores)) == len(given.cores),
+                speed=max(given.speeds) if is_alone else given.speeds[member],
+            )
+            for member in range(1 if is_alone else len(hosts))
+        ]
+
+    def pair(self, one: Group, group: Group, run: Run) -> tuple[Outcome, Outcome]:
+        """One process, and a group's first member. LlamaclustError where tokens or bits differ."""
+        (alone,), members = one.run(run), group.run(run)
+        if any((outcome.ids, outcome.digest) != (alone.ids, alone.digest) for outcome in members):
+            raise LlamaclustError("a group has other tokens or logits than one process")
+        return alone, members[0]
+
+    def whole_ms(self, outcome: Outcome) -> float:
+        return (outcome.layers_ns * self.layers / self.shape.layers + outcome.head_ns) / 1e6
+
+    def row(self, one: Group, group: Group, gathers: int, run: Run) -> Row:
+        pairs = [self.pair(one, group, run) for _ in range(self.given.pairs)]
+        return Row(
+            gathers=gathers,
+            round_trip_ms=run.round_trip_ms,
+            one_ms=median(self.whole_ms(alone) for alone, _ in pairs),
+            group_ms=median(self.whole_ms(member) for _, member in pairs),
+            gathers_ms=median(member.gathers_ns for _, member in pairs) * self.layers / self.shape.layers / 1e6,
+            speedup=median(self.whole_ms(alone) / self.whole_ms(member) for alone, member in pairs),
+        )
+
+
+def measure(task: Task, folder: str, file: TextIO | None) -> None:
+    given = task.given
+    build(Path(folder))
+    hosts = write_keys(Path(folder), len(given.shares))
+    with Group(task.settings(folder, hosts, 0)) as one:
+        print(_HEADER, flush=True)
+        for gathers in given.gathers:
+            with Group(task.settings(folder, hosts, gathers)) as group:
+                alone, _ = task.pair(one, group, Run(CHECKED_TOKENS, digest=True))
+                rows = []
+                for trip in given.round_trips:
+                    rows.append(task.row(one, group, gathers, Run(given.tokens, trip, given.gbit)))
+                    print(rows[-1], flush=True)
+                parts = ", ".join(f"{n_bytes / one.weight_bytes[0]:.2f}" for n_bytes in group.weight_bytes)
+                pays = f"pays below a round trip of {break_even_ms(rows):.2f} ms"
+                print(f"{gathers:7} same bits ({alone.digest[:16]}); {pays}; members have {parts} of all", flush=True)
+            for row in rows if file is not None else ():
+                options = {name: getattr(given, name) for name in ("shape", "shares", "speeds", "gbit", "int8")}
+                print(json.dumps({**options, "type": given.type.name, **asdict(row)}), file=file, flush=True)
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        if not least <= float(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be {least:g} to {most:g}")
+        return float(text)
+
+    return read
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    types, counts = {kind.name: kind for kind in LAYOUTS}, {str(count): count for count in DIVIDED if count}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("shape", choices=SHAPES)
+    add("type", type=chosen("type", types), metavar="TYPE")
+    add("--layers", type=positive, help="fewer than the shape has; times are of the whole model")
+    add("--hidden", type=positive, help="another width, for tests")
+    add("--gathers", type=listed(chosen("gathers", counts)), default="4,2,1", help="a layer; %(default)s by default")
+    add("--shares", type=listed(between(0.01, 100)), default="1,1", help="of the members' work; %(default)s by default")
+    add("--speeds", type=listed(between(0.01, 1)), help="of the members, relative to this machine; 1 by default")
+    add("--cores", type=listed(int), help="of the members; in turn by default")
+    add("--round-trips", type=listed(between(0, 1000)), default="0,0.1,0.5,2", help="ms; %(default)s by default")
+    add("--gbit", type=between(0, 1000), default=0.0, help="of each member's link; 0: that of loopback")
+    add("--int8", action="store_true", help="inputs of products travel as they are quantized there")
+    add("--tokens", type=positive, default=32, help="of a run; %(default)s by default")
+    add("--pairs", type=positive, default=5, help="%(default)s by default")
+    add("--json", type=Path, help="also write the rows there, a JSON object a line")
+    given = parser.parse_args(arguments)
+    members, cpus = len(given.shares), sorted(os.sched_getaffinity(0))
+    given.speeds = given.speeds or [1.0] * members
+    given.cores = given.cores or [cpus[member % len(cpus)] for member in range(members)]
+    if members < 2 or {len(given.speeds), len(given.cores)} != {members}:
+        parser.error("--shares, --speeds and --cores: two or more members, as many of each")
+    if given.tokens > CONTEXT // 2 or not {*given.cores} <= {*cpus}:
+        parser.error(f"--tokens is at most {CONTEXT // 2}, cores are of {cpus}")
+    return given
+
+
+def main(arguments: list[str]) -> None:
+    given = parse(arguments)
+    whole = SHAPES[given.shape]
+    if given.hidden:
+        whole = replace(whole, hidden=given.hidden, ffn=2 * given.hidden, vocabulary=512)
+    task = Task(given, replace(whole, layers=given.layers or whole.layers), whole.layers)
+    check(task.shape, given.type)
+    for gathers in given.gathers:
+        Cut(task.shape, given.type, given.shares, gathers).check()
+    limits = f"reads {probes.ReadProbe(1).measure():.1f} GB/s, {probes.int8_peak(1):.0f} GMAC/s on one thread"
+    print(
+        f"{processor_name()}, {limits}; {given.shape} {given.type.name}, {task.shape.layers} of {whole.layers} layers"
+    )
+    output = given.json.open("w") if given.json is not None else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder, output as file:
+        measure(task, folder, file)
+
+
+if __name__ == "__main__":
+    with ends_in_one_line():
+        main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""The prototype of groups in benchmarks/groups: the bits of the product, however the rows of products are divided."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import Chain, batch_of
+from support.clusters.forked_commands import forked_script
+from support.paths import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "groups"))
+from divided import SEED, borders
+from group import CHECKED_TOKENS
+from links import missing
+from member import FIRST_TOKEN, WARM
+from shape import SHAPES, write_shape
+
+SCRIPT = ROOT / "benchmarks" / "groups" / "group.py"
+OPTIONS = ("--hidden", "512", "--layers", "2", "--tokens", "2", "--pairs", "1", "--round-trips", "0,0.1")
+
+
+def group(folder: Path, *arguments: str) -> str:
+    done = forked_script(SCRIPT, "1.1b", *arguments, *OPTIONS, folder=folder, within_s=240.0)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def digest_of_the_product(folder: Path, quant_type: QuantType) -> str:
+    """Of the logits of a model with the same weights, token by token."""
+    shape = replace(SHAPES["1.1b"], hidden=512, ffn=1024, vocabulary=512, layers=2)
+    write_shape(folder / "shape.gguf", "1.1b", shape, quant_type, SEED, alike=True)
+    seen, token = hashlib.sha256(), FIRST_TOKEN
+    with Model.open(folder / "shape.gguf") as model:
+        chain = Chain(CpuBackend(1), model)
+        for position in range(CHECKED_TOKENS + WARM):
+            logits = chain.run(batch_of([([token], [position], range(4))]))
+            seen.update(logits.tobytes())
+            token = int(logits[0].argmax())
+    return seen.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "shares", "more"),
+    [
+        (QuantType.Q8_0, "2,1", ("--gathers", "4,3,2,1")),
+        (QuantType.IQ1_S, "1,1", ("--gathers", "4", "--int8", "--gbit", "10")),
+        (QuantType.Q8_0, "2,1,1", ("--gathers", "4", "--int8", "--speeds", "1,0.9,0.8", "--json", "rows.jsonl")),
+    ],
+)
+def test_a_group_has_the_bits_of_the_product(
+    tmp_path: Path, quant_type: QuantType, shares: str, more: tuple[str, ...]
+) -> None:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    text = group(tmp_path, quant_type.name, "--shares", shares, *more)
+    counts = more[1].split(",")
+    bits = re.findall(r"^ +(\d) same bits \((\w+)\)", text, re.MULTILINE)
+    expected = digest_of_the_product(tmp_path, quant_type)[:16]
+    assert bits == [(count, expected) for count in counts]
+    assert len(re.findall(r"^ +\d +0(?:\.1)? +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)) == 2 * len(
+        counts
+    )
+    if "--json" in more:
+        rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [row["round_trip_ms"] for row in rows] == [0, 0.1]
+        assert all(row["group_ms"] > row["gathers_ms"] > 0 for row in rows)
+
+
+def test_rows_are_divided_in_whole_pieces_by_the_shares() -> None:
+    assert borders(2048, 512, (2, 1, 1), "heads") == (0, 1024, 1536, 2048)
+    assert borders(5632, 256, (1, 1), "channels") == (0, 2816, 5632)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("Q8_0", "--shares", "1"), "two or more members"),
+        (("Q8_0", "--speeds", "1"), "as many of each"),
+        (("Q8_0", "--speeds", "1,2"), "must be 0.01 to 1"),
+        (("Q8_0", "--gathers", "0"), "choose from 1, 2, 3, 4"),
+        (("Q8_0", "--round-trips", "-1"), "must be 0 to 1000"),
+        (("Q9",), "choose from F32"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = forked_script(SCRIPT, "1.1b", *arguments, folder=tmp_path)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and done.stdout == ""
+
+
+def test_shares_that_leave_a_member_without_work_are_refused(tmp_path: Path) -> None:
+    done = forked_script(SCRIPT, "1.1b", "Q8_0", "--shares", "9,1", *OPTIONS, folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: KV heads: 4 pieces cannot be divided")

@@ -9,8 +9,8 @@ Members decode one sequence of a model with random weights, the shape of `shape.
 activations over mutual TLS on loopback. A gather is complete half a round trip after the last member has sent, and
 later by what its messages take at --gbit. Gathers a layer: 4 divide all products; 3 compute the attention's output, 2
 all of attention, and 1 the last product, too, on every member. Tokens and bits of logits must be those of the one
-process. Medians of pairs; the round trip at which both are as fast is interpolated. Links are C++, built at the start:
-a compiler and OpenSSL's headers are needed.
+process. Medians of pairs; the round trip at which both are as fast is that of the line through all. Links are C++,
+built at the start: a compiler and OpenSSL's headers are needed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Self, TextIO
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -106,14 +108,12 @@ class Row:
 
 
 def break_even_ms(rows: Sequence[Row]) -> float:
-    """The round trip at which a group is as fast as one process, on the line through two measured ones; 0: none is."""
-    gains = [row.one_ms - row.group_ms for row in rows]
-    if len(rows) < 2 or gains[0] <= 0:
+    """The round trip at which a group is as fast as one process, on the line through all; 0: none is. What a group
+    gains falls by half a round trip per gather."""
+    if len({row.round_trip_ms for row in rows}) < 2:
         return 0.0
-    behind = next((at for at, gain in enumerate(gains) if gain <= 0), len(gains) - 1)
-    before, after = rows[behind - 1], rows[behind]
-    slope = (gains[behind - 1] - gains[behind]) / (after.round_trip_ms - before.round_trip_ms)
-    return before.round_trip_ms + gains[behind - 1] / slope if slope > 0 else float("inf")
+    slope, gain = np.polyfit([row.round_trip_ms for row in rows], [row.one_ms - row.group_ms for row in rows], 1)
+    return float("inf") if slope >= 0 else max(0.0, float(-gain / slope))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from llamaclust.wire.security.credentials import Principal
 
 _SOURCE = Path(__file__).parent / "exchange.cpp"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+_BUFFER_BYTES = 1 << 20
 _HEADER = Path("/usr/include/openssl/ssl.h")
 
 
@@ -93,6 +94,8 @@ class Links:
 
     def _open(self, connection: socket.socket, other: int, host: str, *, accepts: bool) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # all members send before they receive
+            connection.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)
         self._sockets.append(connection)
         arguments = self._group, connection.fileno(), other, host.encode(), int(accepts)
         self._checked(self._library.group_connect(*arguments))

@@ -6,6 +6,7 @@ python benchmarks/groups/member.py < LINES      (a `Setting`, the members' ports
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ class Member:
         self.weight_bytes, self._speed = weights.n_bytes, setting.speed
         self._stage = _native.Stage(divided.plan, _native.available_levels()[-1], _native.ThreadPool(1, False))
         self._stage.touch()
-        self._rows = []
+        self._rows: list[ctypes.c_int | None] = []
         for gather in divided.gathers:
             if gather is None:
                 self._rows.append(None)

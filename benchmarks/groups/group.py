@@ -61,8 +61,8 @@ class Group:
 
     def __enter__(self) -> Self:
         try:
-            ports = self._ask([asdict(setting) for setting in self._settings])
-            self.weight_bytes = self._ask([ports] * len(ports))
+            ports = self._request([asdict(setting) for setting in self._settings])
+            self.weight_bytes = self._request([ports] * len(ports))
         except BaseException:
             self.__exit__()
             raise
@@ -80,9 +80,9 @@ class Group:
                 process.wait()
 
     def run(self, run: Run) -> list[Outcome]:
-        return [Outcome(**answer) for answer in self._ask([asdict(run)] * len(self._processes))]
+        return [Outcome(**answer) for answer in self._request([asdict(run)] * len(self._processes))]
 
-    def _ask(self, values: Sequence[Any]) -> list[Any]:
+    def _request(self, values: Sequence[Any]) -> list[Any]:
         for process, value in zip(self._processes, values, strict=True):
             print(json.dumps(value), file=process.stdin, flush=True)
         lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]

@@ -93,7 +93,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of a token of the whole model, and of these in gathers: medians, as the speedup of pairs."""
+    """Milliseconds of a token of the whole model, and in its layers' gathers: medians, as the speedup of pairs."""
 
     gathers: int
     round_trip_ms: float

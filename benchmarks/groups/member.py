@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Mean nanoseconds of a token: in all layers, behind them, and of both in gathers."""
+    """Mean nanoseconds of a token: in all layers, behind them, and of the layers in gathers."""
 
     ids: list[int]
     digest: str
@@ -124,8 +124,8 @@ class Member:
                 ends = at + (perf_counter_ns() - at) / self._speed
                 while perf_counter_ns() < ends:
                     pass
-            if row is not None:
-                gathers_ns += links.gather(row)
+            gather_ns = links.gather(row) if row is not None else 0
+            gathers_ns += gather_ns if part < len(self._rows) - 1 else 0
         return at - began, perf_counter_ns() - at, gathers_ns
 
 

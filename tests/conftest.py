@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llamaclust.core.errors import UsageError
+from support.clusters.quick_start.sitecustomize import FOLDER, GeneratedCode
 from support.paths import TESTS
 from support.seed import SEED
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False
+_GENERATED_CODE = GeneratedCode()  # of all that tests import
 
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
     if signal.getsignal(number) is signal.SIG_IGN:  # as nohup or a shell's background has it
@@ -126,6 +129,7 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
+        _GENERATED_CODE.save()
         gc.freeze()
         gc.enable()
 

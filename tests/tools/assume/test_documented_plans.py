@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.planner.speculation import predict_gain
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.tools.assume.assumed_model import assumed_model
-from llamaclust.tools.assume.assumed_plan import plan_assumed
+from llamaclust.tools.assume.assumed_plan import Survey, plan_assumed, plan_shapes
 from llamaclust.tools.assume.description import parse_machines
 from llamaclust.tools.assume.planning import KEYS, AssumedCluster, prediction_of
 from llamaclust.tools.assume.shapes import SHAPES
@@ -92,7 +94,15 @@ def test_the_pages_name_every_shape_and_key() -> None:
     assert {*KEYS} <= {*re.findall(r"`(\w+)`", row)}
 
 
-def test_the_command_refuses_what_it_would_ignore() -> None:
+def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cache
+    def survey(machines: str, overrides: tuple[str, ...]) -> Survey:
+        return plan_shapes(machines, overrides, lambda name: None)  # once for text and JSON: it takes seconds
+
+    def planned(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
+        return survey(machines, tuple(overrides))
+
+    monkeypatch.setattr("llamaclust.cli.assumed_plan.plan_shapes", planned)
     example = ["plan", "--assume", "16GB@40GB/s"]
     assert "leave out FILE and --workers" in output([*example, "--model", "8b", "--workers", "2"])
     assert "leave out FILE and --workers" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])

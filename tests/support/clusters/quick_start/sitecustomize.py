@@ -37,7 +37,7 @@ class GeneratedCode:
             code = marshal.loads(code)
         elif code is None:
             code = compile(text, "<string>", "exec")
-            if variables is not None and variables["__name__"].startswith("llamaclust."):
+            if variables is not None and variables.get("__name__", "").startswith("llamaclust."):
                 self._compiled[text], self._is_new = code, True
         builtins.exec(code, variables, names)
 

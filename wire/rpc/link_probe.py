@@ -1,4 +1,4 @@
-"""How far another process is: round trip and throughput of a stream to it, over the same gRPC that activations take."""
+"""How far another process is: round trip and throughput of a stream to it, as activations take it."""
 
 from __future__ import annotations
 

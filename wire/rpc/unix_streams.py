@@ -88,7 +88,8 @@ class UnixCall:
                     self._end(grpc.StatusCode.UNAVAILABLE, str(error))
                     return
                 await asyncio.sleep(_RETRY_S)
-        self._connection.post(FrameKind.CALL, json.dumps(call).encode())
+        with suppress(EndedError):  # `_lost` says so
+            self._connection.post(FrameKind.CALL, json.dumps(call).encode())
 
     def _control(self, kind: FrameKind, content: bytes) -> None:
         if kind is FrameKind.ACCEPTED:

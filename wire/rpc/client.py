@@ -94,7 +94,8 @@ class ClientStream:
 
     async def write(self, data: bytes) -> None:
         """Returns when the network has taken the message; StreamBrokenError where it does not."""
-        await self._result(self._call.write(data))
+        if not self.try_write(data):
+            await self._result(self._call.write(data))
 
     def try_write(self, data: bytes) -> bool:
         """Hands the message on where that takes no waiting; else it is to be written. Not while another one is."""

@@ -258,7 +258,7 @@ class StageLoop:
     async def _send(
         self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answering: asyncio.Future[Answer]
     ) -> None:
-        answer = await asyncio.shield(answering)
+        answer = answering.result() if answering.done() else await asyncio.shield(answering)
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
             if to_first is not None and answer.sampled is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -44,25 +44,55 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductTime:
+    """A product of `rows` rows with weights of a quant type takes byte_s for each byte of weights in memory."""
+
+    quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
+    rows: Annotated[int, Integer(1, 1 << 16)]
+    byte_s: Annotated[float, Real(0.0, 1.0)]
+
+
+ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
+"""By quant type, then by ascending rows."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """Speed of one device: kernels by themselves, and steps of the model."""
+    """Speed of one device: its limits, and measured steps of the model and products with its quant types. Measured
+    while the other workers of the machine compute too, and while they are idle (`isolated`; empty: the same)."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
-    concurrent: StepTimes = ()  # while the other workers of the machine compute too
-    isolated: StepTimes = ()  # while they are idle; empty: as `concurrent`
+    concurrent: StepTimes = ()
+    isolated: StepTimes = ()
+    products: ProductTimes = ()
+    isolated_products: ProductTimes = ()
 
     def check(self) -> None:
         """ProtocolError where rows do not ascend."""
         for times in (self.concurrent, self.isolated):
             if any(time.rows >= later.rows for time, later in pairwise(times)):
                 raise ProtocolError("step times: their rows must ascend")
+        for products in (self.products, self.isolated_products):
+            if any(_place(time) >= _place(later) for time, later in pairwise(products)):
+                raise ProtocolError("times of products: types, and rows of each, must ascend")
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
         return self.concurrent if concurrent else self.isolated or self.concurrent
 
+    def product_times(self, *, concurrent: bool) -> ProductTimes:
+        return self.products if concurrent else self.isolated_products or self.products
+
     def without_steps(self) -> DeviceProfile:
         return replace(self, concurrent=(), isolated=())
+
+    def with_other_products(self, known: DeviceProfile) -> DeviceProfile:
+        """Also with what is known of quant types that were not measured now."""
+        return replace(
+            self,
+            products=_joined(self.products, known.products),
+            isolated_products=_joined(self.isolated_products, known.isolated_products),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +101,10 @@ class Profile:
 
     cpu: DeviceProfile
     gpus: Annotated[tuple[DeviceProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
+
+    def with_other_products(self, known: Profile) -> Profile:
+        """As `DeviceProfile.with_other_products`, of the processor."""
+        return replace(self, cpu=self.cpu.with_other_products(known.cpu))
 
     def map(self, change: Callable[[DeviceProfile], DeviceProfile]) -> Profile:
         return Profile(change(self.cpu), tuple(map(change, self.gpus)))
@@ -88,6 +122,8 @@ def _mean_device(devices: Sequence[DeviceProfile]) -> DeviceProfile:
         fmean(device.int8_macs_s for device in devices),
         mean_step_times([device.concurrent for device in devices]),
         mean_step_times([device.isolated for device in devices]),
+        _mean_product_times([device.products for device in devices]),
+        _mean_product_times([device.isolated_products for device in devices]),
     )
 
 
@@ -95,6 +131,24 @@ def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
     """Of measurements at the same rows; empty ones do not count."""
     points = zip(*filter(None, series), strict=False)
     return tuple(StepTime(group[0].rows, *map(fmean, zip(*map(_values, group), strict=True))) for group in points)
+
+
+def _mean_product_times(series: Sequence[ProductTimes]) -> ProductTimes:
+    """Each of the measurements at the same type and rows."""
+    groups: dict[tuple[int, int], list[float]] = {}
+    for time in chain.from_iterable(series):
+        groups.setdefault(_place(time), []).append(time.byte_s)
+    return tuple(ProductTime(*place, fmean(found)) for place, found in sorted(groups.items()))
+
+
+def _joined(new: ProductTimes, known: ProductTimes) -> ProductTimes:
+    """All of the new ones, and those of types that are not among them."""
+    types = {time.quant_type for time in new}
+    return tuple(sorted((*new, *(time for time in known if time.quant_type not in types)), key=_place))
+
+
+def _place(time: ProductTime) -> tuple[int, int]:
+    return time.quant_type, time.rows
 
 
 def read_profile(value: Mapping[str, Any]) -> Profile:

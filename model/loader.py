@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from itertools import dropwhile, takewhile
+from itertools import dropwhile
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,18 @@ from llamaclust.model.architectures import as_programs_read, build_program
 from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors, nextn_tensors
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import chosen_template
+from llamaclust.model.costs import (
+    JOINED,
+    LayerCost,
+    ModelCosts,
+    all_macs,
+    file_bytes,
+    float_macs,
+    is_before_head,
+    layer_cost,
+    typed_weights,
+    weight_bytes,
+)
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
@@ -34,118 +46,13 @@ from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import (
     AddPosition,
     AddRow,
-    Attention,
     Embed,
-    MixtureStep,
-    Moe,
     Program,
-    SelectRows,
-    Step,
 )
+from llamaclust.model.quant_types import QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
-from llamaclust.model.step_costs import (
-    all_macs,
-    file_bytes,
-    float_macs,
-    idle_bytes,
-    idle_share,
-    macs,
-    resident_bytes,
-    weight_bytes,
-)
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCost:
-    """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
-    other experts, a share `idle_share` of all experts. `used_file_bytes`: those that it reads, as the file holds them.
-
-    Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
-    and are not in them.
-    """
-
-    weight_bytes: int
-    macs_per_token: int
-    kv_bytes_per_token: int
-    idle_bytes: int = 0
-    idle_share: float = 0.0
-    float_macs_per_token: int = 0
-    used_file_bytes: int = 0
-    state_bytes: int = 0  # of a state of a sequence
-    window: int | None = None  # of its attention
-    window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
-    kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
-    expert_bytes: int = 0  # of `weight_bytes`, router and experts
-    expert_macs_per_token: int = 0
-    is_joined: bool = False  # no stage begins with it
-    saved_bytes: int = 0  # of a layer's first part: what all of them together take less than one by one
-    state_macs_per_token: int = 0  # of `float_macs_per_token`, those of a state
-
-    def moved_bytes(self, rows: int, sequences: int) -> float:
-        """What a step of so many rows of so many sequences reads or writes: weights, and each sequence's state, which
-        it reads and writes once."""
-        return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
-
-    def touched_bytes(self, rows: int) -> float:
-        """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
-        experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
-        return self.weight_bytes - self._idle_bytes(rows)
-
-    def touched_expert_bytes(self, rows: int) -> float:
-        """Of these, router and experts."""
-        return self.expert_bytes - self._idle_bytes(rows)
-
-    def _idle_bytes(self, rows: int) -> float:
-        return self.idle_bytes * self.idle_share ** (rows - 1)
-
-
-JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""Of parts of a layer that is not divided."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCosts:
-    """The first stage holds the embedding, the last one the head, which may be the same tensor (counted in both)."""
-
-    embedding_bytes: int
-    head_bytes: int
-    head_macs: int
-    layers: tuple[LayerCost, ...]
-    float_head_macs: int = 0
-    head_file_bytes: int = 0
-    hidden_bytes: int = 0  # of one token, as it goes from stage to stage
-    cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
-    expert_shards: int = 1  # so many of `layers` are the parts of one
-    nextn_bytes: int = 0  # of an MTP head, what the last stage holds beside its layer
-    nextn_embedding_bytes: int = 0  # likewise, where it is not the first stage too
-
-    @property
-    def borders(self) -> tuple[int, ...]:
-        """Layers before which the model may be cut, and its end: not between a layer and the one whose keys and values
-        it reads, or inside a layer that is not divided."""
-        shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
-        sources = ((source * self.expert_shards, number) for source, number in shared)
-        between = {border for source, number in sources for border in range(source + 1, number + 1)}
-        between |= {number for number, layer in enumerate(self.layers) if layer.is_joined}
-        return tuple(border for border in range(len(self.layers) + 1) if border not in between)
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """KV memory of one position."""
-        return sum(layer.kv_bytes_per_token for layer in self.layers)
-
-    @property
-    def state_bytes(self) -> int:
-        """Of a state of a sequence, in all layers."""
-        return sum(layer.state_bytes for layer in self.layers)
-
-    @property
-    def window(self) -> int | None:
-        """The largest one of its layers, if any has one."""
-        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
-
 
 AdapterPaths = Sequence[Path | None]
 """Of a model's adapters, by their numbers; None: a number without one."""
@@ -226,6 +133,11 @@ class Model:
         return self._whole.window
 
     @property
+    def quant_types(self) -> tuple[QuantType, ...]:
+        """Of weights that rows are multiplied with."""
+        return self.costs(KvType.F16).quant_types
+
+    @property
     def has_states(self) -> bool:
         """Whether layers keep a state of each sequence."""
         return self._whole.has_states
@@ -272,7 +184,7 @@ class Model:
     def _computed_costs(self, kv_type: KvType, expert_shards: int) -> ModelCosts:
         tensors = self.file.tensors
         embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition | AddRow)]
-        head = list(dropwhile(partial(_is_before_head, self._whole), self._whole.steps))
+        head = list(dropwhile(partial(is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         parts = [list(self._parts(layer, expert_shards)) for layer in layers]
         costs = [
@@ -288,6 +200,7 @@ class Model:
             hidden_bytes=self.hidden_bytes,
             cut_bytes=max((4 * part.hidden.width for _, *others in parts for part in others), default=0),
             expert_shards=expert_shards,
+            head_weights=typed_weights(tensors, head, experts=False),
         )
 
     def _parts(self, layer: Program, shards: int) -> Iterator[Program]:
@@ -355,32 +268,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-
-
-def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Of a program of one layer, without the embedding and the head of a first or last stage."""
-    before_head = takewhile(partial(_is_before_head, program), program.steps)
-    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
-    mixtures = [step for step in steps if isinstance(step, Moe | MixtureStep)]
-    return LayerCost(
-        weight_bytes=weight_bytes(tensors, steps),
-        macs_per_token=all_macs(steps),
-        kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers),
-        idle_bytes=idle_bytes(tensors, steps, resident_bytes),
-        idle_share=idle_share(steps),
-        window=program.window,
-        state_bytes=sum(kept.n_bytes for kept in program.states),
-        window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers if kept.window is not None),
-        float_macs_per_token=float_macs(tensors, steps),
-        used_file_bytes=weight_bytes(tensors, steps, file_bytes) - idle_bytes(tensors, steps, file_bytes),
-        kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
-        expert_bytes=weight_bytes(tensors, mixtures),
-        expert_macs_per_token=all_macs(mixtures),
-        state_macs_per_token=sum(count for step in steps for name, count in macs(step) if name is None),
-    )
-
-
-def _is_before_head(program: Program, step: Step) -> bool:
-    """The head begins with the norm of all rows, where there is one."""
-    has_norm = program.normed is not None and program.normed != program.hidden
-    return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)

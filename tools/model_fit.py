@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
+from llamaclust.model.costs import ModelCosts
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import Model, ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program

@@ -18,7 +18,8 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
 from llamaclust.core.limits import StageLimits, max_embedded_rows
-from llamaclust.model.loader import Model, ModelCosts
+from llamaclust.model.costs import ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.nextn.program import check_nextn, has_nextn
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES

@@ -44,7 +44,8 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerEr
 from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 from llamaclust.core.profile import DeviceProfile, Profile
-from llamaclust.model.loader import Model, ModelCosts
+from llamaclust.model.costs import ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
 _MOST_PARTS = 512

@@ -1,6 +1,6 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps of the model, or else by the roofline of
-memory bandwidth and 8-bit products. Seconds are those of the bytes that a step touches, of which a mixture of experts
-has fewer than it holds."""
+"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps of the model, or else by times of
+products and the roofline. Seconds are those of the bytes that a step touches, of which a mixture of experts has fewer
+than it holds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.planner.links import NO_REACH, Link
+from llamaclust.cluster.planner.roofline import Roofline
 from llamaclust.core.gpus import NO_RULES, Placement
 from llamaclust.core.profile import DeviceProfile, at_rows
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import ModelCosts
 
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 
-_STATE_MACS = 4
-"""A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
-LAUNCHES_S = 30e-6
-"""Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
 EXCHANGE_S = 50e-6
 """Two waits for a GPU and two copies; an assumption, since no GPU was there to measure it."""
 EXCHANGE_BYTE_S = 1 / 12e9
@@ -133,8 +130,8 @@ class StageCosts:
             ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
             decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
-        head_s = max(self.model.head_bytes / profile.read_bytes_s, rows * self.model.head_macs / profile.int8_macs_s)
-        return self._roofline_s(worker, rows, rows) + self._head * head_s
+        roofline = Roofline.of(profile, worker.device, concurrent=concurrent)
+        return self._roofline_s(roofline, rows, rows) + self._head * roofline.head_s(self.model, rows)
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
         """`prefill_s` of all stages."""
@@ -142,7 +139,7 @@ class StageCosts:
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
-        return self._roofline_s(worker, rows, 1)
+        return self._roofline_s(Roofline.of(worker.profile, worker.device, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
         """What routers and experts of `layers` take of a step of so many rows, by stage."""
@@ -151,7 +148,8 @@ class StageCosts:
         if times := profile.step_times(concurrent=concurrent):
             each = [layer.touched_expert_bytes(rows) for layer in self.model.layers]
             return _float_sums(np.where(layers, each, 0.0)) * at_rows(times, rows).layers_byte_s
-        return _float_sums(np.where(layers, [_experts_s(profile, layer, rows) for layer in self.model.layers], 0.0))
+        roofline = Roofline.of(profile, worker.device, concurrent=concurrent)
+        return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
         """What mixtures of `layers` take of such a step to bring their input to another device, and the sum back."""
@@ -167,15 +165,8 @@ class StageCosts:
         """The same with states of sequences."""
         return _float_sums(layer.moved_bytes(rows, sequences) for layer in self.model.layers)
 
-    def _roofline_s(self, worker: WorkerFacts, rows: int, sequences: int) -> Table:
-        """Layer by layer, experts for themselves: what one is bound by does not hide what another is bound by, and a
-        part of a stage takes as long wherever it is computed."""
-        profile, launches_s = worker.profile, 0.0 if worker.device == "cpu" else LAUNCHES_S
-        assert profile is not None
-        return _float_sums(
-            launches_s + _rest_s(profile, layer, rows, sequences) + _experts_s(profile, layer, rows)
-            for layer in self.model.layers
-        )
+    def _roofline_s(self, roofline: Roofline, rows: int, sequences: int) -> Table:
+        return _float_sums(roofline.layer_s(layer, rows, sequences) for layer in self.model.layers)
 
     def _prefilled(self, rows: int) -> Table:
         """`_moved` of a prompt, but layers without experts beside a mixture count as many bytes as mixtures with their
@@ -189,19 +180,6 @@ class StageCosts:
             else max(layer.moved_bytes(rows, 1), layer.macs_per_token * mac_bytes)
             for layer in self.model.layers
         )
-
-
-def _rest_s(profile: DeviceProfile, layer: LayerCost, rows: int, sequences: int) -> float:
-    """A layer without its experts, by the roofline."""
-    read_bytes = layer.moved_bytes(rows, sequences) - layer.touched_expert_bytes(rows)
-    macs = layer.macs_per_token - layer.expert_macs_per_token + (_STATE_MACS - 1) * layer.state_macs_per_token
-    return max(read_bytes / profile.read_bytes_s, rows * macs / profile.int8_macs_s)
-
-
-def _experts_s(profile: DeviceProfile, layer: LayerCost, rows: int) -> float:
-    """Its router and experts alone."""
-    macs_s = rows * layer.expert_macs_per_token / profile.int8_macs_s
-    return max(layer.touched_expert_bytes(rows) / profile.read_bytes_s, macs_s)
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:

@@ -32,7 +32,7 @@ from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classe
 from llamaclust.core.errors import NetworkPartitionError
 from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 
 _ANSWER_TOKENS = 128
 _TOGETHER = 8

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llamaclust.model.architectures.layers import EMBEDDING
+from llamaclust.model.costs import LayerCost, ModelCosts, layer_cost
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import LayerCost, Model, ModelCosts, layer_cost
+from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import nextn_program
 
 
@@ -39,4 +40,6 @@ def _together(last: LayerCost, own: LayerCost) -> LayerCost:
         used_file_bytes=last.used_file_bytes + own.used_file_bytes,
         expert_bytes=last.expert_bytes + own.expert_bytes,
         expert_macs_per_token=last.expert_macs_per_token + own.expert_macs_per_token,
+        weights=(*last.weights, *own.weights),
+        expert_weights=(*last.expert_weights, *own.expert_weights),
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
 from llamaclust.model.architectures.positions import rope_table
+from llamaclust.model.costs import all_macs, macs
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.kv_type import KvType
@@ -23,7 +24,6 @@ from llamaclust.model.loader import Model
 from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards
 from llamaclust.model.program import Attention, Buffer, Embed, MatMul, Moe, Program, Rope, SelectRows
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_costs import all_macs, macs
 from llamaclust.model.step_options import RopeStyle
 from support.models.tiny_model import build_tiny_model
 

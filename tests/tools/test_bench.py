@@ -20,7 +20,8 @@ import pytest
 from llamaclust.cli.main import main
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import load as load_module
 from llamaclust.tools.bench.bench import BenchTask, Work, run_bench

@@ -1,21 +1,22 @@
 """What is assumed of machines that nobody measured: shares of their limits that kernels reach, and what is not given.
 
-Shares are those of docs/kernels.md ("All types") and docs/gpu.md; what a hop costs beside the network is in
-docs/roadmap.md."""
+Times of products on a processor follow from its limits and the quant types (cluster/planner/product_times.py). Shares of
+GPUs are those of docs/gpu.md; what a hop costs beside the network is in docs/roadmap.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S, LAUNCHES_S
+from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
+from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
+from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Network
 
 _GIB: Final = 1 << 30
-DECODE_SHARE: Final = 0.80
-PREFILL_SHARE: Final = 0.50
+GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 """Of a channel of usual modules, by generation."""
@@ -48,11 +49,11 @@ def _modules_bytes_s(memory: Ddr) -> float:
 
 def cpu_profile(device: Device) -> DeviceProfile:
     macs_s = threads_of(device) * THREAD_MACS_S if device.macs_s is None else device.macs_s
-    return DeviceProfile(DECODE_SHARE * read_bytes_s(device), PREFILL_SHARE * macs_s)
+    return DeviceProfile(read_bytes_s(device), macs_s)
 
 
 def gpu_profile(device: Device) -> DeviceProfile:
-    return DeviceProfile(DECODE_SHARE * read_bytes_s(device), GPU_PREFILL_SHARE * (device.macs_s or GPU_MACS_S))
+    return DeviceProfile(GPU_DECODE_SHARE * read_bytes_s(device), GPU_PREFILL_SHARE * (device.macs_s or GPU_MACS_S))
 
 
 def threads_of(device: Device) -> int:
@@ -72,9 +73,11 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     cpus = [machine.cpu for machine in assumed.machines]
     yield from _memories(cpus)
     gpus = [gpu for machine in assumed.machines for gpu in machine.gpus]
+    shares = [rates.peak_share for rates in RATES.values()]
     yield (
-        f"decode reads weights at {DECODE_SHARE:.2f} of the memory bandwidth, prefill multiplies at "
-        f"{PREFILL_SHARE:.2f} of the 8-bit peak"
+        f"decode reads weights at {READ_SHARE:.2f} of the memory bandwidth, or slower where their type takes long to "
+        f"decode, prefill multiplies at {min(shares):.2f} to {max(shares):.2f} of the 8-bit peak by type; "
+        f"{1e6 * LAYER_S:.0f} µs a layer beside its products"
     )
     if any(cpu.macs_s is None for cpu in cpus):
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "
@@ -85,7 +88,8 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     yield f"{SYSTEM_BYTES // _GIB} GiB of each machine are left to its system and the program"
     if gpus:
         yield (
-            f"GPUs, not measured yet: prefill at {GPU_PREFILL_SHARE:.2f} of the 8-bit peak, "
+            f"GPUs, not measured yet: decode at {GPU_DECODE_SHARE:.2f} of their bandwidth, "
+            f"prefill at {GPU_PREFILL_SHARE:.2f} of the 8-bit peak, "
             f"{2 * GPU_MACS_S / 1e12:.0f} TOPS unless @TOPS says; {GPU_RESERVED_BYTES >> 20} MiB left to the driver; "
             f"{1e6 * LAUNCHES_S:.0f} µs a layer to launch kernels, "
             f"{1e6 * EXCHANGE_S:.0f} µs more where its experts are in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"

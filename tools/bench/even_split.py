@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
 """The work of a sequence that the planner's `throughput` has in mind: answers of 128 tokens, eight together."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import AdapterPath, Address, ModelId, ModelPath, Real, Size, WorkerName
+from llamaclust.core.bounds import AdapterPath, Address, Integer, ModelId, ModelPath, Real, Size, WorkerName
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
 
@@ -13,19 +13,24 @@ AdapterPaths = Annotated[tuple[AdapterPath, ...], Size(0, MAX_ADAPTERS)]
 """Files of the adapters that are part of a model, on the coordinator's machine."""
 
 
+QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
+"""ggml's numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """Request: measure the machine; with a model, also steps of its layers."""
+    """Request: measure the machine and products with weights of these types; with a model, also steps of its layers."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
     request_id: int = 0
     adapter_paths: AdapterPaths = ()
+    quant_types: QuantTypes = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """Answer: without step times where the model's file or memory is missing."""
+    """Answer: without step times where the model's file or memory is missing, without products where memory is."""
 
     profile: Profile
     request_id: int = 0

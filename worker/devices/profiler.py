@@ -22,8 +22,9 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
+from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import LayerCost, Model
+from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.gpus import Gpu
+from llamaclust.core.version import VERSION
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
@@ -85,10 +86,10 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine. With
-    `model_id` where the model's steps were timed."""
+    """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine, and the
+    program, whose kernels they measure, has the same version. With `model_id` where the model's steps were timed."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
-    return f"{fingerprint}, one of {sharers} workers with {threads} threads{profiled}"
+    return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:

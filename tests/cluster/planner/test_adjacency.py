@@ -18,7 +18,7 @@ from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 from support.plans.plan_inputs import profile
 from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, Split, large, named
 

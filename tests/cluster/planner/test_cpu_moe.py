@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Placement
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 from support.plans.plan_inputs import REQUEST, profile, worker
 from support.seed import SEED
 

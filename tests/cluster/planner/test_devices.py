@@ -11,13 +11,14 @@ import pytest
 
 from llamaclust.cluster.control.planning import with_gpus as add_gpus
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, share_gpus
-from llamaclust.cluster.planner.costs import LAUNCHES_S, GpuFacts, StageCosts, WorkerFacts
+from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import DevicePlan, HeldLayers, Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
+from llamaclust.cluster.planner.roofline import LAUNCHES_S
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits

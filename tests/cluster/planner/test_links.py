@@ -22,7 +22,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.link_probe import PING_BYTES

@@ -18,8 +18,9 @@ from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages

@@ -13,7 +13,7 @@ from llamaclust.cluster.planner.plan import IdleWorker, Plan, Prediction
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, worker
 
 DEMO = ModelCosts(  # SmolLM2-135M in Q4_1

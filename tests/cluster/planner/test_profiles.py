@@ -24,7 +24,8 @@ from llamaclust.cluster.state.directory import read_profiles, write_profiles
 from llamaclust.core.profile import Profile, StepTime, at_rows, mean_step_times
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
+from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages

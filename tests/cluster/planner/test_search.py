@@ -20,7 +20,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 from support.plans.plan_inputs import profile, reach, step_time
 from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, large, named
 

@@ -11,7 +11,7 @@ from llamaclust.cluster.planner.costs import GpuFacts, StageCosts
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import ModelCosts
+from llamaclust.model.costs import ModelCosts
 from support.plans.plan_inputs import LAYER, REQUEST, profile, worker
 
 FIRST_SHARED = 6

@@ -20,7 +20,7 @@ from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, Specul
 from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, Simulation
 from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, profile, step_time, worker

@@ -7,7 +7,7 @@ from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 
 LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per_token=4096)
 

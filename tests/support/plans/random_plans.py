@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 from support.plans.plan_inputs import profile, reach
 
 GB = 10**9

@@ -1,0 +1,99 @@
+"""Times of products with weights of each quant type on a processor: as its worker measured them, or else assumed from
+the machine's limits by what kernels reached here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from llamaclust.core.profile import DeviceProfile, ProductTime
+from llamaclust.model.costs import TypedWeights
+from llamaclust.model.quant_types import TILE_ROWS, QuantType
+
+READ_SHARE: Final = 0.85
+"""Of the memory bandwidth, what products of one row reach where nothing else bounds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypeRates:
+    """Measured in a core's own cache (`benchmarks/product_times.py`), relative to the 8-bit peak."""
+
+    decode_macs: float  # in the time of so many 8-bit multiply-accumulates a weight is decoded, once for some rows
+    peak_share: float  # of products with many rows
+
+
+RATES: Final[Mapping[QuantType, TypeRates]] = {
+    QuantType.F32: TypeRates(4.0, 0.12),
+    QuantType.F16: TypeRates(4.0, 0.16),
+    QuantType.BF16: TypeRates(4.0, 0.16),
+    QuantType.Q4_0: TypeRates(2.0, 0.53),
+    QuantType.Q4_1: TypeRates(2.0, 0.56),
+    QuantType.Q5_0: TypeRates(3.0, 0.48),
+    QuantType.Q5_1: TypeRates(3.0, 0.53),
+    QuantType.Q8_0: TypeRates(2.0, 0.50),
+    QuantType.Q2_K: TypeRates(3.0, 0.50),
+    QuantType.Q3_K: TypeRates(4.0, 0.56),
+    QuantType.Q4_K: TypeRates(2.0, 0.60),
+    QuantType.Q5_K: TypeRates(3.0, 0.53),
+    QuantType.Q6_K: TypeRates(3.0, 0.40),
+    QuantType.IQ2_XXS: TypeRates(8.0, 0.66),
+    QuantType.IQ2_XS: TypeRates(16.0, 0.34),
+    QuantType.IQ3_XXS: TypeRates(10.0, 0.50),
+    QuantType.IQ1_S: TypeRates(7.0, 0.60),
+    QuantType.IQ4_NL: TypeRates(3.0, 0.53),
+    QuantType.IQ3_S: TypeRates(8.0, 0.66),
+    QuantType.IQ2_S: TypeRates(7.0, 0.63),
+    QuantType.IQ4_XS: TypeRates(3.0, 0.55),
+    QuantType.IQ1_M: TypeRates(9.0, 0.60),
+    QuantType.TQ1_0: TypeRates(5.0, 0.64),
+    QuantType.TQ2_0: TypeRates(3.0, 0.55),
+    QuantType.MXFP4: TypeRates(3.0, 0.45),
+}
+_OTHER: Final = TypeRates(4.0, 0.12)
+"""Of types that no kernel computes with: plans of such models are refused elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTimes:
+    """Of one processor."""
+
+    _read_bytes_s: float
+    _int8_macs_s: float
+    _measured: Mapping[int, Sequence[ProductTime]]  # by ggml's number of the type, rows ascending
+    _known: dict[tuple[QuantType, float], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, profile: DeviceProfile, *, concurrent: bool) -> Self:
+        measured: dict[int, list[ProductTime]] = {}
+        for time in profile.product_times(concurrent=concurrent):
+            measured.setdefault(time.quant_type, []).append(time)
+        return cls(profile.read_bytes_s, profile.int8_macs_s, measured)
+
+    def seconds(self, weights: Sequence[TypedWeights], rows: float) -> float:
+        """Of products of `rows` rows with these weights."""
+        return sum(each.n_bytes * self.byte_s(each.quant_type, rows) for each in weights)
+
+    def byte_s(self, quant_type: QuantType, rows: float) -> float:
+        """Seconds for each byte of weights in memory."""
+        key = quant_type, rows
+        if key not in self._known:
+            measured = self._measured.get(int(quant_type))
+            self._known[key] = _at(measured, rows) if measured else self._assumed(quant_type, rows)
+        return self._known[key]
+
+    def _assumed(self, quant_type: QuantType, rows: float) -> float:
+        rates, block = RATES.get(quant_type, _OTHER), quant_type.info.block_size
+        weights = TILE_ROWS * block / quant_type.info.tile_bytes(block)  # of a byte
+        macs_s = weights * (rates.decode_macs + rows / rates.peak_share) / self._int8_macs_s
+        return max(1 / (READ_SHARE * self._read_bytes_s), macs_s)
+
+
+def _at(times: Sequence[ProductTime], rows: float) -> float:
+    """On lines between the points, and on the last one beyond them; no row takes less than the first point."""
+    if len(times) == 1 or rows <= times[0].rows:
+        return times[0].byte_s
+    index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
+    low, high = times[index - 1], times[index]
+    along = (rows - low.rows) / (high.rows - low.rows)
+    return max(low.byte_s + along * (high.byte_s - low.byte_s), 0.0)

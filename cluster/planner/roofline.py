@@ -1,0 +1,78 @@
+"""Seconds of layers whose steps were not measured: products by quant type, all else by memory bandwidth and 8-bit
+products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from llamaclust.cluster.planner.product_times import ProductTimes
+from llamaclust.core.profile import DeviceProfile
+from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
+
+LAUNCHES_S: Final = 30e-6
+"""Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
+LAYER_S: Final = 30e-6
+"""Of a layer on a processor beside its products: norms, rotation, attention over few keys, threads that wait for each
+other."""
+_STATE_MACS: Final = 4
+"""A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Of one device."""
+
+    _read_bytes_s: float
+    _int8_macs_s: float
+    _products: ProductTimes | None  # None: the profile has what kernels of all types reach
+
+    @classmethod
+    def of(cls, profile: DeviceProfile, device: str, *, concurrent: bool) -> Self:
+        products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
+        return cls(profile.read_bytes_s, profile.int8_macs_s, products)
+
+    def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
+        """Experts for themselves: what one is bound by does not hide what another is bound by, and a part of a stage
+        takes as long wherever it is computed."""
+        return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
+
+    def experts_s(self, layer: LayerCost, rows: int) -> float:
+        """A layer's router and experts alone. Each row has products with the experts that it chooses."""
+        weights, share = self._typed(layer.expert_weights), layer.touched_share(rows)
+        n_bytes = layer.touched_expert_bytes(rows) - share * _bytes_of(weights)
+        macs = rows * (layer.expert_macs_per_token - _macs_of(weights))
+        rows_of_each = rows * layer.touched_share(1) / share
+        return self._products_s(weights, rows_of_each, share) + self._other_s(n_bytes, macs)
+
+    def head_s(self, model: ModelCosts, rows: int) -> float:
+        weights = self._typed(model.head_weights)
+        n_bytes, macs = model.head_bytes - _bytes_of(weights), rows * (model.head_macs - _macs_of(weights))
+        return self._products_s(weights, rows) + self._other_s(n_bytes, macs)
+
+    def _rest_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
+        weights = self._typed(layer.weights)
+        n_bytes = layer.moved_bytes(rows, sequences) - layer.touched_expert_bytes(rows) - _bytes_of(weights)
+        macs = layer.macs_per_token - layer.expert_macs_per_token + (_STATE_MACS - 1) * layer.state_macs_per_token
+        other_s = self._other_s(n_bytes, rows * (macs - _macs_of(weights)))
+        steps_s = LAUNCHES_S if self._products is None else LAYER_S if weights else 0.0
+        return steps_s + self._products_s(weights, rows) + other_s
+
+    def _typed(self, weights: Sequence[TypedWeights]) -> Sequence[TypedWeights]:
+        """Those whose type says what products with them take."""
+        return () if self._products is None else weights
+
+    def _products_s(self, weights: Sequence[TypedWeights], rows: float, share: float = 1.0) -> float:
+        return share * self._products.seconds(weights, rows) if self._products else 0.0
+
+    def _other_s(self, n_bytes: float, macs: float) -> float:
+        return max(n_bytes / self._read_bytes_s, macs / self._int8_macs_s, 0.0)
+
+
+def _bytes_of(weights: Sequence[TypedWeights]) -> int:
+    return sum(each.n_bytes for each in weights)
+
+
+def _macs_of(weights: Sequence[TypedWeights]) -> int:
+    return sum(each.macs for each in weights)

@@ -1,0 +1,283 @@
+"""What steps, layers and a model cost: bytes of weights, those that a token does not read, KV memory, states, and
+multiply-accumulates."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from math import prod
+from operator import attrgetter
+
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.mixtures.steps import shard_name, whole_name
+from llamaclust.model.program import (
+    Adapt,
+    AddPosition,
+    AddRow,
+    Attention,
+    Convolution,
+    DeltaRule,
+    Embed,
+    ExpertChoice,
+    ExpertShards,
+    HeadMatMul,
+    MatMul,
+    MixtureStep,
+    Moe,
+    Program,
+    Scan,
+    SelectRows,
+    Step,
+    weights_of,
+)
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+resident_bytes = attrgetter("resident_bytes")
+file_bytes = attrgetter("n_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class TypedWeights:
+    """Weights of one quant type that rows are multiplied with: bytes that lie in memory, multiply-accumulates of a
+    row."""
+
+    quant_type: QuantType
+    n_bytes: int
+    macs: int
+
+
+def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
+    """By quant type: matrices of experts, or those outside of mixtures. Routers are in neither."""
+    n_bytes, products = Counter[QuantType](), Counter[QuantType]()
+    seen = set[str]()
+    for step in steps:
+        is_mixture = isinstance(step, Moe | MixtureStep)
+        for name, count in macs(step):
+            if name is None or is_mixture is not experts or name == _router(step):
+                continue
+            quant_type = tensors[name].quant_type
+            n_bytes[quant_type] += 0 if name in seen else tensors[name].resident_bytes
+            products[quant_type] += count
+            seen.add(name)
+    return tuple(TypedWeights(kind, n_bytes[kind], products[kind]) for kind in sorted(products))
+
+
+def _router(step: Step) -> str | None:
+    return step.router if isinstance(step, Moe) else step.mixture.router if isinstance(step, ExpertChoice) else None
+
+
+def weight_bytes(
+    tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int] = resident_bytes
+) -> int:
+    return sum(size(tensors[name]) for name in weights_of(steps))
+
+
+def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
+    """Of the experts that a token does not choose."""
+    idle = 0
+    for step in steps:
+        if isinstance(step, Moe | ExpertShards):
+            mixture = step if isinstance(step, Moe) else step.mixture
+            held = sum(size(tensors[name]) for name in _expert_matrices(step))
+            idle += held * (mixture.experts - mixture.used) // mixture.experts
+    return idle
+
+
+def idle_share(steps: Iterable[Step]) -> float:
+    """Of the layer's experts, those that a token does not choose. No layer has two mixtures."""
+    return next((1 - step.used / step.experts for step in map(_mixture, steps) if step is not None), 0.0)
+
+
+def _mixture(step: Step) -> Moe | None:
+    return step.mixture if isinstance(step, MixtureStep) else step if isinstance(step, Moe) else None
+
+
+def _expert_matrices(step: Moe | ExpertShards) -> Iterator[str]:
+    for name in (*step.inner, step.down) if isinstance(step, Moe) else (*step.mixture.inner, step.mixture.down):
+        yield from (name,) if isinstance(step, Moe) else (shard_name(name, shard) for shard in step.shards)
+
+
+def float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
+    counts = (named for step in steps for named in macs(step))
+    return sum(
+        count
+        for name, count in counts
+        if name is None or tensors[name].quant_type.info.activation is ActivationFormat.F32
+    )
+
+
+def macs(step: Step) -> Sequence[tuple[str | None, int]]:
+    """Multiply-accumulates of each of the step's weights for one row; None: those of a state, in float32."""
+    match step:
+        case MatMul():
+            return [(step.weight, step.x.width * step.out.width)]
+        case HeadMatMul():
+            return [(step.weight, prod(step.shape))]
+        case Adapt():
+            return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
+        case Convolution():
+            return [(step.weight, step.x.width * step.taps)]
+        case DeltaRule():
+            return [(None, 4 * prod(step.shape))]
+        case Scan():
+            return [(None, 3 * step.out.width * step.state_size)]
+        case Moe():
+            down = step.used * step.ffn_width * step.out.width
+            inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
+            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, down)]
+        case ExpertChoice():
+            return [(step.mixture.router, step.x.width * step.mixture.experts)]
+        case ExpertShards():
+            return [(name, _shard_macs(step, name)) for name in _expert_matrices(step)]
+        case _:
+            return []
+
+
+def _shard_macs(step: ExpertShards, name: str) -> int:
+    """Of a token that chooses experts evenly."""
+    mixture, (start, end) = step.mixture, map(int, re.findall(r"\d+", name.rpartition("[")[2]))
+    is_down = whole_name(name) == mixture.down
+    size = mixture.ffn_width * mixture.out.width if is_down else mixture.inner_width * mixture.x.width
+    return mixture.used * size * (end - start) // mixture.experts
+
+
+def all_macs(steps: Iterable[Step]) -> int:
+    return sum(count for step in steps for _, count in macs(step))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
+    other experts, a share `idle_share` of all experts. `used_file_bytes`: those that it reads, as the file holds them.
+
+    Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
+    and are not in them.
+    """
+
+    weight_bytes: int
+    macs_per_token: int
+    kv_bytes_per_token: int
+    idle_bytes: int = 0
+    idle_share: float = 0.0
+    float_macs_per_token: int = 0
+    used_file_bytes: int = 0
+    state_bytes: int = 0  # of a state of a sequence
+    window: int | None = None  # of its attention
+    window_bytes_per_token: int = 0  # of `kv_bytes_per_token`, what is given up behind the window
+    kv_source: int | None = None  # the layer whose keys and values it reads, if it has none of its own
+    expert_bytes: int = 0  # of `weight_bytes`, router and experts
+    expert_macs_per_token: int = 0
+    is_joined: bool = False  # no stage begins with it
+    saved_bytes: int = 0  # of a layer's first part: what all of them together take less than one by one
+    state_macs_per_token: int = 0  # of `float_macs_per_token`, those of a state
+    weights: tuple[TypedWeights, ...] = ()  # that rows are multiplied with, but those of experts
+    expert_weights: tuple[TypedWeights, ...] = ()
+
+    def moved_bytes(self, rows: int, sequences: int) -> float:
+        """What a step of so many rows of so many sequences reads or writes: weights, and each sequence's state, which
+        it reads and writes once."""
+        return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
+
+    def touched_bytes(self, rows: int) -> float:
+        """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
+        experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
+        return self.weight_bytes - self._idle_bytes(rows)
+
+    def touched_expert_bytes(self, rows: int) -> float:
+        """Of these, router and experts."""
+        return self.expert_bytes - self._idle_bytes(rows)
+
+    def touched_share(self, rows: int) -> float:
+        """Of weights of experts, those that a step of so many rows reads."""
+        return 1 - self.idle_share**rows
+
+    def _idle_bytes(self, rows: int) -> float:
+        return self.idle_bytes * self.idle_share ** (rows - 1)
+
+
+JOINED = LayerCost(0, 0, 0, is_joined=True)
+"""Of parts of a layer that is not divided."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """The first stage holds the embedding, the last one the head, which may be the same tensor (counted in both)."""
+
+    embedding_bytes: int
+    head_bytes: int
+    head_macs: int
+    layers: tuple[LayerCost, ...]
+    float_head_macs: int = 0
+    head_file_bytes: int = 0
+    hidden_bytes: int = 0  # of one token, as it goes from stage to stage
+    cut_bytes: int = 0  # the same from a stage that ends inside a layer, at most
+    expert_shards: int = 1  # so many of `layers` are the parts of one
+    nextn_bytes: int = 0  # of an MTP head, what the last stage holds beside its layer
+    nextn_embedding_bytes: int = 0  # likewise, where it is not the first stage too
+    head_weights: tuple[TypedWeights, ...] = ()
+
+    @property
+    def quant_types(self) -> tuple[QuantType, ...]:
+        """Of weights that rows are multiplied with."""
+        of_layers = (weights for layer in self.layers for weights in (*layer.weights, *layer.expert_weights))
+        return tuple(sorted({weights.quant_type for weights in (*of_layers, *self.head_weights)}))
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Layers before which the model may be cut, and its end: not between a layer and the one whose keys and values
+        it reads, or inside a layer that is not divided."""
+        shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
+        sources = ((source * self.expert_shards, number) for source, number in shared)
+        between = {border for source, number in sources for border in range(source + 1, number + 1)}
+        between |= {number for number, layer in enumerate(self.layers) if layer.is_joined}
+        return tuple(border for border in range(len(self.layers) + 1) if border not in between)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one position."""
+        return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a state of a sequence, in all layers."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    @property
+    def window(self) -> int | None:
+        """The largest one of its layers, if any has one."""
+        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
+
+
+def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
+    """Of a program of one layer, without the embedding and the head of a first or last stage."""
+    before_head = takewhile(partial(is_before_head, program), program.steps)
+    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
+    mixtures = [step for step in steps if isinstance(step, Moe | MixtureStep)]
+    return LayerCost(
+        weight_bytes=weight_bytes(tensors, steps),
+        macs_per_token=all_macs(steps),
+        kv_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers),
+        idle_bytes=idle_bytes(tensors, steps, resident_bytes),
+        idle_share=idle_share(steps),
+        window=program.window,
+        state_bytes=sum(kept.n_bytes for kept in program.states),
+        window_bytes_per_token=sum(kept.kv_token_bytes for kept in program.kv_layers if kept.window is not None),
+        float_macs_per_token=float_macs(tensors, steps),
+        used_file_bytes=weight_bytes(tensors, steps, file_bytes) - idle_bytes(tensors, steps, file_bytes),
+        kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
+        expert_bytes=weight_bytes(tensors, mixtures),
+        expert_macs_per_token=all_macs(mixtures),
+        state_macs_per_token=sum(count for step in steps for name, count in macs(step) if name is None),
+        weights=typed_weights(tensors, steps, experts=False),
+        expert_weights=typed_weights(tensors, steps, experts=True),
+    )
+
+
+def is_before_head(program: Program, step: Step) -> bool:
+    """The head begins with the norm of all rows, where there is one."""
+    has_norm = program.normed is not None and program.normed != program.hidden
+    return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)

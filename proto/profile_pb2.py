@@ -24,35 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/profile.proto\x12\rllamaclust.v1\"t\n\rProfileWorker\x12\x17\n\nmodel_path\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x15\n\radapter_paths\x18\x04 \x03(\tB\r\n\x0b_model_path\"L\n\rWorkerProfile\x12\'\n\x07profile\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Profile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"`\n\x07Profile\x12)\n\x03\x63pu\x18\x01 \x01(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\x12*\n\x04gpus\x18\x02 \x03(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\"\x92\x01\n\rDeviceProfile\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12+\n\nconcurrent\x18\x03 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12)\n\x08isolated\x18\x04 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\"P\n\x08StepTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"H\n\x0cProfileLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"M\n\x0cLinkProfiles\x12)\n\x05links\x18\x01 \x03(\x0b\x32\x1a.llamaclust.v1.LinkProfile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"4\n\x0bLinkProfile\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"@\n\x0fPeerUnreachable\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\tProbePeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"A\n\x0bProbeResult\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/profile.proto\x12\rllamaclust.v1\"\x89\x01\n\rProfileWorker\x12\x17\n\nmodel_path\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x15\n\radapter_paths\x18\x04 \x03(\t\x12\x13\n\x0bquant_types\x18\x05 \x03(\rB\r\n\x0b_model_path\"L\n\rWorkerProfile\x12\'\n\x07profile\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Profile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"`\n\x07Profile\x12)\n\x03\x63pu\x18\x01 \x01(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\x12*\n\x04gpus\x18\x02 \x03(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\"\xf7\x01\n\rDeviceProfile\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12+\n\nconcurrent\x18\x03 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12)\n\x08isolated\x18\x04 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12,\n\x08products\x18\x05 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\x12\x35\n\x11isolated_products\x18\x06 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\"?\n\x0bProductTime\x12\x12\n\nquant_type\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0e\n\x06\x62yte_s\x18\x03 \x01(\x01\"P\n\x08StepTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"H\n\x0cProfileLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"M\n\x0cLinkProfiles\x12)\n\x05links\x18\x01 \x03(\x0b\x32\x1a.llamaclust.v1.LinkProfile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"4\n\x0bLinkProfile\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"@\n\x0fPeerUnreachable\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\tProbePeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"A\n\x0bProbeResult\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.profile_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROFILEWORKER']._serialized_start=49
-  _globals['_PROFILEWORKER']._serialized_end=165
-  _globals['_WORKERPROFILE']._serialized_start=167
-  _globals['_WORKERPROFILE']._serialized_end=243
-  _globals['_PROFILE']._serialized_start=245
-  _globals['_PROFILE']._serialized_end=341
-  _globals['_DEVICEPROFILE']._serialized_start=344
-  _globals['_DEVICEPROFILE']._serialized_end=490
-  _globals['_STEPTIME']._serialized_start=492
-  _globals['_STEPTIME']._serialized_end=572
-  _globals['_PROFILELINKS']._serialized_start=574
-  _globals['_PROFILELINKS']._serialized_end=646
-  _globals['_LINKEND']._serialized_start=648
-  _globals['_LINKEND']._serialized_end=690
-  _globals['_LINKPROFILES']._serialized_start=692
-  _globals['_LINKPROFILES']._serialized_end=769
-  _globals['_LINKPROFILE']._serialized_start=771
-  _globals['_LINKPROFILE']._serialized_end=823
-  _globals['_PEERUNREACHABLE']._serialized_start=825
-  _globals['_PEERUNREACHABLE']._serialized_end=889
-  _globals['_PROBEPEER']._serialized_start=891
-  _globals['_PROBEPEER']._serialized_end=955
-  _globals['_PROBERESULT']._serialized_start=957
-  _globals['_PROBERESULT']._serialized_end=1022
+  _globals['_PROFILEWORKER']._serialized_start=50
+  _globals['_PROFILEWORKER']._serialized_end=187
+  _globals['_WORKERPROFILE']._serialized_start=189
+  _globals['_WORKERPROFILE']._serialized_end=265
+  _globals['_PROFILE']._serialized_start=267
+  _globals['_PROFILE']._serialized_end=363
+  _globals['_DEVICEPROFILE']._serialized_start=366
+  _globals['_DEVICEPROFILE']._serialized_end=613
+  _globals['_PRODUCTTIME']._serialized_start=615
+  _globals['_PRODUCTTIME']._serialized_end=678
+  _globals['_STEPTIME']._serialized_start=680
+  _globals['_STEPTIME']._serialized_end=760
+  _globals['_PROFILELINKS']._serialized_start=762
+  _globals['_PROFILELINKS']._serialized_end=834
+  _globals['_LINKEND']._serialized_start=836
+  _globals['_LINKEND']._serialized_end=878
+  _globals['_LINKPROFILES']._serialized_start=880
+  _globals['_LINKPROFILES']._serialized_end=957
+  _globals['_LINKPROFILE']._serialized_start=959
+  _globals['_LINKPROFILE']._serialized_end=1011
+  _globals['_PEERUNREACHABLE']._serialized_start=1013
+  _globals['_PEERUNREACHABLE']._serialized_end=1077
+  _globals['_PROBEPEER']._serialized_start=1079
+  _globals['_PROBEPEER']._serialized_end=1143
+  _globals['_PROBERESULT']._serialized_start=1145
+  _globals['_PROBERESULT']._serialized_end=1210
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class ProfileWorker(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
+    QUANT_TYPES_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model on the coordinator's machine, whose steps are to be measured; not set: the machine alone."""
     model_id: _builtins.str
@@ -38,6 +39,10 @@ class ProfileWorker(_message.Message):
     def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths of the files of its adapters."""
 
+    @_builtins.property
+    def quant_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """ggml's numbers of the quant types with which products are to be measured."""
+
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class ProfileWorker(_message.Message):
         model_id: _builtins.str = ...,
         request_id: _builtins.int = ...,
         adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
+        quant_types: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "model_path", b"model_path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "adapter_paths", b"adapter_paths", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "adapter_paths", b"adapter_paths", "model_id", b"model_id", "model_path", b"model_path", "quant_types", b"quant_types", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model_path: _TypeAlias = _typing.Literal["model_path"]  # noqa: Y015
     _WhichOneofArgType__model_path: _TypeAlias = _typing.Literal["_model_path", b"_model_path"]  # noqa: Y015
@@ -124,6 +130,8 @@ class DeviceProfile(_message.Message):
     INT8_MACS_S_FIELD_NUMBER: _builtins.int
     CONCURRENT_FIELD_NUMBER: _builtins.int
     ISOLATED_FIELD_NUMBER: _builtins.int
+    PRODUCTS_FIELD_NUMBER: _builtins.int
+    ISOLATED_PRODUCTS_FIELD_NUMBER: _builtins.int
     read_bytes_s: _builtins.float
     """Bytes of weights read per second."""
     int8_macs_s: _builtins.float
@@ -138,6 +146,14 @@ class DeviceProfile(_message.Message):
     def isolated(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
         """The same while these are idle; empty: as `concurrent`."""
 
+    @_builtins.property
+    def products(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProductTime]:
+        """Products with weights of quant types, by type and ascending rows, while the machine's other workers compute too."""
+
+    @_builtins.property
+    def isolated_products(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProductTime]:
+        """The same while these are idle; empty: as `products`."""
+
     def __init__(
         self,
         *,
@@ -145,14 +161,46 @@ class DeviceProfile(_message.Message):
         int8_macs_s: _builtins.float = ...,
         concurrent: _abc.Iterable[Global___StepTime] | None = ...,
         isolated: _abc.Iterable[Global___StepTime] | None = ...,
+        products: _abc.Iterable[Global___ProductTime] | None = ...,
+        isolated_products: _abc.Iterable[Global___ProductTime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent", b"concurrent", "int8_macs_s", b"int8_macs_s", "isolated", b"isolated", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent", b"concurrent", "int8_macs_s", b"int8_macs_s", "isolated", b"isolated", "isolated_products", b"isolated_products", "products", b"products", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceProfile: _TypeAlias = DeviceProfile  # noqa: Y015
+
+@_typing.final
+class ProductTime(_message.Message):
+    """Time of a product of some rows with weights of a quant type: byte_s * bytes of weights in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANT_TYPE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    BYTE_S_FIELD_NUMBER: _builtins.int
+    quant_type: _builtins.int
+    """ggml's number."""
+    rows: _builtins.int
+    """Of activations."""
+    byte_s: _builtins.float
+    """Seconds for each byte of weights in memory."""
+    def __init__(
+        self,
+        *,
+        quant_type: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        byte_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byte_s", b"byte_s", "quant_type", b"quant_type", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProductTime: _TypeAlias = ProductTime  # noqa: Y015
 
 @_typing.final
 class StepTime(_message.Message):

@@ -53,7 +53,7 @@ class Requests:
         return await worker.kv_disk.answer(request, worker.service.runner(request.epoch))
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Where the model's file is missing, of the machine alone."""
+        """Where the model's file is missing, without its steps."""
         worker = self._session.worker
         try:
             path, adapters = request.model_path, request.adapter_paths
@@ -61,7 +61,7 @@ class Requests:
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
         with model or nullcontext():
-            return profiles.WorkerProfile(worker.device.measure(model), request.request_id)
+            return profiles.WorkerProfile(worker.device.measure(model, request.quant_types), request.request_id)
 
     async def _profile_link(self, worker: str, address: str) -> profiles.LinkProfile:
         peer = self._session.peer(address, worker)

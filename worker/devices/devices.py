@@ -95,13 +95,17 @@ class Device:
         experts = cast(ExpertsBackend, self.backend)  # beside GPUs it is a CPU's
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
-    def measure(self, model: Model | None = None) -> Profile:
-        """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
+    def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
+        """What the machine reaches, and what steps of the model and products with weights of these types take; blocks
+        for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
+        from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
         threads, level = self.threads, self.feature_level
         cpu = measure_machine(threads)
+        if self.kind != _REFERENCE:
+            cpu = replace(cpu, products=measure_products(quant_types, threads, level, self.free_memory_bytes))
         gpus = [gpu.measure() for gpu in self.gpus]
         if model is not None:
             if self.kind != _REFERENCE:

@@ -14,7 +14,7 @@ from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.directory import read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, Notice, Report
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.profile import DeviceProfile, Profile, StepTimes, mean_profile
+from llamaclust.core.profile import DeviceProfile, Profile, mean_profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.profiles import ProfileWorker
 
@@ -26,7 +26,8 @@ class WorkerProfiles:
         """With what earlier starts measured."""
         self._stated = stated_speeds(config)
         self._model_id = model.model_id
-        self._order = ProfileWorker(str(model.file.path), model.model_id, adapter_paths=model.adapter_paths)
+        types = tuple(map(int, model.quant_types))
+        self._order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
         self._state_dir = state_dir
         self._report = report
         self._known = read_profiles(state_dir)  # by `measurement_key`
@@ -73,6 +74,8 @@ class WorkerProfiles:
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
         measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
         hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
+        known = read_profiles(self._state_dir)  # of other models by now, too
+        hardware = {key: profile.with_other_products(known.get(key, profile)) for key, profile in hardware.items()}
         busy = {worker.registration.machine for worker in workers.values() if worker.stages}
         if not any(workers[name].registration.machine in busy for name in measured):
             write_profiles(self._state_dir, hardware | kept)
@@ -117,8 +120,9 @@ class _Measuring:
             machines.setdefault(self._workers[name].registration.machine, []).append(name)
         shared = [names for names in machines.values() if len(names) > 1]
         for isolated in await asyncio.gather(*map(self._isolated, shared)):
-            for key, times in isolated.items():
-                found[key] = replace(found[key], cpu=replace(found[key].cpu, isolated=times))
+            for key, cpu in isolated.items():
+                both = replace(found[key].cpu, isolated=cpu.concurrent, isolated_products=cpu.products)
+                found[key] = replace(found[key], cpu=both)
         return found
 
     async def _concurrent(self) -> dict[str, Profile]:
@@ -133,20 +137,21 @@ class _Measuring:
     async def _or_hardware(self, worker: WorkerHandle, profile: Profile | None) -> Profile | None:
         """The machine's alone where there is no profile; None where the worker is lost."""
         try:
-            return profile or await profile_worker(worker, ProfileWorker())
+            return profile or await profile_worker(worker, ProfileWorker(quant_types=self._order.quant_types))
         except LlamaclustError:
             if worker.loss is None:
                 raise
             self._report(Notice(f"the start goes on without worker {worker.name}: {worker.error}"))
             return None
 
-    async def _isolated(self, names: list[str]) -> dict[str, StepTimes]:
-        """Step times by key, of one worker after the other on their machine."""
+    async def _isolated(self, names: list[str]) -> dict[str, DeviceProfile]:
+        """Of processors by key, of one worker after the other on their machine."""
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
-        isolated: dict[str, StepTimes] = {}
+        isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
-            if key not in self.failed and (profile := await self._profile(worker)) is not None:
-                isolated[key] = profile.cpu.concurrent
+            profile = None if key in self.failed else await self._profile(worker)
+            if (profile := await self._or_hardware(worker, profile)) is not None:
+                isolated[key] = profile.cpu
         return isolated
 
     async def _profile(self, worker: WorkerHandle) -> Profile | None:
@@ -157,7 +162,7 @@ class _Measuring:
             if worker.loss is not None:
                 return None
             self.failed.add(self._keys[worker.name])
-            fallback = "plans use only its memory bandwidth and integer throughput"
+            fallback = "plans use times of products by quant type"
             what = f"could not time the model's steps on worker {worker.name}; {fallback}"
             self._report(Notice(f"{what}: {error}"))
             return None

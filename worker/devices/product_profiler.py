@@ -1,0 +1,71 @@
+"""Times of products with weights of quant types on this worker's processor: for plans of models whose steps it cannot
+measure.
+
+A matrix of random weights is larger than the caches near a core, and caches are flushed before each product of few
+rows, as between two tokens of a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from llamaclust.core.profile import ProductTime
+from llamaclust.kernels import _native
+from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES, quantize
+from llamaclust.model.quant_types import TILE_ROWS, QuantType
+from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
+from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
+
+ROWS: Final = (1, 4, 8, 32, 128)
+"""Of activations: a decode step, windows of drafts and a few sequences, prompts."""
+_FEW_ROWS: Final = 8
+_WEIGHT_ROWS, _COLUMNS = 8192, 2048
+_LEAST_BYTES: Final = 32 << 20
+_MOST_BYTES: Final = 4 * _WEIGHT_ROWS * _COLUMNS  # of float32
+_TRIES: Final = 3
+_ENOUGH_S: Final = 0.3  # of tries of a product: on a slow machine there is one
+
+
+def measure_products(
+    quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
+) -> tuple[ProductTime, ...]:
+    """Of the types that the processor computes with; none where memory is short. Blocks for some tens of milliseconds a
+    type."""
+    known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
+    flush_bytes = min(largest_cache_bytes(), free_bytes - 2 * _MOST_BYTES)
+    if not known or flush_bytes < SWEEP_BYTES:
+        return ()
+    flush = CacheFlush(flush_bytes)
+    return tuple(time for kind in known for time in _of_type(kind, threads, feature_level, flush))
+
+
+def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: CacheFlush) -> Iterator[ProductTime]:
+    matrices = _matrices(quant_type, feature_level)
+    source = np.random.default_rng(0)
+    for rows in ROWS:
+        x = source.standard_normal((rows, _COLUMNS), np.float32)
+        used = matrices if rows <= _FEW_ROWS else matrices[:1]
+        seconds: list[float] = []
+        while len(seconds) < _TRIES and sum(seconds) < _ENOUGH_S:
+            if rows <= _FEW_ROWS:
+                flush.sweep()
+            seconds.append(_native.matmul_seconds(feature_level, used, x, threads))
+        yield ProductTime(quant_type, rows, median(seconds) / sum(matrix.bytes for matrix in used))
+
+
+def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:
+    """All of the same tile again and again, which looks up most of a grid's points."""
+    weights = np.random.default_rng(0).standard_normal((TILE_ROWS, _COLUMNS), np.float32)
+    tile_bytes = quant_type.info.tile_bytes(_COLUMNS)
+    n_bytes = tile_bytes * (_WEIGHT_ROWS // TILE_ROWS)
+    memory = _native.Memory(-(-_LEAST_BYTES // n_bytes) * n_bytes)
+    _native.PackedMatrix(quant_type, TILE_ROWS, _COLUMNS, memory, 0).pack_rows(
+        0, quantize(quant_type, weights, None, feature_level).reshape(-1)
+    )
+    memory.view.reshape(-1, tile_bytes)[1:] = memory.view[:tile_bytes]
+    places = range(0, memory.bytes, n_bytes)
+    return [_native.PackedMatrix(quant_type, _WEIGHT_ROWS, _COLUMNS, memory, place) for place in places]

@@ -1,6 +1,6 @@
 """Accuracy of plans for every quant type: predicted and measured time of a token of one shape, one worker.
 
-    python benchmarks/quant_types/plan_types.py [--types Q4_K,IQ1_S] [--shape 1.1b] [--threads 2] [--repeats 1] [--json PATH]
+    python benchmarks/quant_types/plan_types.py [--types Q4_K,IQ1_S] [--shape 1.1b] [--threads 2] [--repeats 1]
 
 For each type a file is written, and a cluster started as a newcomer's, with nothing measured before. A line has the
 measured ms a token, and predicted / measured: of the plan, by steps of the model that the worker measured; by products

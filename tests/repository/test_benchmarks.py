@@ -122,6 +122,15 @@ def test_all_types(folder: Path) -> None:
     assert len(table) == 3 and table[2].startswith("| Q8_0 | 8.5 | 32 | 1.00 |")
 
 
+def test_quant_types(folder: Path) -> None:
+    options = ("--types", "Q8_0", "--models", ".", "--threads", "1", "--json", "plans.jsonl")
+    text = output(folder, "quant_types/plan_types.py", *options)
+    assert re.search(r"^by products: [01] of 1 types within 15%", text, re.MULTILINE)
+    assert json.loads((folder / "plans.jsonl").read_text())["measured"] > 0
+    rates = output(folder, "quant_types/product_rates.py", "--types", "Q8_0,IQ1_S", "--rounds", "1").splitlines()
+    assert len(rates) == 3 and all(float(line.split()[2]) > 0 for line in rates[1:])
+
+
 def test_load(folder: Path) -> None:
     out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
     kinds = ("and packing", "from the file", "packed", "packed, copied")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
-from llamaclust.core.profile import DeviceProfile, Profile, StepTime
+from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.kv_type import KvType
 from llamaclust.proto import control_pb2, loading_pb2
 from llamaclust.wire.control.codec import (
@@ -101,6 +101,8 @@ def test_numbers_that_are_none_are_refused() -> None:
         measured(1e9, 1e12, StepTime(1, -1e-9, 1e-11, 1e-3)),
         measured(gpus=(DeviceProfile(0.0, 1e12),)),
         measured(gpus=(DeviceProfile(1e12, 1e12, (StepTime(8, 0.0, 0.0, 0.0),) * 2),)),
+        measured(gpus=(DeviceProfile(1e12, 1e12, products=(ProductTime(8, 1, 0.0),) * 2),)),
+        measured(gpus=(DeviceProfile(1e12, 1e12, products=(ProductTime(8, 1, -1.0),)),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
         replace(REGISTER, total_memory_bytes=1 << 62),

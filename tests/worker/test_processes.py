@@ -22,6 +22,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, Mod
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.control.messages import (
@@ -193,7 +194,8 @@ async def test_a_load_that_fails_leaves_a_worker_that_serves(model: Path, tmp_pa
 async def test_a_worker_measures_its_machine_and_shows_signs_of_life(model: Path, tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 1) as cluster:
         worker = cluster.registry.workers["a"]
-        measured = await profile_worker(worker, ProfileWorker())
+        measured = await profile_worker(worker, ProfileWorker(quant_types=(QuantType.Q8_0,)))
+        assert {time.quant_type for time in measured.cpu.products} == {QuantType.Q8_0}
         assert measured.cpu.read_bytes_s > 1e8
         assert measured.cpu.int8_macs_s > 1e8
         pipeline = await cluster.load(model, (0, 5))

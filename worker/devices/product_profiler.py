@@ -54,7 +54,7 @@ def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: Cac
             if rows <= _FEW_ROWS:
                 flush.sweep()
             seconds.append(_native.matmul_seconds(feature_level, used, x, threads))
-        yield ProductTime(quant_type, rows, median(seconds) / sum(matrix.bytes for matrix in used))
+        yield ProductTime(int(quant_type), rows, median(seconds) / sum(matrix.bytes for matrix in used))
 
 
 def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:

@@ -34,7 +34,8 @@ from llamaclust.core.errors import (
     UsageError,
     WorkerError,
 )
-from llamaclust.core.profile import DeviceProfile, Profile, StepTime
+from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
+from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -168,11 +169,12 @@ class Machines:
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
         self.told: list[str] = []
+        self.model_id = "ab" * 32
         self.workers = {name: handle_of(name, self._sayer(name)) for name in answers}
 
     def _sayer(self, name: str) -> Callable[[CoordinatorMessage], Awaitable[None]]:
         async def say(message: CoordinatorMessage) -> None:
-            assert isinstance(message, ProfileWorker)
+            assert isinstance(message, ProfileWorker) and message.quant_types == (12, 14)
             self.asked.append((name, bool(message.model_path)))
             answer = self.answers[name] if message.model_path else WorkerProfile(Profile(DeviceProfile(20e9, 300e9)))
             if isinstance(answer, str):
@@ -189,7 +191,9 @@ class Machines:
 
     def empty(self, folder: Path) -> WorkerProfiles:
         values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
-        model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")), adapter_paths=())
+        file = SimpleNamespace(path=Path("/m.gguf"))
+        types = (QuantType.Q4_K, QuantType.Q6_K)
+        model: Any = SimpleNamespace(model_id=self.model_id, file=file, adapter_paths=(), quant_types=types)
         config = ClusterConfig.model_validate(values)
         return WorkerProfiles(config, model, folder, self.report)
 
@@ -282,14 +286,34 @@ async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tm
     machines = Machines(a=FAILED, b=FAILED)
     measured = await machines.measure(tmp_path)
     assert list(measured.values()) == 2 * [Profile(DeviceProfile(20e9, 300e9))]
-    assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False)]
+    isolated = ("a", False)
+    assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False), isolated]
     assert machines.told == [
-        f"could not time the model's steps on worker {name}; plans use only its memory bandwidth and "
-        f"integer throughput: worker {name}: RuntimeError: out of luck"
+        f"could not time the model's steps on worker {name}; plans use times of products by quant type: "
+        f"worker {name}: RuntimeError: out of luck"
         for name in "ab"
     ]
     kept = read_profiles(tmp_path)
     assert kept and not [key for key in kept if "model" in key], "the next start measures again"
+
+
+async def test_products_of_quant_types_are_kept_for_plans_of_other_models(tmp_path: Path) -> None:
+    """Also those of types that the last model did not have."""
+    for model_id, *times in (
+        ("ab", ProductTime(12, 1, 2e-11), ProductTime(14, 1, 3e-11)),
+        ("cd", ProductTime(12, 1, 4e-11)),
+    ):
+        machines = Machines(a=WorkerProfile(Profile(replace(PROFILED.profile.cpu, products=tuple(times)))))
+        machines.model_id = 32 * model_id
+        await machines.measure(tmp_path)
+    (hardware,) = (profile for key, profile in read_profiles(tmp_path).items() if "model" not in key)
+    assert hardware.cpu.products == (ProductTime(12, 1, 4e-11), ProductTime(14, 1, 3e-11))
+
+
+async def test_products_of_one_worker_beside_an_idle_one_are_kept_apart(tmp_path: Path) -> None:
+    cpu = replace(PROFILED.profile.cpu, products=(ProductTime(12, 1, 2e-11),))
+    measured = await Machines(a=WorkerProfile(Profile(cpu)), b=PROFILED).measure(tmp_path)
+    assert measured["a"].cpu.isolated_products == cpu.products
 
 
 async def test_step_times_of_one_of_two_equal_workers_serve_both(tmp_path: Path) -> None:

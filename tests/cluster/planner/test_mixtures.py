@@ -17,6 +17,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.sizes import MIB
+from llamaclust.core.version import VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.model.kv_type import KvType
@@ -191,7 +192,8 @@ def test_rows_of_a_trial_differ() -> None:
 def test_measurements_in_another_unit_are_not_found() -> None:
     """Kept by a release that knew bytes held alone."""
     key = measurement_key("cpu x", 2, 4, "a" * 64)
-    assert key == f"cpu x, one of 2 workers with 4 threads, model {'a' * 32}, unit 2"
+    assert key == f"cpu x, one of 2 workers with 4 threads, program {VERSION}, model {'a' * 32}, unit 2"
     assert most_similar_key(key, [key.removesuffix(", unit 2")]) is None
     assert most_similar_key(key, [key.replace("of 2", "of 3")]) is not None
-    assert measurement_key("cpu x", 2, 4) == "cpu x, one of 2 workers with 4 threads", "the machine's own stay"
+    assert most_similar_key(key, [key.replace(VERSION, "0.0.1")]) is None, "its kernels were others"
+    assert measurement_key("cpu x", 2, 4) == f"cpu x, one of 2 workers with 4 threads, program {VERSION}"

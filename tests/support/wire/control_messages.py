@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.profile import DeviceProfile, Profile, StepTime
+from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.messages import (
     AddWeightSource,
@@ -84,6 +84,8 @@ WORKER_MESSAGES: list[WorkerMessage] = [
         Profile(CPU, (DeviceProfile(3e12, 9e14), replace(CPU, concurrent=(StepTime(1, 2e-4, 1e-12, 1e-4),))))
     ),
     WorkerProfile(Profile(replace(CPU, concurrent=(StepTime(1, 2e-4, 3e-11, 1e-3), StepTime(8, 3e-4, 9e-11, 2e-3))))),
+    WorkerProfile(Profile(replace(CPU, products=(ProductTime(12, 1, 2e-11), ProductTime(12, 8, 3e-11))))),
+    WorkerProfile(Profile(replace(CPU, isolated_products=(ProductTime(2, 8, 3e-11), ProductTime(12, 1, 2e-11))))),
     RequestFailed(Failure("WorkerError", "no")),
     LoadProgress(3, 10, 20),
     Loaded(3, 1, 2, 3),
@@ -125,6 +127,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Rejected("no"),
     ProfileWorker(),
     ProfileWorker("/models/m.gguf", "ab" * 32),
+    ProfileWorker(quant_types=(2, 19)),
     LOAD,
     replace(LOAD, previous_worker="a"),
     replace(LOAD, start=0, last_worker="c"),

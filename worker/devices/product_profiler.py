@@ -25,7 +25,7 @@ ROWS: Final = (1, 4, 8, 32, 128)
 _FEW_ROWS: Final = 8
 _WEIGHT_ROWS, _COLUMNS = 8192, 2048
 _LEAST_BYTES: Final = 32 << 20
-_MOST_BYTES: Final = 4 * _WEIGHT_ROWS * _COLUMNS  # of float32
+_MOST_BYTES: Final = 96 << 20  # of float32, with activations and results
 _TRIES: Final = 3
 _ENOUGH_S: Final = 0.3  # of tries of a product: on a slow machine there is one
 
@@ -36,7 +36,7 @@ def measure_products(
     """Of the types that the processor computes with; none where memory is short. Blocks for some tens of milliseconds a
     type."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
-    flush_bytes = min(largest_cache_bytes(), free_bytes - 2 * _MOST_BYTES)
+    flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:
         return ()
     flush = CacheFlush(flush_bytes)

@@ -299,11 +299,9 @@ async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tm
 
 async def test_products_of_quant_types_are_kept_for_plans_of_other_models(tmp_path: Path) -> None:
     """Also those of types that the last model did not have."""
-    for model_id, *times in (
-        ("ab", ProductTime(12, 1, 2e-11), ProductTime(14, 1, 3e-11)),
-        ("cd", ProductTime(12, 1, 4e-11)),
-    ):
-        machines = Machines(a=WorkerProfile(Profile(replace(PROFILED.profile.cpu, products=tuple(times)))))
+    both, one = (ProductTime(12, 1, 2e-11), ProductTime(14, 1, 3e-11)), (ProductTime(12, 1, 4e-11),)
+    for model_id, products in (("ab", both), ("cd", one)):
+        machines = Machines(a=WorkerProfile(Profile(replace(PROFILED.profile.cpu, products=products))))
         machines.model_id = 32 * model_id
         await machines.measure(tmp_path)
     (hardware,) = (profile for key, profile in read_profiles(tmp_path).items() if "model" not in key)

@@ -130,7 +130,7 @@ class StageCosts:
             ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
             decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
-        roofline = Roofline.of(profile, worker.device, concurrent=concurrent)
+        roofline = self._roofline(worker, concurrent=concurrent)
         return self._roofline_s(roofline, rows, rows) + self._head * roofline.head_s(self.model, rows)
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
@@ -139,7 +139,7 @@ class StageCosts:
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
-        return self._roofline_s(Roofline.of(worker.profile, worker.device, concurrent=concurrent), rows, 1)
+        return self._roofline_s(self._roofline(worker, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
         """What routers and experts of `layers` take of a step of so many rows, by stage."""
@@ -148,7 +148,7 @@ class StageCosts:
         if times := profile.step_times(concurrent=concurrent):
             each = [layer.touched_expert_bytes(rows) for layer in self.model.layers]
             return _float_sums(np.where(layers, each, 0.0)) * at_rows(times, rows).layers_byte_s
-        roofline = Roofline.of(profile, worker.device, concurrent=concurrent)
+        roofline = self._roofline(worker, concurrent=concurrent)
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
@@ -164,6 +164,10 @@ class StageCosts:
     def _moved(self, rows: int, sequences: int) -> Table:
         """The same with states of sequences."""
         return _float_sums(layer.moved_bytes(rows, sequences) for layer in self.model.layers)
+
+    def _roofline(self, worker: WorkerFacts, *, concurrent: bool) -> Roofline:
+        assert worker.profile is not None
+        return Roofline.of(worker.profile, worker.device, self.hidden_bytes, concurrent=concurrent)
 
     def _roofline_s(self, roofline: Roofline, rows: int, sequences: int) -> Table:
         return _float_sums(roofline.layer_s(layer, rows, sequences) for layer in self.model.layers)

@@ -14,8 +14,10 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 LAUNCHES_S: Final = 30e-6
 """Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
 LAYER_S: Final = 30e-6
-"""Of a layer on a processor beside its products: norms, rotation, attention over few keys, threads that wait for each
-other."""
+"""Of a layer on a processor beside its products: threads that wait for each other, and steps of few rows."""
+ROW_MACS: Final = 3000
+"""For each row and each channel of the hidden state, what a layer on a processor takes beside its products, in 8-bit
+multiply-accumulates: norms, rotation, attention over some hundred keys, quantized activations."""
 _STATE_MACS: Final = 4
 """A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
 
@@ -27,11 +29,14 @@ class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
     _products: ProductTimes | None  # None: the profile has what kernels of all types reach
+    _row_s: float  # of a row in a layer, beside products
 
     @classmethod
-    def of(cls, profile: DeviceProfile, device: str, *, concurrent: bool) -> Self:
+    def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
+        """`hidden_bytes`: of a row, in float32."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
-        return cls(profile.read_bytes_s, profile.int8_macs_s, products)
+        row_s = ROW_MACS * hidden_bytes / 4 / profile.int8_macs_s
+        return cls(profile.read_bytes_s, profile.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
         """Experts for themselves: what one is bound by does not hide what another is bound by, and a part of a stage
@@ -56,7 +61,7 @@ class Roofline:
         n_bytes = layer.moved_bytes(rows, sequences) - layer.touched_expert_bytes(rows) - _bytes_of(weights)
         macs = layer.macs_per_token - layer.expert_macs_per_token + (_STATE_MACS - 1) * layer.state_macs_per_token
         other_s = self._other_s(n_bytes, rows * (macs - _macs_of(weights)))
-        steps_s = LAUNCHES_S if self._products is None else LAYER_S if weights else 0.0
+        steps_s = LAUNCHES_S if self._products is None else LAYER_S + rows * self._row_s if weights else 0.0
         return steps_s + self._products_s(weights, rows) + other_s
 
     def _typed(self, weights: Sequence[TypedWeights]) -> Sequence[TypedWeights]:

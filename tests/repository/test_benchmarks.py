@@ -125,8 +125,9 @@ def test_all_types(folder: Path) -> None:
 def test_quant_types(folder: Path) -> None:
     options = ("--types", "Q8_0", "--models", ".", "--threads", "1", "--json", "plans.jsonl")
     text = output(folder, "quant_types/plan_types.py", *options)
-    assert re.search(r"^by products: [01] of 1 types within 15%", text, re.MULTILINE)
-    assert json.loads((folder / "plans.jsonl").read_text())["measured"] > 0
+    assert re.search(r"^token by products: [01] of 1 types within 15%", text, re.MULTILINE)
+    assert json.loads((folder / "plans.jsonl").read_text())["measured"]["prompt"] > 0
+    assert len(output(folder, "quant_types/plan_types.py", "--table", "plans.jsonl").splitlines()) == 3
     rates = output(folder, "quant_types/product_rates.py", "--types", "Q8_0,IQ1_S", "--rounds", "1").splitlines()
     assert len(rates) == 3 and all(float(line.split()[2]) > 0 for line in rates[1:])
 

@@ -11,7 +11,7 @@ from typing import Final
 from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
-from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S
+from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S, ROW_MACS
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Network
 
@@ -77,7 +77,7 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     yield (
         f"decode reads weights at {READ_SHARE:.2f} of the memory bandwidth, or slower where their type takes long to "
         f"decode, prefill multiplies at {min(shares):.2f} to {max(shares):.2f} of the 8-bit peak by type; "
-        f"{1e6 * LAYER_S:.0f} µs a layer beside its products"
+        f"beside products {1e6 * LAYER_S:.0f} µs a layer, and {ROW_MACS} multiply-accumulates a channel of each row"
     )
     if any(cpu.macs_s is None for cpu in cpus):
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "

@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE, ProductTimes
-from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S
+from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S, ROW_MACS
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, mean_profile
 from llamaclust.core.sizes import MIB
@@ -51,6 +51,15 @@ def test_each_type_takes_its_own_time_for_few_rows_and_for_many() -> None:
         assert stages.decode_s(worker(MEASURED), 1, 2, rows) == pytest.approx(slow_s)
         assert stages.prefill_s(worker(MEASURED), 0, 8, rows) == pytest.approx(4 * (fast_s + slow_s))
         assert stages.decode_s(worker(MEASURED), 0, 8, rows) == pytest.approx(4 * (fast_s + slow_s) + 20 * MIB * fast)
+
+
+def test_rows_take_time_beside_products_by_their_width() -> None:
+    for rows in (1, 128):
+        narrow, wide = (
+            StageCosts.of(replace(MODEL, hidden_bytes=hidden_bytes)).prefill_s(worker(MEASURED), 0, 2, rows)
+            for hidden_bytes in (0, 8192)
+        )
+        assert wide - narrow == pytest.approx(2 * rows * 2048 * ROW_MACS / 300e9)
 
 
 def test_measured_steps_of_the_model_come_first() -> None:

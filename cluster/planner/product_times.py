@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from llamaclust.core.profile import DeviceProfile, ProductTime
 from llamaclust.model.costs import TypedWeights
-from llamaclust.model.quant_types import TILE_ROWS, QuantType
+from llamaclust.model.quant_types import QuantType
 
 READ_SHARE: Final = 0.85
 """Of the memory bandwidth, what products of one row reach where nothing else bounds them."""
@@ -83,8 +83,8 @@ class ProductTimes:
         return self._known[key]
 
     def _assumed(self, quant_type: QuantType, rows: float) -> float:
-        rates, block = RATES.get(quant_type, _OTHER), quant_type.info.block_size
-        weights = TILE_ROWS * block / quant_type.info.tile_bytes(block)  # of a byte
+        rates, info = RATES.get(quant_type, _OTHER), quant_type.info
+        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)  # of a byte
         macs_s = weights * (rates.decode_macs + rows / rates.peak_share) / self._int8_macs_s
         return max(1 / (READ_SHARE * self._read_bytes_s), macs_s)
 

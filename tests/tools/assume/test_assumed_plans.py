@@ -57,7 +57,7 @@ def test_prefill_is_that_of_products_by_threads_or_operations() -> None:
     assert ttft_s(by_threads) == pytest.approx(products / peak, rel=0.05)
     by_operations = plan_assumed("64GB@40GB/s@2TOPS", "8b:q8_0", ())
     assert ttft_s(by_operations) == pytest.approx(ttft_s(by_threads) * 8 * rates.THREAD_MACS_S / 1e12, rel=0.2)
-    assert token_s(by_operations) == pytest.approx(token_s(by_threads))
+    assert token_s(by_operations) == pytest.approx(token_s(by_threads), rel=0.01)
 
 
 def test_types_that_take_long_to_decode_are_bound_by_threads() -> None:

@@ -7,6 +7,7 @@ from itertools import groupby
 import pytest
 
 from llamaclust.core.profile import DeviceProfile
+from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import product_profiler
 from llamaclust.worker.devices.devices import Device
@@ -34,8 +35,8 @@ def test_types_that_are_not_computed_with_and_machines_without_memory_are_left_o
 def test_every_type_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_profiler, "_LEAST_BYTES", 1)
     monkeypatch.setattr(product_profiler, "_WEIGHT_ROWS", 64)
-    found = measure_products(product_profiler.QUANTIZED_TYPES, 1, "generic", 4 * GIB)
-    assert {time.quant_type for time in found} == {*map(int, product_profiler.QUANTIZED_TYPES)}
+    found = measure_products(QUANTIZED_TYPES, 1, "generic", 4 * GIB)
+    assert {time.quant_type for time in found} == {*map(int, QUANTIZED_TYPES)}
 
 
 def test_a_worker_measures_products_without_a_model() -> None:

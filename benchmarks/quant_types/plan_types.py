@@ -1,13 +1,13 @@
 """Accuracy of plans for every quant type: predicted and measured times of one shape on one worker.
 
-    python benchmarks/quant_types/plan_types.py [--types Q4_K,IQ1_S] [--shape 1.1b] [--threads 2] [--repeats 1]
+    python benchmarks/quant_types/plan_types.py [--types Q4_K,IQ1_S] [--shape 1.1b] [--threads 2] [--repeats 3]
     python benchmarks/quant_types/plan_types.py --table plans.jsonl
 
-For each type a file is written, and a cluster started as a newcomer's, with nothing measured before. A line has the
-measured ms of a token and of a prompt of 512 tokens, and predicted / measured: of the plan, by steps of the model that
-the worker measured; by products alone (a worker without the model file); and by its limits alone, as `plan --assume`
-predicts. As in benchmarks/plan.py, a prediction is the mean of this cluster's and the next one's. Half a minute a type
-and repeat, longer for large files. `--table` prints a file of `--json` as the table of docs/kernels.md.
+For each type a file is written and a cluster started. A line has the measured ms of a token and of a prompt of 512
+tokens, and predicted / measured: of the plan, by steps of the model that the worker measured; by products alone (a
+worker without the model file); and by its limits alone, as `plan --assume` predicts. The worker measures itself before
+and after each measured request, and the mean of both predictions counts; printed are medians. 20 seconds a type, longer
+for large files. `--table` prints a file of `--json` as the table of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import asyncio
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from all_types import model_of
 from compare import chosen, listed, positive
-from plan import measured_ms, opened, planner_of
+from plan import opened, planner_of
 from plan_shapes import Shape
 from shape import LAYOUTS, SHAPES
 from split import prompts, run
@@ -35,12 +37,16 @@ from split import prompts, run
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.control.planning import ClusterResources, predict_served
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
+from llamaclust.cluster.membership.worker_requests import profile_worker
+from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.core.errors import UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.control.profiles import ProfileWorker
 
-_TOKENS, _PROMPT, _CONTEXT = 48, 512, 1024
+_TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
+_SHORT_PROMPT = 224  # behind it attention looks at as many keys as in the trials of workers
 _WANTED = 0.15
 KINDS = ("steps", "products", "limits")
 
@@ -71,9 +77,12 @@ def _cell(ratio: float) -> str:
     return f"{ratio:8.2f}"
 
 
-def predicted(cluster: Cluster) -> tuple[Times, ...]:
-    """By each of KINDS."""
-    known = planner_of(cluster).profiles.of(cluster.registry.present)
+async def predicted(cluster: Cluster) -> tuple[Times, ...]:
+    """By each of KINDS, by what the worker measures now."""
+    model, workers = cluster.model, cluster.registry.present
+    types = tuple(map(int, model.quant_types))
+    order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
+    known = {name: await profile_worker(worker, order) for name, worker in workers.items()}
     products = {name: profile.map(DeviceProfile.without_steps) for name, profile in known.items()}
     limits = {name: profile.map(_limits) for name, profile in products.items()}
     return tuple(_times(cluster, profiles) for profiles in (known, products, limits))
@@ -93,21 +102,28 @@ def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> Times:
 
 
 async def measured(cluster: Cluster, source: random.Random) -> Times:
+    """As the worker's own figures, medians of steps."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
-    await measured_ms(cluster, source, _TOKENS)  # warms up
-    token = await measured_ms(cluster, source, _TOKENS)
-    finished = [await run(cluster, prompt, 1) for prompt in prompts(source, 2, _PROMPT, vocabulary)]
-    return Times(token, min(each.timings.ttft_ms for each in finished))
+    finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], 1)
+    at_s = await token_times(cluster, prompts(source, 1, _SHORT_PROMPT, vocabulary)[0])
+    return Times(1e3 * median(later - one for one, later in pairwise(at_s)), finished.timings.ttft_ms)
+
+
+async def token_times(cluster: Cluster, prompt: tuple[int, ...]) -> list[float]:
+    request = GenerationRequest("benchmark", prompt, _TOKENS, min_tokens=_TOKENS, max_drafted=0)
+    events = cluster.engine.submit(request)
+    return [time.perf_counter() async for event in events if isinstance(event, TokenSampled)]
 
 
 async def measure(quant_type: QuantType, model: Path, threads: int, repeats: int) -> Row:
     shape = Shape(quant_type.name.lower().replace("_", "-"), "", True, (threads,))
-    source, predictions, taken = random.Random(quant_type.name), list[tuple[Times, ...]](), list[Times]()
-    for number in range(repeats + 1):
-        async with opened(shape, model, None, _CONTEXT) as cluster:
-            predictions.append(predicted(cluster))
-            if number < repeats:
-                taken.append(await measured(cluster, source))
+    source = random.Random(quant_type.name)
+    async with opened(shape, model, None, _CONTEXT) as cluster:
+        await measured(cluster, source)  # warms up
+        predictions, taken = [await predicted(cluster)], list[Times]()
+        for _ in range(repeats):
+            taken.append(await measured(cluster, source))
+            predictions.append(await predicted(cluster))
     ratios = (_ratio([each[kind] for each in predictions], taken) for kind in range(len(KINDS)))
     typical = Times(median(each.token for each in taken), median(each.prompt for each in taken))
     return Row(quant_type.name, typical, tuple(ratios))
@@ -175,7 +191,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="1.1b", choices=SHAPES, help="%(default)s by default")
     parser.add_argument("--models", type=Path, help="a folder that holds files of some types already")
     parser.add_argument("--threads", type=positive, default=2, help="%(default)s by default")
-    parser.add_argument("--repeats", type=positive, default=1, help="%(default)s by default")
+    parser.add_argument("--repeats", type=positive, default=3, help="%(default)s by default")
     parser.add_argument("--json", type=Path, help="add a JSON line a type to this file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     return parser.parse_args()

@@ -13,7 +13,7 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
 """Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
-LAYER_S: Final = 30e-6
+LAYER_S: Final = 60e-6
 """Of a layer on a processor beside its products: threads that wait for each other, and steps of few rows."""
 ROW_MACS: Final = 3000
 """For each row and each channel of the hidden state, what a layer on a processor takes beside its products, in 8-bit

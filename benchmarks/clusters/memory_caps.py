@@ -125,14 +125,14 @@ def show_memory(cluster: Cluster, given: argparse.Namespace) -> None:
     print(f"  coordinator: at most {coordinator[1]:.0f} MiB resident, the buffer of the read probe included")
 
 
-async def decode(cluster: Cluster, given: argparse.Namespace, source: random.Random) -> float:
+async def decode(cluster: Cluster, tokens: int, probe: ReadProbe, source: random.Random) -> float:
     """Prints how fast, beside plan and bandwidth; predicted / measured."""
     vocabulary, said = cluster.model.hyperparameters.vocabulary_size, cluster.plan.prediction
     assert said is not None, "all workers are measured"
     await run(cluster, prompts(source, 1, _DECODE_PROMPT, vocabulary)[0], 3)  # warms up
-    before = read_gb_s(given.threads)
-    finished = await run(cluster, prompts(source, 1, _DECODE_PROMPT, vocabulary)[0], given.tokens)
-    read = max(before, read_gb_s(given.threads))
+    before = probe.measure()
+    finished = await run(cluster, prompts(source, 1, _DECODE_PROMPT, vocabulary)[0], tokens)
+    read = max(before, probe.measure())
     token_s = 1 / finished.timings.decode_tok_s
     touched_gb = sum(stage.touched_bytes for stage in cluster.plan.stages) / 1e9
     in_file = 1 - cluster.model.file.tensor("token_embd.weight").n_bytes / cluster.model.file.size_bytes
@@ -144,10 +144,6 @@ async def decode(cluster: Cluster, given: argparse.Namespace, source: random.Ran
     )
     print(f"{touched_gb / token_s / read:.2f} of {read:.1f} GB/s ({file_gb / token_s / read:.2f} by the file's bytes)")
     return said.token_s / token_s
-
-
-def read_gb_s(threads: int) -> float:
-    return ReadProbe(threads).measure()
 
 
 async def prefill(cluster: Cluster, source: random.Random) -> None:
@@ -162,12 +158,12 @@ async def prefill(cluster: Cluster, source: random.Random) -> None:
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> list[float]:
-    ratios, source = [], random.Random(1)
+    ratios, source, probe = [], random.Random(1), ReadProbe(given.threads)
     for number in range(2):
         async with started(given, folder) as (cluster, start):
             print(f"start {number + 1}: {start}", flush=True)
             await written(folder)
-            ratios.append(await decode(cluster, given, source))
+            ratios.append(await decode(cluster, given.tokens, probe, source))
             if not given.without_prompt and number == 0:
                 await prefill(cluster, source)
             show_memory(cluster, given)
@@ -177,7 +173,7 @@ async def measure(given: argparse.Namespace, folder: Path) -> list[float]:
 def main(given: argparse.Namespace) -> int:
     most_bytes = (given.memory + _ADDRESSES_MIB) * MIB
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
-    os.environ["LLAMACLUST_CACHE_SIZE"] = f"{given.cache}GiB"
+    os.environ["LLAMACLUST_CACHE_SIZE"] = f"{given.cache}GiB" if given.cache else "0"
     with TemporaryDirectory(prefix="llamaclust-bench-", dir=given.model.parent) as folder:
         os.environ["LLAMACLUST_HOME"] = folder
         print(f"{given.model}: {open_model(given.model).size_bytes / 1e9:.2f} GB", flush=True)

@@ -132,6 +132,16 @@ def test_quant_types(folder: Path) -> None:
     assert len(rates) == 3 and all(float(line.split()[2]) > 0 for line in rates[1:])
 
 
+def test_memory_caps(folder: Path) -> None:
+    """Whether the prediction of so small a model is right is no matter."""
+    options = ("--workers", "2", "--memory", "1500", "--kv", "16", "--tokens", "4", "--threads", "1")
+    done = run(folder, "clusters/memory_caps.py", "Q8_0.gguf", *options)
+    assert done.returncode in (0, 1) and done.stderr == ""
+    assert re.findall(r"^start (\d): ready after", done.stdout, re.MULTILINE) == ["1", "2"]
+    assert len(re.findall(r"resident, at most \d+ of 1500; address space \d+ of 3548$", done.stdout, re.MULTILINE)) >= 2
+    assert len(re.findall(r"decode: .* ratio \d", done.stdout)) == 2
+
+
 def test_load(folder: Path) -> None:
     out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
     kinds = ("and packing", "from the file", "packed", "packed, copied")

@@ -122,26 +122,6 @@ def test_all_types(folder: Path) -> None:
     assert len(table) == 3 and table[2].startswith("| Q8_0 | 8.5 | 32 | 1.00 |")
 
 
-def test_quant_types(folder: Path) -> None:
-    options = ("--types", "Q8_0", "--models", ".", "--threads", "1", "--json", "plans.jsonl")
-    text = output(folder, "quant_types/plan_types.py", *options)
-    assert re.search(r"^token by products: [01] of 1 types within 15%", text, re.MULTILINE)
-    assert json.loads((folder / "plans.jsonl").read_text())["measured"]["prompt"] > 0
-    assert len(output(folder, "quant_types/plan_types.py", "--table", "plans.jsonl").splitlines()) == 3
-    rates = output(folder, "quant_types/product_rates.py", "--types", "Q8_0,IQ1_S", "--rounds", "1").splitlines()
-    assert len(rates) == 3 and all(float(line.split()[2]) > 0 for line in rates[1:])
-
-
-def test_memory_caps(folder: Path) -> None:
-    """Whether the prediction of so small a model is right is no matter."""
-    options = ("--workers", "2", "--memory", "1500", "--kv", "16", "--tokens", "4", "--threads", "1")
-    done = run(folder, "clusters/memory_caps.py", "Q8_0.gguf", *options)
-    assert done.returncode in (0, 1) and done.stderr == ""
-    assert re.findall(r"^start (\d): ready after", done.stdout, re.MULTILINE) == ["1", "2"]
-    assert len(re.findall(r"resident, at most \d+ of 1500; address space \d+ of 3548$", done.stdout, re.MULTILINE)) >= 2
-    assert len(re.findall(r"decode: .* ratio \d", done.stdout)) == 2
-
-
 def test_load(folder: Path) -> None:
     out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
     kinds = ("and packing", "from the file", "packed", "packed, copied")
@@ -152,16 +132,6 @@ def test_split(folder: Path) -> None:
     out = output(folder, "split.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "4", "--json", "split.jsonl")
     assert "two workers / one worker" in out
     assert json.loads((folder / "split.jsonl").read_text())["two"]["single_tok_s"] > 0
-
-
-def test_plan_experts(folder: Path) -> None:
-    """On a machine that others use, figures are anything; they are there, of the stages that the plan has."""
-    model = build_tiny_model(folder / "experts.gguf", quant_type=QuantType.Q8_0, layers=4, experts=8)
-    done = run(folder, "plan_experts.py", model.name, "--only", "processes", "--repeats", "1", "--json", "rows.json")
-    assert done.returncode in (0, 1) and done.stderr == ""
-    (row,) = [json.loads(line) for line in (folder / "rows.json").read_text().splitlines()]
-    assert len(row["predicted"]) == 2 and row["touched_bytes"] < row["weight_bytes"]
-    assert re.search(r"^  prefill of 512, ms +predicted +[\d.]+  measured +[\d.]+  ratio", done.stdout, re.MULTILINE)
 
 
 def test_hop(folder: Path) -> None:

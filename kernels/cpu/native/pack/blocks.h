@@ -26,6 +26,9 @@ inline void put_half(const uint8_t* from, int row, uint8_t* out) { memcpy(out + 
 
 constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowTriples = 0x07070707, kLowPairs = 0x03030303, kLowBits = 0x01010101;
 
+// The three-bit quants of eight k-groups of a row, in three lines (three_bit_group of level/quants/decoder.h).
+void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
+
 // The five-bit quants of eight k-groups of a row, in five lines (five_bit_group of level/quants/decoder.h).
 void put_five_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
 

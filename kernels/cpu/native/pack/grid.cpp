@@ -1,3 +1,4 @@
+#include <array>
 #include <bit>
 
 #include "pack/blocks.h"
@@ -22,10 +23,18 @@ uint8_t signs_in(uint32_t word, int i) { return with_parity(word >> (7 * i) & 12
 
 // What follows writes one row's part of the lines of a body that was zero.
 
-// The signs of columns 8 i to 8 i + 7, as two k-groups.
+// The signs of columns 8 i to 8 i + 7, as two k-groups: bits in the order of their bytes, eight bytes a k-group.
 void put_signs(uint8_t signs, int i, int row, uint8_t* lines) {
   for (int h = 0; h < 2; h++)
     lines[16 * i + 8 * h + row / 2] |= static_cast<uint8_t>((signs >> (4 * h) & 15) << (row % 2 * 4));
+}
+
+// The same, a line for 32 columns with one bit of each of its k-groups in every byte (iq2_group in level/quants/grid.h).
+void put_sign_bits(uint8_t signs, int i, int row, uint8_t* lines) {
+  for (int c = 0; c < 8; c++) {
+    const int g = i % 4 * 2 + c / 4, bit = 4 * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4;
+    lines[i / 4 * 64 + 4 * row + c % 4] |= static_cast<uint8_t>((signs >> c & 1) << bit);
+  }
 }
 
 // Index i, four to a line, in the order that decoders take them in pairs.
@@ -39,16 +48,34 @@ void put_scale(int scale, int i, int row, uint8_t* lines) {
   lines[i / 8 * 64 + 4 * row + i % 4] |= static_cast<uint8_t>(scale << (i % 8 / 4 * 4));
 }
 
-// The two points of sub-block j of 16 columns (level/quants/grid.h).
-void put_thirds(const uint16_t (&points)[2], int j, int row, uint8_t* lines) {
-  for (int c = 0; c < 4; c++) {
-    const auto pair = [&](uint16_t point) { return level_of(point, 8, c) + 3 * level_of(point, 8, 4 + c); };
-    const int a = pair(points[0]), b = pair(points[1]);
-    const int n = a < 8 ? b : b < 8 ? 9 : 10, m = a < 8 ? a : b < 8 ? b : 0;
-    uint8_t* out = lines + 4 * row + c;
-    out[j / 2 * 64] |= static_cast<uint8_t>(n << (j % 2 * 4));
-    out[512 + j / 4 * 64] |= static_cast<uint8_t>((m & 3) << (j % 4 * 2));
-    out[768 + j / 8 * 64] |= static_cast<uint8_t>(m >> 2 << (j % 8));
+// By four levels of two bits each, the indices of kThirdsPlace and, from bit 4 on, of kThirdsAround.
+constexpr std::array<uint8_t, 256> kThirds = [] {
+  std::array<uint8_t, 256> codes{};
+  for (int place = 0; place < 15; place++)
+    for (int around = 0; around < 8; around++)
+      codes[(kThirdsPlace[place] + kThirdsAround[around]) % 256] = static_cast<uint8_t>(place | around << 4);
+  return codes;
+}();
+
+// The levels of columns c, c + 4, c + 8 and c + 12 of sixteen that two points have, as one code.
+uint8_t thirds_code(uint16_t first, uint16_t second, int c) {
+  const auto levels = [&](uint16_t point) { return level_of(point, 8, c) | level_of(point, 8, 4 + c) << 4; };
+  return kThirds[static_cast<size_t>(levels(first) | levels(second) << 2)];
+}
+
+// All 32 points of a row, point(i) the i-th (thirds in level/quants/grid.h).
+template <class PointOf>
+void put_thirds(PointOf point, int row, uint8_t* lines) {
+  for (int half = 0; half < 2; half++, lines += 448) {
+    uint32_t places[8] = {}, around[8] = {};
+    for (int j = 0; j < 8; j++)
+      for (int c = 0; c < 4; c++) {
+        const uint32_t code = thirds_code(point(16 * half + 2 * j), point(16 * half + 2 * j + 1), c);
+        places[j] |= (code & 15) << (8 * c);
+        around[j] |= code >> 4 << (8 * c);
+      }
+    for (int i = 0; i < 4; i++) put_word(places[2 * i] | places[2 * i + 1] << 4, row, lines + 64 * i);
+    put_three_bits(around, row, lines + 256);
   }
 }
 
@@ -61,7 +88,7 @@ void pack_iq2_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
     const uint32_t word = word_at(part + 4);
     for (int i = 0; i < 4; i++) {
       put_index(part[i], 4 * j + i, row, body);
-      put_signs(signs_in(word, i), 4 * j + i, row, body + 512);
+      put_sign_bits(signs_in(word, i), 4 * j + i, row, body + 512);
     }
     put_scale(word >> 28, j, row, body + 1024);
   }
@@ -75,7 +102,7 @@ void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
     const uint16_t code = half_at(block + 2 + 2 * i);
     put_index(code, i, row, body);
     ninth |= (code >> 8 & 1u) << (i / 2 + i % 2 * 16);
-    put_signs(with_parity(code >> 9), i, row, body + 576);
+    put_sign_bits(with_parity(code >> 9), i, row, body + 576);
   }
   put_word(ninth, row, body + 512);
   for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 66, j), j, row, body + 1088);
@@ -86,11 +113,9 @@ void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
   const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
-  for (int j = 0; j < 16; j++) {
-    put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
-    put_scale(nibble_at(block + 74, j), j, row, body + 1408);
-  }
-  for (int i = 0; i < 32; i++) put_signs(block[34 + i], i, row, body + 896);
+  put_thirds(point, row, body);
+  for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 74, j), j, row, body + 1408);
+  for (int i = 0; i < 32; i++) put_sign_bits(block[34 + i], i, row, body + 896);
   put_half(block, row, tail);
 }
 
@@ -122,7 +147,7 @@ void pack_iq3_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_iq1_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[2 + i] | (half(i / 4) >> (i % 4 * 3) & 7) << 8]; };
-  for (int j = 0; j < 16; j++) put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
+  put_thirds(point, row, body);
   for (int j = 0; j < 8; j++) put_scale(half(j) >> 12 ^ 8, j, row, body + 896);
   put_half(block, row, tail);
 }
@@ -133,9 +158,9 @@ void pack_iq1_m(const uint8_t* block, int row, uint8_t* body, uint8_t*) {
   const auto high = [&](int i) { return nibble_at(block + 32, i); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[i] | (high(i) & 7) << 8]; };
   int second_up = 0, d = 0;
+  put_thirds(point, row, body);
   for (int j = 0; j < 16; j++) {
     const int scale = half_at(block + 48 + j / 4 * 2) >> (j % 4 * 3) & 7;
-    put_thirds({point(2 * j), point(2 * j + 1)}, j, row, body);
     put_scale(scale | (~high(2 * j) & 8), j, row, body + 896);
     second_up |= (~high(2 * j + 1) >> 3 & 1) << j;
   }

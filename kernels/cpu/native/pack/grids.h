@@ -9,6 +9,9 @@ namespace llamaclust {
 #ifndef GRID_MEMORY
 #define GRID_MEMORY  // where tables are, on machines that have several kinds of memory
 #endif
+#ifndef TABLE
+#define TABLE constexpr
+#endif
 
 // A point is 16 bits, two for each of eight levels or four for each of four: level i in byte i % 2, at bit i / 2 times
 // their number.
@@ -17,6 +20,11 @@ struct Grid {
   static constexpr int kPoints = points;
   alignas(64) uint16_t point[points];
 };
+
+// Any four levels of 0, 1 or 2 as two bits each of a byte are the sum, modulo 256, of an entry of each of these tables, so
+// that seven bits name them. (The first has the highest level and one of five places, the second what is around a place.)
+TABLE uint8_t kThirdsPlace[16] = {0, 4, 8, 36, 37, 64, 68, 72, 100, 101, 128, 132, 136, 164, 165};
+TABLE uint8_t kThirdsAround[16] = {0, 5, 32, 2, 253, 18, 16, 17};
 
 extern GRID_MEMORY const Grid<256> kIQ2_XXSGrid;
 extern GRID_MEMORY const Grid<512> kIQ2_XSGrid;

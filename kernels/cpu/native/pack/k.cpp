@@ -63,6 +63,13 @@ uint8_t* put_digits(const uint8_t* bytes, int count, int digits, uint8_t* out) {
 
 }  // namespace
 
+void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines) {
+  const auto& q = groups;
+  put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, row, lines);
+  put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, row, lines + 64);
+  put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, row, lines + 128);
+}
+
 // File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
 void pack_q2_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   for (int j = 0; j < 16; j++) {
@@ -85,10 +92,7 @@ void pack_q3_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
       for (int g = 0; g < 4; g++)
         q[4 * j + g] = low[g] | (word_at(block + 16 * j + 4 * g) >> pair & kLowBits) << 2;
     }
-    uint8_t* out = body + 192 * pair;
-    put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, row, out);
-    put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, row, out + 64);
-    put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, row, out + 128);
+    put_three_bits(q, row, body + 192 * pair);
   }
   pack_q3_k_scales(block + 96, row, body + 1536);
   put_half(block + 108, row, tail);

@@ -35,6 +35,20 @@ constexpr int kTogether<Type> = Type::kTogether;
 template <class Type>
 constexpr bool kSubScaled = requires { Type::sub_scales; };
 
+// Whether they have integer mins, of a type with a float min, or else in place of its offset: quants that are no multiple
+// of their scales apart have the offset times the mins subtracted.
+template <class Type>
+constexpr bool kSubMins = requires { Type::sub_mins; };
+template <class Type>
+constexpr bool kOffsetInMins = kSubMins<Type> && !Type::kHasMin;
+
+// Lines of mins, four each; past those of all sub-blocks, they are of the same once more.
+template <class Type>
+constexpr int kMinLines = Type::kSubBlocks / 4;
+template <class Type>
+  requires requires { Type::kMinLines; }
+constexpr int kMinLines<Type> = Type::kMinLines;
+
 // What a decoder prepares once per segment, however many tokens follow.
 template <class Type, bool has = kSubScaled<Type>>
 struct SubScales {
@@ -45,13 +59,13 @@ struct SubScales<Type, true> {
   Scale scales[Type::kSubBlocks];
   DECODE explicit SubScales(const uint8_t* body) { Type::sub_scales(body, scales); }
 };
-template <class Type, bool has = kWide<Type> && Type::kHasMin>
+template <class Type, bool has = kSubMins<Type>>
 struct SubMins {
   DECODE explicit SubMins(const uint8_t*) {}
 };
 template <class Type>
 struct SubMins<Type, true> {
-  Bytes mins[Type::kSubBlocks / 4];
+  Bytes mins[kMinLines<Type>];
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
@@ -113,17 +127,18 @@ DECODE I32x16 minus_offset(const Q8_256& a, int j) {
 
 // Whether sums begin with the offset, so that it need not be subtracted.
 template <class Type>
-constexpr bool kOffsetFirst = kSumsFrom && Type::kOffset != 0 && (!kWide<Type> || kSubScaled<Type>);
+constexpr bool kOffsetFirst =
+    kSumsFrom && Type::kOffset != 0 && !kOffsetInMins<Type> && (!kWide<Type> || kSubScaled<Type>);
 
 // total = what sub-block j adds, before the segment's float scale.
 template <class Type, class Segment, class Activations, int R, int T>
 DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
   constexpr int bits = Type::kBits, groups = kGroups<Type>;
   constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
-  constexpr int offset = kCentred<bits> || kOffsetFirst<Type> ? 0 : Type::kOffset;
+  constexpr int offset = kCentred<bits> || kOffsetFirst<Type> || kOffsetInMins<Type> ? 0 : Type::kOffset;
   static_assert(!kOffsetFirst<Type> || chunk == groups);
   // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
-  static_assert(!kWide<Type> || bits == 8 || Type::kOffset * 127 * (4 * groups) / 2 < 32768);
+  static_assert(!kWide<Type> || bits == 8 || offset * 127 * (4 * groups) / 2 < 32768);
   UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
   UNROLL for (int first = 0; first < groups; first += chunk) {
     Sums sums[R][T];
@@ -157,9 +172,10 @@ DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
   constexpr bool of_16 = Type::kSubBlocks == 16;
   const int8_t *sums_high = of_16 ? a.sums_16_high : a.sums_high, *sums_low = of_16 ? a.sums_16_low : a.sums_low;
   I32x16 high = broadcast(0), low = broadcast(0);
-  UNROLL for (int i = 0; i < Type::kSubBlocks / 4; i++) {
-    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(sums_high + 4 * i)));
-    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(sums_low + 4 * i)));
+  UNROLL for (int i = 0; i < kMinLines<Type>; i++) {
+    const int first = 4 * i % Type::kSubBlocks;
+    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(sums_high + first)));
+    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(sums_low + first)));
   }
   return add(shift_left<7>(high), low);
 }
@@ -178,6 +194,8 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
         total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
       if constexpr (kWide<Type> && !kSubScaled<Type>)
         total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
+      if constexpr (kOffsetInMins<Type>)
+        total[r][t] = sub(total[r][t], mul(sum_of_mins<Type>(w[r], *a[t]), broadcast(Type::kOffset)));
       acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
       if constexpr (kWide<Type> && Type::kHasMin) {
         const I32x16 mins = sub(broadcast(0), sum_of_mins<Type>(w[r], *a[t]));

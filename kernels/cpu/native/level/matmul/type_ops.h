@@ -85,8 +85,20 @@ void multiply(const Product& p, int tokens, int tile_begin, int tile_end, uint8_
 
 }  // namespace
 
+// What products take, where that is another decoder of the same tiles than the one that tells single weights.
+template <class Type>
+struct InProducts {
+  using Decoder = Type;
+};
+template <class Type>
+  requires requires { typename Type::InProducts; }
+struct InProducts<Type> {
+  using Decoder = Type::InProducts;
+};
+
 // A row of a family's X macro as an entry, and a table of entries.
-#define TYPE_OPS(name, ...) {QuantType::name, name::kLayout, multiply<name>, dequantize_tile_row<name>},
+#define TYPE_OPS(name, ...) \
+  {QuantType::name, name::kLayout, multiply<InProducts<name>::Decoder>, dequantize_tile_row<name>},
 #define TYPE_OPS_TABLE(table, ...)                  \
   namespace {                                       \
   constexpr TypeOps kTypes[] = {__VA_ARGS__};       \

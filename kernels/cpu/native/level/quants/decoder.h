@@ -20,6 +20,15 @@ namespace {
   return g < 4 ? field<0, 15>(line) : field<4, 15>(line);
 }
 
+// Eight k-groups of three bits in three lines. Bits 0-2 and 3-5 of the lines are groups 0 and 1, 2 and 3, 4 and 5; above
+// them stand bits 0-1 of group 6, the same of group 7, and bit 2 of both.
+[[maybe_unused]] DECODE Bytes three_bit_group(Lines lines, int g) {
+  constexpr Places low{{0, 3, 0, 3, 0, 3, 6, 6}, {7, 7, 7, 7, 7, 7, 3, 3}};
+  constexpr Places third{{0, 0, 0, 0, 0, 0, 4, 5}, {0, 0, 0, 0, 0, 0, 4, 4}};
+  const Bytes bits = field_of<low>(load_bytes(lines + 64 * (g < 6 ? g / 2 : g - 6)), g);
+  return g < 6 ? bits : merge(bits, field_of<third>(load_bytes(lines + 128), g));
+}
+
 // k-groups of 32 columns of five bits in five lines. Groups 0 to 4 are the low bits of lines 0 to 4. Above them: in lines
 // 0 to 2 bits 0-2 of groups 5 to 7; in line 3 bits 3-4 of group 5 and bit 3 of group 7; in line 4 bits 3-4 of group 6 and
 // bit 4 of group 7.

@@ -1,5 +1,5 @@
-// Decoders of the IQ types whose weights are points of a grid (pack/grids.h). Signs are a bit a weight in the order of a
-// k-group's bytes, 8 bytes a k-group, set where it is negative; sub-block scales are odd, 2 s + 1 of three or four bits.
+// Decoders of the IQ types whose weights are points of a grid (pack/grids.h). Signs are a bit a weight, set where it is
+// negative; sub-block scales are odd, 2 s + 1 of three or four bits.
 #pragma once
 
 #include "level/quants/decoder.h"
@@ -26,43 +26,79 @@ DECODE void odd_scales(Lines line, Scale* out) {
   unsigned_scales(lookup(kOdd, field<4, (1 << bits) - 1>(nibbles)), out + 4);
 }
 
+// The same scales as mins: they multiply the offset of the type.
+[[maybe_unused]] DECODE void odd_mins(Lines line, Bytes* out) {
+  const Bytes nibbles = load_bytes(line);
+  out[0] = lookup(kOdd, field<0, 15>(nibbles));
+  out[1] = lookup(kOdd, field<4, 15>(nibbles));
+}
+
 // Bytes h and h + 2 of every lane as its halves.
 [[maybe_unused]] DECODE I32x16 two_indices(Lines line, int h) {
   return keep(shift_right(as_lanes(load_bytes(line)), 8 * h), 0x00ff00ff);
 }
 
-// Magnitudes of the three levels of IQ2 types, plus 128: less it, a byte is signed.
-TABLE uint8_t kIQ2Values[16] = {128 + 8, 128 + 25, 128 + 43};
+// What +-8, +-25 and +-43 are above -44, by four bits: one of these levels in bits 2 * high and 2 * high + 1, and of the
+// other two bits one, `sign`, that is set where it is negative.
+struct SignedLevels {
+  uint8_t of[2][2][16];  // [high][sign]
+  constexpr SignedLevels() : of{} {
+    constexpr int values[4] = {8, 25, 43, 0};
+    for (int high = 0; high < 2; high++)
+      for (int sign = 0; sign < 2; sign++)
+        for (int i = 0; i < 16; i++) {
+          const int value = values[i >> 2 * high & 3];
+          of[high][sign][i] = static_cast<uint8_t>(44 + ((i >> (2 - 2 * high + sign) & 1) != 0 ? -value : value));
+        }
+  }
+};
+TABLE SignedLevels kIQ2Values;
 
-// k-group g of two points, eight weights each. Spread and masked, a point has the levels of columns 0 to 3 in the low
-// halves of its bytes and those of columns 4 to 7 in the high.
-[[maybe_unused]] DECODE Bytes iq2_group(Points points, Lines signs, int g) {
-  const Bytes levels = field<0, 0x33>(spread<2>(points, g / 2));
-  return with_signs<128>(lookup(kIQ2Values, g % 2 == 0 ? levels : field<4, 3>(levels)), signs + 8 * g);
+// k-group g of 32 columns from bytes of two levels in the halves where `nibbles` has them, and a line of signs: bit
+// 4 * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4 is that of k-group g.
+template <bool high>
+DECODE Bytes iq2_group(Bytes levels, Bytes signs, int g) {
+  constexpr int mask = high ? 0xcc : 0x33;
+  const Bytes codes = merge(field<0, mask>(levels), field<0, 255 - mask>(signs));
+  return lookup(kIQ2Values.of[high][g / 4], g % 2 == 0 ? field<0, 15>(codes) : field<4, 15>(codes));
+}
+
+// k-group g of 32 columns of which a pair of points has eight each. Spread, a point has the levels of columns 0 to 3 in the
+// low halves of its bytes and those of columns 4 to 7 in the high.
+[[maybe_unused]] DECODE Bytes iq2_group(Points points, Lines line, int g) {
+  const Bytes signs = load_bytes(line);
+  return iq2_group<false>(spread<2>(points, g / 2 % 2), g / 2 % 2 == 0 ? signs : field<-2, 0xcc>(signs), g);
 }
 
 // IQ2_XXS: weight = scale / 8 * s[j] * +-v in sub-block j of 32, v one of three.
 // Body: the indices of four points as bytes 0, 2, 1, 3 of line j; signs; s. Tail: scale.
-struct IQ2_XXS : GridDecoder<QuantType::IQ2_XXS, 8, 8, 128, 8> {
+struct IQ2_XXS : GridDecoder<QuantType::IQ2_XXS, 8, 7, 44, 8> {
   static DECODE Bytes group(Lines body, int j, int g) {
     const Points points = lookup_points<256>(kIQ2_XXSGrid.point, two_indices(body + 64 * j, g / 4));
-    return iq2_group(points, body + 512 + 64 * j + g / 4 * 32, g % 4);
+    return iq2_group(points, body + 512 + 64 * j, g);
   }
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) { odd_scales(body + 1024, out); }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[2]) { odd_mins(body + 1024, out); }
 };
 
 // IQ2_XS: weight = scale / 8 * s[j] * +-v in sub-block j of 16, v one of three.
 // Body: low bytes of the indices of the points of 32 columns as bytes 0, 2, 1, 3 of a line; a line of their ninth bits,
 // of sub-block j bits j and 16 + j of each lane; signs; two lines of s. Tail: scale.
-struct IQ2_XS : GridDecoder<QuantType::IQ2_XS, 16, 8, 128, 8> {
+struct IQ2_XS : GridDecoder<QuantType::IQ2_XS, 16, 7, 44, 8> {
+  static constexpr int kTogether = 2;
   static DECODE Bytes group(Lines body, int j, int g) {
     const I32x16 ninth = keep(shift_right(as_lanes(load_bytes(body + 512)), j), 0x00010001);
     const I32x16 index = either(two_indices(body + j / 2 * 64, j % 2), shift_left<8>(ninth));
-    return iq2_group(lookup_points<512>(kIQ2_XSGrid.point, index), body + 576 + 32 * j, g);
+    const Points points = lookup_points<512>(kIQ2_XSGrid.point, index);
+    return iq2_group(points, body + 576 + j / 2 * 64, j % 2 * 4 + g);
   }
   static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     odd_scales(body + 1088, out);
     odd_scales(body + 1152, out + 8);
+  }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
+    odd_mins(body + 1088, out);
+    odd_mins(body + 1152, out + 2);
   }
 };
 
@@ -89,62 +125,73 @@ struct IQ3_S : Decoder<QuantType::IQ3_S, 8, 5, 16> {
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) { odd_scales(body + 2048, out); }
 };
 
-// Weights of three levels whose grid is resolved, in seven bits for a column of the four k-groups of a sub-block. With
-// a = level 0 + 3 * level 1 and b = level 2 + 3 * level 3, both up to 8, they are four bits n and three bits m:
-// n = b, m = a where a < 8; else n = 9, m = b where b < 8; else n = 10, m = 0.
-// Lines of n for two sub-blocks each, then of bits 0-1 of m for four, then of bit 2 for eight; the first lowest.
+// Weights of three levels whose grid is resolved, in seven bits for a column of four k-groups: places in four, what is
+// around them in three (pack/grids.h). Of 128 columns four lines of places, 16 columns in the low halves and 16 in the high,
+// then three of the others.
 constexpr int kThirdsBytes = 14 * 64;
 
-// a of k-groups 0 and 1 or b of 2 and 3; numbers above 8 stand for 8.
-[[maybe_unused]] DECODE Bytes pair_of_levels(Lines lines, int j, int g) {
-  constexpr uint8_t a_of_n[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 8};
-  constexpr uint8_t b_of_n[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 8};
-  constexpr uint8_t m_is_b[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0};
-  const auto bits = [&](int line, int shift, int32_t mask) {
-    return keep(shift_right(as_lanes(load_bytes(lines + 64 * line)), shift), mask);
-  };
-  const Bytes n = as_bytes(bits(j / 2, j % 2 * 4, 0x0f0f0f0f));
-  const I32x16 low = bits(8 + j / 4, j % 4 * 2, 0x03030303), high = bits(12 + j / 8, j % 8, 0x01010101);
-  const Bytes m = as_bytes(either(low, shift_left<2>(high)));
-  if (g < 2) return merge(m, lookup(a_of_n, n));
-  return merge(lookup(b_of_n, n), both(m, lookup(m_is_b, n)));
+// The levels of the four k-groups of 16 columns: 0, 2, 1 and 3 from the lowest bits on.
+[[maybe_unused]] DECODE Bytes thirds(Lines lines, int j) {
+  const Bytes places = load_bytes(lines + j / 8 * 448 + j % 8 / 2 * 64);
+  const Bytes place = lookup(kThirdsPlace, j % 2 == 0 ? field<0, 15>(places) : field<4, 15>(places));
+  return add_bytes(place, lookup(kThirdsAround, three_bit_group(lines + j / 8 * 448 + 256, j % 8)));
 }
-
-// The bytes x, y and z that levels 0, 1 and 2 stand for, by pairs of levels.
-struct Thirds {
-  uint8_t first[16], second[16];
-  constexpr Thirds(uint8_t x, uint8_t y, uint8_t z)
-      : first{x, y, z, x, y, z, x, y, z, z, z, z, z, z, z, z}, second{x, x, x, y, y, y, z, z, z, z, z, z, z, z, z, z} {}
-};
-
-// k-group g of sub-block j.
-[[maybe_unused]] DECODE Bytes thirds_group(const Thirds& values, Lines lines, int j, int g) {
-  return lookup(g % 2 == 0 ? values.first : values.second, pair_of_levels(lines, j, g));
-}
-
-TABLE Thirds kIQ2Thirds{128 + 8, 128 + 25, 128 + 43};
 
 // IQ2_S: weight = scale / 8 * s[j] * +-v in sub-block j of 16, v one of three.
 // Body: thirds; signs; two lines of s. Tail: scale.
-struct IQ2_S : GridDecoder<QuantType::IQ2_S, 16, 8, 128, 8> {
+struct IQ2_S : GridDecoder<QuantType::IQ2_S, 16, 7, 44, 8> {
+  static constexpr int kTogether = 8;
   static DECODE Bytes group(Lines body, int j, int g) {
-    return with_signs<kOffset>(thirds_group(kIQ2Thirds, body, j, g), body + kThirdsBytes + 32 * j + 8 * g);
+    const Bytes levels = thirds(body, j), signs = load_bytes(body + kThirdsBytes + j / 2 * 64);
+    return g < 2 ? iq2_group<false>(levels, signs, j % 2 * 4 + g) : iq2_group<true>(levels, signs, j % 2 * 4 + g);
   }
   static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     odd_scales(body + 1408, out);
     odd_scales(body + 1472, out + 8);
   }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
+    odd_mins(body + 1408, out);
+    odd_mins(body + 1472, out + 2);
+  }
 };
 
 // IQ1: eight times a level of -1, 0 or 1, and one less or more than it, plus 16; `up` has 0 or 1 in each lane.
-TABLE Thirds kIQ1Values{7, 15, 23};
 [[maybe_unused]] DECODE Bytes iq1_group(Lines lines, I32x16 up, int j, int g) {
-  return add_bytes(thirds_group(kIQ1Values, lines, j, g), as_bytes(keep(sub(broadcast(0), up), 0x02020202)));
+  constexpr Places eightfold{{-3, 1, -1, 3}, {24, 24, 24, 24}};
+  const I32x16 more = add(broadcast(0x07070707), keep(sub(broadcast(0), up), 0x02020202));
+  return add_bytes(field_of<eightfold>(thirds(lines, j), g), as_bytes(more));
 }
+
+// The scales 2 s + 1 of IQ1_S times eight, and what is subtracted for each: nine times it, or seven times where the bit
+// above s is set. The latter in two terms, since 135 has too many bits.
+TABLE uint8_t kIQ1Eightfold[16] = {8, 24, 40, 56, 72, 88, 104, 120, 8, 24, 40, 56, 72, 88, 104, 120};
+TABLE uint8_t kIQ1Sevenfold[16] = {7, 21, 35, 49, 63, 77, 91, 105, 7, 21, 35, 49, 63, 77, 91, 105};
+TABLE uint8_t kIQ1Twofold[16] = {2, 6, 10, 14, 18, 22, 26, 30};
+
+// IQ1_S as products take it: weight = scale / 8 * (8 s[j] * l - m[j]) in sub-block j of 32, l 0, 1 or 2.
+struct IQ1_SLevels : GridDecoder<QuantType::IQ1_S, 8, 2, 1, 8> {
+  static constexpr int kTogether = 4, kMinLines = 4;
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places pairs{{0, 4, 2, 6}, {3, 3, 3, 3}};
+    return field_of<pairs>(thirds(body, 2 * j + g / 4), g % 4);
+  }
+  static DECODE Bytes half_of(Lines body, int i) {
+    const Bytes line = load_bytes(body + kThirdsBytes);
+    return i == 0 ? field<0, 15>(line) : field<4, 15>(line);
+  }
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
+    for (int i = 0; i < 2; i++) unsigned_scales(lookup(kIQ1Eightfold, half_of(body, i)), out + 4 * i);
+  }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
+    for (int i = 0; i < 2; i++) out[i] = lookup(kIQ1Sevenfold, half_of(body, i));
+    for (int i = 0; i < 2; i++) out[2 + i] = lookup(kIQ1Twofold, half_of(body, i));
+  }
+};
 
 // IQ1_S: weight = scale / 8 * s[j] * (8 v +- 1) in sub-block j of 16 columns (s and the sign of 1 of 32), v -1, 0 or 1.
 // Body: thirds; a line of s in three bits, above them a bit that is set for + 1. Tail: scale.
 struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
+  using InProducts = IQ1_SLevels;
   static DECODE Bytes group(Lines body, int j, int g) {
     const int i = j / 2;
     const I32x16 up = keep(shift_right(as_lanes(load_bytes(body + kThirdsBytes)), i % 4 * 8 + i / 4 * 4 + 3), 1);
@@ -161,6 +208,7 @@ struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
 // Body: thirds; two lines of s in three bits, above them a bit that is set for + 1 in the first eight columns; such bits
 // of the other eight, 16 of each row; scale.
 struct IQ1_M : GridDecoder<QuantType::IQ1_M, 16, 5, 16, 8> {
+  static constexpr int kTogether = 8;
   static DECODE Bytes group(Lines body, int j, int g) { return iq1_group(body, up(body, j, g / 2), j, g); }
   static DECODE I32x16 up(Lines body, int j, int eight) {
     Lines lines = body + kThirdsBytes;

@@ -12,7 +12,7 @@ from llamaclust.cluster.config.values import expand_home, parse_size
 from llamaclust.core.errors import UsageError
 from llamaclust.core.logs import LogFormat
 
-FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
+FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "neon", "neon_dotprod")
 _HUB = "https://huggingface.co"
 
 

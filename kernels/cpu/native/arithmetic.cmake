@@ -9,7 +9,7 @@ file(GLOB_RECURSE level_sources CONFIGURE_DEPENDS ${native}/level/*.cpp)
 
 set(levels generic)  # slowest first
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND levels avx2 avxvnni avx512 avx512vnni)
+  list(APPEND levels avx2 avxvnni avx512 avx512vnni avx512vbmi)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
   list(APPEND levels neon neon_dotprod)
 endif()
@@ -20,6 +20,7 @@ set(flags_avx2 -mavx2 -mfma -mf16c)
 set(flags_avxvnni ${flags_avx2} -mavxvnni)
 set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
 set(flags_avx512vnni ${flags_avx512} -mavx512vnni)
+set(flags_avx512vbmi ${flags_avx512vnni} -mavx512vbmi)
 set(flags_neon -DLLAMACLUST_NEON)
 set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 

@@ -38,9 +38,9 @@ void put_sign_bits(uint8_t signs, int i, int row, uint8_t* lines) {
 }
 
 // Index i, four to a line, in the order that decoders take them in pairs.
+constexpr int kIndexPlace[4] = {0, 2, 1, 3};
 void put_index(uint16_t index, int i, int row, uint8_t* lines) {
-  constexpr int place[4] = {0, 2, 1, 3};
-  lines[i / 4 * 64 + 4 * row + place[i % 4]] = static_cast<uint8_t>(index);
+  lines[i / 4 * 64 + 4 * row + kIndexPlace[i % 4]] = static_cast<uint8_t>(index);
 }
 
 // Scale i of four bits, eight to a line.
@@ -97,14 +97,12 @@ void pack_iq2_xxs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 
 // File: d, 32 times nine bits of index and seven sign bits, 16 scales of four bits.
 void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
-  uint32_t ninth = 0;
   for (int i = 0; i < 32; i++) {
     const uint16_t code = half_at(block + 2 + 2 * i);
     put_index(code, i, row, body);
-    ninth |= (code >> 8 & 1u) << (i / 2 + i % 2 * 16);
+    body[512 + 4 * row + kIndexPlace[i % 4]] |= static_cast<uint8_t>((code >> 8 & 1) << i / 4);
     put_sign_bits(with_parity(code >> 9), i, row, body + 576);
   }
-  put_word(ninth, row, body + 512);
   for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 66, j), j, row, body + 1088);
   put_half(block, row, tail);
 }

@@ -17,8 +17,10 @@ constexpr Grid<points> unpack(const char* steps) {
   for (int n = 0; n < points; steps++) {
     number += *steps == '~' ? 56 : *steps - '$';
     if (*steps == '~') continue;
-    for (int i = 0, digits = number; i < count; i++, digits /= levels)
+    for (int i = 0, digits = number; i < count; i++, digits /= levels) {
       grid.point[n] |= static_cast<uint16_t>(digits % levels << (8 * (i % 2) + i / 2 * bits));
+      grid.half[2 * i / count][n] |= static_cast<uint8_t>(digits % levels << i % (count / 2) * bits);
+    }
     n++;
   }
   return grid;

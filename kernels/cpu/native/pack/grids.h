@@ -19,6 +19,7 @@ template <int points>
 struct Grid {
   static constexpr int kPoints = points;
   alignas(64) uint16_t point[points];
+  alignas(64) uint8_t half[2][points];  // the first half of a point's levels and the second, in order, the first lowest
 };
 
 // Any four levels of 0, 1 or 2 as two bits each of a byte are the sum, modulo 256, of an entry of each of these tables, so

@@ -54,6 +54,7 @@ CpuFeatures cpu_features() {
   features.avx2 = ymm && avx && fma && f16c && bit(b, 5);
   features.avx512 = features.avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   features.avx512vnni = features.avx512 && bit(c, 11);
+  features.avx512vbmi = features.avx512vnni && bit(c, 1);
   features.avxvnni = features.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 4);
   return features;
 }

@@ -15,6 +15,7 @@ struct CpuFeatures {
   bool avxvnni = false;       // and the 8-bit dot product in 256 bits
   bool avx512 = false;        // F, BW, DQ, VL
   bool avx512vnni = false;    // and the 8-bit dot product
+  bool avx512vbmi = false;    // and look-ups of bytes
   bool neon = false;          // ARMv8's vectors
   bool neon_dotprod = false;  // and its 8-bit dot product
 };

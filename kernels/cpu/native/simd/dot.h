@@ -64,6 +64,9 @@ constexpr bool kSumsFrom = false;
 
 #if defined(__AVX512BW__)
 #include "simd/avx512/dot.h"
+#if defined(__AVX512VBMI__)
+#include "simd/avx512/byte_lookups.h"
+#endif
 #elif defined(__AVX2__)
 #include "simd/avx2/dot.h"
 #elif defined(LLAMACLUST_NEON)

@@ -116,11 +116,12 @@ DECODE Bytes spread(Points points, int half) {
   const uint32_t point = points.table[half == 0 ? points.index & 0xffff : points.index >> 16];
   return point | point >> bits << 16;
 }
-// No byte is zero, so that none carries.
+// No byte is zero, so that none carries; or none is above twice a small offset, so that none borrows.
 template <int offset>
 DECODE Bytes with_signs(Bytes b, Lines bits) {
   const uint32_t four = bits.at[bits.row / 2] >> bits.row % 2 * 4 & 15;
   const uint32_t negative = (four * 0x00204081u & 0x01010101u) * 255;
+  if constexpr (offset < 128) return ((four_times(2 * offset) - b) & negative) | (b & ~negative);
   return (b ^ negative) + (four_times(2 * offset + 1) & negative);
 }
 

@@ -35,14 +35,14 @@ constexpr int kTogether<Type> = Type::kTogether;
 template <class Type>
 constexpr bool kSubScaled = requires { Type::sub_scales; };
 
-// Whether they have integer mins, of a type with a float min, or else in place of its offset: quants that are no multiple
-// of their scales apart have the offset times the mins subtracted.
+// Whether they have integer mins: for the float min of a type, or for its offset. In the latter case the offset times mins
+// times sums of activations is subtracted once a segment, which costs less than the offset of each sub-block.
 template <class Type>
 constexpr bool kSubMins = requires { Type::sub_mins; };
 template <class Type>
 constexpr bool kOffsetInMins = kSubMins<Type> && !Type::kHasMin;
 
-// Lines of mins, four each; past those of all sub-blocks, they are of the same once more.
+// Lines of mins, four each. Where there are more than sub-blocks, those past the last belong to the first again.
 template <class Type>
 constexpr int kMinLines = Type::kSubBlocks / 4;
 template <class Type>

@@ -1,0 +1,53 @@
+// What points_by_words.h has, on levels that look up bytes: 64 halves of points at once, of which a k-group's are spread.
+#pragma once
+
+#include "level/quants/signed_levels.h"
+#include "pack/grids.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+constexpr int kIndexPlace[4] = {0, 2, 1, 3};  // of four points, the byte of a lane
+
+// Where codes of six bits have the level and the sign of each k-group: below each other where they are in their lines, but
+// for two signs that are moved down from bits 6 and 7.
+constexpr int kLevelBit[8] = {0, 0, 2, 0, 0, 0, 2, 0}, kSignBit[8] = {2, 2, 0, 4, 3, 3, 1, 5};
+constexpr bool kSignMoved[8] = {false, true, false, false, false, true, false, false};
+
+struct SignedLevelsByCode {
+  alignas(64) uint8_t of[8][64];
+  constexpr SignedLevelsByCode() : of{} {
+    for (int g = 0; g < 8; g++)
+      for (int i = 0; i < 64; i++) of[g][i] = signed_level(i >> kLevelBit[g] & 3, (i >> kSignBit[g] & 1) != 0);
+  }
+};
+constexpr SignedLevelsByCode kIQ2ValuesByCode;
+
+template <int n>
+DECODE Bytes iq2_points(const Grid<n>& grid, Lines line, Lines ninths, int i, Lines signs, int g) {
+  const Bytes halves = lookup_byte<n>(grid.half[g % 2], load_bytes(line), ninths, i);
+  const Bytes levels = spread_bits<2>(halves, 8 * kIndexPlace[g / 2] - kLevelBit[g]);
+  const Bytes bits = kSignMoved[g] ? field<4, 15>(load_bytes(signs)) : load_bytes(signs);
+  const Bytes codes = kLevelBit[g] == 0 ? choose<0x03030303>(levels, bits) : choose<0x0c0c0c0c>(levels, bits);
+  return lookup(kIQ2ValuesByCode.of[g], codes);
+}
+
+// By a level of three bits; bits 3 to 5 of codes are those of its neighbours.
+struct IQ3ValuesByCode {
+  alignas(64) uint8_t of[64];
+  constexpr IQ3ValuesByCode() : of{} {
+    for (int i = 0; i < 64; i++) of[i] = static_cast<uint8_t>(i % 8 == 7 ? 32 + 31 : 32 + 2 + 4 * (i % 8));
+  }
+};
+constexpr IQ3ValuesByCode kIQ3ValuesByCode;
+
+[[maybe_unused]] DECODE Bytes iq3_points(const Grid<256>& grid, Lines line, int g) {
+  const Bytes index = load_bytes(line);
+  const int from = 8 * kIndexPlace[g];
+  const Bytes first = spread_bits<4>(lookup_byte<256>(grid.half[0], index, line, 0), from);
+  const Bytes second = spread_bits<4>(lookup_byte<256>(grid.half[1], index, line, 0), from - 8);
+  return lookup(kIQ3ValuesByCode.of, choose<0x0000ffff>(first, second));
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -118,9 +118,7 @@ def expert_piece(lines: int, experts: int) -> int:
 
 
 def kernel_name(kind: str, quant_type: QuantType) -> str:
-    """TQ1_0 lies in tiles as TQ2_0 does."""
-    name = QuantType.TQ2_0.name if quant_type is QuantType.TQ1_0 else quant_type.name
-    return f"{_MODULE_OF[quant_type]}.{kind}_{name}"
+    return f"{_MODULE_OF[quant_type]}.{kind}_{quant_type.name}"
 
 
 def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:

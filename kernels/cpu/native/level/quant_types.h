@@ -37,7 +37,7 @@
   X(IQ4_XS, 23, 256, 136, 32, 32, iq4_xs)
 #define LLAMACLUST_TERNARY_TYPES(X)    \
   X(TQ2_0, 35, 256, 66, 32, 0, tq2_0)  \
-  X(TQ1_0, 34, 256, 54, 32, 192, tq1_0)
+  X(TQ1_0, 34, 256, 54, 32, 64, tq1_0)
 #define LLAMACLUST_GRID_TYPES(X)             \
   X(IQ2_XXS, 16, 256, 66, 32, 64, iq2_xxs)   \
   X(IQ2_XS, 17, 256, 74, 32, 64, iq2_xs)     \

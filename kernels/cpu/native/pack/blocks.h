@@ -3,6 +3,7 @@
 // defines the bit layouts of tiles.
 #pragma once
 
+#include <array>
 #include <cstring>
 
 #include "level/quant_types.h"
@@ -28,6 +29,9 @@ constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowTriples = 0x07070707, kLowPairs 
 
 // The three-bit quants of eight k-groups of a row, in three lines (three_bit_group of level/quants/decoder.h).
 void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
+
+// Levels of 0, 1 or 2 of a row as pairs of bits, four columns of four k-groups a word (level/quants/thirds.h).
+void put_thirds(const std::array<uint32_t, 16>& pairs, int row, uint8_t* lines);
 
 // The five-bit quants of eight k-groups of a row, in five lines (five_bit_group of level/quants/decoder.h).
 void put_five_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);

@@ -48,35 +48,36 @@ void put_scale(int scale, int i, int row, uint8_t* lines) {
   lines[i / 8 * 64 + 4 * row + i % 4] |= static_cast<uint8_t>(scale << (i % 8 / 4 * 4));
 }
 
-// By four levels of two bits each, the indices of kThirdsPlace and, from bit 4 on, of kThirdsAround.
-constexpr std::array<uint8_t, 256> kThirds = [] {
-  std::array<uint8_t, 256> codes{};
-  for (int place = 0; place < 15; place++)
-    for (int around = 0; around < 8; around++)
-      codes[(kThirdsPlace[place] + kThirdsAround[around]) % 256] = static_cast<uint8_t>(place | around << 4);
-  return codes;
-}();
-
-// The levels of columns c, c + 4, c + 8 and c + 12 of sixteen that two points have, as one code.
-uint8_t thirds_code(uint16_t first, uint16_t second, int c) {
-  const auto levels = [&](uint16_t point) { return level_of(point, 8, c) | level_of(point, 8, 4 + c) << 4; };
-  return kThirds[static_cast<size_t>(levels(first) | levels(second) << 2)];
+// The levels of the eight columns of a point as pairs of bits, the lowest of their byte.
+uint64_t levels_of(uint16_t point) {
+  uint64_t levels = 0;
+  for (int c = 0; c < 8; c++) levels |= static_cast<uint64_t>(level_of(point, 8, c)) << (8 * c);
+  return levels;
 }
 
-// All 32 points of a row, point(i) the i-th (thirds in level/quants/grid.h).
+// Pairs of 16 columns, k-groups 0, 2, 1 and 3 from the lowest pair of a byte on; point(i) is the i-th of a row.
 template <class PointOf>
-void put_thirds(PointOf point, int row, uint8_t* lines) {
-  for (int half = 0; half < 2; half++, lines += 448) {
-    uint32_t places[8] = {}, around[8] = {};
-    for (int j = 0; j < 8; j++)
-      for (int c = 0; c < 4; c++) {
-        const uint32_t code = thirds_code(point(16 * half + 2 * j), point(16 * half + 2 * j + 1), c);
-        places[j] |= (code & 15) << (8 * c);
-        around[j] |= code >> 4 << (8 * c);
-      }
-    for (int i = 0; i < 4; i++) put_word(places[2 * i] | places[2 * i + 1] << 4, row, lines + 64 * i);
-    put_three_bits(around, row, lines + 256);
+std::array<uint32_t, 16> pairs_of_16(PointOf point) {
+  std::array<uint32_t, 16> pairs;
+  for (int j = 0; j < 16; j++) {
+    const uint64_t first = levels_of(point(2 * j)), second = levels_of(point(2 * j + 1));
+    const uint64_t both = first | second << 2;
+    pairs[j] = static_cast<uint32_t>(both) | static_cast<uint32_t>(both >> 32) << 4;
   }
+  return pairs;
+}
+
+// Pairs of 128 columns: k-groups i of the first to the last 32.
+template <class PointOf>
+std::array<uint32_t, 16> pairs_of_128(PointOf point) {
+  std::array<uint32_t, 16> pairs{};
+  for (int i = 0; i < 32; i++) {
+    const uint64_t levels = levels_of(point(i)) << (i % 16 / 4 * 2);
+    uint32_t* two = &pairs[static_cast<size_t>(i / 16 * 8 + i % 4 * 2)];
+    two[0] |= static_cast<uint32_t>(levels);
+    two[1] |= static_cast<uint32_t>(levels >> 32);
+  }
+  return pairs;
 }
 
 }  // namespace
@@ -111,7 +112,7 @@ void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
   const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
-  put_thirds(point, row, body);
+  put_thirds(pairs_of_16(point), row, body);
   for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 74, j), j, row, body + 1408);
   for (int i = 0; i < 32; i++) put_sign_bits(block[34 + i], i, row, body + 896);
   put_half(block, row, tail);
@@ -145,7 +146,7 @@ void pack_iq3_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_iq1_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[2 + i] | (half(i / 4) >> (i % 4 * 3) & 7) << 8]; };
-  put_thirds(point, row, body);
+  put_thirds(pairs_of_128(point), row, body);
   for (int j = 0; j < 8; j++) put_scale(half(j) >> 12 ^ 8, j, row, body + 896);
   put_half(block, row, tail);
 }
@@ -156,7 +157,7 @@ void pack_iq1_m(const uint8_t* block, int row, uint8_t* body, uint8_t*) {
   const auto high = [&](int i) { return nibble_at(block + 32, i); };
   const auto point = [&](int i) { return kIQ1Grid.point[block[i] | (high(i) & 7) << 8]; };
   int second_up = 0, d = 0;
-  put_thirds(point, row, body);
+  put_thirds(pairs_of_16(point), row, body);
   for (int j = 0; j < 16; j++) {
     const int scale = half_at(block + 48 + j / 4 * 2) >> (j % 4 * 3) & 7;
     put_scale(scale | (~high(2 * j) & 8), j, row, body + 896);

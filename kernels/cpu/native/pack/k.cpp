@@ -44,14 +44,12 @@ uint32_t q6_k_group(const uint8_t* block, int group) {
   return (low & kLowHalves) | (high & kLowPairs) << 4;
 }
 
-// Quants of three values, below four, in sixteen lines (Ternary of level/quants/k.h).
-void put_pairs(const uint8_t (&quants)[256], int row, uint8_t* lines) {
-  for (int j = 0; j < 8; j++)
-    for (int i = 0; i < 2; i++) {
-      uint32_t word = 0;
-      for (int k = 0; k < 4; k++) word |= word_at(quants + 32 * j + 8 * k + 4 * i) << (2 * k);
-      put_word(word, row, lines + 128 * j + 64 * i);
-    }
+// Quants of 256 columns, below four, as pairs of bits: columns 4 i to 4 i + 3 and those 32, 64 and 96 further on, of i
+// below 8 and, past 128 columns, below 16.
+uint32_t four_pairs(const uint8_t (&quants)[256], int i) {
+  uint32_t word = 0;
+  for (int k = 0; k < 4; k++) word |= word_at(quants + i / 8 * 128 + 32 * k + i % 8 * 4) << (2 * k);
+  return word;
 }
 
 // Digits to base three of `count` bytes, the highest of each first: a byte is a fraction of 256.
@@ -72,11 +70,13 @@ void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines) {
 
 // File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
 void pack_q2_k(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  uint32_t lines[16] = {};
   for (int j = 0; j < 16; j++) {
     uint32_t q[4];
     bit_pairs(block + 16, j, q);
-    put_word(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, row, body + 64 * j);
+    for (int g = 0; g < 4; g++) lines[j / 4 * 4 + g] |= q[g] << (j % 4 * 2);
   }
+  for (int i = 0; i < 16; i++) put_word(lines[i], row, body + 64 * i);
   put_groups(block, 4, row, body + 1024);
   put_half(block + 80, row, tail);
   put_half(block + 82, row, tail + 32);
@@ -160,7 +160,7 @@ void pack_iq4_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   uint8_t quants[256];
   for (int i = 0; i < 256; i++) quants[i] = block[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-  put_pairs(quants, row, body);
+  for (int i = 0; i < 16; i++) put_word(four_pairs(quants, i), row, body + 64 * i);
   put_half(block + 64, row, tail);
 }
 
@@ -170,7 +170,9 @@ void pack_tq1_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   uint8_t* next = put_digits(block, 32, 5, quants);
   next = put_digits(block + 32, 16, 5, next);
   put_digits(block + 48, 4, 4, next);
-  put_pairs(quants, row, body);
+  std::array<uint32_t, 16> pairs;
+  for (int i = 0; i < 16; i++) pairs[static_cast<size_t>(i)] = four_pairs(quants, i);
+  put_thirds(pairs, row, body);
   put_half(block + 52, row, tail);
 }
 

@@ -9,6 +9,7 @@
 // column<n>, signed_column<n>: column n of a k-group as lanes.
 //
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
+// kAnyByte: `step` takes bytes of eight bits as they are, and sums of them have room.
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
 // and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every eight costs less
@@ -77,6 +78,12 @@ constexpr bool kSumsFrom = false;
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kAnyByte = true;
+#else
+constexpr bool kAnyByte = false;
+#endif
 
 // What decoders read: lines of a tile, and 16 bits a row. (Where a lane is a thread, that also says which row it has.)
 using Lines = const uint8_t*;

@@ -1,10 +1,10 @@
-// Products with types of 256-wide blocks whose quants stand in the tile. (TQ1_0 lies there as TQ2_0 does.)
+// Products with types of 256-wide blocks whose quants stand in the tile.
 #include "kernels.cuh"
 #include "level/quants/k.h"
 
 namespace llamaclust::cuda {
 
 LLAMACLUST_K_TYPES(MATMUL_KERNELS)
-MATMUL_KERNELS(TQ2_0)
+LLAMACLUST_TERNARY_TYPES(MATMUL_KERNELS)
 
 }  // namespace llamaclust::cuda

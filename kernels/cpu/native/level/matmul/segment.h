@@ -49,6 +49,28 @@ template <class Type>
   requires requires { Type::kMinLines; }
 constexpr int kMinLines<Type> = Type::kMinLines;
 
+// A type that has bit pairs of four sub-blocks in bytes (`pairs`), with pairs left where they are: only masks are between
+// lines and products, and sums of sub-block j are 4^(j % 4) times too great. Scales make up for it, those of the first
+// sub-blocks most, and all is divided by 64 in the end.
+template <class Type>
+struct InPlace : Type {
+  static constexpr bool kScaledUp = true;
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places places{{0, 0, 0, 0}, {3, 12, 48, 192}};
+    return field_of<places>(Type::pairs(body, j, g), j % 4);
+  }
+};
+template <class Type>
+constexpr bool kScaledUp = requires { Type::kScaledUp; };
+DECODE I32x16 scaled_up(I32x16 x, int j) {
+  switch (j % 4) {
+    case 0: return shift_left<6>(x);
+    case 1: return shift_left<4>(x);
+    case 2: return shift_left<2>(x);
+    default: return x;
+  }
+}
+
 // What a decoder prepares once per segment, however many tokens follow.
 template <class Type, bool has = kSubScaled<Type>>
 struct SubScales {
@@ -57,7 +79,10 @@ struct SubScales {
 template <class Type>
 struct SubScales<Type, true> {
   Scale scales[Type::kSubBlocks];
-  DECODE explicit SubScales(const uint8_t* body) { Type::sub_scales(body, scales); }
+  DECODE explicit SubScales(const uint8_t* body) {
+    Type::sub_scales(body, scales);
+    if constexpr (kScaledUp<Type>) UNROLL for (int j = 0; j < Type::kSubBlocks; j++) scales[j] = scaled_up(scales[j], j);
+  }
 };
 template <class Type, bool has = kSubMins<Type>>
 struct SubMins {
@@ -156,7 +181,9 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
       }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
-      if constexpr (!kSubScaled<Type>)
+      if constexpr (!kSubScaled<Type> && kScaledUp<Type>)
+        total[r][t] = add(total[r][t], scaled_up(sums[r][t], j));
+      else if constexpr (!kSubScaled<Type>)
         total[r][t] = add_sums(total[r][t], sums[r][t]);
       else if (offset != 0 && first + chunk == groups)
         total[r][t] = add_scaled(total[r][t], sums[r][t], offset * sub_sum<Type>(*a[t], j), w[r].sub_scale(j));
@@ -190,6 +217,7 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (kScaledUp<Type>) total[r][t] = divide_by_power<6>(total[r][t]);
       if constexpr (!kWide<Type> && Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
         total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
       if constexpr (kWide<Type> && !kSubScaled<Type>)

@@ -92,8 +92,11 @@ struct InProducts {
 };
 template <class Type>
   requires requires { typename Type::InProducts; }
+struct InProducts<Type> : InProducts<typename Type::InProducts> {};
+template <class Type>
+  requires(kAnyByte && requires { Type::pairs; })
 struct InProducts<Type> {
-  using Decoder = Type::InProducts;
+  using Decoder = InPlace<Type>;
 };
 
 // A row of a family's X macro as an entry, and a table of entries.

@@ -20,6 +20,12 @@ namespace {
   return g < 4 ? field<0, 15>(line) : field<4, 15>(line);
 }
 
+// Four numbers of two bits in each byte of a line.
+[[maybe_unused]] DECODE Bytes bit_pair(Bytes line, int i) {
+  constexpr Places pairs{{0, 2, 4, 6}, {3, 3, 3, 3}};
+  return field_of<pairs>(line, i);
+}
+
 // Eight k-groups of three bits in three lines. Bits 0-2 and 3-5 of the lines are groups 0 and 1, 2 and 3, 4 and 5; above
 // them stand bits 0-1 of group 6, the same of group 7, and bit 2 of both.
 [[maybe_unused]] DECODE Bytes three_bit_group(Lines lines, int g) {

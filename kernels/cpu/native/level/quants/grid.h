@@ -2,7 +2,7 @@
 // negative; sub-block scales are odd, 2 s + 1 of three or four bits.
 #pragma once
 
-#include "level/quants/decoder.h"
+#include "level/quants/thirds.h"
 #if defined(LLAMACLUST_BYTE_LOOKUPS)
 #include "level/quants/points_by_bytes.h"
 #else
@@ -81,20 +81,8 @@ struct IQ3_S : Decoder<QuantType::IQ3_S, 8, 5, 16> {
   }
 };
 
-// Weights of three levels whose grid is resolved, in seven bits for a column of four k-groups: places in four, what is
-// around them in three (pack/grids.h). Of 128 columns four lines of places, 16 columns in the low halves and 16 in the high,
-// then three of the others.
-constexpr int kThirdsBytes = 14 * 64;
-
-// The levels of the four k-groups of 16 columns: 0, 2, 1 and 3 from the lowest bits on.
-[[maybe_unused]] DECODE Bytes thirds(Lines lines, int j) {
-  const Bytes places = load_bytes(lines + j / 8 * 448 + j % 8 / 2 * 64);
-  const Bytes place = lookup(kThirdsPlace, j % 2 == 0 ? field<0, 15>(places) : field<4, 15>(places));
-  return add_bytes(place, lookup(kThirdsAround, three_bit_group(lines + j / 8 * 448 + 256, j % 8)));
-}
-
 // IQ2_S: weight = scale / 8 * s[j] * +-v in sub-block j of 16, v one of three.
-// Body: thirds; signs; two lines of s. Tail: scale.
+// Body: thirds of sub-blocks, of whose k-groups 0, 2, 1 and 3 are the pairs; signs; two lines of s. Tail: scale.
 struct IQ2_S : OddScaled<QuantType::IQ2_S, 16, 7, 44, 8, 1408> {
   static constexpr int kTogether = 8;
   static DECODE Bytes group(Lines body, int j, int g) {
@@ -123,10 +111,8 @@ TABLE uint8_t kTwiceOddDown[16] = {2, 6, 10, 14, 18, 22, 26, 30};
 // IQ1_S in products: scale / 8 * (8 s[j] * (v + 1) - m[j]) in sub-block j of 32, m nine or seven times s.
 struct IQ1_SProducts : GridDecoder<QuantType::IQ1_S, 8, 2, 1, 8> {
   static constexpr int kTogether = 4, kMinLines = 4;
-  static DECODE Bytes group(Lines body, int j, int g) {
-    constexpr Places pairs{{0, 4, 2, 6}, {3, 3, 3, 3}};
-    return field_of<pairs>(thirds(body, 2 * j + g / 4), g % 4);
-  }
+  static DECODE Bytes pairs(Lines body, int j, int g) { return thirds(body, j / 4 * 8 + g); }
+  static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
     for (int i = 0; i < 2; i++) unsigned_scales(four_scales(kEightTimesOdd, body + kThirdsBytes, i), out + 4 * i);
   }
@@ -139,13 +125,15 @@ struct IQ1_SProducts : GridDecoder<QuantType::IQ1_S, 8, 2, 1, 8> {
 };
 
 // IQ1_S: weight = scale / 8 * s[j] * (8 v +- 1) in sub-block j of 16 columns (s and the sign of 1 of 32), v -1, 0 or 1.
-// Body: thirds; a line of s in three bits, above them a bit that is set for + 1. Tail: scale.
+// Body: thirds, of 128 columns the k-groups i of all 32; a line of s in three bits, above them a bit that is set for + 1.
+// Tail: scale.
 struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
   using InProducts = IQ1_SProducts;
   static DECODE Bytes group(Lines body, int j, int g) {
     const int i = j / 2;
     const I32x16 up = keep(shift_right(as_lanes(load_bytes(body + kThirdsBytes)), i % 4 * 8 + i / 4 * 4 + 3), 1);
-    return iq1_weights(four_thirds(body, up, j, g));
+    const Bytes levels = IQ1_SProducts::group(body, i, j % 2 * 4 + g);
+    return iq1_weights(merge(field<-2, 12>(levels), as_bytes(keep(sub(broadcast(0), up), 0x01010101))));
   }
   static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     Scale of_32[8];
@@ -155,8 +143,8 @@ struct IQ1_S : GridDecoder<QuantType::IQ1_S, 16, 5, 16, 8> {
 };
 
 // IQ1_M: weight = scale / 8 * s[j] * (8 v +- 1) in sub-block j of 16 (the sign of 1 of eight columns), v -1, 0 or 1.
-// Body: thirds; two lines of s in three bits, above them a bit that is set for + 1 in the first eight columns; such bits
-// of the other eight, 16 of each row; scale.
+// Body: thirds as of IQ2_S; two lines of s in three bits, above them a bit that is set for + 1 in the first eight
+// columns; such bits of the other eight, 16 of each row; scale.
 [[maybe_unused]] DECODE Bytes iq1_m_group(Lines body, int j, int g) {
   Lines lines = body + kThirdsBytes;
   const int place = j % 4 * 8 + j % 8 / 4 * 4 + 3;

@@ -1,19 +1,18 @@
 // Decoders of types with blocks of 256 columns whose sub-blocks have integer scales, and of types of three values.
 #pragma once
 
-#include "level/quants/decoder.h"
+#include "level/quants/thirds.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // Q2_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 16; s and m have 4 bits.
-// Body: a line of bit pairs for each of 16 sub-blocks, k-group 0 lowest; then four lines as k-groups over j: s low, m high.
-// Tail: scale, min.
+// Body: for each four sub-blocks four lines of bit pairs, of k-group g in line g, the first sub-block's lowest; then four
+// lines as k-groups over j: s low, m high. Tail: scale, min.
 struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
-  static DECODE Bytes group(Lines body, int j, int g) {
-    constexpr Places pairs{{0, 2, 4, 6}, {3, 3, 3, 3}};
-    return field_of<pairs>(load_bytes(body + 64 * j), g);
-  }
+  static constexpr int kTogether = 4;
+  static DECODE Bytes pairs(Lines body, int j, int g) { return load_bytes(body + j / 4 * 256 + 64 * g); }
+  static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
   static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     for (int i = 0; i < 4; i++) unsigned_scales(field<0, 15>(load_bytes(body + 1024 + 64 * i)), out + 4 * i);
   }
@@ -88,20 +87,21 @@ struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
 };
 
 // TQ2_0: weight = scale * (q - 1), q one of 0, 1, 2 and, in files that no quantizer wrote, 3.
-// Body: for every 32 columns two lines, k-groups i, i + 2, i + 4 and i + 6 in line i from its lowest bits on.
+// Body: for every 128 columns eight lines of bit pairs, of k-groups i of 32 columns in line i, the first 32 lowest.
 // Tail: scale. Its sub-blocks have no scales.
-//
-// TQ1_0: the same. Digits to base three are pairs of bits in a tile: taking them apart for every product would cost more
-// time than the bytes that it saves.
-template <QuantType type>
-struct Ternary : Decoder<type, 8, 2, 1> {
-  static DECODE Bytes group(Lines body, int j, int g) {
-    constexpr Places pairs{{0, 0, 2, 2, 4, 4, 6, 6}, {3, 3, 3, 3, 3, 3, 3, 3}};
-    return field_of<pairs>(load_bytes(body + 128 * j + 64 * (g & 1)), g);
-  }
+struct TQ2_0 : Decoder<QuantType::TQ2_0, 8, 2, 1> {
+  static constexpr int kTogether = 4;
+  static DECODE Bytes pairs(Lines body, int j, int g) { return load_bytes(body + j / 4 * 512 + 64 * g); }
+  static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
 };
-using TQ2_0 = Ternary<QuantType::TQ2_0>;
-using TQ1_0 = Ternary<QuantType::TQ1_0>;
+
+// TQ1_0: the same, q one of 0, 1 and 2. Body: the pairs as thirds. (Digits to base three would take fewer bytes, and more
+// time than these take to be read.) Tail: scale.
+struct TQ1_0 : Decoder<QuantType::TQ1_0, 8, 2, 1> {
+  static constexpr int kTogether = 4;
+  static DECODE Bytes pairs(Lines body, int j, int g) { return thirds(body, j / 4 * 8 + g); }
+  static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
+};
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

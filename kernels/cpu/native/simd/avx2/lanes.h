@@ -76,6 +76,9 @@ INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_mullo_epi32(a.v
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH_HALF(I32x16, _mm256_slli_epi32(a.v[i], n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH_HALF(I32x16, _mm256_srli_epi32(a.v[i], n)); }
+// To an integer that is less or equal.
+template <int n>
+INLINE I32x16 divide_by_power(I32x16 a) { EACH_HALF(I32x16, _mm256_srai_epi32(a.v[i], n)); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH_HALF(I32x16, _mm256_and_si256(a.v[i], _mm256_set1_epi32(mask))); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_or_si256(a.v[i], b.v[i])); }
 INLINE F32x16 to_float(I32x16 a) { EACH_HALF(F32x16, _mm256_cvtepi32_ps(a.v[i])); }

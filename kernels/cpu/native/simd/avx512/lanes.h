@@ -54,6 +54,9 @@ INLINE I32x16 mul(I32x16 a, I32x16 b) { return _mm512_mullo_epi32(a, b); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { return _mm512_slli_epi32(a, n); }
 INLINE I32x16 shift_right(I32x16 a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+// To an integer that is less or equal.
+template <int n>
+INLINE I32x16 divide_by_power(I32x16 a) { return _mm512_srai_epi32(a, n); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { return _mm512_or_si512(a, b); }
 INLINE F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }

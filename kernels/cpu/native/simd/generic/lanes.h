@@ -66,6 +66,9 @@ INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }
+// To an integer that is less or equal.
+template <int n>
+INLINE I32x16 divide_by_power(I32x16 a) { EACH(I32x16, a.v[i] >> n); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH(I32x16, a.v[i] & mask); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
 INLINE F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }

@@ -78,6 +78,9 @@ INLINE I32x16 shift_left(I32x16 a) { EACH_QUARTER(I32x16, vshlq_n_s32(a.v[i], n)
 INLINE I32x16 shift_right(I32x16 a, int n) {
   EACH_QUARTER(I32x16, vreinterpretq_s32_u32(vreinterpretq_u32_s32(a.v[i]) >> static_cast<uint32_t>(n)));
 }
+// To an integer that is less or equal.
+template <int n>
+INLINE I32x16 divide_by_power(I32x16 a) { EACH_QUARTER(I32x16, vshrq_n_s32(a.v[i], n)); }
 INLINE I32x16 keep(I32x16 a, int32_t mask) { EACH_QUARTER(I32x16, vandq_s32(a.v[i], vdupq_n_s32(mask))); }
 INLINE I32x16 either(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vorrq_s32(a.v[i], b.v[i])); }
 INLINE F32x16 to_float(I32x16 a) { EACH_QUARTER(F32x16, vcvtq_f32_s32(a.v[i])); }

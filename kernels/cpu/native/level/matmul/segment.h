@@ -211,9 +211,13 @@ template <class Type, class Segment, int R, int T>
 DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
   I32x16 total[R][T];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+  if constexpr (R * T == 1) {
+    UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
+  } else {
 #pragma GCC unroll 1
-  for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
-    UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
+    for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
+      UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
+  }
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {

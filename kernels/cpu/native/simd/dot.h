@@ -10,6 +10,7 @@
 //
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 // kAnyByte: `step` takes bytes of eight bits as they are, and sums of them have room.
+// kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share.
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
 // and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every eight costs less
@@ -78,6 +79,12 @@ constexpr bool kSumsFrom = false;
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+#if defined(__AVX512BW__)
+constexpr bool kUnrollsSegments = true;
+#else
+constexpr bool kUnrollsSegments = false;
+#endif
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kAnyByte = true;

@@ -94,8 +94,9 @@ struct SubMins<Type, true> {
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
-// How far ahead of the reads tiles are prefetched: tuned with benchmarks/kernels.py.
-constexpr int kPrefetchBytes = 9216;
+// How far ahead of the reads tiles are prefetched, into the second-level cache: on Zen 4, prefetches into the first occupy
+// the few cache misses that a core can have under way, and cost a third of the bandwidth.
+constexpr int kPrefetchBytes = 20480;
 
 // A segment of a tile, decoded as it is read.
 template <class Type>
@@ -115,7 +116,7 @@ struct TileSegment {
   DECODE void prefetch(int j) const {
     constexpr int lines = (Type::kLayout.body_bytes + Type::kLayout.tail_bytes + 63) / 64;
     constexpr int share = (lines + Type::kSubBlocks - 1) / Type::kSubBlocks;
-    UNROLL for (int i = 0; i < share; i++) __builtin_prefetch(body + kPrefetchBytes + 64 * (j * share + i));
+    UNROLL for (int i = 0; i < share; i++) __builtin_prefetch(body + kPrefetchBytes + 64 * (j * share + i), 0, 2);
   }
 };
 
@@ -211,7 +212,7 @@ template <class Type, class Segment, int R, int T>
 DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
   I32x16 total[R][T];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
-  if constexpr (R * T == 1) {
+  if constexpr (kUnrollsSegments && R * T == 1) {
     UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
   } else {
 #pragma GCC unroll 1

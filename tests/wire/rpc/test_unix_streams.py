@@ -140,10 +140,11 @@ async def test_a_reader_that_does_not_read_holds_its_sender_up(address: str) -> 
     server = await Server.start(address, TOKEN, {FORWARD: slow})
     stream = Peer(server.address, TOKEN).open(FORWARD)
     await stream.opened()
-    sent = 0
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.5):
-            for sent in range(1000):
+    sent = -1
+    with suppress(TimeoutError):
+        while sent < 1000:
+            sent += 1
+            async with asyncio.timeout(1.0):
                 await stream.write(sent.to_bytes(4, "little") * (1 << 15))
     assert 32 <= sent < 100  # 4 MiB that wait there, and what is on the way
     may_read.set()
@@ -237,7 +238,7 @@ async def test_a_stopped_server_ends_streams_after_its_grace(address: str) -> No
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     await server.stop(0.2)
-    assert loop.time() - begun_s >= 0.2
+    assert loop.time() - begun_s >= 0.19
     with pytest.raises(StreamBrokenError):
         await stream.read()
     await handler.ended.wait()

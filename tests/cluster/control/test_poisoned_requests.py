@@ -26,16 +26,16 @@ _POISONED = dedent(
     import os, sys
 
     if "--name" in sys.orig_argv:
-        from llamaclust.worker.stage.stage_runner import StageRunner
+        from llamaclust.worker.stage.loop import StageLoop
 
-        finish = StageRunner.finish
+        finish = StageLoop._finish
 
-        def poisoned(runner, logits, inputs):
-            if any(getattr(task, "seed", 0) == {POISON} and task.position >= 30 for task in inputs.tasks):
+        def poisoned(loop, arrival, logits, received):
+            if any(getattr(task, "seed", 0) == {POISON} and task.position >= 30 for task in received.inputs.tasks):
                 BREAK
-            return finish(runner, logits, inputs)
+            return finish(loop, arrival, logits, received)
 
-        StageRunner.finish = poisoned
+        StageLoop._finish = poisoned
     """
 )
 BREAKS = {"raises": 'raise ValueError("poison")', "kills its worker": "os.kill(os.getpid(), 9)"}

@@ -15,30 +15,53 @@ from support.clusters.recovering import Answer, config, recovering
 
 TOKENS = 100
 
-_WRAPPED = dedent(
-    """
-    # Runs in every process that the test starts: the worker named {worker} answers wrongly once, at its {at}th answer.
-    import os, sys
-    from dataclasses import replace
-    from itertools import count
+_BEGIN = """
+# Runs in every process that the test starts: the worker named {worker} answers wrongly once, at its {at}th answer.
+import os, sys
+from dataclasses import replace
+from itertools import count
 
-    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "{worker}":
-        import llamaclust.wire.{module} as codec
+if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "{worker}":
+    answers = count()
+"""
+_RESULT = (
+    _BEGIN
+    + """
+    from llamaclust.wire.microbatch.codec import decode_result, encode_result as encode
+    from llamaclust.worker.stage.outputs import NativeOutputs
 
-        encode, answers = codec.{function}, count()
+    right = NativeOutputs.encode
 
-        def wrong(message):
-            if type(message).__name__ == "{kind}" and next(answers) >= {at} and not os.path.exists({marker!r}):
-                open({marker!r}, "w").close()
-                return {answer}
-            return encode(message)
+    def wrong(outputs, *given):
+        data = right(outputs, *given)
+        if next(answers) >= {at} and not os.path.exists({marker!r}):
+            open({marker!r}, "w").close()
+            message = decode_result(data)
+            return {answer}
+        return data
 
-        codec.{function} = wrong
-    """
+    NativeOutputs.encode = wrong
+"""
+)
+_HEARTBEAT = (
+    _BEGIN
+    + """
+    import llamaclust.wire.control.codec as codec
+
+    encode = codec.encode_worker_message
+
+    def wrong(message):
+        if type(message).__name__ == "Heartbeat" and next(answers) >= {at} and not os.path.exists({marker!r}):
+            open({marker!r}, "w").close()
+            return {answer}
+        return encode(message)
+
+    codec.encode_worker_message = wrong
+"""
 )
 
-RESULT = ("microbatch.codec", "encode_result", "Result", 20)
-CONTROL = ("control.codec", "encode_worker_message", "Heartbeat", 40)
+RESULT = (_RESULT, 20)
+CONTROL = (_HEARTBEAT, 40)
 ANSWERS = {
     "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
     "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "of epoch 1.0 where "),
@@ -71,13 +94,9 @@ async def test_wrong_answers_change_no_token(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module, function, kind, at, answer, says = ANSWERS[what]
+    program, at, answer, says = ANSWERS[what]
     marker = tmp_path / "answered"
-    (tmp_path / "sitecustomize.py").write_text(
-        _WRAPPED.format(
-            worker="c", module=module, function=function, kind=kind, at=at, answer=answer, marker=str(marker)
-        )
-    )
+    (tmp_path / "sitecustomize.py").write_text(program.format(worker="c", at=at, answer=answer, marker=str(marker)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
 
     async with recovering(config(model, tmp_path)) as cluster:

@@ -5,7 +5,7 @@
 A row a KV type, level, depth and number of rows that are computed together behind so many positions: bytes of keys and
 values and multiply-adds a second, and their shares of the read bandwidth and of the float32 multiply-add peak. One row
 should be near the first limit, hundreds near the second. Limits and kernels are measured in turns; a share is the
-median over rounds of kernel to the greater of the limits right before and right after it.
+median over rounds of kernel to the mean of the limits right before and right after it.
 """
 
 from __future__ import annotations

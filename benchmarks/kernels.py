@@ -5,7 +5,7 @@
 A row a type, shape, level and number of tokens: bytes of weights and multiply-adds a second, and their shares of the
 read bandwidth and of the multiply-add peak of this CPU (8-bit integers; float32 for float weights). One token should be
 near the first limit, hundreds near the second. Limits and kernels are measured in turns; a share is the median over
-rounds of kernel to the greater of the limits right before and right after it. A row takes a few seconds, all types at
+rounds of kernel to the mean of the limits right before and right after it. A row takes a few seconds, all types at
 all default sizes about ten minutes on two cores.
 """
 
@@ -117,7 +117,7 @@ def measure(setup: Setup, matrices: list[_native.PackedMatrix], limits: Limits, 
     used = matrices[: max(1, min(len(matrices), round(WORK / setup.products)))]
     before, reads, peaks = (limits.gb_s(), limits.gmac_s()), [], []
     for _ in range(rounds):
-        seconds = min(_native.matmul_seconds(setup.level, used, x, setup.threads) for _ in range(3)) / len(used)
+        seconds = median(_native.matmul_seconds(setup.level, used, x, setup.threads) for _ in range(3)) / len(used)
         after = (limits.gb_s(), limits.gmac_s())
         reads.append(Pair(setup.weight_bytes / seconds / 1e9, before[0], after[0]))
         peaks.append(Pair(setup.products / seconds / 1e9, before[1], after[1]))

@@ -17,7 +17,8 @@ class ReadProbe:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """GB/s: the best of several plain patterns. ValueError outside 0..60 seconds."""
+        """GB/s: the median of several reads in the plain pattern that was the best of some just before. (The maximum of
+        many reads would be above what a run as long as all of them can reach.) ValueError outside 0..60 seconds."""
         return self._probe.measure(seconds) / 1e9
 
 

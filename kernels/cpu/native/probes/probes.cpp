@@ -153,13 +153,19 @@ ReadProbe::ReadProbe(int threads, int cache_multiple)
 
 double ReadProbe::measure(double seconds) {
   check_seconds(seconds);
-  constexpr int kRounds = 2;
-  const double slice = seconds / (kRounds * std::size(kReadPatterns));
-  double best = 0;
-  for (int round = 0; round < kRounds; round++)
-    for (const ReadPattern& pattern : kReadPatterns)
-      best = std::max(best, rate(threads_, slice, [&](int thread) { return read(thread, pattern); }));
-  return best;
+  constexpr size_t kSamples = 9;
+  const double slice = seconds / static_cast<double>(std::size(kReadPatterns) + kSamples);
+  const auto rate_of = [&](const ReadPattern& pattern) {
+    return rate(threads_, slice, [&](int thread) { return read(thread, pattern); });
+  };
+  const ReadPattern* best = nullptr;
+  double most = 0;
+  for (const ReadPattern& pattern : kReadPatterns)
+    if (const double r = rate_of(pattern); best == nullptr || r > most) best = &pattern, most = r;
+  double samples[kSamples];
+  for (double& sample : samples) sample = rate_of(*best);
+  std::nth_element(samples, samples + kSamples / 2, samples + kSamples);
+  return samples[kSamples / 2];
 }
 
 double int8_peak(int threads, double seconds) { return peak(int8_piece(), threads, seconds); }

@@ -61,10 +61,47 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   });
 }
 
+struct RopePairs {
+  F32x16 first, second;
+};
+
+// Sixteen pairs of floats that are neighbours.
+INLINE RopePairs load_neighbours(const float* x) {
+  alignas(64) float first[16], second[16];
+  for (int i = 0; i < 16; i++) {
+    first[i] = x[2 * i];
+    second[i] = x[2 * i + 1];
+  }
+  return {load(first), load(second)};
+}
+INLINE void store_neighbours(float* out, const RopePairs& pairs) {
+  alignas(64) float first[16], second[16];
+  store(first, pairs.first);
+  store(second, pairs.second);
+  for (int i = 0; i < 16; i++) {
+    out[2 * i] = first[i];
+    out[2 * i + 1] = second[i];
+  }
+}
+
+INLINE RopePairs rotate(const RopePairs& x, const float* cosine, const float* sine) {
+  const F32x16 c = load(cosine), s = load(sine);
+  return {fnma(x.second, s, mul(x.first, c)), fma(x.second, c, mul(x.first, s))};
+}
+
 void rope(const float* x, const float* rotation, int pairs, int head_dim, RopeStyle style, float* out) {
   const float *cosine = rotation, *sine = rotation + pairs;
   const int step = style == RopeStyle::Norm ? 2 : 1, partner = style == RopeStyle::Norm ? 1 : pairs;
-  for (int i = 0; i < pairs; i++) {
+  int i = 0;
+  for (; i + 16 <= pairs; i += 16)
+    if (style == RopeStyle::Norm) {
+      store_neighbours(out + 2 * i, rotate(load_neighbours(x + 2 * i), cosine + i, sine + i));
+    } else {
+      const RopePairs rotated = rotate({load(x + i), load(x + i + pairs)}, cosine + i, sine + i);
+      store(out + i, rotated.first);
+      store(out + i + pairs, rotated.second);
+    }
+  for (; i < pairs; i++) {
     const float a = x[i * step], b = x[i * step + partner];
     out[i * step] = __builtin_fmaf(-b, sine[i], a * cosine[i]);
     out[i * step + partner] = __builtin_fmaf(b, cosine[i], a * sine[i]);

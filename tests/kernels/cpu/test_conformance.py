@@ -87,6 +87,14 @@ def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> 
     check_conformance(tmp_path, matmul_case(quant_type, cols, rows, hidden, biased=rows % 2 == 0), EXACT)
 
 
+@pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.Q8_0, QuantType.Q4_K], ids=lambda kind: kind.name)
+def test_matmul_of_many_rows_with_a_small_matrix(tmp_path: Path, quant_type: QuantType) -> None:
+    """Threads share it in parts of the rows."""
+    generator = generator_of("many", quant_type)
+    hidden = [whole_numbers(generator, tokens, 256) for tokens in (150, 330)]
+    check_conformance(tmp_path, matmul_case(quant_type, 256, 161, hidden, biased=True), EXACT)
+
+
 @pytest.mark.parametrize("cols", [32, 96, 288, 576])
 @pytest.mark.parametrize("quant_type", [*FLOAT_TYPES, *SMALL_TYPES], ids=lambda kind: kind.name)
 def test_matmul_of_narrow_blocks(tmp_path: Path, quant_type: QuantType, cols: int) -> None:

@@ -23,7 +23,7 @@ from support.models.tiny_quantizers import quantize
 
 Float32 = NDArray[np.float32]
 
-LIMITS = StageLimits(max_batch_tokens=160, max_outputs=160, max_sequences=8, max_context_tokens=4096, kv_blocks=300)
+LIMITS = StageLimits(max_batch_tokens=330, max_outputs=330, max_sequences=8, max_context_tokens=4096, kv_blocks=300)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,26 +8,48 @@
 
 namespace llamaclust {
 
-void Worker::execute(const MatmulStep& step) {
-  const int64_t tiles = rows_ > 0 ? step.tiles() : 0;
-  const auto multiply_tiles = [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (const Product& product : step.products) {
-      const Matrix& weight = product.weight;
-      const int64_t count = weight.tile_count();
-      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
-      if (from < to)
-        stage_.level.matmul.matmul(weight, slot(product.slot), rows_ * buffer(product.out).multiple, {},
-                                 line(product.out, 0), static_cast<size_t>(weight.rows),
+void Worker::multiply_tiles(const MatmulStep& step, int64_t begin, int64_t end, Range rows) {
+  int64_t first = 0;
+  for (const Product& product : step.products) {
+    const Matrix& weight = product.weight;
+    const int64_t count = weight.tile_count();
+    const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, count);
+    const int multiple = buffer(product.out).multiple;
+    const size_t line_bytes = activation_bytes(tile_layout(weight.type).activation, weight.cols);
+    if (from < to)
+      stage_.level.matmul.matmul(weight, slot(product.slot) + static_cast<size_t>(rows.begin * multiple) * line_bytes,
+                                 (rows.end - rows.begin) * multiple, {}, line(product.out, rows.begin),
+                                 static_cast<size_t>(weight.rows),
                                  product.bias.empty() ? nullptr : product.bias.data(), static_cast<int>(from),
                                  static_cast<int>(to), stage_.workspace.scratch(thread_));
-      first += count;
+    first += count;
+  }
+}
+
+// In how many parts of the rows panels are computed: more than one where there are too few panels for the threads to
+// share them evenly. Each part decodes them again, which takes about as long as eight rows.
+int64_t Worker::row_parts(int64_t panels) const {
+  constexpr int64_t kPanelsPerThread = 8, kLeastRows = 96;
+  const int64_t wanted = kPanelsPerThread * threads_;
+  if (threads_ == 1 || panels >= wanted) return 1;
+  return std::clamp(rows_ / kLeastRows, int64_t{1}, (wanted + panels - 1) / panels);
+}
+
+void Worker::execute(const MatmulStep& step) {
+  const int64_t tiles = rows_ > 0 ? step.tiles() : 0;
+  if (rows_ <= kFewRows) {
+    const auto multiply = [&](int64_t begin, int64_t end) { multiply_tiles(step, begin, end, {0, rows_}); };
+    return share(tiles, 1, fixed_tiles(tiles), multiply, speeds_.measures());
+  }
+  const int64_t panels = (tiles + kPanelTiles - 1) / kPanelTiles, parts = row_parts(panels);
+  const auto multiply_panels = [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin / panels; part * panels < end; part++) {
+      const int64_t from = std::max(begin - part * panels, int64_t{0}), to = std::min(end - part * panels, panels);
+      const Range rows{static_cast<int>(rows_ * part / parts), static_cast<int>(rows_ * (part + 1) / parts)};
+      multiply_tiles(step, kPanelTiles * from, std::min(kPanelTiles * to, tiles), rows);
     }
   };
-  if (rows_ > kFewRows)
-    share(tiles, kPanelTiles, tiles / 2, multiply_tiles, speeds_.measures());
-  else
-    share(tiles, 1, fixed_tiles(tiles), multiply_tiles, speeds_.measures());
+  share(parts * panels, 1, parts * panels / 2, multiply_panels, speeds_.measures());
 }
 
 namespace {

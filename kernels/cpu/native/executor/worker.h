@@ -77,6 +77,8 @@ class Worker {
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
   void compute_row(const Step& step, int row);  // of a row by row step
+  void multiply_tiles(const MatmulStep& step, int64_t begin, int64_t end, Range rows);
+  int64_t row_parts(int64_t panels) const;
   ExpertLines group_by_expert(const ExpertsStep& step) const;
   void multiply_expert(const ExpertsStep& step, const ExpertLines& groups, size_t expert, int tile_begin, int tile_end);
 

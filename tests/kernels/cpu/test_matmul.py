@@ -27,6 +27,7 @@ LEVELS = _native.available_levels()
 ROWS = [1, 15, 16, 17, 48, 320]
 COLS = [32, 96, 256, 288, 576, 1536]
 TOKENS = [1, 2, 3, 5, 8, 17, 64]
+PANEL_TYPES = [QuantType.F16, QuantType.Q4_0, QuantType.Q8_0, QuantType.Q2_K, QuantType.Q4_K, QuantType.Q6_K]
 MANY = 131  # more than any level serves without panels
 
 
@@ -56,6 +57,18 @@ def test_the_same_bits_at_every_level_for_any_number_of_tokens(quant_type: Quant
                 check_equal_bits(
                     _native.matmul(level, matrix, x[:tokens]), expected[:tokens], level, tokens, rows, cols
                 )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("quant_type", PANEL_TYPES, ids=lambda kind: kind.name)
+def test_the_same_bits_with_more_tokens_and_columns_than_a_panel_has(quant_type: QuantType, level: str) -> None:
+    rows, cols, tokens = 70, 5632, 1030
+    generator = generator_of(quant_type)
+    matrix = packed(quant_type, random_weights(generator, quant_type, rows, cols), rows, cols)
+    x = random_activations(generator, tokens, cols)
+    together = _native.matmul(level, matrix, x)
+    for token in (0, tokens - 1, *generator.integers(0, tokens, 40)):
+        check_equal_bits(_native.matmul(level, matrix, x[token : token + 1]), together[token : token + 1], token)
 
 
 @pytest.mark.parametrize("level", LEVELS)

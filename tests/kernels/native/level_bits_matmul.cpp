@@ -56,7 +56,7 @@ struct Product {
     const Matrix& matrix = packed.matrix();
     const ActivationFormat format = tile_layout(matrix.type).activation;
     const size_t row_bytes = activation_bytes(format, matrix.cols), rows = static_cast<size_t>(matrix.rows);
-    Memory activations(row_bytes * static_cast<size_t>(tokens)), scratch(matmul_scratch_bytes(matrix.cols));
+    Memory activations(row_bytes * static_cast<size_t>(tokens)), scratch(kMatmulScratchBytes);
     for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
       level.matmul.quantize(format, x.data() + t * static_cast<size_t>(matrix.cols), matrix.cols,
                             activations.data() + t * row_bytes);

@@ -61,7 +61,7 @@ double run_products(const std::string& level, const std::vector<const PackedMatr
   const Activations activations(ops, tile_layout(shape.type).activation, x);
   ThreadPool pool(threads);
   std::vector<Memory> scratches;
-  for (int thread = 0; thread < threads; thread++) scratches.emplace_back(matmul_scratch_bytes(shape.cols));
+  for (int thread = 0; thread < threads; thread++) scratches.emplace_back(kMatmulScratchBytes);
   double seconds = 0;
   pool.run([&](int thread) {
     const Memory& scratch = scratches[thread];

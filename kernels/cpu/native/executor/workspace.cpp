@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "pack/pack.h"
+#include "level/matmul_ops.h"
 
 namespace llamaclust {
 namespace {
@@ -20,16 +20,14 @@ struct Needs {
   const Limits& limits;
   size_t scratch_bytes = 0, expert_lines = 0, experts = 0, partial_floats = 0;
 
-  void operator()(const MatmulStep& step) {
-    for (const Product& product : step.products) add_scratch(matmul_scratch_bytes(product.weight.cols));
-  }
+  void operator()(const MatmulStep&) { add_scratch(kMatmulScratchBytes); }
   void operator()(const ExpertsStep& step) {
-    add_scratch(matmul_scratch_bytes(step.products[0].experts[0].cols));
+    add_scratch(kMatmulScratchBytes);
     expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens) * static_cast<size_t>(step.used));
     experts = std::max(experts, step.products[0].experts.size());
   }
-  void operator()(const HeadsStep& step) {
-    add_scratch(matmul_scratch_bytes(step.weights[0].cols));
+  void operator()(const HeadsStep&) {
+    add_scratch(kMatmulScratchBytes);
     expert_lines = std::max(expert_lines, static_cast<size_t>(limits.max_tokens));
   }
   // Scores and what is chosen by, of experts and groups.

@@ -34,9 +34,12 @@ struct Q8_256 {
   float scale;
   int32_t padding[3];
 };
-// Weights unpacked for many tokens take up to this many bytes a column and tile, this many tiles at a time.
-constexpr int kPanelColumnBytes = 24;
-constexpr int kPanelTiles = 4;
+// Weights unpacked for many tokens: a panel of so many tiles, for so many tokens at most, whose sums wait for the next
+// stretch of k behind it, with room for some more tokens that are computed and thrown away.
+constexpr int kPanelTiles = 4, kPanelMostTokens = 512, kPanelMorePlaces = 8;
+constexpr size_t kPanelTileBytes = 48 << 10;
+constexpr size_t kMatmulScratchBytes =
+    kPanelTiles * (kPanelTileBytes + (kPanelMostTokens + kPanelMorePlaces) * kTileRows * sizeof(float));
 
 static_assert(sizeof(Q8_32) == 44 && alignof(Q8_32) == 4);
 static_assert(sizeof(Q8_256) == 384 && alignof(Q8_256) == 4);
@@ -55,7 +58,7 @@ struct MatmulOps {
   void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
   // out[line of t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin,
   // tile_end) and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds
-  // matmul_scratch_bytes(cols) bytes private to the calling thread.
+  // kMatmulScratchBytes private to the calling thread.
   void (*matmul)(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
                  size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch);
   // out[cols] = the row's weights as float32.

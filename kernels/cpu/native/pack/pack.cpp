@@ -95,10 +95,6 @@ size_t activation_bytes(ActivationFormat format, int cols) {
   return whole_lines(static_cast<size_t>(cols / segment_cols(format)) * kSegmentBytes[static_cast<int>(format)]);
 }
 
-size_t matmul_scratch_bytes(int cols) {
-  return whole_lines(static_cast<size_t>(cols) * kPanelColumnBytes * kPanelTiles);
-}
-
 PackedMatrix::PackedMatrix(int type, int rows, int cols) : PackedMatrix(shape_only(type, rows, cols)) {
   auto memory = std::make_shared<Memory>(bytes());
   matrix_.tiles = tiles_ = memory->data();

@@ -16,8 +16,6 @@ bool is_supported(QuantType type);
 size_t file_row_bytes(QuantType type, int cols);
 // Columns that an activation format quantizes together.
 int segment_cols(ActivationFormat format);
-// Bytes of scratch memory that one thread needs for a product with any matrix of that many columns.
-size_t matmul_scratch_bytes(int cols);
 
 // A weight matrix in tiles, in memory of its own or in a part of what several share.
 class PackedMatrix {

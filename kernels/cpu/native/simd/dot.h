@@ -13,8 +13,8 @@
 // kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share.
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
-// and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every eight costs less
-// than a panel.
+// and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every kDirectWidth costs
+// less than a panel.
 #pragma once
 
 #include "simd/lanes.h"

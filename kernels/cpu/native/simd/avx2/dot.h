@@ -77,7 +77,7 @@ INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
   EACH_HALF(Bytes, with_signs<offset>(b.v[i], bits + 4 * i));
 }
 
-constexpr int kPanelRows = 1, kPanelTokens = 4;
+constexpr int kPanelRows = 1, kPanelTokens = 4, kDirectWidth = 4;
 constexpr int kFloatRows = 1, kFloatTokens = 5;
 template <int kBits>
 constexpr int kDirectTokens = 16;

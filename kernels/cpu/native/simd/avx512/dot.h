@@ -57,7 +57,7 @@ INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
   return _mm512_mask_sub_epi8(b, negative, _mm512_set1_epi8(static_cast<char>(2 * offset)), b);
 }
 
-constexpr int kPanelRows = 2, kPanelTokens = 6;
+constexpr int kPanelRows = 2, kPanelTokens = 6, kDirectWidth = 8;
 constexpr int kFloatRows = 4, kFloatTokens = 4;
 
 #if defined(__AVX512VNNI__)

@@ -12,7 +12,7 @@ struct Sums {
 };
 using Scale = I32x16;
 
-constexpr int kPanelRows = 1, kPanelTokens = 4;
+constexpr int kPanelRows = 1, kPanelTokens = 4, kDirectWidth = 4;
 constexpr int kFloatRows = 1, kFloatTokens = 4;
 template <int kBits>
 constexpr int kDirectTokens = 16;

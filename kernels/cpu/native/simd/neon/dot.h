@@ -61,6 +61,7 @@ INLINE Bytes with_signs(Bytes b, const uint8_t* bits) {
 
 constexpr bool kSumsFrom = false;
 constexpr int kFloatRows = 1, kFloatTokens = 6;
+constexpr int kDirectWidth = 4;
 template <int kBits>
 constexpr int kDirectTokens = 16;
 

@@ -71,9 +71,9 @@ struct RowOutcomes {
 };
 
 RowOutcomes sample(Sampler& sampler, FloatRows logits, const SamplingTasks& tasks) {
+  if (tasks.rows.empty()) return {};
   if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != tasks.rows.size())
     throw nb::value_error("logits must be [tasks, vocabulary]");
-  if (tasks.rows.empty()) return {};
   const nb::gil_scoped_release released;
   const FloatMode mode;
   return {sampler.run(logits.data(), tasks.rows)};

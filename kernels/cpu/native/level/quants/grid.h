@@ -2,6 +2,7 @@
 // negative; sub-block scales are odd, 2 s + 1 of three or four bits.
 #pragma once
 
+#include "level/quants/signed_levels.h"
 #include "level/quants/thirds.h"
 #if defined(LLAMACLUST_BYTE_LOOKUPS)
 #include "level/quants/points_by_bytes.h"

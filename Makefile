@@ -37,7 +37,7 @@ test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
 test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not alone" $(OR_AGAIN)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(OR_AGAIN)
 	$(BIN)/python -m pytest -m alone $(OR_AGAIN)
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card

@@ -21,6 +21,15 @@ struct BF16 {
   static DECODE F32x16 column(const uint8_t* p) { return from_bf16(halves(p)); }
 };
 
+// Few tokens wait for memory, as those of quantized weights do; for more, tiles are read again and again from a cache.
+template <int R, int T>
+DECODE void prefetch_floats(const uint8_t* tile) {
+  if constexpr (T <= 2)
+    __builtin_prefetch(tile + kPrefetchBytes / R, 0, 2);
+  else
+    __builtin_prefetch(tile + 2048);
+}
+
 // R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
 // last are computed like it and thrown away.
 template <class Type, int R, int T>
@@ -38,7 +47,7 @@ void multiply_float_block(const Product& p, int first_tile, int tile_end, int fi
     F32x16 weights[R];
     UNROLL for (int r = 0; r < R; r++) {
       weights[r] = Type::column(w[r]);
-      __builtin_prefetch(w[r] + 2048);
+      prefetch_floats<R, T>(w[r]);
       w[r] += Type::kLayout.body_bytes;
     }
     UNROLL for (int t = 0; t < T; t++) {

@@ -197,6 +197,14 @@ class Backend(Protocol):
         """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
 
 
+@runtime_checkable
+class HasThreads(Protocol):
+    """A backend that computes on threads of this process."""
+
+    def apart(self) -> Backend:
+        """The same with threads of its own and what is in memory of the same weights."""
+
+
 class ExchangingBackend(Backend, Protocol):
     """A device whose programs may have exchanges."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,13 +180,23 @@ class CpuBackend:
             raise UsageError(
                 f"feature level {self.feature_level!r} is not available on this machine; there is: {there}"
             )
-        try:
-            self._pool = _native.ThreadPool(threads, yields)
-        except (ValueError, RuntimeError) as error:
-            raise UsageError(f"{threads} threads: {error}; give another number") from error
         self.threads = threads
+        self._yields = yields
+        self._pool = self._new_pool()
         self.packed_cache = None if packed_cache is None else PackedCache(packed_cache)
         self._weights = WeightStore(threads, self.packed_cache, mlock=mlock)
+
+    def _new_pool(self) -> _native.ThreadPool:
+        try:
+            return _native.ThreadPool(self.threads, self._yields)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.threads} threads: {error}; give another number") from error
+
+    def apart(self) -> CpuBackend:
+        """See `kernels.backend.HasThreads`: all of them compute until they find that fewer do better."""
+        twin = copy(self)
+        twin._pool = self._new_pool()
+        return twin
 
     def load(
         self,

@@ -21,7 +21,7 @@ import numpy as np
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import StepTime
 from llamaclust.core.sampling import SampleTask, SamplingParams
-from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.backend import Backend, HasThreads
 from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _DECODE_ROWS = (1, 8)
 _ENOUGH_S = 2.0  # of steps at so many rows: large layers on a slow machine are tried less often, and in the end once
-_CONTEXT = 256  # tokens before those of a decode step
+_CONTEXT = 256  # tokens before those of a decode step, and before a prompt's row in the mean
 _BLOCKS = (_CONTEXT + 16) // 16
 _LEAST_LAYERS = 3
 _LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and differ by less than a machine's moods
@@ -65,7 +65,7 @@ class ProfileSize:
             max_batch_tokens=rows,
             max_outputs=_DECODE_ROWS[-1],
             max_sequences=_DECODE_ROWS[-1],
-            max_context_tokens=max(_CONTEXT, rows) + 16,
+            max_context_tokens=max(_CONTEXT, *(_position(each) + each for each in self.tries)) + 16,
             kv_blocks=_DECODE_ROWS[-1] * _BLOCKS,
         )
 
@@ -97,6 +97,11 @@ class ProfiledDevice:
         """`feature_level`: the sampler's, on the processor."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
+
+    def apart(self) -> Backend:
+        """Threads of a processor that compute less together where others want the cores learn that from similar steps:
+        not from those of another stage, nor from what happened before."""
+        return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
@@ -169,7 +174,7 @@ class _Measurement:
         with ExitStack() as opened:
             runners = []
             for start, end in ranges:
-                runner = StageRunner(device.backend, model, start, end, limits, options)
+                runner = StageRunner(device.apart(), model, start, end, limits, options)
                 runners.append(opened.enter_context(closing(runner)))
             tries = device.size.tries.items()
             seconds = {rows: asyncio.run(self._taken_s(runners, rows, most)) for rows, most in tries}
@@ -206,6 +211,11 @@ class _Measurement:
         return (perf_counter_ns() - begun_ns) / 1e9
 
 
+def _position(rows: int) -> int:
+    """Of the first of so many rows of a prompt."""
+    return max(0, _CONTEXT - rows // 2) // 16 * 16
+
+
 def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
     """Few rows are of a sequence each, many of one prompt."""
     return sum(layer.moved_bytes(rows, rows if rows in _DECODE_ROWS else 1) for layer in layers)
@@ -228,9 +238,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
     """Of one layer, of some, and of the last one with the head: by differences."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
-        seconds = one.seconds[rows]
-        byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes[rows] - one.layers_bytes[rows]))
-        stage_s = max(0.0, seconds - byte_s * one.layers_bytes[rows])
+        stage_s, byte_s = _line(*((part.layers_bytes[rows], part.seconds[rows]) for part in (one, some)))
         if rows in _DECODE_ROWS:
             head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes[rows])
             heads.append((rows, head_s))
@@ -238,6 +246,15 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
         yield StepTime(rows, stage_s, byte_s, head_s)
+
+
+def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
+    """(seconds without bytes, seconds a byte) through two points (bytes, seconds); neither is below zero. Where a line
+    would begin there, the first point is too low or the second too high: both count by their bytes."""
+    byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
+    if byte_s * few[0] > few[1]:
+        return 0.0, (few[1] + many[1]) / (few[0] + many[0])
+    return few[1] - byte_s * few[0], byte_s
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
@@ -248,7 +265,8 @@ def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple
         outputs = int(program.is_last)
         chunks = tuple(Chunk((tokens[row],), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
     else:
-        chunks = (Chunk(tuple(tokens), 0, (0, max(_BLOCKS, rows // 16)), 0),)
+        position = _position(rows)
+        chunks = (Chunk(tuple(tokens), position, (0, -(-(position + rows) // 16)), 0),)
     task = SampleTask(SamplingParams(), 0, 0, _CONTEXT + 1)
     header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
     hidden = None if program.is_first else source.standard_normal((rows, program.hidden.width), np.float32)

@@ -24,8 +24,8 @@ ROWS: Final = (1, 4, 8, 32, 128)
 """Of activations: a decode step, windows of drafts and a few sequences, prompts."""
 _FEW_ROWS: Final = 8
 _WEIGHT_ROWS, _COLUMNS = 8192, 2048
-_LEAST_BYTES: Final = 32 << 20
-_MOST_BYTES: Final = 96 << 20  # of float32, with activations and results
+_LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
+_MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3  # of tries of a product: on a slow machine there is one
 

@@ -31,7 +31,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.placement import RuleEffect, rule_effects
 from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
-from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
+from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memory_bytes, resident_bytes
 
 
 def show_plan(
@@ -124,7 +124,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)
-    own_bytes, specs = resident_bytes(), worker_settings(config)
+    own_bytes, specs = resident_bytes() + LOADING_BYTES, worker_settings(config)
     with _opened(config) as model:
         check_placement(config, model)
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}

@@ -57,6 +57,14 @@ ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device reaches at best."""
+
+    read_bytes_s: Rate  # of weights
+    int8_macs_s: Rate
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """Speed of one device: its limits, and measured steps of the model and products with its quant types. Measured
     while the other workers of the machine compute too, and while they are idle (`isolated`; empty: the same)."""
@@ -67,6 +75,7 @@ class DeviceProfile:
     isolated: StepTimes = ()
     products: ProductTimes = ()
     isolated_products: ProductTimes = ()
+    isolated_limits: Limits | None = None
 
     def check(self) -> None:
         """ProtocolError where rows do not ascend."""
@@ -77,8 +86,24 @@ class DeviceProfile:
             if any(_place(time) >= _place(later) for time, later in pairwise(products)):
                 raise ProtocolError("times of products: types, and rows of each, must ascend")
 
+    def limits(self, *, concurrent: bool) -> Limits:
+        measured = Limits(self.read_bytes_s, self.int8_macs_s)
+        return measured if concurrent else self.isolated_limits or measured
+
+    def beside(self, isolated: DeviceProfile) -> DeviceProfile:
+        """With what the same device measured while the machine's other workers were idle."""
+        return replace(
+            self,
+            isolated=isolated.concurrent,
+            isolated_products=isolated.products,
+            isolated_limits=Limits(isolated.read_bytes_s, isolated.int8_macs_s),
+        )
+
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        return self.concurrent if concurrent else self.isolated or self.concurrent
+        """Where other workers were idle and only products could be measured, these tell more than steps beside them."""
+        if concurrent or self.isolated:
+            return self.concurrent if concurrent else self.isolated
+        return () if self.isolated_products else self.concurrent
 
     def product_times(self, *, concurrent: bool) -> ProductTimes:
         return self.products if concurrent else self.isolated_products or self.products
@@ -124,7 +149,14 @@ def _mean_device(devices: Sequence[DeviceProfile]) -> DeviceProfile:
         mean_step_times([device.isolated for device in devices]),
         _mean_product_times([device.products for device in devices]),
         _mean_product_times([device.isolated_products for device in devices]),
+        _mean_limits([device.isolated_limits for device in devices if device.isolated_limits is not None]),
     )
+
+
+def _mean_limits(limits: Sequence[Limits]) -> Limits | None:
+    if not limits:
+        return None
+    return Limits(fmean(each.read_bytes_s for each in limits), fmean(each.int8_macs_s for each in limits))
 
 
 def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:

@@ -70,8 +70,11 @@ class WorkerProfile(_message.Message):
 
     PROFILE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """Of the request."""
+    kept_bytes: _builtins.int
+    """Memory that the worker's process has taken to measure, and keeps."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Of the machine."""
@@ -81,10 +84,11 @@ class WorkerProfile(_message.Message):
         *,
         profile: Global___Profile | None = ...,
         request_id: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_bytes", b"kept_bytes", "profile", b"profile", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,6 +136,7 @@ class DeviceProfile(_message.Message):
     ISOLATED_FIELD_NUMBER: _builtins.int
     PRODUCTS_FIELD_NUMBER: _builtins.int
     ISOLATED_PRODUCTS_FIELD_NUMBER: _builtins.int
+    ISOLATED_LIMITS_FIELD_NUMBER: _builtins.int
     read_bytes_s: _builtins.float
     """Bytes of weights read per second."""
     int8_macs_s: _builtins.float
@@ -154,6 +159,10 @@ class DeviceProfile(_message.Message):
     def isolated_products(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProductTime]:
         """The same while these are idle; empty: as `products`."""
 
+    @_builtins.property
+    def isolated_limits(self) -> Global___Limits:
+        """The two rates while these are idle; not set: the same."""
+
     def __init__(
         self,
         *,
@@ -163,14 +172,43 @@ class DeviceProfile(_message.Message):
         isolated: _abc.Iterable[Global___StepTime] | None = ...,
         products: _abc.Iterable[Global___ProductTime] | None = ...,
         isolated_products: _abc.Iterable[Global___ProductTime] | None = ...,
+        isolated_limits: Global___Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_isolated_limits", b"_isolated_limits", "isolated_limits", b"isolated_limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_isolated_limits", b"_isolated_limits", "concurrent", b"concurrent", "int8_macs_s", b"int8_macs_s", "isolated", b"isolated", "isolated_limits", b"isolated_limits", "isolated_products", b"isolated_products", "products", b"products", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__isolated_limits: _TypeAlias = _typing.Literal["isolated_limits"]  # noqa: Y015
+    _WhichOneofArgType__isolated_limits: _TypeAlias = _typing.Literal["_isolated_limits", b"_isolated_limits"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__isolated_limits) -> _WhichOneofReturnType__isolated_limits | None: ...
+
+Global___DeviceProfile: _TypeAlias = DeviceProfile  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """What a processor reaches at best."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_BYTES_S_FIELD_NUMBER: _builtins.int
+    INT8_MACS_S_FIELD_NUMBER: _builtins.int
+    read_bytes_s: _builtins.float
+    """Bytes of weights read per second."""
+    int8_macs_s: _builtins.float
+    """8-bit integer multiply-accumulates per second."""
+    def __init__(
+        self,
+        *,
+        read_bytes_s: _builtins.float = ...,
+        int8_macs_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent", b"concurrent", "int8_macs_s", b"int8_macs_s", "isolated", b"isolated", "isolated_products", b"isolated_products", "products", b"products", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DeviceProfile: _TypeAlias = DeviceProfile  # noqa: Y015
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class ProductTime(_message.Message):

@@ -11,6 +11,7 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolErro
 from llamaclust.core.logs import last_lines
 from llamaclust.wire.control import kv_disk, messages, profiles
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
+from llamaclust.worker.devices.system_info import release_freed_memory, resident_bytes
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
 
@@ -54,14 +55,17 @@ class Requests:
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
         """Where the model's file is missing, without its steps."""
-        worker = self._session.worker
+        worker, before_bytes = self._session.worker, resident_bytes()
         try:
             path, adapters = request.model_path, request.adapter_paths
             model = worker.weights.open_file(path, request.model_id, adapters) if path else None
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
         with model or nullcontext():
-            return profiles.WorkerProfile(worker.device.measure(model, request.quant_types), request.request_id)
+            profile = worker.device.measure(model, request.quant_types)
+        del model
+        release_freed_memory()
+        return profiles.WorkerProfile(profile, request.request_id, max(0, resident_bytes() - before_bytes))
 
     async def _profile_link(self, worker: str, address: str) -> profiles.LinkProfile:
         peer = self._session.peer(address, worker)

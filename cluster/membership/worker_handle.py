@@ -101,6 +101,7 @@ class WorkerHandle:
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
         self.loading: Load | None = None
         self.fresh_memory: FreshMemory | None = None
+        self.measuring_bytes = 0  # of its memory, taken since its registration to measure, and kept
         self.weights_found: dict[tuple[str, bool], WeightsFound] = {}  # by model id, and whether with a manifest
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()

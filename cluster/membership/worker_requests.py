@@ -30,6 +30,8 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
         raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, it has {gpus}")
+    if not worker.stages:  # else it may have taken memory to serve them
+        worker.measuring_bytes += measured.kept_bytes
     return measured.profile
 
 

@@ -68,7 +68,8 @@ class ProductTimes:
         measured: dict[int, list[ProductTime]] = {}
         for time in profile.product_times(concurrent=concurrent):
             measured.setdefault(time.quant_type, []).append(time)
-        return cls(profile.read_bytes_s, profile.int8_macs_s, measured)
+        limits = profile.limits(concurrent=concurrent)
+        return cls(limits.read_bytes_s, limits.int8_macs_s, measured)
 
     def seconds(self, weights: Sequence[TypedWeights], rows: float) -> float:
         """Of products of `rows` rows with these weights."""

@@ -35,8 +35,9 @@ class Roofline:
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
         """`hidden_bytes`: of a row, in float32."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
-        row_s = ROW_MACS * hidden_bytes / 4 / profile.int8_macs_s
-        return cls(profile.read_bytes_s, profile.int8_macs_s, products, row_s)
+        limits = profile.limits(concurrent=concurrent)
+        row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
+        return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
         """Experts for themselves: what one is bound by does not hide what another is bound by, and a part of a stage

@@ -55,7 +55,7 @@ class Register:
     threads: Annotated[int, Integer(1, 1 << 16)]
     feature_level: Annotated[str, Line(64)]
     total_memory_bytes: MemoryBytes
-    free_memory_bytes: MemoryBytes  # what it may still take, its cap considered
+    free_memory_bytes: MemoryBytes  # what its stages may take, its cap considered
     fingerprint: Annotated[str, Line(512)]  # equal for machines with equal profiles
     machine_free_bytes: MemoryBytes = 0  # what all processes of its machine may still take together; 0: unknown
     log: Annotated[str, Line(4096)] = ""  # path of its log on its machine, for people; "": the launcher knows

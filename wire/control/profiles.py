@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import AdapterPath, Address, Integer, ModelId, ModelPath, Real, Size, WorkerName
+from llamaclust.core.bounds import (
+    AdapterPath,
+    Address,
+    Integer,
+    MemoryBytes,
+    ModelId,
+    ModelPath,
+    Real,
+    Size,
+    WorkerName,
+)
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
 
@@ -34,6 +44,7 @@ class WorkerProfile:
 
     profile: Profile
     request_id: int = 0
+    kept_bytes: MemoryBytes = 0  # of memory, that its process has taken to measure and keeps: modules, stacks
 
 
 @dataclass(frozen=True, slots=True)

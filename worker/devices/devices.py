@@ -130,7 +130,7 @@ class Device:
             threads=self.threads,
             feature_level=level,
             total_memory_bytes=system_info.total_memory_bytes(),
-            free_memory_bytes=self.free_memory_bytes,
+            free_memory_bytes=max(0, self.free_memory_bytes - system_info.LOADING_BYTES),
             fingerprint=_fingerprint(self.kind, self.threads, level, gpus, len(os.sched_getaffinity(0))),
             machine_free_bytes=system_info.available_memory_bytes(),
             numerics_version=self.backend.numerics_version,

@@ -15,6 +15,7 @@ from llamaclust.model.mixtures.steps import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.system_info import release_freed_memory
 from llamaclust.worker.stage.nextn import nextn_program_of
 from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program
 from llamaclust.worker.weights.remote_model import RemoteModel
@@ -91,6 +92,7 @@ def _open(order: Load, weights: Weights) -> Model | None:
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
     """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
     shares = device_shares(device, model, device.layers(order), order.limits)
+    release_freed_memory()
     for name, share in shares.items():
         free_bytes = device.free_bytes_of(name) + share.memory.held_weight_bytes
         if share.memory.total_bytes > free_bytes:

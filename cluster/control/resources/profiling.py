@@ -121,8 +121,7 @@ class _Measuring:
         shared = [names for names in machines.values() if len(names) > 1]
         for isolated in await asyncio.gather(*map(self._isolated, shared)):
             for key, cpu in isolated.items():
-                both = replace(found[key].cpu, isolated=cpu.concurrent, isolated_products=cpu.products)
-                found[key] = replace(found[key], cpu=both)
+                found[key] = replace(found[key], cpu=found[key].cpu.beside(cpu))
         return found
 
     async def _concurrent(self) -> dict[str, Profile]:

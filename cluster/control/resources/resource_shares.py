@@ -34,19 +34,21 @@ class WorkerResources:
     memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
     threads: int = 1
     is_fresh: bool = False  # its memory is less than what its machine's shares are made from
+    measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
 
     @classmethod
     def of(cls, worker: WorkerHandle) -> WorkerResources:
-        registration, fresh = worker.registration, worker.fresh_memory
+        registration, fresh, taken_bytes = worker.registration, worker.fresh_memory, worker.measuring_bytes
         return cls(
             registration.machine,
-            registration.free_memory_bytes if fresh is None else fresh.free_bytes,
+            max(0, registration.free_memory_bytes - taken_bytes) if fresh is None else fresh.free_bytes,
             registration.machine_free_bytes,
             registration.gpus if fresh is None else fresh.gpus,
             registration.gpu_layers,
             registration.memory_group,
             registration.threads,
             is_fresh=fresh is not None,
+            measuring_bytes=taken_bytes,
         )
 
 
@@ -57,7 +59,8 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
         free = min(worker.machine_free_bytes or worker.free_memory_bytes for worker in here.values())
-        shares |= memory_shares({name: worker.free_memory_bytes for name, worker in here.items()}, free)
+        left = max(0, free - sum(worker.measuring_bytes for worker in here.values()))
+        shares |= memory_shares({name: worker.free_memory_bytes for name, worker in here.items()}, left)
     return shares
 
 

@@ -27,7 +27,7 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(planning, "plan_cluster", plan)
     config: Any = SimpleNamespace(plan=None)
-    worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
+    worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None, measuring_bytes=0)
     unmeasured: Any = SimpleNamespace(of=lambda workers: {})
     making = asyncio.create_task(ClusterPlanner(config, MODEL, unmeasured).plan({"a": worker}))
     await asyncio.sleep(0.01)
@@ -43,7 +43,7 @@ async def test_a_plan_waits_for_no_other_work_in_threads(monkeypatch: pytest.Mon
         blocked = loop.run_in_executor(None, is_over.wait, 60.0)
         monkeypatch.setattr(planning, "plan_cluster", lambda *_: "a plan")
         config: Any = SimpleNamespace(plan=None)
-        worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None)
+        worker: Any = SimpleNamespace(registration=REGISTER, fresh_memory=None, measuring_bytes=0)
         unmeasured: Any = SimpleNamespace(of=lambda workers: {})
         planner = ClusterPlanner(config, MODEL, unmeasured)
         try:

@@ -13,7 +13,12 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
-from llamaclust.cluster.control.resources.resource_shares import WorkerResources, measurement_key, most_similar_key
+from llamaclust.cluster.control.resources.resource_shares import (
+    WorkerResources,
+    machine_shares,
+    measurement_key,
+    most_similar_key,
+)
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import (
     find_weights,
@@ -270,6 +275,30 @@ async def test_figures_of_a_busy_machine_are_not_kept(tmp_path: Path) -> None:
     assert "b" in profiles.of(machines.workers) and not read_profiles(tmp_path)
 
 
+async def test_memory_that_measuring_keeps_is_not_planned_with(tmp_path: Path) -> None:
+    """Twice: with the other worker, and without."""
+    kept = replace(PROFILED, kept_bytes=3 << 20)
+    machines = Machines(a=kept, b=kept)
+    registered = {
+        name: replace(worker.registration, free_memory_bytes=1 << 30, machine_free_bytes=1 << 31)
+        for name, worker in machines.workers.items()
+    }
+    for name, worker in machines.workers.items():
+        worker.registration = registered[name]
+    await machines.measure(tmp_path)
+    resources = {name: WorkerResources.of(worker) for name, worker in machines.workers.items()}
+    assert [each.free_memory_bytes for each in resources.values()] == [(1 << 30) - (6 << 20), (1 << 30) - (3 << 20)]
+    assert sum(machine_shares(resources).values()) == (1 << 31) - (9 << 20)
+
+
+async def test_memory_that_a_worker_takes_for_its_stages_meanwhile_does_not_count() -> None:
+    machines = Machines(a=replace(PROFILED, kept_bytes=3 << 20))
+    worker = machines.workers["a"]
+    worker.stages[1] = (LOAD, Loaded(1, 2, 3, 4))
+    await profile_worker(worker, ProfileWorker("/m.gguf", quant_types=(12, 14)))
+    assert WorkerResources.of(worker).free_memory_bytes == REGISTER.free_memory_bytes
+
+
 async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() -> None:
     worker = handle_of()
     worker.receive(Heartbeat(0.0, 0, 0, 1, 1 << 30))
@@ -285,7 +314,8 @@ async def test_the_next_heartbeat_tells_what_a_worker_without_layers_may_take() 
 async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tmp_path: Path) -> None:
     machines = Machines(a=FAILED, b=FAILED)
     measured = await machines.measure(tmp_path)
-    assert list(measured.values()) == 2 * [Profile(DeviceProfile(20e9, 300e9))]
+    alone = DeviceProfile(20e9, 300e9)
+    assert list(measured.values()) == 2 * [Profile(alone.beside(alone))]
     isolated = ("a", False)
     assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False), isolated]
     assert machines.told == [
@@ -312,6 +342,7 @@ async def test_products_of_one_worker_beside_an_idle_one_are_kept_apart(tmp_path
     cpu = replace(PROFILED.profile.cpu, products=(ProductTime(12, 1, 2e-11),))
     measured = await Machines(a=WorkerProfile(Profile(cpu)), b=PROFILED).measure(tmp_path)
     assert measured["a"].cpu.isolated_products == cpu.products
+    assert measured["a"].cpu.isolated_limits == cpu.limits(concurrent=True)
 
 
 async def test_step_times_of_one_of_two_equal_workers_serve_both(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE, ProductTimes
 from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S, ROW_MACS
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, mean_profile
+from llamaclust.core.profile import DeviceProfile, Limits, ProductTime, Profile, mean_profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels import _native
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
@@ -74,6 +74,25 @@ def test_products_of_idle_and_of_busy_machines() -> None:
     busy_s, idle_s = (stages.decode_s(both, 1, 2, concurrent=concurrent) for concurrent in (True, False))
     assert busy_s - idle_s == pytest.approx(10 * MIB * 100e-12)
     assert stages.decode_s(worker(MEASURED), 1, 2) == pytest.approx(busy_s), "idle machines were not measured"
+
+
+def test_limits_of_idle_machines() -> None:
+    """Of what is beside products, and of types that were not measured."""
+    idle = replace(profile(20, 300), isolated_limits=Limits(40e9, 600e9))
+    stages = StageCosts.of(replace(MODEL, hidden_bytes=8192))
+    for rows in (1, 128):
+        found = [stages.decode_s(worker(each), 0, 4, rows) for each in (idle, profile(40, 600))]
+        assert found[0] == pytest.approx(found[1])
+    busy = [stages.decode_s(worker(each), 0, 4, concurrent=True) for each in (idle, profile(20, 300))]
+    assert busy[0] == pytest.approx(busy[1])
+
+
+def test_products_of_an_idle_machine_come_before_steps_of_a_busy_one() -> None:
+    steps = (step_time(1, 0.2, 300.0, 1.0), step_time(8, 0.3, 900.0, 1.4))
+    both = worker(replace(MEASURED, concurrent=steps, isolated_products=TIMES))
+    stages = StageCosts.of(MODEL)
+    assert stages.decode_s(both, 1, 2) == stages.decode_s(worker(MEASURED), 1, 2)
+    assert stages.decode_s(both, 1, 2, concurrent=True) == pytest.approx(0.2e-3 + SLOW_LAYER.weight_bytes * 300e-12)
 
 
 def test_experts_have_products_with_the_rows_that_choose_them() -> None:

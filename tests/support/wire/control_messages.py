@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
+from llamaclust.core.profile import DeviceProfile, Limits, ProductTime, Profile, StepTime
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.messages import (
     AddWeightSource,
@@ -86,6 +86,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     WorkerProfile(Profile(replace(CPU, concurrent=(StepTime(1, 2e-4, 3e-11, 1e-3), StepTime(8, 3e-4, 9e-11, 2e-3))))),
     WorkerProfile(Profile(replace(CPU, products=(ProductTime(12, 1, 2e-11), ProductTime(12, 8, 3e-11))))),
     WorkerProfile(Profile(replace(CPU, isolated_products=(ProductTime(2, 8, 3e-11), ProductTime(12, 1, 2e-11))))),
+    WorkerProfile(Profile(replace(CPU, isolated_limits=Limits(3e10, 4e11))), kept_bytes=1 << 20),
     RequestFailed(Failure("WorkerError", "no")),
     LoadProgress(3, 10, 20),
     Loaded(3, 1, 2, 3),

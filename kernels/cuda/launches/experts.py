@@ -24,7 +24,7 @@ class ExpertBuffers:
 
     ids: np.uint64  # int32 [rows, used]
     weights: np.uint64  # float32 [rows, used]
-    lines: np.uint64  # int32 [rows * used]: row * used + rank, ordered by expert
+    lines: np.uint64  # int32 [rows * used]: row * used + rank, by expert, those of one in any order
     items: np.uint64  # int32 [max_items, 3]: expert, first place in lines, count
     item_count: np.uint64  # int32
 
@@ -66,7 +66,7 @@ def choose(step: Moe, router: RouterOutput, places: ExpertBuffers, rows: RowCoun
 def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launch:
     used, experts, most = map(np.int32, (step.used, step.experts, piece))
     args = (places.ids, used, experts, most, rows.address, places.lines, places.items, places.item_count)
-    return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=2 * 4 * step.experts)
+    return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=3 * 4 * step.experts)
 
 
 def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:

@@ -140,52 +140,64 @@ KERNEL(256, by_head, int32_t heads, int32_t piece, const int32_t* rows, int32_t*
 
 namespace {
 
-// Which of lines [first, first + 32) chose the expert, a bit a line. Lanes read lines that lie side by side.
-DEVICE uint32_t choosers(const int32_t* ids, int first, int all, int expert) {
-  const int line = first + static_cast<int>(threadIdx.x) % kWarp;
-  return __ballot_sync(kAllLanes, line < all && ids[line] == expert);
+// Over the lanes of a warp: the sum of x up to this lane, with it.
+DEVICE int sum_so_far(int x) {
+  const int lane = threadIdx.x % kWarp;
+  for (int by = 1; by < kWarp; by *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, x, by);
+    if (lane >= by) x += before;
+  }
+  return x;
+}
+
+// An expert's lines and items: how many lines, and the first of each.
+struct Group {
+  int32_t count, place, item;
+};
+
+// Where each of the experts begins, by their counts; returns how many items there are. One warp.
+DEVICE int find_places(Group* groups, int experts, int piece) {
+  const int lane = threadIdx.x % kWarp;
+  int place = 0, item = 0;
+  for (int first = 0; first < experts; first += kWarp) {
+    const int count = first + lane < experts ? groups[first + lane].count : 0, pieces = (count + piece - 1) / piece;
+    const int places = sum_so_far(count), items = sum_so_far(pieces);
+    if (first + lane < experts) groups[first + lane] = {count, place + places - count, item + items - pieces};
+    place += __shfl_sync(kAllLanes, places, kWarp - 1);
+    item += __shfl_sync(kAllLanes, items, kWarp - 1);
+  }
+  return item;
 }
 
 }  // namespace
 
 // Lines ordered by expert, ascending, in `lines`, and what products read as items {expert, first place in `lines`, count}
-// of `piece` lines at most. A warp counts an expert's lines. One block of 512, with room for 2 * experts int32 in shared
-// memory.
+// of `piece` lines at most. Lines of an expert are in any order, another one each time: products compute each by itself.
+// One block of 512, with room for 3 * experts int32 in shared memory.
 KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t experts, int32_t piece, const int32_t* rows,
        int32_t* lines, int32_t* items, int32_t* item_count) {
-  constexpr int kExpertsAtOnce = 512 / kWarp;
-  const auto sum = [](int a, int b) { return a + b; };
-  int32_t* counts = reinterpret_cast<int32_t*>(DYNAMIC_SHARED);
-  int32_t* pieces = counts + experts;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, all = *rows * used;
-  for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
-    int count = 0;
-    for (int first = 0; first < all; first += kWarp) count += __popc(choosers(ids, first, all, expert));
-    if (lane == 0) {
-      counts[expert] = count;
-      pieces[expert] = (count + piece - 1) / piece;
+  constexpr int kThreads = 512;
+  Group* groups = reinterpret_cast<Group*>(DYNAMIC_SHARED);
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, all = *rows * used;
+  for (int expert = thread; expert < experts; expert += kThreads) groups[expert].count = 0;
+  __syncthreads();
+  for (int i = thread; i < all; i += kThreads) atomicAdd(&groups[ids[i]].count, 1);
+  __syncthreads();
+  if (warp == 0) {
+    const int count = find_places(groups, experts, piece);
+    if (lane == 0) *item_count = count;
+  }
+  __syncthreads();
+  for (int expert = warp; expert < experts; expert += kThreads / kWarp) {
+    const Group group = groups[expert];
+    for (int i = lane; i * piece < group.count; i += kWarp) {
+      const int left = group.count - i * piece;
+      int32_t* to = items + 3 * (group.item + i);
+      to[0] = expert, to[1] = group.place + i * piece, to[2] = left < piece ? left : piece;
     }
   }
   __syncthreads();
-  for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
-    int place = 0, item = 0;  // the expert's first ones
-    for (int other = lane; other < expert; other += kWarp) {
-      place += counts[other];
-      item += pieces[other];
-    }
-    place = reduce(place, sum), item = reduce(item, sum);
-    for (int i = lane; i < pieces[expert]; i += kWarp) {
-      const int left = counts[expert] - i * piece;
-      int32_t* to = items + 3 * (item + i);
-      to[0] = expert, to[1] = place + i * piece, to[2] = left < piece ? left : piece;
-    }
-    if (expert == experts - 1 && lane == 0) *item_count = item + pieces[expert];
-    for (int first = 0; first < all; first += kWarp) {
-      const uint32_t chosen = choosers(ids, first, all, expert), before = chosen & ((uint32_t{1} << lane) - 1);
-      if (chosen >> lane & 1) lines[place + __popc(before)] = first + lane;
-      place += __popc(chosen);
-    }
-  }
+  for (int i = thread; i < all; i += kThreads) lines[atomicAdd(&groups[ids[i]].place, 1)] = i;
 }
 
 // out[line] = x[row] * weight. out [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.

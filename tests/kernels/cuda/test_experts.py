@@ -160,15 +160,18 @@ def test_the_bits_of_the_cpu(
     np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
-@pytest.mark.parametrize(("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8)])
+@pytest.mark.parametrize(
+    ("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8), (600, 3, 350, 8)]
+)
 def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, piece: int) -> None:
-    """Each line stands once, those of an expert together in order, in pieces that are not too long."""
+    """Each line stands once, those of an expert together, in pieces that are not too long."""
     device = OnDevice(bench, moe(experts, used), rows, piece)
     logits = normal(generator(), rows, experts)
     logits[:, 1] += 4  # one that most rows want
     ids = device.choose(logits)[0].reshape(-1)
     lines, items = device.group()
-    np.testing.assert_array_equal(lines, np.argsort(ids, kind="stable"))
+    np.testing.assert_array_equal(np.sort(lines), np.arange(rows * used))
+    np.testing.assert_array_equal(ids[lines], np.sort(ids))
     wanted = []
     for expert, begin in zip(*np.unique(np.sort(ids), return_index=True), strict=True):
         count = int((ids == expert).sum())

@@ -25,6 +25,8 @@ _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES = (4, 8, 16)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
 _SCORE_STRIDE = SPAN_TOKENS + 4
+_STATIC_BYTES = 1024
+"""Shared memory of these kernels beside the dynamic part, at most."""
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
 
@@ -111,9 +113,15 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Queries of a tile: the more, the less often keys and values are read, as far as scores fit into shared memory."""
-    fits = (queries for queries in _MANY_QUERIES[step.kv_type] if many_shared_bytes(step, queries) <= gpu.shared_bytes)
-    return next(fits)
+    """Queries of a tile: the more, the less often keys and values are read, as far as scores fit into shared memory.
+    ModelFileError where no tile fits."""
+    for queries in _MANY_QUERIES[step.kv_type]:
+        if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
+            return queries
+    found = f"{needed >> 10} KiB of shared memory a block, of {gpu.shared_bytes >> 10} that this GPU has"
+    raise ModelFileError(
+        f"heads of {step.head_dim} channels take {found} (compute capability 7.0 and later do); set device: cpu"
+    )
 
 
 def _few_queries(step: Attention) -> int:

@@ -51,20 +51,30 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
         raise UsageError(f"device cuda:{index}: no such GPU; available: {there}")
     gpu, (major, minor) = gpus[index], MIN_COMPUTE_CAPABILITY
     if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
-        found = ".".join(map(str, gpu.compute_capability))
+        found = _version(gpu.compute_capability)
         raise UsageError(
-            f"device cuda:{index}: {gpu.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
+            f"device cuda:{index}: {gpu.name} has compute capability {found}, kernels need {major}.{minor} (GTX 10)"
         )
     return gpu
 
 
-def usable_nvrtc(cupy: Any) -> Nvrtc:
-    """UsageError where there is none, or one whose machine code the driver does not know."""
+def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
+    """UsageError where there is none, one whose machine code the driver does not know, or one that has given up the
+    GPU's architecture, such as 61."""
     nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
     if nvrtc.version[0] > driver // 1000:
-        made_by = ".".join(map(str, nvrtc.version))
+        made_by = _version(nvrtc.version)
         raise UsageError(
-            f"device cuda: the driver is for CUDA {_version(driver)}, NVRTC is {made_by}: update it, or {_INSTALL}"
+            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, NVRTC is {made_by}: update it, or {_INSTALL}"
+        )
+    oldest = nvrtc.architectures[0]
+    if architecture < oldest:
+        made_by, needed, found = (
+            _version(one) for one in (nvrtc.version, divmod(oldest, 10), divmod(architecture, 10))
+        )
+        raise UsageError(
+            f"device cuda: NVRTC {made_by} compiles for compute capability {needed} and later, this GPU has {found}: "
+            "uninstall cupy-cuda13x, then pip install 'llamaclust[cuda12]'"
         )
     return nvrtc
 
@@ -84,7 +94,7 @@ def _count(cupy: Any) -> int:
 
 
 def _driver_problem(runtime: Any, error: Any) -> str:
-    driver, built_for = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
+    driver, built_for = _of_cuda(runtime.driverGetVersion()), _of_cuda(runtime.runtimeGetVersion())
     if driver == "0.0":
         return "no NVIDIA driver is installed, or this container is not given it"
     if error.status == _OLD_DRIVER:
@@ -92,7 +102,11 @@ def _driver_problem(runtime: Any, error: Any) -> str:
     return str(error)
 
 
-def _version(number: int) -> str:
+def _version(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _of_cuda(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

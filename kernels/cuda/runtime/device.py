@@ -16,11 +16,11 @@ Scalar = np.int32 | np.float32 | np.float64 | np.uint64
 
 NULL = np.uint64(0)
 
-MIN_COMPUTE_CAPABILITY = (7, 5)
-"""The oldest GPUs that CUDA 13 compiles for; they have 8-bit matrix instructions."""
+MIN_COMPUTE_CAPABILITY = (6, 1)
+"""The oldest GPUs with products of four bytes; 8-bit matrix instructions, and CUDA 13, begin at 7.5."""
 
 LEAST_SHARED_BYTES = 64 << 10
-"""The least `Device.shared_bytes` of these GPUs."""
+"""The least `Device.shared_bytes` of GPUs from 7.0 on; older ones have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
 """Shared memory of a block without an attribute; more, up to `Device.shared_bytes`, must be dynamic."""

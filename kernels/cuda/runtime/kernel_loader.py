@@ -20,7 +20,7 @@ class KernelLoader:
     def __init__(self, cupy: Any, compute_capability: tuple[int, int], folder: Path | None) -> None:
         self._cupy = cupy
         self._architecture = 10 * compute_capability[0] + compute_capability[1]
-        self._nvrtc = usable_nvrtc(cupy)
+        self._nvrtc = usable_nvrtc(cupy, self._architecture)
         self._cubins = CubinCache(folder)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}

@@ -20,6 +20,15 @@ KERNEL(256, read, const uint8_t* __restrict__ x, int32_t pieces, int32_t* out) {
   if (static_cast<int32_t>(seen) == kNever) *out = kNever;
 }
 
+DEVICE void multiply_once(int32_t (&d)[4], const int32_t (&a)[4], const int32_t (&b)[2]) {
+#if LLAMACLUST_ARCH < 750
+#pragma unroll
+  for (int i = 0; i < 32; i++) d[i % 4] = dp4a(a[i % 4], b[i / 4 % 2], d[i % 4]);  // without an exchange of operands
+#else
+  multiply_k32(d, a, b);
+#endif
+}
+
 // 8 products of 16 x 32 by 32 x 8 in each warp and round. Grid: any.
 KERNEL(256, multiply, int32_t rounds, int32_t* out) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x);
@@ -27,7 +36,7 @@ KERNEL(256, multiply, int32_t rounds, int32_t* out) {
   int32_t d[8][4] = {};
   for (int round = 0; round < rounds; round++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) multiply_k32(d[i], a, b);
+    for (int i = 0; i < 8; i++) multiply_once(d[i], a, b);
   int32_t sum = 0;
   for (int i = 0; i < 8; i++) sum ^= d[i][0] ^ d[i][1] ^ d[i][2] ^ d[i][3];
   if (sum == kNever) *out = kNever;

@@ -50,6 +50,17 @@ LLAMACLUST_DP2A(dp2a_low, "dp2a.lo.s32.s32")
 LLAMACLUST_DP2A(dp2a_high, "dp2a.hi.s32.s32")
 #undef LLAMACLUST_DP2A
 
+// c + four products: the bytes of a, unsigned or signed, with those of b, signed.
+#define LLAMACLUST_DP4A(Register, type)                                                              \
+  __device__ __forceinline__ int32_t dp4a(Register a, int32_t b, int32_t c) {                        \
+    int32_t r;                                                                                       \
+    asm("dp4a." type ".s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));                     \
+    return r;                                                                                        \
+  }
+LLAMACLUST_DP4A(uint32_t, "u32")
+LLAMACLUST_DP4A(int32_t, "s32")
+#undef LLAMACLUST_DP4A
+
 // d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed.
 #define LLAMACLUST_MMA(Registers, type)                                                                             \
   __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t (&b)[2]) {   \

@@ -10,10 +10,16 @@ import pytest
 
 from llamaclust.kernels.cuda.runtime.device import MIN_COMPUTE_CAPABILITY
 from llamaclust.kernels.cuda.runtime.sources import OPTIONS, modules, whole_text
-from support.cuda.compilers import NONE, ByNvcc, ByNvrtc, find_compiler
+from support.cuda.compilers import NONE, ByNvcc, ByNvrtc, find_compiler, find_nvrtc
 
 Compiler = ByNvrtc | ByNvcc
 OLDEST = 10 * MIN_COMPUTE_CAPABILITY[0] + MIN_COMPUTE_CAPABILITY[1]
+OLDEST_OF_CUDA_13 = 75
+
+
+def known_to(compiler: Compiler) -> list[int]:
+    """Those of its architectures that are supported, ascending."""
+    return [one for one in compiler.architectures if one >= OLDEST]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +33,8 @@ def compiler() -> Iterator[Compiler]:
 def test_every_module_for_every_architecture(compiler: Compiler, request: pytest.FixtureRequest) -> None:
     """Machine code for the oldest, which have the least shared memory, and what the newest one's is made of, with fewer
     optimizations where that is quicker; or machine code for all there are, as users get it (--all-architectures)."""
-    known = [one for one in compiler.architectures if one >= OLDEST]
-    assert known[0] == OLDEST, "the oldest cards are not compiled for any more"
+    known = known_to(compiler)
+    assert known[0] <= OLDEST_OF_CUDA_13, "the oldest cards are not compiled for any more"
     every = request.config.getoption("--all-architectures", default=False)
     texts = [(name, whole_text(path)) for name, path in modules().items()]
     assert len(texts) >= 4
@@ -42,12 +48,31 @@ def test_every_module_for_every_architecture(compiler: Compiler, request: pytest
             assert f".target sm_{known[-1]}" in ptx
 
 
+def test_every_module_for_gpus_that_only_cuda_12_compiles_for(request: pytest.FixtureRequest) -> None:
+    """Machine code for the oldest; for all of them by --all-architectures."""
+    compiler = find_nvrtc(12)
+    if compiler is None:
+        pytest.skip("no NVRTC of CUDA 12 (make cuda-matrix installs it)")
+    old = [one for one in known_to(compiler) if one < OLDEST_OF_CUDA_13]
+    assert old[0] == OLDEST, "the oldest cards are not compiled for any more"
+    texts = {name: whole_text(path) for name, path in modules().items()}
+    every = request.config.getoption("--all-architectures", default=False)
+    jobs = [(name, text, one) for name, text in texts.items() for one in (old if every else old[:1])]
+    with ThreadPoolExecutor(2) as pool:
+        for binary in pool.map(lambda job: compiler.binary(*job), jobs):
+            assert binary.startswith(b"\x7fELF")
+    ptx = compiler.ptx("matmul.simple", texts["matmul.simple"], OLDEST)
+    assert "dp4a.u32.s32" in ptx and "mma.sync" not in ptx
+
+
 def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
     """Subnormals are kept, nothing is approximated, and no multiplication is joined with an addition."""
     operations: set[str] = set()
     for name in ("elementwise.rows", "elementwise.norms", "elementwise.rope"):
         operations |= set(
-            re.findall(r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), OLDEST))
+            re.findall(
+                r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), known_to(compiler)[0])
+            )
         )
     assert {"fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "mul.rn.f64", "fma.rn.f64"} <= operations
     assert [one for one in operations if "ftz" in one or "approx" in one or "mad" in one] == []
@@ -57,6 +82,6 @@ def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
 def test_the_options_matter(compiler: Compiler, contract: bool) -> None:
     """Plain C++ is not contracted by them; without them it is."""
     text = 'extern "C" __global__ void f(float* x) { x[0] = x[1] * x[2] + x[3]; }\n'
-    ptx = compiler.ptx("plain", text, OLDEST, ("--std=c++20",) if contract else OPTIONS)
+    ptx = compiler.ptx("plain", text, known_to(compiler)[0], ("--std=c++20",) if contract else OPTIONS)
     assert ("fma.rn" in ptx) == contract
     assert ("add" in re.findall(r"\b(\w+)\.[\w.]*f32 ", ptx)) != contract

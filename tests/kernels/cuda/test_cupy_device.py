@@ -23,6 +23,7 @@ from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
 class FakeNvrtc:
     version = (13, 0)
+    architectures = (75, 90)
 
     def __init__(self) -> None:
         self.compiled: list[tuple[str, int]] = []
@@ -92,7 +93,11 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
         (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such GPU; available: cuda:0 \(Card 0\)"),
-        (FakeRuntime(gpus=((9, 0), (7, 0))), "Card 1 has compute capability 7.0, kernels need 7.5"),
+        (FakeRuntime(gpus=((9, 0), (6, 0))), "Card 1 has compute capability 6.0, kernels need 6.1"),
+        (
+            FakeRuntime(gpus=((9, 0), (6, 1))),
+            r"NVRTC 13\.0 compiles for compute capability 7\.5 and later, this GPU has 6\.1: .*'llamaclust\[cuda12\]'",
+        ),
     ],
 )
 def test_without_a_gpu_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, what: str) -> None:

@@ -14,10 +14,8 @@ from llamaclust.kernels.cuda.launches.matmul import (
     Weights,
     embed,
     kernel_name,
-    multiply,
     multiply_experts,
 )
-from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import Weight
@@ -25,33 +23,18 @@ from support.cuda.exact import tiles_of
 from support.cuda.launching import Bench
 from support.cuda.product_cases import (
     LEVEL,
-    Float32,
     count_of,
     generator_of,
     load,
     none_numbers,
+    products,
     quantized,
     segment_cols,
 )
 
-NONE = np.uint64(0)
 SHAPES = [(1, 1), (33, 3), (16, 5), (70, 2), (17, 35)]
 """Rows of weights, segments: tiles and groups of segments that are full, and not."""
 ROWS = {(33, 3): (1, 2, 5, 8, 11, 16, 40, 70), (17, 35): (1, 8, 65)}
-
-
-def products(
-    bench: Bench, weights: Weights, x: Float32, bias: Buffer | None = None, sms: int = 4, bucket: int | None = None
-) -> Float32:
-    bucket = bucket or len(x)
-    out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
-    activations, address = quantized(bench, weights, x, bucket), NONE if bias is None else bias.at()
-    bench.device.launch(
-        multiply([Product(weights, address, out.at())], activations, RowCount(bucket, count_of(bench, len(x))), sms)
-    )
-    got: Float32 = bench.get(out, (bucket, weights.rows))
-    assert (got[len(x) :] == 7).all()
-    return got[: len(x)]
 
 
 def test_every_type_of_the_cpu_has_kernels() -> None:

@@ -16,6 +16,7 @@ from support.paths import TESTS
 
 PROBE = TESTS / "kernels" / "cuda" / "probes" / "probe.cu"
 VARIANTS = {
+    "oldest cards": (("-DLLAMACLUST_ARCH=610",), ()),
     "old cards": (("-DLLAMACLUST_ARCH=750",), ()),
     "new cards": (("-DLLAMACLUST_ARCH=900",), ()),
     "other processors": (("-DLLAMACLUST_ARCH=900",), ("-DLLAMACLUST_SHIM_UCONTEXT",)),

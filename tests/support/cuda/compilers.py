@@ -78,9 +78,20 @@ def find_compiler() -> ByNvrtc | ByNvcc | None:
         return ByNvrtc(open_nvrtc())
     except (ImportError, UsageError):
         pass
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    libraries = sorted(path for path in packages.glob("*/lib/libnvrtc.so.*") if "builtins" not in path.name)
-    if libraries:
-        return ByNvrtc(Nvrtc(str(libraries[-1])))
+    if libraries := _libraries():
+        return ByNvrtc(Nvrtc(str(libraries[max(libraries)])))
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(TOOLKIT / "bin"))
     return None if nvcc is None else ByNvcc(nvcc)
+
+
+def find_nvrtc(major: int) -> ByNvrtc | None:
+    """That of CUDA `major`, beside which another one may be installed."""
+    path = _libraries().get(major)
+    return None if path is None else ByNvrtc(Nvrtc(str(path)))
+
+
+def _libraries() -> dict[int, Path]:
+    """NVRTCs of Python packages by their major versions."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    found = (path for path in packages.glob("*/lib/libnvrtc.so.*") if path.suffix[1:].isdigit())
+    return {int(path.suffix[1:]): path for path in found}

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import (
+    Product,
     Weights,
     activation_bytes,
+    multiply,
     quantize,
 )
+from llamaclust.kernels.cuda.runtime.device import NULL, Buffer
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES
 from support.cuda.launching import Bench
@@ -65,6 +68,21 @@ def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uin
     rows = RowCount(bucket, count_of(bench, len(x)))
     bench.device.launch(quantize(weights.activation, values.at(), weights.cols, rows, out.at()))
     return out.at()
+
+
+def products(
+    bench: Bench, weights: Weights, x: Float32, bias: Buffer | None = None, sms: int = 4, bucket: int | None = None
+) -> Float32:
+    """[rows of x, rows of weights]. `bucket`: rows that the launch is for."""
+    bucket = bucket or len(x)
+    out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
+    activations, address = quantized(bench, weights, x, bucket), NULL if bias is None else bias.at()
+    bench.device.launch(
+        multiply([Product(weights, address, out.at())], activations, RowCount(bucket, count_of(bench, len(x))), sms)
+    )
+    got: Float32 = bench.get(out, (bucket, weights.rows))
+    assert (got[len(x) :] == 7).all()
+    return got[: len(x)]
 
 
 def none_numbers(x: Float32, width: int) -> None:

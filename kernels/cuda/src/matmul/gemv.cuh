@@ -1,5 +1,5 @@
 // Products of up to eight rows: a block has a tile of sixteen rows of weights, its warps take segments in turn. All
-// eight rows cost what one does, since a matrix unit takes eight.
+// eight rows cost what one does, since a matrix unit takes eight; GPUs without one have a shorter way for one row.
 //
 // Bound by memory: each weight is read once, straight into registers, and loads of a segment, or of four of 32 columns,
 // are independent of each other, so that a warp has one to three kilobytes under way; sixteen warps on a multiprocessor
@@ -42,9 +42,11 @@ struct LaneActivations {
   const Activations<Type>* all;
   int first, first_of[2];  // of the groups' segments
   int quants, scales[2];   // inside a segment
+  bool one;                // row, whose results count alone
   DEVICE LaneActivations(const Product& p, const Share& share, int segments, int lane)
       : all(reinterpret_cast<const Activations<Type>*>(p.activations)) {
     const int row = activation_row(p, share, lane / 4);
+    one = share.n == 1;
     first = row / 8 * segments;
     quants = 4 * (row % 8) + lane % 4;
     UNROLL for (int i = 0; i < 2; i++) {
@@ -66,7 +68,7 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   load_weights<Type>(w.body, 0, lane, weights);
   const uint2 q = a.segment(s).q[a.quants];
   const RowPair rows = row_scales<Type>(w.tail, lane);
-  multiply_k32(sums, weights, {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)});
+  multiply_k32(sums, weights, {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)}, a.one);
   UNROLL for (int n = 0; n < 4; n++) {
     terms[n][0] = {mul(rows.scale[n / 2], a.scale(n % 2, s)), sum_as_float(sums[n])};
     if constexpr (Type::kHasMin)
@@ -97,12 +99,12 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
     Scale scales[2][2];
     load_weights<Type>(w.body, i, lane, weights);
     scales_of<Type>(rows, i, scales);
-    add_products<Type>(weights, quants.q[i][a.quants], scales, total);
+    add_products<Type>(weights, quants.q[i][a.quants], scales, total, a.one);
   }
   int32_t minus[4] = {0, 0, 0, 0};
   if constexpr (Type::kHasMin) {
     const int32_t mins[2] = {mins_of<Type>(rows[0], lane % 4), mins_of<Type>(rows[1], lane % 4)};
-    minus_mins(mins, quants.high[a.quants], quants.low[a.quants], minus);
+    minus_mins(mins, quants.high[a.quants], quants.low[a.quants], minus, a.one);
   }
   const RowPair pair = row_scales<Type>(w.tail, lane);
   UNROLL for (int n = 0; n < 4; n++) {

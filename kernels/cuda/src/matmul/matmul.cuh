@@ -70,21 +70,22 @@ DEVICE void load_weights(const uint8_t* body, int i, int lane, int32_t (&a)[4]) 
 }
 
 // total += the products of 32 columns of a segment of 256, times the scales of the two rows: of two sub-blocks, or of
-// one.
+// one. `one`: of a single row of activations (mma.cuh).
 template <class Type>
-DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][2], int32_t (&total)[4]) {
+DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][2], int32_t (&total)[4],
+                         bool one = false) {
   const int32_t b[2] = {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)};
   if constexpr (!kSubScaled<Type>) {
-    multiply_k32(total, w, b);
+    multiply_k32(total, w, b, one);
   } else if constexpr (kOf16<Type>) {
     UNROLL for (int half = 0; half < 2; half++) {
       int32_t sums[4] = {0, 0, 0, 0};
-      multiply_k16(sums, {w[2 * half], w[2 * half + 1]}, {b[half]});
+      multiply_k16(sums, {w[2 * half], w[2 * half + 1]}, {b[half]}, one);
       UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][half];
     }
   } else {
     int32_t sums[4] = {0, 0, 0, 0};
-    multiply_k32(sums, w, b);
+    multiply_k32(sums, w, b, one);
     UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][0];
   }
 }
@@ -115,10 +116,10 @@ DEVICE int32_t mins_of(Lines body, int c) {
 }
 
 // - sum of mins times sums of activations, over the sub-blocks of a segment.
-DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, int32_t (&out)[4]) {
+DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, int32_t (&out)[4], bool one = false) {
   int32_t highs[4] = {0, 0, 0, 0}, lows[4] = {0, 0, 0, 0};
-  multiply_k16(highs, mins, {static_cast<int32_t>(high)});
-  multiply_k16(lows, mins, {static_cast<int32_t>(low)});
+  multiply_k16(highs, mins, {static_cast<int32_t>(high)}, one);
+  multiply_k16(lows, mins, {static_cast<int32_t>(low)}, one);
   UNROLL for (int n = 0; n < 4; n++) out[n] = -(128 * highs[n] + lows[n]);
 }
 

@@ -138,6 +138,16 @@ inline int32_t dp2a_low(int32_t a, int32_t b, int32_t c) {
 inline int32_t dp2a_high(int32_t a, int32_t b, int32_t c) { return dp2a_low(a, b >> 16, c); }
 
 template <class A>
+int32_t dp4a(A a, int32_t b, int32_t c) {
+  constexpr bool is_unsigned = static_cast<A>(-1) > 0;
+  for (int i = 0; i < 4; i++) {
+    const uint8_t byte = static_cast<uint8_t>(static_cast<uint32_t>(a) >> 8 * i);
+    c += (is_unsigned ? byte : static_cast<int8_t>(byte)) * static_cast<int8_t>(static_cast<uint32_t>(b) >> 8 * i);
+  }
+  return c;
+}
+
+template <class A>
 void mma_m16n8k32(int32_t (&d)[4], const A (&a)[4], const int32_t (&b)[2], SHIM_HERE) {
   shim::multiply<16, 32>(d, a, b, {file, line});
 }

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -44,6 +45,7 @@ from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.step_inputs import StepInputs
+from llamaclust.worker.stage.step_limit import step_limit_s
 from llamaclust.worker.weights import load
 from llamaclust.worker.weights.weights import Progress
 from llamaclust.worker.worker import Worker
@@ -102,6 +104,27 @@ async def test_a_job_that_does_not_end_is_known_and_ends_the_process() -> None:
     await compute.idle(5.0)
     assert compute.computing_s == 0.0
     compute.close()
+
+
+async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without a limit does not, nor one that follows it."""
+    monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
+    compute, go_on = Compute(), threading.Event()
+    unlimited = compute.queue(lambda: go_on.wait(0.1))
+    hanging = compute.queue(lambda: go_on.wait(10), 0.05)
+    with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, 0 s at most are usual: the GPU hangs"):
+        await compute.while_able(asyncio.sleep(10))
+    assert unlimited.done() and not hanging.done()
+    go_on.set()
+    await hanging
+    assert await compute.run(lambda: 1, limit_s=0.0) == 1  # a job that ends is not looked at
+    compute.close()
+
+
+def test_what_a_step_may_take() -> None:
+    assert step_limit_s(500_000_000, on_gpus=True) == 40.0
+    assert step_limit_s(None, on_gpus=True) == inf  # kernels are compiled
+    assert step_limit_s(500_000_000, on_gpus=False) == inf  # weights may come from disk
 
 
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels._native import MicrobatchFrame
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
@@ -30,6 +33,7 @@ from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.loop import Answer, Counters, StageContext, StageLoop
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import microbatches
 from support.clusters.stage_chain import DEADLINES, TOKEN, chain, runner_of
@@ -86,9 +90,9 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
     class Recording(Compute):
-        async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS) -> Any:
+        async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS, limit_s: float = inf) -> Any:
             seen.append(expected_ns)
-            return await super().run(job, expected_ns)
+            return await super().run(job, expected_ns, limit_s)
 
     async def run() -> None:
         compute = Recording()
@@ -101,6 +105,39 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
     seen: list[int] = []
     asyncio.run(run())
     assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("devices", "limited"),
+    [
+        ((), False),
+        ((DeviceLayers("cuda:0", 0, 3),), True),
+        ((DeviceLayers("cpu", 0, 1), DeviceLayers("cuda:0", 1, 3)), False),
+        ((DeviceLayers("cuda:0", 0, 3, cpu_moe=(1,)),), False),
+    ],
+    ids=["cpu", "gpu", "layers in RAM", "experts in RAM"],
+)
+async def test_steps_on_gpus_have_a_limit_once_their_kind_is_known(
+    model: Model, devices: tuple[DeviceLayers, ...], limited: bool
+) -> None:
+    class Recording(Compute):
+        def queue(self, job: Callable[[], Any], limit_s: float = inf) -> asyncio.Future[Any]:
+            seen.append(limit_s)
+            return super().queue(job, limit_s)
+
+    seen: list[float] = []
+    compute, runner = Recording(), runner_of(model, 0, 3)
+    runner.devices = devices
+    loop = StageLoop(1, runner, StageContext("w", compute, Counters()), DEADLINES)
+    for number in range(3):
+        chunk = Chunk((0,), number, (0, 16), 1, depends_on=(number - 1, 0) if number else None)
+        frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, number, (chunk,))), (), None)
+        task = SampleTask(SamplingParams(0.8, 40), 11, 0, number)
+        loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, number, (task,)))))
+        answer = await (await loop.compute(loop.receive(frame, number)))
+        assert answer.sampled is not None and answer.sampled.tokens
+    compute.close()
+    assert [limit_s < inf for limit_s in seen[-2:]] == [False, limited]
 
 
 async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch_comes(model: Model) -> None:

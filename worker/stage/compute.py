@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
+from math import inf
 from queue import SimpleQueue
 from time import perf_counter_ns
 from typing import Any, TypeVar
@@ -17,7 +18,9 @@ INLINE_NS = 200_000_000
 """What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
-_Entry = tuple[Callable[[], Any], "asyncio.Future[Any]"]
+_Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float]
+_WATCH_S = 1.0
+"""Between two looks at the time of the thread's job."""
 
 
 class Compute:
@@ -27,21 +30,22 @@ class Compute:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
-        self._begun_ns = 0  # of the thread's present job (perf_counter_ns); 0: there is none
+        self._present: tuple[int, float] | None = None  # when the thread's job began (perf_counter_ns), its limit_s
         self._lost: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
-    async def run(self, job: Callable[[], _Answer], expected_ns: int = INLINE_NS) -> _Answer:
-        """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins."""
+    async def run(self, job: Callable[[], _Answer], expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
+        """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins.
+        `limit_s`: see `queue`; a job on the event loop stops this worker's signs of life."""
         if expected_ns < INLINE_NS and self._queued == 0:
             return job()
-        return await asyncio.shield(self.queue(job))
+        return await asyncio.shield(self.queue(job, limit_s))
 
     @property
     def computing_s(self) -> float:
         """Since the thread's present job began; 0.0 where there is none."""
-        begun_ns = self._begun_ns
-        return (perf_counter_ns() - begun_ns) / 1e9 if begun_ns else 0.0
+        present = self._present
+        return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
     async def idle(self, deadline_s: float) -> None:
         """Returns when the jobs of before have ended. DeviceLostError where one does not."""
@@ -52,12 +56,13 @@ class Compute:
             text = f"a step has been computed for {self.computing_s:.0f} s and does not end: this process ends"
             raise DeviceLostError(text) from error
 
-    def queue(self, job: Callable[[], _Answer]) -> asyncio.Future[_Answer]:
-        """Has the thread run `job` right after those before it, whatever the event loop does meanwhile."""
+    def queue(self, job: Callable[[], _Answer], limit_s: float = inf) -> asyncio.Future[_Answer]:
+        """Has the thread run `job` right after those before it, whatever the event loop does meanwhile. If it takes
+        longer than `limit_s`, what it computes on is lost (`while_able`)."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
-        self._queue.put((job, answer))
+        self._queue.put((job, answer, limit_s))
         return answer
 
     def give_up(self, error: DeviceLostError) -> None:
@@ -69,8 +74,9 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """What `life` returns; DeviceLostError where what it computes on is lost before."""
-        living = asyncio.create_task(life)
+        """What `life` returns; DeviceLostError where what it computes on is lost before, or does not end a job in
+        time."""
+        living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
             if self._lost.done():
@@ -78,6 +84,18 @@ class Compute:
             return await living
         finally:
             living.cancel()
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if (present := self._present) is None:
+                continue
+            begun_ns, limit_s = present
+            if (taken_s := (perf_counter_ns() - begun_ns) / 1e9) > limit_s:
+                text = f"a step has been computed for {taken_s:.0f} s, {limit_s:.0f} s at most are usual: the GPU hangs"
+                self._lose(DeviceLostError(f"{text}; this process ends"))
+                return
 
     def _settled(self, answer: asyncio.Future[Any]) -> None:
         self._queued -= 1
@@ -90,14 +108,14 @@ class Compute:
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
-            job, answer = entry
-            self._begun_ns = perf_counter_ns()
+            job, answer, limit_s = entry
+            self._present = perf_counter_ns(), limit_s
             settle: Callable[[], None]
             try:
                 settle = partial(answer.set_result, job())
             except Exception as error:  # noqa: BLE001  a border between threads: the other side raises it
                 settle = partial(answer.set_exception, error)
-            self._begun_ns = 0
+            self._present = None
             try:
                 self._loop.call_soon_threadsafe(settle)
             except RuntimeError:  # the loop is closed: the process is about to end

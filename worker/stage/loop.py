@@ -32,10 +32,18 @@ from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
 from llamaclust.worker.stage.sampled_tokens import needs_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
+from llamaclust.worker.stage.step_limit import step_limit_s
 
 _log = logging.getLogger(__name__)
 
 _Value = TypeVar("_Value")
+_Kind = tuple[str, int, int]
+"""A job, and the number of bits in rows and attended keys."""
+
+
+def _kind(job: str, arrival: Arrival) -> _Kind:
+    """With a long context, attention takes most of the time."""
+    return job, arrival.rows.bit_length(), arrival.attended.bit_length()
 
 
 @dataclass(slots=True)
@@ -81,7 +89,7 @@ class StageLoop:
         self._forward_s = deadlines.forward_s
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
-        self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
+        self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
     async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
         """Until the stream, which is accepted, ends: while one microbatch is computed, the next is received and the one
@@ -151,7 +159,8 @@ class StageLoop:
                 answered.set_result(self._failed(arrival, failure))
             elif program.is_first and program.is_last and arrival.newest_dependency is not None:
                 inputs = await self._inputs(arrival)
-                return self._compute.queue(partial(self._whole_step, arrival, inputs))
+                kind = _kind("whole", arrival)
+                return self._compute.queue(partial(self._whole_step, kind, arrival, inputs), self._limit_s(kind))
             else:
                 answered.set_result(await self._step(arrival))
         except Exception as error:  # noqa: BLE001  a border, see there
@@ -167,13 +176,14 @@ class StageLoop:
             await self.runner.matchers.ready(inputs.inputs)
         return inputs
 
-    def _whole_step(self, arrival: Arrival, inputs: StepInputs) -> Answer:
+    def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
         """Of a whole model, in the thread that computes."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
             outputs = self._finish(arrival, self._run_layers(arrival), inputs)
-            return self._result(arrival, outputs, queue_ns, perf_counter_ns() - started_ns)
+            self._taken_ns[kind] = taken_ns = perf_counter_ns() - started_ns
+            return self._result(arrival, outputs, queue_ns, taken_ns)
         except Exception as error:  # noqa: BLE001  a border, see there
             return self._failure(arrival, error)
 
@@ -182,14 +192,12 @@ class StageLoop:
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
         ready_ns = max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
-        size = arrival.rows.bit_length()
-        kind = ("run", size, arrival.attended.bit_length())  # with a long context, attention takes most of the time
-        out, started_ns, compute_ns = await self._timed(kind, partial(self._run_layers, arrival))
+        out, started_ns, compute_ns = await self._timed(_kind("run", arrival), partial(self._run_layers, arrival))
         queue_ns = started_ns - ready_ns
         if not program.is_last:
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
         inputs = await self._inputs(arrival)
-        kind = ("finish", size, arrival.embedded_rows.bit_length())
+        kind = ("finish", arrival.rows.bit_length(), arrival.embedded_rows.bit_length())
         outputs, _, finish_ns = await self._timed(kind, partial(self._finish, arrival, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
@@ -211,7 +219,10 @@ class StageLoop:
         drafted = runner.draft(arrival.microbatch, rows, inputs)
         return Outputs(drafted.rows, embeddings, drafted.drafting_ns)
 
-    async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Value]) -> tuple[_Value, int, int]:
+    def _limit_s(self, kind: _Kind) -> float:
+        return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
+
+    async def _timed(self, kind: _Kind, job: Callable[[], _Value]) -> tuple[_Value, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
 
         def timed() -> tuple[_Value, int, int]:
@@ -219,7 +230,7 @@ class StageLoop:
             value = job()
             return value, begun_ns, perf_counter_ns() - begun_ns
 
-        taken = await self._compute.run(timed, self._taken_ns.get(kind, INLINE_NS))
+        taken = await self._compute.run(timed, self._taken_ns.get(kind, INLINE_NS), self._limit_s(kind))
         self._taken_ns[kind] = taken[2]
         return taken
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError, UsageError
-from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
 from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
@@ -238,6 +238,12 @@ class StageRunner:
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
             raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
         return self._stage.kv_layers()
+
+    @property
+    def is_on_gpus(self) -> bool:
+        """Whether all weights are in memory of GPUs."""
+        in_vram = (part.device.startswith(CUDA) and not part.cpu_moe for part in self.devices)
+        return bool(self.devices) and all(in_vram) and self._nextn is None
 
     @property
     def device_bytes(self) -> dict[str, int]:

@@ -129,6 +129,26 @@ DEVICE void share_terms(const Terms<Type>& terms, int s, int rows, int lane, Ter
   }
 }
 
+// An output's total with the terms of `count` segments, in order. Some terms are loaded together, so that additions wait
+// for each other alone and not for shared memory, too.
+template <class Type>
+DEVICE float fold(const Term* terms, int count, int rows, float total) {
+  constexpr int ahead = 8;
+  const int step = place_of<Type>(1, rows, 0, 0);
+  int first = 0;
+  NO_UNROLL for (; first + ahead <= count; first += ahead) {
+    Term next[ahead][kTermsEach<Type>];
+    UNROLL for (int i = 0; i < ahead; i++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
+      next[i][k] = terms[(first + i) * step + k];
+    UNROLL for (int i = 0; i < ahead; i++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
+      total = fma(next[i][k].factor, next[i][k].sum, total);
+  }
+  NO_UNROLL for (; first < count; first++)
+    UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
+      total = fma(terms[first * step + k].factor, terms[first * step + k].sum, total);
+  return total;
+}
+
 // Segment i of those from a multiple of kTogether on, all of which are there: how far it is, a compiler knows.
 template <class Type>
 DEVICE Segment segment_after(const uint8_t* first, int i) {
@@ -199,10 +219,7 @@ DEVICE void gemv(const Products& all, int round) {
     }
     __syncthreads();
     if (thread < 16 * share.n)
-      for (int s = 0; s < count; s++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++) {
-        const Term term = shared[place_of<Type>(s, share.n, thread / 16, thread % 16) + k];
-        total = fma(term.factor, term.sum, total);
-      }
+      total = fold<Type>(shared + place_of<Type>(0, share.n, thread / 16, thread % 16), count, share.n, total);
     __syncthreads();
   }
   if (thread >= 16 * share.n) return;

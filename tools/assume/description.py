@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import UsageError
+from llamaclust.tools.assume.gpu_models import GPU_MODELS, find_gpu, similar_gpus
 from llamaclust.tools.assume.machines import (
     EXAMPLE,
     GPU_EXAMPLE,
@@ -43,15 +44,15 @@ _DDR = _pattern(
 )
 _THREADS = re.compile(r"/\s*(?P<threads>\d{1,9})(?![\d.])")
 _TOPS = _pattern(rf"@\s*(?P<tops>{_NUMBER})\s*TOPS(?![a-z])")
+_COUNT_OF_GPUS = _pattern(rf"(?P<count>\d{{1,4}})\s*{_TIMES}\s*(?=[a-z])")
+_GPU_NAME = _pattern(rf"(?P<name>[a-z][a-z\d]*(?:[\s-]+[a-z\d]+)*?)(?=(?:\s+{_TIMES}\s*\d{{1,4}})?\s*(?:[+,]|$))")
 _GPU = _pattern(r"gpus?(?![a-z])")
 _LINK = _pattern(rf"(?P<rate>{_NUMBER})\s*(?P<unit>[MG])(?:bit(?:/s)?|bps|be)(?![a-z])")
 _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
 """A multiply-accumulate is two operations."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
-_GPU_BANDWIDTH = (
-    "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s, an RTX 3060 has 360, a 3090 936, a 4090 1008)"
-)
+_GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
 """Characters of a mistake."""
 
@@ -106,12 +107,13 @@ class _Group:
 def parse_machines(text: str) -> AssumedMachines:
     """`[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS][ gpu]`, joined by +, then `, SPEED[, ROUND TRIP]` of the network.
 
-    A `gpu` group is N GPUs in each machine of the group before it. UsageError quotes a mistake and names its place.
+    A `gpu` group is N GPUs in each machine of the group before it, likewise `[Nx]NAME`. UsageError quotes a
+    mistake and names its place.
     """
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
-        _add(groups, _group(reader), reader)
+        _add(groups, _named_gpus(reader, is_first=not groups) or _group(reader), reader)
         if not reader.takes("+"):
             break
     network = _network(reader)
@@ -146,6 +148,31 @@ def _group(reader: _Reader) -> _Group:
     bandwidth = None if _TOPS.match(reader.text, reader.at) else _bandwidth(reader)
     device = replace(_computing(reader), memory_bytes=memory_bytes, bandwidth=bandwidth)
     return _Group(begun, count, device, reader.take(_GPU) is not None)
+
+
+def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
+    """GPUs by the name of their model. None for other groups; an unknown name is one where
+    machines come first."""
+    begun = reader.at
+    before, at = reader.take(_COUNT_OF_GPUS), reader.at
+    named = reader.take(_GPU_NAME)
+    name = None if named is None else find_gpu(named["name"])
+    if named is None or (is_first and name is None):
+        reader.at = begun
+        return None
+    if name is None:
+        known = similar_gpus(named["name"]) or ("rtx3090", "p40", "h100")
+        raise reader.error(f"the name of a GPU ({', '.join(known)}, ...) or its memory and bandwidth", at)
+    behind = reader.take(_COUNT_BEHIND)
+    if before is not None and behind is not None:
+        raise reader.error("one number of GPUs, before the name or behind it", begun)
+    counted = before or behind
+    count = 1 if counted is None else int(counted["count"])
+    if not count:
+        raise reader.error("numbers above 0", begun)
+    model = GPU_MODELS[name]
+    figures = model.memory_bytes, 1e9 * model.bandwidth_gb_s, model.tops * _TERAOPS_MACS
+    return _Group(begun, count, Device(*figures, gpu_name=name, has_matrix_units=model.has_matrix_units), True)
 
 
 def _bandwidth(reader: _Reader) -> float | Ddr | None:

@@ -13,7 +13,7 @@ MAX_MEMORY_TIB: Final = 1024
 """Of a processor or a GPU: bytes of all machines together are far from what 64 bits hold."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
-GPU_EXAMPLE: Final = "64GB@60GB/s + 24GB@900GB/s gpu"
+GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Device:
     bandwidth: float | Ddr | None = None  # bytes a second
     macs_s: float | None = None
     threads: int | None = None
+    gpu_name: str = ""  # a GPU's name, see `gpu_models`
+    has_matrix_units: bool = True  # of a GPU, for bytes
 
 
 @dataclass(frozen=True, slots=True)

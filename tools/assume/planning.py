@@ -98,7 +98,12 @@ def room_bytes(machine: Machine) -> int:
 
 def _resources(name: str, machine: Machine) -> WorkerResources:
     gpus = (
-        Gpu(f"cuda:{number}", "assumed", gpu.memory_bytes, max(0, gpu.memory_bytes - rates.GPU_RESERVED_BYTES))
+        Gpu(
+            f"cuda:{number}",
+            gpu.gpu_name or "assumed",
+            gpu.memory_bytes,
+            max(0, gpu.memory_bytes - rates.GPU_RESERVED_BYTES),
+        )
         for number, gpu in enumerate(machine.gpus)
     )
     return WorkerResources(name, room_bytes(machine), gpus=tuple(gpus), threads=rates.threads_of(machine.cpu))

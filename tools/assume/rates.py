@@ -18,6 +18,8 @@ from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Netwo
 _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
+OLD_GPU_PREFILL_SHARE: Final = 0.15
+"""Without matrix units for bytes, where threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 """Of a channel of usual modules, by generation."""
 CHANNELS: Final = 2
@@ -53,7 +55,8 @@ def cpu_profile(device: Device) -> DeviceProfile:
 
 
 def gpu_profile(device: Device) -> DeviceProfile:
-    return DeviceProfile(GPU_DECODE_SHARE * read_bytes_s(device), GPU_PREFILL_SHARE * (device.macs_s or GPU_MACS_S))
+    share = GPU_PREFILL_SHARE if device.has_matrix_units else OLD_GPU_PREFILL_SHARE
+    return DeviceProfile(GPU_DECODE_SHARE * read_bytes_s(device), share * (device.macs_s or GPU_MACS_S))
 
 
 def threads_of(device: Device) -> int:
@@ -94,9 +97,21 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
             f"{1e6 * LAUNCHES_S:.0f} µs a layer to launch kernels, "
             f"{1e6 * EXCHANGE_S:.0f} µs more where its experts are in RAM, at {1e-9 / EXCHANGE_BYTE_S:.0f} GB/s"
         )
+    yield from map(_data_sheet, dict.fromkeys(gpu for gpu in gpus if gpu.gpu_name))
     if len(assumed.machines) > 1:
         yield _network(assumed.network)
     yield "short contexts: attention over thousands of tokens takes more"
+
+
+def _data_sheet(gpu: Device) -> str:
+    figures = f"{gpu.memory_bytes / _GIB:g} GiB at {read_bytes_s(gpu) / 1e9:g} GB/s"
+    peak = f"{2 * (gpu.macs_s or GPU_MACS_S) / 1e12:g} TOPS"
+    old = (
+        ""
+        if gpu.has_matrix_units
+        else f", prefill at {OLD_GPU_PREFILL_SHARE:.2f} of that without matrix units for bytes"
+    )
+    return f"{gpu.gpu_name} by its data sheet: {figures}, {peak}{old}"
 
 
 def _is_old(cpu: Device) -> bool:

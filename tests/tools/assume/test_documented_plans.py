@@ -17,6 +17,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.tools.assume.assumed_model import assumed_model
 from llamaclust.tools.assume.assumed_plan import Survey, plan_assumed, plan_shapes
 from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.gpu_models import GPU_MODELS
 from llamaclust.tools.assume.planning import KEYS, AssumedCluster, prediction_of
 from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
@@ -92,6 +93,11 @@ def test_the_pages_name_every_shape_and_key() -> None:
     assert {name.lower() for name in re.findall(r"`([^`:]+)`", listed)} == SHAPES.keys()
     (row,) = re.findall(r"^\| `--assume MACHINES` .*$", (ROOT / "docs/command-line.md").read_text(), re.MULTILINE)
     assert {*KEYS} <= {*re.findall(r"`(\w+)`", row)}
+
+
+def test_the_page_of_gpus_names_every_gpu() -> None:
+    (listed,) = re.findall(r"^Names: (.*)\.$", GPU_PAGE, re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", listed) == list(GPU_MODELS)
 
 
 def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ import pytest
 from llamaclust.core.errors import UsageError
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.gpu_models import GPU_MODELS
 from llamaclust.tools.assume.machines import AssumedMachines, Ddr, Device, Machine, Network
 from support.seed import SEED
 
 GIB = 1 << 30
+OLDEST = 61  # compute capability that kernels support
 OLD = Machine(Device(16 * GIB, 40e9))
 
 
@@ -89,6 +91,39 @@ def test_gpus_are_in_the_machines_before_them() -> None:
     assert found == (*(Machine(OLD.cpu, (fast, fast, small)),) * 2, OLD)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2x16GB@40GB/s + 2x rtx3090",
+        "2x16GB@40GB/s+2xRTX 3090 , 1Gbit",
+        "2x16GB@40GB/s + GeForce RTX-3090 x 2",
+        "2 x 16 GB @ 40 GB/s + 2 × NVIDIA GeForce RTX 3090 GPU, 1Gbit",
+    ],
+)
+def test_gpus_have_names(text: str) -> None:
+    gpu = Device(24 * GIB, 936e9, macs_s=142e12, gpu_name="rtx3090")
+    assert parse_machines(text).machines == (Machine(OLD.cpu, (gpu, gpu)),) * 2
+
+
+def test_every_gpu_is_found_by_its_name_and_is_plausible() -> None:
+    for name, model in GPU_MODELS.items():
+        (machine,) = parse_machines(f"16GB + {name.replace('-', ' ')}").machines
+        assert [gpu.gpu_name for gpu in machine.gpus] == [name]
+        assert 4 <= model.memory_gib <= 200 and 100 <= model.bandwidth_gb_s <= 10000 and 10 <= model.tops <= 5000
+        assert model.compute_capability >= OLDEST and model.has_matrix_units == (model.compute_capability >= 75)
+        assert machine.gpus[0].has_matrix_units == model.has_matrix_units
+
+
+def test_gpus_without_matrix_units_have_slower_prefill_and_say_so() -> None:
+    assumed = parse_machines("16GB + p40 + rtx3090 + 8GB@448GB/s gpu")
+    old, new, _ = (rates.gpu_profile(gpu) for gpu in assumed.machines[0].gpus)
+    assert (old.read_bytes_s, old.int8_macs_s) == pytest.approx((0.8 * 346e9, 0.15 * 23.5e12))
+    assert (new.read_bytes_s, new.int8_macs_s) == pytest.approx((0.8 * 936e9, 0.35 * 142e12))
+    lines = [line for line in rates.assumptions(assumed) if "data sheet" in line]
+    assert lines[0].startswith("p40 by its data sheet: 22.4 GiB at 346 GB/s, 47 TOPS, prefill at 0.15 of that")
+    assert lines[1:] == ["rtx3090 by its data sheet: 24 GiB at 936 GB/s, 284 TOPS"]
+
+
 def test_random_descriptions_are_read_back() -> None:
     source = random.Random(SEED)
     for _ in range(200):
@@ -138,6 +173,12 @@ def test_random_descriptions_are_read_back() -> None:
         ("16GB + 24GB gpu", 8, "the bandwidth of a GPU's memory"),
         ("16GB@40GB/s+24GB@900GB/s/8 gpu", 13, "no threads"),
         ("16GB@40GB/s+9x24GB@900GB/s gpu", 13, "8 GPUs"),
+        ("16GB + 9x rtx3090", 8, "8 GPUs"),
+        ("rtx3090", 1, "machine of a GPU before it, as in '64GB@60GB/s + rtx3090'"),
+        ("16GB + rtx3091", 8, "the name of a GPU (rtx3090, "),
+        ("16GB + a very fast one", 8, "the name of a GPU (rtx3090, p40, h100, ...) or its memory and bandwidth"),
+        ("16GB + 0x p40", 8, "above 0"),
+        ("16GB + 2x p40 x2", 8, "one number of GPUs"),
     ],
 )
 def test_mistakes_are_named_with_their_place_and_an_example(text: str, place: int, what: str) -> None:
@@ -152,7 +193,7 @@ def test_no_text_ends_in_anything_but_an_answer_or_a_usage_error() -> None:
     source = random.Random(SEED)
     letters = "0123456789.xGTB@/s+,gpubitmDR- \t\n\x00é×" * 2
     for _ in range(3000):
-        text = list("2x16GB@DDR4-3200x2/4+8GBx2@40GB/s+24GB@900GB/s@100TOPS gpu,1Gbit,0.3ms")
+        text = list("2x16GB@DDR4-3200x2/4+8GBx2@40GB/s+24GB@900GB/s@100TOPS gpu+rtx 3090 x2,1Gbit,0.3ms")
         for _ in range(source.randint(1, 5)):
             text[source.randrange(len(text))] = source.choice(letters)
         try:

@@ -5,6 +5,9 @@ sequences beside one; beside llama.cpp; and with the layers in RAM that do not f
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # and llama.cpp's CUDA backend, in turns
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that in RAM
 
+The model may be a mixture of experts (benchmarks/public_shape.py): one sequence is then taken to read the experts that
+it uses, several an expected number of them.
+
 Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md also says how llama-bench is built. What GPU and processor
 can do at best is measured right before and right after each round and the greater one counts; figures are medians over
 rounds, with the least and the most. Progress goes to standard error, all figures as JSON to standard output.

@@ -53,7 +53,8 @@ class Work:
     generate: int
     sequences: int
     prefill_macs: Amount
-    weight_bytes: Amount  # read by a step of any number of sequences
+    weight_bytes: Amount  # read by a step of one sequence
+    many_weight_bytes: Amount  # of all sequences: of a mixture, they use more experts than one does
     kv_bytes: Amount  # read by a step for each sequence, in the mean
 
     @classmethod
@@ -61,19 +62,25 @@ class Work:
         costs, ends = model.costs(KvType.F16), (cut, model.layer_count)
         lengths = range(1, generate + 1)
         macs, weights = [float(costs.head_macs), 0.0], [float(costs.head_file_bytes), 0.0]
-        kv = [0.0, 0.0]
+        many, kv = weights.copy(), [0.0, 0.0]
         for layer, cost in enumerate(costs.layers):
             place = int(layer < cut)
             macs[place] += prompt * cost.macs_per_token
             weights[place] += cost.used_file_bytes
+            many[place] += cost.used_file_bytes + cost.touched_bytes(sequences) - cost.touched_bytes(1)
         for step in model.program(0, ends[1]).kv_layers:
             read = sum(min(length, step.window or length) for length in lengths) / generate
             kv[int(step.layer < cut)] += step.kv_token_bytes * read
-        return cls(prompt, generate, sequences, Amount(*macs), Amount(*weights), Amount(*kv))
+        return cls(prompt, generate, sequences, Amount(*macs), Amount(*weights), Amount(*many), Amount(*kv))
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.many_weight_bytes != self.weight_bytes
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Read by a decode step."""
-        weights, kv = self.weight_bytes, self.kv_bytes
+        """Read by a decode step of one sequence, or of all."""
+        assert sequences in (1, self.sequences)
+        weights, kv = self.weight_bytes if sequences == 1 else self.many_weight_bytes, self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
 
@@ -182,14 +189,18 @@ class Figures:
         return found
 
     def wanted(self) -> list[Wanted]:
-        """Medians beside what is wanted of them."""
-        count = self.work.sequences
+        """Medians beside what is wanted of them: of mixtures, decode alone."""
+        count, is_dense = self.work.sequences, not self.work.is_mixture
         if self.is_mixed:
             return [Wanted("decode, of the time to read VRAM and RAM", self.decode_share.median, MIXED_SHARE)]
         found = [
             Wanted("decode, of the bandwidth", self.decode_share.median, DECODE_SHARE),
-            Wanted("prefill, of the peak of 8-bit products", self.prefill_share.median, PREFILL_SHARE),
-            Wanted(f"{count} sequences, times one", self.times_one.median, TIMES_ONE if count == 8 else None),
+            Wanted(
+                "prefill, of the peak of 8-bit products", self.prefill_share.median, PREFILL_SHARE if is_dense else None
+            ),
+            Wanted(
+                f"{count} sequences, times one", self.times_one.median, TIMES_ONE if count == 8 and is_dense else None
+            ),
         ]
         if self.is_compared:
             found.append(Wanted("decode, times llama.cpp", self.decode_ratio.median, RATIO))

@@ -40,6 +40,7 @@ from gpu_support import stage as gpu_stage
 from gpu_support.llama import LlamaCpp
 from gpu_support.stage import Loaded, Placement, Task
 from gpu_support.work import Amount, Figures, Rates, Round, Work
+from shape import SHAPES, write_shape
 
 LAYERS = 4
 ANSWER = {
@@ -103,7 +104,8 @@ def answers(prefills: Sequence[float], decodes: Sequence[float]) -> list[dict[st
     return found + [ANSWER | {"n_prompt": 0, "n_gen": 64, "avg_ts": speed} for speed in decodes]
 
 
-WORK = Work(512, 64, 8, Amount(300e12, 10e12), Amount(2e12, 0.1e12), Amount(0.1e12, 0.05e12))
+WEIGHTS = Amount(2e12, 0.1e12)
+WORK = Work(512, 64, 8, Amount(300e12, 10e12), WEIGHTS, WEIGHTS, Amount(0.1e12, 0.05e12))
 RATES = Rates(Amount(1e12, 0.1e12), Amount(100e12, 5e12))
 
 
@@ -127,7 +129,9 @@ def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
 
 
 def test_layers_on_the_gpu_alone_are_held_against_it_and_llama_cpp() -> None:
-    work = replace(WORK, prefill_macs=Amount(300e12, 0), weight_bytes=Amount(2e12, 0), kv_bytes=Amount(0.1e12, 0))
+    weights = Amount(2e12, 0)
+    work = replace(WORK, prefill_macs=Amount(300e12, 0), weight_bytes=weights, many_weight_bytes=weights)
+    work = replace(work, kv_bytes=Amount(0.1e12, 0))
     one = Round(Rates(Amount(1e12, 0), Amount(100e12, 0)), 5.0, 2.625, 2.5, Speed(prefill=204.8, decode=0.2))
     figures = Figures(work, [one])
     found = {wanted.what: (wanted.found, wanted.is_met) for wanted in figures.wanted()}
@@ -162,6 +166,23 @@ def test_work_of_both_devices_is_that_of_the_whole(model: Path) -> None:
         assert (macs.gpu + macs.cpu, read.gpu + read.cpu) == (whole.prefill_macs, whole.decode_bytes)
         assert read.cpu == pytest.approx(cut * works[1].step_bytes(1).cpu)
         assert work.step_bytes(2).cpu - read.cpu == work.kv_bytes.cpu
+
+
+def test_sequences_of_a_mixture_read_more_experts(tmp_path: Path) -> None:
+    """Two of four for one sequence, an expected 3.75 for four of them; no goals but that of decode."""
+    path, dense = tmp_path / "mixture.gguf", {"hidden": 64, "layers": 2, "ffn": 96, "heads": 4, "kv_heads": 2}
+    shape = replace(SHAPES["1.1b"], **dense, vocabulary=320, experts=4, experts_used=2)
+    write_shape(path, "mixture", shape, QuantType.Q8_0)
+    with Model.open(path) as opened:
+        work = Work.of(opened, 0, 7, 5, 4)
+        expert_bytes = sum(t.n_bytes for name, t in opened.file.tensors.items() if "_exps" in name)
+    read = work.step_bytes(1), work.step_bytes(4)
+    per_token = work.kv_bytes.gpu
+    weights = [amount.gpu - n * per_token for amount, n in zip(read, (1, 4), strict=True)]
+    assert weights[1] - weights[0] == pytest.approx(expert_bytes * (1 - 0.5**4 - 0.5), rel=0.01)
+    rates = Rates(Amount(1e12, 0), Amount(100e12, 0))
+    wanted = Figures(work, [Round(rates, 5.0, 2.0, 2.5)]).wanted()
+    assert work.is_mixture and [one.least for one in wanted] == [0.80, None, None]
 
 
 def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

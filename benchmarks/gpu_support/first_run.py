@@ -1,0 +1,208 @@
+"""The first run on a new GPU, step by step: tests of every kernel, then benchmarks. What is done stays done, so that a
+machine that is lent for some minutes at a time can be used in several calls.
+
+    python benchmarks/gpu_support/first_run.py results                      # as often as it says that steps are left
+    python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
+    python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
+
+Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
+results/steps.json has what came of all. A step that passed at this commit is not repeated; one that failed is repeated
+in the next call, behind those that are left. A step begins only if its time limit ends within --minutes. Exit status: 0
+if all passed, 1 if any failed, 75 if any is left. Models of random weights are written to --models when a step needs
+them: 4, 12, 4 and 39 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.core.errors import UsageError
+
+_ROOT = Path(__file__).parents[2]
+_TESTS = "tests/kernels/cuda"
+_LEFT = 75  # EX_TEMPFAIL
+_TAIL_LINES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`command` with {models}, {results} and {llama}; `needs`: the command that writes the model it reads."""
+
+    name: str
+    limit_s: int
+    command: str
+    needs: str = ""
+    model: str = ""  # file in the folder of models
+
+
+def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
+    paths = " ".join(f"{_TESTS}/{file}" for file in files)
+    return Step(name, limit_s, f"python -m pytest {paths} --gpu {options}".rstrip())
+
+
+def _benchmark(name: str, limit_s: int, model: str, writer: str, options: str = "") -> Step:
+    command = f"python benchmarks/gpu.py {{models}}/{model} --record {{results}}/{name} {options}".rstrip()
+    return Step(name, limit_s, command, f"python benchmarks/{writer}", model)
+
+
+_7B = "7b.gguf", "shape.py 7b Q4_K {models}/7b.gguf --alike"
+_MIXTURE = "mixture.gguf", "public_shape.py qwen3-30b-a3b:q4_k_m {models}/mixture.gguf --layers 32"
+_LONG = "long.gguf", "shape.py 7b Q4_K {models}/long.gguf --alike --kv-heads 8 --context 40000"
+_70B = "70b.gguf", "shape.py 70b Q4_K {models}/70b.gguf --alike"
+
+STEPS = (
+    Step("gpu", 60, "nvidia-smi"),
+    _tests("call", "test_rows.py", options="-k rms_norm"),
+    _tests("products", "test_products.py"),
+    _tests("rows", "test_rows.py"),
+    _tests("attention", "test_attention.py", "test_latent.py"),
+    _tests("experts", "test_experts.py", "test_states.py", "test_fused.py"),
+    _tests("stages", "test_stage.py", "test_stage_load.py", "stages", limit_s=480),
+    _tests("placement", "placement", "test_invariance_stages.py", "test_probe.py", "test_local.py", limit_s=480),
+    _tests("clusters", "test_cluster.py", "benchmarks/test_gpu_benchmark.py", limit_s=480),
+    _benchmark("7b", 240, *_7B),
+    _benchmark("mixture", 300, *_MIXTURE),
+    _benchmark("mixture-products", 240, *_MIXTURE, "--no-graphs --repeats 1 --generate 16 --prompt 2048"),
+    _benchmark("long", 300, *_LONG, "--prompt 32768 --sequences 1 --repeats 1"),
+    _benchmark("7b-no-graphs", 240, *_7B, "--no-graphs --repeats 2"),
+    _benchmark("70b", 500, *_70B, "--gpu-memory 24GiB --repeats 3"),
+)
+LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeats 3"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a step; 124 stands for a time limit."""
+
+    status: int
+    seconds: float
+    commit: str
+    tail: tuple[str, ...]  # its last lines
+
+    @property
+    def passed(self) -> bool:
+        return self.status == 0
+
+
+class Record:
+    """Outcomes by the names of steps, in results/steps.json."""
+
+    def __init__(self, folder: Path, commit: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._commit, self._path = folder, commit, folder / "steps.json"
+        found = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self._outcomes = {name: Outcome(**values) for name, values in found.items()}
+
+    def outcome(self, step: Step) -> Outcome | None:
+        """None if it was not run at this commit."""
+        found = self._outcomes.get(step.name)
+        return found if found is not None and found.commit == self._commit else None
+
+    def add(self, step: Step, status: int, seconds: float) -> Outcome:
+        lines = (self.folder / f"{step.name}.log").read_text(errors="replace").splitlines()
+        outcome = Outcome(status, round(seconds, 1), self._commit, tuple(lines[-_TAIL_LINES:]))
+        self._outcomes[step.name] = outcome
+        text = json.dumps({name: asdict(one) for name, one in self._outcomes.items()}, indent=2) + "\n"
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text(text)
+        partial.replace(self._path)
+        return outcome
+
+
+def run_steps(
+    steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
+) -> int:
+    """The exit status. Those that were not run come first, then those that failed before."""
+    begun_s = now_s()
+    first = [step for step in steps if record.outcome(step) is None]
+    again = [step for step in steps if (outcome := record.outcome(step)) is not None and not outcome.passed]
+    left = 0
+    for step in (*first, *again):
+        if now_s() - begun_s + step.limit_s > budget_s:
+            left += 1
+            _say(f"{step.name}: left for the next call ({step.limit_s} s)")
+            continue
+        _say(f"{step.name}: {_filled(step.command, places)}")
+        step_s = now_s()
+        status = _run(step, record.folder / f"{step.name}.log", places)
+        outcome = record.add(step, status, now_s() - step_s)
+        _say(f"{step.name}: {'passed' if outcome.passed else f'FAILED ({status})'} in {outcome.seconds:.0f} s")
+    outcomes = [record.outcome(step) for step in steps]
+    failed = [step.name for step, one in zip(steps, outcomes, strict=True) if one is not None and not one.passed]
+    _say(
+        f"{sum(one is not None and one.passed for one in outcomes)} of {len(steps)} passed; failed: {failed or 'none'}"
+    )
+    return _LEFT if left else int(bool(failed))
+
+
+def _run(step: Step, log: Path, places: dict[str, str]) -> int:
+    """The exit status; 124 for one that was ended at its limit, with all processes of its session."""
+    model = Path(places["models"]) / step.model
+    commands = [step.needs] if step.model and not model.is_file() else []
+    script = " && ".join(_filled(command, places) for command in (*commands, step.command))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["bash", "-c", script], stdout=file, stderr=file, cwd=_ROOT, env=environment, start_new_session=True
+        )
+        try:
+            return process.wait(step.limit_s)
+        except subprocess.TimeoutExpired:
+            return 124
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _filled(command: str, places: dict[str, str]) -> str:
+    return command.format(**{name: shlex.quote(place) for name, place in places.items()})
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, metavar="RESULTS")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this call; %(default)s by default")
+    parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
+    given = parser.parse_args(arguments)
+    if not given.models.is_dir():
+        raise UsageError(f"{given.models}: no such folder")
+    steps = (*STEPS, *(LLAMA_STEPS if given.llama_bench is not None else ()))
+    places = {
+        "models": str(given.models.resolve()),
+        "results": str(given.results.resolve()),
+        "llama": str((given.llama_bench or Path()).resolve()),
+    }
+    return run_steps(steps, Record(given.results, _commit()), places, 60 * given.minutes, time.monotonic)
+
+
+if __name__ == "__main__":
+    with ends_in_one_line():
+        sys.exit(main(sys.argv[1:]))

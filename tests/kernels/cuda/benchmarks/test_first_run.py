@@ -1,0 +1,98 @@
+"""benchmarks/gpu_support/first_run.py: steps that are done stay done, others follow in the next call."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamaclust.core.errors import UsageError
+from support.clusters.command_line import eventually
+from support.paths import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from gpu_support import first_run
+from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps
+
+
+def counted(name: str, folder: Path, then: str = "true", limit_s: int = 20) -> Step:
+    return Step(name, limit_s, f"echo {name} >> {folder}/ran; {then}")
+
+
+def ran(folder: Path) -> list[str]:
+    return (folder / "ran").read_text().split()
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"models": str(folder), "results": str(folder), "llama": "llama-bench"}
+
+
+def run(folder: Path, *steps: Step, budget_s: float = 1000.0, commit: str = "c1") -> int:
+    return run_steps(steps, Record(folder, commit), places(folder), budget_s, time.monotonic)
+
+
+def test_passed_steps_are_not_repeated_and_failed_ones_come_last(tmp_path: Path) -> None:
+    bad = counted("bad", tmp_path, "echo what it said; exit 3")
+    good, later = counted("good", tmp_path), counted("later", tmp_path)
+    assert run(tmp_path, bad, good) == 1
+    found = json.loads((tmp_path / "steps.json").read_text())["bad"]
+    assert (found["status"], found["commit"], found["tail"]) == (3, "c1", ["what it said"])
+    assert run(tmp_path, replace(bad, command=f"echo bad >> {tmp_path}/ran"), good, later) == 0
+    assert ran(tmp_path) == ["bad", "good", "later", "bad"]
+    assert run(tmp_path, bad, good, later) == 0 and len(ran(tmp_path)) == 4
+    assert run(tmp_path, good, commit="c2") == 0 and ran(tmp_path)[-1] == "good"
+
+
+def test_steps_that_would_end_too_late_are_left(tmp_path: Path) -> None:
+    long, short = counted("long", tmp_path, limit_s=500), counted("short", tmp_path)
+    assert run(tmp_path, long, short, budget_s=300) == 75
+    assert ran(tmp_path) == ["short"]
+    assert run(tmp_path, long, short, budget_s=501) == 0
+    assert ran(tmp_path) == ["short", "long"]
+
+
+def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> None:
+    hanging = counted("hanging", tmp_path, f"sleep 60 & echo $! > {tmp_path}/child; wait", limit_s=1)
+    assert run(tmp_path, hanging) == 1
+    outcome = Record(tmp_path, "c1").outcome(hanging)
+    assert outcome is not None and outcome.status == 124
+    child = Path("/proc") / (tmp_path / "child").read_text().strip()
+    eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text(), 10, "the end of the child")
+
+
+def test_models_are_written_when_they_are_missing(tmp_path: Path) -> None:
+    step = Step("model", 20, "cat {models}/m >> {results}/ran", "echo written > {models}/m", "m")
+    assert run(tmp_path, step) == 0 and run(tmp_path, replace(step, name="again")) == 0
+    (tmp_path / "m").write_text("kept")
+    assert run(tmp_path, replace(step, name="third")) == 0
+    assert ran(tmp_path) == ["written", "written", "kept"]
+
+
+def test_every_step_fits_into_one_call_and_is_what_there_is() -> None:
+    steps = (*STEPS, *LLAMA_STEPS)
+    assert len({step.name for step in steps}) == len(steps)
+    assert max(step.limit_s for step in steps) < 9 * 60
+    for step in steps:
+        command = step.command.format(models="M", results="R", llama="L")
+        tests = re.findall(r"tests/kernels/cuda\S*", command)
+        assert all((ROOT / path).exists() for path in tests), command
+        for script, options in re.findall(r"python (benchmarks/\S+\.py)([^&]*)", f"{step.needs} && {command}"):
+            source = (ROOT / script).read_text() + (ROOT / "benchmarks/shape.py").read_text()
+            named = [option for option in re.findall(r"--([\w-]+)", options) if f'"--{option}"' not in source]
+            assert {option.replace("-", "_") for option in named} <= {"kv_heads", "context", "layers"}, script
+    tested = {path for step in STEPS for path in re.findall(r"tests/kernels/cuda/(\S+)", step.command)}
+    own = {"test_shim.py", "test_compile.py", "test_nvrtc.py", "test_cupy_device.py", "test_old_gpus.py"}
+    every = {path.name for path in (ROOT / "tests/kernels/cuda").glob("test_*.py")}
+    every |= {"stages", "placement", "benchmarks/test_gpu_benchmark.py"}
+    assert every - own == tested
+
+
+def test_outcomes_and_mistakes(tmp_path: Path) -> None:
+    assert Outcome(0, 1.0, "c", ()).passed and not Outcome(124, 1.0, "c", ()).passed
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        first_run.main([str(tmp_path), "--models", "nowhere"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llamaclust.core.errors import UsageError
+from support.clusters.forking.forked_workers import fork_workers
 from support.clusters.quick_start.sitecustomize import FOLDER, GeneratedCode
 from support.paths import TESTS
 from support.seed import SEED
@@ -30,6 +31,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (FOLDER, os.environ.get(
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False
 _GENERATED_CODE = GeneratedCode()  # of all that tests import
+fork_workers()
 
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
     if signal.getsignal(number) is signal.SIG_IGN:  # as nohup or a shell's background has it

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from support.clusters.forked_commands import run_forked
+from support.clusters.forking.forks import ForkedCommand, fork_server
 
 COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 _START_S = 120.0
@@ -72,7 +73,7 @@ class Done:
 class Running:
     """A command that runs, leader of its own process group as in a terminal."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedCommand
     out: Path
     err: Path
 
@@ -207,16 +208,23 @@ class CommandLine:
         that run the command in another place, and become it."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
-        with out.open("wb") as to_out, err.open("wb") as to_err:
-            process = subprocess.Popen(
-                [*before, *(program or COMMAND), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=to_out,
-                stderr=to_err,
-                cwd=self.folder,
-                env=self._environment,
-                start_new_session=True,
-            )
+        with out.open("wb") as to_out, err.open("wb") as to_err, Path(os.devnull).open("rb") as nothing:
+            outputs = nothing.fileno(), to_out.fileno(), to_err.fileno()
+            process: subprocess.Popen[bytes] | ForkedCommand
+            server = None if before or program else fork_server("llamaclust")
+            if server is not None and server.serves(self._environment):
+                words = [os.fsdecode(word) for word in arguments]
+                process = ForkedCommand(words, server.fork(words, self._environment, self.folder, outputs))
+            else:
+                process = subprocess.Popen(
+                    [*before, *(program or COMMAND), *arguments],
+                    stdin=nothing,
+                    stdout=to_out,
+                    stderr=to_err,
+                    cwd=self.folder,
+                    env=self._environment,
+                    start_new_session=True,
+                )
         self._started.append(Running(process, out, err))
         return self._started[-1]
 

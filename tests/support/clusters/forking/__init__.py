@@ -1,0 +1,1 @@
+"""Processes of tests, forked from one that has imported the program."""

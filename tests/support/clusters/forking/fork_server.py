@@ -1,0 +1,129 @@
+"""A process that has imported what a program needs, and forks processes that run it. They become children of the
+process that asked for them, which is a subreaper meanwhile; each answers with its id. `forks` starts it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.wire.rpc.grpc_options import tune_grpc
+
+ROOM_BYTES = 4096
+"""For a command line in place of the server's, and for the folder of its state."""
+STATE_DIR = "LLAMACLUST_STATE_DIR"
+
+IMPORTED = {
+    "llamaclust": (
+        "llamaclust.cli.app",
+        "llamaclust.cli.up",
+        "llamaclust.cli.worker",
+        "llamaclust.cluster.api.app",
+        "llamaclust.cluster.server.coordinator",
+        "llamaclust.kernels.cpu.backend",
+        "llamaclust.worker.main",
+    ),
+    "llamaclust.worker": ("llamaclust.kernels.cpu.backend", "llamaclust.worker.main"),
+}
+"""By program: what it imports before it works."""
+
+_MESSAGE_BYTES = 1 << 18
+_ARGUMENTS_FIELD = 48
+"""Of /proc/PID/stat, from 1 on: where the command line begins and ends, then the environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the program is run with, as by `python -P -m`."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+
+
+def main() -> None:
+    """Until the other end of a socket is closed. Arguments: the program, the socket's descriptor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for pytest
+    place = _places()
+    program = sys.argv[1]
+    tune_grpc()
+    for module in IMPORTED[program]:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) == 1, "only this thread would be there after a fork"  # noqa: PTH208
+    asked = _serve(socket.socket(fileno=int(sys.argv[2])), program, place)
+    if asked is not None:
+        sys.argv = [program, *asked.arguments]
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -> Asked | None:
+    """What a forked process has to do; None in the server, at its end."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
+        if not message:
+            return None
+        between = os.fork()
+        if between == 0:
+            parent = os.getpid()
+            if os.fork() != 0:
+                os._exit(0)
+            while os.getppid() == parent:  # it ends at once
+                os.sched_yield()
+            asked = Asked(**json.loads(message))
+            _become(asked, descriptors)
+            _show([sys.executable, "-P", "-m", program, *asked.arguments], place)
+            requests.send(str(os.getpid()).encode())
+            requests.close()
+            return asked
+        os.waitpid(between, 0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(asked: Asked, descriptors: list[int]) -> None:
+    os.setsid()
+    os.chdir(asked.folder)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(asked.environment)
+    time.tzset()
+
+
+def _places() -> tuple[int, int, int]:
+    """Where this process's command line begins, its environment, and behind these."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    first = _ARGUMENTS_FIELD - 3  # behind the id and the name
+    begin, _, middle, end = map(int, fields[first : first + 4])
+    return begin, middle, end
+
+
+def _show(words: list[str], place: tuple[int, int, int]) -> None:
+    """The command line, and where its state is, as lists of processes show them."""
+    begin, middle, end = place
+    _write(begin, middle, "".join(f"{word}\0" for word in words))
+    _write(middle, end, f"{STATE_DIR}={os.environ.get(STATE_DIR, '')}\0")
+
+
+def _write(begin: int, end: int, text: str) -> None:
+    shown = os.fsencode(text)
+    assert len(shown) < end - begin
+    ctypes.memset(begin, 0, end - begin)
+    ctypes.memmove(begin, shown, len(shown))
+
+
+if __name__ == "__main__":
+    main()

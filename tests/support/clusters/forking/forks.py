@@ -1,0 +1,123 @@
+"""Commands and workers of tests as children of this process, forked from one that has imported what they need: a second
+of processor time less for a coordinator, half of one for a worker."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+from support.clusters.forking.fork_server import ROOM_BYTES, STATE_DIR, Asked
+
+_SERVER = Path(__file__).with_name("fork_server.py")
+_ROOM = ROOM_BYTES * " "
+_ANSWER_S = 60.0
+_PR_SET_CHILD_SUBREAPER = 36
+_READ_AT_START = ("PYTHON", "GRPC_", "LD_", "LC_", "LANG")
+"""Variables of the environment, by how they begin, that Python or what is imported reads once."""
+
+
+class ForkServer:
+    """See `fork_server`. It ends with this process."""
+
+    def __init__(self, program: str, environment: Mapping[str, str]) -> None:
+        self._read = _read_at_start(environment)
+        self._turn = Lock()
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._requests.settimeout(_ANSWER_S)
+        own = {"OPENBLAS_NUM_THREADS": "1", STATE_DIR: _ROOM}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SERVER), program, str(theirs.fileno()), _ROOM],
+                env={**environment, **own},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+
+    def serves(self, environment: Mapping[str, str]) -> bool:
+        """Whether a process that was started would be as a forked one is."""
+        return _read_at_start(environment) == self._read
+
+    def fork(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        descriptors: tuple[int, int, int],
+    ) -> int:
+        """Id of a new child of this process, leader of a session of its own. The descriptors are of its standard input,
+        output and error."""
+        asked = Asked(list(arguments), dict(environment), str(folder))
+        with self._turn, _subreaper():
+            socket.send_fds(self._requests, [json.dumps(asdict(asked)).encode()], list(descriptors))
+            return int(self._requests.recv(100))
+
+
+@cache
+def fork_server(program: str) -> ForkServer | None:
+    """This process's, started by the first who asks; None where the system has not what it takes."""
+    return ForkServer(program, os.environ) if sys.platform == "linux" else None
+
+
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)}
+
+
+@contextmanager
+def _subreaper() -> Iterator[None]:
+    """Grandchildren whose parent ends become children of this process meanwhile."""
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+class ForkedCommand:
+    """As much of a `subprocess.Popen` as tests use."""
+
+    def __init__(self, words: Sequence[str], pid: int) -> None:
+        self.args = list(words)
+        self.pid = pid
+        self.returncode: int | None = None
+        self._turn = Lock()
+        self._end = os.pidfd_open(pid)
+
+    def __del__(self) -> None:
+        os.close(self._end)
+
+    def poll(self) -> int | None:
+        with self._turn:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        ends = select.poll()
+        ends.register(self._end, select.POLLIN)
+        ends.poll(None if timeout is None else 1000 * timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

@@ -296,7 +296,7 @@ def test_a_change_of_the_cluster_file_starts_the_coordinator_anew() -> None:
         found: str = template["metadata"]["annotations"]["checksum/config"]
         return found
 
-    assert checksum({}) == checksum({}) != checksum({"config": {"context_length": 1024}})
+    assert checksum({}) == checksum({"config": {}}) != checksum({"config": {"context_length": 1024}})
 
 
 def test_workers_can_join_before_the_coordinator_is_ready() -> None:

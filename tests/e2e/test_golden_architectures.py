@@ -35,6 +35,8 @@ from support.models.tiny_encoders import ENCODERS
 from support.paths import DATA
 
 DATA_FOLDER = DATA / "architectures"
+SINGLES = (1, 1, 6, 1, 1, 7, 1, 6)
+"""Chunks of TOKENS: tokens alone at the start, behind other chunks, and behind windows."""
 BOUND = 1e-5
 BOUNDS = {"gpt-oss-mxfp4": 2e-3}
 """Of models whose weights are not float32, over all positions: rounding may choose other experts in some of them."""
@@ -135,7 +137,12 @@ def recorded(name: str) -> NDArray[np.float32]:
 
 
 def logits(
-    backend: Backend, model: Model, name: str, chunk: int | None = None, cuts: tuple[int, ...] = (), kv: str = "f16"
+    backend: Backend,
+    model: Model,
+    name: str,
+    chunk: int | tuple[int, ...] | None = None,
+    cuts: tuple[int, ...] = (),
+    kv: str = "f16",
 ) -> NDArray[np.float32]:
     limits = replace(LIMITS, max_context_tokens=MODELS[name].context, kv_type=kv)
     chain = Chain(backend, model, cuts, limits)
@@ -195,7 +202,7 @@ def test_any_cut_and_chunks_give_the_same_bits(folder: Path, name: str) -> None:
         backend = all_threads(2)
         whole = logits(backend, model, name, kv=kv_type)
         assert error(whole, recorded(name)) <= (bound if kv_type is KvType.F16 else Q8_0_BOUNDS.get(name, 1e-3))
-        ways = [(1, (1,)), (5, (1, 2)), (None, tuple(range(1, last))), (7, ())]
+        ways = [(SINGLES, (1,)), (5, (1, 2)), (None, tuple(range(1, last))), (7, ())]
         for chunk, cuts in ways:
             found = logits(backend, model, name, chunk, possible_cuts(model, cuts), kv_type)
             np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32), f"{kv_type} {chunk} {cuts}")
@@ -204,7 +211,7 @@ def test_any_cut_and_chunks_give_the_same_bits(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str) -> None:
     model, backend = opened(folder, name), BACKENDS["reference"]()
-    single, whole = logits(backend, model, name, 1, (1,)), logits(backend, model, name)
+    single, whole = logits(backend, model, name, SINGLES, (1,)), logits(backend, model, name)
     np.testing.assert_array_equal(single.view(np.uint32), whole.view(np.uint32))
 
 

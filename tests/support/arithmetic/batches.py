@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,16 +69,23 @@ class Chain:
         assert hidden is not None
         return hidden.copy()
 
-    def logits(self, tokens: Sequence[int], chunk: int | None = None, table: Sequence[int] | None = None) -> Float32:
-        """Logits at every position, `chunk` tokens a batch; blocks in descending order unless `table` says which."""
+    def logits(
+        self, tokens: Sequence[int], chunk: int | Sequence[int] | None = None, table: Sequence[int] | None = None
+    ) -> Float32:
+        """Logits at every position, `chunk` tokens a batch, or as many as each of `chunk` says; blocks in descending
+        order unless `table` says which."""
         blocks = table or range(-(-len(tokens) // KV_BLOCK_TOKENS), -1, -1)
-        size = chunk or len(tokens)
-        parts = [
-            self.run(batch_of([(tokens[at : at + size], range(at, min(at + size, len(tokens))), blocks)]))
-            for at in range(0, len(tokens), size)
-        ]
-        return np.concatenate(parts)
+        borders = _borders(len(tokens), chunk or len(tokens))
+        return np.concatenate([self.run(batch_of([(tokens[a:b], range(a, b), blocks)])) for a, b in pairwise(borders)])
 
     def close(self) -> None:
         for stage in self.stages:
             stage.close()
+
+
+def _borders(count: int, chunk: int | Sequence[int]) -> list[int]:
+    """Of batches that are parts of so many tokens."""
+    if isinstance(chunk, int):
+        return [*range(0, count, chunk), count]
+    assert sum(chunk) == count
+    return [0, *accumulate(chunk)]

@@ -35,6 +35,7 @@ GPU_ROWS = [
     for machines, table in GPU_TABLES
     for row in re.findall(r"^\| `(.*?)` \| (\S+) GB \| (\S+) GB \| (.*?) \| (\S+) \| (\S+) s \|$", table, re.MULTILINE)
 ]
+NAMED_GPUS = re.findall(r"^\| `(\S+)` \| (\S+) \| (\S+) s \| (\S+) \| (\S+) s \|$", GPU_PAGE, re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 
 
@@ -57,6 +58,7 @@ def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
 
 def test_the_page_has_examples_of_both_kinds() -> None:
     assert len(EXAMPLES) == 5 and len(GAINS) == 4 and len(ROWS) == 4 and len(GPU_ROWS) == 6
+    assert len(NAMED_GPUS) == 5
     assert sum(printed.startswith("error: ") for _, printed in EXAMPLES) == 1
 
 
@@ -93,6 +95,15 @@ def test_the_pages_name_every_shape_and_key() -> None:
     assert {name.lower() for name in re.findall(r"`([^`:]+)`", listed)} == SHAPES.keys()
     (row,) = re.findall(r"^\| `--assume MACHINES` .*$", (ROOT / "docs/command-line.md").read_text(), re.MULTILINE)
     assert {*KEYS} <= {*re.findall(r"`(\w+)`", row)}
+
+
+@pytest.mark.parametrize("row", NAMED_GPUS, ids=lambda row: row[0])
+def test_predictions_for_gpus_by_name_are_those_of_the_program(row: tuple[str, ...]) -> None:
+    name, *shown = row
+    cluster = AssumedCluster(parse_machines(f"32GB@40GB/s + {name}"))
+    predictions = [prediction_of(cluster.plan(assumed_model(model))) for model in ("8b", "qwen3-30b-a3b")]
+    found = [value for prediction in predictions for value in (1 / prediction.token_s, prediction.ttft_s)]
+    assert found == pytest.approx(list(map(float, shown)), rel=0.01, abs=0.06)
 
 
 def test_the_page_of_gpus_names_every_gpu() -> None:

@@ -24,10 +24,11 @@ set(flags_avx512vbmi ${flags_avx512vnni} -mavx512vbmi)
 set(flags_neon -DLLAMACLUST_NEON)
 set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 
-# What a level adds to another one are integer dot products, in matmul/ and attention/; all else is the other one's code,
-# if that is built as well.
+# What a level adds to another one are integer dot products and look-ups of bytes, in matmul/ and attention/; all else is
+# the other one's code, if that is built as well.
 set(base_avxvnni avx2)
 set(base_avx512vnni avx512)
+set(base_avx512vbmi avx512)
 set(base_neon_dotprod neon)
 set(dot_sources ${level_sources})
 list(FILTER dot_sources INCLUDE REGEX "/level/(matmul|attention)/")

@@ -10,7 +10,7 @@
 #endif
 
 // LLAMACLUST_LEVELS(X), of the build: X(name, base) for each level that is there (arithmetic.cmake). `base`: the level
-// with the same code but for integer dot products, or the level itself.
+// with the same code but for integer dot products and look-ups of bytes, or the level itself.
 // Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
 #define DECLARE(name, base)                \
   namespace llamaclust::name {             \

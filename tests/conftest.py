@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as workers have it: more would wait for each other
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False

@@ -21,9 +21,11 @@ from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKEN
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
-from llamaclust.wire.microbatch.matchers import matcher_row_in, matcher_row_out, starts_in, starts_out
+from llamaclust.wire.microbatch.chunks import chunk_bytes
+from llamaclust.wire.microbatch.matchers import matcher_row_in, starts_in, starts_out
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.tables import LAST_BLOCK, states_in, table_in
+from llamaclust.wire.microbatch.tasks import tasks_bytes
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
@@ -36,28 +38,8 @@ _PLAIN_PARAMS, _BIASED_PARAMS = 256, 32
 
 
 def encode_microbatch(microbatch: Microbatch) -> bytes:
-    message = microbatch_proto.Microbatch(
-        model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number
-    )
-    for chunk in microbatch.chunks:
-        added = message.chunks.add(
-            tokens=chunk.tokens,
-            position=chunk.position,
-            table=chunk.table,
-            outputs=chunk.outputs,
-            window_table=chunk.window_table,
-            window_start=chunk.window_start,
-            embedded_first=chunk.embedded[0],
-            embedded_end=chunk.embedded[1],
-            adapters=[microbatch_proto.AdapterScale(adapter=number, scale=scale) for number, scale in chunk.adapters],
-            state_from=chunk.state_from,
-            state_to=chunk.state_to,
-            next_token=chunk.next_token,
-            drafts=chunk.drafts,
-        )
-        if chunk.depends_on is not None:
-            added.depends_on.number, added.depends_on.row = chunk.depends_on
-    return message.SerializeToString()
+    head = microbatch_proto.Microbatch(model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number)
+    return b"".join((head.SerializeToString(), *map(chunk_bytes, microbatch.chunks)))
 
 
 def decode_microbatch(data: bytes) -> Microbatch:
@@ -129,60 +111,10 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
 
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:
-    message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
-    message.released.extend(inputs.released)
-    starts_out(inputs.starts, message)
-    before: RowTask | None = None
-    for task in inputs.tasks:
-        if isinstance(before, SampleTask) and isinstance(task, SampleTask) and task.is_next_to(before):
-            message.tasks[-1].sample.further_rows += 1
-        elif isinstance(task, SampleTask):
-            message.tasks.add(sample=_sample_out(task))
-        else:
-            message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
-        before = task
-    return message.SerializeToString()
-
-
-def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
-    return sampling_proto.SampleTask(
-        params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
-        seed=task.seed,
-        choice=task.choice,
-        position=task.position,
-        history=task.history,
-        suppressed=task.suppressed,
-        top_logprobs=task.top_logprobs,
-        history_rows=task.history_rows,
-        penalty_window=task.penalty_window,
-        dry_window=task.dry_window,
-        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
-        mu=task.mu,
-        matcher=None if task.matcher is None else matcher_row_out(task.matcher),
-    )
-
-
-def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
-    return sampling_proto.SamplingParams(
-        top_k=params.top_k,
-        logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
-        chain=None if params.chain is None else _chain_out(params.chain),
-        **{name: getattr(params, name) for name in sampling_bounds.REAL_BOUNDS},
-    )
-
-
-_plain_params_out, _biased_params_out = lru_cache(_PLAIN_PARAMS)(_params_out), lru_cache(_BIASED_PARAMS)(_params_out)
-"""Made once, since a sequence brings the same ones with every token."""
-
-
-def _chain_out(chain: SamplerChain) -> sampling_proto.SamplerChain:
-    return sampling_proto.SamplerChain(
-        order=[SAMPLERS.index(step) for step in chain.order],
-        dry_allowed_length=chain.dry_allowed_length,
-        mirostat=chain.mirostat,
-        unpenalized=chain.unpenalized,
-        **{name: getattr(chain, name) for name in sampling_bounds.CHAIN_BOUNDS},
-    )
+    head = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
+    rest = sampling_proto.SamplingInputs(released=inputs.released)
+    starts_out(inputs.starts, rest)
+    return b"".join((head.SerializeToString(), *tasks_bytes(inputs.tasks), rest.SerializeToString()))
 
 
 def decode_inputs(data: bytes) -> SamplingInputs:

@@ -1,0 +1,133 @@
+"""What is done with output rows, as bytes. A sequence's tasks differ in their positions alone, as a rule: the rest is
+encoded once, and no protobuf objects are made, which would take most of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from llamaclust.core import sampling_bounds
+from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
+from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
+from llamaclust.proto import sampling_pb2 as sampling_proto
+from llamaclust.wire.microbatch.fields import sized, varint
+from llamaclust.wire.microbatch.matchers import matcher_row_out
+
+_KINDS = 1024
+_MOST_SUPPRESSED = 64
+"""Of a task whose encoding is kept."""
+_PLAIN_PARAMS, _BIASED_PARAMS = 256, 32
+"""Kept parameters; those with logit biases may be large."""
+
+
+def tasks_bytes(tasks: Sequence[RowTask]) -> Iterator[bytes]:
+    """As parts of sampling inputs, with the field's tags: each of an output row and those that are sampled in the same
+    manner."""
+    first: SampleTask | None = None
+    last: SampleTask | None = None
+    further_rows = 0
+    for task in tasks:
+        if not isinstance(task, SampleTask):
+            if first is not None:
+                yield _sample(first, further_rows)
+            first = last = None
+            yield _field(
+                sampling_proto.RowTask(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
+            )
+        elif last is not None and task.is_next_to(last):
+            further_rows += 1
+            last = task
+        else:
+            if first is not None:
+                yield _sample(first, further_rows)
+            first = last = task
+            further_rows = 0
+    if first is not None:
+        yield _sample(first, further_rows)
+
+
+def _field(message: sampling_proto.RowTask) -> bytes:
+    return b"\x1a" + sized(message.SerializeToString())
+
+
+def _sample(task: SampleTask, further_rows: int) -> bytes:
+    if not _is_usual(task):
+        return _field(sampling_proto.RowTask(sample=_sample_out(task, further_rows)))
+    windows = task.penalty_window, task.dry_window
+    begin, end = _around_position(
+        task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
+    )
+    position = b"\x20" + varint(task.position) if task.position else b""
+    further = b"\x70" + varint(further_rows) if further_rows else b""
+    return b"\x1a" + sized(b"\x0a" + sized(b"".join((begin, position, end, further))))
+
+
+def _is_usual(task: SampleTask) -> bool:
+    """Whether its encoding, but for the position, is that of its neighbours, and small."""
+    if task.history or task.breakers or task.matcher is not None or task.mu or task.params.logit_bias:
+        return False
+    return len(task.suppressed) <= _MOST_SUPPRESSED
+
+
+@lru_cache(_KINDS)
+def _around_position(
+    params: SamplingParams,
+    seed: int,
+    choice: int,
+    suppressed: tuple[int, ...],
+    top_logprobs: int,
+    history_rows: int,
+    windows: tuple[int | None, int | None],
+) -> tuple[bytes, bytes]:
+    """The encoding before a task's position and behind it."""
+    begin = sampling_proto.SampleTask(params=_plain_params_out(params), seed=seed, choice=choice)
+    end = sampling_proto.SampleTask(
+        suppressed=suppressed,
+        top_logprobs=top_logprobs,
+        history_rows=history_rows,
+        penalty_window=windows[0],
+        dry_window=windows[1],
+    )
+    return begin.SerializeToString(), end.SerializeToString()
+
+
+def _sample_out(task: SampleTask, further_rows: int) -> sampling_proto.SampleTask:
+    return sampling_proto.SampleTask(
+        params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
+        seed=task.seed,
+        choice=task.choice,
+        position=task.position,
+        history=task.history,
+        suppressed=task.suppressed,
+        top_logprobs=task.top_logprobs,
+        history_rows=task.history_rows,
+        penalty_window=task.penalty_window,
+        dry_window=task.dry_window,
+        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
+        mu=task.mu,
+        matcher=None if task.matcher is None else matcher_row_out(task.matcher),
+        further_rows=further_rows,
+    )
+
+
+def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
+    return sampling_proto.SamplingParams(
+        top_k=params.top_k,
+        logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
+        chain=None if params.chain is None else _chain_out(params.chain),
+        **{name: getattr(params, name) for name in sampling_bounds.REAL_BOUNDS},
+    )
+
+
+_plain_params_out, _biased_params_out = lru_cache(_PLAIN_PARAMS)(_params_out), lru_cache(_BIASED_PARAMS)(_params_out)
+"""Made once, since a sequence brings the same ones with every token."""
+
+
+def _chain_out(chain: SamplerChain) -> sampling_proto.SamplerChain:
+    return sampling_proto.SamplerChain(
+        order=[SAMPLERS.index(step) for step in chain.order],
+        dry_allowed_length=chain.dry_allowed_length,
+        mirostat=chain.mirostat,
+        unpenalized=chain.unpenalized,
+        **{name: getattr(chain, name) for name in sampling_bounds.CHAIN_BOUNDS},
+    )

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import add
 
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
@@ -114,7 +115,7 @@ class Waterfall:
         spent, measured, parts = microbatch.done_ns - begun_ns, microbatch.measured_ns, microbatch.stages_ns
         if measured > spent:
             parts = [ns * spent / measured for ns in parts]
-        phase.stages_ns = [ns + more for ns, more in zip(phase.stages_ns, parts, strict=True)]
+        phase.stages_ns = [*map(add, phase.stages_ns, parts)]
         phase.links_ns += max(0, spent - measured)
         phase.idle_ns += begun_ns - at_ns
         phase.ns += microbatch.done_ns - at_ns

@@ -111,7 +111,8 @@ class KvMemory:
         """Gives a sequence the blocks for its next rows; False where none is left."""
         if not self.extend(sequence):
             return False
-        self.reserve(sequence, sequence.next_rows)
+        if self.window is not None or self.states is not None:
+            self.reserve(sequence, sequence.next_rows)
         return True
 
     def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:

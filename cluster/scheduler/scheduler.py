@@ -18,6 +18,7 @@ from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
+from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
@@ -211,8 +212,7 @@ class Scheduler:
         ProtocolError where it is not the result of the microbatch that is due.
         """
         updated: list[tuple[int, list[Update]]] = []
-        row = 0
-        at = 0  # in the embeddings
+        row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
         row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
         for taken in slices:
@@ -231,7 +231,7 @@ class Scheduler:
                 self.strikes.computed(sequence, taken.end - taken.drafted)
                 continue
             accepted = sequence.accepted_rows
-            updates = sequence.received(taken, hidden, now_ns) if hidden else sequence.answered(taken, rows, now_ns)
+            updates = sequence.received(taken, hidden, now_ns) if hidden else answer(sequence, taken, rows, now_ns)
             self.strikes.computed(sequence, sequence.computed)
             if taken.drafted:
                 right = sequence.accepted_rows - accepted

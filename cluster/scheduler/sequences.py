@@ -57,6 +57,8 @@ class Sequence:
     has_mtp: bool = False  # the last stage has an MTP head
     tokens: list[int] = field(init=False)  # prompt, then answer
     breakers: SeenBreakers = field(init=False)  # for DRY
+    stop_ids: tuple[int, ...] = field(init=False)  # ascending
+    samples_plainly: bool = field(init=False)  # its samplers look at logits alone, and it has no matcher
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)  # of layers with a window
@@ -94,6 +96,9 @@ class Sequence:
         request, last = self.request, self.prompt_length - 1
         self.block_keys = BlockKeys(request.cache_salt, request.adapters)
         self.tokens, self.breakers = list(request.prompt), SeenBreakers(request.breakers, request.prompt)
+        self.stop_ids = tuple(sorted(request.stop_token_ids))
+        uses_tokens = request.params.needs_history or request.params.chain is not None or request.breakers
+        self.samples_plainly = not (uses_tokens or request.needs_matcher)
         self.mu = 0.0 if request.params.chain is None else request.params.chain.first_mu
         self.scored = last if request.score_from is None else min(max(request.score_from, 1) - 1, last)
         self.next_score = self.scored
@@ -209,7 +214,7 @@ class Sequence:
     def known_end(self) -> FinishReason | None:
         """Why there is nothing to compute for it: its answer is known, or no token is to be scored or chosen."""
         if self.generated:
-            return self._finish_reason(is_sampled=True)
+            return self.finish_reason(is_sampled=True)
         if self.request.embedded is not None:
             return None
         return None if self.max_new_tokens > 0 or self.has_scores_left else FinishReason.LENGTH
@@ -285,7 +290,7 @@ class Sequence:
             rows = tuple(replace(row, drafted=()) if row.drafted else row for row in sampled)
             updates += map(TokenSampled, self._take_sampled(taken, rows))
             self._take_suggested(taken.end - len(sampled), sampled)
-        if (reason := self._finish_reason(bool(sampled))) is not None:
+        if (reason := self.finish_reason(bool(sampled))) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
 
@@ -300,7 +305,7 @@ class Sequence:
         place = taken.end - len(rows)  # of the row's own token
         added = self._append_sampled(place, rows[0])
         for row, token in zip(rows[1:], taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :], strict=True):
-            is_over = self._finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
+            is_over = self.finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
             if is_over or place + 1 >= len(self.tokens) or self.tokens[place + 1] != token:
                 break
             place += 1
@@ -358,7 +363,7 @@ class Sequence:
             added.append(following)
             if following is not row or row.forced_draft:
                 self.last_forced = self.generated + len(row.forced_draft)
-            if self._finish_reason(is_sampled=True) is not None:
+            if self.finish_reason(is_sampled=True) is not None:
                 break
         return added
 
@@ -369,7 +374,8 @@ class Sequence:
         self.forced_draft = row.forced_draft
         self.mu = self.mu if row.mu is None else row.mu
 
-    def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
+    def finish_reason(self, is_sampled: bool) -> FinishReason | None:
+        """Why it ends now; None where it goes on."""
         if not is_sampled:
             is_scored = not self.has_scores_left and self.in_flight == 0
             return FinishReason.LENGTH if self.max_new_tokens == 0 and is_scored else None

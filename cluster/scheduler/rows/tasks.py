@@ -23,8 +23,18 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
     """For the token after the next row, before which so many tokens are not known yet: 1 at most."""
+    if sequence.samples_plainly:
+        return _plain_task(sequence, unknown)
     window, tokens = sequence.request.history_window, sequence.tokens
     return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else [], unknown)
+
+
+def _plain_task(sequence: Sequence, unknown: int) -> SampleTask:
+    """What `_task` gives without samplers that look at tokens, and without a matcher."""
+    request, end = sequence.request, len(sequence.tokens) + unknown
+    is_early = end - len(request.prompt) < request.min_tokens
+    suppressed = sequence.stop_ids if is_early else ()
+    return SampleTask(request.params, request.seed, request.choice, end, (), suppressed, request.top_logprobs)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
@@ -63,7 +73,7 @@ def _task(
         request.choice,
         position=len(sequence.tokens) + unknown,
         history=tuple(history),
-        suppressed=tuple(sorted(request.stop_token_ids)) if is_early else (),
+        suppressed=sequence.stop_ids if is_early else (),
         top_logprobs=request.top_logprobs,
         history_rows=int(follows or (request.history_window > 0 and unknown > 0)),
         penalty_window=request.penalty_window if request.params.needs_history else None,

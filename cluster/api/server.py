@@ -9,18 +9,20 @@ import math
 import resource
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import h11
 import uvicorn
 from starlette.responses import Response
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.api.browser.endpoint import page_reply
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
-from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name
+from llamaclust.cluster.api.port.body_writer import BODY, EXTENSIONS
+from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name, chunk
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
@@ -132,7 +134,10 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before:
+            self.scope[EXTENSIONS] = {BODY: partial(self._write, self.cycle)}
         if not self._is_idle:
             self.room.leave(self)
 
@@ -140,6 +145,14 @@ class _Connection(H11Protocol):
         super().on_response_complete()
         if self._is_idle and not self.transport.is_closing():
             self.room.enter(self)
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """See `BodyWriter`."""
+        is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
+        if not is_sending or self.flow.write_paused or cycle.scope["method"] == "HEAD" or not self.conn.is_chunked:
+            return False
+        self.transport.write(chunk(data))
+        return True
 
     @property
     def _is_idle(self) -> bool:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
 from llamaclust.cluster.api.errors import failure_of, internal_error
 from llamaclust.cluster.api.json_parts import json_parts
+from llamaclust.cluster.api.port.body_writer import body_writer
 from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.core.errors import LlamaclustError
 
@@ -58,10 +59,11 @@ class EventResponse(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last = b""
+        last, write = b"", body_writer(scope)
         try:
             async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                if not write(data):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
                 if self._is_cut:  # the server takes data also after that
                     return
         except LlamaclustError as error:

@@ -8,8 +8,9 @@ import weakref
 from collections.abc import Callable, Iterable
 from copy import copy
 from time import monotonic_ns
-from typing import Self
+from typing import Protocol, Self
 
+from llamaclust.cluster.engine.inbox import Inbox
 from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.requests import (
@@ -28,29 +29,57 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 _log = logging.getLogger(__name__)
 
 
+class Follower(Protocol):
+    """Takes a request's events within the engine's own work: it must return soon, raise nothing, and end no request
+    meanwhile."""
+
+    def take(self, event: Event) -> None: ...
+
+    def end(self, error: LlamaclustError | None) -> None:
+        """No more events come; `error`: why, where the request failed."""
+        ...
+
+
 class Mailbox:
     """Events from the engine to one reader, and their end."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.deadline: asyncio.TimerHandle | None = None
-        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
+        self._follower: Follower | None = None  # gets what comes instead of the inbox
+        self._events: Inbox[Event | LlamaclustError | None] = Inbox()  # an error or None ends them
 
     def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
+        if self._follower is None:
+            self._events.put(event)
+        else:
+            self._follower.take(event)
 
     def close(self, error: LlamaclustError | None = None) -> None:
         """No more events; the reader gets `error` after those that are there."""
-        self._events.put_nowait(error)
         if self.deadline is not None:
             self.deadline.cancel()
+        if self._follower is None:
+            self._events.put(error)
+        else:
+            self._follower.end(copy(error))
+
+    def follow(self, follower: Follower) -> None:
+        """It gets what is there and what comes."""
+        while len(self._events):
+            event = self._events.take()
+            if event is None or isinstance(event, LlamaclustError):
+                follower.end(copy(event))
+            else:
+                follower.take(event)
+        self._follower = follower
 
     async def get(self) -> Event:
         """The next event. StopAsyncIteration after the last one, or the error."""
         event = await self._events.get()
         if event is not None and not isinstance(event, LlamaclustError):
             return event
-        self._events.put_nowait(event)  # the end stays
+        self._events.put(event)  # the end stays
         raise StopAsyncIteration if event is None else copy(event)
 
 
@@ -162,6 +191,10 @@ class RequestStream:
         processed = total if sequence.first_ns else min(total, max(sequence.cached_tokens, sequence.computed))
         since_ms = ((sequence.first_ns or monotonic_ns()) - sequence.started_ns) / 1e6
         return PromptProgress(total, sequence.cached_tokens, processed, since_ms)
+
+    def follow(self, follower: Follower) -> None:
+        """Instead of reading: it gets the events as they come, without a change of task for each."""
+        self._mailbox.follow(follower)
 
     def abort(self) -> None:
         """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""

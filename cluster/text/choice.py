@@ -46,17 +46,13 @@ class ChoiceText:
         """A stop string was found: the engine need not go on."""
         return self._stop.matched is not None
 
-    def take(self, event: Event) -> Iterator[TextChunk]:
+    def take(self, event: Event) -> Sequence[TextChunk]:
         """The chunks that are complete with the event, the last one of the choice among them when it has finished."""
-        match event:
-            case PromptScored(start, rows):
-                yield from self._score(start, rows)
-            case TokenSampled(row):
-                yield from self._rest_of_scores()
-                yield self._sampled(row)
-            case Finished(reason, timings):
-                yield from self._rest_of_scores()
-                yield self._finished(reason, timings)
+        if isinstance(event, TokenSampled):
+            return (*self._rest_of_scores(), self._sampled(event.row))
+        if isinstance(event, Finished):
+            return (*self._rest_of_scores(), self._finished(event.reason, event.timings))
+        return [*self._score(event.start, event.rows)] if isinstance(event, PromptScored) else ()
 
     def stopped(self, timings: Timings) -> TextChunk:
         """The last chunk of a choice that a stop string ended."""
@@ -77,9 +73,8 @@ class ChoiceText:
         while len(self._scored) >= (count := SCORED_TOKENS - self._scored_start % SCORED_TOKENS):
             yield self._scores(count)
 
-    def _rest_of_scores(self) -> Iterator[TextChunk]:
-        if self._scored:
-            yield self._scores(len(self._scored))
+    def _rest_of_scores(self) -> Sequence[TextChunk]:
+        return (self._scores(len(self._scored)),) if self._scored else ()
 
     def _scores(self, count: int) -> TextChunk:
         chunk = TextChunk(self._index, prompt_start=self._scored_start, prompt_rows=tuple(self._scored[:count]))

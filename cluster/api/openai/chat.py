@@ -91,6 +91,12 @@ class _ChatShape:
             **_ending(chunk, has_calls=(prompt, chunk.index) in self._calling),
         }
 
+    def text(self, chunk: TextChunk) -> tuple[str, str] | None:
+        has_more = self._with_logprobs or self._with_ids or chunk.finish_reason is not None
+        if has_more or not chunk.text or any(not isinstance(event, ContentText) for event in chunk.events):
+            return None
+        return "content", chunk.text
+
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
         ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
         message = message_of(answer.events or (ContentText(answer.text),), f"{self._reply_id} {prompt} {answer.index}")

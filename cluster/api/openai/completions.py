@@ -64,7 +64,7 @@ class _CompletionShape:
 
     def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
         has_tokens = bool(chunk.rows) and self._body.return_token_ids
-        logprobs = self._logprobs(self._tokens(prompt, chunk))
+        logprobs = None if self._body.logprobs is None else self._logprobs(self._tokens(prompt, chunk))
         if not (chunk.text or has_tokens or logprobs or chunk.finish_reason):
             return None
         return {
@@ -74,6 +74,10 @@ class _CompletionShape:
             **self._ids(token_ids=chunk.token_ids),
             **ending(chunk),
         }
+
+    def text(self, chunk: TextChunk) -> tuple[str, str] | None:
+        has_more = self._body.logprobs is not None or self._body.return_token_ids or chunk.finish_reason is not None
+        return None if has_more or not chunk.text else ("text", chunk.text)
 
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
         echo = self._echo(prompt, stream)

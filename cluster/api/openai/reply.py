@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -46,6 +47,11 @@ class Shape(Protocol):
         """What a chunk adds; None where there is nothing to see."""
         ...
 
+    def text(self, chunk: TextChunk) -> tuple[str, str] | None:
+        """The key and the value of the only member by which what a chunk adds differs from what others add to its
+        choice; None for a chunk that adds more than a piece of text."""
+        ...
+
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice: ...
 
 
@@ -78,6 +84,7 @@ class OpenAiReply:
         self._prompts = PromptStreams(service, ticket, is_read_at_once=self.is_streamed)
         self._opened: set[tuple[int, int]] = set()
         self._frame: tuple[bytes, bytes] | None = None  # of events, before and behind their choice
+        self._text_frames: dict[tuple[int, int], _TextFrame] = {}  # by prompt and choice
 
     @property
     def has_measurements(self) -> bool:
@@ -140,6 +147,9 @@ class OpenAiReply:
                 yield self._progress(chunk)
                 continue
             tokens += len(chunk.rows)
+            if (text := self._text_event(prompt, chunk)) is not None:
+                yield text
+                continue
             if chunk.timings is not None and chunk.index == 0:
                 timings.append(chunk.timings)
             if options.include_usage and options.continuous_usage_stats:
@@ -193,14 +203,24 @@ class OpenAiReply:
         timed = dict(more)
         if self._shape.shows_timings:
             timed["timings"] = shown_timings(self._streams[prompt].timings(chunk.index))
-        return [
+        events = [
             Event(choice["index"], self._event_of(choice, more if _opens(choice) else timed, is_large=is_large))
             for choice in shown
         ]
+        if events and not is_large and _is_same(timed) and (text := self._shape.text(chunk)) is not None:
+            self._text_frames[prompt, chunk.index] = _TextFrame.around(text, events[-1])
+        return events
+
+    def _text_event(self, prompt: int, chunk: TextChunk) -> Event | None:
+        """The event of a chunk that is no more than a piece of text, once another one of its choice was rendered."""
+        frame = self._text_frames.get((prompt, chunk.index))
+        if frame is None or (text := self._shape.text(chunk)) is None:
+            return None
+        return Event(frame.slot, frame.begin + to_json(text[1]) + frame.end)
 
     def _event_of(self, choice: Choice, more: dict[str, Any], *, is_large: bool) -> bytes:
         """Most events of a stream differ in their choice alone: the rest is rendered once."""
-        if is_large or more not in ({}, _NO_USAGE):
+        if is_large or not _is_same(more):
             value = {**self._reply(self._shape.chunk_object, [choice]), **more}
             return event(value, is_large=is_large)
         if self._frame is None:
@@ -215,6 +235,27 @@ class OpenAiReply:
             self._opened.add((prompt, chunk.index))
             opening = self._shape.opening(prompt, chunk.index, self._streams[prompt])
         return [choice for choice in (opening, self._shape.chunk(prompt, chunk)) if choice is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _TextFrame:
+    """An event of a choice before and behind the text that it adds."""
+
+    slot: int
+    begin: bytes
+    end: bytes
+
+    @classmethod
+    def around(cls, text: tuple[str, str], event: Event) -> _TextFrame:
+        """The bytes of the member stand nowhere else in it: quotes in strings are escaped."""
+        key, value = to_json(text[0]) + b":", to_json(text[1])
+        begin, _, end = event.data.partition(key + value)
+        return cls(event.slot, begin + key, end)
+
+
+def _is_same(more: dict[str, Any]) -> bool:
+    """Whether what stands beside the choices is the same in all events."""
+    return more in ({}, _NO_USAGE)
 
 
 def _opens(choice: Choice) -> bool:

@@ -252,8 +252,11 @@ async def _numbered(
     try:
         async for event in events:
             if event is not None:
-                sent.add(event)
-                yield form.part(f"{ticket.id}:{sent}", event.data) if with_ids else event.data
+                if with_ids:
+                    sent.add(event)
+                    yield form.part(f"{ticket.id}:{sent}", event.data)
+                else:
+                    yield event.data
             elif form.keepalive:
                 yield form.keepalive
     finally:

@@ -14,6 +14,7 @@ from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.text import stream as stream_module
 from llamaclust.cluster.text import threads
 from llamaclust.cluster.text.answer import Answer, collect
+from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import BREAKERS, run_on
 from llamaclust.core.errors import DeadlineError, QueueFullError
@@ -66,6 +67,22 @@ async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.M
         await until(lambda: engine.running == 0)
         with pytest.raises(DeadlineError, match="read too slowly: 21 tokens"):
             await collect(stream)
+
+
+async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is made within the engine's own work."""
+    taken = ChoiceText.take
+    asked = GENERATION, replace(GENERATION, prompt="Hello you")
+    async with real_engine() as (engine, _):
+        service = make_service(engine)
+        first, second = [await service.start(replace(request, max_new_tokens=9, ignore_eos=True)) for request in asked]
+        faulty = first._choices[0]._text
+        monkeypatch.setattr(ChoiceText, "take", lambda text, event: 1 / 0 if text is faulty else taken(text, event))
+        async with first, second:
+            with pytest.raises(ZeroDivisionError):
+                await collect(first)
+            (answer,) = await collect(second)
+    assert len(answer.rows) == 9
 
 
 async def test_a_drained_service_has_answered_every_choice() -> None:

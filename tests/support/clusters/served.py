@@ -27,6 +27,7 @@ from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.request_stream import Follower
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -88,6 +89,19 @@ class ScriptedStream:
     events: deque[Event | LlamaclustError]
     given: int = 0
     is_done: bool = False
+    task: asyncio.Task[None] | None = None  # that hands events to a follower
+
+    def follow(self, follower: Follower) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._give(follower))
+
+    async def _give(self, follower: Follower) -> None:
+        try:
+            async for event in self:
+                follower.take(event)
+        except LlamaclustError as error:
+            follower.end(error)
+        else:
+            follower.end(None)
 
     def __aiter__(self) -> ScriptedStream:
         return self
@@ -114,6 +128,8 @@ class ScriptedStream:
         if not self.is_done:
             self.is_done = True
             self.engine.running -= 1
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
 
 
 @dataclass

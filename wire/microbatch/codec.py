@@ -293,6 +293,9 @@ def _floats(what: str, data: bytes) -> bytes:
 
 
 def _row(message: sampling_proto.RowResult) -> RowResult:
+    chosen_bytes = message.chosen.ByteSize()
+    if 0 < chosen_bytes == message.ByteSize() - 2:  # and nothing else, as in most rows
+        return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob))
     if message.HasField("failure"):
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
     if message.is_deferred:

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from llamaclust.cluster.api.browser.endpoint import page_reply
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
-from llamaclust.cluster.api.port.body_writer import BODY, EXTENSIONS
+from llamaclust.cluster.api.port.body_writer import BODY, EXTENSIONS, WRITE
 from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name, chunk
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
@@ -117,7 +117,7 @@ class _Connection(H11Protocol):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.conn = HttpConnection(h11.SERVER, _HEAD_BYTES)
+        self.conn = self._http = HttpConnection(h11.SERVER, _HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         is_full = len(self.connections) >= self.room.places and not self.room.make_place()
@@ -137,7 +137,7 @@ class _Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self.scope[EXTENSIONS] = {BODY: partial(self._write, self.cycle)}
+            self.scope[EXTENSIONS] = {BODY: {WRITE: partial(self._write, self.cycle)}}
         if not self._is_idle:
             self.room.leave(self)
 
@@ -149,7 +149,7 @@ class _Connection(H11Protocol):
     def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
         """See `BodyWriter`."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
-        if not is_sending or self.flow.write_paused or cycle.scope["method"] == "HEAD" or not self.conn.is_chunked:
+        if not is_sending or self.flow.write_paused or cycle.scope["method"] == "HEAD" or not self._http.is_chunked:
             return False
         self.transport.write(chunk(data))
         return True

@@ -30,7 +30,7 @@ async def test_short_waits_set_one_timer() -> None:
         set_at.append(when)
         return plain(when, *rest, **more)  # type: ignore[arg-type]
 
-    loop.call_at = counted  # type: ignore[method-assign, assignment]
+    loop.call_at = counted  # type: ignore[method-assign]
     silence = Silence(lambda: None)
     for _ in range(100):
         silence.begin(60.0)

@@ -118,7 +118,9 @@ class CompletionStream:
         if isinstance(item, BaseException):
             raise item
         self._unread_rows -= _rows(item)
-        self._unfinished -= item.finish_reason is not None
+        if item.finish_reason is not None:
+            self._unfinished -= 1
+            self._streams[item.index].abort()  # a stop string's end is soon, and over for who has read it
         return item
 
     async def wait_first(self, timeout_s: float) -> None:

@@ -25,7 +25,7 @@ MAX_ADAPTER_SCALE = 1000.0  # positive or negative
 AdapterScales = tuple[tuple[int, float], ...]
 """(number, scale) of each adapter of LoRA that a sequence is computed with, ascending; no scale is 0."""
 
-KV_TYPES = ("f16", "q8_0")
+KV_TYPES = ("f16", "q8_0", "int8")
 """How keys and values may lie in KV memory: `model.kv_type.KvType`, which is not imported here."""
 
 

@@ -15,16 +15,19 @@ KV_VALUE_CHANNELS = 16
 
 
 class KvType(StrEnum):
-    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels."""
+    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels. With INT8,
+    queries and weights of positions are rounded to 8 bits as well, and attention is computed in integers."""
 
     F16 = "f16"
     Q8_0 = "q8_0"
+    INT8 = "int8"
 
     def key_bytes(self, channels: int) -> int:
         """KV memory of one head's key at one position, padding and scales among it."""
         if self is KvType.F16:
             return 2 * channels
-        return channels + channels % 2 + 2 * -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
+        together = 4 if self is KvType.INT8 else 2  # channels of a position that lie side by side
+        return -(-channels // together) * together + 2 * -(-channels // KV_GROUP_CHANNELS)
 
     def pair_bytes(self, channels: int) -> int:
         """The same of key and value."""

@@ -53,6 +53,9 @@ class _ByteRows:
     def load(self, places: Int32) -> Float64:
         return Rounded(self._quants[places], self._scales[places]).values()
 
+    def scales(self, places: Int32) -> Float64:
+        return self._scales[places].astype(np.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
@@ -120,6 +123,14 @@ class LayerKv:
         values = keys[..., : self._value_dim] if self._values is None else self._values.load(places)
         keys[gone] = values[gone] = np.nan
         return keys, values
+
+    def value_scales(self, table: Int32, count: int) -> Float64:
+        """Those of values in bytes at positions [0, count): [count, kv_heads, groups]."""
+        assert isinstance(self._values, _ByteRows)
+        positions = np.arange(count, dtype=np.int32)
+        scales = self._values.scales(_places(table, positions))
+        scales[table[positions // KV_BLOCK_TOKENS] < 0] = np.nan
+        return scales
 
 
 def _places(table: Int32, positions: Int32) -> Int32:

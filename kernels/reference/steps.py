@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.reference.attention import Memory, attend, soft_cap, softmax
 from llamaclust.kernels.reference.delta_rule import decay, delta_rule
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.kernels.reference.mixing import gaussian_top_k, match_magnitude, mix
@@ -203,10 +204,6 @@ ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
 }
 
 
-def soft_cap(x: Float64, cap: float) -> Float64:
-    return np.asarray(np.tanh(x / cap) * cap)
-
-
 def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
     pairs = len(step.table.frequencies)
     angles = batch.positions[:, None, None] * np.array(step.table.frequencies)
@@ -236,54 +233,10 @@ def attention(step: ir.Attention, state: State) -> Float32:
         if not step.shares_kv:
             stored = None if step.v is None else state[step.v][rows]
             kv.store(table, batch.positions[rows], state[step.k][rows], stored)
-        keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
+        memory = Memory.of(step, kv, table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
-            own = int(batch.positions[row])
-            first, end = seen_by(step, own, len(keys))
-            seen = keys[first:end], values[first:end]
-            out[row] = attend(step, state[step.q][row], *seen, own - first, sinks)
+            out[row] = attend(step, state[step.q][row], memory, int(batch.positions[row]), sinks)
     return out
-
-
-def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
-    """The positions [first, end) of a sequence that the row of one position sees."""
-    if step.chunked and step.window is not None:
-        return own // step.window * step.window, own + 1
-    if step.causal:
-        return 0 if step.window is None else max(0, own + 1 - step.window), own + 1
-    if step.window is None:
-        return 0, length
-    return max(0, own - step.window // 2), min(length, own + step.window // 2 + 1)
-
-
-def attend(
-    step: ir.Attention,
-    query: Float32,
-    keys: Float64,
-    values: Float64,
-    own: int | None = None,
-    sinks: Float32 | None = None,
-) -> Float64:
-    """One row: query [heads * head_dim], keys [positions, kv_heads, head_dim] and values [positions, kv_heads,
-    value_dim], those of the row itself at `own`, by default last; `sinks` [heads] -> [heads * value_dim]."""
-    grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
-    scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
-    if step.soft_cap is not None:
-        scores = soft_cap(scores, step.soft_cap)
-    if step.slopes is not None:
-        slopes = np.array(step.slopes).reshape(step.kv_heads, -1, 1)
-        place = len(keys) - 1 if own is None else own
-        scores = scores - slopes * np.abs(np.arange(len(keys)) - place)
-    if sinks is not None:
-        scores = np.append(scores, sinks.reshape(step.kv_heads, -1, 1), axis=2)
-    out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores)[:, :, : len(keys)], values)
-    return out.reshape(-1)
-
-
-def softmax(x: Float64) -> Float64:
-    powers: Float64 = np.exp(x - x.max(axis=-1, keepdims=True))
-    total: Float64 = powers.sum(axis=-1, keepdims=True)
-    return powers / total
 
 
 def moe(step: ir.Moe, state: State) -> Float64:

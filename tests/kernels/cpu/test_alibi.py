@@ -14,7 +14,15 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention
-from support.arithmetic.attention_cases import MAKERS, Model, assert_same_bits, chunks_of, in_float64, run_chunks
+from support.arithmetic.attention_cases import (
+    ERRORS,
+    MAKERS,
+    Model,
+    assert_same_bits,
+    chunks_of,
+    in_float64,
+    run_chunks,
+)
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, attention_case
@@ -45,7 +53,7 @@ def test_close_to_float64(tmp_path: Path, kv_type: KvType, shape: tuple[int, int
     wanted = in_float64(model, hidden).astype(np.float32)
     with model.stage(partial(all_threads, 2)) as stage:
         found = run_chunks(stage, hidden, [range(len(hidden))])
-    assert error(found, wanted) < (1e-8 if kv_type is KvType.F16 else 1e-6)
+    assert error(found, wanted) < ERRORS[kv_type]
     assert error(in_float64(replace(model, slopes=None), hidden).astype(np.float32), wanted) > 0.1
 
 

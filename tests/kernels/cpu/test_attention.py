@@ -19,6 +19,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model as OpenModel
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.arithmetic.attention_cases import (
+    ERRORS,
     LIMITS,
     MAKERS,
     Float32,
@@ -58,8 +59,7 @@ def test_close_to_float64(
     hidden = model.hidden(600 if shape == (9, 3, 64) else 90)
     with model.stage(make) as stage:
         found = run_chunks(stage, hidden, [range(len(hidden))])
-    bound = 1e-8 if kv_type is KvType.F16 else 1e-6
-    assert error(found, wanted_of(model, len(hidden))) < bound
+    assert error(found, wanted_of(model, len(hidden))) < ERRORS[kv_type]
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -85,7 +85,7 @@ def test_q8_0_rounds_as_the_reference_does(tmp_path: Path, dim: int, make: Calla
 
 def test_q8_0_is_near_f16(tmp_path: Path) -> None:
     """What rounding to eight bits costs."""
-    models = [Model(tmp_path, 8, 2, 64, kv_type) for kv_type in KvType]
+    models = [Model(tmp_path, 8, 2, 64, kv_type) for kv_type in (KvType.F16, KvType.Q8_0)]
     hidden = models[0].hidden(600)
     exact, rounded = (in_float64(model, hidden) for model in models)
     assert 1e-6 < error(rounded.astype(np.float32), exact.astype(np.float32)) < 2e-4
@@ -123,6 +123,8 @@ def test_a_window_changes_nothing_before_it_is_full(tmp_path: Path, window: int)
         ((9, 3, 64), 530, KvType.F16, None),
         ((9, 3, 64), 530, KvType.Q8_0, 300),
         ((20, 1, 24), 530, KvType.Q8_0, None),
+        ((9, 3, 64), 1100, KvType.INT8, None),
+        ((20, 1, 24), 530, KvType.INT8, 300),
     ],
 )
 def test_same_bits_in_any_chunks_on_any_level_and_threads(
@@ -177,7 +179,7 @@ def test_what_memory_held_before_does_not_matter(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, 530)])
+@pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, 530), (KvType.INT8, None)])
 def test_same_bits_beside_other_sequences(tmp_path: Path, kv_type: KvType, window: int | None, threads: int) -> None:
     """Decoding and prefill of several lengths in one batch, each as if it were alone."""
     model = Model(tmp_path, 6, 2, 32, kv_type, window)

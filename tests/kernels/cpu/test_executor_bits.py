@@ -28,7 +28,12 @@ CHECKSUMS = {
     "quant/mixed": "221e5282",
     "quant/mixed-experts": "5c8a340f",
 }
-Q8_0_KV_CHECKSUMS = {"tiny/llama": "c8f7ab16", "quant/Q4_K_M": "e1c9a92b"}
+KV_CHECKSUMS = {
+    ("tiny/llama", "q8_0"): "c8f7ab16",
+    ("quant/Q4_K_M", "q8_0"): "e1c9a92b",
+    ("tiny/llama", "int8"): "c1a39ffa",
+    ("quant/Q4_K_M", "int8"): "bf8674cf",
+}
 
 
 def checksum(name: str, kv_type: str) -> str:
@@ -45,6 +50,6 @@ def test_logits_are_these_bits(name: str) -> None:
     assert checksum(name, "f16") == CHECKSUMS[name]
 
 
-@pytest.mark.parametrize("name", Q8_0_KV_CHECKSUMS)
-def test_logits_with_keys_and_values_in_q8_0_are_these_bits(name: str) -> None:
-    assert checksum(name, "q8_0") == Q8_0_KV_CHECKSUMS[name]
+@pytest.mark.parametrize(("name", "kv_type"), KV_CHECKSUMS)
+def test_logits_with_keys_and_values_in_bytes_are_these_bits(name: str, kv_type: str) -> None:
+    assert checksum(name, kv_type) == KV_CHECKSUMS[name, kv_type]

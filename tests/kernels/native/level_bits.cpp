@@ -261,6 +261,9 @@ int main(int count, char** words) {
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-biased", level_bits::Form::Biased);
     level_bits::print_attention(level, KvType::F16, "attention-latent", level_bits::Form::Latent);
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-latent", level_bits::Form::Latent);
+    level_bits::print_attention(level, KvType::Int8, "attention-int8");
+    level_bits::print_attention(level, KvType::Int8, "attention-int8-biased", level_bits::Form::Biased);
+    level_bits::print_attention(level, KvType::Int8, "attention-int8-latent", level_bits::Form::Latent);
     level_bits::print_convolutions(level);
     level_bits::print_delta_rules(level);
     level_bits::print_scans(level);

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch, kv_bytes
+from llamaclust.kernels.reference.attention import softmax
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
-from llamaclust.kernels.reference.steps import State, attention, moe, rms_norm, rope, run_step, silu, softmax
+from llamaclust.kernels.reference.steps import State, attention, moe, rms_norm, rope, run_step, silu
 from llamaclust.model.dataflow import reads_of
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Add, Attention, Buffer, Moe, Rope, RopeTable, SelectRows, SiluMul

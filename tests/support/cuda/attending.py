@@ -22,7 +22,7 @@ from llamaclust.kernels.cuda.launches.attention import (
 from llamaclust.kernels.cuda.launches.elementwise import rotation
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
-from llamaclust.kernels.reference.steps import seen_by
+from llamaclust.kernels.reference.attention import seen_by
 from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf

@@ -15,9 +15,10 @@ inline constexpr int kScoredQueries = 8;  // scores of these are held at once
 inline constexpr int kMaxHeadChannels = 1024;
 inline constexpr int kKvGroup = 32;  // channels of a key or value that share a scale
 
-// How keys and values lie in memory: float16, or int8 with a float16 scale for each 32 channels.
-enum class KvType { F16, Q8_0 };
-inline constexpr int kKvTypes = 2;
+// How keys and values lie in memory: float16, or int8 with a float16 scale for each 32 channels; with Int8, weighted values
+// are summed in integers, too.
+enum class KvType { F16, Q8_0, Int8 };
+inline constexpr int kKvTypes = 3;
 
 // Channels of a stored value or of a sum of values: lanes past head_dim hold anything.
 inline constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
@@ -28,8 +29,10 @@ inline constexpr int kv_groups(int head_dim) { return (head_dim + kKvGroup - 1) 
 //   F16   keys [head_dim][16 positions], values [16 positions][padded_head]
 //   Q8_0  keys [pairs of channels][16 positions][2], their scales [groups][16 positions],
 //         values [16 positions][padded_head], their scales [groups][16 positions]
+//   Int8  keys [quads of channels][16 positions][4], their scales [groups][16 positions],
+//         values [quads of positions][padded_head][4], their scales [groups][16 positions]
 inline constexpr size_t kv_key_bytes(KvType type, int head_dim) {
-  const int channels = (head_dim + 1) / 2 * 2;
+  const int together = type == KvType::Int8 ? 4 : 2, channels = (head_dim + together - 1) / together * together;
   return static_cast<size_t>(kKvBlockTokens) *
          static_cast<size_t>(type == KvType::F16 ? 2 * head_dim : channels + 2 * kv_groups(head_dim));
 }

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamaclust.kernels.reference.attention import seen_by
 from llamaclust.kernels.reference.backend import ReferenceBackend
-from llamaclust.kernels.reference.steps import seen_by
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType

@@ -1,12 +1,12 @@
 // Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
 // tiles and the number of queries computed together change nothing.
+#include "level/attention/byte_values.h"
 #include "level/attention/kv_types.h"
+#include "level/attention/seen.h"
 #include "simd/math.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
-
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 // Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
 // as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
@@ -70,13 +70,6 @@ void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& un
       store(scores, fma(slope, sub(zero(), distance), load(scores)));
     }
   }
-}
-
-// The sixteen lanes from position `i`, those outside [first_position, end) replaced.
-INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
-  const int before = first_position - i, until = end - i;
-  if (before > 0) x = first(before < 16 ? before : 16, other, x);
-  return until < 16 ? first(until > 0 ? until : 0, x, other) : x;
 }
 
 // Calls f(i, seen) for the sixteen positions from i on, all that Q queries see; seen(q, x, other) replaces what query q
@@ -244,6 +237,8 @@ void span_queries(const SpanTask& task, int query, const SpanSums& sums, const K
   weigh_queries<Kv, R>(task, query, sums, units);
   if constexpr (Kv::kLatent)
     latent_queries<Kv, R>(task, query, sums.values);
+  else if constexpr (Kv::kType == KvType::Int8)
+    byte_value_queries<R>(task, query, sums.values, units);
   else
     value_queries<Kv, R>(task, query, sums.values, units);
 }
@@ -299,7 +294,8 @@ void finish(const float* values, float sum, int value_dim, float* out) {
 extern const AttentionOps attention_ops;
 const AttentionOps attention_ops = {
     {{F16Kv::store_row, F16Kv::prepare, span<F16Kv>, span<Latent<F16Kv>>},
-     {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>, span<Latent<Q8Kv>>}},
+     {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>, span<Latent<Q8Kv>>},
+     {Int8Kv::store_row, Int8Kv::prepare, span<Int8Kv>, span<Latent<Int8Kv>>}},
     merge,
     finish};
 

@@ -73,6 +73,7 @@ INLINE void store(int32_t* p, I32x16 x) {
 INLINE I32x16 add(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_add_epi32(a.v[i], b.v[i])); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_sub_epi32(a.v[i], b.v[i])); }
 INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_mullo_epi32(a.v[i], b.v[i])); }
+INLINE I32x16 max(I32x16 a, I32x16 b) { EACH_HALF(I32x16, _mm256_max_epi32(a.v[i], b.v[i])); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH_HALF(I32x16, _mm256_slli_epi32(a.v[i], n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH_HALF(I32x16, _mm256_srli_epi32(a.v[i], n)); }

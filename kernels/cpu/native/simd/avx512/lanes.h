@@ -51,6 +51,7 @@ INLINE void store(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x); }
 INLINE I32x16 add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { return _mm512_sub_epi32(a, b); }
 INLINE I32x16 mul(I32x16 a, I32x16 b) { return _mm512_mullo_epi32(a, b); }
+INLINE I32x16 max(I32x16 a, I32x16 b) { return _mm512_max_epi32(a, b); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { return _mm512_slli_epi32(a, n); }
 INLINE I32x16 shift_right(I32x16 a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }

@@ -63,6 +63,7 @@ INLINE void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }
 INLINE I32x16 add(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] + b.v[i]); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }
 INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
+INLINE I32x16 max(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
 INLINE I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }

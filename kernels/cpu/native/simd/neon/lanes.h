@@ -72,6 +72,7 @@ INLINE void store(int32_t* p, I32x16 x) {
 INLINE I32x16 add(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vaddq_s32(a.v[i], b.v[i])); }
 INLINE I32x16 sub(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vsubq_s32(a.v[i], b.v[i])); }
 INLINE I32x16 mul(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vmulq_s32(a.v[i], b.v[i])); }
+INLINE I32x16 max(I32x16 a, I32x16 b) { EACH_QUARTER(I32x16, vmaxq_s32(a.v[i], b.v[i])); }
 template <int n>
 INLINE I32x16 shift_left(I32x16 a) { EACH_QUARTER(I32x16, vshlq_n_s32(a.v[i], n)); }
 // Zeros come in. (The operator takes a constant n as an immediate; the intrinsic for variable shifts would not.)

@@ -23,7 +23,8 @@ MAX_PARTIAL_BYTES = 64 << 20
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES = (4, 8, 16)
-_MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
+_MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
+_WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """Shared memory of these kernels beside the dynamic part, at most."""
@@ -163,18 +164,21 @@ def likeness(step: Attention) -> tuple[object, ...]:
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
 
 
-def _stage_floats(step: Attention, blocks: int) -> int:
+def _stage_floats(step: Attention, blocks: int, queries: int) -> int:
     """Values of some blocks, 64 or 128 channels at a time, and their scales; those of latent attention stay where they
-    are."""
+    are. Where they are summed in integers: values of 64 positions in bytes, and weights in bytes, with scales."""
     if step.v is None:
         return 0
     channels = 64 if step.head_dim <= 64 else 128
+    if step.kv_type is KvType.INT8:
+        groups = channels // KV_GROUP_CHANNELS
+        return _WEIGHT_TOKENS * (channels // 4 + groups) + queries * groups * (1 + _WEIGHT_TOKENS // 4)
     scales = channels // KV_GROUP_CHANNELS if step.kv_type is KvType.Q8_0 else 0
     return blocks * 16 * (channels + scales)
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1))
+    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1, queries))
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
@@ -184,7 +188,7 @@ def many_shared_bytes(step: Attention, queries: int) -> int:
     else:
         groups = -(-step.head_dim // KV_GROUP_CHANNELS)
         staged = queries * (2 * (8 * groups + 4) + groups)
-    return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1))
+    return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1, queries))
 
 
 def _merges(step: Attention, room: Room) -> bool:

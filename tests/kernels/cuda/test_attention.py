@@ -47,6 +47,10 @@ SHAPES = {
     "as gpt-oss": attention(8, 1, 64, sinks="sinks"),
     "sinks, bytes, cap": attention(3, 1, 80, KvType.Q8_0, soft_cap=20.0, sinks="sinks"),
     "widest bytes": attention(2, 1, 512, KvType.Q8_0),
+    "integers": attention(4, 1, 64, KvType.INT8),
+    "integers, odd": attention(3, 1, 33, KvType.INT8, slopes=alibi_slopes(3), sinks="sinks"),
+    "integers, wide": attention(12, 1, 256, KvType.INT8, soft_cap=20.0),
+    "integers, many heads": attention(20, 1, 80, KvType.INT8),
 }
 GPUS = {"small": SMALL, "large": LARGE}
 
@@ -142,9 +146,10 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
     assert np.isnan(found[37:]).all()
 
 
-def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_type", [KvType.Q8_0, KvType.INT8])
+def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
     """Each output that depends on it is none: in decoding and prefill, whole and by spans."""
-    step = attention(4, 1, 64, KvType.Q8_0)
+    step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (560,), generator())
     rows = told.rows.copy()
     rows[550, step.q.width] = np.inf
@@ -195,7 +200,7 @@ def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
     header.write_text(text.replace(PLANTED[0], "@").replace(PLANTED[1], PLANTED[0]).replace("@", PLANTED[1]))
     every = kernels.read_text()
     kernels.write_text(re.sub(r"^FEW\((?!f16, 4,).*\n", "", every, flags=re.MULTILINE))
-    assert every.count("\nFEW(") == 6 and kernels.read_text().count("\nFEW(") == 1
+    assert every.count("\nFEW(") == 9 and kernels.read_text().count("\nFEW(") == 1
     device = ShimDevice(build({"attention.few": kernels, "attention.rows": tmp_path / "rows.cu"}))
     step = attention(4, 1, 64)
     (told,) = sequences_of(tmp_path, step, (320,), generator())

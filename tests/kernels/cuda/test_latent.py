@@ -36,6 +36,7 @@ SHAPES = {
     "few heads": latent(3, 40, 32),
     "bytes": latent(5, 104, 96, KvType.Q8_0),
     "wide bytes": latent(17, 576, 512, KvType.Q8_0),
+    "integers": latent(5, 50, 34, KvType.INT8),
     "tails": latent(4, 36, 18),
     "tails of bytes": latent(2, 50, 34, KvType.Q8_0),
 }
@@ -112,7 +113,7 @@ def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     kernels, text = tmp_path / "latent.cu", (SRC / "attention" / "latent.cu").read_text()
     line = "for (int begin = 0; begin < end; begin += kBlockTokens) {"
-    assert text.count(line) == 1 and text.count("\nLATENT(") == 3
+    assert text.count(line) == 1 and text.count("\nLATENT(") == 4
     swapped = "for (int begin = (end - 1) / 16 * 16; begin >= 0; begin -= kBlockTokens) {"
     kernels.write_text(re.sub(r"^LATENT\((?!f16, 16,).*\n", "", text.replace(line, swapped), flags=re.MULTILINE))
     device = ShimDevice(build({"attention.latent": kernels, "attention.rows": tmp_path / "rows.cu"}))

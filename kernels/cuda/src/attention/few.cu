@@ -1,6 +1,7 @@
 // Attention of few queries, as in decoding: as fast as keys and values come. A thread has two positions and reads their
 // keys itself, sixteen bytes at a time, once for all queries of the KV head.
 #include "queries.cuh"
+#include "byte_values.cuh"
 #include "values.cuh"
 
 namespace llamaclust::cuda {
@@ -93,8 +94,8 @@ struct F16Scores {
   }
 };
 
-template <int TQ>
-struct Q8Scores {
+template <class Kv, int TQ>
+struct ByteScores {
   DEVICE static void add_chunk(const int32_t* pairs, const uint4 (&keys)[kPositions], int32_t (&sums)[kPositions][TQ]) {
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
@@ -110,11 +111,11 @@ struct Q8Scores {
     }
   }
 
-  DEVICE static void compute(const Span<Q8Kv, TQ>& span) {
+  DEVICE static void compute(const Span<Kv, TQ>& span) {
     int32_t* queries = reinterpret_cast<int32_t*>(span.scores);
     load_queries(span, queries);
     __syncthreads();
-    const Keys<Q8Kv, TQ> keys(span);
+    const Keys<Kv, TQ> keys(span);
     const int head_dim = span.step.head_dim, groups = groups_of(head_dim);
     float totals[kPositions][TQ] = {};
 #pragma unroll 1
@@ -127,7 +128,7 @@ struct Q8Scores {
         const bool whole = (group + 1) * kGroupChannels <= head_dim;
         k[0][p] = whole ? keys.whole(p, 2 * group) : keys.any(p, 2 * group);
         k[1][p] = whole ? keys.whole(p, 2 * group + 1) : keys.any(p, 2 * group + 1);
-        const uint8_t* scale = keys.pieces[p] + Q8Kv::key_scale(keys.slot, group, head_dim);
+        const uint8_t* scale = keys.pieces[p] + Kv::key_scale(keys.slot, group, head_dim);
         scales[p] = keys.there[p] ? half_to_float(*reinterpret_cast<const uint16_t*>(scale)) : 0.0f;
       }
       add_chunk(queries + group * 16 * TQ, k[0], sums);
@@ -143,6 +144,10 @@ struct Q8Scores {
     keys.store(totals);
   }
 };
+template <int TQ>
+using Q8Scores = ByteScores<Q8Kv, TQ>;
+template <int TQ>
+using Int8Scores = ByteScores<Int8Kv, TQ>;
 
 }  // namespace
 
@@ -157,5 +162,8 @@ FEW(f16, 16, F16Kv, F16Scores)
 FEW(q8_0, 4, Q8Kv, Q8Scores)
 FEW(q8_0, 8, Q8Kv, Q8Scores)
 FEW(q8_0, 16, Q8Kv, Q8Scores)
+FEW(int8, 4, Int8Kv, Int8Scores)
+FEW(int8, 8, Int8Kv, Int8Scores)
+FEW(int8, 16, Int8Kv, Int8Scores)
 
 }  // namespace llamaclust::cuda

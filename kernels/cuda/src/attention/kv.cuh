@@ -4,6 +4,7 @@
 //   f16   keys [head_dim / 8][16 positions][8 channels], then [16][rest]; values [16 positions][padded]
 //   q8_0  keys [head_dim / 16][16 positions][16 channels], then [16][rest, even], scales [groups][16 positions];
 //         values [16 positions][padded], scales [groups][16 positions]
+//   int8  the same, a rest being a multiple of 4
 #pragma once
 
 #include "base.cuh"
@@ -24,10 +25,13 @@ struct F16Kv {
   static DEVICE int key_bytes(int head_dim) { return 2 * kBlockTokens * head_dim; }
 };
 
-struct Q8Kv {
+// Keys take a multiple of `together` channels; queries are rounded to integers up to `most`.
+template <int together, int most>
+struct ByteKv {
   static constexpr int kChannels = 16, kChannelBytes = 1;
+  static constexpr float kMostQuery = most;
 
-  static DEVICE int key_channels(int head_dim) { return (head_dim + 1) / 2 * 2; }
+  static DEVICE int key_channels(int head_dim) { return (head_dim + together - 1) / together * together; }
   static DEVICE int key_bytes(int head_dim) {
     return kBlockTokens * (key_channels(head_dim) + 2 * groups_of(head_dim));
   }
@@ -39,6 +43,8 @@ struct Q8Kv {
     return kBlockTokens * padded_head(head_dim) + 2 * (group * kBlockTokens + slot);
   }
 };
+using Q8Kv = ByteKv<2, 32767>;
+using Int8Kv = ByteKv<4, 127>;
 
 // Where the piece of a KV head in a block begins.
 DEVICE size_t piece_offset(int block, int kv_head, int kv_heads, int piece_bytes) {
@@ -87,7 +93,8 @@ DEVICE float element_of(F16Kv, const uint4& x, int i) {
   return half_to_float(static_cast<uint16_t>(word_of(x, i / 2) >> 16 * (i % 2)));
 }
 // By the bits of 2^23 + a byte: cheaper than a conversion, and as exact.
-DEVICE float element_of(Q8Kv, const uint4& x, int i) {
+template <int together, int most>
+DEVICE float element_of(ByteKv<together, most>, const uint4& x, int i) {
   const uint32_t shifted = word_of(x, i / 4) ^ 0x80808080;
   return sub(__uint_as_float(__byte_perm(shifted, 0x4b000000, 0x7440 | (i % 4))), 8388608.0f + 128.0f);
 }

@@ -96,5 +96,6 @@ DEVICE void add_latent_values(const Span<Kv, TQ>& span) {
 LATENT(f16, 16, F16Kv, F16Tile)
 LATENT(f16, 32, F16Kv, F16Tile)
 LATENT(q8_0, 16, Q8Kv, Q8Tile)
+LATENT(int8, 16, Int8Kv, Int8Tile)
 
 }  // namespace llamaclust::cuda

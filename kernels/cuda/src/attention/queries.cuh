@@ -22,29 +22,29 @@ struct RoundedQuery {
   float scale;
 };
 
-// A group of 32 channels of a query that meets keys in q8_0, one a lane: q = x * (32767 / m) to nearest, scale = m / 32767.
-DEVICE RoundedQuery round_query(float x) {
+// A group of 32 channels of a query that meets keys in bytes, one a lane: q = x * (most / m) to nearest, scale = m / most.
+DEVICE RoundedQuery round_query(float x, float most) {
   const int32_t greatest = greatest_of(magnitude(x));
   const float maximum = __int_as_float(greatest);
   if (greatest >= kNotFinite) return {0, __int_as_float(0x7fc00000)};
   if (greatest < kLeastQuery) return {0, 0.0f};
-  return {nearest(mul(x, div(32767.0f, maximum))), div(maximum, 32767.0f)};
+  return {nearest(mul(x, div(most, maximum))), div(maximum, most)};
 }
 
 // Calls f(query, group, channel of the group, rounded) for every channel of every query; a warp has a group.
-template <int TQ, class F>
-DEVICE void round_queries(const Span<Q8Kv, TQ>& span, F f) {
+template <class Kv, int TQ, class F>
+DEVICE void round_queries(const Span<Kv, TQ>& span, F f) {
   const int groups = groups_of(span.step.head_dim), lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x / kWarp; i < groups * TQ; i += kWarps) {
     const int query = i % TQ, group = i / TQ, channel = group * kGroupChannels + lane;
     const bool there = query < span.count() && channel < span.step.head_dim;
-    f(query, group, lane, round_query(there ? span.query(query)[channel] : 0.0f));
+    f(query, group, lane, round_query(there ? span.query(query)[channel] : 0.0f, Kv::kMostQuery));
   }
 }
 
 // Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ].
-template <int TQ>
-DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
+template <class Kv, int TQ>
+DEVICE void load_queries(const Span<Kv, TQ>& span, int32_t* to) {
   const int groups = groups_of(span.step.head_dim);
   round_queries(span, [=](int query, int group, int lane, const RoundedQuery& rounded) {
     const int32_t other = __shfl_down_sync(kAllLanes, rounded.q, 1);

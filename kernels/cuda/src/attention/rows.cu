@@ -184,27 +184,35 @@ DEVICE Rounded round_group(float x) {
   return {nearest(low < 127.0f ? low : 127.0f), half};
 }
 
-}  // namespace
-
-// The same for q8_0: a warp rounds 32 channels.
-KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
-  const int row = blockIdx.x;
-  if (row >= *rows) return;
-  const Stored stored = STORED;
+// The same in bytes: a warp rounds 32 channels.
+template <class Kv>
+DEVICE void store_bytes(const Stored& stored, int head_dim, bool latent) {
   const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp, slot = stored.slot;
-  for (int i = threadIdx.x / kWarp; i < (v == nullptr ? 1 : 2) * groups; i += 128 / kWarp) {
+  for (int i = threadIdx.x / kWarp; i < (latent ? 1 : 2) * groups; i += 128 / kWarp) {
     const bool is_value = i >= groups;
     const int group = i % groups, channel = group * kGroupChannels + lane;
     const bool there = channel < head_dim;
     const Rounded rounded = round_group(there ? (is_value ? stored.value : stored.key)[channel] : 0.0f);
-    uint8_t* values = stored.piece + Q8Kv::key_bytes(head_dim);
+    uint8_t* values = stored.piece + Kv::key_bytes(head_dim);
     uint8_t* to = is_value ? values + slot * padded_head(head_dim) + channel
-                           : stored.piece + chunk_offset<Q8Kv>(slot, channel / 16, head_dim) + channel % 16;
+                           : stored.piece + chunk_offset<Kv>(slot, channel / 16, head_dim) + channel % 16;
     uint8_t* scale =
-        is_value ? values + Q8Kv::value_scale(slot, group, head_dim) : stored.piece + Q8Kv::key_scale(slot, group, head_dim);
+        is_value ? values + Kv::value_scale(slot, group, head_dim) : stored.piece + Kv::key_scale(slot, group, head_dim);
     if (there) *to = static_cast<uint8_t>(rounded.q);
     if (lane == 0) *reinterpret_cast<uint16_t*>(scale) = rounded.scale;
   }
+}
+
+}  // namespace
+
+KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
+  const int row = blockIdx.x;
+  if (row < *rows) store_bytes<Q8Kv>(STORED, head_dim, v == nullptr);
+}
+
+KERNEL(128, store_int8, STORE_ARGUMENTS) {
+  const int row = blockIdx.x;
+  if (row < *rows) store_bytes<Int8Kv>(STORED, head_dim, v == nullptr);
 }
 
 // Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by

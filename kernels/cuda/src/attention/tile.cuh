@@ -109,8 +109,8 @@ struct F16Tile {
 // By matrix instructions: the bytes of 16 queries' int16s times keys, which come to the registers as they lie in memory. A
 // warp has every eighth piece of 8 positions. As rows of a product a thread has queries lane / 4 and 8 more, as columns
 // of the result positions 2 (lane % 4) and the next one.
-template <int TQ>
-struct Q8Tile {
+template <class Kv, int TQ>
+struct ByteTile {
   static_assert(TQ == 16);
   static constexpr int kPieces = kSpanTokens / 8 / kWarps, kPiece = 8;
 
@@ -125,20 +125,20 @@ struct Q8Tile {
   };
 
   DEVICE static int32_t load_word(const uint8_t* piece, int slot, int chunk, int word, int head_dim) {
-    const int bytes = chunk_bytes<Q8Kv>(chunk, head_dim) - 4 * word;
-    const uint8_t* p = piece + chunk_offset<Q8Kv>(slot, chunk, head_dim) + 4 * word;
-    if (chunk_bytes<Q8Kv>(chunk, head_dim) == 16) return *reinterpret_cast<const int32_t*>(p);
+    const int bytes = chunk_bytes<Kv>(chunk, head_dim) - 4 * word;
+    const uint8_t* p = piece + chunk_offset<Kv>(slot, chunk, head_dim) + 4 * word;
+    if (chunk_bytes<Kv>(chunk, head_dim) == 16) return *reinterpret_cast<const int32_t*>(p);
     const uint32_t low = bytes > 0 ? reinterpret_cast<const uint16_t*>(p)[0] : 0;
     const uint32_t high = bytes > 2 ? reinterpret_cast<const uint16_t*>(p)[1] : 0;
     return static_cast<int32_t>(low | high << 16);
   }
 
   DEVICE static int place(int piece) { return (piece * kWarps + threadIdx.x / kWarp) * kPiece; }
-  DEVICE static bool there(const Span<Q8Kv, TQ>& span, int piece) {
+  DEVICE static bool there(const Span<Kv, TQ>& span, int piece) {
     return place(piece) + kPiece > span.first() && place(piece) < span.end();
   }
 
-  DEVICE static Keys load(const Span<Q8Kv, TQ>& span, int group) {
+  DEVICE static Keys load(const Span<Kv, TQ>& span, int group) {
     const int lane = threadIdx.x % kWarp, head_dim = span.step.head_dim;
     Keys keys = {};
 #pragma unroll
@@ -148,7 +148,7 @@ struct Q8Tile {
       const int slot = place(n) % kBlockTokens;
       keys.words[n][0] = load_word(piece, slot + lane / 4, 2 * group, lane % 4, head_dim);
       keys.words[n][1] = load_word(piece, slot + lane / 4, 2 * group + 1, lane % 4, head_dim);
-      const uint8_t* scales = piece + Q8Kv::key_scale(slot + lane % 4 * 2, group, head_dim);
+      const uint8_t* scales = piece + Kv::key_scale(slot + lane % 4 * 2, group, head_dim);
       const uint32_t two = *reinterpret_cast<const uint32_t*>(scales);
       keys.scales[n][0] = half_to_float(static_cast<uint16_t>(two));
       keys.scales[n][1] = half_to_float(static_cast<uint16_t>(two >> 16));
@@ -177,7 +177,7 @@ struct Q8Tile {
     return queries;
   }
 
-  DEVICE static void compute(const Span<Q8Kv, TQ>& span) {
+  DEVICE static void compute(const Span<Kv, TQ>& span) {
     const int head_dim = span.step.head_dim, groups = groups_of(head_dim), row = row_bytes(head_dim);
     uint8_t* bytes = reinterpret_cast<uint8_t*>(span.scores);
     float* scales = reinterpret_cast<float*>(bytes + 2 * TQ * row);
@@ -211,7 +211,7 @@ struct Q8Tile {
     __syncthreads();
   }
 
-  DEVICE static void store(const Span<Q8Kv, TQ>& span, const float (&totals)[kPieces][4]) {
+  DEVICE static void store(const Span<Kv, TQ>& span, const float (&totals)[kPieces][4]) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int n = 0; n < kPieces; n++)
@@ -222,6 +222,10 @@ struct Q8Tile {
       }
   }
 };
+template <int TQ>
+using Q8Tile = ByteTile<Q8Kv, TQ>;
+template <int TQ>
+using Int8Tile = ByteTile<Int8Kv, TQ>;
 
 // Where scores are weighed, what they are made of was before. Values have room behind it.
 template <int TQ, class Scores>

@@ -142,7 +142,7 @@ def kv_type(text: str) -> KvType:
 
 KvTypeOption = Annotated[
     Any,
-    Option("--kv-type", metavar="TYPE", parser=kv_type, help="Type of keys and values: f16 (default) or q8_0."),
+    Option("--kv-type", metavar="TYPE", parser=kv_type, help="Type of keys and values: f16 (default), q8_0 or int8."),
 ]
 Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Only the first N.")]
 Devices = Annotated[

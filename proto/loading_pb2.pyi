@@ -192,7 +192,7 @@ class StageLimits(_message.Message):
     kv_blocks: _builtins.int
     """KV blocks; block ids are below it."""
     kv_type: _builtins.str
-    """Type of keys and values in them: "f16" or "q8_0"."""
+    """Type of keys and values in them: "f16", "q8_0" or "int8"."""
     window_blocks: _builtins.int
     """KV blocks of layers with a window, which have ids of their own; 0: those layers are as all others."""
     state_blocks: _builtins.int

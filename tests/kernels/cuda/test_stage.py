@@ -20,6 +20,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import batch_of, load_stage
 from support.cuda.stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
+from support.seed import SEED
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,10 @@ def test_prompts_and_single_tokens(
     same(run(cuda, model, tokens[:13], 5, limits), wanted[:13])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS[SEED % 2 :: 2])
 def test_normed_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
-    """Also where no logits are wanted, and rows that are not all of a microbatch."""
+    """Also where no logits are wanted, and rows that are not all of a microbatch. Half of the models, by the run's
+    seed."""
     model = opened(name)
     tokens = random_tokens(model)
     stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]

@@ -85,7 +85,7 @@ struct QuantizeOps {
 };
 
 struct Level {
-  const char* name;  // generic | avx2 | avxvnni | avx512 | avx512vnni | avx512vbmi | neon | neon_dotprod
+  const char* name;  // one of CpuFeatures (runtime/levels.h)
   MatmulOps matmul;
   VectorOps vector;
   AttentionOps attention;

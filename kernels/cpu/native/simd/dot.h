@@ -9,7 +9,7 @@
 // column<n>, signed_column<n>: column n of a k-group as lanes.
 //
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
-// kAnyByte: `step` takes bytes of eight bits as they are, and sums of them have room.
+// kAnyByte: bytes of eight bits are multiplied as they are, and sums of them have room (tiles take signed bytes).
 // kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share.
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
@@ -86,7 +86,7 @@ constexpr bool kUnrollsSegments = true;
 constexpr bool kUnrollsSegments = false;
 #endif
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(LLAMACLUST_TILES)
 constexpr bool kAnyByte = true;
 #else
 constexpr bool kAnyByte = false;

@@ -73,25 +73,14 @@ void quantize(ActivationFormat format, const float* x, int cols, void* out) {
     memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
 }
 
-const TypeOps& ops_of(QuantType type) {
-  const TypeOpsTable* const tables[] = {&simple_types, &k_types, &grid_types};
-  for (const TypeOpsTable* table : tables)
-    for (size_t i = 0; i < table->count; i++)
-      if (table->types[i].type == type) return table->types[i];
-  __builtin_unreachable();
-}
-
 void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
             size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch) {
   const TypeOps& ops = ops_of(weights.type);
-  const Product product{weights.tiles,
-                        weights.tile_bytes,
-                        activations,
-                        activation_bytes(ops.layout.activation, weights.cols),
-                        lines.activations,
-                        weights.cols / ops.layout.segment_cols,
-                        {out, out_stride, lines.out, bias, weights.rows}};
-  ops.multiply(product, tokens, tile_begin, tile_end, scratch);
+  const Product product = product_of(weights, activations, lines, out, out_stride, bias);
+  if (tokens > ops.direct_tokens)
+    ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);
+  else
+    ops.multiply_few(product, tokens, tile_begin, tile_end);
 }
 
 void dequantize_row(const Matrix& weights, int row, float* out) {

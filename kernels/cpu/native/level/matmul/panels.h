@@ -5,68 +5,41 @@
 
 #include <new>
 
-#include "level/matmul/segment.h"
+// A block of tiles and tokens is multiplied by the loop of the level.
+#if defined(LLAMACLUST_TILES)
+#include "level/matmul/by_tiles.h"
+#elif defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+#include "level/matmul/by_row_pairs.h"
+#else
+#include "level/matmul/by_groups.h"
+#endif
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-template <class Type, bool has = Type::kHasMin>
-struct SegmentMin {};
 template <class Type>
-struct SegmentMin<Type, true> {
-  F32x16 value;
-};
-
-// A decoded segment.
+using PanelSegment = DecodedSegment<Type, PanelForm>;
 template <class Type>
-struct PanelSegment {
-  Bytes groups[Type::kSubBlocks * kGroups<Type>];
-  F32x16 scale_;
-  [[no_unique_address]] SegmentMin<Type> min_;
-  [[no_unique_address]] SubScales<Type> sub_scales;
-  [[no_unique_address]] SubMins<Type> sub_mins;
-
-  DECODE explicit PanelSegment(const TileSegment<Type>& w) : sub_scales(w.sub_scales), sub_mins(w.sub_mins) {
-#pragma GCC unroll 1
-    for (int first = 0; first < Type::kSubBlocks; first += kTogether<Type>)
-      UNROLL for (int j = first; j < first + kTogether<Type>; j++) {
-        w.prefetch(j);
-        UNROLL for (int g = 0; g < kGroups<Type>; g++) groups[j * kGroups<Type> + g] = w.group(j, g);
-      }
-    scale_ = w.scale();
-    if constexpr (Type::kHasMin) min_.value = w.min();
-  }
-};
-
-// What a product sees of it.
-template <class Type>
-struct PanelView {
-  const PanelSegment<Type>* segment;
-  DECODE Bytes group(int j, int g) const { return segment->groups[j * kGroups<Type> + g]; }
-  DECODE Scale sub_scale(int j) const { return segment->sub_scales.scales[j]; }
-  DECODE Bytes mins(int i) const { return segment->sub_mins.mins[i]; }
-  DECODE F32x16 scale() const { return segment->scale_; }
-  DECODE F32x16 min() const { return segment->min_.value; }
-  DECODE void prefetch(int) const {}
-};
+using PanelView = DecodedView<Type, PanelForm>;
 
 // Of a tile in a panel.
 template <class Type>
 constexpr int kPanelSegments = static_cast<int>(kPanelTileBytes / sizeof(PanelSegment<Type>));
 
-static_assert(kPanelTiles % kPanelRows == 0 && kPanelTokens <= kPanelMorePlaces);
+static_assert(kPanelTiles % kBlockTiles == 0);
+static_assert(kPanelMostTokens % kBlockTokens == 0 || kBlockTokens <= kPanelMorePlaces);
 
 // What is computed at a time: tiles, tokens and segments from the first to before the end.
 struct PanelBlock {
   int tile, tile_end, token, token_end, segment, segment_end;
 };
 
-// kPanelRows tiles of the panel times kPanelTokens tokens, added to `sums`. Tiles and tokens past the last are computed
+// kBlockTiles tiles of the panel times kBlockTokens tokens, added to `sums`. Tiles and tokens past the last are computed
 // from whatever is there and thrown away. (Results are stored elsewhere: around a call, compilers would keep the sums out
 // of registers.)
 template <class Type>
 DECODE void add_products(const Product& p, const PanelBlock& part, const PanelSegment<Type>* panel, float* sums) {
-  constexpr int R = kPanelRows, T = kPanelTokens;
+  constexpr int R = kBlockTiles, T = kBlockTokens;
   const Activation<Type>* a[T];
   PanelView<Type> w[R];
   F32x16 acc[R][T];
@@ -74,29 +47,25 @@ DECODE void add_products(const Product& p, const PanelBlock& part, const PanelSe
   UNROLL for (int r = 0; r < R; r++) w[r].segment = panel + r * kPanelSegments<Type>;
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++)
     acc[r][t] = part.segment == 0 ? zero() : load(sums + kTileRows * (r * T + t));
-  for (int s = part.segment; s < part.segment_end; s++) {
-    add_segment<Type>(w, a, acc);
-    UNROLL for (int t = 0; t < T; t++) a[t]++;
-    UNROLL for (int r = 0; r < R; r++) w[r].segment++;
-  }
+  add_segments<Type>(part.segment_end - part.segment, w, a, acc);
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int t = 0; t < T; t++) store(sums + kTileRows * (r * T + t), acc[r][t]);
 }
 
 [[maybe_unused]] void store_sums(const Product& p, const PanelBlock& part, const float* sums) {
-  for (int r = 0; r < kPanelRows && part.tile + r < part.tile_end; r++)
-    for (int t = 0; t < kPanelTokens && part.token + t < part.token_end; t++)
-      store_rows(p.output, part.tile + r, part.token + t, load(sums + kTileRows * (r * kPanelTokens + t)));
+  for (int r = 0; r < kBlockTiles && part.tile + r < part.tile_end; r++)
+    for (int t = 0; t < kBlockTokens && part.token + t < part.token_end; t++)
+      store_rows(p.output, part.tile + r, part.token + t, load(sums + kTileRows * (r * kBlockTokens + t)));
 }
 
 // One stretch of k for all tiles of the panel, each token's activations once. Sums of all of k need no places of their own.
 template <class Type>
 void multiply_panel(const Product& p, const PanelBlock& block, const PanelSegment<Type>* panel, float* sums) {
   const bool last = block.segment_end == p.segments;
-  const int step = block.segment == 0 && last ? 0 : kTileRows * kPanelRows * kPanelTokens;
+  const int step = block.segment == 0 && last ? 0 : kTileRows * kBlockTiles * kBlockTokens;
   PanelBlock part = block;
-  for (; part.token < block.token_end; part.token += kPanelTokens)
-    for (part.tile = block.tile; part.tile < block.tile_end; part.tile += kPanelRows, sums += step) {
+  for (; part.token < block.token_end; part.token += kBlockTokens)
+    for (part.tile = block.tile; part.tile < block.tile_end; part.tile += kBlockTiles, sums += step) {
       add_products<Type>(p, part, panel + (part.tile - block.tile) * kPanelSegments<Type>, sums);
       if (last) store_sums(p, part, sums);
     }
@@ -126,6 +95,7 @@ void multiply_by_panel(const Product& p, PanelBlock block, uint8_t* scratch) {
 
 template <class Type>
 void multiply_by_panels(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch) {
+  [[maybe_unused]] const PanelScope<Type> scope;
   const int times = parts_of(tokens, kPanelMostTokens);
   for (int tile = tile_begin; tile < tile_end; tile += kPanelTiles) {
     const int end = tile + kPanelTiles < tile_end ? tile + kPanelTiles : tile_end;

@@ -27,6 +27,18 @@ struct Product {
 
 namespace {
 
+INLINE Product product_of(const Matrix& weights, const uint8_t* activations, const TokenLines& lines, float* out,
+                          size_t out_stride, const float* bias) {
+  const TileLayout layout = tile_layout(weights.type);
+  return {weights.tiles,
+          weights.tile_bytes,
+          activations,
+          activation_bytes(layout.activation, weights.cols),
+          lines.activations,
+          weights.cols / layout.segment_cols,
+          {out, out_stride, lines.out, bias, weights.rows}};
+}
+
 // Of a token among lines that may be given by TokenLines.
 INLINE size_t line_of(const int32_t* lines, int token) {
   return static_cast<size_t>(lines ? lines[token] : token);

@@ -89,18 +89,22 @@ void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
     if (first_token + t < tokens) store_rows(p.output, tile, first_token + t, acc[0][t]);
 }
 
-// Up to how many tokens; types that take long to decode say less than others.
+template <class Type>
+constexpr bool kFloat = Type::kLayout.activation == ActivationFormat::F32;
+
+// Up to how many tokens, those of float types always; types that take long to decode say less than others.
 template <class Type>
 constexpr int direct_tokens() {
-  if constexpr (requires { Type::kDirectTokens; })
+  if constexpr (kFloat<Type>)
+    return INT32_MAX;
+  else if constexpr (requires { Type::kDirectTokens; })
     return Type::kDirectTokens;
   else
     return kDirectTokens<Type::kBits>;
 }
 
 template <class Type>
-void multiply_quantized(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch) {
-  if (tokens > direct_tokens<Type>()) return multiply_by_panels<Type>(p, tokens, tile_begin, tile_end, scratch);
+void multiply_quantized(const Product& p, int tokens, int tile_begin, int tile_end) {
   for (int tile = tile_begin; tile < tile_end; tile++) {
     int t = 0;
     for (; t + kDirectWidth / 2 < tokens; t += kDirectWidth) multiply_tile<Type, kDirectWidth>(p, tile, t, tokens);
@@ -112,6 +116,14 @@ void multiply_quantized(const Product& p, int tokens, int tile_begin, int tile_e
       default: break;
     }
   }
+}
+
+template <class Type>
+void multiply_few(const Product& p, int tokens, int tile_begin, int tile_end) {
+  if constexpr (kFloat<Type>)
+    multiply_floats<Type>(p, tokens, tile_begin, tile_end);
+  else
+    multiply_quantized<Type>(p, tokens, tile_begin, tile_end);
 }
 
 }  // namespace

@@ -101,6 +101,7 @@ constexpr int kPrefetchBytes = 20480;
 // A segment of a tile, decoded as it is read.
 template <class Type>
 struct TileSegment {
+  static constexpr bool kSigned = false;  // whether the bytes of a group are signed, their offset subtracted
   const uint8_t *body, *tail;
   SubScales<Type> sub_scales;
   SubMins<Type> sub_mins;
@@ -208,24 +209,22 @@ DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
   return add(shift_left<7>(high), low);
 }
 
+// Whether the offset is still in the sums of a segment of 32 columns.
+template <class Type, class Segment>
+constexpr bool kOffsetLeft =
+    Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type> && !Segment::kSigned;
+
+// What a segment adds to the outputs, `total` being the sums of its sub-blocks.
 template <class Type, class Segment, int R, int T>
-DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
-  I32x16 total[R][T];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
-  if constexpr (kUnrollsSegments && R * T == 1) {
-    UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
-  } else {
-#pragma GCC unroll 1
-    for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
-      UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
-  }
+DECODE void add_total(const Segment (&w)[R], const Activation<Type>* const (&a)[T], I32x16 (&total)[R][T],
+                      F32x16 (&acc)[R][T]) {
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {
       if constexpr (kScaledUp<Type>) total[r][t] = divide_by_power<6>(total[r][t]);
-      if constexpr (!kWide<Type> && Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
+      if constexpr (!kWide<Type> && kOffsetLeft<Type, Segment>)
         total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
-      if constexpr (kWide<Type> && !kSubScaled<Type>)
+      if constexpr (kWide<Type> && !kSubScaled<Type> && !Segment::kSigned)
         total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
       if constexpr (kOffsetInMins<Type>)
         total[r][t] = sub(total[r][t], mul(sum_of_mins<Type>(w[r], *a[t]), broadcast(Type::kOffset)));
@@ -238,6 +237,20 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
       }
     }
   }
+}
+
+template <class Type, class Segment, int R, int T>
+DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a)[T], F32x16 (&acc)[R][T]) {
+  I32x16 total[R][T];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+  if constexpr (kUnrollsSegments && R * T == 1) {
+    UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
+  } else {
+#pragma GCC unroll 1
+    for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
+      UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
+  }
+  add_total<Type>(w, a, total, acc);
 }
 
 // Where a token's activations begin; tokens past the last are computed like it and thrown away.

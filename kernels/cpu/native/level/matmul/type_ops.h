@@ -5,10 +5,13 @@
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 
+// Of a level that has nothing but panels of its own (panels_only.cpp), the last two are null.
 struct TypeOps {
   QuantType type;
   TileLayout layout;
-  void (*multiply)(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch);
+  int direct_tokens;  // up to how many `multiply_few` serves
+  void (*multiply_by_panels)(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch);
+  void (*multiply_few)(const Product& p, int tokens, int tile_begin, int tile_end);
   void (*dequantize)(const uint8_t* tile, int row, int cols, float* out);
 };
 
@@ -19,7 +22,21 @@ struct TypeOpsTable {
 
 extern const TypeOpsTable simple_types, k_types, grid_types;
 
+#if defined(LLAMACLUST_PANELS_OVER)
+constexpr bool kPanelsOnly = true;
+#else
+constexpr bool kPanelsOnly = false;
+#endif
+
 namespace {
+
+INLINE const TypeOps& ops_of(QuantType type) {
+  const TypeOpsTable* const tables[] = {&simple_types, &k_types, &grid_types};
+  for (const TypeOpsTable* table : tables)
+    for (size_t i = 0; i < table->count; i++)
+      if (table->types[i].type == type) return table->types[i];
+  __builtin_unreachable();
+}
 
 // One row of a tile as float32: every product is exact; types with a min round once, when it comes in.
 
@@ -68,19 +85,11 @@ void dequantize_tile_row(const uint8_t* tile, int row, int cols, float* out) {
   constexpr int width = Type::kLayout.segment_cols;
   const int segments = cols / width;
   for (int s = 0; s < segments; s++) {
-    if constexpr (Type::kLayout.activation == ActivationFormat::F32)
+    if constexpr (kFloat<Type>)
       out[s] = lane(Type::column(tile + static_cast<size_t>(s) * Type::kLayout.body_bytes), row);
     else
       dequantize_segment<Type>(segment_of<Type>(tile, s, segments), row, out + s * width);
   }
-}
-
-template <class Type>
-void multiply(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch) {
-  if constexpr (Type::kLayout.activation == ActivationFormat::F32)
-    multiply_floats<Type>(p, tokens, tile_begin, tile_end);
-  else
-    multiply_quantized<Type>(p, tokens, tile_begin, tile_end, scratch);
 }
 
 }  // namespace
@@ -99,9 +108,24 @@ struct InProducts<Type> {
   using Decoder = InPlace<Type>;
 };
 
+namespace {
+
+template <class Type>
+constexpr TypeOps type_ops(QuantType type) {
+  using Decoder = typename InProducts<Type>::Decoder;
+  TypeOps ops{type, Type::kLayout, direct_tokens<Decoder>(), nullptr, nullptr, nullptr};
+  if constexpr (!kFloat<Type>) ops.multiply_by_panels = multiply_by_panels<Decoder>;
+  if constexpr (!kPanelsOnly) {
+    ops.multiply_few = multiply_few<Decoder>;
+    ops.dequantize = dequantize_tile_row<Type>;
+  }
+  return ops;
+}
+
+}  // namespace
+
 // A row of a family's X macro as an entry, and a table of entries.
-#define TYPE_OPS(name, ...) \
-  {QuantType::name, name::kLayout, multiply<InProducts<name>::Decoder>, dequantize_tile_row<name>},
+#define TYPE_OPS(name, ...) type_ops<name>(QuantType::name),
 #define TYPE_OPS_TABLE(table, ...)                  \
   namespace {                                       \
   constexpr TypeOps kTypes[] = {__VA_ARGS__};       \

@@ -67,7 +67,11 @@ constexpr bool kCentred = false;
 constexpr bool kSumsFrom = true;
 
 template <int kBits>
+#if defined(LLAMACLUST_TILES)
+constexpr int kDirectTokens = 16;
+#else
 constexpr int kDirectTokens = kBits == 2 || kBits == 4 ? 128 : 32;
+#endif
 
 template <int kBits>
 INLINE Sums step(Sums sums, Bytes w, int32_t activations) {

@@ -1,0 +1,27 @@
+// The loop of a panel on most levels: a k-group of kPanelRows tiles times four columns of kPanelTokens tokens a step.
+#pragma once
+
+#include "level/matmul/panel_segment.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+using PanelForm = AsDecoded;
+constexpr int kBlockTiles = kPanelRows, kBlockTokens = kPanelTokens;
+
+// What is set up for the products of a type.
+template <class Type>
+struct PanelScope {};
+
+// Adds the products of `count` segments to acc.
+template <class Type, class View, int R, int T>
+DECODE void add_segments(int count, View (&w)[R], const Activation<Type>* (&a)[T], F32x16 (&acc)[R][T]) {
+  for (int s = 0; s < count; s++) {
+    add_segment<Type>(w, a, acc);
+    UNROLL for (int t = 0; t < T; t++) a[t]++;
+    UNROLL for (int r = 0; r < R; r++) w[r].segment++;
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,32 @@
+// The matrix operations of a level that adds only a loop for many tokens to those of another one, LLAMACLUST_PANELS_OVER.
+#include "level/matmul/type_ops.h"
+
+namespace llamaclust::LLAMACLUST_PANELS_OVER {
+extern const MatmulOps matmul_ops;
+}
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+constexpr const MatmulOps& others = LLAMACLUST_PANELS_OVER::matmul_ops;
+
+void quantize(ActivationFormat format, const float* x, int cols, void* out) { others.quantize(format, x, cols, out); }
+
+void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
+            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch) {
+  const TypeOps& ops = ops_of(weights.type);
+  if (tokens > ops.direct_tokens) {
+    const Product product = product_of(weights, activations, lines, out, out_stride, bias);
+    return ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);
+  }
+  others.matmul(weights, activations, tokens, lines, out, out_stride, bias, tile_begin, tile_end, scratch);
+}
+
+void dequantize_row(const Matrix& weights, int row, float* out) { others.dequantize_row(weights, row, out); }
+
+}  // namespace
+
+extern const MatmulOps matmul_ops;
+const MatmulOps matmul_ops{quantize, matmul, dequantize_row};
+
+}  // namespace llamaclust::LLAMACLUST_LEVEL

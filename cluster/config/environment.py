@@ -12,7 +12,9 @@ from llamaclust.cluster.config.values import expand_home, parse_size
 from llamaclust.core.errors import UsageError
 from llamaclust.core.logs import LogFormat
 
-FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi", "neon", "neon_dotprod")
+_X86_LEVELS = ("avx2", "avxvnni", "avx512", "avx512vnni", "amx", "avx512vbmi")
+_ARM_LEVELS = ("neon", "neon_dotprod", "neon_i8mm")
+FEATURE_LEVELS = ("generic", *_X86_LEVELS, *_ARM_LEVELS)
 _HUB = "https://huggingface.co"
 
 

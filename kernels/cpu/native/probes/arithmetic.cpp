@@ -50,6 +50,7 @@ PEAK(fma_avx2, 8, CLEAR_YMM, FMA_YMM)
       "v18", "v19", "v20", "v21", "v22", "v23", "v30", "v31"
 #define CLEAR(i) "movi v" #i ".4s, #0\n"
 #define DOT_V(i) "sdot v" #i ".4s, v30.16b, v31.16b\n"
+#define MMLA_V(i) "smmla v" #i ".4s, v30.16b, v31.16b\n"
 #define MLAL_V(i) "smlal v" #i ".8h, v30.8b, v31.8b\n"
 #define FMA_V(i) "fmla v" #i ".4s, v30.4s, v31.4s\n"
 #define PEAK(name, lanes, op)                                                                                       \
@@ -60,6 +61,7 @@ PEAK(fma_avx2, 8, CLEAR_YMM, FMA_YMM)
     return 24.0 * lanes * kRounds;                                                                                  \
   }
 
+__attribute__((target("arch=armv8.2-a+i8mm"))) PEAK(int8_neon_i8mm, 32, MMLA_V)
 __attribute__((target("arch=armv8.2-a+dotprod"))) PEAK(int8_neon_dotprod, 16, DOT_V)
 PEAK(int8_neon, 8, MLAL_V)
 PEAK(fma_neon, 4, FMA_V)
@@ -101,6 +103,7 @@ ArithmeticPiece int8_piece() {
   if (cpu_features().avx512) return &int8_avx512;
   if (cpu_features().avx2) return &int8_avx2;
 #elif defined(__aarch64__)
+  if (cpu_features().neon_i8mm) return &int8_neon_i8mm;
   if (cpu_features().neon_dotprod) return &int8_neon_dotprod;
   if (cpu_features().neon) return &int8_neon;
 #endif

@@ -1,18 +1,26 @@
 #include "runtime/levels.h"
 
+#include <cerrno>
 #include <cstdint>
 #include <stdexcept>
 
 #if defined(__x86_64__)
+#include <asm/prctl.h>
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)
+#endif
 #endif
 
-// LLAMACLUST_LEVELS(X), of the build: X(name, base) for each level that is there (arithmetic.cmake). `base`: the level
-// with the same code but for integer dot products and look-ups of bytes, or the level itself.
+// LLAMACLUST_LEVELS(X), of the build: X(name, dots, base) for each level that is there (arithmetic.cmake). `dots`: the
+// level with the same code but for the panels of products, `base`: but for integer dot products and look-ups of bytes as
+// well, or the level itself.
 // Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
-#define DECLARE(name, base)                \
+#define DECLARE(name, dots, base)          \
   namespace llamaclust::name {             \
   extern const MatmulOps matmul_ops;       \
   extern const VectorOps vector_ops;       \
@@ -41,6 +49,25 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// The registers of tiles, saved only for processes that have asked for them.
+constexpr int kTileConfig = 17, kTileData = 18;
+#ifndef ARCH_GET_XCOMP_SUPP
+#define ARCH_GET_XCOMP_SUPP 0x1021
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#endif
+bool system_has_tiles(uint64_t saved) {
+  uint64_t supported = 0;
+  return (saved >> kTileConfig & saved >> kTileData & 1) != 0 &&
+         syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &supported) == 0 && (supported >> kTileData & 1) != 0;
+}
+
+// Of a level that is going to be used.
+void ask_for_registers(const std::string& level) {
+  if (level != "amx" || syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, kTileData) == 0) return;
+  throw std::invalid_argument("feature level amx: the system does not permit tile registers (error " +
+                              std::to_string(errno) + ")");
+}
+
 }  // namespace
 
 CpuFeatures cpu_features() {
@@ -55,6 +82,7 @@ CpuFeatures cpu_features() {
   features.avx512 = features.avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   features.avx512vnni = features.avx512 && bit(c, 11);
   features.avx512vbmi = features.avx512vnni && bit(c, 1);
+  features.amx = features.avx512vbmi && bit(d, 24) && bit(d, 25) && system_has_tiles(saved);
   features.avxvnni = features.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 4);
   return features;
 }
@@ -66,6 +94,7 @@ CpuFeatures cpu_features() {
   CpuFeatures features;
   features.neon = (has & HWCAP_ASIMD) != 0;
   features.neon_dotprod = features.neon && (has & HWCAP_ASIMDDP) != 0;
+  features.neon_i8mm = features.neon_dotprod && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
   return features;
 }
 
@@ -75,12 +104,22 @@ CpuFeatures cpu_features() { return {}; }
 
 #endif
 
+#if !defined(__x86_64__)
+
+namespace {
+
+void ask_for_registers(const std::string&) {}
+
+}  // namespace
+
+#endif
+
 std::vector<Level> available_levels() {
   const CpuFeatures can = cpu_features();
   std::vector<Level> levels;
-#define ADD(name, base) \
+#define ADD(name, dots, base) \
   if (can.name)         \
-    levels.push_back({#name, name::matmul_ops, base::vector_ops, name::attention_ops, base::sampler_ops, \
+    levels.push_back({#name, name::matmul_ops, base::vector_ops, dots::attention_ops, base::sampler_ops, \
                       base::quantize_ops, base::state_ops, base::scan_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;
@@ -91,7 +130,10 @@ Level find_level(const std::string& name) {
   if (name.empty() && !levels.empty()) return levels.back();
   std::string names;
   for (const Level& level : levels) {
-    if (name == level.name) return level;
+    if (name == level.name) {
+      ask_for_registers(name);
+      return level;
+    }
     names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
   throw std::invalid_argument("feature level " + name + " is not available here; there is: " + names);

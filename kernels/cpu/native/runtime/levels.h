@@ -16,8 +16,10 @@ struct CpuFeatures {
   bool avx512 = false;        // F, BW, DQ, VL
   bool avx512vnni = false;    // and the 8-bit dot product
   bool avx512vbmi = false;    // and look-ups of bytes
+  bool amx = false;           // and tile registers, with products of them
   bool neon = false;          // ARMv8's vectors
   bool neon_dotprod = false;  // and its 8-bit dot product
+  bool neon_i8mm = false;     // and products of two rows with two
 };
 
 CpuFeatures cpu_features();

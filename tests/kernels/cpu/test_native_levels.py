@@ -1,4 +1,5 @@
-"""The feature levels of ARM processors, compiled here and run in an emulator: the same bits as on this machine."""
+"""Feature levels that this machine lacks give its bits: those of ARM processors, compiled here and run in an emulator, and
+the loops of tile registers with a model of those."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
 QEMU = CROSS[1]
 OBJECTS = "kernels/cpu/native/CMakeFiles"
 HOST_LEVELS = {"x86_64": "avx2", "aarch64": "neon"}
+QUICK = "-DLLAMACLUST_OPTIMIZATION=-O1"
+"""A quarter of the time to compile, for the same bits."""
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 Bits = dict[str, str]
@@ -34,13 +37,13 @@ def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
     return done.stdout
 
 
-def program(name: str, *options: str) -> Path:
+def program(name: str, *options: str, target: str = "level_bits") -> Path:
     """Built in a folder that is kept, so that only what has changed is compiled again."""
     folder = ROOT / "build" / f"level-bits-{name}"
     options = ("-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "-S", str(ROOT / "tests/kernels/native"), "-B", str(folder), "-G", "Ninja", *options)
-    run("cmake", "--build", str(folder), "--target", "level_bits", deadline_s=BUILD_DEADLINE_S)
-    return folder / "level_bits"
+    run("cmake", "--build", str(folder), "--target", target, deadline_s=BUILD_DEADLINE_S)
+    return folder / target
 
 
 def bits_of(printed: str) -> tuple[dict[str, Bits], str]:
@@ -63,22 +66,31 @@ def require(tools: tuple[str, ...]) -> None:
 def arm() -> Path:
     require(("cmake", "ninja", *CROSS))
     system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS[0]}")
-    quick = "-DLLAMACLUST_OPTIMIZATION=-O1"  # a quarter of the time, for the same bits
-    return program("aarch64", "-DLLAMACLUST_LEVELS=neon;neon_dotprod", quick, *system)
+    return program("aarch64", "-DLLAMACLUST_LEVELS=neon;neon_dotprod;neon_i8mm", QUICK, *system)
 
 
 @pytest.fixture(scope="module")
-def here() -> Mapping[str, Bits]:
-    """What a level of this machine computes, as `make build` has compiled it. (That all of them agree is tested through
-    the Python module.)"""
+def level() -> str:
+    """A level of this machine to compare with. (That all of them agree is tested through the Python module.)"""
     level = HOST_LEVELS.get(platform.machine())
     if level is None or level not in _native.available_levels():
         pytest.skip(f"nothing to compare with on this machine: {platform.machine()} without {level}")
+    return level
+
+
+@pytest.fixture(scope="module")
+def objects(level: str) -> str:
+    """The option that names what `make build` has compiled."""
     built = [folder for folder in (ROOT / "build").glob(f"*/{OBJECTS}") if (folder / f"cpu_{level}.dir").is_dir()]
     if not built:
         pytest.skip("there is no build of the kernels here: make build")
-    newest = max(built, key=lambda folder: folder.stat().st_mtime)
-    levels, _ = bits_of(run(str(program("host", f"-DLLAMACLUST_OBJECTS={newest}")), level))
+    return f"-DLLAMACLUST_OBJECTS={max(built, key=lambda folder: folder.stat().st_mtime)}"
+
+
+@pytest.fixture(scope="module")
+def here(level: str, objects: str) -> Mapping[str, Bits]:
+    """What the level computes."""
+    levels, _ = bits_of(run(str(program("host", objects)), level))
     assert set(levels) == {level, "any"}
     return levels
 
@@ -94,6 +106,13 @@ def check_equal_bits(arm: Mapping[str, Bits], here: Mapping[str, Bits]) -> None:
 
 
 @pytest.mark.timeout(2 * BUILD_DEADLINE_S)
+def test_a_processor_with_products_of_row_pairs(arm: Path, here: Mapping[str, Bits]) -> None:
+    levels, best = bits_of(run(QEMU, "-cpu", "max", str(arm), "neon_i8mm"))
+    assert (set(levels), best) == ({"neon_i8mm", "any"}, "neon_i8mm")
+    check_equal_bits(levels, here)
+
+
+@pytest.mark.timeout(2 * BUILD_DEADLINE_S)
 def test_a_processor_with_dot_products(arm: Path, here: Mapping[str, Bits]) -> None:
     levels, best = bits_of(run(QEMU, "-cpu", "neoverse-n1", str(arm)))
     assert (set(levels), best) == ({"neon", "neon_dotprod", "any"}, "neon_dotprod")
@@ -106,3 +125,11 @@ def test_a_processor_without_them_is_never_given_any(arm: Path, here: Mapping[st
     levels, best = bits_of(run(QEMU, "-cpu", "cortex-a72", str(arm)))
     assert (set(levels), best) == ({"neon", "any"}, "neon")
     check_equal_bits(levels, here)
+
+
+@pytest.mark.timeout(2 * BUILD_DEADLINE_S)
+def test_loops_of_tile_registers(level: str, objects: str, here: Mapping[str, Bits]) -> None:
+    tiles = program("tiles", objects, QUICK, f"-DLLAMACLUST_TILES_OVER={level}", target="tile_bits")
+    printed = {operation: crc for _, operation, crc in map(str.split, run(str(tiles), level).splitlines())}
+    assert len(printed) == 75
+    assert {name: crc for name, crc in printed.items() if crc != here[level][name]} == {}

@@ -101,6 +101,10 @@ void print_random(const Level& level, const Kind& kind) {
         Product{level, packed}.add_to(products, x, tokens, tokens % 2 == 0 ? bias.data() : nullptr);
     }
   }
+  constexpr int kWide = 6144, kMany = 37;  // more columns than a panel has, more tokens than do without panels
+  const int cols = kWide / unit_of(kind) * unit_of(kind);
+  const PackedMatrix wide = matrix_of(kind, 5, cols, [&](size_t) { return static_cast<uint8_t>(random.bits()); });
+  Product{level, wide}.add_to(products, random.values(static_cast<size_t>(cols * kMany)), kMany, nullptr);
   print(level, "products:", kind, products);
   print(level, "weights:", kind, weights);
 }

@@ -1,5 +1,5 @@
-"""Feature levels that this machine lacks give its bits: those of ARM processors, compiled here and run in an emulator, and
-the loops of tile registers with a model of those."""
+"""Feature levels that this machine lacks give its bits: those of ARM processors, compiled here and run in an emulator,
+and the loops of tile registers with a model of those."""
 
 from __future__ import annotations
 

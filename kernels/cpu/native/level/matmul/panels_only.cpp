@@ -16,7 +16,7 @@ void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const
             size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch) {
   const TypeOps& ops = ops_of(weights.type);
   if (tokens > ops.direct_tokens) {
-    const Product product = product_of(weights, activations, lines, out, out_stride, bias);
+    const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias);
     return ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);
   }
   others.matmul(weights, activations, tokens, lines, out, out_stride, bias, tile_begin, tile_end, scratch);

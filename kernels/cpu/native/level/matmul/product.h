@@ -27,9 +27,8 @@ struct Product {
 
 namespace {
 
-INLINE Product product_of(const Matrix& weights, const uint8_t* activations, const TokenLines& lines, float* out,
-                          size_t out_stride, const float* bias) {
-  const TileLayout layout = tile_layout(weights.type);
+INLINE Product product_of(const TileLayout& layout, const Matrix& weights, const uint8_t* activations,
+                          const TokenLines& lines, float* out, size_t out_stride, const float* bias) {
   return {weights.tiles,
           weights.tile_bytes,
           activations,

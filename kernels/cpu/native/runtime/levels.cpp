@@ -49,7 +49,7 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// The registers of tiles, saved only for processes that have asked for them.
+// The registers of tiles, saved only for processes that have requested them.
 constexpr int kTileConfig = 17, kTileData = 18;
 #ifndef ARCH_GET_XCOMP_SUPP
 #define ARCH_GET_XCOMP_SUPP 0x1021
@@ -62,7 +62,7 @@ bool system_has_tiles(uint64_t saved) {
 }
 
 // Of a level that is going to be used.
-void ask_for_registers(const std::string& level) {
+void request_registers(const std::string& level) {
   if (level != "amx" || syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, kTileData) == 0) return;
   throw std::invalid_argument("feature level amx: the system does not permit tile registers (error " +
                               std::to_string(errno) + ")");
@@ -108,7 +108,7 @@ CpuFeatures cpu_features() { return {}; }
 
 namespace {
 
-void ask_for_registers(const std::string&) {}
+void request_registers(const std::string&) {}
 
 }  // namespace
 
@@ -131,7 +131,7 @@ Level find_level(const std::string& name) {
   std::string names;
   for (const Level& level : levels) {
     if (name == level.name) {
-      ask_for_registers(name);
+      request_registers(name);
       return level;
     }
     names += (names.empty() ? "" : ", ") + std::string(level.name);

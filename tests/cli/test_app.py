@@ -90,7 +90,7 @@ def test_kv_types_that_there_are_not(command: tuple[str, ...], tmp_path: Path) -
     model = build_tiny_model(tmp_path / "m.gguf", layers=1)
     result = CliRunner().invoke(app, [*command, str(model), "--kv-type", "q9"])
     assert isinstance(result.exception, UsageError)
-    assert str(result.exception) == "--kv-type q9: give one of f16, q8_0"
+    assert str(result.exception) == "--kv-type q9: give one of f16, q8_0, int8"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

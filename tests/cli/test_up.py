@@ -140,6 +140,7 @@ def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
 
 def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("support.clusters.command_line.COMMAND", ("nohup", *COMMAND))
+    monkeypatch.setattr("support.clusters.command_line.fork_server", lambda program: None)  # nohup starts it
     with line.cluster("good.gguf") as cluster:
         os.kill(cluster.pid, signal.SIGHUP)
         os.kill(cluster.pid, signal.SIGHUP)

@@ -39,7 +39,7 @@ class ForkServer:
         own = {"OPENBLAS_NUM_THREADS": "1", STATE_DIR: _ROOM}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SERVER), program, str(theirs.fileno()), _ROOM],
+                [sys.executable, "-P", str(_SERVER), f"of={program}", str(theirs.fileno()), _ROOM],
                 env={**environment, **own},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -208,6 +208,7 @@ def test_a_cap_on_memory_counts_what_the_process_has() -> None:
 def test_memory_that_was_freed_is_returned_to_the_system() -> None:
     """Blocks below glibc's threshold for maps of their own, one of which is still there behind the others; all that
     only a cycle refers to."""
+    system_info.release_freed_memory()  # of tests before
     before = system_info.resident_bytes()
     blocks: list[object] = [np.ones(1 << 16, np.uint8) for _ in range(1 << 10)]
     assert system_info.resident_bytes() - before > 50 << 20

@@ -76,8 +76,12 @@ def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afte
         assert [worker["layers"] for worker in cluster.status["workers"]] == [[0, 2], [2, 4], [4, 6]]
         below = cluster.processes
         folder = next(Path(word) for one in below for word in temporary_folders(one))
-        logs = [path.read_text() for path in folder.glob("session_latest/logs/worker-*.err")]  # what `ray logs` shows
-        assert all(any(f"worker {name} is a member" in log for log in logs) for name in "abc")
+
+        def joined() -> bool:  # by what `ray logs` shows, which Ray writes some time later
+            logs = [path.read_text() for path in folder.glob("session_latest/logs/worker-*.err")]
+            return all(any(f"worker {name} is a member" in log for log in logs) for name in "abc")
+
+        eventually(joined, 20.0, "all workers are members in Ray's logs")
         assert "layers [2, 4) are loaded" in logs_of(line, "b")
         secret = token_file(line).read_text().strip().rpartition(".")[2]
         told = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]

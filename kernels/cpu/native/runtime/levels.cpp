@@ -16,11 +16,10 @@
 #endif
 #endif
 
-// LLAMACLUST_LEVELS(X), of the build: X(name, dots, base) for each level that is there (arithmetic.cmake). `dots`: the
-// level with the same code but for the panels of products, `base`: but for integer dot products and look-ups of bytes as
-// well, or the level itself.
+// LLAMACLUST_LEVELS(X), of the build: X(name, attention, base) for each level that is there (arithmetic.cmake). Whose code
+// it runs besides its own: `attention` is the level of attention's, `base` that of all but products and attention.
 // Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
-#define DECLARE(name, dots, base)          \
+#define DECLARE(name, attention, base)     \
   namespace llamaclust::name {             \
   extern const MatmulOps matmul_ops;       \
   extern const VectorOps vector_ops;       \
@@ -117,9 +116,9 @@ void request_registers(const std::string&) {}
 std::vector<Level> available_levels() {
   const CpuFeatures can = cpu_features();
   std::vector<Level> levels;
-#define ADD(name, dots, base) \
+#define ADD(name, attention, base) \
   if (can.name)         \
-    levels.push_back({#name, name::matmul_ops, base::vector_ops, dots::attention_ops, base::sampler_ops, \
+    levels.push_back({#name, name::matmul_ops, base::vector_ops, attention::attention_ops, base::sampler_ops, \
                       base::quantize_ops, base::state_ops, base::scan_ops});
   LLAMACLUST_LEVELS(ADD)
   return levels;

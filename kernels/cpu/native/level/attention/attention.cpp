@@ -216,8 +216,11 @@ void latent_tile(const SpanTask& task, int query, int channel, float* values) {
       const F32x16 weight = first(n, load(task.scores + r * kSpanTokens + start), zero());
       UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(weight, first(n, k[c], zero()), sums[r][c]);
     }
+  alignas(64) float lanes[R][C][16];
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) values[(query + r) * width + channel + c] = sum_tree(sums[r][c]);
+    UNROLL for (int c = 0; c < C; c++) store(lanes[r][c], sums[r][c]);
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) values[(query + r) * width + channel + c] = sum_tree(load(lanes[r][c]));
 }
 
 template <typename Kv, int R>
@@ -243,6 +246,13 @@ void span_queries(const SpanTask& task, int query, const SpanSums& sums, const K
     value_queries<Kv, R>(task, query, sums.values, units);
 }
 
+// Of fewer than R queries, how many are computed together. Latent attention has many heads, a power of two as a rule: few
+// queries are left over, and code for each number of them would be half of this file's.
+template <typename Kv>
+constexpr int fewer(int queries) {
+  return Kv::kLatent ? queries / 2 : queries - 1;
+}
+
 // All queries, R at a time, then the rest. The first ones prefetch for the next.
 template <typename Kv, int R>
 void span_from(const SpanTask& task, int query, const SpanSums& sums) {
@@ -250,7 +260,7 @@ void span_from(const SpanTask& task, int query, const SpanSums& sums) {
     span_queries<Kv, R>(task, query, sums, KeyValuePrefetch<Kv>(task, query, R));
   }
   if constexpr (R > 1)
-    if (query < task.queries) span_from<Kv, R - 1>(task, query, sums);
+    if (query < task.queries) span_from<Kv, fewer<Kv>(R)>(task, query, sums);
 }
 
 template <typename Kv>

@@ -18,7 +18,7 @@ from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine
 from support.clusters.static_cluster import free_port
-from support.clusters.streamed_answers import STREAMS, TOKENS, answers
+from support.clusters.streamed_answers import STREAMS, TOKENS, answers, undisturbed
 from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
@@ -46,7 +46,7 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
     port = free_port()
     keys: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "context_length": 1280}
     with line.cluster(model, **keys) as cluster:
-        undisturbed = await answers(cluster.api, [0] * STREAMS)
+        expected = await undisturbed(cluster.api, model)
         arrived, answered = [0] * STREAMS, 0
         asking = asyncio.create_task(answers(cluster.api, arrived))
         for _ in range(2):
@@ -68,7 +68,7 @@ async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, en
             assert end != "stop at once" or "computed again" in again.err.read_text()
             answered = max(answered, arrived.count(TOKENS))
         async with asyncio.timeout(120):
-            assert await asking == undisturbed
+            assert await asking == expected
         assert line.run("down").code == 0
         assert len(read_journal(folder.journal, Instant.now())) <= answered
 

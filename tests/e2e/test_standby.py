@@ -18,7 +18,7 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine, Running, eventually
 from support.clusters.static_cluster import free_port, logged, named, new_trust, start_worker
-from support.clusters.streamed_answers import STREAMS, TOKENS, answers
+from support.clusters.streamed_answers import STREAMS, TOKENS, answers, undisturbed
 from support.kubernetes.lease_api import LeaseApi, lease_api, lease_values
 from support.models.tiny_model import build_tiny_model
 from support.network.front import front_of
@@ -83,14 +83,14 @@ async def test_a_standby_at_other_addresses_takes_over(
     waiting = "this standby takes over" if lock == "file" else "waiting for the Lease brain"
     await asyncio.to_thread(standby.says, waiting)
     async with front_of(both.ports) as url:
-        undisturbed = await answers(url, [0] * STREAMS)
+        expected = await undisturbed(url, model)
         arrived = [0] * STREAMS
         asking = asyncio.create_task(answers(url, arrived))
         await has_arrived(arrived, STREAMS * TOKENS // 3, asking)
         os.kill(first.process.pid, signal.SIGKILL)
         await asyncio.to_thread(standby.says, "tiny is ready")
         async with asyncio.timeout(120):
-            assert await asking == undisturbed
+            assert await asking == expected
     for worker in workers:
         assert worker.err.read_text().count("its weights were kept") == 1
     standby.process.send_signal(signal.SIGTERM)
@@ -115,7 +115,7 @@ async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{both.ports[1]}", trust_env=False) as http:
         assert [(await http.get(path)).status_code for path in ("/live", "/health")] == [200, 503]
     async with front_of(both.ports) as url:
-        undisturbed = await answers(url, [0] * STREAMS)
+        expected = await undisturbed(url, model)
         arrived = [0] * STREAMS
         asking = asyncio.create_task(answers(url, arrived))
         await has_arrived(arrived, STREAMS, asking)
@@ -124,7 +124,7 @@ async def test_the_holder_of_a_lease_hands_its_cluster_over_when_it_is_stopped(
             await asyncio.sleep(0.2)
         assert (await asyncio.to_thread(first.wait)).code == 0
         async with asyncio.timeout(120):
-            assert await asking == undisturbed
+            assert await asking == expected
     assert not second.process.poll()
 
 
@@ -175,7 +175,7 @@ async def test_a_coordinator_that_is_stopped_before_it_is_ready_leaves_requests_
 ) -> None:
     keys: dict[str, Any] = {"listen": f"127.0.0.1:{free_port()}", "context_length": 1280}
     with line.cluster(model, **keys) as cluster:
-        undisturbed = await answers(cluster.api, [0] * STREAMS)
+        expected = await undisturbed(cluster.api, model)
         arrived = [0] * STREAMS
         asking = asyncio.create_task(answers(cluster.api, arrived))
         await has_arrived(arrived, STREAMS * TOKENS // 3, asking)
@@ -190,4 +190,4 @@ async def test_a_coordinator_that_is_stopped_before_it_is_ready_leaves_requests_
         again = line.start("up", line.cluster_file(model, **keys))
         await asyncio.to_thread(again.says, "tiny is ready")
         async with asyncio.timeout(120):
-            assert await asking == undisturbed
+            assert await asking == expected

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.model.quant_types import QuantType
+from support.models.tiny_model import build_tiny_model
 from support.network.box import Box, missing
 from support.network.distant_cluster import TOKENS, Answer, eight, undisturbed
 
@@ -18,9 +20,15 @@ def _box_works() -> None:
 
 
 @pytest.fixture(scope="session")
-def expected(demo_model: Path) -> list[Answer]:
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of six layers, for clusters with faults; `test_same_tokens` has the demo model."""
+    return build_tiny_model(tmp_path_factory.mktemp("network") / "tiny.gguf", quant_type=QuantType.Q8_0)
+
+
+@pytest.fixture(scope="session")
+def small_answers(small_model: Path) -> list[Answer]:
     """One worker's answers to `eight(TOKENS)`."""
-    return undisturbed(demo_model, eight(TOKENS))
+    return undisturbed(small_model, eight(TOKENS))
 
 
 @pytest.fixture(params=[False, True], ids=["bridge", "delays"])

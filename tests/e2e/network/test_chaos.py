@@ -132,7 +132,7 @@ def test_workers_on_other_machines_change_no_answer(model: Path) -> None:
         Box((COORDINATOR, "a", "b")) as box,
         distant_cluster(box, model, timeouts={"worker": "1s"}) as cluster,
     ):
-        assert succeeded(cluster.line.start("chaos", *FAULTS, before=box[COORDINATOR].prefix).wait(120))
+        assert succeeded(cluster.line.start("chaos", *FAULTS, network=box[COORDINATOR].namespace).wait(120))
         assert tables(box[COORDINATOR]) == []
 
 
@@ -148,14 +148,14 @@ def test_workers_on_the_same_machine_change_no_answer(model: Path, line: Command
     }
     file = line.cluster_file(model, **keys)
     with Box(("all",)) as box:
-        inside = box["all"].prefix
-        coordinator = line.start("up", file, before=inside)
+        inside = box["all"].namespace
+        coordinator = line.start("up", file, network=inside)
         token = line.cluster_dir("tiny") / "trust" / "token"
         eventually(token.is_file, 30.0, "the join token")
         for port, name in enumerate("ab", 7102):
             own = ("--name", name, "--listen", f"127.0.0.1:{port}", "--threads", "1", "--token-file", token)
-            line.start("worker", "--join", "127.0.0.1:7100", *own, before=inside)
+            line.start("worker", "--join", "127.0.0.1:7100", *own, network=inside)
         coordinator.says("tiny is ready")
-        assert succeeded(line.start("chaos", *FAULTS, before=inside).wait(120))
+        assert succeeded(line.start("chaos", *FAULTS, network=inside).wait(120))
         assert tables(box["all"]) == []
         line.end_commands()

@@ -16,8 +16,6 @@ from support.network.box import Box
 from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
 from support.network.link import Link
 
-pytestmark = pytest.mark.model
-
 GENERATIONS = eight(max_tokens=TOKENS)
 WORKER_S = 2.0  # timeouts.worker
 WITHIN_S = WORKER_S + 10.0  # less than WORKER_S and a second on an idle machine
@@ -71,28 +69,28 @@ CUTS: dict[str, tuple[str, Strike]] = {
 
 
 @pytest.mark.parametrize(("pair", "strike"), CUTS.values(), ids=CUTS.keys())
-def test_the_third_takes_the_place_of_one(demo_model: Path, expected: list[Answer], pair: str, strike: Strike) -> None:
-    with workers(demo_model, "abc") as cluster:
-        assert goes_on(cluster, strike) == expected
+def test_the_third_takes_the_place_of_one(small_model: Path, small_answers: list[Answer], pair: str, strike: Strike) -> None:
+    with workers(small_model, "abc") as cluster:
+        assert goes_on(cluster, strike) == small_answers
         assert len(holding(cluster)) == 2 and not holding(cluster) >= set(pair)
         assert cluster.coordinator.err.read_text().count("cannot reach each other") == 1
 
 
-def test_of_two_one_serves_alone(demo_model: Path, expected: list[Answer]) -> None:
-    with workers(demo_model, "ab") as cluster:
-        assert goes_on(cluster, lambda box: box.black_hole("a", "b")) == expected
+def test_of_two_one_serves_alone(small_model: Path, small_answers: list[Answer]) -> None:
+    with workers(small_model, "ab") as cluster:
+        assert goes_on(cluster, lambda box: box.black_hole("a", "b")) == small_answers
         assert holding(cluster) == {"a"}
         cluster.box.heal()
         eventually(lambda: holding(cluster) == set("ab"), 20.0, "both at work again")
-        assert cluster.answers(GENERATIONS[:2]) == expected[:2]
+        assert cluster.answers(GENERATIONS[:2]) == small_answers[:2]
 
 
-def test_where_it_takes_both_requests_wait_for_the_link(demo_model: Path, expected: list[Answer]) -> None:
-    by_hand = [{"worker": "a", "layers": [0, 15]}, {"worker": "b", "layers": [15, 30]}]
-    with workers(demo_model, "ab", plan=by_hand) as cluster:
+def test_where_it_takes_both_requests_wait_for_the_link(small_model: Path, small_answers: list[Answer]) -> None:
+    by_hand = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
+    with workers(small_model, "ab", plan=by_hand) as cluster:
         asked = cut(cluster, lambda box: box.black_hole("a", "b"))
         why = "every plan has workers a and b next to each other, which cannot reach each other"
         cluster.coordinator.says(f"waiting for a link, requests for 120 s at most: {why}")
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()
-        assert asked.result(60.0) == expected
+        assert asked.result(60.0) == small_answers

@@ -17,8 +17,6 @@ from support.network.box import Box
 from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
 from support.network.link import Link
 
-pytestmark = pytest.mark.model
-
 GENERATIONS = eight(max_tokens=TOKENS)
 WORKERS = ("a", "b", "c")
 HEARTBEAT_TIMEOUT_S = 2.0
@@ -28,11 +26,11 @@ BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 192
 
 
 @pytest.fixture
-def cluster(demo_model: Path) -> Iterator[DistantCluster]:
+def cluster(small_model: Path) -> Iterator[DistantCluster]:
     """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
     with (
         Box((COORDINATOR, *WORKERS), delays=True) as box,
-        distant_cluster(box, demo_model, timeouts={"worker": f"{HEARTBEAT_TIMEOUT_S:g}s"}) as cluster,
+        distant_cluster(box, small_model, timeouts={"worker": f"{HEARTBEAT_TIMEOUT_S:g}s"}) as cluster,
     ):
         box.set_link(Link.of_round_trip(0.02))
         yield cluster
@@ -70,10 +68,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, expected: list[Answer], fault: Fault) -> None:
+def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, small_answers: list[Answer], fault: Fault) -> None:
     assert states(cluster) == dict.fromkeys(WORKERS, "ready")
     asked = interrupted(cluster, fault)
-    assert asked.result(60.0) == expected
+    assert asked.result(60.0) == small_answers
     assert states(cluster) == dict.fromkeys(WORKERS, "ready") | {fault.lost: "lost"}
 
 
@@ -94,9 +92,9 @@ def states(cluster: DistantCluster) -> dict[str, str]:
     return {worker["name"]: worker["state"] for worker in cluster.status["workers"]}
 
 
-def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, expected: list[Answer]) -> None:
+def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, small_answers: list[Answer]) -> None:
     asked = interrupted(cluster, Fault("b", unplug, SILENT_S))
     cluster.box.heal()
-    assert asked.result(60.0) == expected
+    assert asked.result(60.0) == small_answers
     eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 30.0, "its return")
-    assert cluster.answers(GENERATIONS) == expected
+    assert cluster.answers(GENERATIONS) == small_answers

@@ -127,7 +127,7 @@ class Cluster:
 
     @cached_property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.api, timeout=30.0, trust_env=False)
+        return httpx.Client(base_url=self.api, timeout=30.0, trust_env=False, verify=False)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -203,9 +203,10 @@ class CommandLine:
         out: Path | None = None,
         before: Sequence[str] = (),
         program: Sequence[str | Path] | None = None,
+        network: str | None = None,
     ) -> Running:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
-        that run the command in another place, and become it."""
+        that run the command in another place, and become it; `network` is a network namespace."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err, Path(os.devnull).open("rb") as nothing:
@@ -214,10 +215,12 @@ class CommandLine:
             server = None if before or program else fork_server("llamaclust")
             if server is not None and server.serves(self._environment):
                 words = [os.fsdecode(word) for word in arguments]
-                process = ForkedCommand(words, server.fork(words, self._environment, self.folder, outputs))
+                pid = server.fork(words, self._environment, self.folder, outputs, network)
+                process = ForkedCommand(words, pid)
             else:
+                place = () if network is None else ("ip", "netns", "exec", network)
                 process = subprocess.Popen(
-                    [*before, *(program or COMMAND), *arguments],
+                    [*place, *before, *(program or COMMAND), *arguments],
                     stdin=nothing,
                     stdout=to_out,
                     stderr=to_err,

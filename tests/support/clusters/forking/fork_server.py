@@ -37,6 +37,7 @@ IMPORTED = {
 """By program: what it imports before it works."""
 
 _MESSAGE_BYTES = 1 << 18
+_CLONE_NEWNET = 0x40000000
 _ARGUMENTS_FIELD = 48
 """Of /proc/PID/stat, from 1 on: where the command line begins and ends, then the environment."""
 
@@ -48,6 +49,8 @@ class Asked:
     arguments: list[str]
     environment: dict[str, str]
     folder: str
+    network: str | None = None
+    """A named network namespace, as of `ip netns exec`."""
 
 
 def main() -> None:
@@ -94,6 +97,8 @@ def _serve(requests: socket.socket, program: str, place: tuple[int, int, int]) -
 def _become(asked: Asked, descriptors: list[int]) -> None:
     os.setsid()
     os.chdir(asked.folder)
+    if asked.network is not None:
+        _enter(asked.network)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -101,6 +106,13 @@ def _become(asked: Asked, descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(asked.environment)
     time.tzset()
+
+
+def _enter(network: str) -> None:
+    namespace = os.open(f"/run/netns/{network}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), f"setns into {network}")
+    os.close(namespace)
 
 
 def _places() -> tuple[int, int, int]:

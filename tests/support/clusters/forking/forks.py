@@ -55,10 +55,11 @@ class ForkServer:
         environment: Mapping[str, str],
         folder: Path,
         descriptors: tuple[int, int, int],
+        network: str | None = None,
     ) -> int:
-        """Id of a new child of this process, leader of a session of its own. The descriptors are of its standard input,
-        output and error."""
-        asked = Asked(list(arguments), dict(environment), str(folder))
+        """Id of a new child of this process, leader of a session of its own, in a network namespace if one is named.
+        The descriptors are of its standard input, output and error."""
+        asked = Asked(list(arguments), dict(environment), str(folder), network)
         with self._turn, _subreaper():
             socket.send_fds(self._requests, [json.dumps(asdict(asked)).encode()], list(descriptors))
             return int(self._requests.recv(100))

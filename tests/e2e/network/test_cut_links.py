@@ -69,7 +69,9 @@ CUTS: dict[str, tuple[str, Strike]] = {
 
 
 @pytest.mark.parametrize(("pair", "strike"), CUTS.values(), ids=CUTS.keys())
-def test_the_third_takes_the_place_of_one(small_model: Path, small_answers: list[Answer], pair: str, strike: Strike) -> None:
+def test_the_third_takes_the_place_of_one(
+    small_model: Path, small_answers: list[Answer], pair: str, strike: Strike
+) -> None:
     with workers(small_model, "abc") as cluster:
         assert goes_on(cluster, strike) == small_answers
         assert len(holding(cluster)) == 2 and not holding(cluster) >= set(pair)

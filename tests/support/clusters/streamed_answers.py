@@ -40,7 +40,7 @@ async def answers(api: str, arrived: list[int]) -> Answers:
 
 async def undisturbed(api: str, model: Path) -> Answers:
     """A model's answers from the first cluster that was asked: they are those of every other one."""
-    key = hashlib.sha256(model.read_bytes()).hexdigest()
+    key = hashlib.sha256(await asyncio.to_thread(model.read_bytes)).hexdigest()
     if key not in _UNDISTURBED:
         _UNDISTURBED[key] = await answers(api, [0] * STREAMS)
     return _UNDISTURBED[key]

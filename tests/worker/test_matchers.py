@@ -119,7 +119,7 @@ def test_all_rows_of_a_step_share_a_time(stage: StageMatchers, monkeypatch: pyte
     step(stage, 0, *(task(key, 0, ABC) for key in range(3)), says="aaa")
     for key, expected_ns in enumerate((1 << 40, 0, 1 << 40)):
         stage._answers[key]._expected_ns = expected_ns
-    monkeypatch.setattr(module.StepTime, "left_ns", property(lambda _: 0, lambda *_: None))
+    monkeypatch.setattr(module.MatcherTime, "left_ns", property(lambda _: 0, lambda *_: None))
     _, (slow, quick, slow_too) = step(stage, 1, *(task(key, 1) for key in range(3)), says="ccc")
     assert quick == RowResult(ord("c"), -1.0)
     for row in (slow, slow_too):

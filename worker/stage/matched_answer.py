@@ -16,7 +16,7 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 STEP_NS: Final = 200_000_000
-"""Of a processor, for all rows of a step. A sign of life waits for no more than this. See StepTime."""
+"""Of a processor, for all rows of a step. A sign of life waits for no more than this. See MatcherTime."""
 _READY_S: Final = 60.0
 """From the begin of its making, which takes a fraction of a second: this is for a machine that is very busy."""
 _BUILD_NS: Final = 1_000_000_000
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class StepTime:
+class MatcherTime:
     """What the rows of one step may still use. Then only rows whose tokens took at most their share go on."""
 
     share_ns: int
@@ -137,7 +137,7 @@ class MatchedAnswer:
         """Whether nothing but the answer's end, or one forced token, is allowed."""
         return self._matcher is not None and self._failure is None and self._matcher.is_complete
 
-    def take(self, result: RowResult, time: StepTime) -> RowResult | AllowedTokens:
+    def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
         """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
         row may choose, where its token is not allowed: the next one is chosen among these. The row is deferred where
         the matcher is to be made again."""
@@ -156,7 +156,7 @@ class MatchedAnswer:
             return RowResult(-1, nan, failure=self._failure)
         return replace(result, forced=tuple(self._forced)) if self._forced else result
 
-    def with_forced_draft(self, result: RowResult, time: StepTime) -> RowResult:
+    def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
         """The result of its last row that counts, with the tokens that must follow, if a draft of these is wanted."""
         if not self._start.drafts_forced or self._failure is not None or self._matcher is None or time.left_ns <= 0:
             return result
@@ -184,7 +184,7 @@ class MatchedAnswer:
         self._due = len(self._tokens)
         return DEFERRED
 
-    def _take_within(self, time: StepTime, token: int) -> AllowedTokens | None:
+    def _take_within(self, time: MatcherTime, token: int) -> AllowedTokens | None:
         """RequestError also where others would have to wait for it."""
         if time.is_over(self._expected_ns):
             raise RequestError(f"{self.rule} costs too much time: a step's rows take more than {_ms(STEP_NS)} ms")

@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from threading import Lock
 from typing import Final
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult, RowTask, SampleTask
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
-from llamaclust.worker.stage.matched_answer import DEFERRED, STEP_NS, MatchedAnswer, StepTime
+from llamaclust.worker.stage.matched_answer import DEFERRED, STEP_NS, MatchedAnswer, MatcherTime
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 
 _ALONE_S: Final = 0.05
@@ -31,27 +32,32 @@ _FIRST_S: Final = 0.01
 
 
 class StageMatchers:
-    """Of one loaded last stage, in one epoch at a time."""
+    """Of one loaded last stage, in one epoch at a time.
+
+    Inputs come and are waited for on the event loop, steps begin and are taken in on the thread that computes.
+    """
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is read at the first matcher; `most` answers are kept at a time."""
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
+        self._lock = Lock()  # of the two below: an answer goes from one to the other when its first step begins
         self._answers: dict[int, MatchedAnswer] = {}  # by key
         self._starting: dict[tuple[int, int], MatchedAnswer] = {}  # by microbatch and key
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
         self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
-        self._time = StepTime(STEP_NS)
+        self._time = MatcherTime(STEP_NS)
         self._thread = ThreadPoolExecutor(1, "matchers")
 
     def clear(self) -> None:
         """Forgets all answers: another epoch begins."""
-        for answer in (*self._answers.values(), *self._starting.values()):
-            answer.is_released = True
-        self._answers.clear()
-        self._starting.clear()
+        with self._lock:
+            for answer in (*self._answers.values(), *self._starting.values()):
+                answer.is_released = True
+            self._answers.clear()
+            self._starting.clear()
 
     def close(self) -> None:
         self.clear()
@@ -67,7 +73,9 @@ class StageMatchers:
         for start in inputs.starts:
             if len(self._starting) >= MOST_IN_FLIGHT * self._most:
                 raise ProtocolError(f"more than {MOST_IN_FLIGHT * self._most} matchers that start")
-            answer = self._starting[inputs.number, start.key] = MatchedAnswer(start)
+            answer = MatchedAnswer(start)
+            with self._lock:
+                self._starting[inputs.number, start.key] = answer
             self._make(answer)
 
     async def ready(self, inputs: SamplingInputs) -> None:
@@ -90,9 +98,10 @@ class StageMatchers:
 
     def begin(self, inputs: SamplingInputs) -> tuple[RowTask, ...]:
         """The tasks as they are sampled. ProtocolError for a row whose matcher was not started."""
-        for key in inputs.released:
-            self._answers.pop(key, None)
-        self._admit(inputs.number)
+        with self._lock:
+            for key in inputs.released:
+                self._answers.pop(key, None)
+            self._admit(inputs.number)
         self._rows, self._deferred, self._last = {}, [], {}
         tasks = list(inputs.tasks)
         for place, row in _rows(inputs):
@@ -109,7 +118,7 @@ class StageMatchers:
                 self._deferred.append(place)
                 self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
         if self._rows:
-            self._time = StepTime(STEP_NS // len(self._rows))
+            self._time = MatcherTime(STEP_NS // len(self._rows))
         return tuple(tasks)
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
@@ -163,12 +172,13 @@ class StageMatchers:
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
         """The newest of an answer, as of this microbatch."""
-        started = [start for start in list(self._starting) if start[0] <= number and start[1] == key]
-        return self._starting[max(started)] if started else self._answers.get(key)
+        with self._lock:
+            started = [start for start in self._starting if start[0] <= number and start[1] == key]
+            return self._starting[max(started)] if started else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
         """What starts up to this microbatch."""
-        for start in list(self._starting):  # it may grow meanwhile
+        for start in list(self._starting):
             if start[0] <= number:
                 self._answers[start[1]] = self._starting.pop(start)
         if len(self._answers) > self._most:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from itertools import chain
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_VOCABULARY
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.proto import microbatch_pb2, sampling_pb2
+from llamaclust.wire.microbatch import chunks
+from llamaclust.wire.microbatch.chunks import chunk_bytes
 from llamaclust.wire.microbatch.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.fields import packed, varint
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
@@ -62,6 +66,34 @@ def test_chunks_of_decode(given_chunks: list[Chunk]) -> None:
     data = encode_microbatch(microbatch)
     assert microbatch_pb2.Microbatch.FromString(data).SerializeToString() == data
     assert decode_microbatch(data) == microbatch
+
+
+def test_a_table_that_repeats_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many sequences at once, until it grows."""
+    encoded: list[tuple[int, ...]] = []
+
+    def counted(numbers: tuple[int, ...]) -> bytes:
+        encoded.append(numbers)
+        return packed(numbers)
+
+    monkeypatch.setattr(chunks, "packed", counted)
+    given = [tuple(range(1000 * number, 1000 * number + 400)) for number in range(100, 200)]
+    for position in range(30):
+        for table in given:
+            chunk_bytes(Chunk((1,), position, table, 1))
+    assert encoded == given
+
+
+def test_kept_tables_take_a_bounded_memory() -> None:
+    """Those of sequences whose memory is in thousands of pieces are long, and another one comes with each piece."""
+    tracemalloc.start()
+    try:
+        for number in range(1 << 21, (1 << 21) + 400):
+            chunk_bytes(Chunk((1,), 5, tuple(range(number, number + 4096)), 1))
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 24 << 20
 
 
 @given(rows, st.lists(st.integers(0, 3), min_size=6, max_size=6), st.lists(st.integers(0, 2**63), max_size=2))

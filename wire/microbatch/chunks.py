@@ -3,14 +3,14 @@ would take most of the time; what repeats from token to token, a block table unt
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.wire.microbatch.fields import packed, sized, varint
 from llamaclust.wire.microbatch.messages import Chunk
 
-_TABLES = 2048
-"""Kept encodings."""
+_KEPT_NUMBERS = 1 << 18
+"""Of tables whose encodings are kept, which take about 10 MB with the tables themselves."""
+_ENTRY_NUMBERS = 8
+"""What a kept table takes beside its numbers, in numbers."""
 
 
 def chunk_bytes(chunk: Chunk) -> bytes:
@@ -29,12 +29,35 @@ def _is_one_row(chunk: Chunk) -> bool:
 def _one_row(chunk: Chunk) -> bytes:
     position = b"\x10" + varint(chunk.position) if chunk.position else b""
     outputs = b"\x20" + varint(chunk.outputs) if chunk.outputs else b""
-    return b"".join((b"\x0a", sized(varint(chunk.tokens[0])), position, _table(chunk.table), outputs))
+    return b"".join((b"\x0a", sized(varint(chunk.tokens[0])), position, _tables.encoded(chunk.table), outputs))
 
 
-@lru_cache(_TABLES)
-def _table(numbers: tuple[int, ...]) -> bytes:
-    return b"\x1a" + packed(numbers) if numbers else b""
+class _Tables:
+    """Encodings of block tables. Those of the last tables are kept, by numbers in all: where sequences have taken the
+    memory in turns, one table may have thousands."""
+
+    def __init__(self, kept_numbers: int) -> None:
+        self._most = kept_numbers // 2
+        self._numbers = 0  # in the newer ones
+        self._newer: dict[tuple[int, ...], bytes] = {}
+        self._older: dict[tuple[int, ...], bytes] = {}
+
+    def encoded(self, table: tuple[int, ...]) -> bytes:
+        found = self._newer.get(table)
+        return self._keep(table) if found is None else found
+
+    def _keep(self, table: tuple[int, ...]) -> bytes:
+        if (found := self._older.get(table)) is None:
+            found = b"\x1a" + packed(table) if table else b""
+        size = len(table) + _ENTRY_NUMBERS
+        if self._numbers + size > self._most:
+            self._newer, self._older, self._numbers = {}, self._newer, 0
+        self._newer[table] = found
+        self._numbers += size
+        return found
+
+
+_tables = _Tables(_KEPT_NUMBERS)
 
 
 def _any(chunk: Chunk) -> bytes:

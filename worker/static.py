@@ -140,7 +140,7 @@ class _StaticWorker:
     async def _listen(self, address: str, credentials: Credentials) -> None:
         settings, coordinator = self._settings, split_address(address)
         listen = settings.listen or joined_address(await _own_host(*coordinator), 0)
-        with short_slices():
+        with short_slices():  # gRPC's threads
             self._server = await Server.start(listen, credentials, self._worker.handlers)
         host, _ = split_address(listen)
         if host in ANYWHERE:

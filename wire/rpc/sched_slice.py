@@ -1,5 +1,7 @@
-"""Time slices: threads that hand messages on ask for short ones, so that on cores where others compute their turn comes
-soon. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures: benchmarks/split.py."""
+"""Time slices: threads that only hand messages on ask for short ones, so that on cores where others compute their turn
+comes soon: a coordinator's, and gRPC's of a worker. A worker's own threads have usual ones: all of them compute, its
+event loop short steps. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
+benchmarks/split.py."""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, fla
 
 
 def request_slices(slice_ns: int) -> None:
-    """Of this thread, and of those that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
+    """Of this thread, and of threads and processes that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -28,7 +30,7 @@ def request_slices(slice_ns: int) -> None:
 
 @contextmanager
 def short_slices() -> Iterator[None]:
-    """For this thread meanwhile, and for those that it starts."""
+    """For this thread meanwhile, and for threads and processes that it starts."""
     request_slices(SHORT_SLICE_NS)
     try:
         yield

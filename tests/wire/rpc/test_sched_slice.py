@@ -38,6 +38,28 @@ def test_threads_inherit_short_slices_and_the_usual_ones_come_back() -> None:
         assert pool.submit(time_slice_ns).result() == usual
 
 
+_WORKER = """
+from llamaclust.wire.rpc import sched_slice
+from llamaclust.worker import main
+from llamaclust.worker.settings import WorkerSettings
+
+async def show(settings):
+    print(sched_slice._attributes(0)[5])
+    return 0
+
+main._until_signal = show
+main.run_worker(WorkerSettings(name="w"))
+"""
+
+
+def test_a_worker_computes_in_usual_slices_although_its_coordinator_has_short_ones() -> None:
+    """Which processes inherit."""
+    command = [sys.executable, "-c", _WORKER]
+    with short_slices():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) == time_slice_ns() != SHORT_SLICE_NS
+
+
 _PROGRAM = """
 import asyncio, psutil
 from llamaclust.wire.rpc import sched_slice

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from statistics import median
+from time import perf_counter
 from typing import Final
 
 import numpy as np
@@ -27,14 +28,14 @@ _WEIGHT_ROWS, _COLUMNS = 8192, 2048
 _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
-_ENOUGH_S: Final = 0.3  # of tries of a product: on a slow machine there is one
+_ENOUGH_S: Final = 0.3  # of tries of a product, with their flushes of caches: on a slow machine there is one
 
 
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
     """Of the types that the processor computes with; none where memory is short. Blocks for some tens of milliseconds a
-    type."""
+    type where caches are small, at most for `_ENOUGH_S` and one more try for each number of rows."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:
@@ -50,7 +51,8 @@ def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: Cac
         x = source.standard_normal((rows, _COLUMNS), np.float32)
         used = matrices if rows <= _FEW_ROWS else matrices[:1]
         seconds: list[float] = []
-        while len(seconds) < _TRIES and sum(seconds) < _ENOUGH_S:
+        begun_s = perf_counter()
+        while len(seconds) < _TRIES and perf_counter() - begun_s < _ENOUGH_S:
             if rows <= _FEW_ROWS:
                 flush.sweep()
             seconds.append(_native.matmul_seconds(feature_level, used, x, threads))

@@ -22,8 +22,9 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 def frame_reader(runner: StageRunner) -> FrameReader | None:
     """None for a stage whose microbatches always have what is not read natively."""
     program, limits = runner.program, runner.limits
-    if limits.nextn or limits.state_blocks or not runner.model_id.isalnum():
+    if limits.nextn or limits.state_blocks:
         return None
+    assert runner.model_id.isalnum(), "hex digits"
     window = program.window if limits.gives_up(program.window) else None
     return FrameReader(
         runner.model_id,

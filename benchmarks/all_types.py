@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compare import Pair, Speed, Task, as_line, check_program, chosen, listed, positive, show
+from compare import Pair, Speed, Task, as_line, check_program, show
+from measuring.options import chosen, listed, positive
 from shape import LAYOUTS, SHAPES, write_shape
 
 from llamaclust.cli.interrupts import ends_in_one_line

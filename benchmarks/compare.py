@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from measuring.options import natural, positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
@@ -152,34 +153,6 @@ def show(model: str, pairs: Sequence[Pair]) -> None:
         ratio = Spread.of(getattr(pair, name) for pair in pairs)
         speeds = f"{ours.median:9.1f} tok/s, {share.median:4.0%} of the limit   llama.cpp {theirs.median:9.1f}"
         print(f"{model:12} {name:8} {speeds}   ratio {ratio:.2f}", flush=True)
-
-
-def natural(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,7}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
-
-
-def listed(one: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
-    """What reads values that commas separate."""
-    return lambda text: [one(part) for part in text.split(",")]
-
-
-def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
-    """What reads one of the choices, or names them."""
-
-    def read(text: str) -> _Value:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"{what} {text!r}: choose from {', '.join(choices)}")
-        return choices[text]
-
-    return read
 
 
 def main() -> None:

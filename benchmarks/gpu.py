@@ -26,11 +26,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare import check_program, positive
+from compare import check_program
 from gpu_support.llama import LlamaCpp
 from gpu_support.record import described, write_record
 from gpu_support.stage import Loaded, Task, report
 from gpu_support.work import Figures, Round
+from measuring.options import positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.values import parse_size

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from compare import chosen, listed, positive
+from measuring.options import chosen, listed, positive
 from shape import LAYOUTS, random_matrix
 
 from llamaclust.cli.interrupts import ends_in_one_line

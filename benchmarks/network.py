@@ -27,7 +27,9 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 tune_grpc()
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from split import difference, prompts, run, show  # noqa: E402
+from measuring.answers import prompts, run  # noqa: E402
+from measuring.lines import show  # noqa: E402
+from split import difference  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402

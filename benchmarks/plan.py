@@ -35,8 +35,9 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 tune_grpc()
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from plan_shapes import SHAPES, Shape  # noqa: E402
-from split import prompts, run  # noqa: E402
+from measuring.answers import prompts, run  # noqa: E402
+from measuring.plan_shapes import SHAPES, Shape  # noqa: E402
+from measuring.predictions import WANTED, count_near  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
@@ -61,7 +62,7 @@ _PROMPT, _TOKENS = 224, 48  # attention looks at as many keys as in the trials o
 _LOAD_S = 15.0
 _END_S = 10.0
 _AGAIN = 5
-_WANTED, _WANTED_MEDIAN = 0.15, 0.08
+_WANTED_MEDIAN = 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +336,9 @@ def show(shape: Shape, row: Row) -> None:
 
 def summary(rows: list[Row]) -> None:
     errors = [abs(row.ratio - 1) for row in rows]
-    within = sum(error <= _WANTED for error in errors)
-    print(f"{within} of {len(rows)} shapes within {_WANTED:.0%}; median error {median(errors):.1%}, ", end="")
-    print(f"most {max(errors):.1%} (wanted: each within {_WANTED:.0%}, {_WANTED_MEDIAN:.0%} in the median)")
+    within = count_near(row.ratio for row in rows)
+    print(f"{within} of {len(rows)} shapes within {WANTED:.0%}; median error {median(errors):.1%}, ", end="")
+    print(f"most {max(errors):.1%} (wanted: each within {WANTED:.0%}, {_WANTED_MEDIAN:.0%} in the median)")
     compared = [row for row in rows if row.best_random is not None]
     if compared:
         faster = [row.shape for row in compared if row.best_random is not None and row.best_random < 1 - row.noise]

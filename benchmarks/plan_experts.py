@@ -27,10 +27,11 @@ from statistics import median
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from compare import positive
+from measuring.answers import prompts, run
+from measuring.options import positive
+from measuring.plan_shapes import Shape, at
+from measuring.predictions import WANTED, count_near
 from plan import layers_of, network, opened
-from plan_shapes import Shape, at
-from split import prompts, run
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.server.coordinator import Cluster
@@ -40,7 +41,6 @@ from support.network.box import missing
 
 _CONTEXT, _PROMPT = 1024, 512
 _DECODE_PROMPT, _TOKENS = 224, 48  # attention looks at as many keys as in the trials of workers
-_WANTED = 0.15
 _OWN_MIB = 700  # of a worker, beside its weights
 _SHAPES = (
     Shape("processes", "three processes", True, (1, 1, 1)),
@@ -158,8 +158,8 @@ def main() -> int:
     if given.json is not None:
         given.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     ratios = [row.ratio(figure) for row in rows for figure in ("token_s", "ttft_s")]
-    within = sum(abs(ratio - 1) <= _WANTED for ratio in ratios)
-    print(f"{within} of {len(ratios)} within {_WANTED:.0%}")
+    within = count_near(ratios)
+    print(f"{within} of {len(ratios)} within {WANTED:.0%}")
     return 0 if ratios and within == len(ratios) else 1
 
 

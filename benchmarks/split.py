@@ -13,25 +13,24 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from compare import positive  # noqa: E402
+from measuring.answers import prompts, run  # noqa: E402
+from measuring.lines import report, show  # noqa: E402
+from measuring.options import positive  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.engine.metrics import StageReport  # noqa: E402
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 
@@ -59,19 +58,6 @@ async def cluster_of(workers: int, model: Path, folder: Path, *more: str) -> Asy
     directory.create()
     async with open_cluster(load_config(None, overrides), model, directory) as cluster:
         yield cluster
-
-
-def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Random ids: nothing is found in the prefix cache."""
-    return [tuple(source.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
-
-
-async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finished:
-    request = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens, max_drafted=0)
-    async for event in cluster.engine.submit(request):
-        if isinstance(event, Finished):
-            return event
-    raise AssertionError("a request ends with Finished")
 
 
 async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sample:
@@ -119,17 +105,6 @@ async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, 
                 report(f"turn {number} of {repeats}" if number else "warming up")
                 pairs.append((await measure(one, source, tokens), await measure(two, source, tokens)))
     return pairs[1:]
-
-
-def report(what: str) -> None:
-    """Prints the next step on standard error."""
-    if sys.stderr.isatty():
-        print(what, file=sys.stderr, flush=True)
-
-
-def show(name: str, ratios: list[float], target: str) -> None:
-    spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
-    print(f"{name:58} {median(ratios):7.3f}   {spread:18} {target}")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 import psutil
-from compare import listed, positive
+from measuring.options import listed, positive
 
 from llamaclust.tools.bench.limits import Spread
 

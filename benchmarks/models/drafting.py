@@ -23,7 +23,7 @@ from statistics import mean, median
 from time import perf_counter_ns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from compare import listed, positive
+from measuring.options import listed, positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.scheduler.drafting.drafter import NO_DRAFT, Drafter

@@ -7,7 +7,7 @@ For each type a file is written and a cluster started. A line has the measured m
 tokens, and predicted / measured: of the plan, by steps of the model that the worker measured; by products alone (a
 worker without the model file); and by its limits alone, as `plan --assume` predicts. The worker measures itself before
 and after each measured request, and the mean of both predictions counts; printed are medians. 20 seconds a type, longer
-for large files. `--table` prints a file of `--json` as the table of docs/kernels.md.
+for large files. `--table` prints a file of `--json` as a table in Markdown.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from all_types import model_of
-from compare import chosen, listed, positive
+from measuring.answers import prompts, run
+from measuring.options import chosen, listed, positive
+from measuring.plan_shapes import Shape
+from measuring.predictions import WANTED, count_near
 from plan import opened, planner_of
-from plan_shapes import Shape
 from shape import LAYOUTS, SHAPES
-from split import prompts, run
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.control.planning import ClusterResources, predict_served
@@ -47,7 +48,6 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 _TOKENS, _PROMPT, _CONTEXT = 32, 512, 1024
 _SHORT_PROMPT = 224  # behind it attention looks at as many keys as in the trials of workers
-_WANTED = 0.15
 KINDS = ("steps", "products", "limits")
 
 
@@ -142,10 +142,10 @@ def _ratio(predictions: Sequence[Times], taken: Sequence[Times]) -> Times:
 def summary(rows: Sequence[Row]) -> Iterator[str]:
     for what in ("token", "prompt"):
         for kind, name in enumerate(KINDS):
-            errors = [abs(getattr(row.ratios[kind], what) - 1) for row in rows]
-            within = sum(error <= _WANTED for error in errors)
+            ratios = [getattr(row.ratios[kind], what) for row in rows]
+            errors = [abs(ratio - 1) for ratio in ratios]
             error = f"median error {median(errors):.1%}, most {max(errors):.1%}"
-            yield f"{what} by {name}: {within} of {len(rows)} types within {_WANTED:.0%}, {error}"
+            yield f"{what} by {name}: {count_near(ratios)} of {len(rows)} types within {WANTED:.0%}, {error}"
 
 
 def table(path: Path) -> Iterator[str]:

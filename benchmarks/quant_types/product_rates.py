@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from compare import chosen, listed, positive
+from measuring.options import chosen, listed, positive
 from shape import LAYOUTS, random_matrix
 
 from llamaclust.cli.interrupts import ends_in_one_line

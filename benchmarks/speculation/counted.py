@@ -25,8 +25,8 @@ from statistics import median
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / "tests")]
 
-from compare import chosen, listed, positive  # noqa: E402
 from corpus import KINDS, prompts  # noqa: E402
+from measuring.options import chosen, listed, positive  # noqa: E402
 from row_costs import RowCosts, measured  # noqa: E402
 from texts import request_of  # noqa: E402
 from turns import CONTEXT, served, together  # noqa: E402

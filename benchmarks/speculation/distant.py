@@ -23,13 +23,13 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 tune_grpc()
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parents[2] / "tests")]
 
-from compare import chosen, listed, positive  # noqa: E402
 from corpus import Prompt, prompts  # noqa: E402
+from measuring.lines import show  # noqa: E402
+from measuring.options import chosen, listed, positive  # noqa: E402
 from network import COORDINATOR, distant_cluster, local_cluster  # noqa: E402
 from recorded import RecordedDrafters  # noqa: E402
 from replay import Replay, Sizes  # noqa: E402
 from row_costs import machine  # noqa: E402
-from split import show  # noqa: E402
 from texts import request_of  # noqa: E402
 from turns import CONTEXT, Pair, Served, answer, check_same, drafting_with, pair, summary  # noqa: E402
 

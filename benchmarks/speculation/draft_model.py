@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from compare import listed, positive
+from measuring.lines import show
+from measuring.options import listed, positive
 from recorded import NoDrafters
 from row_costs import RowCosts, machine, measured
 from shape import LAYOUTS, SHAPES, Shape, metadata, random_matrix, tensors
-from split import show
 from turns import Pair, Served, check_same, pair, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line

@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from compare import chosen, listed, positive
+from measuring.lines import show
+from measuring.options import chosen, listed, positive
 from public_shape import sources_of
 from recorded import NoDrafters
 from row_costs import machine
 from shape import tokenizer
-from split import show
 from turns import Pair, Served, answer, check_same, served, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line

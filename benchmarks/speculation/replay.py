@@ -24,10 +24,10 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from compare import listed, positive  # noqa: E402
+from measuring.lines import show  # noqa: E402
+from measuring.options import listed, positive  # noqa: E402
 from recorded import RecordedDrafters, chosen_right  # noqa: E402
 from row_costs import RowCosts, machine, measured  # noqa: E402
-from split import show  # noqa: E402
 from turns import CONTEXT, Answered, Pair, Served, answer, check_same, pair, served, summary, together  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402

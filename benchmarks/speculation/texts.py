@@ -25,10 +25,10 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from compare import chosen, listed, positive  # noqa: E402
 from corpus import KINDS, Prompt, answer_tokens, prompts  # noqa: E402
+from measuring.lines import report  # noqa: E402
+from measuring.options import chosen, listed, positive  # noqa: E402
 from row_costs import machine, measured  # noqa: E402
-from split import report  # noqa: E402
 from turns import Pair, Served, pair, served  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402

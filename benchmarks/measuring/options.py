@@ -1,0 +1,38 @@
+"""Values of options on the command lines of benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
+
+
+def natural(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,7}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def listed(one: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
+    """What reads values that commas separate."""
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
+    """What reads one of the choices, or names them."""
+
+    def read(text: str) -> _Value:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{what} {text!r}: choose from {', '.join(choices)}")
+        return choices[text]
+
+    return read

@@ -2,7 +2,8 @@
 
     python benchmarks/hop.py MODEL.gguf --steps 500
 
-A worker's round trip less the compute time it reports is what gRPC and Python add; two workers less one is a hop.
+A worker's round trip less the compute time it reports is what its stream, a Unix socket, and Python add; two workers
+less one is a hop.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from llamaclust.cluster.launchers.run_directory import run_directory  # noqa: E4
 from llamaclust.core.limits import StageLimits  # noqa: E402
 from llamaclust.core.sampling import SampleTask, SamplingParams  # noqa: E402
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs  # noqa: E402
+from llamaclust.wire.rpc.deadlines import recurring_deadline  # noqa: E402
 from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
+_RESULT_S = 60.0
 LIMITS = StageLimits(max_batch_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
 _BLOCKS = LIMITS.max_context_tokens // 16
 
@@ -65,11 +68,14 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
                 results: asyncio.Queue[Result] = asyncio.Queue()
                 at_work = asyncio.create_task(pipeline.run(results.put_nowait))
 
-                async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
-                    pipeline.submit(microbatch, inputs)
-                    return await results.get()
+                async with recurring_deadline("a result", _RESULT_S) as limit:
 
-                measured = await timed(step, model_id, steps, rows)
+                    async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
+                        pipeline.submit(microbatch, inputs)
+                        with limit:
+                            return await results.get()
+
+                    measured = await timed(step, model_id, steps, rows)
                 at_work.cancel()
                 await pipeline.close()
                 return measured

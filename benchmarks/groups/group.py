@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -32,9 +34,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from compare import chosen, listed, positive
 from divided import CONTEXT, DIVIDED, Cut
 from links import build, write_keys
+from measuring.options import chosen, listed, positive
 from member import Outcome, Run, Setting
 from shape import LAYOUTS, SHAPES, Shape, check
 
@@ -44,7 +46,7 @@ from llamaclust.kernels import probes
 from llamaclust.worker.devices.system_info import processor_name
 
 CHECKED_TOKENS = 16
-_END_S = 10.0
+_ANSWER_S, _END_S = 1800.0, 10.0
 _HEADER = "gathers  trip, ms   one, ms group, ms  gathered     tok/s  speedup"
 
 
@@ -85,10 +87,18 @@ class Group:
     def _request(self, values: Sequence[Any]) -> list[Any]:
         for process, value in zip(self._processes, values, strict=True):
             print(json.dumps(value), file=process.stdin, flush=True)
-        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
-        if "" in lines:
-            raise LlamaclustError(f"member {lines.index('')} has ended; see above")
-        return [json.loads(line) for line in lines]
+        until_s = time.monotonic() + _ANSWER_S
+        return [json.loads(self._line(member, until_s)) for member in range(len(self._processes))]
+
+    def _line(self, member: int, until_s: float) -> str:
+        """A member's answer. LlamaclustError where it has none by then."""
+        answers = self._processes[member].stdout
+        assert answers is not None
+        if not select.select([answers], [], [], max(0.0, until_s - time.monotonic()))[0]:
+            raise LlamaclustError(f"member {member} has not answered in {_ANSWER_S:g} s; measure less")
+        if not (line := answers.readline()):
+            raise LlamaclustError(f"member {member} has ended; see above")
+        return line
 
 
 @dataclass(frozen=True, slots=True)

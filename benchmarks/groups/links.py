@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from llamaclust.wire.security.credentials import Principal
 _SOURCE = Path(__file__).parent / "exchange.cpp"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 _BUFFER_BYTES = 1 << 20
+_CONNECT_S = 60.0
 _HEADER = Path("/usr/include/openssl/ssl.h")
 
 
@@ -82,17 +84,26 @@ class Links:
         self.delay_ns, self._byte_ns = ctypes.c_int64(0), ctypes.c_double(0)
 
     def connect(self, ports: Sequence[int], hosts: Sequence[str]) -> None:
-        """To members before this one; those behind it connect to it, and say by a byte which one they are."""
-        for other in range(self._member):
-            connection = socket.create_connection(("127.0.0.1", ports[other]))
-            connection.sendall(bytes([self._member]))
-            self._open(connection, other, hosts[other], accepts=False)
-        for _ in range(self._member + 1, len(ports)):
-            connection, _ = self._listener.accept()
-            other = connection.recv(1)[0]
-            self._open(connection, other, hosts[other], accepts=True)
+        """To members before this one; those behind it connect to it, and say by a byte which one they are.
+        LlamaclustError where one is not there in time."""
+        try:
+            for other in range(self._member):
+                connection = socket.create_connection(("127.0.0.1", ports[other]), _CONNECT_S)
+                connection.sendall(bytes([self._member]))
+                self._open(connection, other, hosts[other], accepts=False)
+            self._listener.settimeout(_CONNECT_S)
+            for _ in range(self._member + 1, len(ports)):
+                connection, _ = self._listener.accept()
+                connection.settimeout(_CONNECT_S)
+                (other,) = connection.recv(1)
+                self._open(connection, other, hosts[other], accepts=True)
+        except (OSError, ValueError) as error:
+            raise LlamaclustError(f"member {self._member} has no link to another: {error}") from error
 
     def _open(self, connection: socket.socket, other: int, host: str, *, accepts: bool) -> None:
+        connection.settimeout(None)  # OpenSSL reads and writes itself
+        for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(_CONNECT_S), 0))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # all members send before they receive
             connection.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER_BYTES)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
+from llamaclust.core.errors import LlamaclustError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -21,9 +25,9 @@ from support.paths import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "benchmarks" / "groups"))
 from divided import SEED, borders
-from group import CHECKED_TOKENS
-from links import missing
-from member import FIRST_TOKEN, WARM
+from group import CHECKED_TOKENS, Group
+from links import Links, missing
+from member import FIRST_TOKEN, WARM, Run
 from shape import SHAPES, write_shape
 
 SCRIPT = ROOT / "benchmarks" / "groups" / "group.py"
@@ -80,6 +84,24 @@ def test_a_group_has_the_bits_of_the_product(
 def test_rows_are_divided_in_whole_pieces_by_the_shares() -> None:
     assert borders(2048, 512, (2, 1, 1), "heads") == (0, 1024, 1536, 2048)
     assert borders(5632, 256, (1, 1), "channels") == (0, 2816, 5632)
+
+
+def test_a_member_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("group._ANSWER_S", 0.05)
+    with subprocess.Popen(["sleep", "60"], stdin=PIPE, stdout=PIPE, text=True) as silent:
+        given = Group([])
+        given._processes = [silent]
+        with pytest.raises(LlamaclustError, match=r"member 0 has not answered in 0\.05 s"):
+            given.run(Run(1))
+        silent.kill()
+
+
+def test_a_member_that_does_not_connect_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("links._CONNECT_S", 0.05)
+    given = object.__new__(Links)  # without the library
+    given._member, given._listener = 0, socket.create_server(("127.0.0.1", 0))
+    with given._listener, pytest.raises(LlamaclustError, match="member 0 has no link to another: timed out"):
+        given.connect([0, 0], ["a", "b"])
 
 
 @pytest.mark.parametrize(

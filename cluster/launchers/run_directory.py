@@ -31,11 +31,11 @@ class RunDirectory:
 
     @property
     def coordinator(self) -> str:
-        """gRPC target of the coordinator."""
+        """The coordinator's address."""
         return f"unix:{self.path / 'c.sock'}"
 
     def worker(self, index: int) -> str:
-        """gRPC target of a worker's Stage service."""
+        """The address of a worker."""
         return f"unix:{self.path / f'w{index}.sock'}"
 
 

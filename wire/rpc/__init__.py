@@ -1,1 +1,1 @@
-"""gRPC: client, server, send queues, deadlines, options."""
+"""Streams between processes, of gRPC and on Unix sockets: client, server, send queues, deadlines, options."""

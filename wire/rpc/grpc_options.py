@@ -8,11 +8,13 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Releases that know these names: another would print a complaint and go on. Figures: benchmarks/hop.py."""
+"""Of gRPC, which does not document these names: a release that lacks them would print a complaint and go on. Others use
+their own event loop: the same results, slower links between machines. What a message takes: benchmarks/tls.py."""
 
 
 def tune_grpc() -> None:
-    """For process mains, as early as possible: the event loop that answers faster, and no chatter on standard error.
+    """For process mains, as early as possible: the event loop that answers faster, for links between machines (those on
+    one need no gRPC), and no chatter on standard error.
 
     What the user has set stays. Without effect once gRPC is imported.
     """

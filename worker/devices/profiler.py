@@ -44,7 +44,7 @@ _ENOUGH_S = 2.0  # of steps at so many rows: large layers on a slow machine are 
 _CONTEXT = 256  # tokens before those of a decode step, and before a prompt's row in the mean
 _BLOCKS = (_CONTEXT + 16) // 16
 _LEAST_LAYERS = 3
-_LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and differ by less than a machine's moods
+_LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and differ by less than a machine's speed
 _EPOCH = 1
 
 Sweep = Callable[[], None]
@@ -168,7 +168,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Of stages with these layers, in turns: what a machine's moods add is much the same for all of them."""
+        """Of stages with these layers, in turns: changes of the machine's speed affect all of them alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:

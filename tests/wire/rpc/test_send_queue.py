@@ -1,4 +1,4 @@
-"""What is put into an outbox goes out in order and in time, or is heard of."""
+"""What is put into a send queue goes out in order and in time, or is heard of."""
 
 from __future__ import annotations
 

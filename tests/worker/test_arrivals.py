@@ -211,7 +211,9 @@ def test_stages_compute_the_same_by_both_ways(model: Model, backend: Backend) ->
     chunks = (Chunk((1, 2, 4), 0, (0, 2), 1), Chunk((0,), 0, (2, 1), 1, (4, 1)))
     frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 5, chunks)), (), None)
     answers = []
-    for readers in ([frame_reader(runner) for runner in runners], [None, None]):
+    native = [frame_reader(runner) for runner in runners]
+    assert None not in native
+    for readers in (native, [None, None]):
         first = Arrival.read(frame, readers[0], 10, 20)
         assert (first.native is None) == (readers[0] is None)
         passed_on = first.next_frame(first.run(runners[0], tokens), StageTiming(1, 2, 3, first.rows))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES
@@ -37,6 +40,27 @@ def test_every_type_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_profiler, "_WEIGHT_ROWS", 64)
     found = measure_products(QUANTIZED_TYPES, 1, "generic", 4 * GIB)
     assert {time.quant_type for time in found} == {*map(int, QUANTIZED_TYPES)}
+
+
+def test_a_large_cache_that_takes_long_to_flush_leaves_fewer_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, tries = 0.0, list[int]()
+
+    class Slow:
+        def __init__(self, n_bytes: int) -> None: ...
+
+        def sweep(self) -> None:
+            nonlocal now_s
+            now_s += 0.2
+
+    def product(level: str, matrices: object, x: NDArray[np.float32], threads: int) -> float:
+        tries.append(len(x))
+        return 0.001
+
+    monkeypatch.setattr(product_profiler, "CacheFlush", Slow)
+    monkeypatch.setattr(product_profiler, "perf_counter", lambda: now_s)
+    monkeypatch.setattr(product_profiler._native, "matmul_seconds", product)
+    assert len(measure_products((QuantType.Q8_0,), 1, "", 4 * GIB)) == len(ROWS)
+    assert Counter(tries) == {1: 2, 4: 2, 8: 2, 32: 5, 128: 5}, "many rows are measured without a flush"
 
 
 def test_a_worker_measures_products_without_a_model() -> None:

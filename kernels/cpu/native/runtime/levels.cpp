@@ -48,7 +48,7 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// The registers of tiles, saved only for processes that have requested them.
+// The registers of tiles, saved only for processes that have requested them and are permitted them.
 constexpr int kTileConfig = 17, kTileData = 18;
 #ifndef ARCH_GET_XCOMP_SUPP
 #define ARCH_GET_XCOMP_SUPP 0x1021
@@ -60,11 +60,10 @@ bool system_has_tiles(uint64_t saved) {
          syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &supported) == 0 && (supported >> kTileData & 1) != 0;
 }
 
-// Of a level that is going to be used.
-void request_registers(const std::string& level) {
-  if (level != "amx" || syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, kTileData) == 0) return;
-  throw std::invalid_argument("feature level amx: the system does not permit tile registers (error " +
-                              std::to_string(errno) + ")");
+// Why a process on a CPU with tiles may not use them, asked once; 0: it may.
+int tiles_error() {
+  static const int error = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, kTileData) == 0 ? 0 : errno;
+  return error;
 }
 
 }  // namespace
@@ -103,18 +102,17 @@ CpuFeatures cpu_features() { return {}; }
 
 #endif
 
-#if !defined(__x86_64__)
-
-namespace {
-
-void request_registers(const std::string&) {}
-
-}  // namespace
-
+std::string refusal(const std::string& level) {
+#if defined(__x86_64__)
+  if (level == "amx" && cpu_features().amx && tiles_error() != 0)
+    return "the system does not permit tile registers (error " + std::to_string(tiles_error()) + ")";
 #endif
+  return "";
+}
 
 std::vector<Level> available_levels() {
-  const CpuFeatures can = cpu_features();
+  CpuFeatures can = cpu_features();
+  can.amx = can.amx && refusal("amx").empty();
   std::vector<Level> levels;
 #define ADD(name, attention, base) \
   if (can.name)         \
@@ -129,13 +127,12 @@ Level find_level(const std::string& name) {
   if (name.empty() && !levels.empty()) return levels.back();
   std::string names;
   for (const Level& level : levels) {
-    if (name == level.name) {
-      request_registers(name);
-      return level;
-    }
+    if (name == level.name) return level;
     names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::invalid_argument("feature level " + name + " is not available here; there is: " + names);
+  const std::string why = refusal(name);
+  throw std::invalid_argument("feature level " + name + " is not available here" + (why.empty() ? "" : ": " + why) +
+                              "; there is: " + names);
 }
 
 }  // namespace llamaclust

@@ -24,7 +24,11 @@ struct CpuFeatures {
 
 CpuFeatures cpu_features();
 
-// Slowest first; the last is what an unforced choice takes.
+// Why the system refuses this process a level whose instructions the CPU has; empty: it does not.
+std::string refusal(const std::string& level);
+
+// Those that this process may use, slowest first; the last is what an unforced choice takes. Asks the system for what
+// levels need.
 std::vector<Level> available_levels();
 
 // The level of that name, or the best for an empty one; std::invalid_argument names what there is.

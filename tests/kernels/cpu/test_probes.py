@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,18 @@ def test_bandwidth_is_at_least_what_numpy_reads() -> None:
             x.max()
         numpy_bytes_s = 4 * x.nbytes / (time.perf_counter() - start)
         ratios.append(_native.ReadProbe(1, 2).measure(0.2) / numpy_bytes_s)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bandwidth_is_that_of_the_bytes_that_were_read(threads: int) -> None:
+    """By the sum of what came from memory: in the time asked for, somewhat less than at the speed of the best pattern.
+    In one of some rounds, since others use the machine."""
+    ratios: list[float] = []
+    while not any(0.85 < ratio < 1.7 for ratio in ratios):
+        assert len(ratios) < 20, ratios
+        probe = _native.ReadProbe(threads, 2)
+        assert probe.bytes_read == 0
+        ratios.append(probe.measure(0.2) * 0.2 / probe.bytes_read)
 
 
 def test_peaks_are_plausible() -> None:
@@ -100,12 +113,27 @@ def test_measuring_leaves_other_python_threads_running() -> None:
     assert ticks >= 3
 
 
-def test_machine_is_measured_quickly() -> None:
-    probes.measure_machine(2)  # touches memory that the system may have to find first
-    start = time.process_time()
+def test_machine_is_measured_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes keep to the time asked for: `test_bandwidth_is_that_of_the_bytes_that_were_read`."""
+    asked_s: list[float] = []
+
+    class Probe:
+        def __init__(self, threads: int, cache_multiple: int) -> None:
+            assert cache_multiple <= 4, "a larger buffer takes long to fill"
+            self._probe = _native.ReadProbe(threads, cache_multiple)
+
+        def measure(self, seconds: float) -> float:
+            asked_s.append(seconds)
+            return self._probe.measure(seconds)
+
+    def int8_peak(threads: int, seconds: float) -> float:
+        asked_s.append(seconds)
+        return _native.int8_peak(threads, seconds)
+
+    monkeypatch.setattr(probes, "_native", SimpleNamespace(ReadProbe=Probe, int8_peak=int8_peak))
     machine = probes.measure_machine(2)
     assert machine.read_bytes_s > 1e8 and machine.int8_macs_s > 1e8
-    assert time.process_time() - start < 20.0  # of two threads; half a second on an idle machine
+    assert len(asked_s) == 2 and sum(asked_s) < 0.5
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(0, 1.0), (-1, 1.0), (1025, 1.0), (1, 0.0), (1, 61.0), (1, math.nan)])

@@ -88,7 +88,8 @@ void bind_sampler(nb::module_& module) {
   const nb::call_guard<nb::gil_scoped_release> released;
   nb::class_<ReadProbe>(module, "ReadProbe")
       .def(nb::init<int, int>(), "threads"_a, "cache_multiple"_a, released)
-      .def("measure", &ReadProbe::measure, "seconds"_a, released);
+      .def("measure", &ReadProbe::measure, "seconds"_a, released)
+      .def_prop_ro("bytes_read", &ReadProbe::bytes_read);
   module.def("int8_peak", &int8_peak, "threads"_a, "seconds"_a, released);
   module.def("fma_peak", &fma_peak, "threads"_a, "seconds"_a, released);
   module.def("philox", &philox, "counter"_a, "key"_a);

@@ -70,6 +70,9 @@ double peak(const ArithmeticPiece piece, int threads, double seconds) {
 }
 
 constexpr size_t kChunkBytes = 4096;
+constexpr int kFilling = 1;  // of every byte of the buffer
+constexpr uint64_t kWordsOfSum = ~uint64_t{254};  // the inverse of a word of the buffer, modulo 2^64
+static_assert(kWordsOfSum * 0x0101010101010101 == 1);
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
 constexpr size_t kMostBytes = size_t{1} << 30;
@@ -102,10 +105,10 @@ uint64_t read_lines(const uint8_t* const* chunks, const uint8_t* const* ahead) {
       uint64_t line[8];
       memcpy(line, chunks[s] + offset, 64);
       if (prefetch) __builtin_prefetch(ahead[s] + offset, 0, 0);
-      for (int i = 0; i < 8; i++) sums[i] ^= line[i];
+      for (int i = 0; i < 8; i++) sums[i] += line[i];
     }
   uint64_t sum = 0;
-  for (uint64_t s : sums) sum ^= s;
+  for (uint64_t s : sums) sum += s;
   return sum;
 }
 
@@ -135,7 +138,7 @@ double ReadProbe::read(int thread, const ReadPattern& pattern) {
       now[s] = chunk(thread, number, pattern);
       ahead[s] = chunk(thread, number + pattern.prefetch_chunks, pattern);
     }
-    place.sum ^= reader(now, ahead);
+    place.sum += reader(now, ahead);
   }
   return kPieceBytes;
 }
@@ -146,9 +149,15 @@ ReadProbe::ReadProbe(int threads, int cache_multiple)
       memory_(chunks_ * kChunkBytes * static_cast<size_t>(threads)),
       places_(threads) {
   rate(threads, 0, [this](int thread) {  // so that memory is really there, near the thread
-    memset(memory_.data() + thread * chunks_ * kChunkBytes, 1, chunks_ * kChunkBytes);
+    memset(memory_.data() + thread * chunks_ * kChunkBytes, kFilling, chunks_ * kChunkBytes);
     return 1.0;
   });
+}
+
+uint64_t ReadProbe::bytes_read() const {
+  uint64_t sum = 0;
+  for (const Place& place : places_) sum += place.sum;
+  return sum * kWordsOfSum * 8;
 }
 
 double ReadProbe::measure(double seconds) {

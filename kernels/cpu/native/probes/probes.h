@@ -23,6 +23,9 @@ class ReadProbe {
   // Bytes a second, all threads together: the best of several plain patterns, each tried twice.
   double measure(double seconds);
 
+  // What all measurements have read, by the sum of what came.
+  uint64_t bytes_read() const;
+
  private:
   const uint8_t* chunk(int thread, size_t number, const ReadPattern& pattern) const;
   double read(int thread, const ReadPattern& pattern);  // the thread's next piece; returns its bytes

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from support.clusters.forking.forks import fork_server
+from support.clusters.forking.forks import first_environment, fork_server
 
 _WORKER = "llamaclust.worker"
 
@@ -80,4 +80,5 @@ def _is_launchers(options: dict[str, Any]) -> bool:
 
 def fork_workers() -> None:
     """From now on, of all launchers in this process."""
+    first_environment()
     asyncio.create_subprocess_exec = ForkedWorkers(asyncio.create_subprocess_exec)  # type: ignore[assignment]

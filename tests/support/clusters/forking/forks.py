@@ -66,9 +66,15 @@ class ForkServer:
 
 
 @cache
+def first_environment() -> dict[str, str]:
+    """As it is when this is called first: before any test changes it."""
+    return dict(os.environ)
+
+
+@cache
 def fork_server(program: str) -> ForkServer | None:
     """This process's, started by the first who asks; None where the system has not what it takes."""
-    return ForkServer(program, os.environ) if sys.platform == "linux" else None
+    return ForkServer(program, first_environment()) if sys.platform == "linux" else None
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:

@@ -138,6 +138,11 @@ def test_hop(folder: Path) -> None:
     assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
 
 
+def test_native_step(folder: Path) -> None:
+    out = output(folder, "native_step.py", "--rows", "1,8", "--rounds", "1", "--calls", "2").splitlines()
+    assert [line.split()[-3] for line in out] == ["rows", *"11118888"]
+
+
 def test_structured(folder: Path) -> None:
     text = output(folder, "structured.py", "Q8_0.gguf", "--threads", "1", "--tokens", "4", "--pairs", "1")
     assert re.search(r"^step, JSON strings, 16 streams: \d", text, re.MULTILINE)

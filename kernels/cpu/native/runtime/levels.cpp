@@ -102,7 +102,7 @@ CpuFeatures cpu_features() { return {}; }
 
 #endif
 
-std::string refusal(const std::string& level) {
+std::string refusal([[maybe_unused]] const std::string& level) {
 #if defined(__x86_64__)
   if (level == "amx" && cpu_features().amx && tiles_error() != 0)
     return "the system does not permit tile registers (error " + std::to_string(tiles_error()) + ")";

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.core.profile import DeviceProfile
+from llamaclust.kernels import _native
 from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import product_profiler
@@ -58,7 +59,7 @@ def test_a_large_cache_that_takes_long_to_flush_leaves_fewer_tries(monkeypatch: 
 
     monkeypatch.setattr(product_profiler, "CacheFlush", Slow)
     monkeypatch.setattr(product_profiler, "perf_counter", lambda: now_s)
-    monkeypatch.setattr(product_profiler._native, "matmul_seconds", product)
+    monkeypatch.setattr(_native, "matmul_seconds", product)
     assert len(measure_products((QuantType.Q8_0,), 1, "", 4 * GIB)) == len(ROWS)
     assert Counter(tries) == {1: 2, 4: 2, 8: 2, 32: 5, 128: 5}, "many rows are measured without a flush"
 

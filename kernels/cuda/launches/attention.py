@@ -28,6 +28,7 @@ _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """Shared memory of these kernels beside the dynamic part, at most."""
+_SLICE_CHANNELS = 32
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
 
@@ -164,12 +165,15 @@ def likeness(step: Attention) -> tuple[object, ...]:
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
 
 
-def _stage_floats(step: Attention, blocks: int, queries: int) -> int:
-    """Values of some blocks, 64 or 128 channels at a time, and their scales; those of latent attention stay where they
+def _stage_channels(step: Attention) -> int:
+    return 64 if step.head_dim <= 64 else 128
+
+
+def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
+    """Values of some blocks, so many channels at a time, and their scales; those of latent attention stay where they
     are. Where they are summed in integers: values of 64 positions in bytes, and weights in bytes, with scales."""
     if step.v is None:
         return 0
-    channels = 64 if step.head_dim <= 64 else 128
     if step.kv_type is KvType.INT8:
         groups = channels // KV_GROUP_CHANNELS
         return _WEIGHT_TOKENS * (channels // 4 + groups) + queries * groups * (1 + _WEIGHT_TOKENS // 4)
@@ -177,8 +181,15 @@ def _stage_floats(step: Attention, blocks: int, queries: int) -> int:
     return blocks * 16 * (channels + scales)
 
 
+def value_slices(step: Attention) -> int:
+    """For how many blocks values can be divided where queries are few."""
+    return -(-step.value_dim // _SLICE_CHANNELS)
+
+
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1, queries))
+    """Scores and values; those of a slice, of four times as many positions as of 128 channels, take as much."""
+    channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
+    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1, queries, channels))
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
@@ -188,7 +199,7 @@ def many_shared_bytes(step: Attention, queries: int) -> int:
     else:
         groups = -(-step.head_dim // KV_GROUP_CHANNELS)
         staged = queries * (2 * (8 * groups + 4) + groups)
-    return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1, queries))
+    return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1, queries, _stage_channels(step)))
 
 
 def _merges(step: Attention, room: Room) -> bool:
@@ -216,9 +227,10 @@ class AttentionLaunches:
         """Once for a microbatch and likeness, before the first attention."""
         inputs, room, group = self.inputs, self.room, _group(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self.gpu)))
+        slices = value_slices(step), 2 * self.gpu.sms // step.kv_heads
         tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, *_window(step))
         arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
-        figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below))
+        figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below, *slices))
         return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
@@ -226,7 +238,7 @@ class AttentionLaunches:
         if not step.shares_kv:
             yield self._store(step, at)
         if few:
-            grid = min(rows * spans, -(-4 * sms // step.kv_heads)), step.kv_heads, 1
+            grid = min(rows * spans * value_slices(step), -(-4 * sms // step.kv_heads)), step.kv_heads, 1
             yield self._attend(f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at)
         if not (few and self.decode):
             many, parts = _many_queries(step, self.gpu), _parts(step, self.gpu)

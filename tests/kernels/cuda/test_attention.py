@@ -71,6 +71,29 @@ def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slo
     assert any("tile" in kernel for kernel in attender.launched)
 
 
+FEW = {name: step for name, step in SHAPES.items() if step.heads // step.kv_heads <= 16}
+
+
+@pytest.mark.parametrize("step", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
+def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
+    """A GPU with room for them divides values by channels, of one span and of two; others do not."""
+    long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
+    slices = -(-step.head_dim // 32)
+    enough = LaunchLimits(3 * slices * step.kv_heads // 2 + 1, LEAST_SHARED_BYTES)  # for three items
+    attender = Attender(bench, step, enough, slots)
+    for one, rows in zip(told, (511, 17), strict=True):
+        attender.fill(one, rows)
+    for at in (511, 512):
+        attender.check([(long, range(at, at + 1)), (short, range(at - 494, at - 493))], one_row_each=True)
+        assert attender.slices == slices
+    attender.gpu = replace(enough, sms=-(-slices * step.kv_heads // 2))  # for one item
+    attender.check([(short, range(19, 20))], one_row_each=True)
+    assert attender.slices == slices
+    attender.check([(long, range(513, 514)), (short, range(19, 20))], one_row_each=True)
+    assert attender.slices == 1
+
+
 @pytest.mark.parametrize("sinks", [None, "sinks"])
 @pytest.mark.parametrize("kv_type", KvType)
 def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sinks: str | None) -> None:

@@ -177,6 +177,11 @@ class Attender:
             self.launched.add(launch.kernel)
         return self.bench.get(out, (len(rows) + unused, step.out.width))[: len(rows)]
 
+    @property
+    def slices(self) -> int:
+        """For how many blocks the last batch's values of few queries were divided."""
+        return int(self.bench.get(self.plan, 3, np.int32)[2])
+
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
         table, pairs = rope.table, len(rope.table.frequencies)
         angles, frequencies = self.bench.room(8 * rows * pairs), self.bench.put(np.array(table.frequencies))

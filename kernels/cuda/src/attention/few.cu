@@ -149,13 +149,32 @@ using Q8Scores = ByteScores<Q8Kv, TQ>;
 template <int TQ>
 using Int8Scores = ByteScores<Int8Kv, TQ>;
 
+// Of a slice: in floats, or in integers.
+template <class Kv, int TQ, int BLOCKS>
+struct SliceOf {
+  using Type = Values<Kv, TQ, BLOCKS, kSliceChannels>;
+};
+template <int TQ, int BLOCKS>
+struct SliceOf<Int8Kv, TQ, BLOCKS> {
+  using Type = ByteValues<TQ, kSliceChannels>;
+};
+template <class Kv, int TQ, int BLOCKS>
+using SliceValues = typename SliceOf<Kv, TQ, BLOCKS>::Type;
+
+// All channels, or those of the block's slice, of four times as many positions at a time.
+template <int BLOCKS, class Kv, int TQ>
+DEVICE void add_slice(const Span<Kv, TQ>& span) {
+  if (span.slices == 1) return add_values<BLOCKS>(span);
+  SliceValues<Kv, TQ, 4 * BLOCKS>{span, span.slice * kSliceChannels}.run();
+}
+
 }  // namespace
 
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
 // says at most (attention_rows.plan's few_rows).
 #define FEW(kv_name, TQ, Kv, Scores)                                                                     \
   ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, TQ * kScoreStride, \
-                   add_values<kValueBlocks<TQ>>)
+                   add_slice<kValueBlocks<TQ>>)
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)
 FEW(f16, 16, F16Kv, F16Scores)

@@ -13,6 +13,7 @@ namespace llamaclust::cuda {
 
 inline constexpr int kBlockTokens = 16, kSpanTokens = 512, kSpanBlocks = kSpanTokens / kBlockTokens;
 inline constexpr int kGroupChannels = 32;  // of a key or value that share a scale
+inline constexpr int kSliceChannels = 32;  // of values that a block has, where others have the rest
 
 DEVICE int groups_of(int head_dim) { return (head_dim + kGroupChannels - 1) / kGroupChannels; }
 // Channels that a stored value takes; those past head_dim hold anything.

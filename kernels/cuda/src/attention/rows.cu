@@ -58,10 +58,11 @@ DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Wo
 
 // Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
 // slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
-// Long tiles come first. Once for a microbatch, whatever the number of its rows: one block of 256.
+// Long tiles come first. Where `places` blocks for a KV head are not taken by items of few queries, values of these are
+// divided by slices of channels, if all slices find a place: scores are computed for each of them. Once for a microbatch, whatever the number of its rows: one block of 256.
 KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
        const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,
-       int32_t max_rows, int32_t slots, int32_t split_below, int32_t* to) {
+       int32_t max_rows, int32_t slots, int32_t split_below, int32_t value_slices, int32_t places, int32_t* to) {
   const Work work(to, max_rows, slots);
   const Cutter cutter{positions, sequence_starts, table_starts, header[1], tile_rows, few_rows, {window, chunked}};
   const int rows = header[0];
@@ -92,6 +93,7 @@ KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t
   }
   __syncthreads();
   if (threadIdx.x < 2) work.count(threadIdx.x) = items[threadIdx.x];
+  if (threadIdx.x == 0) work.slices() = items[Work::kFew] * value_slices <= places ? value_slices : 1;
 }
 
 namespace {

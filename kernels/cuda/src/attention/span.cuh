@@ -41,6 +41,7 @@ struct Span {
   int kv_head, head, heads;
   int from;  // position of the first row
   int span;
+  int slice, slices;  // which kSliceChannels of the values are this block's; of one slice, all
   Queries<TQ>& queries;
   float* scores;
   float* stage;  // for some blocks' values
@@ -134,6 +135,7 @@ struct Span {
 
   DEVICE void keep_sums(int query, float top, float sum) const {
     if (item.slot >= 0) {
+      if (slice > 0) return;
       const Partials partials(step.partials, step.slots, step.heads, step.value_dim);
       const int index = partials.index(item.slot + query / heads, head_of(query));
       partials.maxima[index] = top;
@@ -187,11 +189,12 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
   const int group = step.heads / step.kv_heads, parts = (group + TQ - 1) / TQ;
   const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts * TQ;
   const int heads = group - part < TQ ? group - part : TQ;
-  for (int i = blockIdx.x; i < work.count(kind); i += gridDim.x) {
-    const Item item = work.item(kind, i);
+  const int slices = kind == Work::kFew ? work.slices() : 1;
+  for (int i = blockIdx.x; i < work.count(kind) * slices; i += gridDim.x) {
+    const Item item = work.item(kind, i / slices);
     for (int number = item.span_begin; number < item.span_end; number++) {
       const int from = step.positions[item.row];
-      const Span<Kv, TQ> span{step, item, kv_head, kv_head * group + part, heads, from, number, queries, scores, stage};
+      const Span<Kv, TQ> span{step, item, kv_head, kv_head * group + part, heads, from, number, i % slices, slices, queries, scores, stage};
       __syncthreads();
       span.begin();
       __syncthreads();

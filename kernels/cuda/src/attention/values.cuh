@@ -10,8 +10,9 @@ namespace llamaclust::cuda {
 template <class Kv, int TQ, int BLOCKS, int C>
 struct Values {
   static constexpr int kPositions = BLOCKS * kBlockTokens;
-  static constexpr int kChannels = TQ >= 16 ? 4 : TQ * C >= 512 ? 2 : 1;  // of a thread
-  static constexpr int kQueries = TQ * C / kThreads / kChannels;          // of a thread
+  static constexpr int kChannels = TQ >= 16 && C >= 64 ? 4 : TQ * C >= 512 ? 2 : 1;  // of a thread
+  static constexpr int kEach = TQ * C / kThreads / kChannels;
+  static constexpr int kQueries = kEach > 1 ? kEach : 1;                  // of a thread; some have none
   static constexpr int kQuerySteps = TQ / kQueries;                       // between two queries of a thread
   static constexpr int kPieces = kPositions * C / Kv::kChannels;          // of 16 bytes
   static constexpr int kLoads = (kPieces + kThreads - 1) / kThreads;      // of a thread

@@ -12,13 +12,14 @@ struct Item {
   int32_t row, rows, table, span_begin, span_end, slot, unused[2];
 };
 
-// Items of few queries and of many; of each row where its block table begins and, if its spans are merged later, how
+// Items of few queries and of many; for how many blocks the values of one of few queries are divided; of each row where its block table begins and, if its spans are merged later, how
 // many there are, the first one's slot and the step to the next.
 struct Work {
   DEVICE Work(int32_t* plan, int max_rows, int slots)
       : base(plan), max_rows(max_rows), max_items(max_rows + slots) {}
 
   DEVICE int32_t& count(int kind) const { return base[kind]; }
+  DEVICE int32_t& slices() const { return base[kSlices]; }
   DEVICE int32_t& table(int row) const { return base[kCounts + row]; }
   DEVICE int32_t& spans(int row) const { return base[kCounts + max_rows + row]; }
   DEVICE int32_t& slot(int row) const { return base[kCounts + 2 * max_rows + row]; }
@@ -27,7 +28,7 @@ struct Work {
     return reinterpret_cast<Item*>(base + kCounts + 4 * max_rows)[kind * max_items + index];
   }
 
-  static constexpr int kFew = 0, kMany = 1, kCounts = 8;
+  static constexpr int kFew = 0, kMany = 1, kSlices = 2, kCounts = 8;
   int32_t* base;
   int max_rows, max_items;
 };

@@ -1,6 +1,6 @@
 """Types of the compiled module (kernels/cpu/native)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import numpy as np
@@ -70,6 +70,14 @@ class RowOutcome:
 class Sampler:
     def __init__(self, vocabulary: int, feature_level: str, threads: int) -> None: ...
     def run(self, logits: NDArray[np.float32], tasks: Sequence[RowTask]) -> list[RowOutcome]: ...
+    def run_ranked(
+        self,
+        records: NDArray[np.int64],
+        tasks: Sequence[RowTask],
+        logits_of: Callable[[list[int]], NDArray[np.float32]],
+    ) -> list[RowOutcome]: ...
+    @property
+    def record_words(self) -> int: ...
 
 class FrameReader:
     def __init__(
@@ -158,6 +166,12 @@ class RowOutcomes:
     def result(self, frame: MicrobatchFrame, queue_ns: int, compute_ns: int, wire_ns: int) -> bytes: ...
 
 def sample(sampler: Sampler, logits: NDArray[np.float32], tasks: SamplingTasks) -> RowOutcomes: ...
+def sample_ranked(
+    sampler: Sampler,
+    records: NDArray[np.int64],
+    tasks: SamplingTasks,
+    logits_of: Callable[[list[int]], NDArray[np.float32]],
+) -> RowOutcomes: ...
 
 class ReadProbe:
     def __init__(self, threads: int, cache_multiple: int) -> None: ...

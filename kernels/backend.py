@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -64,6 +64,22 @@ class Batch:
         return len(self.positions)
 
 
+@dataclass(frozen=True, slots=True)
+class RankedLogits:
+    """Logits of a stage's last run, which stay on a GPU until they are asked for, and what most tokens are chosen
+    by."""
+
+    records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
+    rows: Callable[[Sequence[int]], Float32]
+    """Logits of these rows, [rows, vocabulary]: a view that the next call overwrites."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+Logits = Float32 | RankedLogits
+
+
 class Stage(Protocol):
     """A loaded program with its weights, KV memory and buffers. One `run` at a time."""
 
@@ -88,6 +104,18 @@ class Stage(Protocol):
 
     def close(self) -> None:
         """Frees weights and KV memory; the stage must not run again."""
+
+
+@runtime_checkable
+class RanksLogits(Protocol):
+    """A stage that can leave logits where they are."""
+
+    @property
+    def ranks_logits(self) -> bool:
+        """Whether it has logits, and can."""
+
+    def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
+        """As `Stage.run`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +158,12 @@ result [rows, width] is overwritten by the next call; None: it is in its place a
 class ExchangingStage(Stage, Protocol):
     """A stage whose program may have exchanges."""
 
+    @property
+    def ranks_logits(self) -> bool: ...
+
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32: ...
+
+    def run_ranked(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> RankedLogits: ...
 
 
 class ExpertsStage(Protocol):

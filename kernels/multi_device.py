@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, Stage
+from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, RankedLogits, RanksLogits, Stage
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Buffer, Join, Program, Slice, Step
@@ -76,6 +76,19 @@ class MultiDeviceStage:
             hidden = stage.run(batch, hidden)
         assert hidden is not None
         return hidden
+
+    @property
+    def ranks_logits(self) -> bool:
+        last = self.stages[-1]
+        return isinstance(last, RanksLogits) and last.ranks_logits
+
+    def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
+        """See `kernels.backend.RanksLogits`."""
+        *others, last = self.stages
+        for stage in others:
+            hidden = stage.run(batch, hidden)
+        assert isinstance(last, RanksLogits)
+        return last.run_ranked(batch, hidden)
 
     def normed(self, rows: Int32) -> Float32:
         return self.stages[-1].normed(rows)

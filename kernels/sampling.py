@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from itertools import repeat
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import AllowedTokens, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.kernels import _native
+from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
@@ -29,19 +27,28 @@ class Sampler:
         """Rows are spread over `threads`. `feature_level` "" takes the best; ValueError names the levels there are."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
+    @property
+    def record_words(self) -> int:
+        """int64s of a row of `RankedLogits`."""
+        return self._native.record_words
+
     def run(
         self,
-        logits: NDArray[np.float32],
+        logits: Logits,
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
         """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`. `allowed`: the
         tokens that each row may choose; None: all."""
-        native = map(_native_task, tasks, repeat(None) if allowed is None else allowed)
-        return tuple(_result(outcome) for outcome in self._native.run(logits, list(native)))
+        native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
+        if isinstance(logits, RankedLogits):
+            return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows)))
+        return tuple(map(_result, self._native.run(logits, native)))
 
-    def sample(self, logits: NDArray[np.float32], tasks: _native.SamplingTasks) -> _native.RowOutcomes:
+    def sample(self, logits: Logits, tasks: _native.SamplingTasks) -> _native.RowOutcomes:
         """Likewise, of tasks that were read natively. See `row_results`."""
+        if isinstance(logits, RankedLogits):
+            return _native.sample_ranked(self._native, logits.records, tasks, logits.rows)
         return _native.sample(self._native, logits, tasks)
 
 

@@ -7,7 +7,7 @@ At each mixture of experts, its normed input goes to the processor, and the weig
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from llamaclust.core.limits import StageLimits
@@ -15,12 +15,14 @@ from llamaclust.kernels.backend import (
     Batch,
     ExchangingBackend,
     ExchangingStage,
+    Experts,
     ExpertsBackend,
     ExpertsCache,
     ExpertsStage,
     Float32,
     Int32,
     Progress,
+    RankedLogits,
     Stage,
 )
 from llamaclust.model.dataflow import reads_of
@@ -177,11 +179,26 @@ class SplitExpertsStage:
         return self.rest.weights, self.experts.weights
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        with self._mixtures(batch) as experts:
+            return self.rest.run(batch, hidden, experts)
+
+    @property
+    def ranks_logits(self) -> bool:
+        return self.rest.ranks_logits
+
+    def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
+        """See `kernels.backend.RanksLogits`."""
+        with self._mixtures(batch) as experts:
+            return self.rest.run_ranked(batch, hidden, experts)
+
+    @contextmanager
+    def _mixtures(self, batch: Batch) -> Iterator[Experts]:
         cache = self.cache
         if cache is None:
-            return self.rest.run(batch, hidden, lambda number, x: self.experts.run_mixture(number, batch, x))
+            yield lambda number, x: self.experts.run_mixture(number, batch, x)
+            return
         with cache.step():
-            return self.rest.run(batch, hidden, lambda number, x: cache.run_mixture(number, batch, x))
+            yield lambda number, x: cache.run_mixture(number, batch, x)
 
     def normed(self, rows: Int32) -> Float32:
         return self.rest.normed(rows)

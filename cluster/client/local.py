@@ -201,7 +201,7 @@ class LocalStage:
 
     def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
-        logits = self._runner.run(self._sampled_tokens.fill(microbatch), None)
+        logits = self._runner.run_to_sample(self._sampled_tokens.fill(microbatch), None)
         self._runner.matchers.wait_ready(inputs)
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))

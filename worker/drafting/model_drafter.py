@@ -82,7 +82,7 @@ class ModelDrafter:
         return steps
 
     def _run(self, chunks: tuple[Chunk, ...], tasks: tuple[SampleTask, ...] = ()) -> tuple[RowResult, ...]:
-        logits = self._stage.run(Microbatch(self._stage.model_id, 1, 0, chunks), None)
+        logits = self._stage.run_to_sample(Microbatch(self._stage.model_id, 1, 0, chunks), None)
         return tuple(self._stage.finish(logits, SamplingInputs(1, 0, tasks))) if tasks else ()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
-from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.backend import Float32, Logits
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, decode_microbatch
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, StageTiming
@@ -105,16 +105,16 @@ class Arrival:
             return self.frame.timings
         return tuple(StageTiming(*timing) for timing in self.native.timings)
 
-    def run(self, runner: StageRunner, tokens: SampledTokensBox) -> Float32:
-        """See `StageRunner.run`, on a first stage with the tokens that it follows: later ones read none. WorkerError
-        where one of them is not known."""
+    def run(self, runner: StageRunner, tokens: SampledTokensBox) -> Logits:
+        """See `StageRunner.run_to_sample`, on a first stage with the tokens that it follows: later ones read none.
+        WorkerError where one of them is not known."""
         program = runner.program
         if self.native is not None and (not program.is_first or tokens.fill_frame(self.native)):
             return runner.run_frame(self.native)
         hidden = self.frame.hidden(self.rows, 0 if program.is_first else program.hidden.width)
         if program.is_first:
-            return runner.run(tokens.fill(self.microbatch), None)
-        return runner.run(self.microbatch, hidden)
+            return runner.run_to_sample(tokens.fill(self.microbatch), None)
+        return runner.run_to_sample(self.microbatch, hidden)
 
     def next_frame(self, hidden: Float32, timing: StageTiming) -> bytes:
         """For the next stage."""

@@ -16,7 +16,19 @@ from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
 from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
-from llamaclust.kernels.backend import Backend, Batch, CacheCounts, Float32, KvInRam, Progress, RunsFrames, kv_bytes
+from llamaclust.kernels.backend import (
+    Backend,
+    Batch,
+    CacheCounts,
+    Float32,
+    KvInRam,
+    Logits,
+    Progress,
+    RankedLogits,
+    RanksLogits,
+    RunsFrames,
+    kv_bytes,
+)
 from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.kernels.split_experts import SplitExpertsStage
@@ -104,7 +116,11 @@ def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> Gra
     return read_vocabulary(load_tokenizer(metadata), size)
 
 
-def _check_tasks(tasks: int, logits: Float32) -> None:
+def _rows_of(logits: Logits, rows: Sequence[int]) -> Float32:
+    return logits.rows(rows) if isinstance(logits, RankedLogits) else logits[[*rows]]
+
+
+def _check_tasks(tasks: int, logits: Logits) -> None:
     if tasks != len(logits):
         raise ProtocolError(f"{tasks} tasks for {len(logits)} output rows")
 
@@ -155,6 +171,7 @@ class StageRunner:
         progress = options.progress or (lambda _: None)
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
         self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
+        self._ranking = self._stage if isinstance(self._stage, RanksLogits) and self._stage.ranks_logits else None
         self._batch: Batch | None = None  # of the last run
         self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
@@ -178,17 +195,26 @@ class StageRunner:
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
         ProtocolError where the microbatch does not fit this stage.
         """
-        if microbatch.model_id != self.model_id:
-            raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
-        window = self.program.window
-        self._batch = batch = build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters)
-        return self._stage.run(batch, hidden)
+        return self._stage.run(self._batch_of(microbatch), hidden)
 
-    def run_frame(self, frame: MicrobatchFrame) -> Float32:
+    def run_to_sample(self, microbatch: Microbatch, hidden: Float32 | None) -> Logits:
+        """Likewise, for `finish` and `sample`: logits may stay in memory of a GPU."""
+        batch = self._batch_of(microbatch)
+        return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
+
+    def run_frame(self, frame: MicrobatchFrame) -> Logits:
         """Likewise, of a microbatch that was read natively for this stage, and whose tokens are known."""
         if self._native_stage is not None:
             return self._native_stage.run_frame(frame)
-        return self._stage.run(Batch(*frame.arrays), frame.hidden)
+        batch, hidden = Batch(*frame.arrays), frame.hidden
+        return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
+
+    def _batch_of(self, microbatch: Microbatch) -> Batch:
+        if microbatch.model_id != self.model_id:
+            raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
+        window = self.program.window
+        self._batch = build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters)
+        return self._batch
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
@@ -202,7 +228,7 @@ class StageRunner:
             raise ProtocolError(f"microbatch with {count} embedded rows, one result holds {most}")
         return self._stage.normed(embedded_rows(microbatch)).astype("<f4").tobytes()
 
-    def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+    def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         """Samples and scores logits [outputs, vocabulary] of a last stage's run. ProtocolError where tasks do not
         fit."""
         assert self._sampler is not None, "only a last stage has logits"
@@ -213,12 +239,12 @@ class StageRunner:
         rows = list(self._sampler.run(logits, tasks))
         while refused := self.matchers.take(rows):
             again = tuple(second_draw(tasks[place]) for place in refused)
-            allowed = tuple(refused.values())
-            for place, row in zip(refused, self._sampler.run(logits[[*refused]], again, allowed), strict=True):
+            found = self._sampler.run(_rows_of(logits, [*refused]), again, tuple(refused.values()))
+            for place, row in zip(refused, found, strict=True):
                 rows[place] = row
         return tuple(rows)
 
-    def sample(self, logits: Float32, tasks: SamplingTasks) -> RowOutcomes:
+    def sample(self, logits: Logits, tasks: SamplingTasks) -> RowOutcomes:
         """Likewise, of tasks that were read natively: they have no matchers."""
         assert self._sampler is not None, "only a last stage has logits"
         _check_tasks(tasks.rows, logits)

@@ -12,7 +12,7 @@ from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.executor.operands import Operands, kv_name
-from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, mixing, states
+from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, mixing, sampling, states
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
@@ -46,6 +46,14 @@ class Emitter:
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
                 return
             yield from self._emit(step)
+        if program.is_last:
+            yield from self._ranked()
+
+    def _ranked(self) -> Iterator[Launch]:
+        ops, vocabulary = self.ops, self.ops.program.out.width
+        pieces = ops.scratch("greatest logits", sampling.piece_count(vocabulary))
+        records = ops.layout.at("records", 8 * sampling.record_words(vocabulary) * ops.room)
+        yield from sampling.rank_logits(ops.current[ops.program.out.name], vocabulary, pieces, records, ops.rows)
 
     def _emit(self, step: GpuStep) -> Iterator[Launch | ir.Exchange]:
         match step:

@@ -77,6 +77,11 @@ class Plan:
         return self._layout.offset((self.program.out.name, self.program.is_last))
 
     @property
+    def records_offset(self) -> int:
+        """Of a last stage: what is said of each row of logits."""
+        return self._layout.offset("records")
+
+    @property
     def normed_offset(self) -> int:
         """Of a last stage."""
         assert self.program.normed is not None, "only a last stage has it"

@@ -10,9 +10,10 @@ from weakref import finalize
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, kv_bytes
+from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, RankedLogits, kv_bytes
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches.sampling import record_words
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
@@ -90,29 +91,63 @@ class CudaStage:
         self._plan = plan
         self._kv, self._buffers = kv, buffers
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
-        self._inputs, self._hidden, self._result, self._exchanged = self._pinned()
+        self._inputs, self._hidden, self._result, self._records, self._exchanged = self._pinned()
         self.weights: object = tuple(weights)
         self.weight_bytes = plan.weight_bytes
         self.kv_bytes = kv_bytes(plan.program, plan.limits)
         allocated_bytes = sum(memory.buffer.n_bytes for memory in weights) + kv.n_bytes + buffers.n_bytes
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
-    def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-        """Host memory of a microbatch's numbers, its hidden states, its result, and what is exchanged."""
+    def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes, Bytes]:
+        """Host memory of a microbatch's numbers, its hidden states, its result, records of it, and what is
+        exchanged."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
         sides = [side for step in self._plan.exchanges for side in (step.reads, (step.out,))]
+        words = record_words(program.out.width) * limits.max_outputs if program.is_last else 1
         exchanged = max((sum(buffer.width for buffer in side) for side in sides), default=1)
         with self._gpu_lock.driver_errors():
             return (
                 device.pinned(self._plan.inputs.n_bytes),
                 device.pinned(_FLOAT * limits.max_batch_tokens * program.hidden.width),
                 device.pinned(_FLOAT * result_rows * program.out.width),
+                device.pinned(8 * words),
                 device.pinned(_FLOAT * (limits.max_batch_tokens * exchanged if sides else 1)),
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
         """`experts` computes the program's exchanges; other stages may use the GPU meanwhile."""
+        self._compute(batch, hidden, experts)
+        with self._gpu_lock.exclusive():
+            return self._fetch(batch)
+
+    @property
+    def ranks_logits(self) -> bool:
+        return self._plan.program.is_last
+
+    def run_ranked(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> RankedLogits:
+        """See `kernels.backend.RanksLogits`."""
+        self._compute(batch, hidden, experts)
+        plan, device, rows = self._plan, self._gpu_lock.device, len(batch.output_rows)
+        words = record_words(plan.program.out.width)
+        records = self._records[: 8 * rows * words]
+        with self._gpu_lock.exclusive():
+            if rows:
+                device.copy_out(records, self._buffers, plan.records_offset)
+            device.synchronize()
+        return RankedLogits(records.view(np.int64).reshape(rows, words), self._logits)
+
+    def _logits(self, rows: Sequence[int]) -> Float32:
+        plan, device = self._plan, self._gpu_lock.device
+        row_bytes = _FLOAT * plan.program.out.width
+        with self._gpu_lock.exclusive():
+            for at, run in _runs(np.array(rows, np.int32)):
+                to = self._result[row_bytes * at : row_bytes * (at + len(run))]
+                device.copy_out(to, self._buffers, plan.out_offset + row_bytes * run.start)
+            device.synchronize()
+        return self._result[: row_bytes * len(rows)].view(np.float32).reshape(len(rows), -1)
+
+    def _compute(self, batch: Batch, hidden: Float32 | None, experts: Experts | None) -> None:
         with self._gpu_lock.exclusive():
             self._bring(batch, hidden)
             first, *others = self._launches.segments(Shape.of(batch, self._plan.limits))
@@ -122,8 +157,6 @@ class CudaStage:
             self._exchange(number, batch.rows, experts)
             with self._gpu_lock.exclusive():
                 launch()
-        with self._gpu_lock.exclusive():
-            return self._fetch(batch)
 
     def _bring(self, batch: Batch, hidden: Float32 | None) -> None:
         plan, device = self._plan, self._gpu_lock.device

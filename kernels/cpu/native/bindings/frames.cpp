@@ -5,6 +5,7 @@
 #include <set>
 
 #include "bindings/frames.h"
+#include "bindings/ranked.h"
 #include "frames/result.h"
 #include "frames/sampling_inputs.h"
 #include "runtime/float_mode.h"
@@ -79,6 +80,11 @@ RowOutcomes sample(Sampler& sampler, FloatRows logits, const SamplingTasks& task
   return {sampler.run(logits.data(), tasks.rows)};
 }
 
+RowOutcomes sample_ranked(Sampler& sampler, RankedRows records, const SamplingTasks& tasks, const nb::callable& logits_of) {
+  if (tasks.rows.empty()) return {};
+  return {run_ranked(sampler, std::move(records), tasks.rows, logits_of)};
+}
+
 bool has_failures(const RowOutcomes& outcomes) {
   const auto failed = [](const RowOutcome& row) { return !row.failure.empty(); };
   return std::any_of(outcomes.rows.begin(), outcomes.rows.end(), failed);
@@ -128,6 +134,7 @@ void bind_sampling(nb::module_& module) {
       .def_prop_ro("tokens", &tokens_of)
       .def("result", &result_of, "frame"_a, "queue_ns"_a, "compute_ns"_a, "wire_ns"_a);
   module.def("sample", &sample, "sampler"_a, "logits"_a, "tasks"_a);
+  module.def("sample_ranked", &sample_ranked, "sampler"_a, "records"_a, "tasks"_a, "logits_of"_a);
 }
 
 }  // namespace

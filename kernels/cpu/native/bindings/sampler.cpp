@@ -1,6 +1,6 @@
 #include <nanobind/stl/array.h>
 
-#include "bindings/bindings.h"
+#include "bindings/ranked.h"
 #include "probes/probes.h"
 #include "runtime/float_mode.h"
 #include "runtime/levels.h"
@@ -57,6 +57,29 @@ std::pair<double, double> sincos_of(double angle) {
 
 }  // namespace
 
+std::vector<RowOutcome> run_ranked(Sampler& sampler, RankedRows records, const std::vector<RowTask>& tasks,
+                                   const nb::callable& logits_of) {
+  if (records.shape(1) != ranked_words(sampler.vocabulary()) || records.shape(0) != tasks.size())
+    throw nb::value_error("records must be [tasks, words of a record]");
+  std::vector<RowOutcome> outcomes;
+  {
+    const nb::gil_scoped_release released;
+    const FloatMode mode;
+    outcomes = sampler.run_ranked(records.data(), tasks);
+  }
+  std::vector<int32_t> lacking;
+  for (size_t row = 0; row < outcomes.size(); row++)
+    if (outcomes[row].lacks_logits) lacking.push_back(static_cast<int32_t>(row));
+  if (lacking.empty()) return outcomes;
+  const FloatRows logits = nb::cast<FloatRows>(logits_of(lacking));
+  if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != lacking.size())
+    throw nb::value_error("logits must be [rows, vocabulary]");
+  const nb::gil_scoped_release released;
+  const FloatMode mode;
+  sampler.complete(logits.data(), tasks, outcomes);
+  return outcomes;
+}
+
 void bind_sampler(nb::module_& module) {
   nb::class_<Chain>(module, "Chain")
       .def_static("make", &make_chain, "order"_a, "top_n_sigma"_a, "tfs_z"_a, "typical_p"_a, "xtc_probability"_a,
@@ -84,7 +107,9 @@ void bind_sampler(nb::module_& module) {
             new (self) Sampler(find_level(level).sampler, vocabulary, threads);
           },
           "vocabulary"_a, "feature_level"_a, "threads"_a)
-      .def("run", &run, "logits"_a, "tasks"_a);
+      .def("run", &run, "logits"_a, "tasks"_a)
+      .def("run_ranked", &run_ranked, "records"_a, "tasks"_a, "logits_of"_a)
+      .def_prop_ro("record_words", [](const Sampler& sampler) { return ranked_words(sampler.vocabulary()); });
   const nb::call_guard<nb::gil_scoped_release> released;
   nb::class_<ReadProbe>(module, "ReadProbe")
       .def(nb::init<int, int>(), "threads"_a, "cache_multiple"_a, released)

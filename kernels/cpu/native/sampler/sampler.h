@@ -11,6 +11,7 @@
 
 #include "level/level.h"
 #include "runtime/thread_pool.h"
+#include "sampler/ranking.h"
 
 namespace llamaclust {
 
@@ -72,56 +73,7 @@ struct RowOutcome {
   std::vector<TokenValue> top_logprobs;
   std::string failure;  // empty: none
   double mu = std::numeric_limits<double>::quiet_NaN();  // of Mirostat, where it chose
-};
-
-// Logits ordered by (value descending, id ascending), sorted only as far as it is read.
-class Ranking {
- public:
-  // values[n] has no NaN and stays where it is. -infinity is never ranked.
-  Ranking(const SamplerOps& ops, const float* values, int n);
-
-  float maximum() const { return maximum_; }
-  int size() const { return n_; }
-  int best() const;  // id of the first entry; needs a maximum above -infinity
-
-  // Makes entries [0, count) ready, or as many as there are; returns how many are.
-  int extend(int count);
-  int id(int rank) const { return static_cast<int>(keys_[rank] & 0xFFFFFFFF); }
-  const float* ready_values() const { return ready_values_.data(); }  // of the ready entries, best first
-
-  // Sum of the weights of all values (SamplerOps::weigh), which are numbers.
-  int64_t total(float divisor) const;
-  const SamplerOps& ops() const { return ops_; }
-
- private:
-  float threshold(int count) const;
-  void collect(float threshold);
-
-  const SamplerOps& ops_;
-  const float* values_;
-  int n_;
-  std::vector<float> blocks_;  // greatest value of each 64
-  float maximum_;
-  bool complete_ = false;       // every value that can be ranked is ready
-  std::vector<uint64_t> keys_;  // of the ready entries, ascending
-  std::vector<float> ready_values_;
-};
-
-// Weights of a ranking's entries at one temperature, computed as far as they are read.
-class RankedWeights {
- public:
-  RankedWeights(Ranking& ranking, float divisor) : ranking_(ranking), divisor_(divisor) {}
-
-  bool has(int rank) { return rank < static_cast<int>(weights_.size()) || grow(rank + 1); }
-  int64_t operator[](int rank) const { return weights_[rank]; }
-  int64_t sum(int count);  // of entries [0, count), as many as there are
-
- private:
-  bool grow(int count);
-
-  Ranking& ranking_;
-  float divisor_;
-  std::vector<int64_t> weights_;
+  bool lacks_logits = false;  // there is no answer without the row itself
 };
 
 class Sampler {
@@ -133,11 +85,21 @@ class Sampler {
   // logits[tasks][vocabulary]; rows are spread over the threads. One call at a time.
   std::vector<RowOutcome> run(const float* logits, const std::vector<RowTask>& tasks);
 
+  // The same of records[tasks][ranked_words], as far as these suffice: others lack logits.
+  std::vector<RowOutcome> run_ranked(const int64_t* records, const std::vector<RowTask>& tasks);
+  // logits[number of outcomes that lack them][vocabulary]: completes these, in their order.
+  void complete(const float* logits, const std::vector<RowTask>& tasks, std::vector<RowOutcome>& outcomes);
+
  private:
   using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
 
-  RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;
+  // f(row, scratch) for each of so many rows.
+  template <class F>
+  void each_row(size_t rows, F f);
+  // `logits` are null where the ranking does without them.
+  RowOutcome run_row(Ranking raw, const float* logits, const RowTask& task, Scratch& scratch) const;
   int32_t sampled(Ranking& raw, const float* logits, const Choice& choice, Scratch& scratch, double* mu) const;
+  std::string refusal(const RowTask& task) const;
 
   SamplerOps ops_;
   int vocabulary_;

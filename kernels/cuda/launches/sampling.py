@@ -1,0 +1,34 @@
+"""Launches behind a last stage's logits: what the sampler needs of them, see src/sampling.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.runtime.device import Launch
+
+_CANDIDATES, _SUMMED_LOGITS, _END_WORDS = 1024, 4096, 2
+_PIECE_LOGITS, _BLOCK_PIECES = 64, 32
+_THREADS = 256
+
+
+def record_words(vocabulary: int) -> int:
+    """int64s of a row, as kernels/cpu/native/sampler/ranked.h has them."""
+    return _CANDIDATES + -(-vocabulary // _SUMMED_LOGITS) + _END_WORDS
+
+
+def piece_count(vocabulary: int) -> int:
+    """float32s of a row beside the record."""
+    return -(-vocabulary // _PIECE_LOGITS)
+
+
+def rank_logits(
+    logits: np.uint64, vocabulary: int, pieces: np.uint64, records: np.uint64, rows: RowCount
+) -> Iterator[Launch]:
+    """Fills the `records` of rows; `pieces` are memory for their greatest logits."""
+    args = (logits, np.int32(vocabulary), rows.address, pieces, records)
+    blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": -(-vocabulary // _SUMMED_LOGITS)}
+    for kernel, count in blocks.items():
+        yield Launch(f"sampling.{kernel}", (count, rows.bucket, 1), (_THREADS, 1, 1), args)

@@ -1,0 +1,162 @@
+// What the host needs of logits to choose most tokens: the best ones of a row, and the sum of all weights, as the CPU's
+// sampler has them (sampler/ranked.h).
+#include "math.cuh"
+#include "sampler/ranked.h"
+
+namespace llamaclust::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kPieceLogits = 64;     // of which the greatest is looked at first
+constexpr int kPiecesOfWarp = 4;
+constexpr int kEach = kSummedLogits / kThreads;  // of a thread
+constexpr int kWanted = 256;         // candidates, where there are many pieces
+constexpr int kFewPieces = 16;       // all of whose logits are candidates
+constexpr int kThresholdBits = 16;   // of a value: a lower threshold has some more candidates
+constexpr uint32_t kOrderedLeast = 0x007fffff;  // -infinity
+
+DEVICE float minus_infinity() { return __int_as_float(static_cast<int32_t>(0xff800000)); }
+DEVICE float greater(float a, float b) { return a > b ? a : b; }
+DEVICE int pieces_of(int vocabulary) { return (vocabulary + kPieceLogits - 1) / kPieceLogits; }
+
+// An integer in the order of values, of which both zeros are one.
+DEVICE uint32_t ordered_bits(float x) {
+  const uint32_t bits = __float_as_uint(add(x, 0.0f));
+  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
+struct Record {
+  uint64_t* keys;
+  int64_t* sums;
+  RankedEnd* end;
+
+  DEVICE Record(int64_t* records, int row, int vocabulary) {
+    const int chunks = (vocabulary + kSummedLogits - 1) / kSummedLogits;
+    const size_t words = kMostCandidates + chunks + kEndWords;
+    int64_t* own = records + row * words;
+    keys = reinterpret_cast<uint64_t*>(own);
+    sums = own + kMostCandidates;
+    end = reinterpret_cast<RankedEnd*>(sums + chunks);
+  }
+
+  DEVICE void add_candidate(uint32_t ordered, int id) const {
+    const int place = atomicAdd(&end->count, 1);
+    if (place < kMostCandidates) keys[place] = static_cast<uint64_t>(~ordered) << 32 | static_cast<uint32_t>(id);
+  }
+};
+
+// f of all threads' x. Two calls in turn have a `step` that is not equal.
+template <class T, class F>
+DEVICE T of_block(T x, T (&warps)[2][kWarps], int step, F f) {
+  T (&own)[kWarps] = warps[step % 2];
+  x = reduce(x, f);
+  if (threadIdx.x % kWarp == 0) own[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  T all = own[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; i++) all = f(all, own[i]);
+  return all;
+}
+
+// The ordered bits, all but the upper ones zero, that the greatest of enough pieces reach; 0: all logits do.
+DEVICE uint32_t threshold(const float* tops, int pieces) {
+  if (pieces <= kFewPieces) return 0;
+  SHARED(int32_t, counts, [2][kWarps]);
+  const int wanted = pieces / 2 < kWanted ? pieces / 2 : kWanted;
+  uint32_t least = 0;
+  for (int bit = 31; bit >= 32 - kThresholdBits; bit--) {
+    const uint32_t tried = least | 1u << bit;
+    int32_t reached = 0;
+    for (int i = threadIdx.x; i < pieces; i += kThreads) reached += ordered_bits(tops[i]) >= tried ? 1 : 0;
+    if (of_block(reached, counts, bit, [](int32_t a, int32_t b) { return a + b; }) >= wanted) least = tried;
+  }
+  return least > kOrderedLeast ? least : 0;
+}
+
+// As weigh_lanes of the CPU's sampler at a divisor of 1: high * 2^20 + low.
+struct Weights {
+  int32_t high = 0, low = 0, wrong = 0;
+
+  DEVICE void add_weight(float x, float maximum) {
+    float w = exp(sub(x, maximum));
+    wrong |= w != w ? 1 : 0;
+    w = w < 2.0f ? w : 0.0f;
+    const float scaled = mul(w, 0x1p20f);
+    const int32_t whole = to_int(scaled);
+    high += whole;
+    low += to_int(mul(sub(scaled, to_float(whole)), 0x1p20f));
+  }
+
+  // Of all threads, by the first one.
+  DEVICE void store_sum(int64_t* to) const {
+    SHARED(int32_t, warps, [3][kWarps]);
+    const auto sum = [](int32_t a, int32_t b) { return a + b; };
+    const int32_t sums[3] = {reduce(high, sum), reduce(low, sum), reduce(wrong, sum)};
+    if (threadIdx.x % kWarp == 0)
+      for (int i = 0; i < 3; i++) warps[i][threadIdx.x / kWarp] = sums[i];
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    int64_t total = 0;
+    int32_t none = 0;
+    for (int i = 0; i < kWarps; i++) {
+      total += static_cast<int64_t>(warps[0][i]) * (1 << 20) + warps[1][i];
+      none |= warps[2][i];
+    }
+    *to = none != 0 ? -1 : total;
+  }
+};
+
+}  // namespace
+
+// tops[row][piece] = the greatest of 64 logits; NaN may be any of them. Grid: (pieces / 32 rounded up, rows), blocks of 256.
+KERNEL(256, maxima, const float* logits, int32_t vocabulary, const int32_t* rows, float* tops, int64_t* records) {
+  const int row = blockIdx.y, lane = threadIdx.x % kWarp, pieces = pieces_of(vocabulary);
+  if (row >= *rows) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) Record(records, row, vocabulary).end->count = 0;
+  const float* x = logits + static_cast<size_t>(row) * vocabulary;
+  const int first = (blockIdx.x * kWarps + threadIdx.x / kWarp) * kPiecesOfWarp;
+  float top[kPiecesOfWarp];
+#pragma unroll
+  for (int k = 0; k < kPiecesOfWarp; k++) {
+    const int i = (first + k) * kPieceLogits + lane;
+    top[k] = greater(i < vocabulary ? x[i] : minus_infinity(), i + kWarp < vocabulary ? x[i + kWarp] : minus_infinity());
+  }
+#pragma unroll
+  for (int k = 0; k < kPiecesOfWarp; k++) {
+    const float all = reduce(top[k], [](float a, float b) { return greater(a, b); });
+    if (lane == 0 && first + k < pieces) tops[static_cast<size_t>(row) * pieces + first + k] = all;
+  }
+}
+
+// The records of rows, behind `maxima`. Grid: (logits / kSummedLogits rounded up, rows), blocks of 256.
+KERNEL(256, candidates, const float* logits, int32_t vocabulary, const int32_t* rows, const float* tops, int64_t* records) {
+  const int row = blockIdx.y, pieces = pieces_of(vocabulary);
+  if (row >= *rows) return;
+  SHARED(float, greatest, [2][kWarps]);
+  const Record record(records, row, vocabulary);
+  tops += static_cast<size_t>(row) * pieces;
+  float maximum = minus_infinity();
+  for (int i = threadIdx.x; i < pieces; i += kThreads) maximum = greater(maximum, tops[i]);
+  maximum = of_block(maximum, greatest, 0, [](float a, float b) { return greater(a, b); });
+  const uint32_t least = threshold(tops, pieces);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    record.end->maximum = maximum;
+    record.end->least = least;
+    record.end->unused = 0;
+  }
+  const float* from = logits + static_cast<size_t>(row) * vocabulary;
+  const int first = blockIdx.x * kSummedLogits + threadIdx.x;
+  float x[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; k++) x[k] = first + k * kThreads < vocabulary ? from[first + k * kThreads] : minus_infinity();
+  Weights weights;
+#pragma unroll
+  for (int k = 0; k < kEach; k++) {
+    weights.add_weight(x[k], maximum);
+    const uint32_t ordered = ordered_bits(x[k]);
+    if (ordered >= least && ordered > kOrderedLeast) record.add_candidate(ordered, first + k * kThreads);
+  }
+  weights.store_sum(record.sums + blockIdx.x);
+}
+
+}  // namespace llamaclust::cuda

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
-from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Program
 from llamaclust.model.step_options import RopeStyle
@@ -187,9 +187,23 @@ def value_slices(step: Attention) -> int:
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Scores and values; those of a slice, of four times as many positions as of 128 channels, take as much."""
+    """Scores, and values or before them queries and a key; values of a slice, of four times as many positions as of 128
+    channels, take as much as these."""
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
-    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1, queries, channels))
+    staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
+    return 4 * (queries * _SCORE_STRIDE + max(staged, _fresh_floats(step) if brings_own(step) else 0))
+
+
+def _fresh_floats(step: Attention) -> int:
+    return (_group(step) + 1) * step.head_dim
+
+
+def brings_own(step: Attention) -> bool:
+    """Whether the kernel of few queries can rotate them and store the row's key and value, which are then in shared
+    memory of every GPU."""
+    queries = _few_queries(step)
+    fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
+    return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
@@ -235,11 +249,14 @@ class AttentionLaunches:
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
         few, spans, rows, sms = _few_queries(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
-        if not step.shares_kv:
+        fresh = self.decode and brings_own(step)
+        if not (step.shares_kv or fresh):
             yield self._store(step, at)
         if few:
             grid = min(rows * spans * value_slices(step), -(-4 * sms // step.kv_heads)), step.kv_heads, 1
-            yield self._attend(f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at)
+            yield self._attend(
+                f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at, self._fresh(at, fresh)
+            )
         if not (few and self.decode):
             many, parts = _many_queries(step, self.gpu), _parts(step, self.gpu)
             tiles = min(rows, rows // tile_rows(step, self.gpu) + self.max_sequences)
@@ -249,6 +266,11 @@ class AttentionLaunches:
             yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
         if _merges(step, self.room):
             yield self._merge(step, at)
+
+    def _fresh(self, at: AttentionBuffers, fresh: bool) -> tuple[Scalar, ...]:
+        turn = at.rotation
+        places = (at.k, at.v, turn.angles) if fresh else (NULL, NULL, NULL)
+        return *places, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
 
     def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)
@@ -261,13 +283,19 @@ class AttentionLaunches:
         return Launch(f"attention.rows.store_{step.kv_type}", (self.rows, step.kv_heads, 1), (128, 1, 1), args)
 
     def _attend(
-        self, kernel: str, grid: tuple[int, int, int], shared_bytes: int, step: Attention, at: AttentionBuffers
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        step: Attention,
+        at: AttentionBuffers,
+        further: tuple[Scalar, ...] = (),
     ) -> Launch:
         sizes = step.heads, step.kv_heads, step.head_dim, step.value_dim, _piece_bytes(step)
         figures = map(np.int32, (*sizes, *_window(step)))
         scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
         arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes, at.sinks
-        args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out)
+        args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out, *further)
         return Launch(f"attention.{kernel}", grid, (256, 1, 1), args, shared_bytes)
 
     def _merge(self, step: Attention, at: AttentionBuffers) -> Launch:

@@ -12,6 +12,7 @@ import pytest
 
 from llamaclust.kernels.cuda.launches.attention import (
     LaunchLimits,
+    brings_own,
     few_shared_bytes,
     likeness,
     many_shared_bytes,
@@ -47,6 +48,7 @@ SHAPES = {
     "as gpt-oss": attention(8, 1, 64, sinks="sinks"),
     "sinks, bytes, cap": attention(3, 1, 80, KvType.Q8_0, soft_cap=20.0, sinks="sinks"),
     "widest bytes": attention(2, 1, 512, KvType.Q8_0),
+    "sixteen wide heads": attention(16, 1, 256),
     "integers": attention(4, 1, 64, KvType.INT8),
     "integers, odd": attention(3, 1, 33, KvType.INT8, slopes=alibi_slopes(3), sinks="sinks"),
     "integers, wide": attention(12, 1, 256, KvType.INT8, soft_cap=20.0),
@@ -84,6 +86,7 @@ def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: 
     attender = Attender(bench, step, enough, slots)
     for one, rows in zip(told, (511, 17), strict=True):
         attender.fill(one, rows)
+    attender.launched.clear()
     for at in (511, 512):
         attender.check([(long, range(at, at + 1)), (short, range(at - 494, at - 493))], one_row_each=True)
         assert attender.slices == slices
@@ -92,6 +95,8 @@ def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: 
     assert attender.slices == slices
     attender.check([(long, range(513, 514)), (short, range(19, 20))], one_row_each=True)
     assert attender.slices == 1
+    stores = any("store" in kernel for kernel in attender.launched)
+    assert stores != brings_own(step), "keys and values are stored by the same kernel, where there is room for them"
 
 
 @pytest.mark.parametrize("sinks", [None, "sinks"])

@@ -266,7 +266,7 @@ def test_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other_types", "context_tokens", "count"), [({}, 512, 10), ({}, 4096, 10), ({"attn_v": QuantType.Q6_K}, 4096, 11)]
+    ("other_types", "context_tokens", "count"), [({}, 512, 9), ({}, 4096, 9), ({"attn_v": QuantType.Q6_K}, 4096, 10)]
 )
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int

@@ -2,6 +2,7 @@
 // keys itself, sixteen bytes at a time, once for all queries of the KV head.
 #include "queries.cuh"
 #include "byte_values.cuh"
+#include "store.cuh"
 #include "values.cuh"
 
 namespace llamaclust::cuda {
@@ -168,13 +169,57 @@ DEVICE void add_slice(const Span<Kv, TQ>& span) {
   SliceValues<Kv, TQ, 4 * BLOCKS>{span, span.slice * kSliceChannels}.run();
 }
 
+// What rows bring along that are alone in their sequences, where k is not null: queries that are to be rotated, and a key
+// and a value that are to be stored.
+struct Fresh {
+  const float *k, *v;
+  uint8_t* kv;
+  const float* angles;
+  int pairs, neox;
+
+  // Rotates the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
+  // several, with slices, each the same bytes.
+  template <class Kv, int TQ>
+  DEVICE void bring(const Span<Kv, TQ>& span) const {
+    const Step& step = span.step;
+    const int head_dim = step.head_dim, count = span.heads * head_dim, row = span.item.row, thread = threadIdx.x;
+    const size_t own = (static_cast<size_t>(row) * step.kv_heads + span.kv_head) * head_dim;
+    float *queries = span.stage, *key = queries + count;
+    const float* from = step.q + (static_cast<size_t>(row) * step.heads + span.head) * head_dim;
+    for (int i = thread; i < count + head_dim; i += kThreads) queries[i] = i < count ? from[i] : k[own + i - count];
+    __syncthreads();
+    const Rotation rotation{angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox};
+    if (rotation.angles != nullptr) {
+      for (int i = thread; i < (span.heads + 1) * pairs; i += kThreads)
+        rotation.turn(queries + i / pairs * head_dim, i % pairs);
+      __syncthreads();
+    }
+    if (!span.ends(0)) return;
+    const int at = span.from - span.start();
+    const int block = span.queries.blocks[at / kBlockTokens];
+    uint8_t* piece = kv + piece_offset(block, span.kv_head, step.kv_heads, step.piece_bytes);
+    store<kThreads>(Kv{}, {key, v + own, piece, at % kBlockTokens}, head_dim);
+    __syncthreads();
+  }
+};
+
 }  // namespace
 
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
-// says at most (attention_rows.plan's few_rows).
-#define FEW(kv_name, TQ, Kv, Scores)                                                                     \
-  ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, TQ * kScoreStride, \
-                   add_slice<kValueBlocks<TQ>>)
+// says at most (attention_rows.plan's few_rows). With `k`, each row is of another sequence, and brings what `Fresh` says.
+#define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
+  KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS, const float* k, const float* v,                 \
+                   const float* angles, int32_t pairs, int32_t neox) {                                                \
+    float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
+    float* stage = scores + TQ * kScoreStride;                                                                        \
+    SHARED(Queries<TQ>, queries, );                                                                                   \
+    const Step step ATTENTION_STEP;                                                                                   \
+    const Fresh fresh{k, v, kv, angles, pairs, neox};                                                                 \
+    const auto prepare = [&](const Span<Kv, TQ>& span) { fresh.bring(span); };                                        \
+    const auto values = [](const Span<Kv, TQ>& span) { add_slice<kValueBlocks<TQ>>(span); };                          \
+    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), Work::kFew, queries, scores, stage,                 \
+                               k == nullptr ? nullptr : stage, prepare, values);                                      \
+  }
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)
 FEW(f16, 16, F16Kv, F16Scores)

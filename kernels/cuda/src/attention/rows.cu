@@ -3,8 +3,8 @@
 #include "work.cuh"
 #include "math.cuh"
 #include "elementwise/quantize.cuh"
-#include "elementwise/rope.cuh"
 #include "sequences.cuh"
+#include "store.cuh"
 
 namespace llamaclust::cuda {
 namespace {
@@ -98,13 +98,6 @@ KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t
 
 namespace {
 
-// What a block stores: key and value of one KV head of a row.
-struct Stored {
-  const float *key, *value;  // the key in shared memory; null: values are part of keys
-  uint8_t* piece;
-  int slot;
-};
-
 // Rotates the key, and in place the queries that share the KV head. All threads together.
 DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
                       const float* k, const float* v, int heads, int kv_heads, int head_dim, int piece_bytes, uint8_t* kv,
@@ -126,15 +119,6 @@ DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const
   return {key, value, kv + piece_offset(block, kv_head, kv_heads, piece_bytes), position % kBlockTokens};
 }
 
-// Eight channels from x on in float16, `count` of them; others are zero.
-DEVICE uint4 eight_halves(const float* x, int count) {
-  uint4 halves = make_uint4(0, 0, 0, 0);
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (i < count) word_of(halves, i / 2) |= static_cast<uint32_t>(float_to_half(x[i])) << 16 * (i % 2);
-  return halves;
-}
-
 }  // namespace
 
 // Keys and values of all rows into memory, before any is read; where there are `angles` (rope.rotation), keys and queries
@@ -143,79 +127,18 @@ DEVICE uint4 eight_halves(const float* x, int count) {
   const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
       const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
       int32_t head_dim, int32_t piece_bytes, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
-#define STORED                                                                                                        \
-  rotated(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads, head_dim, piece_bytes, kv,   \
-              {angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox})
-
-KERNEL(128, store_f16, STORE_ARGUMENTS) {
-  const int row = blockIdx.x;
-  if (row >= *rows) return;
-  const Stored stored = STORED;
-  const int chunks = key_chunks<F16Kv>(head_dim);
-  for (int i = threadIdx.x; i < (v == nullptr ? 1 : 2) * chunks; i += 128) {
-    const int chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
-    if (i >= chunks) {
-      uint8_t* value = stored.piece + F16Kv::key_bytes(head_dim) + 2 * (stored.slot * padded_head(head_dim) + channel);
-      *reinterpret_cast<uint4*>(value) = eight_halves(stored.value + channel, count);
-      continue;
-    }
-    uint8_t* key = stored.piece + chunk_offset<F16Kv>(stored.slot, chunk, head_dim);
-    const uint4 halves = eight_halves(stored.key + channel, count);
-    if (count >= 8)
-      *reinterpret_cast<uint4*>(key) = halves;
-    else
-      for (int j = 0; j < count; j++)
-        reinterpret_cast<uint16_t*>(key)[j] = static_cast<uint16_t>(word_of(halves, j / 2) >> 16 * (j % 2));
+#define STORE(kv_name, Kv)                                                                                             \
+  KERNEL(128, store_##kv_name, STORE_ARGUMENTS) {                                                                     \
+    const int row = blockIdx.x;                                                                                       \
+    if (row >= *rows) return;                                                                                         \
+    const Rotation rotation{angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox};                     \
+    const Stored stored = rotated(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads,      \
+                                  head_dim, piece_bytes, kv, rotation);                                               \
+    store<128>(Kv{}, stored, head_dim);                                                                               \
   }
-}
-
-namespace {
-
-struct Rounded {
-  int32_t q;
-  uint16_t scale;
-};
-
-// A group of 32 channels, one a lane: m / 127 rounded to float16 is the scale; q = x * (1 / scale) to nearest.
-DEVICE Rounded round_group(float x) {
-  const int32_t greatest = greatest_of(magnitude(x));
-  if (greatest >= kNotFinite) return {0, 0x7e00};  // not a number
-  const uint16_t half = float_to_half(div(__int_as_float(greatest), 127.0f));
-  const float scale = half_to_float(half), inverse = scale > 0.0f ? div(1.0f, scale) : 0.0f;
-  const float q = mul(x, inverse), low = q > -127.0f ? q : -127.0f;
-  return {nearest(low < 127.0f ? low : 127.0f), half};
-}
-
-// The same in bytes: a warp rounds 32 channels.
-template <class Kv>
-DEVICE void store_bytes(const Stored& stored, int head_dim, bool latent) {
-  const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp, slot = stored.slot;
-  for (int i = threadIdx.x / kWarp; i < (latent ? 1 : 2) * groups; i += 128 / kWarp) {
-    const bool is_value = i >= groups;
-    const int group = i % groups, channel = group * kGroupChannels + lane;
-    const bool there = channel < head_dim;
-    const Rounded rounded = round_group(there ? (is_value ? stored.value : stored.key)[channel] : 0.0f);
-    uint8_t* values = stored.piece + Kv::key_bytes(head_dim);
-    uint8_t* to = is_value ? values + slot * padded_head(head_dim) + channel
-                           : stored.piece + chunk_offset<Kv>(slot, channel / 16, head_dim) + channel % 16;
-    uint8_t* scale =
-        is_value ? values + Kv::value_scale(slot, group, head_dim) : stored.piece + Kv::key_scale(slot, group, head_dim);
-    if (there) *to = static_cast<uint8_t>(rounded.q);
-    if (lane == 0) *reinterpret_cast<uint16_t*>(scale) = rounded.scale;
-  }
-}
-
-}  // namespace
-
-KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
-  const int row = blockIdx.x;
-  if (row < *rows) store_bytes<Q8Kv>(STORED, head_dim, v == nullptr);
-}
-
-KERNEL(128, store_int8, STORE_ARGUMENTS) {
-  const int row = blockIdx.x;
-  if (row < *rows) store_bytes<Int8Kv>(STORED, head_dim, v == nullptr);
-}
+STORE(f16, F16Kv)
+STORE(q8_0, Q8Kv)
+STORE(int8, Int8Kv)
 
 // Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
 // as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a

@@ -41,7 +41,8 @@ struct Span {
   int kv_head, head, heads;
   int from;  // position of the first row
   int span;
-  int slice, slices;  // which kSliceChannels of the values are this block's; of one slice, all
+  int slice, slices;     // which kSliceChannels of the values are this block's; of one slice, all
+  const float* turned;   // rotated queries in shared memory, where those of the step are not rotated; may be null
   Queries<TQ>& queries;
   float* scores;
   float* stage;  // for some blocks' values
@@ -53,6 +54,7 @@ struct Span {
   DEVICE int position(int query) const { return from + query / heads; }
   DEVICE int last() const { return from + item.rows - 1; }
   DEVICE const float* query(int query) const {
+    if (turned != nullptr) return turned + query * step.head_dim;
     return step.q + (row(query) * step.heads + head_of(query)) * step.head_dim;
   }
   DEVICE bool sees(int query) const { return queries.ends[query] > queries.firsts[query]; }
@@ -182,10 +184,10 @@ struct Span {
 
 // Computes items one after the other, as many as blocks of this head take part. Scores::compute(span) leaves the scores
 // of all positions from span.first() to span.end() in span.scores, as products times the attention scale, and has the
-// threads meet.
-template <class Kv, int TQ, class Scores, class AddValues>
+// threads meet. prepare(span) comes before, where queries are to be `turned`.
+template <class Kv, int TQ, class Scores, class Prepare, class AddValues>
 DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& queries, float* scores, float* stage,
-                   AddValues add_values) {
+                   const float* turned, Prepare prepare, AddValues add_values) {
   const int group = step.heads / step.kv_heads, parts = (group + TQ - 1) / TQ;
   const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts * TQ;
   const int heads = group - part < TQ ? group - part : TQ;
@@ -194,10 +196,12 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
     const Item item = work.item(kind, i / slices);
     for (int number = item.span_begin; number < item.span_end; number++) {
       const int from = step.positions[item.row];
-      const Span<Kv, TQ> span{step, item, kv_head, kv_head * group + part, heads, from, number, i % slices, slices, queries, scores, stage};
+      const Span<Kv, TQ> span{step,      item,   kv_head, kv_head * group + part, heads,  from, number,
+                              i % slices, slices, turned,  queries,                scores, stage};
       __syncthreads();
       span.begin();
       __syncthreads();
+      if (turned != nullptr) prepare(span);
       Scores::compute(span);
       if (step.soft_cap > 0 || step.slopes != nullptr) {
         span.adjust();
@@ -210,20 +214,26 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
   }
 }
 
+#define ATTENTION_ARGUMENTS                                                                                           \
+  int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *positions, const int32_t *tables, const float *q,    \
+      uint8_t *kv, const float *slopes, const float *sinks, int32_t heads, int32_t kv_heads, int32_t head_dim,        \
+      int32_t value_dim, int32_t piece_bytes, int32_t window, int32_t chunked, float scale, float soft_cap,           \
+      float *partials, float *out
+#define ATTENTION_STEP                                                                                                \
+  {positions, tables, q, kv, slopes, sinks, partials, out, heads, kv_heads, head_dim, value_dim, piece_bytes, slots,  \
+   {window, chunked}, scale, soft_cap}
+
 // A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, which
 // add_values(span) computes and keeps.
 #define ATTENTION_KERNEL(name, TQ, Kv, Scores, kind, stage, add_values)                                               \
-  KERNEL_IN_BLOCKS(256, 2, name, int32_t* plan, int32_t max_rows, int32_t slots, const int32_t* positions,            \
-                   const int32_t* tables, const float* q, const uint8_t* kv, const float* slopes, const float* sinks, \
-                   int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t value_dim, int32_t piece_bytes,         \
-                   int32_t window, int32_t chunked, float scale, float soft_cap, float* partials, float* out) {       \
+  KERNEL_IN_BLOCKS(256, 2, name, ATTENTION_ARGUMENTS) {                                                               \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     SHARED(Queries<TQ>, queries, );                                                                                   \
-    const Window seen{window, chunked};                                                                               \
-    const Step step{positions, tables,   q,        kv,        slopes,      sinks, partials, out,                      \
-                    heads,     kv_heads, head_dim, value_dim, piece_bytes, slots, seen,     scale, soft_cap};         \
+    const Step step ATTENTION_STEP;                                                                                   \
+    const auto nothing = [](const Span<Kv, TQ>&) {};                                                                  \
     const auto values = [](const Span<Kv, TQ>& span) { add_values(span); };                                           \
-    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), values);   \
+    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), nullptr,   \
+                               nothing, values);                                                                      \
   }
 
 }  // namespace llamaclust::cuda

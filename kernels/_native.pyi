@@ -75,6 +75,7 @@ class Sampler:
         records: NDArray[np.int64],
         tasks: Sequence[RowTask],
         logits_of: Callable[[list[int]], NDArray[np.float32]],
+        totals_of: Callable[[list[float]], NDArray[np.int64]],
     ) -> list[RowOutcome]: ...
     @property
     def record_words(self) -> int: ...
@@ -171,6 +172,7 @@ def sample_ranked(
     records: NDArray[np.int64],
     tasks: SamplingTasks,
     logits_of: Callable[[list[int]], NDArray[np.float32]],
+    totals_of: Callable[[list[float]], NDArray[np.int64]],
 ) -> RowOutcomes: ...
 
 class ReadProbe:

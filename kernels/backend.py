@@ -72,6 +72,8 @@ class RankedLogits:
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
     """Logits of these rows, [rows, vocabulary]: a view that the next call overwrites."""
+    totals: Callable[[Sequence[float]], NDArray[np.int64]]
+    """Sums of weights by a divisor for each output, where it is not 0: [outputs, parts], likewise."""
 
     def __len__(self) -> int:
         return len(self.records)

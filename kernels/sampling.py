@@ -42,13 +42,13 @@ class Sampler:
         tokens that each row may choose; None: all."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
-            return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows)))
+            return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))
         return tuple(map(_result, self._native.run(logits, native)))
 
     def sample(self, logits: Logits, tasks: _native.SamplingTasks) -> _native.RowOutcomes:
         """Likewise, of tasks that were read natively. See `row_results`."""
         if isinstance(logits, RankedLogits):
-            return _native.sample_ranked(self._native, logits.records, tasks, logits.rows)
+            return _native.sample_ranked(self._native, logits.records, tasks, logits.rows, logits.totals)
         return _native.sample(self._native, logits, tasks)
 
 

@@ -53,6 +53,8 @@ class Emitter:
         ops, vocabulary = self.ops, self.ops.program.out.width
         pieces = ops.scratch("greatest logits", sampling.piece_count(vocabulary))
         records = ops.layout.at("records", 8 * sampling.record_words(vocabulary) * ops.room)
+        ops.layout.at("divisors", 4 * ops.room)
+        ops.layout.at("totals", 8 * sampling.sums_of_row(vocabulary) * ops.room)
         yield from sampling.rank_logits(ops.current[ops.program.out.name], vocabulary, pieces, records, ops.rows)
 
     def _emit(self, step: GpuStep) -> Iterator[Launch | ir.Exchange]:

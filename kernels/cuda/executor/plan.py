@@ -11,7 +11,9 @@ from llamaclust.kernels.cuda.executor.emit import Emitter
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
 from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches import sampling
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
@@ -61,7 +63,8 @@ class Plan:
     @property
     def kernels(self) -> frozenset[str]:
         """The kernels of all shapes."""
-        return frozenset(launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape))
+        found = {launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape)}
+        return frozenset({*found, sampling.TOTALS} if self.program.is_last else found)
 
     @property
     def inputs_offset(self) -> int:
@@ -78,8 +81,24 @@ class Plan:
 
     @property
     def records_offset(self) -> int:
-        """Of a last stage: what is said of each row of logits."""
+        """Of a last stage: what is said of each row of logits; likewise what further sums are divided by, and these."""
         return self._layout.offset("records")
+
+    @property
+    def divisors_offset(self) -> int:
+        return self._layout.offset("divisors")
+
+    @property
+    def totals_offset(self) -> int:
+        return self._layout.offset("totals")
+
+    def sum_weights(self, rows: int) -> Launch:
+        """Of so many rows of logits, by their divisors."""
+        base, vocabulary = self._layout.base, self.program.out.width
+        offsets = self.out_offset, self.records_offset, self.divisors_offset, self.totals_offset
+        logits, *others = (np.uint64(base + offset) for offset in offsets)
+        outputs = self.inputs.addresses(base + self.inputs_offset).outputs
+        return sampling.sum_weights(logits, vocabulary, *others, RowCount(rows, outputs))
 
     @property
     def normed_offset(self) -> int:

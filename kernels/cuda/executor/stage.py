@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import finalize
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, RankedLogits, kv_bytes
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
-from llamaclust.kernels.cuda.launches.sampling import record_words
+from llamaclust.kernels.cuda.launches.sampling import record_words, sums_of_row
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
@@ -91,27 +92,36 @@ class CudaStage:
         self._plan = plan
         self._kv, self._buffers = kv, buffers
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
-        self._inputs, self._hidden, self._result, self._records, self._exchanged = self._pinned()
+        self._inputs, self._hidden, self._result, self._exchanged = self._pinned()
+        self._records, self._divisors, self._sums = self._pinned_ranks()
         self.weights: object = tuple(weights)
         self.weight_bytes = plan.weight_bytes
         self.kv_bytes = kv_bytes(plan.program, plan.limits)
         allocated_bytes = sum(memory.buffer.n_bytes for memory in weights) + kv.n_bytes + buffers.n_bytes
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
-    def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes, Bytes]:
-        """Host memory of a microbatch's numbers, its hidden states, its result, records of it, and what is
-        exchanged."""
+    def _pinned_ranks(self) -> tuple[Bytes, Bytes, Bytes]:
+        """Host memory of records of logits, and of further sums with their divisors; of other stages, of next to
+        nothing."""
+        program, device = self._plan.program, self._gpu_lock.device
+        rows = self._plan.limits.max_outputs if program.is_last else 1
+        vocabulary = program.out.width if program.is_last else 1
+        sizes = 8 * record_words(vocabulary), _FLOAT, 8 * sums_of_row(vocabulary)
+        with self._gpu_lock.driver_errors():
+            records, divisors, sums = (device.pinned(rows * n_bytes) for n_bytes in sizes)
+        return records, divisors, sums
+
+    def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+        """Host memory of a microbatch's numbers, its hidden states, its result, and what is exchanged."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
         sides = [side for step in self._plan.exchanges for side in (step.reads, (step.out,))]
-        words = record_words(program.out.width) * limits.max_outputs if program.is_last else 1
         exchanged = max((sum(buffer.width for buffer in side) for side in sides), default=1)
         with self._gpu_lock.driver_errors():
             return (
                 device.pinned(self._plan.inputs.n_bytes),
                 device.pinned(_FLOAT * limits.max_batch_tokens * program.hidden.width),
                 device.pinned(_FLOAT * result_rows * program.out.width),
-                device.pinned(8 * words),
                 device.pinned(_FLOAT * (limits.max_batch_tokens * exchanged if sides else 1)),
             )
 
@@ -135,7 +145,19 @@ class CudaStage:
             if rows:
                 device.copy_out(records, self._buffers, plan.records_offset)
             device.synchronize()
-        return RankedLogits(records.view(np.int64).reshape(rows, words), self._logits)
+        return RankedLogits(records.view(np.int64).reshape(rows, words), self._logits, self._totals)
+
+    def _totals(self, divisors: Sequence[float]) -> NDArray[np.int64]:
+        plan, device, rows = self._plan, self._gpu_lock.device, len(divisors)
+        parts = sums_of_row(plan.program.out.width)
+        by, found = self._divisors[: _FLOAT * rows], self._sums[: 8 * rows * parts]
+        by.view(np.float32)[:] = divisors
+        with self._gpu_lock.exclusive():
+            device.copy_in(self._buffers, plan.divisors_offset, by)
+            device.launch(plan.sum_weights(rows))
+            device.copy_out(found, self._buffers, plan.totals_offset)
+            device.synchronize()
+        return found.view(np.int64).reshape(rows, parts)
 
     def _logits(self, rows: Sequence[int]) -> Float32:
         plan, device = self._plan, self._gpu_lock.device

@@ -14,9 +14,14 @@ _PIECE_LOGITS, _BLOCK_PIECES = 64, 32
 _THREADS = 256
 
 
+def sums_of_row(vocabulary: int) -> int:
+    """Parts of a row whose weights are summed together."""
+    return -(-vocabulary // _SUMMED_LOGITS)
+
+
 def record_words(vocabulary: int) -> int:
     """int64s of a row, as kernels/cpu/native/sampler/ranked.h has them."""
-    return _CANDIDATES + -(-vocabulary // _SUMMED_LOGITS) + _END_WORDS
+    return _CANDIDATES + sums_of_row(vocabulary) + _END_WORDS
 
 
 def piece_count(vocabulary: int) -> int:
@@ -29,6 +34,17 @@ def rank_logits(
 ) -> Iterator[Launch]:
     """Fills the `records` of rows; `pieces` are memory for their greatest logits."""
     args = (logits, np.int32(vocabulary), rows.address, pieces, records)
-    blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": -(-vocabulary // _SUMMED_LOGITS)}
+    blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": sums_of_row(vocabulary)}
     for kernel, count in blocks.items():
         yield Launch(f"sampling.{kernel}", (count, rows.bucket, 1), (_THREADS, 1, 1), args)
+
+
+TOTALS = "sampling.totals"
+
+
+def sum_weights(
+    logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
+) -> Launch:
+    """`totals` int64 [rows, parts] by float32 `divisors` [rows], behind `rank_logits`."""
+    args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
+    return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

@@ -73,12 +73,26 @@ DEVICE uint32_t threshold(const float* tops, int pieces) {
   return least > kOrderedLeast ? least : 0;
 }
 
-// As weigh_lanes of the CPU's sampler at a divisor of 1: high * 2^20 + low.
+// kEach logits of a thread, -infinity behind the last one.
+struct Logits {
+  float x[kEach];
+
+  DEVICE static int first() { return blockIdx.x * kSummedLogits + threadIdx.x; }
+  DEVICE Logits(const float* row, int vocabulary) {
+#pragma unroll
+    for (int k = 0; k < kEach; k++) {
+      const int i = first() + k * kThreads;
+      x[k] = i < vocabulary ? row[i] : minus_infinity();
+    }
+  }
+};
+
+// As weigh_lanes of the CPU's sampler: high * 2^20 + low. `distance` is divided by the temperature.
 struct Weights {
   int32_t high = 0, low = 0, wrong = 0;
 
-  DEVICE void add_weight(float x, float maximum) {
-    float w = exp(sub(x, maximum));
+  DEVICE void add_weight(float distance) {
+    float w = exp(distance);
     wrong |= w != w ? 1 : 0;
     w = w < 2.0f ? w : 0.0f;
     const float scaled = mul(w, 0x1p20f);
@@ -144,19 +158,30 @@ KERNEL(256, candidates, const float* logits, int32_t vocabulary, const int32_t* 
     record.end->least = least;
     record.end->unused = 0;
   }
-  const float* from = logits + static_cast<size_t>(row) * vocabulary;
-  const int first = blockIdx.x * kSummedLogits + threadIdx.x;
-  float x[kEach];
-#pragma unroll
-  for (int k = 0; k < kEach; k++) x[k] = first + k * kThreads < vocabulary ? from[first + k * kThreads] : minus_infinity();
+  const Logits own(logits + static_cast<size_t>(row) * vocabulary, vocabulary);
   Weights weights;
 #pragma unroll
   for (int k = 0; k < kEach; k++) {
-    weights.add_weight(x[k], maximum);
-    const uint32_t ordered = ordered_bits(x[k]);
-    if (ordered >= least && ordered > kOrderedLeast) record.add_candidate(ordered, first + k * kThreads);
+    weights.add_weight(sub(own.x[k], maximum));
+    const uint32_t ordered = ordered_bits(own.x[k]);
+    if (ordered >= least && ordered > kOrderedLeast) record.add_candidate(ordered, own.first() + k * kThreads);
   }
   weights.store_sum(record.sums + blockIdx.x);
+}
+
+// totals[row][part] = sums of weights as in records, by the row's divisor, where this is not 0. Grid: as above.
+KERNEL(256, totals, const float* logits, int32_t vocabulary, const int32_t* rows, const float* divisors, int64_t* records,
+       int64_t* to) {
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
+  const float divisor = divisors[row];
+  if (divisor == 0.0f) return;
+  const float maximum = Record(records, row, vocabulary).end->maximum;
+  const Logits own(logits + static_cast<size_t>(row) * vocabulary, vocabulary);
+  Weights weights;
+#pragma unroll
+  for (int k = 0; k < kEach; k++) weights.add_weight(div(sub(own.x[k], maximum), divisor));
+  weights.store_sum(to + static_cast<size_t>(row) * gridDim.x + blockIdx.x);
 }
 
 }  // namespace llamaclust::cuda

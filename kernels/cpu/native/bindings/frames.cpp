@@ -80,9 +80,10 @@ RowOutcomes sample(Sampler& sampler, FloatRows logits, const SamplingTasks& task
   return {sampler.run(logits.data(), tasks.rows)};
 }
 
-RowOutcomes sample_ranked(Sampler& sampler, RankedRows records, const SamplingTasks& tasks, const nb::callable& logits_of) {
+RowOutcomes sample_ranked(Sampler& sampler, RankedRows records, const SamplingTasks& tasks, const nb::callable& logits_of,
+                          const nb::callable& totals_of) {
   if (tasks.rows.empty()) return {};
-  return {run_ranked(sampler, std::move(records), tasks.rows, logits_of)};
+  return {run_ranked(sampler, std::move(records), tasks.rows, logits_of, totals_of)};
 }
 
 bool has_failures(const RowOutcomes& outcomes) {
@@ -134,7 +135,7 @@ void bind_sampling(nb::module_& module) {
       .def_prop_ro("tokens", &tokens_of)
       .def("result", &result_of, "frame"_a, "queue_ns"_a, "compute_ns"_a, "wire_ns"_a);
   module.def("sample", &sample, "sampler"_a, "logits"_a, "tasks"_a);
-  module.def("sample_ranked", &sample_ranked, "sampler"_a, "records"_a, "tasks"_a, "logits_of"_a);
+  module.def("sample_ranked", &sample_ranked, "sampler"_a, "records"_a, "tasks"_a, "logits_of"_a, "totals_of"_a);
 }
 
 }  // namespace

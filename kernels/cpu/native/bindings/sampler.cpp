@@ -1,5 +1,7 @@
 #include <nanobind/stl/array.h>
 
+#include <algorithm>
+
 #include "bindings/ranked.h"
 #include "probes/probes.h"
 #include "runtime/float_mode.h"
@@ -58,14 +60,21 @@ std::pair<double, double> sincos_of(double angle) {
 }  // namespace
 
 std::vector<RowOutcome> run_ranked(Sampler& sampler, RankedRows records, const std::vector<RowTask>& tasks,
-                                   const nb::callable& logits_of) {
+                                   const nb::callable& logits_of, const nb::callable& totals_of) {
   if (records.shape(1) != ranked_words(sampler.vocabulary()) || records.shape(0) != tasks.size())
     throw nb::value_error("records must be [tasks, words of a record]");
+  std::vector<float> divisors = sampler.divisors(tasks);
+  std::optional<RankedRows> totals;
+  if (std::any_of(divisors.begin(), divisors.end(), [](float by) { return by != 0; })) {
+    totals = nb::cast<RankedRows>(totals_of(divisors));
+    if (static_cast<int>(totals->shape(1)) != sums_of_row(sampler.vocabulary()) || totals->shape(0) != tasks.size())
+      throw nb::value_error("totals must be [tasks, parts of a row]");
+  }
   std::vector<RowOutcome> outcomes;
   {
     const nb::gil_scoped_release released;
     const FloatMode mode;
-    outcomes = sampler.run_ranked(records.data(), tasks);
+    outcomes = sampler.run_ranked(records.data(), totals ? totals->data() : nullptr, tasks);
   }
   std::vector<int32_t> lacking;
   for (size_t row = 0; row < outcomes.size(); row++)
@@ -108,7 +117,7 @@ void bind_sampler(nb::module_& module) {
           },
           "vocabulary"_a, "feature_level"_a, "threads"_a)
       .def("run", &run, "logits"_a, "tasks"_a)
-      .def("run_ranked", &run_ranked, "records"_a, "tasks"_a, "logits_of"_a)
+      .def("run_ranked", &run_ranked, "records"_a, "tasks"_a, "logits_of"_a, "totals_of"_a)
       .def_prop_ro("record_words", [](const Sampler& sampler) { return ranked_words(sampler.vocabulary()); });
   const nb::call_guard<nb::gil_scoped_release> released;
   nb::class_<ReadProbe>(module, "ReadProbe")

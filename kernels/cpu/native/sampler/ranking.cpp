@@ -50,7 +50,7 @@ Ranking::Ranking(const SamplerOps& ops, const float* values, int n)
 
 Ranking::Ranking(const SamplerOps& ops, const Ranked& ranked, int n)
     : ops_(ops), values_(nullptr), n_(n), maximum_(ranked.maximum + 0.0f), total_(ranked.total),
-      complete_(ranked.is_complete), is_sorted_(false), keys_(ranked.keys, ranked.keys + ranked.count) {}
+      divided_total_(ranked.divided_total), divisor_(ranked.divisor), complete_(ranked.is_complete), is_sorted_(false), keys_(ranked.keys, ranked.keys + ranked.count) {}
 
 int64_t Ranking::checked_total() const {
   return values_ == nullptr ? total_ : ops_.weigh(values_, n_, maximum_, 1.0f, nullptr);
@@ -59,8 +59,9 @@ int64_t Ranking::checked_total() const {
 // Blocks without a candidate have no weight; they would be slow, since exp is subnormal there.
 int64_t Ranking::total(float divisor) {
   if (values_ == nullptr) {
-    if (divisor != 1) need_values();
-    return total_;
+    if (divisor == 1) return total_;
+    if (divisor != divisor_) need_values();
+    return divided_total_;
   }
   int64_t total = 0;
   const auto block_count = blocks_.size();

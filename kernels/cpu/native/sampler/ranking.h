@@ -21,6 +21,8 @@ struct Ranked {
   float maximum;
   bool is_complete;  // no logit above -infinity is missing
   int64_t total;     // of weights at a temperature of 1; 0 where a logit is no number
+  float divisor = 1;  // a temperature, and the total at this one
+  int64_t divided_total = 0;
 };
 
 inline Ranked read_ranked(const int64_t* record, int vocabulary) {
@@ -74,7 +76,8 @@ class Ranking {
   int n_;
   std::vector<float> blocks_;  // greatest value of each 64
   float maximum_;
-  int64_t total_ = 0;  // of weights at 1, where the values are elsewhere
+  int64_t total_ = 0, divided_total_ = 0;  // of weights at 1 and at the divisor, where the values are elsewhere
+  float divisor_ = 1;
   bool lacks_values_ = false;
   bool complete_ = false;       // every value that can be ranked is ready
   bool is_sorted_ = true;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -39,6 +40,10 @@ void keep_allowed(const std::vector<uint32_t>& allowed, float* logits, int vocab
   }
 }
 
+bool is_plain(const Choice& c) { return c.logit_bias.empty() && c.suppressed.empty() && c.allowed.empty(); }
+
+float divisor_of(const Choice& c) { return std::min(c.temperature, kLargest); }
+
 // How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
 int kept_candidates(Ranking& ranking, const Choice& c) {
   const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
@@ -58,8 +63,8 @@ int kept_candidates(Ranking& ranking, const Choice& c) {
 
 int draw(Ranking& ranking, const Choice& c) {
   const int kept = kept_candidates(ranking, c);
-  RankedWeights weights(ranking, std::min(c.temperature, kLargest));
-  const int64_t total = kept < ranking.size() ? weights.sum(kept) : ranking.total(std::min(c.temperature, kLargest));
+  RankedWeights weights(ranking, divisor_of(c));
+  const int64_t total = kept < ranking.size() ? weights.sum(kept) : ranking.total(divisor_of(c));
   const int64_t target = scaled(random_bits(c.seed, c.choice, c.position), total);
   if (ranking.lacks_values()) return 0;
   int rank = 0;
@@ -91,8 +96,7 @@ Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
 // The sampled token, -1 where every one is suppressed; *mu is set where Mirostat chose.
 int32_t Sampler::sampled(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
   const bool is_penalized = !c.chain && penalizes(c);  // a chain says when
-  const bool is_plain = c.logit_bias.empty() && c.suppressed.empty() && c.allowed.empty();
-  if (!c.chain && is_plain && !is_penalized) return sample(raw, c);
+  if (!c.chain && is_plain(c) && !is_penalized) return sample(raw, c);
   raw.need_values();
   if (logits == nullptr) return 0;
   scratch.assign(logits, logits + vocabulary_);
@@ -158,10 +162,28 @@ std::vector<RowOutcome> Sampler::run(const float* logits, const std::vector<RowT
   return outcomes;
 }
 
-std::vector<RowOutcome> Sampler::run_ranked(const int64_t* records, const std::vector<RowTask>& tasks) {
+std::vector<float> Sampler::divisors(const std::vector<RowTask>& tasks) const {
+  std::vector<float> found;
+  for (const RowTask& task : tasks) {
+    const Choice& c = task.choice;
+    const bool keeps_all = c.top_p >= 1 && c.min_p <= 0 && (c.top_k <= 0 || c.top_k >= vocabulary_);
+    const bool wants_total = !task.scored && !c.chain && is_plain(c) && !penalizes(c) && c.temperature > 0 && keeps_all;
+    found.push_back(wants_total && c.temperature != 1 ? divisor_of(c) : 0);
+  }
+  return found;
+}
+
+std::vector<RowOutcome> Sampler::run_ranked(const int64_t* records, const int64_t* totals,
+                                            const std::vector<RowTask>& tasks) {
   std::vector<RowOutcome> outcomes(tasks.size());
+  const std::vector<float> by = divisors(tasks);
   each_row(tasks.size(), [&](size_t row, Scratch& scratch) {
-    const Ranked ranked = read_ranked(records + row * ranked_words(vocabulary_), vocabulary_);
+    Ranked ranked = read_ranked(records + row * ranked_words(vocabulary_), vocabulary_);
+    if (totals != nullptr && by[row] != 0) {
+      const int64_t* sums = totals + row * sums_of_row(vocabulary_);
+      ranked.divisor = by[row];
+      ranked.divided_total = std::accumulate(sums, sums + sums_of_row(vocabulary_), int64_t{0});
+    }
     std::string refused = refusal(tasks[row]);
     outcomes[row] = refused.empty() ? run_row(Ranking(ops_, ranked, vocabulary_), nullptr, tasks[row], scratch)
                                     : failed(std::move(refused));

@@ -85,8 +85,11 @@ class Sampler {
   // logits[tasks][vocabulary]; rows are spread over the threads. One call at a time.
   std::vector<RowOutcome> run(const float* logits, const std::vector<RowTask>& tasks);
 
-  // The same of records[tasks][ranked_words], as far as these suffice: others lack logits.
-  std::vector<RowOutcome> run_ranked(const int64_t* records, const std::vector<RowTask>& tasks);
+  // What weights are to be divided by, of each row whose record alone does not suffice for this; else 0.
+  std::vector<float> divisors(const std::vector<RowTask>& tasks) const;
+  // The same of records[tasks][ranked_words], as far as these suffice: others lack logits. totals[tasks][sums_of_row]: sums
+  // of weights by these divisors, where these are not 0; null where all are.
+  std::vector<RowOutcome> run_ranked(const int64_t* records, const int64_t* totals, const std::vector<RowTask>& tasks);
   // logits[number of outcomes that lack them][vocabulary]: completes these, in their order.
   void complete(const float* logits, const std::vector<RowTask>& tasks, std::vector<RowOutcome>& outcomes);
 

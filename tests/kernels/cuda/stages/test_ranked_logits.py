@@ -7,13 +7,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.kernels.backend import Float32, RankedLogits, RanksLogits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.launches.sampling import piece_count, rank_logits, record_words
+from llamaclust.kernels.cuda.launches.sampling import (
+    piece_count,
+    rank_logits,
+    record_words,
+    sum_weights,
+    sums_of_row,
+)
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.sampling import Sampler
 from support.arithmetic.batches import batch_of, load_stage
@@ -40,7 +47,16 @@ class Ranker:
         counted = RowCount(rows + 2, count.at())
         for launch in rank_logits(at.at(), vocabulary, pieces.at(), records.at(), counted):
             bench.device.launch(launch)
-        self.ranked = RankedLogits(bench.get(records, (rows, words), np.int64), self._rows)
+        self.divisors: list[list[float]] = []
+
+        def totals(divisors: Sequence[float]) -> NDArray[np.int64]:
+            self.divisors.append([*divisors])
+            parts = sums_of_row(vocabulary)
+            by, to = bench.put(np.array([*divisors, 1, 1], np.float32)), bench.room(8 * parts * (rows + 2))
+            bench.device.launch(sum_weights(at.at(), vocabulary, records.at(), by.at(), to.at(), counted))
+            return bench.get(to, (rows, parts), np.int64)
+
+        self.ranked = RankedLogits(bench.get(records, (rows, words), np.int64), self._rows, totals)
 
     def _rows(self, rows: Sequence[int]) -> Float32:
         self.read += rows
@@ -93,7 +109,7 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
         SampleTask(replace(GREEDY, logit_bias=((3, 1.0),)), 1, 0, 0),
         SampleTask(GREEDY, 1, 0, 0),
         SampleTask(GREEDY, 1, 0, 0, suppressed=(4,)),
-        SampleTask(SamplingParams(temperature=0.9), 1, 0, 0),
+        SampleTask(SamplingParams(temperature=1.0, frequency_penalty=0.5), 1, 0, 0, history=(3, 3, 5)),
         SampleTask(GREEDY, 1, 0, 0, top_logprobs=900),
         SampleTask(SamplingParams(temperature=1.0, top_k=39_999, top_p=0.9999999), 1, 0, 0),
         ScoreTask(int(logits[6].argmin()), 0),
@@ -101,6 +117,21 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
         ScoreTask(least, 0),
     ]
     assert check(bench, logits, tasks) == [0, 2, 3, 4, 5, 6, 8]
+
+
+def test_other_temperatures(bench: Bench) -> None:
+    """Weights are summed again, once for all rows that need it; these read no logits."""
+    source = generator()
+    logits = source.normal(0, 2, (4, 20_000)).astype(np.float32)
+    logits[:, ::4_000] += np.float32(14)
+    temperatures = (0.7, 1.0, 0.0, 1.6)
+    tasks = tuple(SampleTask(SamplingParams(temperature=one), 7, 0, 1) for one in temperatures)
+    ranker, sampler = Ranker(bench, logits), Sampler(20_000)
+    assert sampler.run(ranker.ranked, tasks) == sampler.run(logits, tasks)
+    assert ranker.read == []
+    assert ranker.divisors == [[np.float32(0.7), 0, 0, np.float32(1.6)]]
+    sampler.run(ranker.ranked, (SampleTask(GREEDY, 1, 0, 0),) * 4)
+    assert len(ranker.divisors) == 1
 
 
 def test_ties_zeros_and_infinities(bench: Bench) -> None:
@@ -153,9 +184,11 @@ def test_stages_give_the_logits_that_are_asked_for(
         assert len(ranked) == 4
         for rows in ([0, 1, 2, 3], [1], [3, 0], [2, 3]):
             np.testing.assert_array_equal(ranked.rows(rows), wanted[rows])
-        tasks = tuple(SampleTask(GREEDY, 1, 0, 0, top_logprobs=5) for _ in outputs)
         sampler = Sampler(wanted.shape[1])
-        assert sampler.run(ranked, tasks) == sampler.run(wanted, tasks)
+        for temperature in (0.0, 1.0, 0.8):
+            params = SamplingParams(temperature=temperature)
+            tasks = tuple(SampleTask(params, 1, 0, 0, top_logprobs=5) for _ in outputs)
+            assert sampler.run(ranked, tasks) == sampler.run(wanted, tasks)
     assert len(stage.run_ranked(batch_of([(tokens, range(12), range(1))], outputs=[]), None)) == 0
     plain.close()
     stage.close()

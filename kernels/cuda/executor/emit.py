@@ -253,7 +253,7 @@ class Emitter:
         k, v = (*stored, NULL, NULL)[:2]
         out = ops.out(step.out)
         by_32 = by_256 = NULL
-        if wanted is not None and attention.can_quantize(step, launches.room):
+        if wanted is not None and launches.can_quantize(step):
             at = ops.activations(wanted, step.out.name, step.out.width)
             by_32, by_256 = (at, NULL) if wanted is ActivationFormat.Q8_32 else (NULL, at)
         tables = ops.inputs.window_tables if ops.limits.gives_up(step.window) else ops.inputs.block_tables

@@ -48,11 +48,12 @@ class Room:
     max_rows: int
     slots: int
     max_context_tokens: int
+    kv_heads: int
 
     @property
     def plan_bytes(self) -> int:
         """For each `likeness` one plan of this size."""
-        return 4 * (8 + 4 * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
+        return 4 * (8 + (4 + self.kv_heads) * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
 
     def partial_bytes(self, step: Attention) -> int:
         return self.slots * _slot_bytes(step)
@@ -107,7 +108,8 @@ def _spans(step: Attention, max_context_tokens: int) -> int:
 def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
     """As many slots as rows can ask for, or as there is memory for."""
     slots = (min(max_rows * _spans(step, max_context_tokens), MAX_PARTIAL_BYTES // _slot_bytes(step)) for step in steps)
-    return Room(max_rows, max(slots, default=0), max_context_tokens)
+    kv_heads = max((step.kv_heads for step in steps), default=0)
+    return Room(max_rows, max(slots, default=0), max_context_tokens, kv_heads)
 
 
 def _group(step: Attention) -> int:
@@ -220,10 +222,15 @@ def _merges(step: Attention, room: Room) -> bool:
     return _spans(step, room.max_context_tokens) > 1 and room.slots > 0
 
 
-def can_quantize(step: Attention, room: Room) -> bool:
-    """Whether the kernel that merges spans can: it has whole heads of 256 channels."""
+def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
+    """Whether what merges spans can: it has whole heads of 256 channels."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
-    return fits and _merges(step, room)
+    return fits and (_merges(step, room) or (decode and brings_own(step) and _has_whole_pieces(step)))
+
+
+def _has_whole_pieces(step: Attention) -> bool:
+    """Whether heads that share a KV head are quantized together."""
+    return _group(step) * step.value_dim % _MERGED_CHANNELS == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +248,7 @@ class AttentionLaunches:
         """Once for a microbatch and likeness, before the first attention."""
         inputs, room, group = self.inputs, self.room, _group(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self.gpu)))
-        slices = value_slices(step), 2 * self.gpu.sms // step.kv_heads
+        slices = value_slices(step), 2 * self.gpu.sms // step.kv_heads, step.kv_heads
         tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, *_window(step))
         arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
         figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below, *slices))
@@ -250,12 +257,19 @@ class AttentionLaunches:
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
         few, spans, rows, sms = _few_queries(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
         fresh = self.decode and brings_own(step)
+        is_quantized = at.by_32 != at.by_256
+        merges = fresh and (_has_whole_pieces(step) if is_quantized else _merges(step, self.room))
         if not (step.shares_kv or fresh):
             yield self._store(step, at)
         if few:
             grid = min(rows * spans * value_slices(step), -(-4 * sms // step.kv_heads)), step.kv_heads, 1
             yield self._attend(
-                f"few.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at, self._fresh(at, fresh)
+                f"few.few_{step.kv_type}_{few}",
+                grid,
+                few_shared_bytes(step, few),
+                step,
+                at,
+                self._fresh(at, fresh, merges),
             )
         if not (few and self.decode):
             many, parts = _many_queries(step, self.gpu), _parts(step, self.gpu)
@@ -264,13 +278,18 @@ class AttentionLaunches:
             grid = blocks, step.kv_heads * parts, 1
             kernel = "tile.tile" if step.v is not None else "latent.latent"
             yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
-        if _merges(step, self.room):
+        if _merges(step, self.room) and not merges:
             yield self._merge(step, at)
 
-    def _fresh(self, at: AttentionBuffers, fresh: bool) -> tuple[Scalar, ...]:
+    def can_quantize(self, step: Attention) -> bool:
+        return can_quantize(step, self.room, decode=self.decode)
+
+    def _fresh(self, at: AttentionBuffers, fresh: bool, merges: bool) -> tuple[Scalar, ...]:
+        """What the kernel of few queries does beside attention."""
         turn = at.rotation
         places = (at.k, at.v, turn.angles) if fresh else (NULL, NULL, NULL)
-        return *places, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
+        outs = (at.by_32, at.by_256) if merges else (NULL, NULL)
+        return *places, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX), np.int32(merges), *outs
 
     def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)

@@ -89,6 +89,13 @@ LLAMACLUST_MMA(uint32_t, "u8")
 LLAMACLUST_MMA(int32_t, "s8")
 #undef LLAMACLUST_MMA
 
+// What another block of the same launch has written, and __threadfence has made known.
+__device__ __forceinline__ float load_shared_by_all(const float* p) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+
 // Asks for the 128 bytes around p to be brought near, into the cache that all share.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 

@@ -196,21 +196,33 @@ def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs
 
 @pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(
-    "step", [attention(8, 1, 32), attention(4, 1, 64, sinks="sinks"), attention(4, 2, 128), attention(2, 1, 256)]
+    "step",
+    [
+        *(attention(8, 1, 32), attention(4, 1, 64, sinks="sinks"), attention(4, 2, 128), attention(2, 1, 256)),
+        *(attention(8, 2, 32, sinks="sinks"), attention(6, 2, 256, KvType.Q8_0, sinks="sinks")),
+    ],
 )
-def test_spans_together_and_quantization(bench: Bench, tmp_path: Path, kind: ActivationFormat, step: Attention) -> None:
+@pytest.mark.parametrize("decode", [False, True])
+def test_spans_together_and_quantization(
+    bench: Bench, tmp_path: Path, kind: ActivationFormat, step: Attention, decode: bool
+) -> None:
     """A row of several spans, and one of a single span, which no other kernel has quantized."""
     long, short = sequences_of(tmp_path, step, (515, 4), random_source())
     attender, width = Attender(bench, step), step.out.width
     assert can_quantize(step, attender.room)
-    assert not can_quantize(step, replace(attender.room, max_context_tokens=512))
+    short_room = replace(attender.room, max_context_tokens=512)
+    assert not can_quantize(step, short_room)
+    assert can_quantize(step, short_room, decode=True) == (step.out.width // step.kv_heads % 256 == 0)
     for told in (long, short):
         attender.fill(told, len(told.rows) - 1)
     parts = [(long, range(514, 515)), (short, range(3, 4))]
     out = cleared(bench, kind, width)
     attender.quantized = {f"by_{kind.value}": out.at()}
     batch = batch_of([([0], rows, told.table) for told, rows in parts])
-    attender.run(batch, np.concatenate([told.rows[-1:] for told, _ in parts]), one_row_each=True)
+    attender.launched.clear()
+    attender.run(batch, np.concatenate([told.rows[-1:] for told, _ in parts]), one_row_each=decode)
+    apart = not decode or step.out.width // step.kv_heads % 256 != 0
+    assert any("merge" in kernel for kernel in attender.launched) == apart
     wanted = np.concatenate([*(told.wanted[-1:] for told, _ in parts), np.zeros((ROWS - 2, width), np.float32)])
     found, wanted_bytes = bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted)
     np.testing.assert_array_equal(found, wanted_bytes)
@@ -266,15 +278,15 @@ def test_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other_types", "context_tokens", "count"), [({}, 512, 9), ({}, 4096, 9), ({"attn_v": QuantType.Q6_K}, 4096, 10)]
+    ("kv_heads", "other_types", "context_tokens", "count"),
+    [(1, {}, 512, 8), (1, {}, 4096, 8), (2, {}, 4096, 9), (1, {"attn_v": QuantType.Q6_K}, 4096, 9)],
 )
 def test_launches_of_a_layer_in_decode(
-    tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int
+    tmp_path: Path, kv_heads: int, other_types: dict[str, QuantType], context_tokens: int, count: int
 ) -> None:
     """As docs/gpu-kernels.md lists them."""
-    build_tiny_model(
-        tmp_path / "m.gguf", layers=4, heads=4, quant_type=QuantType.Q4_K, ffn=256, other_types=other_types
-    )
+    shape = {"layers": 4, "heads": 4, "kv_heads": kv_heads, "ffn": 256}
+    build_tiny_model(tmp_path / "m.gguf", quant_type=QuantType.Q4_K, other_types=other_types, **shape)
     model = Model.open(tmp_path / "m.gguf")
     limits = StageLimits(32, 32, 4, context_tokens, 256)
 

@@ -184,10 +184,11 @@ struct Span {
 
 // Computes items one after the other, as many as blocks of this head take part. Scores::compute(span) leaves the scores
 // of all positions from span.first() to span.end() in span.scores, as products times the attention scale, and has the
-// threads meet. prepare(span) comes before, where queries are to be `turned`.
-template <class Kv, int TQ, class Scores, class Prepare, class AddValues>
+// threads meet. prepare(span) comes before, where queries are to be `turned`; finish(item, KV head, slices) behind all
+// spans of an item.
+template <class Kv, int TQ, class Scores, class Prepare, class AddValues, class Finish>
 DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& queries, float* scores, float* stage,
-                   const float* turned, Prepare prepare, AddValues add_values) {
+                   const float* turned, Prepare prepare, AddValues add_values, Finish finish) {
   const int group = step.heads / step.kv_heads, parts = (group + TQ - 1) / TQ;
   const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts * TQ;
   const int heads = group - part < TQ ? group - part : TQ;
@@ -211,6 +212,7 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
       __syncthreads();
       add_values(span);
     }
+    finish(item, kv_head, slices);
   }
 }
 
@@ -232,8 +234,9 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
     const Step step ATTENTION_STEP;                                                                                   \
     const auto nothing = [](const Span<Kv, TQ>&) {};                                                                  \
     const auto values = [](const Span<Kv, TQ>& span) { add_values(span); };                                           \
+    const auto no_end = [](const Item&, int, int) {};                                                                 \
     attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), nullptr,   \
-                               nothing, values);                                                                      \
+                               nothing, values, no_end);                                                              \
   }
 
 }  // namespace llamaclust::cuda

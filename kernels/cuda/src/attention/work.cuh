@@ -13,7 +13,8 @@ struct Item {
 };
 
 // Items of few queries and of many; for how many blocks the values of one of few queries are divided; of each row where its block table begins and, if its spans are merged later, how
-// many there are, the first one's slot and the step to the next.
+// many there are, the first one's slot and the step to the next; of each row and KV head how many blocks have done their
+// part of it, if these merge spans: the last one sets it back to 0.
 struct Work {
   DEVICE Work(int32_t* plan, int max_rows, int slots)
       : base(plan), max_rows(max_rows), max_items(max_rows + slots) {}
@@ -26,6 +27,10 @@ struct Work {
   DEVICE int32_t& stride(int row) const { return base[kCounts + 3 * max_rows + row]; }
   DEVICE Item& item(int kind, int index) const {
     return reinterpret_cast<Item*>(base + kCounts + 4 * max_rows)[kind * max_items + index];
+  }
+
+  DEVICE int32_t& done(int row_and_head) const {
+    return base[kCounts + 4 * max_rows + 2 * max_items * (sizeof(Item) / 4) + row_and_head];
   }
 
   static constexpr int kFew = 0, kMany = 1, kSlices = 2, kCounts = 8;

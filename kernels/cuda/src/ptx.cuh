@@ -90,7 +90,7 @@ LLAMACLUST_MMA(int32_t, "s8")
 #undef LLAMACLUST_MMA
 
 // What another block of the same launch has written, and __threadfence has made known.
-__device__ __forceinline__ float load_shared_by_all(const float* p) {
+__device__ __forceinline__ float load_from_all(const float* p) {
   float x;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;

@@ -204,57 +204,6 @@ struct Fresh {
   }
 };
 
-// Merges the spans of a row for the heads of a KV head, by the block that is the last one to be done with them.
-struct Ending {
-  bool merges;
-  QuantizedOut quantized;
-
-  // All threads together, when the block's sums are stored.
-  DEVICE bool is_last(const Work& work, int row, int kv_head, int kv_heads, int slices) const {
-    SHARED(int32_t, last, [1]);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const int spans = work.spans(row);
-      int32_t& done = work.done(row * kv_heads + kv_head);
-      last[0] = atomicAdd(&done, 1) == (spans > 0 ? spans : 1) * slices - 1 ? 1 : 0;
-      if (last[0] != 0) done = 0;
-    }
-    __syncthreads();
-    if (last[0] == 0) return false;
-    __threadfence();
-    return true;
-  }
-
-  // `factors` and `merged` have room for two heads' and for all channels.
-  DEVICE void finish(const Step& step, const Work& work, const Item& item, int kv_head, int slices, float* factors,
-                     float* merged) const {
-    if (!merges || !is_last(work, item.row, kv_head, step.kv_heads, slices)) return;
-    const int row = item.row, group = step.heads / step.kv_heads, channels = step.value_dim, spans = work.spans(row);
-    if (spans == 0 && !quantized.is_wanted()) return;
-    constexpr int kPlaces = kThreads / kMergers;
-    const int place = threadIdx.x / kMergers, thread = threadIdx.x % kMergers;
-    const Partials from(step.partials, step.slots, step.heads, channels);
-    float* out = step.out + (static_cast<size_t>(row) * step.heads + kv_head * group) * channels;
-    for (int begin = 0; begin < group; begin += kPlaces) {
-      const int own = begin + place, head = own < group ? own : begin;  // one that is too many does as the first one
-      const Merged sums = merge_spans(from, spans, work.slot(row), work.stride(row), kv_head * group + head, thread,
-                                      step.sinks, {factors, place});
-      for (int part = 0; part < kMergedParts; part++) {
-        const int channel = part * kMergers + thread, at = own * channels + channel;
-        if (own >= group || channel >= channels) continue;
-        const float value = spans == 0 ? load_shared_by_all(out + at) : sums.channel(part);
-        (quantized.is_wanted() ? merged : out)[at] = value;
-      }
-    }
-    if (!quantized.is_wanted()) return;
-    __syncthreads();
-    const int pieces = group * channels / 256;
-    for (int piece = threadIdx.x / kWarp; piece < pieces; piece += kWarps)
-      quantized.store(merged + 256 * piece, row, kv_head * pieces + piece, step.heads * channels);
-  }
-};
-
 }  // namespace
 
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
@@ -274,7 +223,7 @@ struct Ending {
     const Work work(plan, max_rows, slots);                                                                           \
     const Ending ending{merges != 0, {by_32, by_256}};                                                                \
     const auto finish = [&](const Item& item, int kv_head, int slices) {                                              \
-      ending.finish(step, work, item, kv_head, slices, scores, stage);                                                \
+      ending.finish<TQ>(step, work, item, kv_head, slices, scores, stage);                                            \
     };                                                                                                                \
     attend<Kv, TQ, Scores<TQ>>(step, work, Work::kFew, queries, scores, stage, k == nullptr ? nullptr : stage,        \
                                prepare, values, finish);                                                              \

@@ -1,81 +1,13 @@
-// Spans of a row that were computed apart, put together in ascending order.
+// Spans of a row that were computed apart, put together in ascending order by the block that has computed the last of them,
+// and where quantized results go.
 #pragma once
 
 #include "elementwise/quantize.cuh"
-#include "work.cuh"
+#include "span.cuh"
 
 namespace llamaclust::cuda {
 
-inline constexpr int kMergers = 128;  // threads that merge the spans of a head
-inline constexpr int kMergedParts = 4;  // of 128 channels
-
-// Of that many spans of a head, in shared memory.
-struct SpanFactors {
-  float *maxima, *sums, *keep, *gain;
-
-  // Room for `place`, of kFloats each.
-  static constexpr int kFloats = 4 * kMergers;
-  DEVICE SpanFactors(float* room, int place)
-      : maxima(room + place * kFloats), sums(maxima + kMergers), keep(sums + kMergers), gain(keep + kMergers) {}
-};
-
-// What a row's spans sum up to for a head: a thread has channels i, i + 128, ...
-struct Merged {
-  float sum = 0, total[kMergedParts];
-
-  DEVICE float channel(int part) const { return div(total[part], sum); }
-};
-
-// The factors of all spans come first, by as many threads: what is left in order is one multiplication and one multiply-add
-// a span. All threads of a block together, for heads of one row; `i` of kMergers is the thread among those of its head.
-DEVICE Merged merge_spans(const Partials& from, int spans, int first, int stride, int head, int i, const float* sinks,
-                          const SpanFactors& at) {
-  Merged merged;
-  float before = 0;
-  for (int begin = 0; begin < spans; begin += kMergers) {
-    const int count = spans - begin < kMergers ? spans - begin : kMergers;
-    __syncthreads();
-    if (i < count) {
-      const int index = from.index(first + (begin + i) * stride, head);
-      at.maxima[i] = load_shared_by_all(from.maxima + index);
-      at.sums[i] = load_shared_by_all(from.sums + index);
-    }
-    __syncthreads();
-    float top = begin == 0 ? at.maxima[0] : before, until = top;
-    for (int j = 0; j < count; j++) {
-      if (j == i) before = top;
-      top = greater(top, at.maxima[j]);
-      if (j == i) until = top;
-    }
-    if (i < count) {
-      at.keep[i] = exp(sub(before, until));
-      at.gain[i] = exp(sub(at.maxima[i], until));
-    }
-    before = top;
-    __syncthreads();
-    for (int j = 0; j < count; j++)
-      merged.sum = begin + j == 0 ? at.sums[0] : fma(at.sums[j], at.gain[j], mul(merged.sum, at.keep[j]));
-#pragma unroll
-    for (int part = 0; part < kMergedParts; part++) {
-      const int channel = part * kMergers + i;
-      if (channel >= from.head_dim) continue;
-#pragma unroll 8
-      for (int j = 0; j < count; j++) {
-        const float x = load_shared_by_all(from.channels(first + (begin + j) * stride, head) + channel);
-        float& total = merged.total[part];
-        total = begin + j == 0 ? x : fma(x, at.gain[j], mul(total, at.keep[j]));
-      }
-    }
-  }
-  if (sinks != nullptr && spans > 0) {
-    const SinkFactors sink(before, sinks[head]);
-    merged.sum = sink.sum(merged.sum);
-    for (float& total : merged.total) total = SinkFactors::value(total, sink.keep, sink.gain);
-  }
-  return merged;
-}
-
-// Where quantized rows go, in one of the formats; both null: nowhere.
+// Rows in one of the formats; both null: nowhere.
 struct QuantizedOut {
   uint8_t *by_32, *by_256;
 
@@ -86,6 +18,149 @@ struct QuantizedOut {
     load_fours(from + 8 * (threadIdx.x % kWarp), eight);
     if (by_32 != nullptr) quantize(eight, row, piece, cols, reinterpret_cast<Activations32*>(by_32));
     if (by_256 != nullptr) quantize(eight, row, piece, cols, reinterpret_cast<Activations256*>(by_256));
+  }
+};
+
+// The spans of a row, for up to TQ heads, by a block. Factors of some spans come first, a thread for each of a head; then
+// threads take channels. `room` is for kRoom floats, `merged` for all channels.
+template <int TQ>
+struct SpanMerger {
+  static constexpr int kTogether = kThreads / TQ;  // spans
+  static constexpr int kRoom = 4 * kThreads + 3 * TQ;
+
+  const Partials& from;
+  int spans, first, stride;  // as the plan has them
+  int head, heads;
+  const float* sinks;
+  float *room, *merged;
+
+  DEVICE float* maxima() const { return room; }
+  DEVICE float* sums() const { return room + kThreads; }
+  DEVICE float* keep() const { return room + 2 * kThreads; }
+  DEVICE float* gain() const { return room + 3 * kThreads; }
+  DEVICE float* of_heads() const { return room + 4 * kThreads; }  // sums of weights; factors of sinks
+  DEVICE int channels() const { return heads * from.head_dim; }
+
+  DEVICE void load_sums(int begin, int count, int query, int i) const {
+    if (query >= heads || i >= count) return;
+    const int index = from.index(first + (begin + i) * stride, head + query);
+    maxima()[threadIdx.x] = load_from_all(from.maxima + index);
+    sums()[threadIdx.x] = load_from_all(from.sums + index);
+  }
+
+  // Returns the maximum with these spans; `before` is that of the spans before them.
+  DEVICE float find_factors(int begin, int count, int query, int i, float before) const {
+    const float* own = maxima() + query * kTogether;
+    float top = begin == 0 ? own[0] : before, until = top;
+    for (int j = 0; j < count; j++) {
+      if (j == i) before = top;
+      top = greater(top, own[j]);
+      if (j == i) until = top;
+    }
+    if (query < heads && i < count) {
+      keep()[threadIdx.x] = exp(sub(before, until));
+      gain()[threadIdx.x] = exp(sub(maxima()[threadIdx.x], until));
+    }
+    return top;
+  }
+
+  DEVICE void add_channels(int begin, int count) const {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < channels(); c += kThreads) {
+      const int query = c / from.head_dim, factors = query * kTogether;
+      const float* x = from.channels(first + begin * stride, head + query) + c % from.head_dim;
+      const size_t step = static_cast<size_t>(stride) * from.heads * from.head_dim;
+      float total = begin == 0 ? 0.0f : merged[c];
+#pragma unroll 8
+      for (int j = 0; j < count; j++) {
+        const float value = load_from_all(x + j * step);
+        total = begin + j == 0 ? value : fma(value, gain()[factors + j], mul(total, keep()[factors + j]));
+      }
+      merged[c] = total;
+    }
+  }
+
+  // All threads together.
+  DEVICE void run() const {
+    const int query = threadIdx.x / kTogether, i = threadIdx.x % kTogether;
+    float top = 0, sum = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < spans; begin += kTogether) {
+      const int count = spans - begin < kTogether ? spans - begin : kTogether;
+      __syncthreads();
+      load_sums(begin, count, query, i);
+      __syncthreads();
+      top = find_factors(begin, count, query, i, top);
+      __syncthreads();
+      for (int j = query * kTogether; i == 0 && j < query * kTogether + count; j++)
+        sum = begin == 0 && j == query * kTogether ? sums()[j] : fma(sums()[j], gain()[j], mul(sum, keep()[j]));
+      add_channels(begin, count);
+    }
+    if (i == 0) keep_sum(query, top, sum);
+    __syncthreads();
+#pragma unroll 1
+    for (int c = threadIdx.x; c < channels(); c += kThreads) {
+      const float* own = of_heads() + c / from.head_dim;
+      const float value = sinks == nullptr ? merged[c] : SinkFactors::value(merged[c], own[TQ], own[2 * TQ]);
+      merged[c] = div(value, own[0]);
+    }
+  }
+
+  DEVICE void keep_sum(int query, float top, float sum) const {
+    float* own = of_heads() + query;
+    own[0] = sum;
+    if (sinks == nullptr || query >= heads) return;
+    const SinkFactors sink(top, sinks[head + query]);
+    own[0] = sink.sum(sum);
+    own[TQ] = sink.keep;
+    own[2 * TQ] = sink.gain;
+  }
+};
+
+// What a block of few queries does behind its items: the last one that is done with a KV head of a row merges its spans.
+struct Ending {
+  bool merges;
+  QuantizedOut quantized;
+
+  // All threads together, when the block's sums are stored.
+  DEVICE bool is_last(const Work& work, int row, int kv_head, int kv_heads, int slices) const {
+    SHARED(int32_t, last, [1]);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int spans = work.spans(row);
+      int32_t& done = work.done(row * kv_heads + kv_head);
+      last[0] = atomicAdd(&done, 1) == (spans > 0 ? spans : 1) * slices - 1 ? 1 : 0;
+      if (last[0] != 0) done = 0;
+    }
+    __syncthreads();
+    if (last[0] == 0) return false;
+    __threadfence();
+    return true;
+  }
+
+  template <int TQ>
+  DEVICE void finish(const Step& step, const Work& work, const Item& item, int kv_head, int slices, float* room,
+                     float* merged) const {
+    static_assert(SpanMerger<TQ>::kRoom <= TQ * kScoreStride);
+    if (!merges || !is_last(work, item.row, kv_head, step.kv_heads, slices)) return;
+    const int row = item.row, group = step.heads / step.kv_heads, spans = work.spans(row);
+    if (spans == 0 && !quantized.is_wanted()) return;
+    const int cols = step.heads * step.value_dim, own = group * step.value_dim;
+    float* out = step.out + static_cast<size_t>(row) * cols + kv_head * own;
+    if (spans > 0) {
+      const Partials from(step.partials, step.slots, step.heads, step.value_dim);
+      SpanMerger<TQ>{from, spans, work.slot(row), work.stride(row), kv_head * group, group, step.sinks, room, merged}.run();
+    }
+    if (!quantized.is_wanted()) {
+      for (int c = threadIdx.x; c < own; c += kThreads) out[c] = merged[c];  // its own ones
+      return;
+    }
+    if (spans == 0)
+      for (int c = threadIdx.x; c < own; c += kThreads) merged[c] = load_from_all(out + c);
+    __syncthreads();
+    for (int piece = threadIdx.x / kWarp; piece < own / 256; piece += kWarps)
+      quantized.store(merged + 256 * piece, row, kv_head * (own / 256) + piece, cols);
   }
 };
 

@@ -141,33 +141,76 @@ STORE(f16, F16Kv)
 STORE(q8_0, Q8Kv)
 STORE(int8, Int8Kv)
 
-// Merges the spans of rows that have them apart. Grid: (rows, heads / those of a block), blocks of 128 by up to 8 heads.
-// Where there is a place for quantized rows, all rows go there and not into out: the heads of a block have 256 channels
-// then. Spans of other rows are merged already, with the `sinks` of the heads, if these are not null.
+// Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
+// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a
+// block), blocks of 128 by up to 8 heads. Where there is a place for quantized rows, all rows go there and not into out: the
+// heads of a block have 256 channels then. Spans of other rows are merged already, with the `sinks` of the heads, if these
+// are not null.
 KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
        const float* sinks, int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
   const int row = blockIdx.x, place = threadIdx.y, head = blockIdx.y * blockDim.y + place;
   if (row >= *rows) return;
   const Work work(plan, max_rows, slots);
   const Partials from(partials, slots, heads, head_dim);
-  const int spans = work.spans(row), thread = threadIdx.x;
+  const int spans = work.spans(row), first = work.slot(row), stride = work.stride(row);
   const QuantizedOut quantized{by_32, by_256};
   if (spans == 0 && !quantized.is_wanted()) return;
-  SHARED(float, factors, [8][SpanFactors::kFloats]);
-  SHARED(float, channels, [256]);
-  const SpanFactors own(factors[0], place);
-  const Merged merged = merge_spans(from, spans, work.slot(row), work.stride(row), head, thread, sinks, own);
+  SHARED(float, all_maxima, [8][128]);
+  SHARED(float, all_sums, [8][128]);
+  SHARED(float, all_keep, [8][128]);
+  SHARED(float, all_gain, [8][128]);
+  SHARED(float, merged, [256]);
+  float *maxima = all_maxima[place], *sums = all_sums[place], *keep = all_keep[place], *gain = all_gain[place];
+  float before = 0, sum = 0, total[4];  // of up to 512 channels, 128 a thread
+  for (int begin = 0; begin < spans; begin += 128) {
+    const int count = spans - begin < 128 ? spans - begin : 128, i = threadIdx.x;
+    __syncthreads();
+    if (i < count) {
+      const int index = from.index(first + (begin + i) * stride, head);
+      maxima[i] = from.maxima[index];
+      sums[i] = from.sums[index];
+    }
+    __syncthreads();
+    float top = begin == 0 ? maxima[0] : before, until = top;
+    for (int j = 0; j < count; j++) {
+      if (j == i) before = top;
+      top = greater(top, maxima[j]);
+      if (j == i) until = top;
+    }
+    if (i < count) {
+      keep[i] = exp(sub(before, until));
+      gain[i] = exp(sub(maxima[i], until));
+    }
+    before = top;
+    __syncthreads();
+    for (int j = 0; j < count; j++) sum = begin + j == 0 ? sums[0] : fma(sums[j], gain[j], mul(sum, keep[j]));
 #pragma unroll
-  for (int part = 0; part < kMergedParts; part++) {
-    const int channel = part * kMergers + thread;
+    for (int part = 0; part < 4; part++) {
+      const int channel = part * 128 + threadIdx.x;
+      if (channel >= head_dim) continue;
+#pragma unroll 8
+      for (int j = 0; j < count; j++) {
+        const float x = from.channels(first + (begin + j) * stride, head)[channel];
+        total[part] = begin + j == 0 ? x : fma(x, gain[j], mul(total[part], keep[j]));
+      }
+    }
+  }
+  if (sinks != nullptr && spans > 0) {
+    const SinkFactors sink(before, sinks[head]);
+    sum = sink.sum(sum);
+    for (int part = 0; part < 4; part++) total[part] = SinkFactors::value(total[part], sink.keep, sink.gain);
+  }
+#pragma unroll
+  for (int part = 0; part < 4; part++) {
+    const int channel = part * 128 + threadIdx.x;
     if (channel >= head_dim) continue;
     float& to = out[(row * heads + head) * head_dim + channel];
-    const float value = spans == 0 ? to : merged.channel(part);
-    (quantized.is_wanted() ? channels[place * head_dim + channel] : to) = value;
+    const float value = spans == 0 ? to : div(total[part], sum);
+    (quantized.is_wanted() ? merged[place * head_dim + channel] : to) = value;
   }
   if (!quantized.is_wanted()) return;
   __syncthreads();
-  if (place == 0 && thread < kWarp) quantized.store(channels, row, blockIdx.y, heads * head_dim);
+  if (place == 0 && threadIdx.x < kWarp) quantized.store(merged, row, blockIdx.y, heads * head_dim);
 }
 
 }  // namespace llamaclust::cuda

@@ -134,6 +134,6 @@ inline int32_t atomicMax(int32_t* p, int32_t x) {
   return before;
 }
 inline void __threadfence() {}
-inline float load_shared_by_all(const float* p) { return *p; }
+inline float load_from_all(const float* p) { return *p; }
 
 #include "warp.h"

@@ -147,7 +147,7 @@ def test_ties_zeros_and_infinities(bench: Bench) -> None:
     logits[5, 5:] = np.linspace(-200, 0, 2_995, dtype=np.float32)
     for params in (GREEDY, SamplingParams(temperature=1.0), SamplingParams(temperature=0.5, top_p=0.5)):
         tasks = [SampleTask(params, seed, 0, 3, top_logprobs=2) for seed in range(6)]
-        assert set(check(bench, logits, tasks)) <= {0, 1, 5}
+        assert set(check(bench, logits, tasks)) <= {0, 1, 4, 5}
 
 
 def test_rows_that_are_no_numbers_fail_alone(bench: Bench) -> None:

@@ -220,7 +220,9 @@ def test_stages_compute_the_same_by_both_ways(model: Model, backend: Backend) ->
         last = Arrival.read(passed_on, readers[1], 10, 20)
         assert (last.rows, last.attended, last.newest_dependency, last.embedded_rows) == (4, 10, 4, 0)
         assert (last.failure, last.timings) == (None, (StageTiming(1, 2, 3, 4),))
-        answers.append((passed_on, last.run(runners[1], tokens).tobytes()))
+        logits = last.run(runners[1], tokens)
+        assert isinstance(logits, np.ndarray)
+        answers.append((passed_on, logits.tobytes()))
     assert answers[0] == answers[1]
 
 

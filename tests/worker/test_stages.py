@@ -20,7 +20,7 @@ from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels._native import MicrobatchFrame
-from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.backend import Logits
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
@@ -229,7 +229,7 @@ def _fail_second(runner: StageRunner) -> None:
     """The second microbatch that comes as far as this stage."""
     whole, numbers = runner.run_frame, count()
 
-    def run_frame(frame: MicrobatchFrame) -> Float32:
+    def run_frame(frame: MicrobatchFrame) -> Logits:
         if next(numbers) == 1:
             raise MemoryError("no more")
         return whole(frame)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
-from llamaclust.kernels.backend import Float32, Logits
+from llamaclust.kernels.backend import Logits, RankedLogits
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, decode_microbatch
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, StageTiming
@@ -116,8 +116,9 @@ class Arrival:
             return runner.run_to_sample(tokens.fill(self.microbatch), None)
         return runner.run_to_sample(self.microbatch, hidden)
 
-    def next_frame(self, hidden: Float32, timing: StageTiming) -> bytes:
+    def next_frame(self, hidden: Logits, timing: StageTiming) -> bytes:
         """For the next stage."""
+        assert not isinstance(hidden, RankedLogits), "those of a last stage"
         if self.native is not None:
             return self.native.next_frame(hidden, timing.queue_ns, timing.compute_ns, timing.wire_ns)
         return encode_hidden(self.frame.header, (*self.timings, timing), hidden)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
-from llamaclust.kernels.backend import Logits, RankedLogits
+from llamaclust.kernels.backend import Logits
 from llamaclust.kernels.sampling import row_results
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_result, encode_sampled_tokens
@@ -195,7 +195,6 @@ class StageLoop:
         out, started_ns, compute_ns = await self._timed(_kind("run", arrival), partial(self._run_layers, arrival))
         queue_ns = started_ns - ready_ns
         if not program.is_last:
-            assert not isinstance(out, RankedLogits), "those of a last stage"
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
         inputs = await self._inputs(arrival)
         kind = ("finish", arrival.rows.bit_length(), arrival.embedded_rows.bit_length())

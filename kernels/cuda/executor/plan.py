@@ -96,9 +96,9 @@ class Plan:
         """Of so many rows of logits, by their divisors."""
         base, vocabulary = self._layout.base, self.program.out.width
         offsets = self.out_offset, self.records_offset, self.divisors_offset, self.totals_offset
-        logits, *others = (np.uint64(base + offset) for offset in offsets)
+        logits, records, divisors, totals = (np.uint64(base + offset) for offset in offsets)
         outputs = self.inputs.addresses(base + self.inputs_offset).outputs
-        return sampling.sum_weights(logits, vocabulary, *others, RowCount(rows, outputs))
+        return sampling.sum_weights(logits, vocabulary, records, divisors, totals, RowCount(rows, outputs))
 
     @property
     def normed_offset(self) -> int:

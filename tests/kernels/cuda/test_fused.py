@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,8 +286,8 @@ def test_launches_of_a_layer_in_decode(
     tmp_path: Path, kv_heads: int, other_types: dict[str, QuantType], context_tokens: int, count: int
 ) -> None:
     """As docs/gpu-kernels.md lists them."""
-    shape = {"layers": 4, "heads": 4, "kv_heads": kv_heads, "ffn": 256}
-    build_tiny_model(tmp_path / "m.gguf", quant_type=QuantType.Q4_K, other_types=other_types, **shape)
+    types: dict[str, Any] = {"quant_type": QuantType.Q4_K, "other_types": other_types}
+    build_tiny_model(tmp_path / "m.gguf", layers=4, heads=4, kv_heads=kv_heads, ffn=256, **types)
     model = Model.open(tmp_path / "m.gguf")
     limits = StageLimits(32, 32, 4, context_tokens, 256)
 

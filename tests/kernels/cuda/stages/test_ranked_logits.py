@@ -105,7 +105,7 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
     best = int(logits[6].argmax())
     assert check(bench, logits, [*tasks, ScoreTask(best, 20), ScoreTask(0, 0), SampleTask(GREEDY, 1, 0, 0)]) == []
     least = int(logits[0].argmin())
-    tasks = [
+    others: list[RowTask] = [
         SampleTask(replace(GREEDY, logit_bias=((3, 1.0),)), 1, 0, 0),
         SampleTask(GREEDY, 1, 0, 0),
         SampleTask(GREEDY, 1, 0, 0, suppressed=(4,)),
@@ -116,7 +116,7 @@ def test_usual_tasks_read_no_logits(bench: Bench) -> None:
         SampleTask(GREEDY, 1, 0, 0),
         ScoreTask(least, 0),
     ]
-    assert check(bench, logits, tasks) == [0, 2, 3, 4, 5, 6, 8]
+    assert check(bench, logits, others) == [0, 2, 3, 4, 5, 6, 8]
 
 
 def test_other_temperatures(bench: Bench) -> None:

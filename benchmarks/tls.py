@@ -3,7 +3,8 @@
     python benchmarks/tls.py MODEL.gguf [--repeats 9] [--tokens 128] [--hops 2000]
 
 Prints the median ratio of decode, and of a hop (one token's hidden state: packed, sent, received, unpacked) half the
-round trip to another process. A cut plan and one request: nothing hides what a hop takes.
+round trip to another process, and the time of this process's processor; beside it a hop on a Unix socket, without gRPC,
+as workers of one machine have it. A cut plan and one request: nothing hides what a hop takes.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ from llamaclust.wire.rpc.client import FORWARD, Peer  # noqa: E402
 from llamaclust.wire.rpc.deadlines import deadline  # noqa: E402
 from llamaclust.wire.rpc.server import Server, ServerStream  # noqa: E402
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Insecure, Principal  # noqa: E402
+from llamaclust.wire.security.token import ClusterToken  # noqa: E402
 
 _PROMPT_TOKENS = 16
 _DEADLINE_S = 300.0
 _KIB = (2, 4, 8, 16)
 _WORKER = Principal("w0")
+_TOKEN = ClusterToken("benchmark" * 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +126,22 @@ async def echo(stream: ServerStream) -> None:
         await stream.write(encode_hidden(frame.header, frame.timings, frame.hidden(1, width)))
 
 
-async def serve(trust: Path | None) -> None:
+async def serve(trust: Path | None, socket: Path | None) -> None:
     """The other process of a hop: prints its address and serves until it is ended."""
-    credentials = Insecure() if trust is None else Authority.open(trust).identity(_WORKER)
-    server = await Server.start("127.0.0.1:0", credentials, {FORWARD: echo})
+    credentials: Credentials = Insecure() if trust is None else Authority.open(trust).identity(_WORKER)
+    if socket is not None:
+        credentials = _TOKEN
+    address = "127.0.0.1:0" if socket is None else f"unix:{socket}"
+    server = await Server.start(address, credentials, {FORWARD: echo})
     print(server.address, flush=True)
     async with deadline("the benchmark", _DEADLINE_S):
         await asyncio.Event().wait()
 
 
 @contextmanager
-def other_process(trust: Path | None) -> Iterator[str]:
+def other_process(*options: str) -> Iterator[str]:
     """The address of a process that echoes."""
-    command = [sys.executable, __file__, "--serve", *([] if trust is None else ["--trust", str(trust)])]
+    command = [sys.executable, __file__, "--serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -144,16 +150,27 @@ def other_process(trust: Path | None) -> Iterator[str]:
             process.terminate()
 
 
-async def hops(credentials: Credentials, address: str, count: int) -> dict[int, list[float]]:
-    """Microseconds one way, by KiB of the hidden state."""
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """Microseconds one way, and of this process's processor."""
+
+    one_way: list[float]
+    processor: float
+
+    def __str__(self) -> str:
+        return f"{median(self.one_way):7.0f} / {quantiles(self.one_way, n=100)[-1]:5.0f}  ({self.processor:4.0f})"
+
+
+async def hops(credentials: Credentials, address: str, count: int) -> dict[int, Hops]:
+    """By KiB of the hidden state."""
     peer = Peer(address, credentials, _WORKER)
     stream = peer.open(FORWARD, epoch=1)
     await stream.opened()
     header = encode_microbatch(Microbatch("0" * 64, 1, 1, (Chunk((1,), 0, (0, 1), 1),)))
-    measured: dict[int, list[float]] = {}
+    measured: dict[int, Hops] = {}
     for kib in _KIB:
         hidden = np.random.default_rng(1).standard_normal((1, 256 * kib), dtype=np.float32)
-        trips = []
+        trips, begun_s = [], time.process_time()
         for _ in range(count):
             begun_ns = time.perf_counter_ns()
             await stream.write(encode_hidden(header, (), hidden))
@@ -161,7 +178,7 @@ async def hops(credentials: Credentials, address: str, count: int) -> dict[int, 
             assert data is not None
             decode_frame(data).hidden(1, hidden.shape[1])
             trips.append((time.perf_counter_ns() - begun_ns) / 2e3)
-        measured[kib] = trips[count // 10 :]
+        measured[kib] = Hops(trips[count // 10 :], (time.process_time() - begun_s) / count * 5e5)
     await peer.close()
     return measured
 
@@ -170,14 +187,15 @@ async def measure_hops(count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:
         trust = Path(folder) / "trust"
         identity = Authority.open(trust).identity(COORDINATOR)
-        with other_process(None) as plain_address, other_process(trust) as secure_address:
-            plain = await hops(Insecure(), plain_address, count)
-            secure = await hops(identity, secure_address, count)
-    print("one hop, us one way       insecure p50 / p99      mutual TLS p50 / p99    (target: < 120)")
+        with other_process() as plain_address, other_process("--trust", str(trust)) as secure_address:
+            ways = [await hops(Insecure(), plain_address, count), await hops(identity, secure_address, count)]
+        with other_process("--socket", f"{folder}/s") as address:
+            ways.append(await hops(_TOKEN, address, count))
+    print(
+        f"us one way: p50 / p99 (processor){'insecure':>12}{'mutual TLS':>25}{'Unix socket':>25}   (TLS: target < 120)"
+    )
     for kib in _KIB:
-        figures = [(median(times[kib]), quantiles(times[kib], n=100)[-1]) for times in (plain, secure)]
-        columns = "".join(f"{p50:12.0f} / {p99:6.0f}   " for p50, p99 in figures)
-        print(f"{kib:4} KiB            {columns}", flush=True)
+        print(f"{kib:4} KiB              {''.join(f'{way[kib]!s:>25}' for way in ways)}", flush=True)
 
 
 def show(turns: list[Turn]) -> None:
@@ -197,9 +215,10 @@ def main() -> None:
     parser.add_argument("--hops", type=int, default=2000, help="round trips of each size; 0: none")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--trust", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--socket", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        asyncio.run(serve(given.trust))
+        asyncio.run(serve(given.trust, given.socket))
         return
     if given.hops:
         asyncio.run(measure_hops(given.hops))

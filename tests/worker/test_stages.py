@@ -1,4 +1,4 @@
-"""The streams of a worker: microbatches through stages in one process over real gRPC, hostile peers, failures."""
+"""The streams of a worker: microbatches through stages in one process over real streams, hostile peers, failures."""
 
 from __future__ import annotations
 

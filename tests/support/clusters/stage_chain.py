@@ -1,4 +1,4 @@
-"""Stages in one process, each behind a server of its own, over real gRPC."""
+"""Stages in one process, each behind a server of its own, over real streams."""
 
 from __future__ import annotations
 

@@ -19,11 +19,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
+import psutil  # noqa: E402
 from measuring.answers import prompts, run  # noqa: E402
 from measuring.lines import report, show  # noqa: E402
 from measuring.options import positive  # noqa: E402
@@ -48,6 +50,7 @@ class Sample:
     bound_tok_s: float  # what the stages' computing times allow at the microbatch size that was chosen
     microbatch_rows: float  # mean rows of a microbatch while 8 requests decoded
     stage_ms: tuple[float, ...]  # mean computing time of a microbatch on each stage meanwhile
+    beside_ms: float  # of a token of these, the workers' processor time less their computing time: on idle cores
 
 
 @asynccontextmanager
@@ -69,11 +72,12 @@ async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sampl
     )
     prefill_s = time.perf_counter() - start
     requested = prompts(source, _REQUESTS, 1, vocabulary)
-    before = cluster.engine.metrics.stage_report()
+    before, used_s = cluster.engine.metrics.stage_report(), processor_s(cluster)
     start = time.perf_counter()
     await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in requested))
     together_s = time.perf_counter() - start
-    rows, stage_ms = difference(before, cluster.engine.metrics.stage_report())
+    rows, stage_ms = difference(before, after := cluster.engine.metrics.stage_report())
+    computed_ms = sum(stage_ms) * (after[0].microbatches - before[0].microbatches)
     rounds_ms = max(_REQUESTS / rows * max(stage_ms), sum(stage_ms))
     return Sample(
         single_tok_s=alone.timings.decode_tok_s,
@@ -82,7 +86,14 @@ async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sampl
         bound_tok_s=_REQUESTS / rounds_ms * 1e3,
         microbatch_rows=rows,
         stage_ms=stage_ms,
+        beside_ms=(1e3 * (processor_s(cluster) - used_s) - computed_ms) / (_REQUESTS * tokens),
     )
+
+
+def processor_s(cluster: Cluster) -> float:
+    """Of all workers, which have one thread each that computes."""
+    times = [psutil.Process(worker.registration.pid).cpu_times() for worker in cluster.registry.present.values()]
+    return float(sum(each.user + each.system for each in times))
 
 
 def difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
@@ -126,6 +137,7 @@ def main() -> None:
     print(
         f"two workers' microbatches: {two.microbatch_rows:.1f} rows, stages {[round(ms, 2) for ms in two.stage_ms]} ms"
     )
+    print(f"two workers' processor time beside computing: {median(b.beside_ms for _, b in pairs):.2f} ms a token of 8")
     print(f"{'two workers / one worker':58}  median   min .. max")
     show("decode of one request, tok/s", [b.single_tok_s / a.single_tok_s for a, b in pairs], ">= 0.90 (1.1B: 0.97)")
     show("prefill of 8 x 512 tokens, time", [b.prefill_s / a.prefill_s for a, b in pairs], "<= 0.60")

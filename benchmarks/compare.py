@@ -88,7 +88,9 @@ class Task:
         return their_speed(self.llama_bench, their_answers(self.llama_bench, model, options))
 
     def _options(self, prompt: int) -> list[str]:
-        values = {"-t": self.threads, "-p": prompt, "-n": self.generate, "-d": self.depth, "-r": self.runs}
+        values = {"-t": self.threads, "-p": prompt, "-n": self.generate, "-r": self.runs}
+        if self.depth:  # ik_llama.cpp's program does not know it
+            values["-d"] = self.depth
         return [str(word) for option in values.items() for word in option]
 
 

@@ -9,7 +9,6 @@ import math
 import resource
 import socket
 from contextlib import suppress
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import h11
@@ -137,7 +136,7 @@ class _Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self.scope[EXTENSIONS] = {BODY: {WRITE: partial(self._write, self.cycle)}}
+            self.scope[EXTENSIONS] = {BODY: {WRITE: _Body(self, self.cycle)}}
         if not self._is_idle:
             self.room.leave(self)
 
@@ -146,17 +145,38 @@ class _Connection(H11Protocol):
         if self._is_idle and not self.transport.is_closing():
             self.room.enter(self)
 
-    def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
-        """See `BodyWriter`."""
+    def takes_body(self, cycle: RequestResponseCycle) -> bool:
+        """Whether pieces of this reply's body may be written now."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
-        if not is_sending or self.flow.write_paused or cycle.scope["method"] == "HEAD" or not self._http.is_chunked:
-            return False
-        self.transport.write(chunk(data))
-        return True
+        is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
+        return is_sending and self._http.is_chunked and not is_paused
 
     @property
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+
+class _Body:
+    """See `BodyWriter`: writes at the end of the loop's turn. A call of the system for each event of a stream takes
+    longer than all else that is done for it."""
+
+    def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> bool:
+        if not self._connection.takes_body(self._cycle):
+            return False
+        if not self._pieces:
+            self._connection.loop.call_soon(self.flush)
+        self._pieces.append(chunk(data))
+        return True
+
+    def flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        if pieces:
+            self._connection.transport.write(b"".join(pieces))
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:

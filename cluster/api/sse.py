@@ -59,10 +59,11 @@ class EventResponse(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last, write = b"", body_writer(scope)
+        last, writer = b"", body_writer(scope)
         try:
             async for data in self._events:
-                if not write(data):
+                if not writer.write(data):
+                    writer.flush()
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 if self._is_cut:  # the server takes data also after that
                     return
@@ -71,6 +72,7 @@ class EventResponse(Response):
         except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
             _log.exception("a stream of %s failed", scope["path"])
             last = self._form.error(chosen_shape(scope), failure_of(internal_error()))
+        writer.flush()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:

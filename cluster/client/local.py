@@ -21,6 +21,7 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_groups import KvGroups
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
@@ -258,14 +259,15 @@ class LocalPipeline:
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 
-    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        result = self._stage.start(microbatch, inputs)
-        result.add_done_callback(_retrieve)
-        self._results.put_nowait(result)
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
+        for each in scheduled:
+            result = self._stage.start(each.microbatch, each.inputs)
+            result.add_done_callback(_retrieve)
+            self._results.put_nowait(result)
 
-    async def run(self, on_result: Callable[[Result], None]) -> None:
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         while True:
-            on_result(await (await self._results.get()))
+            on_results([await (await self._results.get())])
 
     async def close(self) -> None:
         """Its owner closes the stage."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, StrEnum, auto
 from functools import partial
 from time import monotonic_ns
@@ -18,7 +18,7 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled, Update
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
@@ -34,6 +34,19 @@ from llamaclust.wire.microbatch.messages import Result
 _STOPPING = "the cluster is stopping"
 
 _log = logging.getLogger(__name__)
+
+
+_Updated = tuple[int, list[Update]]
+"""A sequence's key, and its news."""
+
+
+def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
+    """When each of the results that came together was computed: the stages that took least computed the later ones
+    after it."""
+    ends = [now_ns]
+    for result in reversed(results[1:]):
+        ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
+    return ends[::-1]
 
 
 class EngineState(StrEnum):
@@ -166,27 +179,35 @@ class Engine:
 
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
-    def completed(self, lane: Lane, result: Result) -> None:
+    def completed(self, lane: Lane, results: Sequence[Result]) -> None:
         """See `LaneOwner`."""
-        if result.failure is not None:
-            self._lose(lane, WorkerError(result.failure), result.number)
-            return
         now_ns = monotonic_ns()
+        drafts, updated = lane.scheduler.drafts, list[_Updated]()
+        failed = next((result for result in results if result.failure is not None), None)
+        for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
+            if result is failed:
+                break
+            updated += self._complete(lane, result, done_ns)
+        if failed is None:
+            lane.launch()
+        tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
+        self.metrics.sampled(tokens, now_ns)
+        self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
+        if failed is not None:
+            self._lose(lane, WorkerError(str(failed.failure)), failed.number)
+
+    def _complete(self, lane: Lane, result: Result, done_ns: int) -> list[_Updated]:
         in_flight = lane.scheduler.in_flight
-        slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or now_ns
-        drafts = lane.scheduler.drafts
-        updated = lane.scheduler.complete(result, now_ns)
-        self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, now_ns))
+        slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or done_ns
+        updated = lane.scheduler.complete(result, done_ns)
+        self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, done_ns))
         if self.retirement is not None:
             updated = self.retirement.receive(updated)
             self._advance_retirement()
         lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in updated]))
-        lane.launch()
-        tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
-        self.metrics.sampled(tokens, now_ns)
-        self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if lane is self._lane:
-            self.metrics.completed(result, now_ns)
+            self.metrics.completed(result, done_ns)
+        return updated
 
     def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
         """Ends a request: cancelled, or failed with an error."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Protocol
 
 from llamaclust.cluster.engine.draft_runner import DraftRunner
 from llamaclust.cluster.engine.kv_disk import KvDisk
 from llamaclust.cluster.engine.pipeline import Pipeline
+from llamaclust.cluster.scheduler import sequences
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.microbatch.messages import Result
@@ -20,7 +20,7 @@ from llamaclust.wire.microbatch.messages import Result
 class LaneOwner(Protocol):
     """Takes in what a running lane yields."""
 
-    def completed(self, lane: Lane, result: Result) -> None: ...
+    def completed(self, lane: Lane, results: Sequence[Result]) -> None: ...
 
     def lane_lost(self, lane: Lane, error: BaseException) -> None: ...
 
@@ -70,7 +70,7 @@ class Lane:
         """See `KvDiskOwner`."""
         self._owner.lane_lost(self, error)
 
-    def arrived(self, sequence: Sequence) -> None:
+    def arrived(self, sequence: sequences.Sequence) -> None:
         """A sequence waits: it is computed soon, or read from disk before."""
         self.kv_disk.arrived(sequence)
         self.launch_soon()
@@ -87,12 +87,13 @@ class Lane:
         self._guard(self._send_all)
 
     def _send_all(self) -> None:
-        while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
-            self.pipeline.submit(scheduled.microbatch, scheduled.inputs)
+        scheduled = tuple(iter(lambda: self.scheduler.next_microbatch(monotonic_ns()), None))
+        if scheduled:
+            self.pipeline.submit(*scheduled)
         self._draft_runner.request()
 
-    def _take(self, result: Result) -> None:
-        self._guard(lambda: self._owner.completed(self, result))
+    def _take(self, results: Sequence[Result]) -> None:
+        self._guard(lambda: self._owner.completed(self, results))
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Work that the event loop calls: an error ends the pipeline, so that readers get it."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import layer_place
-from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+from llamaclust.wire.microbatch.messages import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,13 @@ class Pipeline(Protocol):
         """None where KV memory is not kept on disk."""
         ...
 
-    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        """Sends a microbatch to the first stage and its sampling inputs to the last, and does not wait for it."""
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
+        """Sends microbatches to the first stage and their sampling inputs to the last, and does not wait for them."""
         ...
 
-    async def run(self, on_result: Callable[[Result], None]) -> None:
-        """Works while it runs: gives each result, in number order, to `on_result`. Ends with a LlamaclustError once the
-        pipeline is lost."""
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
+        """Works while it runs: gives the results that come together, in number order, to `on_results`. Ends with a
+        LlamaclustError once the pipeline is lost."""
         ...
 
     async def close(self) -> None: ...
@@ -74,10 +75,10 @@ class NoPipeline:
     stages: tuple[StageInfo, ...] = ()
     kv_disks: KvDisks | None = None
 
-    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")
 
-    async def run(self, on_result: Callable[[Result], None]) -> None:
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")
 
     async def close(self) -> None: ...

@@ -108,7 +108,8 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
+        """The slices that a result is for. `now_ns`: when it was there, or would have been if it had come alone.
+        ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self._epoch)}" if due else "nothing"

@@ -64,6 +64,7 @@ class Scheduler:
         self.in_flight = InFlight(settings, epoch, self.times)
         self.strikes = Strikes()
         self.is_shared = False  # whether another pipeline runs on the same workers
+        self._goes_ahead = False  # whether steps behind unknown tokens are sent until there are enough
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self.drafts = DraftCounts()
@@ -294,23 +295,39 @@ class Scheduler:
         """A lookahead step: decode after tokens that are not known yet, so that stages compute while results travel and
         the coordinator works. What a sequence computes after its last token is thrown away.
 
-        One step ahead, where all decode together: with several groups, stages compute one while another one's results
-        travel. And only without prompts to compute: these would wait behind it.
+        Only where all decode together: with several groups, stages compute one while another one's results travel. And
+        only without prompts to compute: these would wait behind it.
         """
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
         if (further := self._next_window(now_ns)) is not None:
             return further
-        if len(self.in_flight) != 1 or not self.times.lookahead_pays:
+        if not (steps := self._steps_ahead()):
             return None
         if any(sequence.expects_forced for sequence in queues.running):
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
-        growing = (s for s in queues.running if s.awaits_decode or s.may_go_ahead)
+        growing = (s for s in queues.running if s.awaits_decode or s.may_go_ahead(steps))
         ahead = self._fitting([s for s in growing if queues.memory.grow(s)])
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
+
+    def _steps_ahead(self) -> int:
+        """How many unknown tokens a step may follow now; 0: none is sent. Where several may be, none is sent before
+        half of them have come back: coordinator and worker are awake for several steps at once."""
+        under_way, most = len(self.in_flight), self._most_ahead()
+        if under_way <= (most + 1) // 2:
+            self._goes_ahead = True
+        elif under_way > most:
+            self._goes_ahead = False
+        return most if self._goes_ahead and self.times.lookahead_pays else 0
+
+    def _most_ahead(self) -> int:
+        """Several where steps are short and rows all choose from their own logits, so that steps keep all rows."""
+        is_plain = not (self.is_shared or self.settings.has_states)
+        several = is_plain and all(sequence.samples_plainly for sequence in self.queues.running)
+        return self.times.steps_ahead if several else 1
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
         """Drafted rows behind those of the only sequence that are under way."""

@@ -80,7 +80,7 @@ class Sequence:
     drafted_rows: int = 0  # in all
     accepted_rows: int = 0  # of these, whose tokens were chosen
     in_flight: int = 0  # microbatches
-    sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
+    sampling: int = 0  # tokens that microbatches in flight will choose
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
     has_matcher: bool = False  # the last stage has been sent what its matcher starts with
@@ -159,14 +159,15 @@ class Sequence:
         """Whether its last token is chosen and not yet on its way."""
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
-    @property
-    def may_go_ahead(self) -> bool:
-        """Whether the row after its last token can be sent now, before that row's token is known."""
+    def may_go_ahead(self, most: int) -> bool:
+        """Whether the row after its last token can be sent now, before that row's token is known, and after `most`
+        unknown tokens at most; after several only where samplers look at logits alone."""
+        sampling = self.sampling
         return (
             self.phase is _DECODE
-            and self.sampling == 1
-            and self.scheduled == len(self.tokens)
-            and self.generated + 1 < self.max_new_tokens
+            and 0 < sampling <= (most if self.samples_plainly else 1)
+            and self.scheduled == len(self.tokens) + sampling - 1
+            and self.generated + sampling < self.max_new_tokens
             and not self.request.params.needs_state
         )
 
@@ -195,7 +196,7 @@ class Sequence:
 
     @property
     def unknown(self) -> int:
-        """Tokens before the one that the next row chooses that are not known yet: 1 at most."""
+        """Tokens before the one that the next row chooses that are not known yet."""
         return max(0, self.scheduled + 1 - len(self.tokens))
 
     @property

@@ -21,6 +21,9 @@ _FRESH = 96
 _WORTH_HIDING = 0.02
 """Of a round: a smaller share for links and coordinator does not justify lookahead steps, which delay new requests."""
 
+_AHEAD_NS = 20e6
+"""Of steps whose tokens are not known: a new request may wait so long for them, and an answer's end waste them."""
+
 _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""
 
@@ -145,7 +148,8 @@ class StageTimes:
         was_scored: bool = False,
     ) -> None:
         """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
-        that; `was_alone`: no other was in flight meanwhile but one ahead of it."""
+        that; `was_alone`: no other was in flight meanwhile but those sent
+        ahead of it or behind it."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -175,6 +179,13 @@ class StageTimes:
     def lookahead_pays(self) -> bool:
         """Whether decode steps are to be sent before the tokens that they follow are known."""
         return self._recent_ns is not None and self.whole_transit_ns > _WORTH_HIDING * sum(self._recent_ns)
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps of a whole model may follow unknown tokens; between stages, results travel meanwhile."""
+        if self.stages > 1 or self._recent_ns is None:
+            return 1
+        return max(1, int(_AHEAD_NS / max(sum(self._recent_ns), 1e6)))
 
     @property
     def in_flight(self) -> int:

@@ -65,8 +65,39 @@ def test_what_comes_after_the_end_is_thrown_away() -> None:
     key = run.add(request)
     run.finish()
     assert run.rows(key) == expected(request, 512)[0]
-    assert run.microbatches[-1].microbatch.number == len(run.rows(key)), "one step more than there are tokens"
+    more = run.microbatches[-1].microbatch.number + 1 - len(run.rows(key))
+    assert 1 <= more <= run.scheduler.times.steps_ahead
     assert run.scheduler.counts.kv_blocks_held == 0
+
+
+@pytest.mark.parametrize(("stages", "stage_us", "most"), [(1, 3000, 6), (1, 8000, 2), (1, 21_000, 1), (2, 3000, 1)])
+def test_several_short_steps_of_a_whole_model_go_ahead(stages: int, stage_us: float, most: int) -> None:
+    run = simulated(stages, stage_us, hop_us=1000)
+    requests = [generation(100, seed=1), generation(60, seed=2)]
+    keys = [run.add(request) for request in requests]
+    under_way, sent = 0, list[int]()
+    while run.step():
+        before = len(run.sent)
+        run.send_all()
+        if len(run.rows(keys[1])) in range(20, 50):
+            sent += [len(run.sent) - before] * (len(run.sent) > before)
+            under_way = max(under_way, len(run.sent))
+    assert under_way == most + 1
+    assert min(sent) == under_way - (most + 1) // 2, "none before half of them are back"
+    for key, request in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(request, 512)[0]
+
+
+def test_all_rows_stay_together_where_one_needs_the_tokens_before_it() -> None:
+    run = simulated(1, stage_us=3000, hop_us=1000)
+    requests = [generation(60, seed=1), generation(60, params=SamplingParams(repetition_penalty=1.2))]
+    keys = [run.add(request) for request in requests]
+    under_way = 0
+    while run.step():
+        under_way = max(under_way, len(run.sent))
+    assert steps_ahead(run) > 30 and under_way <= 2
+    assert [run.rows(key) for key in keys] == [expected(request, 512)[0] for request in requests]
+    assert len(run.microbatches) < 70
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 64])
@@ -120,17 +151,20 @@ def test_nothing_is_sent_ahead_where_it_would_save_too_little() -> None:
     assert steps_ahead(run) == 0
 
 
-def test_a_newcomer_waits_for_two_steps_at_most() -> None:
-    run = simulated(1, stage_us=1000, hop_us=100)
+@pytest.mark.parametrize("stage_us", [1000, 15_000])
+def test_a_newcomer_waits_for_two_steps_at_most_or_twenty_milliseconds(stage_us: float) -> None:
+    run = simulated(1, stage_us, hop_us=1000)
     first = run.add(generation(60))
     while len(run.rows(first)) < 20:
         run.step()
     run.send_all()
-    sent, newcomer = len(run.microbatches), run.add(generation(5))
+    sent, newcomer, begun_ns = len(run.microbatches), run.add(generation(5)), run.now_ns
     while not run.rows(newcomer):
         run.step()
+    waited_ns = run.now_ns - begun_ns
     begun = next(i for i, one in enumerate(run.microbatches[sent:]) if len(one.microbatch.chunks) > 1)
     assert begun == 0, "what is sent next has its prompt"
+    assert waited_ns < 2 * stage_us * 1000 + 22e6
     run.finish()
 
 

@@ -18,6 +18,7 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState
 from llamaclust.cluster.membership.worker_requests import profile_worker
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -52,7 +53,7 @@ async def _run(pipeline: RemotePipeline, model: Path, steps: int = 8) -> list[Re
     work = microbatches(Model.open(model).model_id, pipeline.epoch, steps)
     async with running(pipeline) as at_work:
         for microbatch, inputs in work:
-            pipeline.submit(microbatch, inputs)
+            pipeline.submit(ScheduledMicrobatch(microbatch, inputs))
         return [await at_work.next_result() for _ in work]
 
 
@@ -117,7 +118,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
             lost = losses(cluster.registry)
             pipeline = await cluster.load(model, (0, 2, 3, 5))
             async with running(pipeline) as at_work:
-                pipeline.submit(*microbatches(Model.open(model).model_id, 1, 1)[0])
+                pipeline.submit(ScheduledMicrobatch(*microbatches(Model.open(model).model_id, 1, 1)[0]))
                 await at_work.next_result()
                 os.kill(cluster.pids[victim], signal.SIGKILL)
                 with pytest.raises(WorkerError) as caught:

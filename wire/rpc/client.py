@@ -92,14 +92,21 @@ class ClientStream:
         if ACCEPTED_KEY not in dict(metadata or ()):
             raise await self._broken()
 
-    async def write(self, data: bytes) -> None:
-        """Returns when the network has taken the message; StreamBrokenError where it does not."""
-        if not self.try_write(data):
-            await self._result(self._call.write(data))
+    async def write(self, *messages: bytes) -> None:
+        """Returns when the network has taken the messages; StreamBrokenError where it does not."""
+        if not self.try_write(*messages):
+            for data in messages:
+                await self._result(self._call.write(data))
 
-    def try_write(self, data: bytes) -> bool:
-        """Hands the message on where that takes no waiting; else it is to be written. Not while another one is."""
-        return isinstance(self._call, UnixCall) and self._call.try_write(data)
+    def try_write(self, *messages: bytes) -> bool:
+        """Hands the messages on, together, where that takes no waiting; else they are to be written. Not while others
+        are."""
+        return isinstance(self._call, UnixCall) and self._call.try_write(*messages)
+
+    @property
+    def has_message(self) -> bool:
+        """Whether `read` takes no waiting, as far as that is known."""
+        return isinstance(self._call, UnixCall) and self._call.has_message
 
     async def read(self) -> bytes | None:
         """The next message; None once the other side has ended the stream in order."""

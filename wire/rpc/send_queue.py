@@ -11,13 +11,13 @@ from llamaclust.wire.rpc.deadlines import recurring_deadline
 class Writable(Protocol):
     """Either end of a stream."""
 
-    async def write(self, data: bytes) -> None: ...
+    async def write(self, *messages: bytes) -> None: ...
 
 
 class Sink(Writable, Protocol):
     """Our end of a stream that may take messages at once."""
 
-    def try_write(self, data: bytes) -> bool: ...
+    def try_write(self, *messages: bytes) -> bool: ...
 
 
 class SendQueue:
@@ -31,10 +31,11 @@ class SendQueue:
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue()
         self._is_writing = False
 
-    def put(self, data: bytes) -> None:
-        """Where nothing is on its way, the stream may take it at once."""
-        if self._is_writing or not self._waiting.empty() or not self._stream.try_write(data):
-            self._waiting.put_nowait(data)
+    def put(self, *messages: bytes) -> None:
+        """Where nothing is on its way, the stream may take them at once, together."""
+        if self._is_writing or not self._waiting.empty() or not self._stream.try_write(*messages):
+            for data in messages:
+                self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
         """Until it is cancelled. DeadlineError where the network does not take a message, or the stream's error."""

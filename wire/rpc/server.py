@@ -15,7 +15,7 @@ from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.rpc.client import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, ROOT_CAUSE_KEY, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.rpc.rejections import HANDSHAKE_S, Handshakes, RefusalLog
-from llamaclust.wire.rpc.unix_streams import PREFIX, Serve, UnixServer
+from llamaclust.wire.rpc.unix_streams import PREFIX, Serve, UnixContext, UnixServer
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
 from llamaclust.wire.security.token import ClusterToken
 
@@ -66,10 +66,24 @@ class ServerStream:
             data = await self._context.read()
         return None if data is _EOF else data
 
-    async def write(self, data: bytes) -> None:
-        """Returns when the network has taken the message. StreamBrokenError, or cancelled, where the peer has gone."""
+    @property
+    def has_buffer(self) -> bool:
+        """Whether messages are received without a reader."""
+        return isinstance(self._context, UnixContext)
+
+    @property
+    def has_message(self) -> bool:
+        """Whether `read` takes no waiting, as far as that is known."""
+        return isinstance(self._context, UnixContext) and self._context.connection.has_message
+
+    async def write(self, *messages: bytes) -> None:
+        """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""
         with _peer_here():
-            await self._context.write(data)
+            if isinstance(self._context, UnixContext):
+                await self._context.write(*messages)
+                return
+            for data in messages:
+                await self._context.write(data)
 
 
 Handler = Callable[[ServerStream], Awaitable[None]]

@@ -59,6 +59,10 @@ class _LargeFrame:
         return self._filled == len(self.content)
 
 
+def _joined(messages: tuple[bytes, ...]) -> bytes:
+    return b"".join([part for data in messages for part in (_HEAD.pack(len(data), FrameKind.MESSAGE), data)])
+
+
 class UnixConnection(asyncio.BufferedProtocol):
     """Frames both ways. `on_control` gets all but messages, `on_lost` the end."""
 
@@ -76,6 +80,11 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._filled = 0
         self._large: _LargeFrame | None = None  # that is being received
 
+    @property
+    def has_message(self) -> bool:
+        """Whether `read` has one to return at once."""
+        return bool(self._messages)
+
     async def read(self) -> bytes | None:
         """The next message; None where no more come."""
         while not self._messages:
@@ -90,28 +99,39 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame, and does not wait. EndedError where the connection has ended."""
+        """Sends a small frame, and does not wait. EndedError where the connection has ended, or ends now: within a
+        large message, nothing else can be said."""
+        if self._is_sending:
+            self.abort()
+        self._write(_HEAD.pack(len(data), kind) + data)
+
+    def _write(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             raise EndedError
-        self._transport.write(_HEAD.pack(len(data), kind) + data)
+        self._transport.write(data)
 
-    def try_send(self, data: bytes) -> bool:
-        """Sends a message where the system takes all of it at once, or nearly so; whether it was sent."""
+    def try_send(self, *messages: bytes) -> bool:
+        """Sends messages, in one call of the system, where it takes all of them at once, or nearly so; whether they
+        were sent."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
-        if len(data) > _PIECE_BYTES:
+        if sum(map(len, messages)) > _PIECE_BYTES:
             return False
-        self.post(FrameKind.MESSAGE, data)
+        self._write(_joined(messages))
         return True
 
-    async def send(self, data: bytes) -> None:
-        """Returns when the system has taken nearly all of a message. One at a time; EndedError where the connection
-        has ended. One that is cancelled on its way ends it."""
-        if len(data) <= _PIECE_BYTES:
-            self.post(FrameKind.MESSAGE, data)
-            await self._writable.wait()
+    async def send(self, *messages: bytes) -> None:
+        """Returns when the system has taken nearly all of the messages. One call at a time; EndedError where the
+        connection has ended. One that is cancelled on its way ends it."""
+        if sum(map(len, messages)) > _PIECE_BYTES:
+            for data in messages:
+                await self._send_in_pieces(data)
             return
+        self._write(_joined(messages))
+        await self._writable.wait()
+
+    async def _send_in_pieces(self, data: bytes) -> None:
         transport, view = self._transport, memoryview(data)
         if transport is None or transport.is_closing():
             raise EndedError
@@ -121,6 +141,8 @@ class UnixConnection(asyncio.BufferedProtocol):
             for start in range(0, len(data), _PIECE_BYTES):
                 transport.write(view[start : start + _PIECE_BYTES])
                 await self._writable.wait()
+                if transport.is_closing():
+                    raise EndedError
         except asyncio.CancelledError:
             transport.abort()
             raise

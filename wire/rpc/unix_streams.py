@@ -41,16 +41,20 @@ class UnixCall:
     async def initial_metadata(self) -> Metadata:
         return await asyncio.shield(self._accepted)
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, *messages: bytes) -> None:
         if not self.connecting.done():
             await asyncio.wait([self.connecting])
         if self._status is not None or self._is_done_writing:
             raise EndedError
-        await self._connection.send(data)
+        await self._connection.send(*messages)
 
-    def try_write(self, data: bytes) -> bool:
-        """Whether the message is sent already; else it is to be written. Not while another one is."""
-        return self._status is None and not self._is_done_writing and self._connection.try_send(data)
+    def try_write(self, *messages: bytes) -> bool:
+        """Whether the messages are sent already; else they are to be written. Not while others are."""
+        return self._status is None and not self._is_done_writing and self._connection.try_send(*messages)
+
+    @property
+    def has_message(self) -> bool:
+        return self._connection.has_message
 
     async def read(self) -> Any:
         data = await self._connection.read()
@@ -117,7 +121,7 @@ class UnixCall:
             self._connection.complete()
 
 
-class _Context:
+class UnixContext:
     """A stream that another process has opened. As gRPC's contexts; its handler is cancelled where the other side goes
     before it has ended."""
 
@@ -138,8 +142,8 @@ class _Context:
     async def send_initial_metadata(self, metadata: Metadata) -> None:
         self.connection.post(FrameKind.ACCEPTED, json.dumps(metadata).encode())
 
-    async def write(self, data: bytes) -> None:
-        await self.connection.send(data)
+    async def write(self, *messages: bytes) -> None:
+        await self.connection.send(*messages)
 
     async def read(self) -> Any:
         data = await self.connection.read()
@@ -194,7 +198,7 @@ class UnixServer:
 
     def __init__(self, handlers: Mapping[str, Serve]) -> None:
         self.handlers = handlers
-        self.contexts: set[_Context] = set()
+        self.contexts: set[UnixContext] = set()
         self._path = Path()
         self._server: asyncio.Server | None = None
 
@@ -210,7 +214,7 @@ class UnixServer:
             raise
 
     def _connected(self) -> asyncio.BaseProtocol:
-        return _Context(self).connection
+        return UnixContext(self).connection
 
     async def stop(self, grace_s: float) -> None:
         """Ends streams after that time at the latest."""

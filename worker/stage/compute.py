@@ -18,7 +18,11 @@ INLINE_NS = 200_000_000
 """What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
-_Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float]
+_HOLD_NS = 8_000_000
+"""Results of short jobs are handed back together, after so long at most: a change of thread, and what follows on the
+event loop and at the coordinator, takes cores from the jobs."""
+
+_Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
 """Between two looks at the time of the thread's job."""
 
@@ -56,13 +60,16 @@ class Compute:
             text = f"a step has been computed for {self.computing_s:.0f} s and does not end: this process ends"
             raise DeviceLostError(text) from error
 
-    def queue(self, job: Callable[[], _Answer], limit_s: float = inf) -> asyncio.Future[_Answer]:
+    def queue(
+        self, job: Callable[[], _Answer], limit_s: float = inf, expected_ns: float = inf
+    ) -> asyncio.Future[_Answer]:
         """Has the thread run `job` right after those before it, whatever the event loop does meanwhile. If it takes
-        longer than `limit_s`, what it computes on is lost (`while_able`)."""
+        longer than `limit_s`, what it computes on is lost (`while_able`). `expected_ns`: what those before it may wait
+        for it with their answers."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
-        self._queue.put((job, answer, limit_s))
+        self._queue.put((job, answer, limit_s, expected_ns))
         return answer
 
     def give_up(self, error: DeviceLostError) -> None:
@@ -107,16 +114,51 @@ class Compute:
         self._queue.put(None)
 
     def _work(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            job, answer, limit_s = entry
-            self._present = perf_counter_ns(), limit_s
-            settle: Callable[[], None]
-            try:
-                settle = partial(answer.set_result, job())
-            except Exception as error:  # noqa: BLE001  a border between threads: the other side raises it
-                settle = partial(answer.set_exception, error)
-            self._present = None
-            try:
-                self._loop.call_soon_threadsafe(settle)
-            except RuntimeError:  # the loop is closed: the process is about to end
+        held = _Held(self._loop)
+        while not self._queue.empty() or held.hand_back():
+            entry = self._queue.get()
+            if entry is None:
+                held.hand_back()
                 return
+            job, answer, limit_s, expected_ns = entry
+            held.before(expected_ns)
+            self._present = perf_counter_ns(), limit_s
+            try:
+                held.add(partial(answer.set_result, job()))
+            except Exception as error:  # noqa: BLE001  a border between threads: the other side raises it
+                held.add(partial(answer.set_exception, error))
+            self._present = None
+
+
+class _Held:
+    """Answers of a thread that wait for later ones."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._answers: list[Callable[[], None]] = []
+        self._until_ns = 0.0
+
+    def add(self, answer: Callable[[], None]) -> None:
+        if not self._answers:
+            self._until_ns = perf_counter_ns() + _HOLD_NS
+        self._answers.append(answer)
+
+    def before(self, expected_ns: float) -> None:
+        """A job is to begin that may take so long: hands answers back that it would delay for too long."""
+        if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
+            self.hand_back()
+
+    def hand_back(self) -> bool:
+        """Gives all to the event loop; whether there still is one."""
+        answers, self._answers = self._answers, []
+        try:
+            if answers:
+                self._loop.call_soon_threadsafe(_call_all, answers)
+        except RuntimeError:  # the loop is closed: the process is about to end
+            return False
+        return True
+
+
+def _call_all(answers: list[Callable[[], None]]) -> None:
+    for answer in answers:
+        answer()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,6 +29,7 @@ from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.dependencies import Dependencies
+from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
 from llamaclust.worker.stage.sampled_tokens import needs_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -44,6 +46,17 @@ _Kind = tuple[str, int, int]
 def _kind(job: str, arrival: Arrival) -> _Kind:
     """With a long context, attention takes most of the time."""
     return job, arrival.rows.bit_length(), arrival.attended.bit_length()
+
+
+async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list[Answer]], Awaitable[None]]) -> None:
+    """Answers in order, as they come; those that are there together are sent together."""
+    while waiting:
+        if not waiting[0].done():
+            await asyncio.wait([waiting[0]])
+        ready: list[Answer] = []
+        while waiting and waiting[0].done():
+            ready.append(waiting.popleft().result())
+        await send(ready)
 
 
 @dataclass(slots=True)
@@ -97,38 +110,35 @@ class StageLoop:
 
         Where they are far apart, none waits until the next one's receipt is prepared.
         """
-        reading = asyncio.create_task(stream.read())
+        incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
+        waiting: deque[asyncio.Future[Answer]] = deque()
         try:
             async with recurring_deadline("handing on a microbatch", self._forward_s) as limit:
                 send = partial(self._send, outlet, to_first, limit)
                 for number in count():
-                    is_close = reading.done()  # to the one before
-                    if not sending.done():
-                        await asyncio.wait((reading, sending), return_when=asyncio.FIRST_COMPLETED)
-                        if sending.done():
-                            sending.result()  # its error ends this, although no further microbatch may come
-                    data = await reading
-                    if data is None:
+                    is_close = incoming.is_there  # to the one before
+                    if (data := await incoming.next(sending)) is None:
                         break
                     arrival = self.receive(data, number)
-                    if is_close:
-                        reading = asyncio.create_task(stream.read())
+                    if is_close and incoming.prepare():
                         await asyncio.sleep(0)  # it begins before a short computation takes the event loop
                     answer = await self.compute(arrival)
-                    await sending
-                    if not is_close:
-                        reading = asyncio.create_task(stream.read())
-                    if is_close or not answer.done():
-                        sending = asyncio.create_task(send(answer))
-                    else:
-                        await send(answer)
+                    if answer.done():
+                        await sending
+                    incoming.prepare()
+                    if not is_close and answer.done():
+                        await send([answer.result()])
+                        continue
+                    waiting.append(answer)
+                    if sending.done():
+                        sending.result()
+                        sending = asyncio.create_task(_send_all(waiting, send))
                 await sending
         finally:
-            reading.cancel()
             sending.cancel()
-            await asyncio.gather(reading, sending, return_exceptions=True)
+            await asyncio.gather(incoming.close(), sending, return_exceptions=True)
 
     def receive(self, data: bytes, number: int) -> Arrival:
         """ProtocolError where the bytes are no frame of that microbatch."""
@@ -160,7 +170,8 @@ class StageLoop:
             elif program.is_first and program.is_last and arrival.newest_dependency is not None:
                 inputs = await self._inputs(arrival)
                 kind = _kind("whole", arrival)
-                return self._compute.queue(partial(self._whole_step, kind, arrival, inputs), self._limit_s(kind))
+                step = partial(self._whole_step, kind, arrival, inputs)
+                return self._compute.queue(step, self._limit_s(kind), self._taken_ns.get(kind, INLINE_NS))
             else:
                 answered.set_result(await self._step(arrival))
         except Exception as error:  # noqa: BLE001  a border, see there
@@ -267,14 +278,14 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.number, ()))
 
     async def _send(
-        self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answering: asyncio.Future[Answer]
+        self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answers: list[Answer]
     ) -> None:
-        answer = answering.result() if answering.done() else await asyncio.shield(answering)
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
-            if to_first is not None and answer.sampled is not None:
-                await to_first.write(encode_sampled_tokens(answer.sampled))
-            await outlet.write(answer.data)
-        self._counters.sent_bytes += len(answer.data)
+            sampled = [encode_sampled_tokens(answer.sampled) for answer in answers if answer.sampled is not None]
+            if to_first is not None and sampled:
+                await to_first.write(*sampled)
+            await outlet.write(*[answer.data for answer in answers])
+        self._counters.sent_bytes += sum(len(answer.data) for answer in answers)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)

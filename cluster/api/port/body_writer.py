@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from starlette.types import Scope
 
@@ -11,16 +10,29 @@ EXTENSIONS: Final = "extensions"
 BODY: Final = "llamaclust.body"
 WRITE: Final = "write"
 
-BodyWriter = Callable[[bytes], bool]
-"""Writes a piece of a body whose reply has begun, where the connection takes it at once; whether it did: else the piece
-is to be sent in the manner of ASGI, through all that stands between endpoint and server."""
+
+class BodyWriter(Protocol):
+    """Of a body whose reply has begun."""
+
+    def write(self, data: bytes) -> bool:
+        """Takes a piece where the connection does; whether it did: else the piece is to be sent in the manner of ASGI,
+        through all that stands between endpoint and server. Pieces that come together are sent together."""
+        ...
+
+    def flush(self) -> None:
+        """Sends what was taken: before anything that is sent in the manner of ASGI."""
+        ...
+
+
+class _NoWriter:
+    def write(self, _: bytes) -> bool:
+        return False
+
+    def flush(self) -> None:
+        """Nothing was taken."""
 
 
 def body_writer(scope: Scope) -> BodyWriter:
-    """Of a request; one that writes nothing for another server's."""
-    writer: BodyWriter = scope.get(EXTENSIONS, {}).get(BODY, {}).get(WRITE, _never)
+    """Of a request; one that takes nothing for another server's."""
+    writer: BodyWriter = scope.get(EXTENSIONS, {}).get(BODY, {}).get(WRITE, _NoWriter())
     return writer
-
-
-def _never(_: bytes) -> bool:
-    return False

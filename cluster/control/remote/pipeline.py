@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
-from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+from llamaclust.wire.microbatch.messages import Result
 from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.send_queue import SendQueue
@@ -63,15 +64,15 @@ class RemotePipeline:
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
         self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
 
-    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""
-        self._microbatches.put(encode_hidden(encode_microbatch(microbatch), (), None))
-        self._inputs.put(encode_inputs(inputs))
+        self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch), (), None) for each in scheduled))
+        self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
 
-    async def run(self, on_result: Callable[[Result], None]) -> None:
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
         ProtocolError where the last stage answers what it may not."""
-        parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_result), self._watch_forward()
+        parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
         try:
@@ -89,16 +90,23 @@ class RemotePipeline:
         """Ends the streams. What is in flight is abandoned."""
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
-    async def _read_results(self, on_result: Callable[[Result], None]) -> None:
-        number = 0
-        while (data := await self._sample.read()) is not None:
-            result = decode_result(data)
-            found, expected = (result.epoch, result.number), (self.epoch, number)
-            if found != expected:
-                raise ProtocolError(f"result {place_text(found)} where {place_text(expected)} was expected")
-            on_result(result)
-            number += 1
+    async def _read_results(self, on_results: Callable[[Sequence[Result]], None]) -> None:
+        number, stream = 0, self._sample
+        while (data := await stream.read()) is not None:
+            results: list[Result] = []
+            while data is not None:
+                results.append(self._result(data, number))
+                number += 1
+                data = await stream.read() if stream.has_message else None
+            on_results(results)
         raise WorkerError("the last stage ended its stream")
+
+    def _result(self, data: bytes, number: int) -> Result:
+        result = decode_result(data)
+        found, expected = (result.epoch, result.number), (self.epoch, number)
+        if found != expected:
+            raise ProtocolError(f"result {place_text(found)} where {place_text(expected)} was expected")
+        return result
 
     async def _watch_forward(self) -> None:
         """Nothing comes back from the first stage but the end."""

@@ -35,8 +35,8 @@ def take_token(sequence: Sequence) -> SequenceSlice:
     """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones: behind
     that token, or behind others that are under way."""
     known, drafted = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafted
-    if not drafted and sequence.unknown:
-        return _slice(sequence, (0,), (sample_task(sequence, 1),), sequence.sampled_at)
+    if not drafted and (unknown := sequence.unknown):
+        return _slice(sequence, (0,), (sample_task(sequence, unknown),), sequence.sampled_at)
     if not drafted:
         return _slice(sequence, known, (sample_task(sequence),))
     tasks = further_tasks(sequence, drafted) if sequence.unknown else window_tasks(sequence, drafted)

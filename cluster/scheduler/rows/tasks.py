@@ -22,7 +22,8 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """For the token after the next row, before which so many tokens are not known yet: 1 at most."""
+    """For the token after the next row, before which so many tokens are not known yet: 1 at most where samplers look
+    at tokens."""
     if sequence.samples_plainly:
         return _plain_task(sequence, unknown)
     window, tokens = sequence.request.history_window, sequence.tokens

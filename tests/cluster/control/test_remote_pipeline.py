@@ -38,10 +38,10 @@ class Stream:
         await self._end("read")
         return None
 
-    def try_write(self, _: bytes) -> bool:
+    def try_write(self, *_: bytes) -> bool:
         return False
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, *_: bytes) -> None:
         await self._end("write")
 
 

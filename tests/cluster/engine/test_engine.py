@@ -9,21 +9,21 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.cluster.engine.engine import Engine, EngineState, _done_ns
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
-from llamaclust.wire.microbatch.messages import Result
-from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
+from llamaclust.wire.microbatch.messages import Result, StageTiming
+from support.clusters.fakes import VOCABULARY, FakePipeline, expected, linear, tokens_of
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
 COMPLETIONS = '{operation="text_completion"}'
 
 
 @asynccontextmanager
-async def running(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipeline]]:
-    pipeline = FakePipeline(SETTINGS.kv_blocks)
+async def running(stages: int = 2, **deadlines: float) -> AsyncIterator[tuple[Engine, FakePipeline]]:
+    pipeline = FakePipeline(SETTINGS.kv_blocks, stages)
     async with Engine(pipeline, SETTINGS, EngineSettings(**deadlines)) as engine:
         yield engine, pipeline
         if engine.state is EngineState.READY:
@@ -50,6 +50,33 @@ async def test_requests_together_give_what_each_gives_alone() -> None:
             assert last.timings.prompt_tokens == len(request.prompt)
             assert last.timings.generated_tokens == 30
             assert last.timings.ttft_ms > 0 and last.timings.decode_tok_s > 0
+
+
+async def test_results_that_come_together_are_those_that_come_alone() -> None:
+    """Decode steps of a whole model are sent several ahead."""
+    async with running(stages=1) as (engine, pipeline):
+        pipeline.together, pipeline.fake.stage_ns = 7, [linear(1, 0)]
+        requests = [generation(seed, length=5 + 13 * seed, max_new_tokens=20 + 9 * seed) for seed in range(4)]
+        answers = await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
+        for request, events in zip(requests, answers, strict=True):
+            assert tokens_of(events) == [row.token for row in expected(request, SETTINGS.context_length)[0]]
+        assert pipeline.most_together > 3
+
+
+def test_results_that_came_together_were_computed_one_after_the_other() -> None:
+    results = [Result(1, number, timings=(StageTiming(9, ns, 9, 1),)) for number, ns in enumerate((1000, 7, 20))]
+    assert _done_ns(results, 100) == [73, 80, 100]
+
+
+async def test_what_came_before_a_failure_and_with_it_counts() -> None:
+    async with running(stages=1) as (engine, pipeline):
+        pipeline.together, pipeline.failures[23], pipeline.fake.stage_ns = 50, "it broke", [linear(1, 0)]
+        events: list[Event] = []
+        with pytest.raises(WorkerError, match="it broke"):
+            async for event in engine.submit(request := generation(max_new_tokens=60)):
+                events.append(event)
+        assert tokens_of(events) == [row.token for row in expected(request, SETTINGS.context_length)[0]][:23]
+        assert pipeline.most_together > 3
 
 
 async def test_scoring_and_nothing_to_do() -> None:

@@ -301,6 +301,9 @@ class FakePipeline:
         self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
         self.microbatches: list[Microbatch] = []
         self.failure: str | None = None  # of the next result
+        self.failures: dict[int, str] = {}  # by number
+        self.together = 1  # results that come together at most
+        self.most_together = 0  # that have come
         self.kv_disks: KvDisks | None = None
         self.replaced: Result | None = None  # comes instead of the next result
         self.gate = asyncio.Event()
@@ -308,11 +311,12 @@ class FakePipeline:
         self.gate.set()
         self._results: asyncio.Queue[Result | Exception] = asyncio.Queue()
 
-    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        self.microbatches.append(microbatch)
-        self.taken.set()
-        _, result = self.fake.send(ScheduledMicrobatch(microbatch, inputs), 0)
-        self._results.put_nowait(result)
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
+        for each in scheduled:
+            self.microbatches.append(each.microbatch)
+            self.taken.set()
+            _, result = self.fake.send(each, 0)
+            self._results.put_nowait(result)
 
     def lose(self, error: Exception) -> None:
         """From now on there are no results but this error."""
@@ -320,14 +324,20 @@ class FakePipeline:
         self._results.put_nowait(error)
         self.gate.set()
 
-    async def run(self, on_result: Callable[[Result], None]) -> None:
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         while True:
-            result = await self._results.get()
+            results = [await self._results.get()]
             await asyncio.sleep(0)  # no stream answers without letting others run
             await self.gate.wait()
-            if isinstance(result, Exception):
-                raise result
-            on_result(self.replaced or replace(result, failure=self.failure))
+            while len(results) < self.together and not self._results.empty():
+                results.append(self._results.get_nowait())
+            self.most_together = max(self.most_together, len(results))
+            on_results([self.replaced or self._answer(result) for result in results])
+
+    def _answer(self, result: Result | Exception) -> Result:
+        if isinstance(result, Exception):
+            raise result
+        return replace(result, failure=self.failures.get(result.number, self.failure))
 
     async def close(self) -> None:
         self.gate.clear()

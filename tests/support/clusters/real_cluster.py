@@ -114,7 +114,11 @@ class Running:
 
     def __init__(self, pipeline: RemotePipeline) -> None:
         self._results: asyncio.Queue[Result] = asyncio.Queue()
-        self._work = asyncio.create_task(pipeline.run(self._results.put_nowait))
+        self._work = asyncio.create_task(pipeline.run(self._put))
+
+    def _put(self, results: Sequence[Result]) -> None:
+        for result in results:
+            self._results.put_nowait(result)
 
     async def next_result(self) -> Result:
         """The next one, or the pipeline's error. A deadline of its own: the tests' pipelines answer soon."""

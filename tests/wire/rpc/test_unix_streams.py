@@ -277,3 +277,77 @@ async def test_messages_are_handed_on_at_once_while_the_other_side_reads(address
     assert await stream.read() is None
     assert not stream.try_write(b"late")
     await server.stop(0.0)
+
+
+async def test_messages_that_are_sent_together_come_one_by_one(address: str) -> None:
+    async def serve(stream: ServerStream) -> None:
+        await stream.accept()
+        messages = [data for _ in range(6) if (data := await stream.read()) is not None]
+        await stream.write(*messages)
+        await stream.write(*messages[::-1])
+
+    server = await Server.start(address, TOKEN, {FORWARD: serve})
+    stream = Peer(server.address, TOKEN).open(FORWARD)
+    await stream.opened()
+    messages = [b"a", b"", b"b" * 300, b"c" * (1 << 19), b"d", b"e" * (1 << 18)]
+    assert stream.try_write(*messages[:3])
+    assert not stream.try_write(*messages[3:])
+    await stream.write(*messages[3:])
+    assert not stream.has_message
+    async with asyncio.timeout(20):
+        assert [await stream.read() for _ in range(12)] == [*messages, *messages[::-1]]
+        assert await stream.read() is None
+    await server.stop(0.0)
+
+
+async def test_a_large_message_whose_reader_goes_in_the_middle_of_it_is_an_error(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def serve(stream: ServerStream) -> None:
+        await stream.accept()
+        await stream.read()
+        with pytest.raises(StreamBrokenError):
+            await stream.write(bytes(1 << 25))
+        has_failed.set()
+
+    has_failed = asyncio.Event()
+    server = await Server.start(address, TOKEN, {FORWARD: serve})
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    writer.write(call() + frame(MESSAGE, b"now"))
+    async with asyncio.timeout(20):
+        await reader.readexactly(1 << 20)
+        writer.transport.abort()
+        await has_failed.wait()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    await server.stop(0.0)
+
+
+async def test_the_end_of_a_stream_within_a_large_message_is_no_part_of_it(address: str) -> None:
+    """Nothing can be said within a message: the connection ends."""
+    is_sending = asyncio.Event()
+
+    async def serve(stream: ServerStream) -> None:
+        await stream.accept()
+        sending = asyncio.create_task(stream.write(b"x" * (1 << 25)))
+        await asyncio.sleep(0)
+        is_sending.set()
+        await stream.read()
+        assert not sending.done()
+        sending.add_done_callback(lambda task: task.exception())
+        raise UsageError("why it failed")
+
+    server = await Server.start(address, TOKEN, {FORWARD: serve})
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    writer.write(call())
+    await is_sending.wait()
+    writer.write(frame(MESSAGE, b"fail"))
+    async with asyncio.timeout(20):
+        received = b""
+        with suppress(ConnectionResetError):
+            while data := await reader.read(1 << 20):
+                received += data
+    assert b"why it failed" not in received and len(received) < 1 << 25
+    head, _, content = received.partition(frame(MESSAGE, size=1 << 25))
+    assert head.startswith(struct.pack("<I", len(head) - 5) + bytes([ACCEPTED])) and not content.strip(b"x")
+    writer.close()
+    await server.stop(0.0)

@@ -22,6 +22,7 @@ from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -102,7 +103,7 @@ async def results(cluster: Members, handles: Sequence[WorkerHandle], model: Path
     work = microbatches(Model.open(model).model_id, 1, 8)
     async with running(pipeline) as at_work:
         for microbatch, inputs in work:
-            pipeline.submit(microbatch, inputs)
+            pipeline.submit(ScheduledMicrobatch(microbatch, inputs))
         return [(await at_work.next_result()).rows for _ in work]
 
 
@@ -170,7 +171,7 @@ async def test_adapters_are_fetched_as_layers_are(model: Path, tmp_path: Path) -
         assert answer.fetched_bytes > sum(opened.file.tensor(name).n_bytes for name in names)
         pipeline = await RemotePipeline.open(1, handles, cluster.run.token)
         async with running(pipeline) as at_work:
-            pipeline.submit(*work)
+            pipeline.submit(ScheduledMicrobatch(*work))
             assert (await at_work.next_result()).rows == whole
     await asyncio.gather(*lives, return_exceptions=True)
 

@@ -1,0 +1,49 @@
+"""Microbatches of a stream, one after the other: the next is received while one is computed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from llamaclust.wire.rpc.server import ServerStream
+
+
+class Incoming:
+    """Of one reader."""
+
+    def __init__(self, stream: ServerStream) -> None:
+        self._stream = stream
+        self._reading: asyncio.Task[bytes | None] | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `next` takes no waiting."""
+        return self._stream.has_message if self._reading is None else self._reading.done()
+
+    def prepare(self) -> bool:
+        """Begins to receive the next one, where the stream does not by itself; whether that needs a turn of the event
+        loop."""
+        if self._reading is not None or self._stream.has_buffer:
+            return False
+        self._reading = asyncio.create_task(self._stream.read())
+        return True
+
+    async def next(self, sending: asyncio.Future[None]) -> bytes | None:
+        """The next message; None once the other side has said its last. Raises the error of `sending`, although no
+        further message may come."""
+        if sending.done():
+            sending.result()
+        if self._reading is None and (sending.done() or self._stream.has_message):
+            return await self._stream.read()
+        reading = self._reading = self._reading or asyncio.create_task(self._stream.read())
+        if not sending.done():
+            await asyncio.wait((reading, sending), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        data = await reading
+        self._reading = None
+        return data
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)

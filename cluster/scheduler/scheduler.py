@@ -324,9 +324,10 @@ class Scheduler:
         return most if self._goes_ahead and self.times.lookahead_pays else 0
 
     def _most_ahead(self) -> int:
-        """Several where steps are short and rows all choose from their own logits, so that steps keep all rows."""
-        is_plain = not (self.is_shared or self.settings.has_states)
-        several = is_plain and all(sequence.samples_plainly for sequence in self.queues.running)
+        """Several where steps are short and have all rows: none awaits its first token, or others before it."""
+        if self.is_shared or self.settings.has_states:
+            return 1
+        several = all(sequence.samples_plainly and sequence.phase is Phase.DECODE for sequence in self.queues.running)
         return self.times.steps_ahead if several else 1
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:

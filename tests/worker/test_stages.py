@@ -119,9 +119,9 @@ async def test_steps_on_gpus_have_a_limit_once_their_kind_is_known(
     model: Model, devices: tuple[DeviceLayers, ...], limited: bool
 ) -> None:
     class Recording(Compute):
-        def queue(self, job: Callable[[], Any], limit_s: float = inf) -> asyncio.Future[Any]:
+        def queue(self, job: Callable[[], Any], limit_s: float = inf, expected_ns: float = inf) -> asyncio.Future[Any]:
             seen.append(limit_s)
-            return super().queue(job, limit_s)
+            return super().queue(job, limit_s, expected_ns)
 
     seen: list[float] = []
     compute, runner = Recording(), runner_of(model, 0, 3)
@@ -156,7 +156,7 @@ async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch
     microbatches_left = [encode_hidden(encode_microbatch(microbatch), (), None)]
     compute = Compute()
     loop = Queued(1, runner_of(model, 0, 3), StageContext("w", compute, Counters()), DEADLINES)
-    stream: Any = SimpleNamespace(read=read)
+    stream: Any = SimpleNamespace(read=read, has_buffer=False, has_message=False)
     async with asyncio.timeout(10):
         with pytest.raises(ProtocolError, match="no such frame"):
             await loop.run(stream, stream)

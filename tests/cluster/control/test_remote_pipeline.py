@@ -10,6 +10,7 @@ import pytest
 
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load, Loaded, Register
@@ -22,6 +23,7 @@ class Stream:
     def __init__(self, read: BaseException | None = None, write: BaseException | None = None) -> None:
         self._ends = {"read": read, "write": write}
         self.cancelled = False
+        self.has_message = False
 
     async def _end(self, which: str) -> None:
         try:
@@ -60,7 +62,7 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
 async def test_nothing_writes_on_after_a_write_that_failed() -> None:
     sample = Stream()
     pipeline = _pipeline(Stream(write=WorkerError("gone")), sample)
-    pipeline.submit(*microbatches("m", 1, 1)[0])
+    pipeline.submit(ScheduledMicrobatch(*microbatches("m", 1, 1)[0]))
     async with asyncio.timeout(30):
         with pytest.raises(WorkerError, match="gone"):
             await pipeline.run(lambda result: None)
@@ -71,7 +73,7 @@ async def test_nothing_writes_on_after_a_write_that_failed() -> None:
 async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamaclust.cluster.control.remote.pipeline._WRITE_S", 0.02)
     pipeline = _pipeline(Stream(), Stream())
-    pipeline.submit(*microbatches("m", 1, 1)[0])
+    pipeline.submit(ScheduledMicrobatch(*microbatches("m", 1, 1)[0]))
     async with asyncio.timeout(30):
         with pytest.raises(WorkerError, match=r"handing out a microbatch: not within 0\.02 s"):
             await pipeline.run(lambda result: None)

@@ -27,6 +27,7 @@ from llamaclust.cluster.control.weight_sources import ModelReference  # noqa: E4
 from llamaclust.cluster.engine.pipeline import StageInfo  # noqa: E402
 from llamaclust.cluster.launchers.local import LocalLauncher  # noqa: E402
 from llamaclust.cluster.launchers.run_directory import run_directory  # noqa: E402
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch  # noqa: E402
 from llamaclust.core.limits import StageLimits  # noqa: E402
 from llamaclust.core.sampling import SampleTask, SamplingParams  # noqa: E402
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs  # noqa: E402
@@ -66,12 +67,17 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
                 workers = await load_stages(loads, registry.workers)
                 pipeline = await RemotePipeline.open(1, workers, run.token)
                 results: asyncio.Queue[Result] = asyncio.Queue()
-                at_work = asyncio.create_task(pipeline.run(results.put_nowait))
+
+                def put(together: Sequence[Result]) -> None:
+                    for result in together:
+                        results.put_nowait(result)
+
+                at_work = asyncio.create_task(pipeline.run(put))
 
                 async with recurring_deadline("a result", _RESULT_S) as limit:
 
                     async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
-                        pipeline.submit(microbatch, inputs)
+                        pipeline.submit(ScheduledMicrobatch(microbatch, inputs))
                         with limit:
                             return await results.get()
 

@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +56,14 @@ class Served:
 
 
 @contextmanager
-def server(model: str, threads: int, streams: int) -> Iterator[Served]:
-    """A cluster of one worker."""
+def server(model: str, threads: int, streams: int, more: Sequence[str] = ()) -> Iterator[Served]:
+    """A cluster of one worker. `more`: fields that are set."""
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         environment = {**os.environ, "LLAMACLUST_STATE_DIR": folder}
         workers = f"workers=[{{name: a, threads: {threads}}}]"
         options = ["--set", f"model={model}", "--set", workers, "--set", f"state_dir={folder}", "--port", "0"]
         options += ["--set", f"max_sequences={max(streams, 8)}"]
+        options += [word for field in more for word in ("--set", field)]
         _output([_PROGRAM, "up", "--detach", *options], environment)
         try:
             status = json.loads(_output([_PROGRAM, "status", "--json"], environment))

@@ -15,6 +15,7 @@ from operator import attrgetter
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
+from llamaclust.cluster.scheduler.lookahead import Lookahead
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
@@ -60,11 +61,11 @@ class Scheduler:
         self.speculation = Speculation.of(settings, self.times)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
+        self._lookahead = Lookahead(self.times, has_states=settings.has_states)
         self._sequences: dict[int, Sequence] = {}
         self.in_flight = InFlight(settings, epoch, self.times)
         self.strikes = Strikes()
         self.is_shared = False  # whether another pipeline runs on the same workers
-        self._goes_ahead = False  # whether steps behind unknown tokens are sent until there are enough
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self.drafts = DraftCounts()
@@ -137,6 +138,7 @@ class Scheduler:
         self.times = StageTimes(stages)
         self.speculation = Speculation.of(settings, self.times)
         self._split = DecodeSplit(self.times)
+        self._lookahead = Lookahead(self.times, has_states=settings.has_states)
         self.in_flight = InFlight(settings, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -192,8 +194,7 @@ class Scheduler:
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
             return None if is_busy else self._next_alone(isolated, now_ns)
-        # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
-        # expected; beside decode it would delay every token.
+        # Without decode, one more in flight keeps stages from idling after a quick chunk; else it would delay tokens.
         room = self.times.in_flight - self.in_flight.live
         if room < 0 or (room == 0 and self.queues.decoding) or self.queues.are_settled:
             return self._next_ahead(now_ns)
@@ -292,8 +293,8 @@ class Scheduler:
         return 0 if self.in_flight.decoding >= groups else -(-decoding // groups)
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """A lookahead step: decode after tokens that are not known yet, so that stages compute while results travel and
-        the coordinator works. What a sequence computes after its last token is thrown away.
+        """A lookahead step, so that stages compute while results travel and the coordinator works. What a sequence
+        computes after its last token is thrown away.
 
         Only where all decode together: with several groups, stages compute one while another one's results travel. And
         only without prompts to compute: these would wait behind it.
@@ -303,32 +304,14 @@ class Scheduler:
             return None
         if (further := self._next_window(now_ns)) is not None:
             return further
-        if not (steps := self._steps_ahead()):
-            return None
-        if any(sequence.expects_forced for sequence in queues.running):
+        steps = self._lookahead.steps(len(self.in_flight), queues.running, keeps_one=self.is_shared)
+        if not steps or any(sequence.expects_forced for sequence in queues.running):
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
         growing = (s for s in queues.running if s.awaits_decode or s.may_go_ahead(steps))
-        ahead = self._fitting([s for s in growing if queues.memory.grow(s)])
+        ahead = self._fitting(list(filter(queues.memory.grow, growing)))
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
-
-    def _steps_ahead(self) -> int:
-        """How many unknown tokens a step may follow now; 0: none is sent. Where several may be, none is sent before
-        half of them have come back: coordinator and worker are awake for several steps at once."""
-        under_way, most = len(self.in_flight), self._most_ahead()
-        if under_way <= (most + 1) // 2:
-            self._goes_ahead = True
-        elif under_way > most:
-            self._goes_ahead = False
-        return most if self._goes_ahead and self.times.lookahead_pays else 0
-
-    def _most_ahead(self) -> int:
-        """Several where steps are short and have all rows: none awaits its first token, or others before it."""
-        if self.is_shared or self.settings.has_states:
-            return 1
-        several = all(sequence.samples_plainly and sequence.phase is Phase.DECODE for sequence in self.queues.running)
-        return self.times.steps_ahead if several else 1
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
         """Drafted rows behind those of the only sequence that are under way."""
@@ -400,13 +383,11 @@ class Scheduler:
             return self.settings.max_batch_tokens
         waiting = islice(self.queues.waiting, _VISIBLE_WAITING)
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, waiting))
-        self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
+        self._burst_tokens = burst = max(pending, self._burst_tokens if prefilling else 0)
         if self.is_shared:
             short = replace(self.settings, prefill_ms=self.settings.prefill_ms / _SHARED)
-            rows = chunk_rows(short, self.times, self._burst_tokens, pending, decoding, alone=False)
-            return min(rows, _SHARED_ROWS)
-        alone = self.queues.decoding == 0
-        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
+            return min(chunk_rows(short, self.times, burst, pending, decoding, alone=False), _SHARED_ROWS)
+        return chunk_rows(self.settings, self.times, burst, pending, decoding, alone=not self.queues.decoding)
 
     def _launch(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         if decoding == len(slices):

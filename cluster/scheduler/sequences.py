@@ -162,14 +162,10 @@ class Sequence:
     def may_go_ahead(self, most: int) -> bool:
         """Whether the row after its last token can be sent now, before that row's token is known, and after `most`
         unknown tokens at most; after several only where samplers look at logits alone."""
-        sampling = self.sampling
-        return (
-            self.phase is _DECODE
-            and 0 < sampling <= (most if self.samples_plainly else 1)
-            and self.scheduled == len(self.tokens) + sampling - 1
-            and self.generated + sampling < self.max_new_tokens
-            and not self.request.params.needs_state
-        )
+        if not 0 < self.sampling <= (most if self.samples_plainly else 1) or self.request.params.needs_state:
+            return False
+        is_next = self.phase is _DECODE and self.scheduled == len(self.tokens) + self.sampling - 1
+        return is_next and self.generated + self.sampling < self.max_new_tokens
 
     @property
     def may_draft(self) -> bool:

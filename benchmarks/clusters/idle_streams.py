@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from compare import positive
+from measuring.options import positive
 from streaming import Served, server
 
 from llamaclust.tools.bench.limits import Spread

@@ -15,8 +15,7 @@ from operator import attrgetter
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
-from llamaclust.cluster.scheduler.lookahead import Lookahead
-from llamaclust.cluster.scheduler.microbatching import DecodeSplit
+from llamaclust.cluster.scheduler.microbatching import DecodeSplit, Lookahead
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
 from llamaclust.cluster.scheduler.rows.answering import answer

@@ -15,9 +15,6 @@ awake once for all of them, and take less of the cores that compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
@@ -91,17 +88,12 @@ class Lookahead:
         self._has_states = has_states  # the states of rows that others follow are kept for one step
         self._is_filling = False  # steps are sent until there are enough
 
-    def steps(self, under_way: int, running: Iterable[Sequence], *, keeps_one: bool) -> int:
-        """How many unknown tokens a step may follow now, 0 where none is to be sent; one at most with `keeps_one`.
+    def steps(self, under_way: int, *, several: bool) -> int:
+        """How many unknown tokens a step may follow now, 0 where none is to be sent; one at most without `several`.
         Where several may be, none is sent before half of the microbatches under way are back."""
-        most = 1 if keeps_one or self._has_states else self._most(running)
+        most = self._times.steps_ahead if several and not self._has_states else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True
         elif under_way > most:
             self._is_filling = False
         return most if self._is_filling and self._times.lookahead_pays else 0
-
-    def _most(self, running: Iterable[Sequence]) -> int:
-        """Several where steps have all rows: none awaits its first token, or needs others to choose one."""
-        have_all = all(sequence.samples_plainly and sequence.phase is Phase.DECODE for sequence in running)
-        return self._times.steps_ahead if have_all else 1

@@ -48,6 +48,11 @@ class SequenceQueues:
         return sum([sequence.phase is _DECODE for sequence in self.running])
 
     @property
+    def decode_plainly(self) -> bool:
+        """Whether none awaits its first token, or needs others to choose one: steps ahead have rows of all."""
+        return all(sequence.phase is _DECODE and sequence.samples_plainly for sequence in self.running)
+
+    @property
     def prefilling(self) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
 

@@ -303,7 +303,8 @@ class Scheduler:
             return None
         if (further := self._next_window(now_ns)) is not None:
             return further
-        steps = self._lookahead.steps(len(self.in_flight), queues.running, keeps_one=self.is_shared)
+        several = queues.decode_plainly and not self.is_shared
+        steps = self._lookahead.steps(len(self.in_flight), several=several)
         if not steps or any(sequence.expects_forced for sequence in queues.running):
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):

@@ -17,7 +17,7 @@ from llamaclust.core.interpreter import collect_rarely, share_interpreter
 from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, hand_on_soon, request_slices
+from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, request_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.devices.cores import bind_to_node
@@ -38,7 +38,7 @@ def run_worker(settings: WorkerSettings) -> int:
     A native call may go on computing: the caller ends the process by `end_process`.
     """
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
-    request_slices(USUAL_SLICE_NS)  # a coordinator's short ones are inherited by the processes that it starts
+    request_slices(USUAL_SLICE_NS)
     share_interpreter()
     gc.freeze()
     collect_rarely()
@@ -106,7 +106,6 @@ async def _run_started_worker(settings: WorkerSettings) -> str:
     assert settings.token_file is not None
     token = ClusterToken.read(settings.token_file)
     worker = Worker.open(settings)
-    hand_on_soon()
     coordinator = Peer(settings.join, token)
     server = await Server.start(settings.listen or "127.0.0.1:0", token, worker.handlers)
     try:

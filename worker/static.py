@@ -21,7 +21,7 @@ from llamaclust.core.errors import (
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.sched_slice import hand_on_soon
+from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.certificates import cluster_id
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
@@ -140,8 +140,8 @@ class _StaticWorker:
     async def _listen(self, address: str, credentials: Credentials) -> None:
         settings, coordinator = self._settings, split_address(address)
         listen = settings.listen or joined_address(await _own_host(*coordinator), 0)
-        hand_on_soon()  # gRPC's threads inherit its slices
-        self._server = await Server.start(listen, credentials, self._worker.handlers)
+        with short_slices():  # gRPC's threads
+            self._server = await Server.start(listen, credentials, self._worker.handlers)
         host, _ = split_address(listen)
         if host in ANYWHERE:
             host = await _own_host(*coordinator)

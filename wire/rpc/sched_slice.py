@@ -1,19 +1,16 @@
-"""Time slices: threads that hand messages on ask for short ones, so that on cores where others compute their turn comes
-soon: a coordinator's, event loops of workers, which compute short steps between messages, and gRPC's. What else
-computes has usual ones, for a product waits for the last of its threads. Linux 6.12 and later obey, for any user;
-elsewhere nothing changes. Figures: benchmarks/split.py."""
+"""Time slices: threads that only hand messages on ask for short ones, so that on cores where others compute their turn
+comes soon: a coordinator's, and gRPC's of a worker. A worker's own threads have usual ones: all of them compute, its
+event loop short steps. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
+benchmarks/split.py."""
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import platform
 import struct
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 
 USUAL_SLICE_NS = 0
 SHORT_SLICE_NS = 100_000
@@ -29,14 +26,6 @@ def request_slices(slice_ns: int) -> None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
         packed = _ATTRIBUTES.pack(size, policy, flags, nice, priority, slice_ns, deadline, period)
         _call(0, 0, ctypes.create_string_buffer(packed), 0)
-
-
-def hand_on_soon() -> None:
-    """Short slices for this thread from now on, an event loop's; usual ones for those that it hands work to, which load
-    and compute."""
-    usual = ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=partial(request_slices, USUAL_SLICE_NS))
-    asyncio.get_running_loop().set_default_executor(usual)
-    request_slices(SHORT_SLICE_NS)
 
 
 @contextmanager

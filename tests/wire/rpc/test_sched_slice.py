@@ -6,15 +6,11 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
 
-from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.wire.rpc import sched_slice
 from llamaclust.wire.rpc.sched_slice import SHORT_SLICE_NS, short_slices
-from support.clusters.recovering import config, model_in, recovering
 
 
 def time_slice_ns(thread_id: int = 0) -> int | None:
@@ -56,22 +52,12 @@ main.run_worker(WorkerSettings(name="w"))
 """
 
 
-def test_a_worker_begins_with_usual_slices_although_its_coordinator_has_short_ones() -> None:
+def test_a_worker_computes_in_usual_slices_although_its_coordinator_has_short_ones() -> None:
     """Which processes inherit."""
     command = [sys.executable, "-c", _WORKER]
     with short_slices():
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert int(done.stdout) == time_slice_ns() != SHORT_SLICE_NS
-
-
-async def test_a_worker_hands_on_in_short_slices_and_computes_in_usual_ones(tmp_path: Path) -> None:
-    async with recovering(config(model_in(tmp_path), tmp_path, 1)) as run:
-        (answer,) = run.start([GenerationRequest("r", (3, 4, 5), 8)])
-        assert len(await answer) == 8
-        pid = run.worker("a").registration.pid
-        slices = {thread.id: time_slice_ns(thread.id) for thread in psutil.Process(pid).threads()}
-    assert slices.pop(pid) == SHORT_SLICE_NS, "the event loop's"
-    assert slices and set(slices.values()) == {time_slice_ns()}
 
 
 _PROGRAM = """

@@ -46,7 +46,7 @@ class ApiSettings:
     max_requests: int = 512  # that have no whole reply yet; as many again whose bodies are still to come
     head_s: float = 10.0  # until the head of a connection's next request has arrived
     body_s: float = 30.0  # until a request's body has arrived
-    keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
+    keepalive_s: float = 15.0  # silence of a stream after which it gets a comment
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
     unread_s: float = 60.0  # a client that takes nothing of its reply for so long has gone
     resume_s: float = 30.0  # a kept reply waits so long for its client

@@ -26,7 +26,14 @@ def in_turn(waiting: Iterable[Sequence], running: Counter[str], most: int) -> li
 
 def first_in_turn(waiting: Iterable[Sequence], running: Counter[str]) -> Sequence:
     """Of those that wait: the first one of the request with the fewest that run."""
-    return min(waiting, key=lambda sequence: running[turn_of(sequence)])
+    fewest: Sequence | None = None
+    for sequence in waiting:
+        if not running[turn_of(sequence)]:
+            return sequence
+        if fewest is None or running[turn_of(sequence)] < running[turn_of(fewest)]:
+            fewest = sequence
+    assert fewest is not None, "none waits"
+    return fewest
 
 
 def takes_turn(sequence: Sequence, running: Counter[str]) -> bool:

@@ -19,13 +19,10 @@ class Incoming:
         """Whether `next` takes no waiting."""
         return self._stream.has_message if self._reading is None else self._reading.done()
 
-    def prepare(self) -> bool:
-        """Begins to receive the next one, where the stream does not by itself; whether that needs a turn of the event
-        loop."""
-        if self._reading is not None or self._stream.has_buffer:
-            return False
-        self._reading = asyncio.create_task(self._stream.read())
-        return True
+    def prepare(self) -> None:
+        """Begins to receive the next one, where the stream does not by itself."""
+        if self._reading is None and not self._stream.has_buffer:
+            self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
         """The next message; None once the other side has said its last. Raises the error of `sending`, although no

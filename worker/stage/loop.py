@@ -38,6 +38,9 @@ from llamaclust.worker.stage.step_limit import step_limit_s
 
 _log = logging.getLogger(__name__)
 
+_DIRECT_BYTES = 1 << 16
+"""An answer of so many bytes is sent before the next step: the other side takes more only as it reads."""
+
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
 """A job, and the number of bits in rows and attended keys."""
@@ -122,13 +125,14 @@ class StageLoop:
                     if (data := await incoming.next(sending)) is None:
                         break
                     arrival = self.receive(data, number)
-                    if is_close and incoming.prepare():
-                        await asyncio.sleep(0)  # it begins before a short computation takes the event loop
+                    if is_close:
+                        incoming.prepare()
+                        await asyncio.sleep(0)  # it and sending begin before a short computation takes the event loop
                     answer = await self.compute(arrival)
                     if answer.done():
                         await sending
                     incoming.prepare()
-                    if not is_close and answer.done():
+                    if not is_close and answer.done() and len(answer.result().data) <= _DIRECT_BYTES:
                         await send([answer.result()])
                         continue
                     waiting.append(answer)

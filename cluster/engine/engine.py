@@ -181,20 +181,20 @@ class Engine:
 
     def completed(self, lane: Lane, results: Sequence[Result]) -> None:
         """See `LaneOwner`."""
-        now_ns = monotonic_ns()
-        drafts, updated = lane.scheduler.drafts, list[_Updated]()
-        failed = next((result for result in results if result.failure is not None), None)
-        for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
-            if result is failed:
-                break
-            updated += self._complete(lane, result, done_ns)
-        if failed is None:
-            lane.launch()
-        tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
-        self.metrics.sampled(tokens, now_ns)
-        self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
-        if failed is not None:
-            self._lose(lane, WorkerError(str(failed.failure)), failed.number)
+        now_ns, drafts, updated = monotonic_ns(), lane.scheduler.drafts, list[_Updated]()
+        try:
+            for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
+                if result.failure is not None:
+                    break
+                updated += self._complete(lane, result, done_ns)
+            else:
+                lane.launch()
+        finally:  # what came before a result that breaks the protocol counts
+            tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
+            self.metrics.sampled(tokens, now_ns)
+            self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
+        if result.failure is not None:
+            self._lose(lane, WorkerError(result.failure), result.number)
 
     def _complete(self, lane: Lane, result: Result, done_ns: int) -> list[_Updated]:
         in_flight = lane.scheduler.in_flight

@@ -21,7 +21,11 @@ _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
 """More of messages waits with the sender."""
+_MESSAGE_BYTES = 64
+"""That each of them takes beside its content."""
 _PIECE_BYTES = 1 << 18
+CALL_S = 10.0
+"""Until a connection says which stream it is."""
 _BUFFER_BYTES = 1 << 16
 
 
@@ -40,23 +44,25 @@ class EndedError(aio.BaseError, grpc.RpcError):
 class _LargeFrame:
     """A frame that is received in parts, where it is to be."""
 
-    __slots__ = ("_filled", "content", "kind")
+    __slots__ = ("_filled", "_size", "content", "kind")
 
     def __init__(self, kind: FrameKind, size: int, first: memoryview) -> None:
         self.kind = kind
-        self.content = bytearray(size)
-        self.content[: len(first)] = first
+        self.content = bytearray(first)
+        self._size = size
         self._filled = len(first)
 
     @property
     def free(self) -> memoryview:
-        """The place for what comes next."""
+        """The place for what comes next: as much as came so far, for what a frame says of its size may be wrong."""
+        if self._filled == len(self.content):
+            self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
 
     def add(self, count: int) -> bool:
         """So many bytes came; whether all are there."""
         self._filled += count
-        return self._filled == len(self.content)
+        return self._filled == self._size
 
 
 def _joined(messages: tuple[bytes, ...]) -> bytes:
@@ -64,9 +70,13 @@ def _joined(messages: tuple[bytes, ...]) -> bytes:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Frames both ways. `on_control` gets all but messages, `on_lost` the end."""
+    """Frames both ways. `on_control` gets all but messages, `on_lost` the end. With `awaits_call`, the first frame must
+    be a call, and come soon."""
 
-    def __init__(self, on_control: Callable[[FrameKind, bytes], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, on_control: Callable[[FrameKind, bytes], None], on_lost: Callable[[], None], *, awaits_call: bool = False
+    ) -> None:
+        self._awaits_call = awaits_call
         self._on_control = on_control
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -93,9 +103,10 @@ class UnixConnection(asyncio.BufferedProtocol):
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         data = self._messages.popleft()
-        if self._unread_bytes > _MOST_UNREAD_BYTES >= self._unread_bytes - len(data) and self._transport is not None:
+        size = len(data) + _MESSAGE_BYTES
+        if self._unread_bytes > _MOST_UNREAD_BYTES >= self._unread_bytes - size and self._transport is not None:
             self._transport.resume_reading()
-        self._unread_bytes -= len(data)
+        self._unread_bytes -= size
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
@@ -172,6 +183,12 @@ class UnixConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._writable.set()
+        if self._awaits_call:
+            asyncio.get_running_loop().call_later(CALL_S, self._end_silent)
+
+    def _end_silent(self) -> None:
+        if self._awaits_call:
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._writable.set()
@@ -203,7 +220,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         while end - start >= _HEAD.size:
             size, kind = _HEAD.unpack_from(buffer, start)
             most = MAX_FRAME_BYTES if kind == FrameKind.MESSAGE else _MOST_CONTROL_BYTES
-            if size > most or not FrameKind.CALL <= kind <= FrameKind.STATUS:
+            is_first = not self._awaits_call or kind == FrameKind.CALL
+            if size > most or not is_first or not FrameKind.CALL <= kind <= FrameKind.STATUS:
                 self.abort()
                 return
             content = buffer[start + _HEAD.size : min(end, start + _HEAD.size + size)]
@@ -220,15 +238,17 @@ class UnixConnection(asyncio.BufferedProtocol):
     def _take(self, kind: FrameKind, content: bytes) -> None:
         if kind is FrameKind.MESSAGE:
             self._messages.append(content)
-            if self._unread_bytes <= _MOST_UNREAD_BYTES < self._unread_bytes + len(content):
+            size = len(content) + _MESSAGE_BYTES
+            if self._unread_bytes <= _MOST_UNREAD_BYTES < self._unread_bytes + size:
                 assert self._transport is not None
                 self._transport.pause_reading()
-            self._unread_bytes += len(content)
+            self._unread_bytes += size
             self._wake()
         elif kind is FrameKind.END:
             self.complete()
         else:
+            self._awaits_call = False
             try:
                 self._on_control(kind, content)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 self.abort()

@@ -126,7 +126,7 @@ class UnixContext:
     before it has ended."""
 
     def __init__(self, server: UnixServer) -> None:
-        self.connection = UnixConnection(self._control, self._lost)
+        self.connection = UnixConnection(self._control, self._lost, awaits_call=True)
         self.task: asyncio.Task[None] | None = None  # from the call on
         self._server = server
         self._metadata: Metadata = ()

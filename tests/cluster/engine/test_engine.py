@@ -68,11 +68,16 @@ def test_results_that_came_together_were_computed_one_after_the_other() -> None:
     assert _done_ns(results, 100) == [73, 80, 100]
 
 
-async def test_what_came_before_a_failure_and_with_it_counts() -> None:
+@pytest.mark.parametrize("breaks_protocol", [False, True])
+async def test_what_came_before_a_failure_and_with_it_counts(breaks_protocol: bool) -> None:
     async with running(stages=1) as (engine, pipeline):
-        pipeline.together, pipeline.failures[23], pipeline.fake.stage_ns = 50, "it broke", [linear(1, 0)]
+        pipeline.together, pipeline.fake.stage_ns = 50, [linear(1, 0)]
+        if breaks_protocol:
+            pipeline.without_rows = 23
+        else:
+            pipeline.failures[23] = "it broke"
         events: list[Event] = []
-        with pytest.raises(WorkerError, match="it broke"):
+        with pytest.raises(LlamaclustError, match=r"it broke|came back with 0 results"):
             async for event in engine.submit(request := generation(max_new_tokens=60)):
                 events.append(event)
         assert tokens_of(events) == [row.token for row in expected(request, SETTINGS.context_length)[0]][:23]

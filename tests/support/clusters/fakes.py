@@ -302,6 +302,7 @@ class FakePipeline:
         self.microbatches: list[Microbatch] = []
         self.failure: str | None = None  # of the next result
         self.failures: dict[int, str] = {}  # by number
+        self.without_rows: int | None = None  # the number of a result that breaks the protocol
         self.together = 1  # results that come together at most
         self.most_together = 0  # that have come
         self.kv_disks: KvDisks | None = None
@@ -337,7 +338,8 @@ class FakePipeline:
     def _answer(self, result: Result | Exception) -> Result:
         if isinstance(result, Exception):
             raise result
-        return replace(result, failure=self.failures.get(result.number, self.failure))
+        rows = () if result.number == self.without_rows else result.rows
+        return replace(result, rows=rows, failure=self.failures.get(result.number, self.failure))
 
     async def close(self) -> None:
         self.gate.clear()

@@ -14,6 +14,7 @@ import pytest
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.client import FORWARD, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.rpc.unix_connection import FrameKind, _LargeFrame
 from llamaclust.wire.security.token import ClusterToken
 from support.seed import SEED
 
@@ -69,6 +70,9 @@ class Handler:
         frame(STATUS, b"[]"),
         frame(0),
         call() + call(),
+        frame(CALL, b"[" * 60_000),
+        frame(MESSAGE, b"x"),
+        frame(END),
     ],
 )
 async def test_a_caller_that_speaks_nonsense_is_cut_off_and_others_are_served(address: str, sent: bytes) -> None:
@@ -350,4 +354,47 @@ async def test_the_end_of_a_stream_within_a_large_message_is_no_part_of_it(addre
     head, _, content = received.partition(frame(MESSAGE, size=1 << 25))
     assert head.startswith(struct.pack("<I", len(head) - 5) + bytes([ACCEPTED])) and not content.strip(b"x")
     writer.close()
+    await server.stop(0.0)
+
+
+async def test_a_caller_that_says_nothing_is_cut_off(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.wire.rpc.unix_connection.CALL_S", 0.05)
+    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    stream = Peer(server.address, TOKEN).open(FORWARD)
+    await stream.opened()
+    async with asyncio.timeout(10):
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    await stream.write(b"x")
+    writer.close()
+    await server.stop(0.0)
+
+
+def test_a_frame_takes_memory_as_it_comes() -> None:
+    large = _LargeFrame(FrameKind.MESSAGE, 1 << 28, memoryview(b"abc"))
+    assert len(large.free) < 1 << 20 and len(large.content) < 1 << 20
+    content, place = Random(SEED).randbytes(3_000_000), 10
+    large = _LargeFrame(FrameKind.MESSAGE, len(content), memoryview(content)[:place])
+    while place < len(content):
+        free = large.free
+        count = min(len(free), 70_001)
+        free[:count] = content[place : place + count]
+        place += count
+        free.release()
+        assert large.add(count) == (place == len(content))
+    assert large.content == content
+
+
+async def test_many_small_messages_that_nobody_reads_wait_with_the_sender(address: str) -> None:
+    handler = Handler()
+    server = await Server.start(address, TOKEN, {FORWARD: handler})
+    _, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    writer.write(call())
+    await handler.begun.wait()
+    writer.write(frame(MESSAGE) * 500_000)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await writer.drain()
+    writer.transport.abort()
     await server.stop(0.0)

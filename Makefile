@@ -111,7 +111,7 @@ $(VENV)/.deps: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt
 	$(need_compiler)
-	@echo "compiling the kernels: a minute or two"
+	@echo "compiling the kernels: two to four minutes on two idle cores"
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 

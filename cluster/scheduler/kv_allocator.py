@@ -135,6 +135,12 @@ class KvMemory:
             if self.window is not None:
                 self.window.settle(sequence)
 
+    def finished(self, sequence: Sequence) -> None:
+        """Its last token is known: its blocks that are full can be shared, also those of steps that were sent before
+        their tokens were known."""
+        if sequence.is_running and self.states is None:
+            self._register(sequence)
+
     def extend(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for all rows to compute, but those with a window; False where too few are
         left."""

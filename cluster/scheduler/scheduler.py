@@ -68,8 +68,7 @@ class Scheduler:
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self.drafts = DraftCounts()
-        self._retries = 0
-        self._computed_tokens = 0
+        self._retries = self._computed_tokens = 0
 
     @property
     def counts(self) -> Counts:
@@ -248,8 +247,10 @@ class Scheduler:
                 self.queues.discard(sequence)
                 self._retries += 1
                 continue
-            if isinstance(updates[-1], Finished) and self.speculation is not None:
-                self.speculation.ended(sequence)
+            if isinstance(updates[-1], Finished):
+                self.queues.memory.finished(sequence)
+                if self.speculation is not None:
+                    self.speculation.ended(sequence)
             if isinstance(updates[-1], Finished | Failed):
                 self.abort(sequence.key)
             updated.append((sequence.key, updates))

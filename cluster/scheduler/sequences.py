@@ -164,7 +164,7 @@ class Sequence:
         unknown tokens at most; after several only where samplers look at logits alone."""
         if not 0 < self.sampling <= (most if self.samples_plainly else 1) or self.request.params.needs_state:
             return False
-        is_next = self.phase is _DECODE and self.scheduled == len(self.tokens) + self.sampling - 1
+        is_next = self.phase is _DECODE and not self.ahead and self.scheduled == len(self.tokens) + self.sampling - 1
         return is_next and self.generated + self.sampling < self.max_new_tokens
 
     @property

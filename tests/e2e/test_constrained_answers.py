@@ -43,7 +43,7 @@ class Case:
 
 _CASES = {
     "grammars": Case(grammar_requests(SEED), repeated=0, lost_after=60, forced=5),
-    "reasoning": Case(reasoning_requests(SEED), repeated=6, lost_after=320, forced=100),
+    "reasoning": Case(reasoning_requests(SEED), repeated=6, lost_after=320, forced=50),
 }
 
 

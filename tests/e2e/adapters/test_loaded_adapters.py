@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.memory_ledger import MemoryLedger, MemoryUse
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ParameterError
 from llamaclust.core.limits import AdapterScales
@@ -195,15 +196,17 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
 
 
 async def test_without_memory_for_both_the_serving_version_stays(
-    folder: Path, expected: list[Answer], tmp_path: Path
+    folder: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KV memory takes what the model leaves, up to the worker's limit."""
+    """Another model has taken what the serving version left."""
     limited = config(folder / "tiny.gguf", tmp_path, [{"name": "a", "memory": "115MiB", "threads": 1}])
     settings = cluster_of(folder, tmp_path, 1).model_copy(update={"workers": limited.workers})
     async with recovering(settings) as run:
         epoch, loader = run.cluster.supervisor.number, run.cluster.models[0].loader
         answering = run.start(requests()[:4])
         await run.token(10)
+        taken = MemoryUse({("a", "cpu"): 100 << 20})
+        monkeypatch.setattr(MemoryLedger, "beside", lambda *_: taken)
         with pytest.raises(InsufficientMemoryError, match="MiB"):
             await loader.load("second", "second.gguf")
         assert run.cluster.supervisor.number == epoch and loader.model.adapters.names == ("first",)

@@ -69,7 +69,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, small_answers: list[Answer], fault: Fault) -> None:
-    assert states(cluster) == dict.fromkeys(WORKERS, "ready")
+    eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 30.0, "all workers are ready")
     asked = interrupted(cluster, fault)
     assert asked.result(60.0) == small_answers
     assert states(cluster) == dict.fromkeys(WORKERS, "ready") | {fault.lost: "lost"}

@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from support.network.box import Box
-from support.network.distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight
+from support.network.distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
 from support.network.link import Link
 
 pytestmark = pytest.mark.model
 
 GENERATIONS = eight(max_tokens=12)
 HOSTS = (COORDINATOR, "a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path) -> list[Answer]:
+    """One worker's answers."""
+    return undisturbed(demo_model, GENERATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def test_same_tokens_and_bits(cluster: DistantCluster, expected: list[Answer], l
     cluster.box.set_link(link)
     begun = time.monotonic()
     try:
-        assert cluster.answers(GENERATIONS) == [answer.begin(GENERATIONS[0].max_tokens) for answer in expected]
+        assert cluster.answers(GENERATIONS) == expected
     finally:
         cluster.box.set_link(Link())
     rounds = GENERATIONS[0].max_tokens

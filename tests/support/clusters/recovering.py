@@ -7,7 +7,7 @@ import os
 import signal
 import struct
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -148,9 +148,10 @@ def worker_pids() -> dict[str, int]:
     """Worker processes of this one, by name."""
     found = {}
     for child in psutil.Process().children():
-        words = child.cmdline()
-        if "llamaclust.worker" in words:
-            found[words[words.index("--name") + 1]] = child.pid
+        with suppress(psutil.Error):  # one that has just ended
+            words = child.cmdline()
+            if "llamaclust.worker" in words:
+                found[words[words.index("--name") + 1]] = child.pid
     return found
 
 

@@ -78,7 +78,8 @@ def test_up_exports_what_its_file_says(model: Path, line: CommandLine, collector
         cluster.http.headers["traceparent"] = TRACEPARENT
         cluster.answer()
         eventually(lambda: bool(collector.named("POST")), 60, "the request's span")
-        assert cluster.metric('llamaclust_telemetry_exported_total{signal="traces"}') > 0
+        exported = 'llamaclust_telemetry_exported_total{signal="traces"}'
+        eventually(lambda: cluster.metric(exported) > 0, 60, "the count of what the collector has")
         cluster.command.press_ctrl_c()
         assert cluster.command.wait().code == 0
     [request], [sequence] = collector.named("POST /v1/completions"), collector.named("text_completion tiny")

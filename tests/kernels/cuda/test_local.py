@@ -107,9 +107,9 @@ def test_tokens_and_logprobs_are_those_of_the_processor(
     ("room", "placement"),
     [
         (4, "0 of 4 layers on GPUs: [0, 4) cpu"),
-        (11, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0, [3, 4) cuda:1"),
-        (13, "4 of 4 layers on GPUs: [0, 2) cuda:0, [2, 4) cuda:1"),
-        (19, "4 of 4 layers on GPUs: [0, 4) cuda:1"),
+        (13, "4 of 4 layers on GPUs: [0, 3) cuda:0, [3, 4) cuda:1"),
+        (15, "4 of 4 layers on GPUs: [0, 2) cuda:0, [2, 4) cuda:1"),
+        (21, "4 of 4 layers on GPUs: [0, 4) cuda:1"),
     ],
 )
 def test_what_does_not_fit_stays_on_the_processor(
@@ -151,10 +151,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
         (0, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
         (None, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
-        (None, 32, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
-        (None, 20, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 4) cpu"),
+        (None, 33, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
+        (None, 21, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 4) cpu"),
         (0, 32, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0"),
-        (2, 28, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 2) cpu"),
+        (2, 29, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 2) cpu"),
     ],
 )
 def test_experts_in_ram(shim: None, mixture: Path, cpu_moe: int | None, room: int, placement: str) -> None:
@@ -173,8 +173,8 @@ def test_experts_in_ram(shim: None, mixture: Path, cpu_moe: int | None, room: in
         (r"blk\.[01]\.=CPU,blk\.3\.ffn_.*_exps=CPU", {}, "[0, 2) cpu, [2, 4) cuda:0, experts of [3, 4) cpu"),
         (r"blk\.2\.=CUDA0,exps=CPU", {"gpu_layers": 1}, "[0, 2) cpu, [2, 4) cuda:0, experts of [3, 4) cpu"),
         (".=CPU", {}, "[0, 4) cpu"),
-        (r"blk\.3\.ffn_.*_exps=gpu", {"room": 32}, "[0, 4) cuda:0, experts of [0, 2) cpu"),
-        (r"blk\.3\.ffn_.*_exps=CPU", {"room": 32}, "[0, 4) cuda:0, experts of [0, 1), [3, 4) cpu"),
+        (r"blk\.3\.ffn_.*_exps=gpu", {"room": 33}, "[0, 4) cuda:0, experts of [0, 2) cpu"),
+        (r"blk\.3\.ffn_.*_exps=CPU", {"room": 33}, "[0, 4) cuda:0, experts of [0, 1), [3, 4) cpu"),
     ],
 )
 def test_rules_for_tensors(shim: None, mixture: Path, rules: str, given: dict[str, int | None], placement: str) -> None:

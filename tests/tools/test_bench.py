@@ -155,13 +155,13 @@ def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
     with Model.open(tiny) as model:
         stage = BenchStage(model, CpuBackend(1), stage_limits(3, 100), StageOptions(threads=1))
         seen: list[tuple[int, int]] = []
-        run = stage._runner.run
+        run = stage._runner.run_to_sample
 
         def spy(microbatch, hidden):  # type: ignore[no-untyped-def]
             seen.append((microbatch.rows, sum(chunk.outputs for chunk in microbatch.chunks)))
             return run(microbatch, hidden)
 
-        stage._runner.run = spy  # type: ignore[method-assign]
+        stage._runner.run_to_sample = spy  # type: ignore[method-assign]
         assert stage.prefill(90) > 0
         assert sum(rows for rows, _ in seen) == 3 * 90
         assert sum(outputs for _, outputs in seen) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from math import inf
 from queue import SimpleQueue
@@ -161,4 +162,5 @@ class _Held:
 
 def _call_all(answers: list[Callable[[], None]]) -> None:
     for answer in answers:
-        answer()
+        with suppress(asyncio.InvalidStateError):  # a cancelled one: the others are still awaited
+            answer()

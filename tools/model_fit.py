@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
+from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.kv_type import KvType

@@ -22,7 +22,7 @@ from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draf
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
-from llamaclust.cluster.scheduler.kv_groups import KvGroups
+from llamaclust.cluster.scheduler.kv.groups import KvGroups
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.text.service import TextService, TextSettings

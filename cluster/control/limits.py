@@ -11,7 +11,7 @@ from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
-from llamaclust.cluster.scheduler.kv_groups import KvGroups, window_group
+from llamaclust.cluster.scheduler.kv.groups import KvGroups, window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings

@@ -14,7 +14,7 @@ from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFa
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeLayers, devices_of, divide
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
-from llamaclust.cluster.scheduler.kv_groups import KvGroups, KvSizes
+from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS

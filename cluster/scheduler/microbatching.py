@@ -7,10 +7,6 @@ and coordinator, each sequence gets a token once in
     cycle(groups) = max(sum_i t_i(n / groups) + transit,  groups * max_i t_i(n / groups))
 
 the time of one microbatch through all stages, or the slowest stage's time for all of them, whichever is longer.
-
-And how many steps are sent before the tokens that they follow are known: a worker that holds the whole model computes
-them one after the other, so where steps are short, several are sent and answered together. Coordinator and worker are
-awake once for all of them, and take less of the cores that compute.
 """
 
 from __future__ import annotations
@@ -67,6 +63,12 @@ class DecodeSplit:
             self._groups = self._best(sequences)
         return self._groups
 
+    def rows(self, decoding: int, under_way: int) -> int:
+        """How many sequences form a microbatch of their own now, of those that decode and are ready. While as many
+        groups as pay are under way, the ready ones wait for a group to come back and join it."""
+        groups = self.groups(decoding)
+        return 0 if under_way >= groups else -(-decoding // groups)
+
     def _best(self, sequences: int) -> int:
         best, best_ns = 1, predicted_cycle_ns(self._times, sequences, 1)
         if best_ns is None:
@@ -78,22 +80,3 @@ class DecodeSplit:
             if ns is not None and ns < best_ns:
                 best, best_ns = groups, ns
         return best
-
-
-class Lookahead:
-    """How many steps are sent ahead."""
-
-    def __init__(self, times: StageTimes, *, has_states: bool) -> None:
-        self._times = times
-        self._has_states = has_states  # the states of rows that others follow are kept for one step
-        self._is_filling = False  # steps are sent until there are enough
-
-    def steps(self, under_way: int, *, several: bool) -> int:
-        """How many unknown tokens a step may follow now, 0 where none is to be sent; one at most without `several`.
-        Where several may be, none is sent before half of the microbatches under way are back."""
-        most = self._times.steps_ahead if several and not self._has_states else 1
-        if under_way <= (most + 1) // 2:
-            self._is_filling = True
-        elif under_way > most:
-            self._is_filling = False
-        return most if self._is_filling and self._times.lookahead_pays else 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter, itemgetter
 
-from llamaclust.cluster.scheduler.kv_allocator import KvMemory
+from llamaclust.cluster.scheduler.kv.memory import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.turns import first_in_turn, in_turn, running_by_turn, takes_turn, turn_of
 

@@ -14,8 +14,9 @@ from operator import attrgetter
 
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
-from llamaclust.cluster.scheduler.kv_allocator import KvMemory
-from llamaclust.cluster.scheduler.microbatching import DecodeSplit, Lookahead
+from llamaclust.cluster.scheduler.kv.memory import KvMemory
+from llamaclust.cluster.scheduler.lookahead import Lookahead
+from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
 from llamaclust.cluster.scheduler.rows.answering import answer
@@ -60,7 +61,7 @@ class Scheduler:
         self.speculation = Speculation.of(settings, self.times)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._split = DecodeSplit(self.times)
-        self._lookahead = Lookahead(self.times, has_states=settings.has_states)
+        self.lookahead = Lookahead(self.times, has_states=settings.has_states)
         self._sequences: dict[int, Sequence] = {}
         self.in_flight = InFlight(settings, epoch, self.times)
         self.strikes = Strikes()
@@ -136,7 +137,7 @@ class Scheduler:
         self.times = StageTimes(stages)
         self.speculation = Speculation.of(settings, self.times)
         self._split = DecodeSplit(self.times)
-        self._lookahead = Lookahead(self.times, has_states=settings.has_states)
+        self.lookahead = Lookahead(self.times, has_states=settings.has_states)
         self.in_flight = InFlight(settings, epoch, self.times)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -194,15 +195,19 @@ class Scheduler:
             return None if is_busy else self._next_alone(isolated, now_ns)
         # Without decode, one more in flight keeps stages from idling after a quick chunk; else it would delay tokens.
         room = self.times.in_flight - self.in_flight.live
-        if room < 0 or (room == 0 and self.queues.decoding) or self.queues.are_settled:
+        has_room = room > 0 or (room == 0 and not self.queues.decoding)
+        if has_room or not self.queues.can_start:  # lookahead goes on while nothing can start
+            self.queues.give_turn()
+        if not has_room or self.queues.are_settled:
             return self._next_ahead(now_ns)
-        self.queues.give_turn()
         for sequence in self.queues.prefilling:
             self.queues.extend(sequence)
         ready = self._ready_to_decode()
         prefill = self._prefill_slices(ready, now_ns)
         if not prefill:
-            ready = self._drafted(ready[: self._decode_rows(len(ready))])
+            ready = self._drafted(
+                ready[: self._split.rows(self.queues.decoding, self.in_flight.decoding)] if ready else ready
+            )
         slices = (*map(take_token, ready), *prefill)
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
@@ -281,17 +286,6 @@ class Scheduler:
         self.speculation.draft(ready, queues.memory, groups, rows, len(queues.running))
         return ready
 
-    def _decode_rows(self, ready: int) -> int:
-        """How many of the ready sequences form a microbatch of their own now.
-
-        While as many groups as pay are under way, the ready ones wait for a group to come back and join it.
-        """
-        if not ready:
-            return 0
-        decoding = self.queues.decoding
-        groups = self._split.groups(decoding)
-        return 0 if self.in_flight.decoding >= groups else -(-decoding // groups)
-
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
         """A lookahead step, so that stages compute while results travel and the coordinator works. What a sequence
         computes after its last token is thrown away.
@@ -305,12 +299,12 @@ class Scheduler:
         if (further := self._next_window(now_ns)) is not None:
             return further
         several = queues.decode_plainly and not self.is_shared
-        steps = self._lookahead.steps(len(self.in_flight), several=several)
+        steps = self.lookahead.steps(len(self.in_flight), several=several)
         if not steps or any(sequence.expects_forced for sequence in queues.running):
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
-        growing = (s for s in queues.running if s.awaits_decode or s.may_go_ahead(steps))
+        growing = [sequence for sequence in queues.running if sequence.awaits_decode or sequence.may_go_ahead(steps)]
         ahead = self._fitting(list(filter(queues.memory.grow, growing)))
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 

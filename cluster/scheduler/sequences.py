@@ -8,8 +8,9 @@ from enum import Enum, auto
 import numpy as np
 
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
-from llamaclust.cluster.scheduler.kv_blocks import BlockTable
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
+from llamaclust.cluster.scheduler.kv.blocks import BlockTable
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
+from llamaclust.cluster.scheduler.kv.sequence_states import SequenceStates
 from llamaclust.cluster.scheduler.requests import (
     Failed,
     Finished,
@@ -25,7 +26,6 @@ from llamaclust.cluster.scheduler.requests import (
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.mtp_use import MtpUse
-from llamaclust.cluster.scheduler.states.sequence_states import SequenceStates
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS

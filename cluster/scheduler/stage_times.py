@@ -12,17 +12,13 @@ _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
 """A sample above the estimate weighs less than one below it: hiccups make a step slow, nothing makes one too fast."""
 
+_RECENT_WEIGHT = 0.2
+
 _FIXED_ROWS = 10
 """Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
 _FRESH = 96
 """Samples after which an older one of other numbers of rows says little about them."""
-
-_WORTH_HIDING = 0.02
-"""Of a round: a smaller share for links and coordinator does not justify lookahead steps, which delay new requests."""
-
-_AHEAD_NS = 20e6
-"""Of steps whose tokens are not known: a new request may wait so long for them, and an answer's end waste them."""
 
 _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""
@@ -135,6 +131,9 @@ class StageTimes:
         self.mtp = MtpTimes()
         self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
         self.whole_transit_ns = 0.0  # the same where no step was sent ahead
+        self.decode_ns: float | None = (
+            None  # of all stages together, for a microbatch of the last ones with decode only
+        )
         self._recent_ns: list[float] | None = None
 
     def learn(
@@ -148,8 +147,7 @@ class StageTimes:
         was_scored: bool = False,
     ) -> None:
         """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
-        that; `was_alone`: no other was in flight meanwhile but those sent
-        ahead of it or behind it."""
+        that; `was_alone`: no other was in flight meanwhile but those sent ahead of it or behind it."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -159,7 +157,10 @@ class StageTimes:
             self.scoring.learn(timings[0].rows, timings)
         now = [float(_occupied_ns(timing)) for timing in timings]
         before = self._recent_ns or now
-        self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]
+        self._recent_ns = [old + _RECENT_WEIGHT * (new - old) for old, new in zip(before, now, strict=True)]
+        if is_decode:
+            decode_ns = sum(now) if self.decode_ns is None else self.decode_ns
+            self.decode_ns = decode_ns + _RECENT_WEIGHT * (sum(now) - decode_ns)
         if was_alone:  # behind others it would wait where no stage sees it
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
             self.transit_ns = moved(self.transit_ns, transit) if self.transit_ns else transit
@@ -174,18 +175,6 @@ class StageTimes:
     def forget_beside(self) -> None:
         """Decode beside other microbatches is measured anew when it is next tried."""
         self.beside = StageCurves(self.stages)
-
-    @property
-    def lookahead_pays(self) -> bool:
-        """Whether decode steps are to be sent before the tokens that they follow are known."""
-        return self._recent_ns is not None and self.whole_transit_ns > _WORTH_HIDING * sum(self._recent_ns)
-
-    @property
-    def steps_ahead(self) -> int:
-        """How many steps of a whole model may follow unknown tokens; between stages, results travel meanwhile."""
-        if self.stages > 1 or self._recent_ns is None:
-            return 1
-        return max(1, int(_AHEAD_NS / max(sum(self._recent_ns), 1e6)))
 
     @property
     def in_flight(self) -> int:

@@ -66,7 +66,7 @@ def test_what_comes_after_the_end_is_thrown_away() -> None:
     run.finish()
     assert run.rows(key) == expected(request, 512)[0]
     more = run.microbatches[-1].microbatch.number + 1 - len(run.rows(key))
-    assert 1 <= more <= run.scheduler.times.steps_ahead
+    assert 1 <= more <= run.scheduler.lookahead.most_steps
     assert run.scheduler.counts.kv_blocks_held == 0
 
 
@@ -84,6 +84,26 @@ def test_several_short_steps_of_a_whole_model_go_ahead(stages: int, stage_us: fl
             under_way = max(under_way, len(run.sent))
     assert under_way == most + 1
     assert min(sent) == under_way - (most + 1) // 2, "none before half of them are back"
+    for key, request in zip(keys, requests, strict=True):
+        assert run.rows(key) == expected(request, 512)[0]
+
+
+def test_steps_go_ahead_right_behind_a_long_prompt() -> None:
+    stages = FakeStages(FakeModel(SETTINGS.kv_blocks), [linear(1000, 400)], 150_000)
+    run = Simulation(Scheduler(SETTINGS, epoch=1, stages=1), stages)
+    requests = [generation(300), GenerationRequest("long", tuple(at % VOCABULARY for at in range(400)), 100)]
+    keys = [run.add(requests[0])]
+    while len(run.rows(keys[0])) < 60:
+        run.step()
+    steady = run.scheduler.lookahead.most_steps
+    keys.append(run.add(requests[1]))
+    while not run.rows(keys[1]):
+        run.step()
+    while len(run.rows(keys[1])) < 10:
+        run.send_all()
+        assert len(run.sent) >= steady // 2 >= 5
+        run.step()
+    run.finish()
     for key, request in zip(keys, requests, strict=True):
         assert run.rows(key) == expected(request, 512)[0]
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from llamaclust.cluster.scheduler.kv_blocks import BlockTable, KvBlocks
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys, PrefixCache
+from llamaclust.cluster.scheduler.kv.blocks import BlockTable, KvBlocks
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys, PrefixCache
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
+from llamaclust.cluster.scheduler.kv.groups import WindowGroup, window_group
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

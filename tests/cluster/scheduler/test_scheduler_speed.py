@@ -97,7 +97,7 @@ def test_requests_that_come_apart_come_together_again() -> None:
         run.add(generation(index, 10 + index, 200))
         for _ in range(3):
             run.step()
-    for _ in range(20 + run.scheduler.times.steps_ahead):
+    for _ in range(20 + run.scheduler.lookahead.most_steps):
         run.step()
     assert all(len(scheduled.microbatch.chunks) == 8 for scheduled in run.microbatches[-5:])
 
@@ -109,7 +109,7 @@ def test_never_more_in_flight_than_keeps_stages_busy() -> None:
             run.add(generation(index, 500, 30))
         while run.step():
             run.send_all()
-            assert len(run.sent) <= max(2 * stages, run.scheduler.times.steps_ahead) + 1
+            assert len(run.sent) <= max(2 * stages, run.scheduler.lookahead.most_steps) + 1
             if any(sequence.remaining > 600 for sequence in run.scheduler.sequences):
                 assert len(run.sent) >= stages
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.kv.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -17,9 +17,10 @@ from support.seed import SEED
 CONTEXT = 400
 
 
-def simulation(kv_blocks: int, max_sequences: int = 8) -> Simulation:
+def simulation(kv_blocks: int, max_sequences: int = 8, stages: int = 2, hop_ns: int = 1000) -> Simulation:
     settings = SchedulerSettings("m", VOCABULARY, CONTEXT, kv_blocks, max_sequences=max_sequences)
-    return Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * 2))
+    fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages, hop_ns)
+    return Simulation(Scheduler(settings, 1, stages), fake)
 
 
 def request(source: Random, number: int, group: str, tokens: int = 100, length: int = 60) -> GenerationRequest:
@@ -29,10 +30,11 @@ def request(source: Random, number: int, group: str, tokens: int = 100, length: 
 
 @pytest.mark.parametrize("kv_blocks", [100, 1000])
 @pytest.mark.parametrize("at", [1, 40])
-def test_a_request_of_many_prompts_does_not_starve_another(kv_blocks: int, at: int) -> None:
+@pytest.mark.parametrize(("stages", "hop_ns"), [(1, 1000), (1, 50_000), (2, 1000)])
+def test_a_request_of_many_prompts_does_not_starve_another(kv_blocks: int, at: int, stages: int, hop_ns: int) -> None:
     print(f"seed {SEED}")
     source = Random(SEED)
-    run = simulation(kv_blocks)
+    run = simulation(kv_blocks, stages=stages, hop_ns=hop_ns)
     prompts = [request(source, number, "many", tokens=300) for number in range(64)]
     keys = [run.add(prompt) for prompt in prompts]
     for _ in range(at):

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.limits import speculation_settings
 from llamaclust.cluster.launchers.draft_model import plan_draft_model
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
-from llamaclust.cluster.scheduler.prefix_cache import BlockKeys
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.drafting import draft_model_memory, drafting
 from llamaclust.cluster.state.events import Event, Notice

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.scheduler import kv_groups
-from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32, kv_bytes

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalSettings, _limits, _scheduler_settings
-from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.kv.groups import window_group
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

@@ -6,8 +6,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import takewhile
 
-from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
-from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

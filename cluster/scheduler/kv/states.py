@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
-from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.kv.prefix_cache import PrefixCache
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 
-from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
 from llamaclust.core.limits import AdapterScales
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
-from llamaclust.cluster.scheduler.kv_transfers import KvTransfers
-from llamaclust.cluster.scheduler.kv_window import KvWindow
-from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.kv.states import KvStates
+from llamaclust.cluster.scheduler.kv.transfers import KvTransfers
+from llamaclust.cluster.scheduler.kv.window import KvWindow
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.cluster.scheduler.states.kv_states import KvStates
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 

@@ -82,6 +82,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._is_sending = False  # a large message, in pieces
+        self._behind = bytearray()  # small frames for after it
+        self._is_closing = False  # after what was sent
         self._messages: deque[bytes] = deque()
         self._unread_bytes = 0
         self._reader: asyncio.Future[None] | None = None
@@ -110,11 +112,13 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame, and does not wait. EndedError where the connection has ended, or ends now: within a
-        large message, nothing else can be said."""
+        """Sends a small frame, and does not wait: behind a large message that is on its way. EndedError where the
+        connection has ended."""
+        frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
-            self.abort()
-        self._write(_HEAD.pack(len(data), kind) + data)
+            self._behind += frame
+        else:
+            self._write(frame)
 
     def _write(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
@@ -154,11 +158,15 @@ class UnixConnection(asyncio.BufferedProtocol):
                 await self._writable.wait()
                 if transport.is_closing():
                     raise EndedError
+            if self._behind:
+                transport.write(self._behind)
         except asyncio.CancelledError:
             transport.abort()
             raise
         finally:
             self._is_sending = False
+            if self._is_closing:
+                transport.close()
 
     def complete(self) -> None:
         """No more messages come."""
@@ -166,8 +174,9 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._wake()
 
     def close(self) -> None:
-        """After what was sent."""
-        if self._transport is not None:
+        """After what was sent, also where a large message is on its way."""
+        self._is_closing = True
+        if self._transport is not None and not self._is_sending:
             self._transport.close()
 
     def abort(self) -> None:

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -32,7 +33,8 @@ from measuring.lines import show  # noqa: E402
 from split import difference  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
-from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402
+from llamaclust.cluster.scheduler import scheduler  # noqa: E402
+from llamaclust.cluster.scheduler.rows.chunking import chunk_rows  # noqa: E402
 from llamaclust.cluster.scheduler.stage_times import StageTimes  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
@@ -93,8 +95,13 @@ async def prefill_s(cluster: Cluster, source: random.Random, tokens: int) -> flo
 @contextmanager
 def one_in_flight() -> Iterator[None]:
     """The scheduler sends a microbatch when the one before has come back."""
-    with patch.object(StageTimes, "in_flight", 1), patch.object(Scheduler, "_is_prefill_alone", False):
+    with patch.object(StageTimes, "in_flight", 1), patch.object(scheduler, "chunk_rows", _rows_beside_decode):
         yield
+
+
+def _rows_beside_decode(*of: Any, alone: bool) -> int:
+    """As many as where others decode: alone, a prompt's chunks are divided over stages."""
+    return chunk_rows(*of, alone=False)
 
 
 @asynccontextmanager

@@ -116,10 +116,9 @@ class Member:
     async def serve(self) -> str:
         """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost."""
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send)
-        exclusive = asyncio.Lock()
-        loads, requests = Loads(session, exclusive), Requests(session, exclusive)
+        loads, requests = Loads(session), Requests(session)
         self._tasks.start(self._send_heartbeats(session))
-        self._tasks.start(self._worker.readiness.follow(exclusive, self._worker.service))
+        self._tasks.start(self._worker.readiness.follow(self._worker.exclusive, self._worker.service))
         if self._renewal is not None:
             self._tasks.start(self._renewal.run())
         try:

@@ -19,11 +19,11 @@ _REPORT_S = 0.25
 
 
 class Requests:
-    """Of one membership. What uses the machine by itself holds `exclusive`, as loads do."""
+    """Of one membership. What uses the machine by itself holds the worker's `exclusive`, as loads do."""
 
-    def __init__(self, session: Session, exclusive: asyncio.Lock) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._exclusive = exclusive
+        self._exclusive = session.worker.exclusive
 
     async def answer(self, request: messages.WorkerRequest) -> None:
         failed = partial(messages.RequestFailed, request_id=request.request_id)
@@ -33,7 +33,7 @@ class Requests:
         match request:
             case profiles.ProfileWorker():
                 async with self._exclusive:
-                    return await asyncio.to_thread(self._profile, request)
+                    return await self._profile_in_thread(request)
             case profiles.ProfileLinks(ends, request_id):
                 async with self._exclusive:
                     links = [await self._profile_link(end.worker, end.address) for end in ends]
@@ -52,6 +52,15 @@ class Requests:
         if worker.kv_disk is None:
             raise ProtocolError("a request for KV memory on disk, this worker keeps none (kv_disk)")
         return await worker.kv_disk.answer(request, worker.service.runner(request.epoch))
+
+    async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
+        """Where this is cancelled, it returns when the thread has ended: another one would be measured beside it."""
+        measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
+        try:
+            return await asyncio.shield(measuring)
+        except asyncio.CancelledError:
+            await asyncio.gather(measuring, return_exceptions=True)
+            raise
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
         """Where the model's file is missing, without its steps."""

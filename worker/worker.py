@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Worker:
     readiness: Readiness = field(default_factory=Readiness)
     largest_term: LargestTerm = field(default_factory=LargestTerm)
     kv_disk: KvDisk | None = None  # None: KV memory is not kept on disk
+    exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by what needs the machine for itself
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:

@@ -97,4 +97,4 @@ def _at(times: Sequence[ProductTime], rows: float) -> float:
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
     low, high = times[index - 1], times[index]
     along = (rows - low.rows) / (high.rows - low.rows)
-    return max(low.byte_s + along * (high.byte_s - low.byte_s), 0.0)
+    return max(low.byte_s + along * (high.byte_s - low.byte_s), times[0].byte_s)

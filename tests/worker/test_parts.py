@@ -276,7 +276,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     order: Any = SimpleNamespace(epoch=1, model_id="m", start=0, end=2, exclusive=True, limits=limits)
     gc.disable()
     try:
-        asyncio.run(loads.Loads(session, asyncio.Lock()).load(order))
+        asyncio.run(loads.Loads(session).load(order))
     finally:
         gc.enable()
     (message, layers), *more = told
@@ -299,7 +299,7 @@ async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_de
     compute: Any = SimpleNamespace(give_up=given_up.append)
     service: Any = SimpleNamespace(remove=remove)
     session = Session(Worker("a", nothing, service, compute, nothing, nothing), nothing, Deadlines(), Counters(), send)
-    await loads.Loads(session, asyncio.Lock()).unload(Unload(3))
+    await loads.Loads(session).unload(Unload(3))
     assert given_up == ([error] if lost else [])
     assert answers == ([] if lost else [UnloadFailed(3, Failure("InsufficientMemoryError", "no room"))])
 
@@ -331,7 +331,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     fields |= {"previous_worker": None, "last_worker": None, "limits": SimpleNamespace(expert_shards=1)}
     orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
     long, short = orders
-    members = [Loads(Session(worker, anything, Deadlines(), Counters(), send), asyncio.Lock()) for _ in range(2)]
+    members = [Loads(Session(worker, anything, Deadlines(), Counters(), send)) for _ in range(2)]
     async with asyncio.timeout(10):
         loading = asyncio.create_task(members[0].load(long))
         await asyncio.to_thread(begun.wait, 10)

@@ -37,12 +37,12 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Of one membership. One order at a time holds `exclusive`."""
+    """Of one membership. One order at a time holds the worker's `exclusive`."""
 
-    def __init__(self, session: Session, exclusive: asyncio.Lock) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
         self._worker = session.worker
-        self._exclusive = exclusive
+        self._exclusive = session.worker.exclusive
         self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
 
     async def load(self, order: Load) -> None:

@@ -181,7 +181,7 @@ async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
     async def send(message: WorkerMessage) -> None:
         answers.append(message)
 
-    loads = Loads(Session(worker, trust.identity(A), Deadlines(), Counters(), send), asyncio.Lock())
+    loads = Loads(Session(worker, trust.identity(A), Deadlines(), Counters(), send))
     with caplog.at_level(logging.ERROR):
         await loads.load(replace(LOAD, epoch=epoch_number(3, 9)))
     assert isinstance(answers[0], LoadFailed) and "of term 3 is superseded" in answers[0].failure.message

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.cluster.scheduler import kv_groups
+from llamaclust.cluster.scheduler.kv import groups
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
@@ -145,7 +145,7 @@ def test_a_model_in_this_process_keeps_windows_and_says_the_same(path: Path, mon
             return [(list(one.token_ids), list(one.logprobs)) for one in replies], rows.tobytes(), memory
 
     less = said()
-    monkeypatch.setattr(kv_groups, "window_group", lambda *figures: None)
+    monkeypatch.setattr(groups, "window_group", lambda *figures: None)
     whole = said()
     assert less[:2] == whole[:2]
     assert less[2] < whole[2]
@@ -159,6 +159,6 @@ def test_a_cluster_keeps_windows_and_says_the_same(
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     less = run(path, Way(cut, company=True, prefill_chunk=48, cached=True), work, tmp_path / "a", monkeypatch)
-    monkeypatch.setattr(kv_groups, "window_group", lambda *figures: None)
+    monkeypatch.setattr(groups, "window_group", lambda *figures: None)
     whole = run(path, Way((0, 7), company=True), work, tmp_path / "b", monkeypatch)
     assert less == whole

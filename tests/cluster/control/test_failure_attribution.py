@@ -136,7 +136,7 @@ async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_
     nothing: Any = SimpleNamespace()
     worker = Worker("a", nothing, nothing, nothing, nothing, Readiness(None))
     member = Member(worker, INSECURE)
-    loads = Loads(Session(worker, INSECURE, Deadlines(), Counters(), member.send), asyncio.Lock())
+    loads = Loads(Session(worker, INSECURE, Deadlines(), Counters(), member.send))
     peer = Peer(server.address, INSECURE)
     async with asyncio.timeout(20):
         await member.join(peer, REGISTER, 10.0)

@@ -22,6 +22,12 @@ struct Grid {
   alignas(64) uint8_t half[2][points];  // the first half of a point's levels and the second, in order, the first lowest
 };
 
+// The levels of points in order, a byte each.
+template <int points, int count>
+struct GridColumns {
+  alignas(64) uint8_t of[points][count];
+};
+
 // Any four levels of 0, 1 or 2 as two bits each of a byte are the sum, modulo 256, of an entry of each of these tables, so
 // that seven bits name them. (The first has the highest level and one of five places, the second what is around a place.)
 TABLE uint8_t kThirdsPlace[16] = {0, 4, 8, 36, 37, 64, 68, 72, 100, 101, 128, 132, 136, 164, 165};
@@ -33,6 +39,9 @@ extern GRID_MEMORY const Grid<1024> kIQ2_SGrid;
 extern GRID_MEMORY const Grid<256> kIQ3_XXSGrid;
 extern GRID_MEMORY const Grid<512> kIQ3_SGrid;
 extern GRID_MEMORY const Grid<2048> kIQ1Grid;
+extern const GridColumns<256, 8> kIQ2_XXSColumns;
+extern const GridColumns<512, 8> kIQ2_XSColumns;
+extern const GridColumns<256, 4> kIQ3_XXSColumns;
 
 // Level i of a point of `count` levels.
 constexpr uint8_t level_of(uint16_t point, int count, int i) {

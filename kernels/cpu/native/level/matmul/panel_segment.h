@@ -55,6 +55,7 @@ struct DecodedSegment {
 // What a product sees of it.
 template <class Type, class Form>
 struct DecodedView {
+  static constexpr bool kDecoded = true;
   static constexpr bool kSigned = Form::kSigned;
   const DecodedSegment<Type, Form>* segment;
   DECODE Bytes group(int j, int g) const { return segment->groups[j * kGroups<Type> + g]; }

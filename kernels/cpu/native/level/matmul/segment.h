@@ -94,26 +94,40 @@ struct SubMins<Type, true> {
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
+// What k-groups are decoded from: the body as it is, or what a type makes of it.
+template <class Type>
+struct BodyOf {
+  using Body = const uint8_t*;
+};
+template <class Type>
+  requires requires { typename Type::Body; }
+struct BodyOf<Type> {
+  using Body = typename Type::Body;
+};
+
 // How far ahead of the reads tiles are prefetched, into the second-level cache: on Zen 4, prefetches into the first occupy
 // the few cache misses that a core can have under way, and cost a third of the bandwidth.
 constexpr int kPrefetchBytes = 20480;
 
 // Whether the processor's own prefetches follow one token's reads better: each load of the loop is as far from the one of
-// the segment before as any other. Zen 4, shares of read bandwidth with prefetches and without: Q4_K 0.85 and 0.93, Q5_K
-// 0.77 and 0.96; with four tokens 0.87 and 0.58, and Q6_K, whose tails lie together, 0.77 and 0.45.
+// the segment before as any other, and is an instruction of its own. Shares of read bandwidth with prefetches and without:
+// on Zen 4 (AVX-512, unrolled) Q4_K 0.85 and 0.93, Q5_K 0.77 and 0.96; with four tokens 0.87 and 0.58, and Q6_K, whose tails
+// lie together, 0.77 and 0.45; on Zen 3 (AVX2, not unrolled) Q4_K 1.00 and 0.72, Q5_K 0.96 and 0.71.
 template <class Type, int T>
-constexpr bool kFollowed = T == 1 && Type::kLayout.tail_bytes == 64 && kTogether<Type> == 1;
+constexpr bool kFollowed = kUnrollsSegments && T == 1 && Type::kLayout.tail_bytes == 64 && kTogether<Type> == 1;
 
 // A segment of a tile, decoded as it is read.
 template <class Type>
 struct TileSegment {
+  static constexpr bool kDecoded = false;
   static constexpr bool kSigned = false;  // whether the bytes of a group are signed, their offset subtracted
   const uint8_t *body, *tail;
+  typename BodyOf<Type>::Body groups;
   SubScales<Type> sub_scales;
   SubMins<Type> sub_mins;
   DECODE TileSegment(const uint8_t* body_, const uint8_t* tail_)
-      : body(body_), tail(tail_), sub_scales(body_), sub_mins(body_) {}
-  DECODE Bytes group(int j, int g) const { return Type::group(body, j, g); }
+      : body(body_), tail(tail_), groups(body_), sub_scales(body_), sub_mins(body_) {}
+  DECODE Bytes group(int j, int g) const { return Type::group(groups, j, g); }
   DECODE Scale sub_scale(int j) const { return sub_scales.scales[j]; }
   DECODE Bytes mins(int i) const { return sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return Type::scale(tail); }
@@ -252,9 +266,10 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
   if constexpr (kUnrollsSegments && R * T == 1) {
     UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
   } else {
+    constexpr int together = Segment::kDecoded && !kScaledUp<Type> ? 1 : kTogether<Type>;
 #pragma GCC unroll 1
-    for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
-      UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
+    for (int j = 0; j < Type::kSubBlocks; j += together)
+      UNROLL for (int i = 0; i < together; i++) add_sub_block<Type>(w, a, j + i, total);
   }
   add_total<Type>(w, a, total, acc);
 }

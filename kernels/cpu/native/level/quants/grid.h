@@ -6,6 +6,8 @@
 #include "level/quants/thirds.h"
 #if defined(LLAMACLUST_BYTE_LOOKUPS)
 #include "level/quants/points_by_bytes.h"
+#elif defined(__AVX2__) && !defined(__AVX512BW__)
+#include "level/quants/points_by_rows.h"
 #else
 #include "level/quants/points_by_words.h"
 #endif
@@ -45,7 +47,7 @@ struct OddScaled : GridDecoder<type, sub_blocks, bits, offset, divisor> {
 // Body: the indices of four points as bytes 0, 2, 1, 3 of line j; signs; s. Tail: scale.
 struct IQ2_XXS : OddScaled<QuantType::IQ2_XXS, 8, 7, 44, 8, 1024> {
   static DECODE Bytes group(Lines body, int j, int g) {
-    return iq2_points(kIQ2_XXSGrid, body + 64 * j, body, 0, body + 512 + 64 * j, g);
+    return iq2_points(kIQ2_XXSGrid, body + 64 * j, body + 512 + 64 * j, g);
   }
 };
 
@@ -54,9 +56,9 @@ struct IQ2_XXS : OddScaled<QuantType::IQ2_XXS, 8, 7, 44, 8, 1024> {
 // bit i for line i; signs; two lines of s. Tail: scale.
 struct IQ2_XS : OddScaled<QuantType::IQ2_XS, 16, 7, 44, 8, 1088> {
   static constexpr int kTogether = 2;
-  static DECODE Bytes group(Lines body, int j, int g) {
-    const int i = j / 2;
-    return iq2_points(kIQ2_XSGrid, body + 64 * i, body + 512, i, body + 576 + 64 * i, j % 2 * 4 + g);
+  using Body = NineBitPoints;
+  static DECODE Bytes group(const Body& body, int j, int g) {
+    return iq2_points(kIQ2_XSGrid, body, j / 2, j % 2 * 4 + g);
   }
 };
 

@@ -31,6 +31,13 @@ DECODE Bytes iq2_points(const Grid<n>& grid, Lines line, Lines ninths, int i, Li
   const Bytes codes = kLevelBit[g] == 0 ? choose<0x03030303>(levels, bits) : choose<0x0c0c0c0c>(levels, bits);
   return lookup(kIQ2ValuesByCode.of[g], codes);
 }
+[[maybe_unused]] DECODE Bytes iq2_points(const Grid<256>& grid, Lines line, Lines signs, int g) {
+  return iq2_points(grid, line, line, 0, signs, g);
+}
+using NineBitPoints = Lines;
+[[maybe_unused]] DECODE Bytes iq2_points(const Grid<512>& grid, NineBitPoints body, int i, int g) {
+  return iq2_points(grid, body + 64 * i, body + 512, i, body + 576 + 64 * i, g);
+}
 
 // By a level of three bits; bits 3 to 5 of codes are those of its neighbours.
 struct IQ3ValuesByCode {

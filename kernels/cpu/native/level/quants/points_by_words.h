@@ -13,17 +13,22 @@ namespace {
   return keep(shift_right(as_lanes(load_bytes(line)), 8 * h), 0x00ff00ff);
 }
 
-// k-group g of 32 columns, with signs. In a grid of 512 points, bit i of the bytes of another line are ninth bits.
+// k-group g of 32 columns, with signs. Spread, a point has the levels of its columns 0 to 3 in the low halves of bytes and
+// those of 4 to 7 in the high.
 template <int n>
-DECODE Bytes iq2_points(const Grid<n>& grid, Lines line, Lines ninths, int i, Lines signs, int g) {
-  I32x16 index = two_indices(line, g / 4);
-  if constexpr (n == 512) {
-    const I32x16 ninth = keep(shift_right(as_lanes(load_bytes(ninths)), g / 4 * 8 + i), 0x00010001);
-    index = either(index, shift_left<8>(ninth));
-  }
-  // Spread, a point has the levels of its columns 0 to 3 in the low halves of bytes and those of 4 to 7 in the high.
+DECODE Bytes iq2_points(const Grid<n>& grid, I32x16 index, Lines signs, int g) {
   const Bytes levels = spread<2>(lookup_points<n>(grid.point, index), g / 2 % 2), bits = load_bytes(signs);
   return iq2_group<false>(levels, g / 2 % 2 == 0 ? bits : field<-2, 0xcc>(bits), g);
+}
+[[maybe_unused]] DECODE Bytes iq2_points(const Grid<256>& grid, Lines line, Lines signs, int g) {
+  return iq2_points(grid, two_indices(line, g / 4), signs, g);
+}
+
+// In a grid of 512 points, bit i of the bytes of another line are ninth bits.
+using NineBitPoints = Lines;
+[[maybe_unused]] DECODE Bytes iq2_points(const Grid<512>& grid, NineBitPoints body, int i, int g) {
+  const I32x16 ninth = keep(shift_right(as_lanes(load_bytes(body + 512)), g / 4 * 8 + i), 0x00010001);
+  return iq2_points(grid, either(two_indices(body + 64 * i, g / 4), shift_left<8>(ninth)), body + 576 + 64 * i, g);
 }
 
 TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};

@@ -40,27 +40,46 @@ INLINE Bytes as_bytes(I32x16 a) { return a; }
 INLINE Bytes both(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_and_si256(a.v[i], b.v[i])); }
 INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_add_epi8(a.v[i], b.v[i])); }
 
-INLINE __m256i sixteen_points(const uint16_t* table, const uint16_t* i) {
-  const auto at = [&](int n) { return static_cast<int16_t>(table[i[n]]); };
-  return _mm256_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12),
-                           at(13), at(14), at(15));
+// k-groups of what `at` says of each row: four bytes, or the first or the second four of eight.
+template <class At>
+INLINE __m128i two_rows(At at, int row) {
+  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at(row)));
+  const auto second = reinterpret_cast<const __m64*>(at(row + 1));
+  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), second));
 }
-template <int n>
-INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {
-  alignas(64) uint16_t indices[32];
-  store_bytes(reinterpret_cast<uint8_t*>(indices), index);
-  EACH_HALF(I32x16, sixteen_points(table, indices + 16 * i));
+template <class At>
+INLINE Bytes four_of_eight(At at, int part) {
+  const auto four_rows = [&](int row) __attribute__((always_inline)) {
+    return _mm256_castsi256_ps(_mm256_set_m128i(two_rows(at, row + 4), two_rows(at, row)));
+  };
+  const auto eight_rows = [&](int row) __attribute__((always_inline)) {
+    const __m256 a = four_rows(row), b = four_rows(row + 2);
+    return _mm256_castps_si256(part == 0 ? _mm256_shuffle_ps(a, b, 0x88) : _mm256_shuffle_ps(a, b, 0xdd));
+  };
+  return {{eight_rows(0), eight_rows(8)}};
+}
+template <class At>
+INLINE Bytes four_of_four(At at) {
+  const auto row = [&](int i) __attribute__((always_inline)) {
+    int32_t four;
+    memcpy(&four, at(i), 4);
+    return four;
+  };
+  const auto rows = [&](int i) __attribute__((always_inline)) {
+    return _mm_setr_epi32(row(i), row(i + 1), row(i + 2), row(i + 3));
+  };
+  EACH_HALF(Bytes, _mm256_set_m128i(rows(8 * i + 4), rows(8 * i)));
 }
 
-template <int bits>
-INLINE __m256i spread(__m256i points, int half) {
-  const __m128i lower = _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13);
-  const __m128i upper = _mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15);
-  const __m256i twice = _mm256_shuffle_epi8(points, _mm256_broadcastsi128_si256(half == 0 ? lower : upper));
-  return _mm256_blend_epi16(twice, _mm256_srli_epi16(twice, bits), 0xAA);
+// Bytes of a line with bit i of those of another as ninth bits.
+INLINE void nine_bits(const uint8_t* low, const uint8_t* ninths, int i, uint16_t* out) {
+  const __m128i place = _mm_cvtsi32_si128(8 - i);
+  const auto words = [](const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); };
+  for (int at = 0; at < 64; at += 16) {
+    const __m256i ninth = _mm256_and_si256(_mm256_sll_epi16(words(ninths + at), place), _mm256_set1_epi16(256));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + at), _mm256_or_si256(words(low + at), ninth));
+  }
 }
-template <int bits>
-INLINE Bytes spread(I32x16 points, int half) { EACH_HALF(Bytes, (spread<bits>(points.v[i], half))); }
 
 template <int offset>
 INLINE __m256i with_signs(__m256i b, const uint8_t* bits) {

@@ -119,11 +119,12 @@ using Sums = I32x16;   // [row][2 pairs of columns], 16 bits
 using Scale = I32x16;  // [row][2 times the same], 16 bits
 
 INLINE Sums no_sums() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-INLINE __m256i add_pairs(__m256i sums, __m256i products) {
-  __m256i r = _mm256_add_epi16(sums, products);
-  asm("" : "+x"(r));  // else the compiler adds in a tree, for which it must keep every product
-  return r;
+// Sums as they come: else the compiler adds in a tree, for which it must keep every product.
+INLINE __m256i in_order(__m256i sums) {
+  asm("" : "+x"(sums));
+  return sums;
 }
+INLINE __m256i add_pairs(__m256i sums, __m256i products) { return in_order(_mm256_add_epi16(sums, products)); }
 template <int kBits>
 INLINE __m256i step(__m256i sums, __m256i w, __m256i a) {
   if constexpr (kBits < 8) return add_pairs(sums, _mm256_maddubs_epi16(w, a));
@@ -136,7 +137,7 @@ INLINE Sums step(Sums sums, Bytes w, int32_t activations) {
   EACH_HALF(Sums, step<kBits>(sums.v[i], w.v[i], a));
 }
 INLINE I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) {
-  EACH_HALF(I32x16, _mm256_add_epi32(total.v[i], _mm256_madd_epi16(sums.v[i], scale.v[i])));
+  EACH_HALF(I32x16, in_order(_mm256_add_epi32(total.v[i], _mm256_madd_epi16(sums.v[i], scale.v[i]))));
 }
 INLINE I32x16 add_sums(I32x16 total, Sums sums) {
   return add_scaled(total, sums, {{_mm256_set1_epi16(1), _mm256_set1_epi16(1)}});

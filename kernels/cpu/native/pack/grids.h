@@ -22,7 +22,8 @@ struct Grid {
   alignas(64) uint8_t half[2][points];  // the first half of a point's levels and the second, in order, the first lowest
 };
 
-// The levels of points in order, a byte each.
+// The levels of points in order, a byte each, for levels that look points up row by row (AVX2). Made when the module is
+// loaded.
 template <int points, int count>
 struct GridColumns {
   alignas(64) uint8_t of[points][count];

@@ -10,7 +10,8 @@
 //
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 // kAnyByte: bytes of eight bits are multiplied as they are, and sums of them have room (tiles take signed bytes).
-// kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share.
+// kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share, and loads may be
+// left to the processor's own prefetches (kFollowed).
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
 // and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every kDirectWidth costs
@@ -117,8 +118,8 @@ INLINE Bytes field_of(Bytes line, int g) {
 
 // Two points of a grid a lane, each of 16 bits. lookup_points<n>: both halves of a lane, below n, become entries of a
 // table that is aligned to 64. spread<bits>: one half of each lane in both, shifted right by `bits` in the upper.
-// with_signs<offset>: bytes offset + x become offset - x where their bit is set, bit i for byte i.
-using Points = I32x16;
+// with_signs<offset>: bytes offset + x become offset - x where their bit is set, bit i for byte i. AVX2 has four_of_eight,
+// four_of_four and nine_bits in place of the first two.
 #if !defined(__AVX2__)
 template <int n>
 INLINE I32x16 lookup_points(const uint16_t* table, I32x16 index) {

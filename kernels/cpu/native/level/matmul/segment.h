@@ -23,8 +23,8 @@ constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k
 // No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
 static_assert(256LL * 255 * 127 * 128 < 1LL << 31);
 
-// Sub-blocks that share lines of a body: loops take so many at a time, and which of them is meant is known when the code
-// is compiled.
+// Sub-blocks that share lines of a body: loops over tiles take so many at a time, and which of them is meant is known when
+// the code is compiled.
 template <class Type>
 constexpr int kTogether = 1;
 template <class Type>
@@ -266,6 +266,7 @@ DECODE void add_segment(const Segment (&w)[R], const Activation<Type>* const (&a
   if constexpr (kUnrollsSegments && R * T == 1) {
     UNROLL for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
   } else {
+    // Decoded k-groups share no lines: one sub-block at a time is less code.
     constexpr int together = Segment::kDecoded && !kScaledUp<Type> ? 1 : kTogether<Type>;
 #pragma GCC unroll 1
     for (int j = 0; j < Type::kSubBlocks; j += together)

@@ -6,7 +6,7 @@
 #include "level/quants/thirds.h"
 #if defined(LLAMACLUST_BYTE_LOOKUPS)
 #include "level/quants/points_by_bytes.h"
-#elif defined(__AVX2__) && !defined(__AVX512BW__)
+#elif defined(LLAMACLUST_ROW_LOOKUPS)
 #include "level/quants/points_by_rows.h"
 #else
 #include "level/quants/points_by_words.h"

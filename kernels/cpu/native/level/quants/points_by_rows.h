@@ -1,4 +1,4 @@
-// What points_by_words.h has, on AVX2, which puts words together one by one: of each row all columns of a point at once.
+// As points_by_words.h, for AVX2, where words would be put together one by one: a load a row reads all columns of its point.
 #pragma once
 
 #include "level/quants/signed_levels.h"

@@ -40,13 +40,15 @@ INLINE Bytes as_bytes(I32x16 a) { return a; }
 INLINE Bytes both(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_and_si256(a.v[i], b.v[i])); }
 INLINE Bytes add_bytes(Bytes a, Bytes b) { EACH_HALF(Bytes, _mm256_add_epi8(a.v[i], b.v[i])); }
 
-// k-groups of what `at` says of each row: four bytes, or the first or the second four of eight.
+#define LLAMACLUST_ROW_LOOKUPS
+
 template <class At>
 INLINE __m128i two_rows(At at, int row) {
   const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at(row)));
   const auto second = reinterpret_cast<const __m64*>(at(row + 1));
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), second));
 }
+// k-groups of what `at` says of each row: the first or the second four of eight bytes, or four.
 template <class At>
 INLINE Bytes four_of_eight(At at, int part) {
   const auto four_rows = [&](int row) __attribute__((always_inline)) {

@@ -138,7 +138,7 @@ def test_gains_on_the_page_are_those_of_the_program(row: tuple[str, ...]) -> Non
     prediction = prediction_of(plan_assumed(machines, model, ()).plan)
     gains = [predict_gain(prediction, acceptance) for acceptance in (0.5, 0.8, 0.95)]
     found = [gain.gain for gain in gains if gain is not None]
-    # Windows behind each other are a whole number: where a plan of equal machines is close to one more, processors differ.
+    # Windows behind each other are a whole number: close to one more, processors differ.
     assert found == pytest.approx(list(map(float, shown)), rel=0.1, abs=0.06)
 
 

@@ -86,6 +86,38 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
     assert asyncio.run(run()) < computed_ns
 
 
+async def test_a_result_is_sent_after_the_first_stage_has_begun_where_the_coordinator_can_wait(model: Model) -> None:
+    """The second step is sent ahead, not the first one."""
+    events: list[Any] = []
+
+    async def read() -> bytes | None:
+        await asyncio.sleep(0.005)  # a round
+        return frames.pop(0) if frames else None
+
+    async def comes(seconds: float) -> None:
+        events.append(seconds)
+
+    async def tokens(*_: bytes) -> None:
+        events.append("tokens")
+
+    async def result(*_: bytes) -> None:
+        events.append("result")
+
+    chunks = (Chunk((7,), 0, (0, 16), 1), Chunk((0,), 1, (0, 16), 1, depends_on=(0, 0)))
+    microbatches = [Microbatch(model.model_id, 1, number, (chunk,)) for number, chunk in enumerate(chunks)]
+    frames = [encode_hidden(encode_microbatch(each), (), np.zeros((1, 64), np.float32)) for each in microbatches]
+    compute = Compute()
+    loop = StageLoop(1, runner_of(model, 1, 3), StageContext("w", compute, Counters()), DEADLINES)
+    for number in range(2):
+        task = SampleTask(SamplingParams(), 0, 0, number)
+        loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, number, (task,)))))
+    stream: Any = SimpleNamespace(read=read, comes=comes, has_buffer=True, has_message=False)
+    async with asyncio.timeout(10):
+        await loop.run(stream, SimpleNamespace(write=result), SimpleNamespace(write=tokens))
+    compute.close()
+    assert events == ["tokens", "result", "tokens", 0.001, "result"]
+
+
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
     class Recording(Compute):
         async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS, limit_s: float = inf) -> Any:

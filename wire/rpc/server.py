@@ -76,6 +76,10 @@ class ServerStream:
         """Whether `read` takes no waiting, as far as that is known."""
         return isinstance(self._context, UnixContext) and self._context.connection.has_message
 
+    async def comes(self, seconds: float) -> None:
+        """Returns when `read` takes no waiting, or after so long. Of streams with a buffer."""
+        await self._context.connection.comes(seconds)
+
     async def write(self, *messages: bytes) -> None:
         """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""
         with _peer_here():

@@ -111,6 +111,18 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._unread_bytes -= size
         return data
 
+    async def comes(self, seconds: float) -> None:
+        """Returns when `read` has something to return, or after so long. Not while another reads."""
+        if self._messages or self._is_complete:
+            return
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        timer = loop.call_later(seconds, self._wake)
+        try:
+            await self._reader
+        finally:
+            timer.cancel()
+
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
         """Sends a small frame, and does not wait: behind a large message that is on its way. EndedError where the
         connection has ended."""

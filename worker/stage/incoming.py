@@ -40,6 +40,14 @@ class Incoming:
         self._reading = None
         return data
 
+    async def within(self, seconds: float) -> None:
+        """Returns when the next message is there, or after so long."""
+        self.prepare()
+        if self._reading is None:
+            await self._stream.comes(seconds)
+        else:
+            await asyncio.wait([self._reading], timeout=seconds)
+
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()

@@ -41,6 +41,12 @@ _log = logging.getLogger(__name__)
 _DIRECT_BYTES = 1 << 16
 """An answer of so many bytes is sent before the next step: the other side takes more only as it reads."""
 
+_APART_S = 0.001
+"""From tokens for the first stage to the result for the coordinator. Woken at once on one machine, the coordinator may
+take the core on which that stage is to begin, for as long as it computes for a token (0.7 ms)."""
+_MANY_TIMES = 4
+"""As long as this takes a round at least, if its result may wait."""
+
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
 """A job, and the number of bits in rows and attended keys."""
@@ -105,6 +111,7 @@ class StageLoop:
         self._forward_s = deadlines.forward_s
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
+        self._answered_ns = 0  # when the last result that may wait was there
         self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
     async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
@@ -133,7 +140,7 @@ class StageLoop:
                         await sending
                     incoming.prepare()
                     if not is_close and answer.done() and len(answer.result().data) <= _DIRECT_BYTES:
-                        await send([answer.result()])
+                        await send([answer.result()], partial(self._apart, arrival, incoming))
                         continue
                     waiting.append(answer)
                     if sending.done():
@@ -282,14 +289,30 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.number, ()))
 
     async def _send(
-        self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answers: list[Answer]
+        self,
+        outlet: Writable,
+        to_first: Writable | None,
+        limit: recurring_deadline,
+        answers: list[Answer],
+        apart: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`apart`: waited for behind what the first stage gets."""
+        sampled = [encode_sampled_tokens(answer.sampled) for answer in answers if answer.sampled is not None]
+        if to_first is not None and sampled:
+            with limit:
+                await to_first.write(*sampled)
+            if apart is not None:
+                await apart()
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
-            sampled = [encode_sampled_tokens(answer.sampled) for answer in answers if answer.sampled is not None]
-            if to_first is not None and sampled:
-                await to_first.write(*sampled)
             await outlet.write(*[answer.data for answer in answers])
         self._counters.sent_bytes += sum(len(answer.data) for answer in answers)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
+
+    async def _apart(self, arrival: Arrival, incoming: Incoming) -> None:
+        """Until the first stage has begun, or the next microbatch is there. Not at all where the coordinator did not
+        send this one ahead, so that it may need the result for the next."""
+        answered_ns, self._answered_ns = self._answered_ns, perf_counter_ns()
+        if arrival.newest_dependency is not None and self._answered_ns - answered_ns >= _MANY_TIMES * 1e9 * _APART_S:
+            await incoming.within(_APART_S)

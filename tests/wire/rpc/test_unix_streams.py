@@ -396,3 +396,31 @@ async def test_many_small_messages_that_nobody_reads_wait_with_the_sender(addres
             await writer.drain()
     writer.transport.abort()
     await server.stop(0.0)
+
+
+async def test_a_message_ends_the_wait_for_one_and_none_is_lost(address: str) -> None:
+    waited = asyncio.Event()
+
+    async def waiting(stream: ServerStream) -> None:
+        await stream.accept()
+        await stream.comes(0.001)
+        assert not stream.has_message
+        waited.set()
+        await stream.comes(60.0)
+        assert stream.has_message
+        await stream.comes(60.0)
+        await stream.write(await stream.read() or b"")
+        await stream.comes(60.0)  # the end
+
+    server = await Server.start(address, TOKEN, {FORWARD: waiting})
+    peer = Peer(address, TOKEN)
+    async with asyncio.timeout(10):
+        stream = peer.open(FORWARD)
+        await stream.opened()
+        await waited.wait()
+        await stream.write(b"message")
+        assert await stream.read() == b"message"
+        await stream.done_writing()
+        assert await stream.read() is None
+    await peer.close()
+    await server.stop(0.0)

@@ -1,9 +1,10 @@
 """Cost and gain of a split: two workers of one thread each beside one worker of one thread, in turn, in one run.
 
-    python benchmarks/split.py MODEL.gguf [--repeats 5] [--json PATH]
+    python benchmarks/split.py MODEL.gguf [--repeats 5] [--unbound] [--json PATH]
 
 Prints medians of the ratios of pairs: decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests
 together; the latter also beside the bound that the measured stage times give at the microbatch size that was chosen.
+For one request, each process has a core, unless `--unbound` leaves that to the system.
 A turn takes about half a minute with a model of a hundred million parameters, and there is one more, to warm up.
 """
 
@@ -16,7 +17,7 @@ import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ import psutil  # noqa: E402
 from measuring.answers import prompts, run  # noqa: E402
 from measuring.lines import report, show  # noqa: E402
 from measuring.options import positive  # noqa: E402
+from measuring.placement import placed  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
@@ -63,9 +65,10 @@ async def cluster_of(workers: int, model: Path, folder: Path, *more: str) -> Asy
         yield cluster
 
 
-async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sample:
+async def measure(cluster: Cluster, source: random.Random, tokens: int, *, is_bound: bool) -> Sample:
     vocabulary = cluster.model.hyperparameters.vocabulary_size
-    alone = await run(cluster, prompts(source, 1, 16, vocabulary)[0], tokens)
+    with placed(cluster) if is_bound else nullcontext():
+        alone = await run(cluster, prompts(source, 1, 16, vocabulary)[0], tokens)
     start = time.perf_counter()
     await asyncio.gather(
         *(run(cluster, prompt, 1) for prompt in prompts(source, _REQUESTS, _PROMPT_TOKENS, vocabulary))
@@ -104,7 +107,7 @@ def difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> t
     return rows, tuple((b.compute_ms * b.microbatches - a.compute_ms * a.microbatches) / microbatches for a, b in pairs)
 
 
-async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, Sample]]:
+async def compare(model: Path, repeats: int, tokens: int, *, is_bound: bool) -> list[tuple[Sample, Sample]]:
     """Pairs (one worker, two workers), after a turn that warms up both."""
     source = random.Random(7)
     pairs = []
@@ -114,7 +117,8 @@ async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, 
         async with cluster_of(1, model, path) as one, cluster_of(2, model, path) as two:
             for number in range(repeats + 1):
                 report(f"turn {number} of {repeats}" if number else "warming up")
-                pairs.append((await measure(one, source, tokens), await measure(two, source, tokens)))
+                samples = [await measure(cluster, source, tokens, is_bound=is_bound) for cluster in (one, two)]
+                pairs.append((samples[0], samples[1]))
     return pairs[1:]
 
 
@@ -124,8 +128,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="pairs; %(default)s by default")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens of each answer; %(default)s by default")
     parser.add_argument("--json", type=Path, help="write every sample to this file, a JSON line a pair")
+    parser.add_argument("--unbound", action="store_true", help="processes on any core")
     arguments = parser.parse_args()
-    pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens))
+    is_bound = not arguments.unbound
+    pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens, is_bound=is_bound))
     if arguments.json is not None:
         lines = [json.dumps({"one": asdict(one), "two": asdict(two)}) for one, two in pairs]
         arguments.json.write_text("\n".join(lines) + "\n")
@@ -139,9 +145,9 @@ def main() -> None:
     )
     print(f"two workers' processor time beside computing: {median(b.beside_ms for _, b in pairs):.2f} ms a token of 8")
     print(f"{'two workers / one worker':58}  median   min .. max")
-    show("decode of one request, tok/s", [b.single_tok_s / a.single_tok_s for a, b in pairs], ">= 0.90 (1.1B: 0.97)")
-    show("prefill of 8 x 512 tokens, time", [b.prefill_s / a.prefill_s for a, b in pairs], "<= 0.60")
-    show("decode of 8 requests, tok/s", [b.together_tok_s / a.together_tok_s for a, b in pairs], ">= 1")
+    show("decode of one request, tok/s", [b.single_tok_s / a.single_tok_s for a, b in pairs], ">= 0.93 (1.1B: 0.985)")
+    show("prefill of 8 x 512 tokens, time", [b.prefill_s / a.prefill_s for a, b in pairs], "<= 0.53")
+    show("decode of 8 requests, tok/s", [b.together_tok_s / a.together_tok_s for a, b in pairs], ">= 1.15 (1.2)")
     show("the same beside the stage times' bound", [b.together_tok_s / b.bound_tok_s for _, b in pairs], ">= 0.90")
 
 

@@ -4,7 +4,8 @@
 
 The coordinator and both workers have a host each, so a token travels three links: half a round trip each. Prints
 medians of the ratios of pairs, measured in turn: at a round trip of 0.5 ms, decode of one request beside one worker,
-each process on a core; at 20 ms, decode of 8 requests beside 8 / (links + stage times), and prefill of 8 prompts with and without pipelining.
+each process on a core; at 20 ms, decode of 8 requests beside 8 / (links + stage times), and prefill of 8 prompts with
+and without pipelining.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tes
 
 from measuring.answers import prompts, run  # noqa: E402
 from measuring.lines import show  # noqa: E402
-from measuring.placement import placed  # noqa: E402
+from measuring.placement import pinned_to_cores  # noqa: E402
 from split import difference  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
@@ -166,9 +167,9 @@ async def near(box: Box, one: Cluster, two: Cluster, source: random.Random, repe
     box.set_link(Link.of_round_trip(_NEAR_S))
     pairs = []
     for _ in range(repeats + 1):
-        with placed(one):
+        with pinned_to_cores(one):
             one_tok_s = await alone_tok_s(one, source, sizes.tokens)
-        with placed(two):
+        with pinned_to_cores(two):
             pairs.append((one_tok_s, await alone_tok_s(two, source, sizes.tokens)))
     one_tok_s, two_tok_s = pairs[-1]
     print(f"one worker {one_tok_s:.1f} tok/s, two at {_NEAR_S * 1e3:g} ms {two_tok_s:.1f} tok/s")

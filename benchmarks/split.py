@@ -1,10 +1,10 @@
 """Cost and gain of a split: two workers of one thread each beside one worker of one thread, in turn, in one run.
 
-    python benchmarks/split.py MODEL.gguf [--repeats 5] [--unbound] [--json PATH]
+    python benchmarks/split.py MODEL.gguf [--repeats 5] [--pin] [--json PATH]
 
 Prints medians of the ratios of pairs: decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests
 together; the latter also beside the bound that the measured stage times give at the microbatch size that was chosen.
-For one request, each process has a core, unless `--unbound` leaves that to the system.
+With `--pin`, each process has a core while there is one request; else the system chooses.
 A turn takes about half a minute with a model of a hundred million parameters, and there is one more, to warm up.
 """
 
@@ -30,7 +30,7 @@ import psutil  # noqa: E402
 from measuring.answers import prompts, run  # noqa: E402
 from measuring.lines import report, show  # noqa: E402
 from measuring.options import positive  # noqa: E402
-from measuring.placement import placed  # noqa: E402
+from measuring.placement import pinned_to_cores  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
@@ -65,9 +65,9 @@ async def cluster_of(workers: int, model: Path, folder: Path, *more: str) -> Asy
         yield cluster
 
 
-async def measure(cluster: Cluster, source: random.Random, tokens: int, *, is_bound: bool) -> Sample:
+async def measure(cluster: Cluster, source: random.Random, tokens: int, *, is_pinned: bool) -> Sample:
     vocabulary = cluster.model.hyperparameters.vocabulary_size
-    with placed(cluster) if is_bound else nullcontext():
+    with pinned_to_cores(cluster) if is_pinned else nullcontext():
         alone = await run(cluster, prompts(source, 1, 16, vocabulary)[0], tokens)
     start = time.perf_counter()
     await asyncio.gather(
@@ -107,7 +107,7 @@ def difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> t
     return rows, tuple((b.compute_ms * b.microbatches - a.compute_ms * a.microbatches) / microbatches for a, b in pairs)
 
 
-async def compare(model: Path, repeats: int, tokens: int, *, is_bound: bool) -> list[tuple[Sample, Sample]]:
+async def compare(model: Path, repeats: int, tokens: int, *, is_pinned: bool) -> list[tuple[Sample, Sample]]:
     """Pairs (one worker, two workers), after a turn that warms up both."""
     source = random.Random(7)
     pairs = []
@@ -117,7 +117,7 @@ async def compare(model: Path, repeats: int, tokens: int, *, is_bound: bool) -> 
         async with cluster_of(1, model, path) as one, cluster_of(2, model, path) as two:
             for number in range(repeats + 1):
                 report(f"turn {number} of {repeats}" if number else "warming up")
-                samples = [await measure(cluster, source, tokens, is_bound=is_bound) for cluster in (one, two)]
+                samples = [await measure(cluster, source, tokens, is_pinned=is_pinned) for cluster in (one, two)]
                 pairs.append((samples[0], samples[1]))
     return pairs[1:]
 
@@ -128,10 +128,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="pairs; %(default)s by default")
     parser.add_argument("--tokens", type=positive, default=64, help="tokens of each answer; %(default)s by default")
     parser.add_argument("--json", type=Path, help="write every sample to this file, a JSON line a pair")
-    parser.add_argument("--unbound", action="store_true", help="processes on any core")
+    parser.add_argument("--pin", action="store_true", help="one request: each process on a core")
     arguments = parser.parse_args()
-    is_bound = not arguments.unbound
-    pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens, is_bound=is_bound))
+    pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens, is_pinned=arguments.pin))
     if arguments.json is not None:
         lines = [json.dumps({"one": asdict(one), "two": asdict(two)}) for one, two in pairs]
         arguments.json.write_text("\n".join(lines) + "\n")

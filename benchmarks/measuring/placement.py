@@ -4,7 +4,7 @@ another one idle, so that figures depend on where processes began."""
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,24 +12,24 @@ from llamaclust.cluster.server.coordinator import Cluster
 
 
 @contextmanager
-def placed(cluster: Cluster) -> Iterator[None]:
-    """Each stage's worker on a core of its own, in the stages' order, and this process, the coordinator, on the second
-    one: beside a single worker, or with the last of two stages, which has no work when it hands a result on."""
+def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
+    """Workers of one thread each to a core each, in the stages' order, as far as there are cores, and this process, the
+    coordinator, to the second core: not that of a first stage, which begins when the coordinator gets a result."""
     cores = sorted(os.sched_getaffinity(0))
-    workers = [
-        str(cluster.registry.present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()
-    ]
-    for worker, core in zip(workers, cores, strict=False):
-        _bind(worker, {core})
-    _bind("self", cores[1:2] or cores)
+    present = cluster.registry.present
+    workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]
+    threads = [Path("/proc/self/task"), *(Path(f"/proc/{worker}/task") for worker in workers)]
+    before = {int(each.name): os.sched_getaffinity(int(each.name)) for folder in threads for each in folder.iterdir()}
+    for folder, core in zip(threads, [*cores[1:2], *cores], strict=False):
+        _pin((int(each.name) for each in folder.iterdir()), {core})
     try:
         yield
     finally:
-        for process in ("self", *workers):
-            _bind(process, cores)
+        for thread, allowed in before.items():
+            _pin([thread], allowed)
 
 
-def _bind(process: str, cores: Collection[int]) -> None:
-    for thread in Path(f"/proc/{process}/task").iterdir():
+def _pin(threads: Iterable[int], cores: Collection[int]) -> None:
+    for thread in threads:
         with suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread.name), cores)
+            os.sched_setaffinity(thread, cores)

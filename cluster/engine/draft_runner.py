@@ -13,7 +13,7 @@ from llamaclust.core.drafts import DraftReplies
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
-"""Of one batch: a model that takes longer is not asked any more."""
+"""Of one batch: a model that takes longer is disabled."""
 _SLICE_S = 1.0
 """Of the deadline: while the whole process is paused, however long, no more than one ends."""
 
@@ -56,7 +56,7 @@ class DraftRunner:
 
     def _lose(self, drafts: ModelDrafts, error: Exception) -> None:
         text = str(error) if isinstance(error, LlamaclustError) else repr(error)
-        _log.warning("the draft model failed, and is not asked any more: %s", text)
+        _log.warning("the draft model failed and is disabled: %s", text)
         drafts.model.lose()
 
     def stop(self) -> None:

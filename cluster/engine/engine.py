@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 _Updated = tuple[int, list[Update]]
-"""A sequence's key, and its news."""
+"""A sequence's key, and its updates."""
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:

@@ -11,6 +11,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
+from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 
@@ -33,11 +34,18 @@ class _Sent:
     begun_ns: int  # sent, and what it follows came back
 
 
+def _highest_token(row: RowResult) -> int:
+    """Of those that are taken as they are: drafts of a head are looked through when they are used."""
+    highest = max(row.token, *row.forced, *row.forced_draft, 0)
+    return max(highest, max(row.top_logprobs)[0]) if row.top_logprobs else highest
+
+
 class InFlight:
     """The microbatches of one epoch, in order."""
 
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
+        self._vocabulary = settings.vocabulary
         self._row_bytes = 4 * settings.embedding_length  # of a hidden state that comes back
         self._may_draft = settings.speculation is not None and settings.max_drafted > 0
         self._epoch = epoch
@@ -122,6 +130,8 @@ class InFlight:
         if found != embedded * self._row_bytes:
             rows = f"{embedded} embedded rows of {self._row_bytes} bytes"
             raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
+        if (token := max(map(_highest_token, result.rows), default=0)) >= self._vocabulary:
+            raise ProtocolError(f"microbatch {due.number} came back with token {token} of {self._vocabulary}")
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns

@@ -32,6 +32,7 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.errors import QueueFullError
+from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
@@ -212,54 +213,59 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
-        """Takes in a result without a failure: the updates of each sequence that has any, by its key.
-
-        ProtocolError where it is not the result of the microbatch that is due.
-        """
+        """Takes in a result without a failure: the updates of each sequence that has any, by its key. ProtocolError
+        where it is not the result of the microbatch that is due."""
         updated: list[tuple[int, list[Update]]] = []
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
         row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
         for taken in slices:
-            sequence, count = taken.sequence, len(taken.tasks)
-            rows = result.rows[row : row + count]
-            row += count
-            sequence.in_flight -= 1
-            sequence.sampling -= taken.is_sampled
-            if taken.is_stale:
-                self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, 0)
-                continue
-            sequence.computed = taken.end
-            hidden = result.embeddings[at : at + row_bytes * taken.chunk.embedded_rows]
-            at += len(hidden)
-            if not taken.is_answered or not sequence.counts_results:
-                self.strikes.computed(sequence, taken.end - taken.drafted)
-                continue
-            accepted = sequence.accepted_rows
-            updates = sequence.received(taken, hidden, now_ns) if hidden else answer(sequence, taken, rows, now_ns)
-            self.strikes.computed(sequence, sequence.computed)
-            if taken.drafted:
-                right = sequence.accepted_rows - accepted
-                self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, right)
-                self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
-            is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
-            if is_deferred and not self.settings.may_repeat_rows:
-                self.queues.recompute(sequence)
-            if not updates:
-                continue
-            if isinstance(updates[-1], Failed) and sequence.failures < _MAX_FAILURES:
-                sequence.failures += 1
-                self.queues.discard(sequence)
-                self._retries += 1
-                continue
-            if isinstance(updates[-1], Finished):
-                self.queues.memory.finished(sequence)
-                if self.speculation is not None:
-                    self.speculation.ended(sequence)
-            if isinstance(updates[-1], Finished | Failed):
-                self.abort(sequence.key)
-            updated.append((sequence.key, updates))
+            row_end, end = row + len(taken.tasks), at + row_bytes * taken.chunk.embedded_rows
+            if updates := self._complete_slice(taken, result.rows[row:row_end], result.embeddings[at:end], now_ns):
+                updated.append((taken.sequence.key, updates))
+            row, at = row_end, end
         return updated
+
+    def _complete_slice(
+        self, taken: SequenceSlice, rows: tuple[RowResult, ...], embeddings: bytes, now_ns: int
+    ) -> list[Update]:
+        """What the results of its rows are for its sequence."""
+        sequence = taken.sequence
+        sequence.in_flight -= 1
+        sequence.sampling -= taken.is_sampled
+        if taken.is_stale:
+            self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, 0)
+            return []
+        sequence.computed = taken.end
+        if not taken.is_answered or not sequence.counts_results:
+            self.strikes.computed(sequence, taken.end - taken.drafted)
+            return []
+        accepted = sequence.accepted_rows
+        updates = sequence.received(taken, embeddings, now_ns) if embeddings else answer(sequence, taken, rows, now_ns)
+        self.strikes.computed(sequence, sequence.computed)
+        if taken.drafted:
+            right = sequence.accepted_rows - accepted
+            self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, right)
+            self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
+        is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
+        if is_deferred and not self.settings.may_repeat_rows:
+            self.queues.recompute(sequence)
+        return self._ended(sequence, updates) if updates else []
+
+    def _ended(self, sequence: Sequence, updates: list[Update]) -> list[Update]:
+        """The updates, of a sequence that may end with them; none where it is tried again."""
+        if isinstance(last := updates[-1], Failed) and sequence.failures < _MAX_FAILURES:
+            sequence.failures += 1
+            self.queues.discard(sequence)
+            self._retries += 1
+            return []
+        if isinstance(last, Finished):
+            self.queues.memory.finished(sequence)
+            if self.speculation is not None:
+                self.speculation.ended(sequence)
+        if isinstance(last, Finished | Failed):
+            self.abort(sequence.key)
+        return updates
 
     # -- decode ----------------------------------------------------------------------------------------------------
 

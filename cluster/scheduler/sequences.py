@@ -249,7 +249,7 @@ class Sequence:
         self.registered = cached // KV_BLOCK_TOKENS
 
     def restart(self) -> None:
-        """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
+        """Nothing of it is computed or under way: its tokens are there, and updates are not repeated."""
         self.table, self.window, self.states = BlockTable(), BlockTable(), SequenceStates()
         self.rewind(0)
         self.in_flight = self.sampling = 0
@@ -259,7 +259,7 @@ class Sequence:
         self.repeat_outputs()
 
     def repeat_outputs(self) -> None:
-        """What is under way is computed again; what was told stays told."""
+        """What is under way is computed again; updates are not repeated."""
         self.next_score, self.next_embedded = self.scored, self.embedded
 
     def answered(self, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:

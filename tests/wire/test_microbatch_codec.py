@@ -124,7 +124,7 @@ samples = st.builds(
 scores = st.tuples(st.builds(ScoreTask, tokens, st.integers(0, 128)))
 tasks = st.lists(st.builds(in_a_row, samples, st.integers(1, 9)) | scores, max_size=4).map(chained)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
-a_timing = st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS))
+a_timing = st.builds(StageTiming, uint64, uint64, uint64, st.integers(1, MAX_BATCH_TOKENS))
 timings = st.lists(a_timing, max_size=3).map(tuple)
 a_row = st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12))
 rows = st.lists(a_row, max_size=4).map(tuple)
@@ -343,6 +343,16 @@ def test_a_frame_carries_the_bits_of_the_hidden_state_without_a_copy() -> None:
     assert received.ctypes.data % 16 == 0
     with pytest.raises(ProtocolError, match="240 bytes"):
         frame.hidden(5, 11)
+
+
+@pytest.mark.parametrize("rows", [0, MAX_BATCH_TOKENS + 1])
+def test_a_stage_that_says_it_computed_no_rows_is_refused(rows: int) -> None:
+    """Predictions divide by them."""
+    timings = (StageTiming(1, 2, 3, 4), StageTiming(1, 2, 3, rows))
+    with pytest.raises(ProtocolError, match="rows of a timing"):
+        decode_result(encode_result(Result(1, 0, (), timings)))
+    with pytest.raises(ProtocolError, match="rows of a timing"):
+        decode_frame(encode_hidden(b"header", timings, None))
 
 
 def test_a_failure_frame_is_one_safe_line() -> None:

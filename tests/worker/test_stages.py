@@ -12,6 +12,7 @@ from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer, Stre
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.loop import Answer, Counters, StageContext, StageLoop
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -79,29 +81,30 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
         compute = Compute()
         loop = StageLoop(1, runner_of(model, 0, 3), StageContext("w", compute, counters), DEADLINES)
         async with recurring_deadline("handing on", 5.0) as limit:
-            await loop._send(Outlet(), None, limit, [Answer(b"")])
+            await loop._send_answers(Outlet(), limit, [Answer(b"")])
         compute.close()
         return loop._wire_ns
 
     assert asyncio.run(run()) < computed_ns
 
 
-async def test_a_result_is_sent_after_the_first_stage_has_begun_where_the_coordinator_can_wait(model: Model) -> None:
+@pytest.mark.parametrize("is_local", [True, False])
+async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(model: Model, is_local: bool) -> None:
     """The second step is sent ahead, not the first one."""
-    events: list[Any] = []
+    sent: dict[str, list[float]] = {"tokens": [], "result": []}
 
     async def read() -> bytes | None:
+        if not frames:
+            await asyncio.sleep(0.05)
+            return None
         await asyncio.sleep(0.005)  # a round
-        return frames.pop(0) if frames else None
-
-    async def comes(seconds: float) -> None:
-        events.append(seconds)
+        return frames.pop(0)
 
     async def tokens(*_: bytes) -> None:
-        events.append("tokens")
+        sent["tokens"].append(time.perf_counter())
 
     async def result(*_: bytes) -> None:
-        events.append("result")
+        sent["result"].append(time.perf_counter())
 
     chunks = (Chunk((7,), 0, (0, 16), 1), Chunk((0,), 1, (0, 16), 1, depends_on=(0, 0)))
     microbatches = [Microbatch(model.model_id, 1, number, (chunk,)) for number, chunk in enumerate(chunks)]
@@ -111,11 +114,22 @@ async def test_a_result_is_sent_after_the_first_stage_has_begun_where_the_coordi
     for number in range(2):
         task = SampleTask(SamplingParams(), 0, 0, number)
         loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, number, (task,)))))
-    stream: Any = SimpleNamespace(read=read, comes=comes, has_buffer=True, has_message=False)
+    stream: Any = SimpleNamespace(read=read, has_buffer=is_local, has_message=False)
+    waits = 0
+    wait = Incoming.wait
+
+    async def counted(incoming: Incoming, timeout_s: float) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(incoming, timeout_s)
+
     async with asyncio.timeout(10):
-        await loop.run(stream, SimpleNamespace(write=result), SimpleNamespace(write=tokens))
+        with patch.object(Incoming, "wait", counted):
+            await loop.run(stream, SimpleNamespace(write=result), SimpleNamespace(write=tokens))
     compute.close()
-    assert events == ["tokens", "result", "tokens", 0.001, "result"]
+    assert (len(sent["tokens"]), len(sent["result"]), waits) == (2, 2, int(is_local))
+    assert all(after > before for before, after in zip(sent["tokens"], sent["result"], strict=True))
+    assert not is_local or sent["result"][1] - sent["tokens"][1] >= 0.001
 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:

@@ -278,11 +278,16 @@ def decode_result(data: bytes) -> Result:
         message.epoch,
         message.number,
         tuple(_row(row) for row in message.rows),
-        tuple(StageTiming(t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in message.timings),
+        tuple(map(_timing_in, message.timings)),
         line("failure", message.failure) if message.HasField("failure") else None,
         _floats("embeddings", message.embeddings),
         message.drafting_ns,
     )
+
+
+def _timing_in(message: sampling_proto.StageTiming) -> StageTiming:
+    rows = bounded("rows of a timing", message.rows, 1, limits.MAX_BATCH_TOKENS)
+    return StageTiming(message.queue_ns, message.compute_ns, message.wire_ns, rows)
 
 
 def _floats(what: str, data: bytes) -> bytes:

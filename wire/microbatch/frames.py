@@ -92,7 +92,8 @@ def decode_frame(data: bytes) -> Frame:
     if len(data) != header_at + header_bytes:
         raise ProtocolError(f"frame of {len(data)} bytes, its prefix says {header_at + header_bytes}")
     timings = tuple(StageTiming(*values) for values in _TIMING.iter_unpack(data[_PREFIX.size : body_at]))
-    bounded("rows of a timing", max((timing.rows for timing in timings), default=0), 0, MAX_BATCH_TOKENS)
+    for timing in timings:
+        bounded("rows of a timing", timing.rows, 1, MAX_BATCH_TOKENS)
     frame = Frame(FrameKind(kind), data[header_at:], timings, memoryview(data)[body_at:header_at])
     if frame.kind is FrameKind.FAILURE:
         bounded("length of failure", body_bytes, 1, MAX_TEXT)

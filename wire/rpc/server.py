@@ -56,7 +56,7 @@ class ServerStream:
         return int(text)
 
     async def accept(self) -> None:
-        """Tells the other side that the stream is open."""
+        """Accepts the stream."""
         with _peer_here():
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
@@ -75,10 +75,6 @@ class ServerStream:
     def has_message(self) -> bool:
         """Whether `read` takes no waiting, as far as that is known."""
         return isinstance(self._context, UnixContext) and self._context.connection.has_message
-
-    async def comes(self, seconds: float) -> None:
-        """Returns when `read` takes no waiting, or after so long. Of streams with a buffer."""
-        await self._context.connection.comes(seconds)
 
     async def write(self, *messages: bytes) -> None:
         """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""

@@ -6,9 +6,11 @@ u32 length | u8 kind | content      little-endian
 from __future__ import annotations
 
 import asyncio
+import os
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import IntEnum
 from typing import cast
 
@@ -69,6 +71,13 @@ def _joined(messages: tuple[bytes, ...]) -> bytes:
     return b"".join([part for data in messages for part in (_HEAD.pack(len(data), FrameKind.MESSAGE), data)])
 
 
+def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
+    for data in messages:
+        yield _HEAD.pack(len(data), FrameKind.MESSAGE)
+        for start in range(0, len(data), _PIECE_BYTES):
+            yield memoryview(data)[start : start + _PIECE_BYTES]
+
+
 class UnixConnection(asyncio.BufferedProtocol):
     """Frames both ways. `on_control` gets all but messages, `on_lost` the end. With `awaits_call`, the first frame must
     be a call, and come soon."""
@@ -111,18 +120,6 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._unread_bytes -= size
         return data
 
-    async def comes(self, seconds: float) -> None:
-        """Returns when `read` has something to return, or after so long. Not while another reads."""
-        if self._messages or self._is_complete:
-            return
-        loop = asyncio.get_running_loop()
-        self._reader = loop.create_future()
-        timer = loop.call_later(seconds, self._wake)
-        try:
-            await self._reader
-        finally:
-            timer.cancel()
-
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
         """Sends a small frame, and does not wait: behind a large message that is on its way. EndedError where the
         connection has ended."""
@@ -152,26 +149,25 @@ class UnixConnection(asyncio.BufferedProtocol):
         """Returns when the system has taken nearly all of the messages. One call at a time; EndedError where the
         connection has ended. One that is cancelled on its way ends it."""
         if sum(map(len, messages)) > _PIECE_BYTES:
-            for data in messages:
-                await self._send_in_pieces(data)
+            await self._send_in_pieces(messages)
             return
         self._write(_joined(messages))
         await self._writable.wait()
 
-    async def _send_in_pieces(self, data: bytes) -> None:
-        transport, view = self._transport, memoryview(data)
+    async def _send_in_pieces(self, messages: tuple[bytes, ...]) -> None:
+        transport = self._transport
         if transport is None or transport.is_closing():
             raise EndedError
         self._is_sending = True
-        transport.write(_HEAD.pack(len(data), FrameKind.MESSAGE))
         try:
-            for start in range(0, len(data), _PIECE_BYTES):
-                transport.write(view[start : start + _PIECE_BYTES])
+            for piece in _pieces(messages):
+                transport.write(piece)
                 await self._writable.wait()
                 if transport.is_closing():
                     raise EndedError
-            if self._behind:
-                transport.write(self._behind)
+            behind, self._behind = self._behind, bytearray()
+            if behind:
+                transport.write(behind)
         except asyncio.CancelledError:
             transport.abort()
             raise
@@ -213,8 +209,19 @@ class UnixConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._writable.set()
+        if error is not None:
+            self._take_rest()
         self._on_lost()
         self.complete()
+
+    def _take_rest(self) -> None:
+        """What came before the end. After a write that failed, the event loop reads no more, though the other side may
+        have said why it ended the stream."""
+        assert self._transport is not None
+        descriptor = self._transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # there is no more
+            while self._unread_bytes <= _MOST_UNREAD_BYTES and (count := os.readv(descriptor, [self.get_buffer(-1)])):
+                self.buffer_updated(count)
 
     def pause_writing(self) -> None:
         self._writable.clear()

@@ -40,13 +40,11 @@ class Incoming:
         self._reading = None
         return data
 
-    async def within(self, seconds: float) -> None:
+    async def wait(self, timeout_s: float) -> None:
         """Returns when the next message is there, or after so long."""
-        self.prepare()
-        if self._reading is None:
-            await self._stream.comes(seconds)
-        else:
-            await asyncio.wait([self._reading], timeout=seconds)
+        if not self.is_there:
+            self._reading = self._reading or asyncio.create_task(self._stream.read())
+            await asyncio.wait([self._reading], timeout=timeout_s)
 
     async def close(self) -> None:
         if self._reading is not None:

@@ -41,11 +41,11 @@ _log = logging.getLogger(__name__)
 _DIRECT_BYTES = 1 << 16
 """An answer of so many bytes is sent before the next step: the other side takes more only as it reads."""
 
-_APART_S = 0.001
-"""From tokens for the first stage to the result for the coordinator. Woken at once on one machine, the coordinator may
-take the core on which that stage is to begin, for as long as it computes for a token (0.7 ms)."""
-_MANY_TIMES = 4
-"""As long as this takes a round at least, if its result may wait."""
+_RESULT_DELAY_S = 0.001
+"""After the tokens for a first stage on the same machine. If both were woken at once, the coordinator could take the
+core on which the stage is to begin, for as long as it computes for a token (0.7 ms)."""
+_MIN_ROUND_S = 0.004
+"""Results of shorter rounds are not delayed."""
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
@@ -111,7 +111,7 @@ class StageLoop:
         self._forward_s = deadlines.forward_s
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
-        self._answered_ns = 0  # when the last result that may wait was there
+        self._last_result_ns = 0
         self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
     async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
@@ -127,6 +127,7 @@ class StageLoop:
         try:
             async with recurring_deadline("handing on a microbatch", self._forward_s) as limit:
                 send = partial(self._send, outlet, to_first, limit)
+                is_local = stream.has_buffer
                 for number in count():
                     is_close = incoming.is_there  # to the one before
                     if (data := await incoming.next(sending)) is None:
@@ -140,7 +141,10 @@ class StageLoop:
                         await sending
                     incoming.prepare()
                     if not is_close and answer.done() and len(answer.result().data) <= _DIRECT_BYTES:
-                        await send([answer.result()], partial(self._apart, arrival, incoming))
+                        await self._send_tokens(to_first, limit, [answer.result()])
+                        if to_first is not None and is_local and self._may_delay_result(arrival):
+                            await incoming.wait(_RESULT_DELAY_S)
+                        await self._send_answers(outlet, limit, [answer.result()])
                         continue
                     waiting.append(answer)
                     if sending.done():
@@ -288,31 +292,27 @@ class StageLoop:
         data = encode_result(Result(arrival.epoch, arrival.number, (), arrival.timings, failure))
         return Answer(data, SampledTokens(arrival.number, ()))
 
+    def _may_delay_result(self, arrival: Arrival) -> bool:
+        """Whether the coordinator sends steps ahead, so that the next one does not wait for this result."""
+        before_ns, self._last_result_ns = self._last_result_ns, perf_counter_ns()
+        return arrival.newest_dependency is not None and self._last_result_ns - before_ns >= _MIN_ROUND_S * 1e9
+
     async def _send(
-        self,
-        outlet: Writable,
-        to_first: Writable | None,
-        limit: recurring_deadline,
-        answers: list[Answer],
-        apart: Callable[[], Awaitable[None]] | None = None,
+        self, outlet: Writable, to_first: Writable | None, limit: recurring_deadline, answers: list[Answer]
     ) -> None:
-        """`apart`: waited for behind what the first stage gets."""
+        await self._send_tokens(to_first, limit, answers)
+        await self._send_answers(outlet, limit, answers)
+
+    async def _send_tokens(self, to_first: Writable | None, limit: recurring_deadline, answers: list[Answer]) -> None:
         sampled = [encode_sampled_tokens(answer.sampled) for answer in answers if answer.sampled is not None]
         if to_first is not None and sampled:
             with limit:
                 await to_first.write(*sampled)
-            if apart is not None:
-                await apart()
+
+    async def _send_answers(self, outlet: Writable, limit: recurring_deadline, answers: list[Answer]) -> None:
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
             await outlet.write(*[answer.data for answer in answers])
         self._counters.sent_bytes += sum(len(answer.data) for answer in answers)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
-
-    async def _apart(self, arrival: Arrival, incoming: Incoming) -> None:
-        """Until the first stage has begun, or the next microbatch is there. Not at all where the coordinator did not
-        send this one ahead, so that it may need the result for the next."""
-        answered_ns, self._answered_ns = self._answered_ns, perf_counter_ns()
-        if arrival.newest_dependency is not None and self._answered_ns - answered_ns >= _MANY_TIMES * 1e9 * _APART_S:
-            await incoming.within(_APART_S)

@@ -95,6 +95,18 @@ def test_a_result_has_so_many_rows_at_most() -> None:
     assert all(len(run.embedded(key)) == 70 for key in keys)
 
 
+def test_a_request_that_ends_before_its_result_takes_no_rows_of_others() -> None:
+    run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
+    requests = [embedding(each, tuple(range(each, each + 5))) for each in range(3)]
+    keys = [run.add(request) for request in requests]
+    run.send_all()
+    assert len(run.microbatches[0].microbatch.chunks) == 3
+    run.scheduler.abort(keys[0])
+    run.finish()
+    for key, request in zip(keys[1:], requests[1:], strict=True):
+        check(run, key, request)
+
+
 def test_a_result_beside_decode_has_fewer_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamaclust.cluster.scheduler.scheduler._EMBEDDED_BYTES", 4 * WIDTH * 5)
     run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))

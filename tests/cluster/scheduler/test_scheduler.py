@@ -11,11 +11,11 @@ from llamaclust.cluster.scheduler.requests import FinishReason, GenerationReques
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Phase
 from llamaclust.core.errors import ProtocolError, QueueFullError, RequestError
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Result
-from support.clusters.fakes import reason_of
+from support.clusters.fakes import VOCABULARY, reason_of
 from support.plans.simulations import (
     BASE,
     DRY,
@@ -243,6 +243,25 @@ def test_results_out_of_turn_are_refused() -> None:
         run.scheduler.complete(Result(1, 1), 1)
     with pytest.raises(ProtocolError, match="0 results instead of 1"):
         run.scheduler.complete(Result(1, 0), 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RowResult(VOCABULARY, -1.0),
+        RowResult(1, -1.0, ((1, -1.0), (VOCABULARY, -2.0))),
+        RowResult(1, -1.0, forced=(VOCABULARY,)),
+        RowResult(1, -1.0, forced_draft=(VOCABULARY,)),
+    ],
+    ids=["sampled", "top logprobs", "forced", "forced draft"],
+)
+def test_a_token_outside_the_vocabulary_is_refused(row: RowResult) -> None:
+    """A later microbatch would blame the first stage for it."""
+    run = simulation()
+    run.add(generation(10, 5))
+    run.send_all()
+    with pytest.raises(ProtocolError, match=f"microbatch 0 came back with token {VOCABULARY} of {VOCABULARY}"):
+        run.scheduler.complete(Result(1, 0, (row,)), 1)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:

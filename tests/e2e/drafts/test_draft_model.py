@@ -97,7 +97,7 @@ async def test_answers_go_on_when_the_draft_model_fails(
         answering = [answer_of(service._engine.submit(request)) for request in REQUESTS]
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
     assert asked == 21
-    assert "the draft model failed, and is not asked any more: OSError('gone')" in caplog.text
+    assert "the draft model failed and is disabled: OSError('gone')" in caplog.text
 
 
 def test_a_draft_model_without_speculation_is_refused(model: Path) -> None:

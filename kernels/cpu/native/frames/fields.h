@@ -1,5 +1,5 @@
 // Fields of a protobuf message in the form that its usual writers give it: ascending, none twice, numbers of one packed
-// field together. Other bytes may mean the same, and are refused: whoever reads them then has the complete codec.
+// field together. Other bytes may mean the same, and are refused: the codec in Python reads them then.
 #pragma once
 
 #include <cstddef>

@@ -162,7 +162,8 @@ class Reading {
 bool read_timings(Bytes bytes, const FrameLimits& limits, std::vector<Timing>& timings) {
   timings.resize(bytes.size() / sizeof(Timing));
   if (!timings.empty()) std::memcpy(timings.data(), bytes.data(), bytes.size());
-  return std::all_of(timings.begin(), timings.end(), [&](const Timing& t) { return t.rows <= limits.max_rows; });
+  const auto is_bounded = [&](const Timing& t) { return t.rows >= 1 && t.rows <= limits.max_rows; };
+  return std::all_of(timings.begin(), timings.end(), is_bounded);
 }
 
 }  // namespace

@@ -37,8 +37,7 @@ void put_sign_bits(uint8_t signs, int i, int row, uint8_t* lines) {
   }
 }
 
-// Index i, four to a line, in the order that decoders take them in pairs.
-constexpr int kIndexPlace[4] = {0, 2, 1, 3};
+// Index i, four to a line.
 void put_index(uint16_t index, int i, int row, uint8_t* lines) {
   lines[i / 4 * 64 + 4 * row + kIndexPlace[i % 4]] = static_cast<uint8_t>(index);
 }

@@ -34,6 +34,9 @@ struct GridColumns {
 TABLE uint8_t kThirdsPlace[16] = {0, 4, 8, 36, 37, 64, 68, 72, 100, 101, 128, 132, 136, 164, 165};
 TABLE uint8_t kThirdsAround[16] = {0, 5, 32, 2, 253, 18, 16, 17};
 
+// Of four indices of points, the byte of a lane: in the order that decoders take them in pairs.
+TABLE int kIndexPlace[4] = {0, 2, 1, 3};
+
 extern GRID_MEMORY const Grid<256> kIQ2_XXSGrid;
 extern GRID_MEMORY const Grid<512> kIQ2_XSGrid;
 extern GRID_MEMORY const Grid<1024> kIQ2_SGrid;

@@ -7,8 +7,6 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-constexpr int kIndexPlace[4] = {0, 2, 1, 3};  // of four points, the byte of a lane
-
 // Where codes of six bits have the level and the sign of each k-group: below each other where they are in their lines, but
 // for two signs that are moved down from bits 6 and 7.
 constexpr int kLevelBit[8] = {0, 0, 2, 0, 0, 0, 2, 0}, kSignBit[8] = {2, 2, 0, 4, 3, 3, 1, 5};
@@ -43,7 +41,7 @@ using NineBitPoints = Lines;
 struct IQ3ValuesByCode {
   alignas(64) uint8_t of[64];
   constexpr IQ3ValuesByCode() : of{} {
-    for (int i = 0; i < 64; i++) of[i] = static_cast<uint8_t>(i % 8 == 7 ? 32 + 31 : 32 + 2 + 4 * (i % 8));
+    for (int i = 0; i < 64; i++) of[i] = kIQ3Values[i % 8];
   }
 };
 constexpr IQ3ValuesByCode kIQ3ValuesByCode;

@@ -7,8 +7,6 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-constexpr int kIndexPlace[4] = {0, 2, 1, 3};  // of four points, the byte of a lane
-
 [[maybe_unused]] DECODE Bytes with_iq2_signs(Bytes levels, Lines signs, int g) {
   constexpr Places places{{0, 4, -2, 2, 0, 4, -2, 2}, {4, 4, 4, 4, 8, 8, 8, 8}};  // to bit 2, of the last four to bit 3
   return lookup(kIQ2Values.of[0][g / 4], merge(levels, field_of<places>(load_bytes(signs), g)));
@@ -36,8 +34,6 @@ struct NineBitPoints {
   };
   return with_iq2_signs(four_of_eight(point, g % 2), points.signs + 64 * i, g);
 }
-
-TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};
 
 [[maybe_unused]] DECODE Bytes iq3_points(const Grid<256>&, Lines line, int g) {
   const auto point = [&](int row) __attribute__((always_inline)) {

@@ -31,8 +31,6 @@ using NineBitPoints = Lines;
   return iq2_points(grid, either(two_indices(body + 64 * i, g / 4), shift_left<8>(ninth)), body + 576 + 64 * i, g);
 }
 
-TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};
-
 // k-group g of 16 columns, without signs, plus 32.
 [[maybe_unused]] DECODE Bytes iq3_points(const Grid<256>& grid, Lines line, int g) {
   return lookup(kIQ3Values, spread<4>(lookup_points<256>(grid.point, two_indices(line, g / 2)), g % 2));

@@ -1,4 +1,4 @@
-// Weights of IQ2 types, +-8, +-25 or +-43, from levels and signs.
+// Weights of IQ2 types, +-8, +-25 or +-43, from levels and signs, and those of IQ3_XXS from levels.
 #pragma once
 
 #include "level/quants/decoder.h"
@@ -23,6 +23,8 @@ struct SignedLevels {
   }
 };
 TABLE SignedLevels kIQ2Values;
+
+TABLE uint8_t kIQ3Values[16] = {32 + 2, 32 + 6, 32 + 10, 32 + 14, 32 + 18, 32 + 22, 32 + 26, 32 + 31};  // plus 32
 
 // k-group g of 32 columns, of even ones the levels in the low halves of bytes and of odd ones in the high, from their bit 0
 // on or, if `high`, 2. A line has the sign of k-group g in bit 4 * (g % 2) + 2 * (1 - g / 2 % 2) + g / 4.

@@ -111,7 +111,7 @@ $(VENV)/.deps: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt
 	$(need_compiler)
-	@echo "compiling the kernels: two to four minutes on two idle cores"
+	@echo "compiling the kernels: two to four minutes on two idle cores, ten and more on old or busy ones"
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 

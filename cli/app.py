@@ -27,11 +27,18 @@ def _options(
     """Options of the program itself."""
 
 
-def _group(name: str, text: str, commands: dict[str, Callable[..., None]]) -> typer.Typer:
+_FIRST_STEPS = (
+    "First: `llamaclust up`, and `llamaclust chat` in another terminal. "
+    "`llamaclust plan --assume 3x16GB` lists what such machines can run."
+)
+
+
+def _group(name: str, text: str, commands: dict[str, Callable[..., None]], epilog: str | None = None) -> typer.Typer:
     """Commands by name."""
     group = typer.Typer(
         name=name,
         help=text,
+        epilog=epilog,
         cls=PlainGroup,
         no_args_is_help=True,
         add_completion=name == "llamaclust",
@@ -74,6 +81,7 @@ app = _group(
     "llamaclust",
     "Run one large language model across several machines. Output is bit-identical however the model is split.",
     {command.__name__: command for command in _commands},
+    _FIRST_STEPS,
 )
 app.callback(cls=PlainGroup)(_options)
 app.add_typer(_group("token", "The join token of a static cluster.", {"rotate": worker.rotate}))

@@ -37,6 +37,9 @@ class PlainCommand(TyperCommand):
             rest: list[str] = super().parse_args(ctx, args)
         except BadUsage as error:
             error.ctx = error.ctx or ctx  # so that the message names this command's help
+            if possible := getattr(error, "possibilities", None):  # of an option that does not exist
+                hidden = {name for param in self.params if getattr(param, "hidden", False) for name in param.opts}
+                error.possibilities = [name for name in possible if name not in hidden]
             raise
         return rest
 

@@ -289,6 +289,7 @@ def ready_text(ready: events.Ready) -> str:
 {ready.name} is ready: {printable(ready.model)} at {api}
 {_others_text(ready)}{_load_text(ready)}{_first_request_text(ready, api, name)}
   llamaclust status{name}
+  llamaclust down{name}
   OpenAI clients: base_url={api}/v1{key}
 {_collector_text(ready)}{_certificate_text(ready)}"""
 
@@ -308,7 +309,7 @@ def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
     """A first request to the model."""
     match ready.use:
         case events.ModelUse.TEXT:
-            return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}'
+            return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}\n  browser: {api}/'
         case events.ModelUse.EMBEDDINGS:
             path, body = "embeddings", '{"input": "Once upon a time"}'
         case _:

@@ -203,7 +203,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
     try:
         report = _object(body)["error"]
     except (ProtocolError, KeyError):
-        report = {"message": _shown(body)}
+        report = {"message": f"HTTP {status} of something else than llamaclust: {_shown(body)}"}
     return reported_error(report, status, retry_after)
 
 

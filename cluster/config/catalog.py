@@ -139,7 +139,7 @@ def nearest_names(name: str, names: Iterable[str]) -> str:
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
     """Three of the names at most, those that begin with `name` or else similar ones."""
-    known, text = list(names), name[:_LONGEST_NAME].lower().replace(":", "-")
+    known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
 

@@ -17,8 +17,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.regular_file import open_regular
 from llamaclust.core.limits import AdapterScales
+from llamaclust.core.regular_file import open_regular
 from llamaclust.core.sampling import RowResult
 
 _MAX_LINE_BYTES = 64 << 20

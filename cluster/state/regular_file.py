@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from llamaclust.core.regular_file import open_regular
 from llamaclust.model.gguf.atomic_file import sync_folder
 
 _MOST_BYTES = 16 << 20
 """Of a file of JSON; measured profiles take a few KiB a machine."""
-
-
-def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
-    """To be read. OSError, also where it is no regular file, or a link that is not followed."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
-    file = os.fdopen(os.open(path, flags), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
-    return file
 
 
 def read_json(path: Path) -> Any:

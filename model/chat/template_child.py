@@ -26,7 +26,7 @@ from llamaclust.model.child_frames import end_with_parent, read_frame, write_fra
 
 _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
-_LATE_MODULES: Final = ("pprint", "random", "unicodedata", "_strptime")
+_LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
 """That rendering loads where a template first needs them."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import open_regular
 from llamaclust.model.chat.turn_formats import OTHER_NAMES, TURN_FORMATS
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ def chosen_template(choice: str) -> str:
     if choice in names:
         return built_in(choice)
     try:
-        with Path(choice).expanduser().open("rb") as file:
+        with open_regular(Path(choice).expanduser()) as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
             raise UsageError(f"chat template {choice}: more than {_MOST_BYTES} bytes; it is no template")

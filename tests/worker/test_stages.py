@@ -114,7 +114,7 @@ async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(mo
     for number in range(2):
         task = SampleTask(SamplingParams(), 0, 0, number)
         loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, number, (task,)))))
-    stream: Any = SimpleNamespace(read=read, has_buffer=is_local, has_message=False)
+    stream: Any = SimpleNamespace(read=read, is_local=is_local, has_message=False)
     waits = 0
     wait = Incoming.wait
 
@@ -202,7 +202,7 @@ async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch
     microbatches_left = [encode_hidden(encode_microbatch(microbatch), (), None)]
     compute = Compute()
     loop = Queued(1, runner_of(model, 0, 3), StageContext("w", compute, Counters()), DEADLINES)
-    stream: Any = SimpleNamespace(read=read, has_buffer=False, has_message=False)
+    stream: Any = SimpleNamespace(read=read, is_local=False, has_message=False)
     async with asyncio.timeout(10):
         with pytest.raises(ProtocolError, match="no such frame"):
             await loop.run(stream, stream)

@@ -81,6 +81,8 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 class ClientStream:
     """Our end of a bidirectional stream that we opened; its errors name the peer `worker`, if given."""
 
+    _call: Any
+
     def __init__(self, call: Any, address: str, worker: str | None = None) -> None:
         self._call = call
         self.address = address
@@ -94,19 +96,18 @@ class ClientStream:
 
     async def write(self, *messages: bytes) -> None:
         """Returns when the network has taken the messages; StreamBrokenError where it does not."""
-        if not self.try_write(*messages):
-            for data in messages:
-                await self._result(self._call.write(data))
+        for data in messages:
+            await self._result(self._call.write(data))
 
     def try_write(self, *messages: bytes) -> bool:
         """Hands the messages on, together, where that takes no waiting; else they are to be written. Not while others
         are."""
-        return isinstance(self._call, UnixCall) and self._call.try_write(*messages)
+        return False
 
     @property
     def has_message(self) -> bool:
         """Whether `read` takes no waiting, as far as that is known."""
-        return isinstance(self._call, UnixCall) and self._call.has_message
+        return False
 
     async def read(self) -> bytes | None:
         """The next message; None once the other side has ended the stream in order."""
@@ -141,6 +142,23 @@ class ClientStream:
             return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
         named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
         return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
+
+
+class UnixClientStream(ClientStream):
+    """On a Unix socket: messages wait in its buffer, and several are sent in one call of the system."""
+
+    _call: UnixCall
+
+    async def write(self, *messages: bytes) -> None:
+        if not self._call.try_write(*messages):
+            await self._result(self._call.write(*messages))
+
+    def try_write(self, *messages: bytes) -> bool:
+        return self._call.try_write(*messages)
+
+    @property
+    def has_message(self) -> bool:
+        return self._call.has_message
 
 
 class Peer:
@@ -181,7 +199,7 @@ class Peer:
             path = self.address.removeprefix(PREFIX)
             unix_call = UnixCall(path, method, tuple(metadata), wait_for_ready=wait_for_ready)
             self._unix_calls.add(unix_call)
-            return ClientStream(unix_call, self.address, self.worker)
+            return UnixClientStream(unix_call, self.address, self.worker)
         call = self._channel().stream_stream(method)
         return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address, self.worker)
 

@@ -43,6 +43,8 @@ class ServerStream:
     """Our end of a bidirectional stream that a peer opened. `peer` is the identity in its certificate; None: insecure
     or shared token."""
 
+    _context: Any
+
     def __init__(self, context: Any, peer: Principal | None = None) -> None:
         self._context = context
         self.peer = peer
@@ -67,23 +69,38 @@ class ServerStream:
         return None if data is _EOF else data
 
     @property
-    def has_buffer(self) -> bool:
-        """Whether messages are received without a reader."""
-        return isinstance(self._context, UnixContext)
+    def is_local(self) -> bool:
+        """Whether the peer is on this machine. Messages are then received without a reader."""
+        return False
 
     @property
     def has_message(self) -> bool:
         """Whether `read` takes no waiting, as far as that is known."""
-        return isinstance(self._context, UnixContext) and self._context.connection.has_message
+        return False
 
     async def write(self, *messages: bytes) -> None:
         """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""
         with _peer_here():
-            if isinstance(self._context, UnixContext):
-                await self._context.write(*messages)
-                return
             for data in messages:
                 await self._context.write(data)
+
+
+class UnixServerStream(ServerStream):
+    """On a Unix socket: messages wait in its buffer, and several are sent in one call of the system."""
+
+    _context: UnixContext
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    @property
+    def has_message(self) -> bool:
+        return self._context.connection.has_message
+
+    async def write(self, *messages: bytes) -> None:
+        with _peer_here():
+            await self._context.write(*messages)
 
 
 Handler = Callable[[ServerStream], Awaitable[None]]
@@ -119,9 +136,12 @@ def _guarded(handler: Handler, entry: _Entry) -> Serve:
     """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
 
     async def serve(_: Any, context: Any) -> None:
-        principal = await entry.principal(context)
         try:
-            await handler(ServerStream(context, principal))
+            principal = await entry.principal(context)
+            kind = UnixServerStream if isinstance(context, UnixContext) else ServerStream
+            await handler(kind(context, principal))
+        except aio.AbortError:
+            raise
         except LlamaclustError as error:
             code = next(code for kind, code in _CODES if isinstance(error, kind))
             await _end(context, code, str(error), error.worker)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import open_regular
 
 _LEAST_CHARACTERS = 32
 _MOST_CHARACTERS = 1024
@@ -43,7 +44,7 @@ class ClusterToken:
 
     def matches(self, given: str | bytes | None) -> bool:
         """Compares in a time that does not depend on where they differ."""
-        shown = given.encode() if isinstance(given, str) else given or b""
+        shown = given.encode(errors="surrogatepass") if isinstance(given, str) else given or b""
         return hmac.compare_digest(shown, self.value.encode())
 
 
@@ -83,9 +84,9 @@ class JoinToken:
 def read_private(path: Path) -> str:
     """What a secret's file holds, without white space around it; UsageError where others may read it."""
     try:
-        with path.open() as file:
+        with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode
-            value = file.read(_MOST_CHARACTERS + 1).strip()
+            value = file.read(_MOST_CHARACTERS + 1).decode().strip()
     except OSError as error:
         what = f"token file {path}: cannot be read: {error.strerror}"
         raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error

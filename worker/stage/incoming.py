@@ -21,7 +21,7 @@ class Incoming:
 
     def prepare(self) -> None:
         """Begins to receive the next one, where the stream does not by itself."""
-        if self._reading is None and not self._stream.has_buffer:
+        if self._reading is None and not self._stream.is_local:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:

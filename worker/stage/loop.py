@@ -127,7 +127,7 @@ class StageLoop:
         try:
             async with recurring_deadline("handing on a microbatch", self._forward_s) as limit:
                 send = partial(self._send, outlet, to_first, limit)
-                is_local = stream.has_buffer
+                is_local = stream.is_local
                 for number in count():
                     is_close = incoming.is_there  # to the one before
                     if (data := await incoming.next(sending)) is None:

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.cluster.state.regular_file import open_regular
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import open_regular
 from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0

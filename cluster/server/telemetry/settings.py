@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from urllib.parse import unquote
 from llamaclust.cluster.config.sections import Telemetry
 from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import open_regular
 
 _ENDPOINT: Final = "http://localhost:4318"
 _PROTOCOL: Final = "http/protobuf"
@@ -141,9 +143,9 @@ def _headers_of(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        with path.open(encoding="ascii") as file:
-            lines = file.read(_MAX_HEADERS_FILE).splitlines()
-        mode = stat.S_IMODE(path.stat().st_mode)
+        with open_regular(path) as file:
+            lines = file.read(_MAX_HEADERS_FILE).decode("ascii").splitlines()
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise UsageError(f"telemetry.headers_file: {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from llamaclust.wire.rpc.client import FORWARD, SAMPLE, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import check_private
-from llamaclust.wire.security.token import ClusterToken
+from llamaclust.wire.security.token import ClusterToken, JoinToken
 
 TOKEN = ClusterToken("t" * 40)
 WRONG = ClusterToken("t" * 39 + "u")
@@ -131,7 +131,7 @@ def test_a_token_file_is_private(tmp_path: Path) -> None:
     assert ClusterToken.read(path) == token
     assert token.value not in repr(token)
     assert token.matches(token.value)
-    for other in (None, "", token.value[:-1], token.value + "x"):
+    for other in (None, "", token.value[:-1], token.value + "x", "\ud800", "é"):
         assert not token.matches(other)
     with pytest.raises(FileExistsError):
         ClusterToken.create(path)
@@ -147,6 +147,14 @@ def test_a_token_file_that_holds_none_is_an_error(tmp_path: Path, content: bytes
     path.chmod(0o600)
     with pytest.raises(UsageError, match="token file"):
         ClusterToken.read(path)
+
+
+def test_a_pipe_is_no_token_file(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    os.mkfifo(path, 0o600)
+    for kind in (ClusterToken, JoinToken):
+        with pytest.raises(UsageError, match=f"token file {path}: cannot be read: not a regular file"):
+            kind.read(path)
 
 
 def test_a_token_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:

@@ -400,6 +400,17 @@ async def test_many_small_messages_that_nobody_reads_wait_with_the_sender(addres
     await server.stop(0.0)
 
 
+async def test_a_token_of_lone_surrogates_is_refused(address: str) -> None:
+    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    writer.write(frame(CALL, json.dumps([FORWARD, [["llamaclust-token", "\ud800"]]]).encode()))
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    assert answer[4] == STATUS and b"UNAUTHENTICATED" in answer
+    await server.stop(0.0)
+
+
 async def test_why_a_stream_ended_is_known_also_where_a_write_fails_first(address: str) -> None:
     begun = asyncio.Event()
 

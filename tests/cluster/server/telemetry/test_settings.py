@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def test_a_bad_headers_file_is_refused_without_its_contents(tmp_path: Path, text
     with pytest.raises(UsageError) as caught:
         resolved(Telemetry(headers_file=path))
     assert str(path) in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_pipe_is_no_headers_file(tmp_path: Path) -> None:
+    path = tmp_path / "headers"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(UsageError, match=f"telemetry.headers_file: {path}: not a regular file"):
+        resolved(Telemetry(headers_file=path))
 
 
 def test_a_relative_headers_file_is_beside_the_cluster_file(tmp_path: Path) -> None:

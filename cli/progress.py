@@ -31,8 +31,8 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
 from llamaclust.core.addresses import joined_address, split_address
 from llamaclust.core.logs import LogFormat, start_logging
-from llamaclust.core.own_addresses import reachable_host
 from llamaclust.core.sizes import MIB
+from llamaclust.core.this_machine import reachable_host
 
 if TYPE_CHECKING:
     from llamaclust.tools.progress import Progress as ShowProgress

@@ -18,7 +18,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
 from llamaclust.core.errors import DeadlineError, UsageError
-from llamaclust.core.own_addresses import own_addresses
+from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 

@@ -13,7 +13,7 @@ import httpx
 
 from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.own_addresses import own_addresses
+from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
 """A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that

@@ -16,7 +16,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report
 from llamaclust.core.addresses import joined_address, split_address
-from llamaclust.core.own_addresses import reachable_host
+from llamaclust.core.this_machine import reachable_host
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
 from llamaclust.wire.security.renewal import until_renewal

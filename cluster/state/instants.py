@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 
-from llamaclust.core.machine_id import machine_id
+from llamaclust.core.this_machine import machine_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import cast
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
-from llamaclust.core.machine_id import machine_id
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
+from llamaclust.core.this_machine import machine_id
 from llamaclust.kernels.backend import Backend, ExpertsBackend
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder

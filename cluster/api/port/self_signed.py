@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.addresses import ANYWHERE
-from llamaclust.core.own_addresses import own_addresses
+from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.security.certificates import load_private, private_pem
 
 _LIFE = timedelta(days=820)

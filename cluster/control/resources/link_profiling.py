@@ -19,8 +19,8 @@ from llamaclust.cluster.state.directory import read_values, write_values
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.machine_id import machine_id
 from llamaclust.core.profile import Profile
+from llamaclust.core.this_machine import machine_id
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.client import Peer

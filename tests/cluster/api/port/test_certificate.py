@@ -23,7 +23,7 @@ from llamaclust.cluster.api.port import self_signed as self_signed_module
 from llamaclust.cluster.api.port.certificate import CertificateFiles, ServerCertificate
 from llamaclust.cluster.api.port.self_signed import certificate_names, keep_self_signed
 from llamaclust.core.errors import UsageError
-from llamaclust.core.own_addresses import own_addresses
+from llamaclust.core.this_machine import own_addresses
 from support.wire.api_certificates import SignedFiles, self_signed, write_signed
 
 

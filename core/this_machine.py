@@ -1,4 +1,4 @@
-"""IPv4 addresses of this machine."""
+"""This machine: its IPv4 addresses, and its identity."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import socket
 import struct
+from pathlib import Path
 
 from llamaclust.core.addresses import ANYWHERE
 
 _GET_ADDRESS = 0x8915
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """SIOCGIFADDR (Linux)."""
 
 
@@ -27,3 +29,11 @@ def own_addresses() -> list[str]:
 def reachable_host(host: str) -> str:
     """Where other machines reach a listener at `host`: for one at all addresses, the first of these."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
+
+
+def machine_id() -> str:
+    """Equal in all processes of a running kernel; host names may be equal on several machines."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()

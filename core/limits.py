@@ -54,6 +54,7 @@ class StageLimits:
     # start and end of stages count parts of layers, so many for each: the experts of a layer are on several workers
     expert_shards: Annotated[int, Integer(1, MAX_EXPERT_SHARDS)] = 1
     nextn: bool = False  # the last stage also holds the model's head for multi-token prediction (MTP)
+    wide_tiles: bool = False  # weights of some types lie in tiles of another, which are larger and quicker to decode
 
     def places(self, start: int, end: int) -> tuple[float, float]:
         """Of a stage in layers, with fractions inside one whose experts are divided."""

@@ -42,8 +42,8 @@ file_bytes = attrgetter("n_bytes")
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """Weights of one quant type that rows are multiplied with: bytes that lie in memory, multiply-accumulates of a
-    row."""
+    """Weights in tiles of a quant type that rows are multiplied with: bytes that lie in memory, multiply-accumulates of
+    a row."""
 
     quant_type: QuantType
     n_bytes: int
@@ -59,7 +59,7 @@ def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, exper
         for name, count in macs(step):
             if name is None or is_mixture is not experts or name == _router(step):
                 continue
-            quant_type = tensors[name].quant_type
+            quant_type = tensors[name].tile_type
             n_bytes[quant_type] += 0 if name in seen else tensors[name].resident_bytes
             products[quant_type] += count
             seen.add(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import dropwhile
@@ -49,7 +50,7 @@ from llamaclust.model.program import (
     Embed,
     Program,
 )
-from llamaclust.model.quant_types import QuantType
+from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -90,6 +91,23 @@ class Model:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def has_wider_tiles(self) -> bool:
+        """Whether `widened` differs from it."""
+        return any(tensor.quant_type in WIDER_TILES for tensor in self.file.tensors.values())
+
+    @cached_property
+    def widened(self) -> Model:
+        """The same model, whose weights lie in wider tiles where their types have some."""
+        wide = copy(self)
+        tensors = self.file.tensors.items()
+        wide.file = replace(
+            self.file,
+            tensors={name: replace(tensor, packed_as=WIDER_TILES.get(tensor.quant_type)) for name, tensor in tensors},
+        )
+        wide._costs = {}
+        return wide
 
     @property
     def model_id(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
-from typing import Any, Self
+from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
@@ -96,3 +97,12 @@ class QuantType(IntEnum):
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of a row-major shape, slowest first."""
         return prod(shape[:-1]) * self.info.row_bytes(shape[-1])
+
+
+WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
+    QuantType.IQ2_XXS: QuantType.IQ2_S,
+    QuantType.IQ2_XS: QuantType.IQ2_S,
+    QuantType.TQ1_0: QuantType.TQ2_0,
+}
+"""Types whose blocks may also lie in tiles of another, which hold the same weights and scales in more bytes and are
+decoded in less time: products have the same bits."""

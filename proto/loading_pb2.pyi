@@ -181,6 +181,7 @@ class StageLimits(_message.Message):
     STATE_BLOCKS_FIELD_NUMBER: _builtins.int
     EXPERT_SHARDS_FIELD_NUMBER: _builtins.int
     NEXTN_FIELD_NUMBER: _builtins.int
+    WIDE_TILES_FIELD_NUMBER: _builtins.int
     max_batch_tokens: _builtins.int
     """Rows of one microbatch."""
     max_outputs: _builtins.int
@@ -201,6 +202,8 @@ class StageLimits(_message.Message):
     """Shards of the experts of each layer: first and last layer of a stage count these parts of layers; 1: whole layers."""
     nextn: _builtins.bool
     """Whether the last stage also holds the model's head for multi-token prediction (MTP)."""
+    wide_tiles: _builtins.bool
+    """Whether weights of types with wider tiles lie in those."""
     def __init__(
         self,
         *,
@@ -214,10 +217,11 @@ class StageLimits(_message.Message):
         state_blocks: _builtins.int = ...,
         expert_shards: _builtins.int = ...,
         nextn: _builtins.bool = ...,
+        wide_tiles: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_shards", b"expert_shards", "kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "nextn", b"nextn", "state_blocks", b"state_blocks", "window_blocks", b"window_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_shards", b"expert_shards", "kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "nextn", b"nextn", "state_blocks", b"state_blocks", "wide_tiles", b"wide_tiles", "window_blocks", b"window_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError, WorkerError
 from llamaclust.core.logs import last_lines
-from llamaclust.wire.control import kv_disk, messages, profiles
+from llamaclust.wire.control import kv_disk, logs, messages, profiles
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.worker.devices.system_info import release_freed_memory, resident_bytes
 from llamaclust.worker.session import Session
@@ -42,8 +42,8 @@ class Requests:
                 return await self._find_weights(request)
             case messages.ProbePeer():
                 return await self._probe(request)
-            case messages.GetLog(request_id):
-                return messages.LogTail.bounded(*last_lines(), request_id)
+            case logs.GetLog(request_id):
+                return logs.LogTail.bounded(*last_lines(), request_id)
             case kv_disk.FindKv() | kv_disk.RestoreKv() | kv_disk.SaveKv():
                 return await self._kv_done(request)
 

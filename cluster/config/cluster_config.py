@@ -123,6 +123,8 @@ class ClusterConfig(Section):
     """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
     prefix_cache: bool = True
     """Whether requests share the KV memory of equal beginnings."""
+    wide_tiles: bool = True
+    """Whether weights of some types may take more memory where that makes them clearly faster to decode."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
     """Whether drafted tokens are computed with known ones where that pays: auto, off, or keys; answers are the same."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)

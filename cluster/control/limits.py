@@ -164,6 +164,8 @@ def stage_limits(
     window_blocks: int = 0,
     state_blocks: int = 0,
     expert_shards: int = 1,
+    *,
+    wide_tiles: bool = False,
 ) -> StageLimits:
     """The limits that every stage of a plan is loaded with."""
     return StageLimits(
@@ -177,6 +179,7 @@ def stage_limits(
         state_blocks=state_blocks,
         expert_shards=expert_shards,
         nextn=uses_mtp(config),
+        wide_tiles=wide_tiles,
     )
 
 
@@ -202,7 +205,7 @@ def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> 
 def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     """Of the stages of a plan."""
     counts = plan.kv_blocks, plan.window_blocks, plan.state_blocks
-    return stage_limits(config, plan.context_length, *counts, plan.expert_shards)
+    return stage_limits(config, plan.context_length, *counts, plan.expert_shards, wide_tiles=plan.wide_tiles)
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.limits import StageLimits
 
 MemoryUse = Counter[tuple[str, str]]
 """Bytes by worker and device."""
@@ -75,14 +76,19 @@ class MemoryLedger:
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
         """What a worker's stages take of its devices, as they were planned."""
         held = [order for order, _ in worker.stages.values()]
-        orders = {(o.model_id, o.limits.expert_shards, o.start, o.end, o.devices) for o in held}
+        orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices) for o in held}
         use = MemoryUse()
         for model_id, plans in self._plans.items():
             for plan in plans:
                 for stage in (stage for stage in plan.stages if stage.worker == worker.name):
-                    if (model_id, plan.expert_shards, stage.start, stage.end, stage.device_layers) in orders:
+                    if (model_id, _way(plan), stage.start, stage.end, stage.device_layers) in orders:
                         use += _stage_use(stage)
         return {device: n_bytes for (_, device), n_bytes in use.items()}
+
+
+def _way(held: StageLimits | Plan) -> tuple[int, bool]:
+    """In which layers are divided, and weights lie in memory."""
+    return held.expert_shards, held.wide_tiles
 
 
 def _total(plans: Iterable[Plan]) -> MemoryUse:

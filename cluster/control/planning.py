@@ -31,6 +31,7 @@ from llamaclust.cluster.control.resources.resource_shares import (
     memory_shares,
     share_gpus,
 )
+from llamaclust.cluster.control.serving import is_clearly_faster
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
@@ -40,6 +41,7 @@ from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
+from llamaclust.cluster.planner.roofline import retimed
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
@@ -75,6 +77,34 @@ def plan_cluster(
 
     Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
     """
+    plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
+    return _in_wide_tiles(config, model, resources, plan) or plan
+
+
+def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
+    """The plan with weights in wider tiles, where that decodes clearly faster than in tiles of their own types, and at
+    least half as many KV blocks fit beside them."""
+    has_gpus = any(worker.gpus for worker in resources.workers.values())
+    if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
+        return None
+    with suppress(InsufficientMemoryError):
+        plan = replace(_divided_plan(config, *_widened(config, model, resources), 1), wide_tiles=True)
+        if is_clearly_faster(plan, own) and 2 * plan.kv_blocks >= own.kv_blocks:
+            return plan
+    return None
+
+
+def _widened(config: ClusterConfig, model: Model, resources: ClusterResources) -> tuple[Model, ClusterResources]:
+    """The model with weights in wider tiles, and profiles that tell its times."""
+    own, wide = model_costs(config, model), model_costs(config, model.widened)
+    profiles = resources.profiles.items()
+    retimed_profiles = {name: replace(profile, cpu=retimed(profile.cpu, own, wide)) for name, profile in profiles}
+    return model.widened, replace(resources, profiles=retimed_profiles)
+
+
+def _plan_in_own_tiles(
+    config: ClusterConfig, model: Model, resources: ClusterResources, max_expert_shards: int
+) -> Plan:
     if config.plan is not None:
         return _divided_plan(config, model, resources, manual_shards(config))
     try:
@@ -167,6 +197,8 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
     """What a plan of before brings by the present profiles and links. None where that is unknown."""
+    if plan.wide_tiles:
+        model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
     workers = _worker_facts(config, resources)
     by_name = {worker.name: worker for worker in workers}

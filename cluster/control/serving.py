@@ -22,7 +22,7 @@ class Serving:
     model_id: str = ""  # of the model with its adapters
 
     def has_layers_as(self, plan: Plan) -> bool:
-        return _layers(self.plan) == _layers(plan)
+        return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
         """Predictions compare only where both are of the same links: those of before may be too good."""
@@ -38,6 +38,14 @@ class Serving:
             and served.tokens_per_s >= new.tokens_per_s * _CLEARLY_BETTER
             and self.plan.kv_blocks >= plan.kv_blocks * _CLEARLY_BETTER
         )
+
+
+def is_clearly_faster(plan: Plan, other: Plan) -> bool:
+    """Whether a plan should decode faster for one sequence, and no slower for many."""
+    new, old = plan.prediction, other.prediction
+    if new is None or old is None:
+        return False
+    return new.token_s < old.token_s * _CLEARLY_BETTER and new.tokens_per_s >= old.tokens_per_s
 
 
 def _ranges(plan: Plan) -> list[tuple[Fraction, Fraction]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
 from llamaclust.core.sizes import mib
-from llamaclust.wire.control import messages
+from llamaclust.wire.control import logs, messages
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.messages import CoordinatorMessage, FindWeightsProgress, LoadProgress, WorkerRequest
 from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
@@ -21,7 +21,7 @@ _ANSWERS: Mapping[type[WorkerRequest], type[messages.WorkerMessage]] = {
     ProfileLinks: LinkProfiles,
     messages.FindWeights: messages.WeightsFound,
     messages.ProbePeer: messages.ProbeResult,
-    messages.GetLog: messages.LogTail,
+    logs.GetLog: logs.LogTail,
     FindKv: KvDone,
     RestoreKv: KvDone,
     SaveKv: KvDone,

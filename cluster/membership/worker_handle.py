@@ -25,7 +25,8 @@ from llamaclust.core.errors import (
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.control.kv_disk import KvDone
-from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, LogTail, ProbeResult, WeightsFound
+from llamaclust.wire.control.logs import LogTail
+from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, ProbeResult, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 
 PROGRESS_TIMEOUT_S = 60.0

@@ -10,8 +10,9 @@ from llamaclust.cluster.membership.worker_channel import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, FreshMemory, WorkerHandle
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile
-from llamaclust.wire.control import messages, profiles
-from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, LogTail, WeightsFound
+from llamaclust.wire.control import logs, messages, profiles
+from llamaclust.wire.control.logs import LogTail
+from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, WeightsFound
 from llamaclust.wire.control.profiles import LinkProfile, ProfileWorker
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -60,7 +61,7 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
     """The last lines of the worker's log. WorkerError where it is lost, DeadlineError."""
     async with worker.channel.one_at_a_time("log"):
         limit = deadline(f"worker {worker.name}: its log", deadline_s)
-        tail: LogTail = await worker.channel.request(messages.GetLog(), limit)
+        tail: LogTail = await worker.channel.request(logs.GetLog(), limit)
     return tail
 
 

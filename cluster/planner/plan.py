@@ -119,6 +119,7 @@ class Plan:
     optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
+    wide_tiles: bool = False  # weights of some types take more memory and less time than they could
 
     @property
     def prompt_tokens(self) -> int:

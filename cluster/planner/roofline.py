@@ -4,11 +4,11 @@ products."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from llamaclust.cluster.planner.product_times import ProductTimes
-from llamaclust.core.profile import DeviceProfile
+from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
@@ -74,6 +74,32 @@ class Roofline:
 
     def _other_s(self, n_bytes: float, macs: float) -> float:
         return max(n_bytes / self._read_bytes_s, macs / self._int8_macs_s, 0.0)
+
+
+def retimed(profile: DeviceProfile, measured: ModelCosts, other: ModelCosts) -> DeviceProfile:
+    """The profile of a processor for the `other` costs of the model whose steps were measured, which differ only in the
+    types and bytes of the tiles that its weights lie in."""
+    return replace(
+        profile,
+        concurrent=tuple(_retimed(time, profile, measured, other, concurrent=True) for time in profile.concurrent),
+        isolated=tuple(_retimed(time, profile, measured, other, concurrent=False) for time in profile.isolated),
+    )
+
+
+def _retimed(
+    time: StepTime, profile: DeviceProfile, measured: ModelCosts, other: ModelCosts, *, concurrent: bool
+) -> StepTime:
+    rows, roofline = time.rows, Roofline.of(profile, "cpu", measured.hidden_bytes, concurrent=concurrent)
+
+    def byte_s(costs: ModelCosts) -> float:
+        seconds = sum(roofline.layer_s(layer, rows, rows) for layer in costs.layers)
+        return seconds / sum(layer.moved_bytes(rows, rows) for layer in costs.layers)
+
+    return replace(
+        time,
+        layers_byte_s=time.layers_byte_s * byte_s(other) / byte_s(measured),
+        head_s=time.head_s * roofline.head_s(other, rows) / roofline.head_s(measured, rows),
+    )
 
 
 def _bytes_of(weights: Sequence[TypedWeights]) -> int:

@@ -155,7 +155,7 @@ def layer_key(layer: PackedLayer) -> str | None:
         if bytes_of_it is None:
             return None
         kind = int(tensor.quant_type)
-        parts += [tensor.name, kind, _fingerprint(kind), *bytes_of_it]
+        parts += [tensor.name, kind, _fingerprint(kind, int(tensor.tile_type)), *bytes_of_it]
     return sha256(repr(parts).encode()).hexdigest()
 
 

@@ -93,7 +93,7 @@ class _Chunk:
         if not self.weight.matrices:
             return self.tensor.resident_bytes
         tiles = -(-(self.end - self.start) // TILE_ROWS)
-        return tiles * self.tensor.quant_type.info.tile_bytes(self.tensor.shape[-1])
+        return tiles * self.tensor.tile_type.info.tile_bytes(self.tensor.shape[-1])
 
     def load(self, buffer: NDArray[np.uint8]) -> None:
         """Reads into the buffer, which has room for it, and packs from there. ModelFileError as of `Tensor.read`."""
@@ -101,7 +101,7 @@ class _Chunk:
         rows = self.tensor.rows // max(len(self.weight.matrices), 1)
         self.tensor.read_into(data.data, (self.index * rows + self.start) * self.tensor.row_bytes)
         if self.weight.matrices:
-            self.weight.matrices[self.index].pack_rows(self.start, data)
+            self.weight.matrices[self.index].pack_rows(self.start, data, int(self.tensor.quant_type))
         else:
             self.weight.vector[:] = to_float(self.tensor.quant_type, data)
 

@@ -36,9 +36,9 @@ class PackedLayer:
         for tensor, offset in self.offsets:
             *count, rows, cols = tensor.shape
             offsets = range(offset, offset + tensor.resident_bytes, tensor.resident_bytes // prod(count))
-            matrices = (PackedMatrix(int(tensor.quant_type), rows, cols, memory, at) for at in offsets)
+            matrices = (PackedMatrix(int(tensor.tile_type), rows, cols, memory, at) for at in offsets)
             tiles = memory.view[offset : offset + tensor.resident_bytes]
-            weights[tensor.name] = Weight(tensor.quant_type, tuple(matrices), tiles=tiles)
+            weights[tensor.name] = Weight(tensor.tile_type, tuple(matrices), tiles=tiles)
         return weights
 
 

@@ -142,8 +142,8 @@ def _shape_only(tensor: Tensor) -> Weight:
     if len(tensor.shape) == 1:
         return Weight(tensor.quant_type, vector=np.zeros(tensor.shape, np.float32))
     *count, rows, cols = tensor.shape
-    shape = PackedMatrix.shape_only(int(tensor.quant_type), rows, cols)
-    return Weight(tensor.quant_type, (shape,) * prod(count), is_shape_only=True)
+    shape = PackedMatrix.shape_only(int(tensor.tile_type), rows, cols)
+    return Weight(tensor.tile_type, (shape,) * prod(count), is_shape_only=True)
 
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:

@@ -79,7 +79,8 @@ class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
 
     `content` is the SHA-256 of its bytes in hex, where that is known. `paired_heads`: so many heads have their rows in
-    two halves in the file, which are read in turns; 0: the bytes are those of the file.
+    two halves in the file, which are read in turns; 0: the bytes are those of the file. `packed_as`: a type whose tiles
+    its matrices are to lie in, other than those of its own (`WIDER_TILES`).
     """
 
     name: str
@@ -91,6 +92,12 @@ class Tensor:
     file_identity: FileIdentity
     content: str | None = None
     paired_heads: int = 0
+    packed_as: QuantType | None = None
+
+    @property
+    def tile_type(self) -> QuantType:
+        """Of its matrices in memory."""
+        return self.quant_type if self.packed_as is None else self.packed_as
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -124,7 +131,7 @@ class Tensor:
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape
-        return prod(count) * -(-rows // TILE_ROWS) * self.quant_type.info.tile_bytes(width)
+        return prod(count) * -(-rows // TILE_ROWS) * self.tile_type.info.tile_bytes(width)
 
     def read(self) -> bytes:
         """All bytes. ModelFileError where the file went away, shrank or changed."""

@@ -1,5 +1,5 @@
-"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels and model kinds, of
-which some hold every weight type."""
+"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels, tiles and models,
+some of which hold every weight type."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "preempted": (False, True),
     "kv_type": tuple(KvType),
     "drafted": (False, True),
+    "wide_tiles": (False, True),
 }
 
 

@@ -22,6 +22,7 @@ from llamaclust.wire.control.codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
+from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
@@ -29,7 +30,6 @@ from llamaclust.wire.control.messages import (
     Heartbeat,
     Load,
     LoadProgress,
-    LogTail,
     RequestFailed,
     WorkerMessage,
 )

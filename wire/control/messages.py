@@ -17,7 +17,6 @@ from llamaclust.core.bounds import (
     Digest,
     Integer,
     Line,
-    LogLine,
     MemoryBytes,
     ModelId,
     ModelPath,
@@ -33,14 +32,12 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
+from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.profiles import AdapterPaths, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.security.terms import TermProof
 
 Term = Annotated[int, Integer(0, MAX_TERM)]
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
-_LogLine = LogLine(2000)
-_MAX_LOG_LINES = 1000
-_MAX_LOG_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +200,8 @@ class Load:
         if held and (gaps or (held[0].start, held[-1].end) != wanted):
             ranges = ", ".join(f"[{part.start}, {part.end})" for part in held)
             raise ProtocolError(f"devices hold layers {ranges} of [{self.start}, {self.end})")
+        if self.limits.wide_tiles and any(part.device != "cpu" for part in held):
+            raise ProtocolError("wide_tiles is for processors, and some layers are to be on GPUs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,34 +335,6 @@ class ProbeResult:
     worker: WorkerName
     reason: Reason = ""  # why it cannot be reached
     request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class GetLog:
-    """Request: the last lines of the log."""
-
-    request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LogTail:
-    """The last lines of a process's log, oldest first."""
-
-    lines: Annotated[tuple[Annotated[str, _LogLine], ...], Size(0, _MAX_LOG_LINES)]
-    before: int  # number of lines before them
-    request_id: int = 0
-
-    @classmethod
-    def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
-        """The last of these lines that fit into a message."""
-        kept: list[str] = []
-        left = _MAX_LOG_BYTES
-        for line in map(_LogLine.fit, reversed(lines[-_MAX_LOG_LINES:])):
-            left -= len(line.encode())
-            if left < 0:
-                break
-            kept.append(line)
-        return cls(tuple(kept[::-1]), before + len(lines) - len(kept), request_id)
 
 
 WorkerMessage = (

@@ -44,19 +44,20 @@ async def load_stage(order: Load, device: Device, report: Report, weights: Weigh
 async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: Progress) -> StageRunner:
     model = await asyncio.to_thread(_open, order, weights)
     if model is not None:
+        model = _in_tiles(order, model)
         progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
         return await _in_thread(order, device, model, progress)
     assert order.weights is not None
     sources = {source.worker: reach(source.address, source.worker) for source in order.weights.sources}
     async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
-        outline = await remote.outline()
+        outline = _in_tiles(order, await remote.outline())
         planned = await asyncio.to_thread(_planned, order, device, outline)
         program = model_program(outline, order.start, order.end, order.limits)
         own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
         progress.weight_bytes = planned.weight_bytes
-        model = await remote.complete(names)
+        model = _in_tiles(order, await remote.complete(names))
         return await _in_thread(order, device, model, progress)
 
 
@@ -87,6 +88,10 @@ def _open(order: Load, weights: Weights) -> Model | None:
         what = "no such file on this machine, and no other worker has it or may give it"
         raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
     return model
+
+
+def _in_tiles(order: Load, model: Model) -> Model:
+    return model.widened if order.limits.wide_tiles else model
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:

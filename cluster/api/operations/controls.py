@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from llamaclust.wire.control.messages import LogTail
+from llamaclust.wire.control.logs import LogTail
 
 
 class DrainControl(Protocol):

@@ -16,7 +16,7 @@ from llamaclust.cluster.membership.worker_requests import log_tail
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.control.messages import LogTail
+from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.rpc.task_set import TaskSet
 
 if TYPE_CHECKING:

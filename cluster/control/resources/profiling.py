@@ -26,7 +26,7 @@ class WorkerProfiles:
         """With what earlier starts measured."""
         self._stated = stated_speeds(config)
         self._model_id = model.model_id
-        types = tuple(map(int, model.quant_types))
+        types = tuple(map(int, sorted({*model.quant_types, *model.widened.quant_types})))
         self._order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
         self._state_dir = state_dir
         self._report = report

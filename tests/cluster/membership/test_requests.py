@@ -42,13 +42,13 @@ from llamaclust.core.errors import (
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.kv_disk import KvDone
+from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
     FindWeights,
     Heartbeat,
     Loaded,
-    LogTail,
     ProbeResult,
     RequestFailed,
     WeightsFound,

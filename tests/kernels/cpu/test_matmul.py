@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference.dequantize import dequantize
-from llamaclust.model.quant_types import QuantType
+from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from support.arithmetic.matmul_cases import (
     FLOAT_TYPES,
     SCALE_PLACES,
@@ -57,6 +57,32 @@ def test_the_same_bits_at_every_level_for_any_number_of_tokens(quant_type: Quant
                 check_equal_bits(
                     _native.matmul(level, matrix, x[:tokens]), expected[:tokens], level, tokens, rows, cols
                 )
+
+
+@pytest.mark.parametrize("quant_type", WIDER_TILES, ids=lambda kind: kind.name)
+def test_wider_tiles_hold_the_same_weights(quant_type: QuantType) -> None:
+    for rows, cols in shapes(quant_type):
+        generator = generator_of("wider", quant_type, rows, cols)
+        data = random_weights(generator, quant_type, rows, cols)
+        own = packed(quant_type, data, rows, cols)
+        wide = packed(quant_type, data, rows, cols, WIDER_TILES[quant_type])
+        assert wide.bytes > own.bytes
+        x = random_activations(generator, MANY, cols)
+        expected = _native.matmul(LEVELS[-1], own, x)
+        for level in LEVELS:
+            for tokens in (1, 3, MANY):
+                found = _native.matmul(level, wide, x[:tokens])
+                check_equal_bits(found, expected[:tokens], level, tokens, rows, cols)
+            check_equal_bits(_native.dequantize(level, wide), _native.dequantize(level, own), level, rows, cols)
+
+
+def test_only_types_with_the_same_weights_are_packed_into_tiles_of_another() -> None:
+    for quant_type in TYPES:
+        matrix = _native.PackedMatrix(quant_type, 16, 256)
+        for other in TYPES:
+            if other is not quant_type and WIDER_TILES.get(other) is not quant_type:
+                with pytest.raises(ValueError, match=f"quant type {other:d} is not packed into"):
+                    matrix.pack_rows(0, bytes(16 * other.info.row_bytes(256)), other)
 
 
 @pytest.mark.parametrize("level", LEVELS)

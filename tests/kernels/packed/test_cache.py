@@ -25,7 +25,7 @@ from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
-from llamaclust.model.quant_types import QuantType
+from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from support.arithmetic.packed_layers import IMAGES, images, run, settled
 from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
@@ -119,7 +119,8 @@ def test_every_flipped_bit_changes_the_checksum() -> None:
 def test_every_type_packs_in_its_own_way() -> None:
     """IQ4_NL differs from Q4_0, and BF16 from F16, only in how tiles are read."""
     alike = {QuantType.IQ4_NL, QuantType.BF16}
-    marks = [packing_fingerprint(int(kind)) for kind in SUPPORTED_TYPES if kind not in alike]
+    pairs = [(kind, kind) for kind in SUPPORTED_TYPES if kind not in alike]
+    marks = [packing_fingerprint(*pair) for pair in (*pairs, *WIDER_TILES.items())]
     assert len(set(marks)) == len(marks)
 
 

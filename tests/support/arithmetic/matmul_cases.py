@@ -57,11 +57,14 @@ def random_activations(generator: np.random.Generator, tokens: int, cols: int) -
     return x
 
 
-def packed(quant_type: QuantType, data: bytes, rows: int, cols: int) -> _native.PackedMatrix:
-    matrix = _native.PackedMatrix(quant_type, rows, cols)
+def packed(
+    quant_type: QuantType, data: bytes, rows: int, cols: int, tile_type: QuantType | None = None
+) -> _native.PackedMatrix:
+    """In tiles of `tile_type`, or those of its own."""
+    matrix = _native.PackedMatrix(tile_type or quant_type, rows, cols)
     row_bytes = quant_type.info.row_bytes(cols)
     for first in range(0, rows, 32):
-        matrix.pack_rows(first, data[first * row_bytes : (first + 32) * row_bytes])
+        matrix.pack_rows(first, data[first * row_bytes : (first + 32) * row_bytes], quant_type)
     return matrix
 
 

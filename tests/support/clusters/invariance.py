@@ -21,6 +21,7 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.plans.drafting import draft
 
@@ -60,6 +61,7 @@ class Way:
     kv_type: KvType = KvType.F16
     every: bool = False  # the seven that grow as well, although each is alone
     drafted: bool = False  # tokens are drafted, most of them as the known answers have them, whether it pays or not
+    wide_tiles: bool = False  # weights of types with wider tiles are in those, whether that pays or not
 
     @property
     def workers(self) -> int:
@@ -128,6 +130,8 @@ def run(
     """
     if way.feature_level is not None:
         monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
+    if way.wide_tiles:
+        monkeypatch.setattr("llamaclust.cluster.control.planning.is_clearly_faster", lambda plan, own: True)
     windows = draft(_texts(work, known), random.Random(11), 320, monkeypatch) if way.drafted else None
     answers = asyncio.run(_run(model, way, work, folder))
     assert windows is None or windows.rows > 0, "no token was drafted"
@@ -152,6 +156,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         f"context_length={max(work.longest, 1024)}",
         f"prefill_chunk={way.prefill_chunk or 'auto'}",
         f"kv_type={way.kv_type}",
+        f"wide_tiles={way.wide_tiles}",
     ]
     if way.preempted:
         most_layers = ceil(max(b - a for a, b in pairwise(way.cut)))
@@ -162,6 +167,9 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
     directory = ClusterDir(folder / "cluster")
     directory.create()
     async with asyncio.timeout(_DEADLINE_S), open_cluster(config, model, directory) as cluster:
+        if way.wide_tiles:
+            with Model.open(model) as opened:
+                assert cluster.plan.wide_tiles == opened.has_wider_tiles
         answers = await _answers(cluster, way, work)
         if way.cached:
             before = cluster.engine.scheduler.counts.cached_tokens

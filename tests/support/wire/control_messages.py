@@ -8,6 +8,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import DeviceProfile, Limits, ProductTime, Profile, StepTime
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
+from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.messages import (
     AddWeightSource,
     Admitted,
@@ -17,13 +18,11 @@ from llamaclust.wire.control.messages import (
     Failure,
     FindWeights,
     FindWeightsProgress,
-    GetLog,
     Heartbeat,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
-    LogTail,
     PeerUnreachable,
     ProbePeer,
     ProbeResult,
@@ -135,6 +134,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, start=0, next_address=None, next_worker=None),
     replace(LOAD, next_address=None, next_worker=None, first_address="unix:/a", first_worker="a"),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
+    replace(LOAD, limits=replace(LOAD.limits, wide_tiles=True)),
     replace(LOAD, weights=WeightSources("cd" * 32, 9, (WeightSource("h:1", "b"), WeightSource("unix:/c", "c")))),
     replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),
     replace(LOAD, devices=(DeviceLayers("cuda:0", 2, 4, (2, 3)),)),

@@ -12,9 +12,10 @@
 namespace llamaclust {
 namespace {
 
-void pack_rows(PackedMatrix& matrix, int first_row, Array<const uint8_t> data) {
+void pack_rows(PackedMatrix& matrix, int first_row, Array<const uint8_t> data, std::optional<int> file_type) {
   const nb::gil_scoped_release unlocked;
-  matrix.pack_rows(first_row, {data.data(), data.size()});
+  const QuantType own = matrix.matrix().type;
+  matrix.pack_rows(first_row, {data.data(), data.size()}, file_type ? static_cast<QuantType>(*file_type) : own);
 }
 
 template <typename T>
@@ -138,8 +139,9 @@ void bind_matmul(nb::module_& module) {
       .def(nb::init<int, int, int>(), "quant_type"_a, "rows"_a, "cols"_a)
       .def(nb::init<int, int, int, std::shared_ptr<const Memory>, size_t>(), "quant_type"_a, "rows"_a, "cols"_a,
            "memory"_a, "offset"_a)
-      .def("pack_rows", &pack_rows, "first_row"_a, "data"_a,
-           "Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the end.")
+      .def("pack_rows", &pack_rows, "first_row"_a, "data"_a, "file_type"_a = nb::none(),
+           "Packs rows as a model file holds them, in blocks of `file_type` (None: the matrix's own); first_row is a "
+           "multiple of 16, as is their number but at the end.")
       .def_static("shape_only", &PackedMatrix::shape_only, "quant_type"_a, "rows"_a, "cols"_a,
                   "A matrix without memory, for planning.")
       .def_prop_ro("bytes", &PackedMatrix::bytes);

@@ -60,8 +60,8 @@ void bind_memory(nb::module_& module) {
       .def("touch", &touch, "Reads a byte of every huge page, so that those that can be had are there.")
       .def("collapse", &collapse, "Moves what is in small pages into huge ones, where the system can.")
       .def("checksum", &checksum_of, "Against damage; equal for equal bytes.");
-  module.def("packing_fingerprint", &packing_fingerprint, "quant_type"_a,
-             "A number that changes with what packing makes of blocks of a type.");
+  module.def("packing_fingerprint", &packing_fingerprint, "file_type"_a, "quant_type"_a,
+             "A number that changes with what packing into tiles of `quant_type` makes of blocks of `file_type`.");
 }
 
 }  // namespace llamaclust

@@ -42,4 +42,9 @@ void put_five_bits(const uint32_t (&groups)[8], int row, uint8_t* lines);
 LLAMACLUST_QUANT_TYPES(DECLARE)
 #undef DECLARE
 
+// Into tiles of another type.
+void pack_iq2_xxs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
+void pack_iq2_xs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
+void pack_tq1_0_as_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail);
+
 }  // namespace llamaclust

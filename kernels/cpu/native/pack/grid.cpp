@@ -79,6 +79,14 @@ std::array<uint32_t, 16> pairs_of_128(PointOf point) {
   return pairs;
 }
 
+// In a tile of IQ2_S: the same three levels, signs and scales of four bits, of 16 columns.
+template <class PointOf, class SignsOf, class ScaleOf>
+void put_iq2_s(PointOf point, SignsOf signs, ScaleOf scale, int row, uint8_t* body) {
+  put_thirds(pairs_of_16(point), row, body);
+  for (int j = 0; j < 16; j++) put_scale(scale(j), j, row, body + 1408);
+  for (int i = 0; i < 32; i++) put_sign_bits(signs(i), i, row, body + 896);
+}
+
 }  // namespace
 
 // File: d, then for 32 columns four indices and a word: four times seven sign bits, four bits of scale.
@@ -111,9 +119,22 @@ void pack_iq2_xs(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 void pack_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
   const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
   const auto point = [&](int i) { return kIQ2_SGrid.point[block[2 + i] | high(i) << 8]; };
-  put_thirds(pairs_of_16(point), row, body);
-  for (int j = 0; j < 16; j++) put_scale(nibble_at(block + 74, j), j, row, body + 1408);
-  for (int i = 0; i < 32; i++) put_sign_bits(block[34 + i], i, row, body + 896);
+  put_iq2_s(point, [&](int i) { return block[34 + i]; }, [&](int j) { return nibble_at(block + 74, j); }, row, body);
+  put_half(block, row, tail);
+}
+
+void pack_iq2_xxs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const auto part = [&](int i) { return block + 2 + i / 4 * 8; };
+  const auto word = [&](int i) { return word_at(part(i) + 4); };
+  put_iq2_s([&](int i) { return kIQ2_XXSGrid.point[part(i)[i % 4]]; },
+            [&](int i) { return signs_in(word(i), i % 4); }, [&](int j) { return word(2 * j) >> 28; }, row, body);
+  put_half(block, row, tail);
+}
+
+void pack_iq2_xs_as_iq2_s(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const auto code = [&](int i) { return half_at(block + 2 + 2 * i); };
+  put_iq2_s([&](int i) { return kIQ2_XSGrid.point[code(i) & 511]; },
+            [&](int i) { return with_parity(code(i) >> 9); }, [&](int j) { return nibble_at(block + 66, j); }, row, body);
   put_half(block, row, tail);
 }
 

@@ -59,6 +59,18 @@ uint8_t* put_digits(const uint8_t* bytes, int count, int digits, uint8_t* out) {
   return out;
 }
 
+// The four pairs of each group of 16 columns, from blocks of digits to base three: 160 columns in 32 bytes, 80 in 16, 16
+// in 4.
+std::array<uint32_t, 16> pairs_of_digits(const uint8_t* block) {
+  uint8_t quants[256];
+  uint8_t* next = put_digits(block, 32, 5, quants);
+  next = put_digits(block + 32, 16, 5, next);
+  put_digits(block + 48, 4, 4, next);
+  std::array<uint32_t, 16> pairs;
+  for (int i = 0; i < 16; i++) pairs[static_cast<size_t>(i)] = four_pairs(quants, i);
+  return pairs;
+}
+
 }  // namespace
 
 void put_three_bits(const uint32_t (&groups)[8], int row, uint8_t* lines) {
@@ -166,13 +178,13 @@ void pack_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
 
 // File: 160 columns in 32 bytes, 80 in 16, 16 in 4; d.
 void pack_tq1_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
-  uint8_t quants[256];
-  uint8_t* next = put_digits(block, 32, 5, quants);
-  next = put_digits(block + 32, 16, 5, next);
-  put_digits(block + 48, 4, 4, next);
-  std::array<uint32_t, 16> pairs;
-  for (int i = 0; i < 16; i++) pairs[static_cast<size_t>(i)] = four_pairs(quants, i);
-  put_thirds(pairs, row, body);
+  put_thirds(pairs_of_digits(block), row, body);
+  put_half(block + 52, row, tail);
+}
+
+void pack_tq1_0_as_tq2_0(const uint8_t* block, int row, uint8_t* body, uint8_t* tail) {
+  const std::array<uint32_t, 16> pairs = pairs_of_digits(block);
+  for (int i = 0; i < 16; i++) put_word(pairs[static_cast<size_t>(i)], row, body + 64 * i);
   put_half(block + 52, row, tail);
 }
 

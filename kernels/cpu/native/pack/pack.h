@@ -29,8 +29,10 @@ class PackedMatrix {
   // Only the type and the shape, for planning: it has no memory and must not be read. Throws as above.
   static PackedMatrix shape_only(int type, int rows, int cols);
 
-  // Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the matrix's end.
-  void pack_rows(int first_row, std::span<const uint8_t> data);
+  // Packs rows as a model file holds them, in blocks of `file_type`; first_row is a multiple of 16, as is their number but
+  // at the matrix's end. std::invalid_argument for a type that is not packed into tiles of this one.
+  void pack_rows(int first_row, std::span<const uint8_t> data, QuantType file_type);
+  void pack_rows(int first_row, std::span<const uint8_t> data) { pack_rows(first_row, data, matrix_.type); }
 
   const Matrix& matrix() const { return matrix_; }
   size_t bytes() const { return static_cast<size_t>(matrix_.tile_count()) * matrix_.tile_bytes; }
@@ -43,7 +45,8 @@ class PackedMatrix {
   uint8_t* tiles_ = nullptr;  // null where they must not be written
 };
 
-// A number that changes with what packing makes of blocks of a type. std::invalid_argument as above.
-uint64_t packing_fingerprint(int type);
+// A number that changes with what packing into tiles of `type` makes of blocks of `file_type`. std::invalid_argument as
+// above.
+uint64_t packing_fingerprint(int file_type, int type);
 
 }  // namespace llamaclust

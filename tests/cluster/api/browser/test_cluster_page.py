@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.wire.control.messages import LogTail
+from llamaclust.wire.control.logs import LogTail
 from support.browser.chromium import opened
 from support.browser.cluster_states import bring_back, cluster_app, cluster_of, lose
 from support.clusters.command_line import command_line

@@ -227,9 +227,9 @@ async def test_a_chat_on_a_terminal_knows_the_lines_of_the_last_one(tmp_path: Pa
             async with terminal("chat", "--endpoint", url, state_dir=tmp_path) as screen:
                 await screen.shows("> ")
                 screen.type(line)
-                await screen.shows("Hi\r\n")
+                await screen.shows("> ", after="Hi\r\n")  # before, the terminal would take it for another line's end
                 screen.type("\x04")
-                assert await screen.process.wait() == 0
+                assert await screen.ends() == 0
         first, again = (generation.prompt for generation in engine.submitted)
     assert first == again
     assert stat.S_IMODE((tmp_path / ".chat_history").stat().st_mode) == 0o600
@@ -275,7 +275,7 @@ async def test_control_c_interrupts_an_answer_and_not_the_chat(tmp_path: Path) -
         screen.type("/nonsense\n")
         await screen.shows("unknown command")
         screen.type("/exit\n")
-        assert await screen.process.wait() == 0
+        assert await screen.ends() == 0
     sent = prompts(engine)
     assert len(sent) == 2 and "Two" in sent[1] and "One" not in sent[1]
 
@@ -292,7 +292,7 @@ async def test_control_c_discards_a_message_that_is_not_complete(tmp_path: Path)
         screen.type('lines"""\n')
         await screen.shows("Hi\r\n")
         screen.type("/exit\n")
-        assert await screen.process.wait() == 0
+        assert await screen.ends() == 0
     (sent,) = prompts(engine)
     assert "Two\nlines" in sent and "One" not in sent
 
@@ -313,8 +313,9 @@ async def test_reasoning_is_apart_from_the_answer(color: str, shown: str, tmp_pa
             assert ("\x1b[1;32m> \x1b[0m" in screen.seen) == (color == "on")
             screen.type("More\n")
             await screen.shows(shown, times=2)
+            await screen.shows("> ", after=shown)
             screen.type("\x04")
-            assert await screen.process.wait() == 0
+            assert await screen.ends() == 0
         assert "<think>Hm.</think>Yes." in prompts(engine)[1]
         async with scripted("<think>Hm.</think>\n\nYes.", chat_template=template) as (url, _):
             ended = await command("chat", "--endpoint", url, piped=b"Hello\n")

@@ -45,6 +45,9 @@ async def scripted(text: str, **settings: Any) -> AsyncIterator[tuple[str, Scrip
         yield url, engine
 
 
+_DEADLINE_S = 60.0
+
+
 class Terminal:
     """The command on a terminal of its own."""
 
@@ -56,14 +59,23 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._primary, text.encode())
 
-    async def shows(self, text: str, times: int = 1) -> None:
-        """Waits until the text is on the screen."""
-        while self.seen.count(text) < times:
-            await asyncio.sleep(0.01)
-            try:
-                self.seen += os.read(self._primary, 1 << 16).decode()
-            except BlockingIOError:
-                continue
+    async def shows(self, text: str, times: int = 1, *, after: str = "") -> None:
+        """Waits until the text is on the screen so often, behind the last place of `after`."""
+        async with asyncio.timeout(_DEADLINE_S):
+            while after not in self.seen or self._behind(after).count(text) < times:
+                await asyncio.sleep(0.01)
+                try:
+                    self.seen += os.read(self._primary, 1 << 16).decode()
+                except BlockingIOError:
+                    continue
+
+    def _behind(self, text: str) -> str:
+        return self.seen[self.seen.rfind(text) + len(text) :] if text else self.seen
+
+    async def ends(self) -> int:
+        """Waits for the end of the process, for its exit status."""
+        async with asyncio.timeout(_DEADLINE_S):
+            return await self.process.wait()
 
 
 @asynccontextmanager

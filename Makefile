@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
+# Of tests with many cases, one in so many; 1: all of them.
+SAMPLE ?= 1
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # Deadlines of tests can pass on a busy machine: what fails gets a second run, one after the other.
@@ -37,8 +39,8 @@ test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
 test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(OR_AGAIN)
-	$(BIN)/python -m pytest -m alone $(OR_AGAIN)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" --sample $(SAMPLE) $(OR_AGAIN)
+	$(BIN)/python -m pytest -m alone --sample $(SAMPLE) $(OR_AGAIN)
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
 	$(BIN)/python -m pytest tests/kernels/cuda --gpu

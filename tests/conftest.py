@@ -6,9 +6,12 @@ import gc
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from functools import cache
+from math import ceil
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -137,7 +140,28 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "of each test with more cases than two, one in N, and two at least: which ones, the run's seed says"
+    parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
+
+
+def _sampled(items: list[pytest.Item], one_in: int) -> set[str]:
+    """Node ids; the same in all processes of a run."""
+    cases: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+    return {
+        node
+        for name, nodes in cases.items()
+        for node in Random(f"{SEED} {name}").sample(nodes, min(len(nodes), max(2, ceil(len(nodes) / one_in))))
+    }
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (one_in := config.option.sample) > 1:
+        kept = _sampled(items, one_in)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
     items.sort(key=lambda item: _turn(item.path))
     for item in items:
         if _is_unit(item.path) and item.get_closest_marker("alone") is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, WorkerError
@@ -186,6 +186,7 @@ def test_tokens_that_were_not_known_come_to_their_places() -> None:
 
 
 @settings(max_examples=400, deadline=None)
+@example(0, [], b"\0", 0)  # the field 0, which no message has
 @given(uint64, st.lists(st.integers(0, MAX_VOCABULARY), max_size=5), st.binary(max_size=2), st.integers(0, 20))
 def test_sampled_tokens_are_read_as_the_codec_reads_them(number: int, ids: list[int], other: bytes, at: int) -> None:
     data = encode_sampled_tokens(SampledTokens(number, tuple(ids)))

@@ -328,7 +328,8 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     anything: Any = SimpleNamespace(received_bytes=0)
     worker = Worker("a", anything, StageService("a"), anything, anything)
     fields = {"start": 0, "end": 2, "exclusive": False, "devices": (), "next_address": None, "first_address": None}
-    fields |= {"previous_worker": None, "last_worker": None, "limits": SimpleNamespace(expert_shards=1)}
+    limits = SimpleNamespace(expert_shards=1, wide_tiles=False)
+    fields |= {"previous_worker": None, "last_worker": None, "limits": limits}
     orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
     long, short = orders
     members = [Loads(Session(worker, anything, Deadlines(), Counters(), send)) for _ in range(2)]

@@ -30,22 +30,18 @@ def compiler() -> Iterator[Compiler]:
     yield found
 
 
-def test_every_module_for_every_architecture(compiler: Compiler, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("name", modules())
+def test_a_module_for_every_architecture(name: str, compiler: Compiler, request: pytest.FixtureRequest) -> None:
     """Machine code for the oldest, which have the least shared memory, and what the newest one's is made of, with fewer
     optimizations where that is quicker; or machine code for all there are, as users get it (--all-architectures)."""
-    known = known_to(compiler)
+    known, text = known_to(compiler), whole_text(modules()[name])
     assert known[0] <= OLDEST_OF_CUDA_13, "the oldest cards are not compiled for any more"
     every = request.config.getoption("--all-architectures", default=False)
-    texts = [(name, whole_text(path)) for name, path in modules().items()]
-    assert len(texts) >= 4
     machine = OPTIONS if every else (*OPTIONS, *compiler.quick_binary)
-    jobs = [(name, text, one, machine) for name, text in texts for one in (known if every else known[:1])]
     with ThreadPoolExecutor(2) as pool:
-        for binary in pool.map(lambda job: compiler.binary(*job), jobs):
+        for binary in pool.map(lambda one: compiler.binary(name, text, one, machine), known if every else known[:1]):
             assert binary.startswith(b"\x7fELF")
-        options = (*OPTIONS, *compiler.quick)
-        for ptx in pool.map(lambda text: compiler.ptx(text[0], text[1], known[-1], options), texts):
-            assert f".target sm_{known[-1]}" in ptx
+    assert f".target sm_{known[-1]}" in compiler.ptx(name, text, known[-1], (*OPTIONS, *compiler.quick))
 
 
 def test_every_module_for_gpus_that_only_cuda_12_compiles_for(request: pytest.FixtureRequest) -> None:

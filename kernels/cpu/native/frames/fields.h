@@ -24,7 +24,7 @@ class Fields {
     if (is_broken_ || at_ == end_) return 0;
     const uint8_t tag = *at_++;
     const uint32_t number = tag >> 3;
-    if (tag >= 0x80 || number < last_ || (number == last_ && number != repeated_)) return fail();
+    if (tag >= 0x80 || number == 0 || number < last_ || (number == last_ && number != repeated_)) return fail();
     kind_ = tag & 7;
     return last_ = number;
   }

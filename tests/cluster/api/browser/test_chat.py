@@ -178,7 +178,7 @@ async def test_probabilities_are_shown_on_hover_and_by_keys(browser: Browser) ->
         await send(page, "Hi")
         await ended(page)
         await page.locator(".token").first.hover()
-        assert "%" in await page.locator(".token-detail").inner_text()
+        await page.locator(".token-detail", has_text="%").wait_for()
         await page.locator(".tokens").focus()
         await page.keyboard.press("ArrowRight")
         assert await page.locator(".token.current").get_attribute("data-index") == "1"

@@ -20,9 +20,10 @@ inline constexpr int kKvGroup = 32;  // channels of a key or value that share a 
 enum class KvType { F16, Q8_0, Int8 };
 inline constexpr int kKvTypes = 3;
 
+// Functions are static: levels compiled for different CPUs share no copy.
 // Channels of a stored value or of a sum of values: lanes past head_dim hold anything.
-inline constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
-inline constexpr int kv_groups(int head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
+static constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+static constexpr int kv_groups(int head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
 
 // One KV head in one block, its piece: all keys, then all values; of latent attention keys alone, whose first channels
 // are the values.
@@ -31,17 +32,17 @@ inline constexpr int kv_groups(int head_dim) { return (head_dim + kKvGroup - 1) 
 //         values [16 positions][padded_head], their scales [groups][16 positions]
 //   Int8  keys [quads of channels][16 positions][4], their scales [groups][16 positions],
 //         values [quads of positions][padded_head][4], their scales [groups][16 positions]
-inline constexpr size_t kv_key_bytes(KvType type, int head_dim) {
+static constexpr size_t kv_key_bytes(KvType type, int head_dim) {
   const int together = type == KvType::Int8 ? 4 : 2, channels = (head_dim + together - 1) / together * together;
   return static_cast<size_t>(kKvBlockTokens) *
          static_cast<size_t>(type == KvType::F16 ? 2 * head_dim : channels + 2 * kv_groups(head_dim));
 }
-inline constexpr size_t kv_value_bytes(KvType type, int head_dim) {
+static constexpr size_t kv_value_bytes(KvType type, int head_dim) {
   const int channels = padded_head(head_dim);
   return static_cast<size_t>(kKvBlockTokens) *
          static_cast<size_t>(type == KvType::F16 ? 2 * channels : channels + 2 * kv_groups(head_dim));
 }
-inline constexpr size_t kv_piece_bytes(KvType type, int head_dim, bool latent) {
+static constexpr size_t kv_piece_bytes(KvType type, int head_dim, bool latent) {
   return kv_key_bytes(type, head_dim) + (latent ? 0 : kv_value_bytes(type, head_dim));
 }
 

@@ -125,8 +125,8 @@ struct GridSearch {
         }
         if (way && !(total.gain(scale) > best.gain(scale))) continue;
         best = total;
-        std::copy_n(chosen, type.shared, index + p);
-        std::fill_n(lowered + p, type.shared, static_cast<uint8_t>(way));
+        memcpy(index + p, chosen, sizeof chosen);
+        memset(lowered + p, way, type.shared);
       }
       all.xv += best.xv;
       all.vv += best.vv;

@@ -141,7 +141,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = "of each test with more cases than two, one in N, and two at least: which ones, the run's seed says"
+    told = "of each test, one case in N, and one at least: which ones, the run's seed says"
     parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
 
 
@@ -153,7 +153,7 @@ def _sampled(items: list[pytest.Item], one_in: int) -> set[str]:
     return {
         node
         for name, nodes in cases.items()
-        for node in Random(f"{SEED} {name}").sample(nodes, min(len(nodes), max(2, ceil(len(nodes) / one_in))))
+        for node in Random(f"{SEED} {name}").sample(nodes, ceil(len(nodes) / one_in))
     }
 
 

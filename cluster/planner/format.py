@@ -13,11 +13,9 @@ from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.model.quant_types import WIDER_TILES
 
 _SPARSE = 0.75
 """If a token reads less of the weights than this, the text says how much."""
-_WIDER = ", ".join(kind.name for kind in WIDER_TILES)
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     if plan.state_blocks:
         kv += f"; {plan.state_blocks} states of sequences"
-    tiles = [f"  weights of type {_WIDER} in wider tiles: more memory, less time"] if plan.wide_tiles else []
+    tiles = ["  some weights in wider tiles: more memory, less time (wide_tiles)"] if plan.wide_tiles else []
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []

@@ -419,7 +419,7 @@ class SampleTask(_message.Message):
 
     @_builtins.property
     def history(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that penalties and DRY look at, oldest first."""
+        """Tokens that penalties and DRY look at, oldest first. Of fixed size, which is written ten times as fast as varints."""
 
     @_builtins.property
     def suppressed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
 
 _ONE_BYTE = tuple(bytes((value,)) for value in range(0x80))
 
@@ -26,3 +27,8 @@ def sized(data: bytes) -> bytes:
 def packed(numbers: Iterable[int]) -> bytes:
     """A list of unsigned numbers behind its field's tag."""
     return sized(b"".join(map(varint, numbers)))
+
+
+def packed_words(numbers: Sequence[int]) -> bytes:
+    """A list of fixed32 behind its field's tag."""
+    return sized(struct.pack(f"<{len(numbers)}I", *numbers))

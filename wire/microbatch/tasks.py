@@ -1,5 +1,5 @@
-"""What is done with output rows, as bytes. A sequence's tasks differ in their positions alone, as a rule: the rest is
-encoded once, and no protobuf objects are made, which would take most of the time."""
+"""What is done with output rows, as bytes. A sequence's tasks differ in their positions and histories alone, as a rule: the
+rest is encoded once, and no protobuf objects are made, which would take most of the time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import lru_cache
 
 from llamaclust.core import sampling_bounds
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampling import MatcherRow, RowTask, SampleTask, SamplingParams
 from llamaclust.proto import sampling_pb2 as sampling_proto
-from llamaclust.wire.microbatch.fields import sized, varint
+from llamaclust.wire.microbatch.fields import packed_words, sized, varint
 from llamaclust.wire.microbatch.matchers import matcher_row_out
 
 _KINDS = 1024
@@ -51,26 +51,23 @@ def _field(message: sampling_proto.RowTask) -> bytes:
 
 
 def _sample(task: SampleTask, further_rows: int) -> bytes:
-    if not _is_usual(task):
-        return _field(sampling_proto.RowTask(sample=_sample_out(task, further_rows)))
     windows = task.penalty_window, task.dry_window
-    begin, end = _around_position(
-        task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
-    )
+    ends = task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
+    begin, end = _usual_ends(*ends) if _is_usual(task) else _ends(*ends, task.breakers, task.mu, task.matcher)
     position = b"\x20" + varint(task.position) if task.position else b""
+    history = b"\x2a" + packed_words(task.history) if task.history else b""
     further = b"\x70" + varint(further_rows) if further_rows else b""
-    return b"\x1a" + sized(b"\x0a" + sized(b"".join((begin, position, end, further))))
+    return b"\x1a" + sized(b"\x0a" + sized(b"".join((begin, position, history, end, further))))
 
 
 def _is_usual(task: SampleTask) -> bool:
-    """Whether its encoding, but for the position, is that of its neighbours, and small."""
-    if task.history or task.breakers or task.matcher is not None or task.mu or task.params.logit_bias:
+    """Whether its encoding, but for position and history, is that of its neighbours, and small."""
+    if task.breakers or task.matcher is not None or task.mu or task.params.logit_bias:
         return False
     return len(task.suppressed) <= _MOST_SUPPRESSED
 
 
-@lru_cache(_KINDS)
-def _around_position(
+def _ends(
     params: SamplingParams,
     seed: int,
     choice: int,
@@ -78,36 +75,27 @@ def _around_position(
     top_logprobs: int,
     history_rows: int,
     windows: tuple[int | None, int | None],
+    breakers: tuple[tuple[int, ...], ...] = (),
+    mu: float = 0.0,
+    matcher: MatcherRow | None = None,
 ) -> tuple[bytes, bytes]:
-    """The encoding before a task's position and behind it."""
-    begin = sampling_proto.SampleTask(params=_plain_params_out(params), seed=seed, choice=choice)
+    """The encoding before a task's position and behind its history."""
+    params_out = (_biased_params_out if params.logit_bias else _plain_params_out)(params)
+    begin = sampling_proto.SampleTask(params=params_out, seed=seed, choice=choice)
     end = sampling_proto.SampleTask(
         suppressed=suppressed,
         top_logprobs=top_logprobs,
         history_rows=history_rows,
         penalty_window=windows[0],
         dry_window=windows[1],
+        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in breakers],
+        mu=mu,
+        matcher=None if matcher is None else matcher_row_out(matcher),
     )
     return begin.SerializeToString(), end.SerializeToString()
 
 
-def _sample_out(task: SampleTask, further_rows: int) -> sampling_proto.SampleTask:
-    return sampling_proto.SampleTask(
-        params=(_biased_params_out if task.params.logit_bias else _plain_params_out)(task.params),
-        seed=task.seed,
-        choice=task.choice,
-        position=task.position,
-        history=task.history,
-        suppressed=task.suppressed,
-        top_logprobs=task.top_logprobs,
-        history_rows=task.history_rows,
-        penalty_window=task.penalty_window,
-        dry_window=task.dry_window,
-        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
-        mu=task.mu,
-        matcher=None if task.matcher is None else matcher_row_out(task.matcher),
-        further_rows=further_rows,
-    )
+_usual_ends = lru_cache(_KINDS)(_ends)
 
 
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:

@@ -69,6 +69,18 @@ class Fields {
     if (inner.is_broken_) fail();
   }
 
+  // Calls f(number) for each fixed32 of a packed field, of which there is at least one.
+  template <typename F>
+  void words(F f) {
+    const Bytes packed = bytes();
+    if (packed.empty() || packed.size() % sizeof(uint32_t) != 0) fail();
+    for (size_t at = 0; at < packed.size() && !is_broken_; at += sizeof(uint32_t)) {
+      uint32_t word;
+      std::memcpy(&word, packed.data() + at, sizeof word);
+      f(word);
+    }
+  }
+
   // The message is none that is read here.
   uint32_t fail() {
     is_broken_ = true;

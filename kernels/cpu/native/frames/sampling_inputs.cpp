@@ -55,9 +55,9 @@ class Reading {
       else if (field == 4)
         choice.position = fields.number32();
       else if (field == 5)
-        tokens(fields, bounds_.max_context, choice.history);
+        fields.words([&](uint32_t token) { add_token(fields, token, bounds_.max_context, choice.history); });
       else if (field == 6)
-        tokens(fields, bounds_.max_vocabulary, choice.suppressed);
+        fields.numbers([&](uint32_t token) { add_token(fields, token, bounds_.max_vocabulary, choice.suppressed); });
       else if (field == 7)
         top = fields.number32();
       else if (field == 8)
@@ -75,13 +75,11 @@ class Reading {
     return add(row, further, {0, history_rows, window});
   }
 
-  void tokens(Fields& fields, size_t most, std::vector<int32_t>& to) const {
-    fields.numbers([&](uint32_t token) {
-      if (token >= bounds_.max_vocabulary || to.size() >= most)
-        fields.fail();
-      else
-        to.push_back(static_cast<int32_t>(token));
-    });
+  void add_token(Fields& fields, uint32_t token, size_t most, std::vector<int32_t>& to) const {
+    if (token >= bounds_.max_vocabulary || to.size() >= most)
+      fields.fail();
+    else
+      to.push_back(static_cast<int32_t>(token));
   }
 
   bool add(RowTask& row, uint32_t further, GrowingHistory history) {

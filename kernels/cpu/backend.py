@@ -227,12 +227,12 @@ class CpuBackend:
     def _lines(self, program: Program, weights: dict[str, Weight], lines: int) -> ExpertLines:
         compiled = compile_lines(program, weights, lines_limits(lines))
         native = _native.Stage(compiled.plan, self.feature_level, self._pool)
-        native.touch()
+        native.prepare()
         return ExpertLines(native, compiled, lines, mixtures_of(program)[0].experts)
 
     def _stage(self, weights: dict[str, Weight], compiled: Compiled, observed: Sequence[Observed] = ()) -> CpuStage:
         native = _native.Stage(compiled.plan, self.feature_level, self._pool)
-        native.touch()
+        native.prepare()
         return CpuStage(native, weights, compiled, observed)
 
     @contextmanager

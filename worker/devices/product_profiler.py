@@ -46,6 +46,7 @@ def measure_products(
 
 def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: CacheFlush) -> Iterator[ProductTime]:
     matrices = _matrices(quant_type, feature_level)
+    _native.find_weight_fetch(feature_level, matrices, threads)
     source = np.random.default_rng(0)
     for rows in ROWS:
         x = source.standard_normal((rows, _COLUMNS), np.float32)

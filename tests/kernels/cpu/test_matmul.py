@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
@@ -53,10 +54,9 @@ def test_the_same_bits_at_every_level_for_any_number_of_tokens(quant_type: Quant
         assert np.unique(expected).size > expected.size // 2
         for level in LEVELS:
             check_equal_bits(_native.matmul(level, matrix, x[:64]), expected[:64], level, rows, cols)
-            for tokens in TOKENS:
-                check_equal_bits(
-                    _native.matmul(level, matrix, x[:tokens]), expected[:tokens], level, tokens, rows, cols
-                )
+            for tokens, near in product(TOKENS, (False, True)):
+                found = _native.matmul(level, matrix, x[:tokens], near=near)
+                check_equal_bits(found, expected[:tokens], level, tokens, near, rows, cols)
 
 
 @pytest.mark.parametrize("quant_type", WIDER_TILES, ids=lambda kind: kind.name)

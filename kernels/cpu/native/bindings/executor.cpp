@@ -97,9 +97,9 @@ struct NativeStage {
     return executor.run(batch);
   }
 
-  void touch() const {
+  void prepare() const {
     const nb::gil_scoped_release unlocked;
-    executor.touch();
+    executor.prepare();
   }
 
   std::vector<nb::object> kept;
@@ -344,7 +344,9 @@ void bind_executor(nb::module_& module) {
       .def(
           "set_part", [](NativeStage& stage, int part) { stage.executor.set_part(part); }, "part"_a,
           "The part of the plan that the next runs compute.")
-      .def("touch", &NativeStage::touch, "Takes memory from the system that the first runs use; to be called before them.")
+      .def("prepare", &NativeStage::prepare,
+           "Takes memory from the system that the first runs use, and finds how weights are best fetched; to be called "
+           "before them.")
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")
       .def("kv_layer", &kv_layer_of, "layer"_a, "KV memory of a layer without a window: [KV blocks, bytes].")

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "bindings/bindings.h"
+#include "executor/weight_fetch.h"
 #include "pack/pack.h"
 #include "runtime/float_mode.h"
 #include "runtime/levels.h"
@@ -56,7 +57,7 @@ const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const F
 // Products with the same activations: every thread computes its part of the tiles of each matrix. `out` is overwritten by
 // each of the matrices. Returns how long it took, in seconds.
 double run_products(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
-                    const float* bias, int threads, float* out) {
+                    const float* bias, int threads, WeightFetch fetch, float* out) {
   const MatmulOps ops = find_level(level).matmul;
   const Matrix& shape = matrices[0]->matrix();
   const Activations activations(ops, tile_layout(shape.type).activation, x);
@@ -72,29 +73,43 @@ double run_products(const std::string& level, const std::vector<const PackedMatr
     const auto border = [&](int64_t n) { return static_cast<int>(n * shape.tile_count() / threads); };
     for (const PackedMatrix* packed : matrices)
       ops.matmul(packed->matrix(), activations.memory.data(), static_cast<int>(x.shape(0)), {}, out,
-                 static_cast<size_t>(shape.rows), bias, border(thread), border(thread + 1), scratch.data());
+                 static_cast<size_t>(shape.rows), bias, border(thread), border(thread + 1), scratch.data(),
+                 fetch);
     pool.barrier().arrive();
     if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   });
   return seconds;
 }
 
+WeightFetch fetch_of(std::optional<bool> near) {
+  if (!near) return weight_fetch();
+  return *near ? WeightFetch::Near : WeightFetch::Far;
+}
+
 nb::object multiply(const std::string& level, const PackedMatrix& matrix, const FloatRows& x, int threads,
-                    const std::optional<Floats>& bias) {
+                    const std::optional<Floats>& bias, std::optional<bool> near) {
   const size_t rows = static_cast<size_t>(shape_of({&matrix}, x).rows);
   if (bias && bias->shape(0) != rows) throw std::invalid_argument("a bias of another length");
   float* out;
   nb::object result = new_array<float>({x.shape(0), rows}, &out);
   nb::gil_scoped_release unlocked;
-  run_products(level, {&matrix}, x, bias ? bias->data() : nullptr, threads, out);
+  run_products(level, {&matrix}, x, bias ? bias->data() : nullptr, threads, fetch_of(near), out);
   return result;
 }
 
 double multiply_seconds(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
-                        int threads) {
+                        int threads, std::optional<bool> near) {
   std::vector<float> out(x.shape(0) * static_cast<size_t>(shape_of(matrices, x).rows));
   nb::gil_scoped_release unlocked;
-  return run_products(level, matrices, x, nullptr, threads, out.data());
+  return run_products(level, matrices, x, nullptr, threads, fetch_of(near), out.data());
+}
+
+bool find_fetch(const std::string& level, const std::vector<const PackedMatrix*>& matrices, int threads) {
+  std::vector<Matrix> weights;
+  for (const PackedMatrix* packed : matrices) weights.push_back(packed->matrix());
+  const nb::gil_scoped_release unlocked;
+  find_weight_fetch(find_level(level).matmul, weights, threads);
+  return weight_fetch() == WeightFetch::Near;
 }
 
 ActivationFormat format_named(const std::string& name) {
@@ -147,9 +162,14 @@ void bind_matmul(nb::module_& module) {
       .def_prop_ro("bytes", &PackedMatrix::bytes);
   module.def("quant_types", &quant_types, "ggml's numbers of the types that matrices may have.");
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
-             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32.");
+             "near"_a = nb::none(),
+             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32. Weights of few tokens are "
+             "fetched near or far ahead; None: as this process has found better.");
   module.def("matmul_seconds", &multiply_seconds, "level"_a, "matrices"_a, "x"_a, "threads"_a,
-             "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
+             "near"_a = nb::none(), "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
+  module.def("find_weight_fetch", &find_fetch, "level"_a, "matrices"_a, "threads"_a,
+             "Whether weights of few tokens are better fetched near ahead: tried with these, once in a process, where they "
+             "are more than the last cache holds.");
   module.def("quantize", &quantize, "level"_a, "format"_a, "x"_a,
              "Activations x [tokens, cols] in a format (F32, Q8_32, Q8_256), as bytes [tokens, row bytes].");
   module.def("dequantize", &dequantize, "level"_a, "matrix"_a, "A matrix's weights as float32 [rows, cols].");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "executor/weight_fetch.h"
 #include "executor/worker.h"
 
 namespace llamaclust {
@@ -34,6 +35,19 @@ std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
     if (const auto* step = std::get_if<MatmulStep>(&plan.steps[i].step); step != nullptr && !plan.steps[i].adapter)
       next = step;
   return found;
+}
+
+// Of all products, in the order of steps.
+std::vector<Matrix> weights_of(const Plan& plan) {
+  std::vector<Matrix> weights;
+  for (const PlannedStep& planned : plan.steps) {
+    if (const auto* step = std::get_if<MatmulStep>(&planned.step))
+      for (const Product& product : step->products) weights.push_back(product.weight);
+    if (const auto* step = std::get_if<ExpertsStep>(&planned.step))
+      for (const ExpertProduct& product : step->products)
+        weights.insert(weights.end(), product.experts.begin(), product.experts.end());
+  }
+  return weights;
 }
 
 void cut_into_tiles(const Batch& batch, Tiling& tiling) {
@@ -90,6 +104,12 @@ Stage::Stage(Plan given, const Level& level, int threads)
       tilings(tilings_of(plan)),
       next_matmul(next_matmul_of(plan)) {
   workspace.allocate();
+}
+
+void Executor::prepare() const {
+  stage_.workspace.touch();
+  stage_.kv.touch(Memory::kHugePage);
+  find_weight_fetch(stage_.level.matmul, weights_of(stage_.plan), pool_.threads());
 }
 
 int Executor::run(const Batch& batch) {

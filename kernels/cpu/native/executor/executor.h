@@ -116,12 +116,9 @@ class Executor {
   Executor(Plan plan, const Level& level, ThreadPool& pool)
       : stage_(std::move(plan), level, pool.threads()), pool_(pool) {}
 
-  // Takes the memory that the first runs use from the system, so that they take no longer than others. To be called
-  // before them.
-  void touch() const {
-    stage_.workspace.touch();
-    stage_.kv.touch(Memory::kHugePage);
-  }
+  // Before the first runs, so that they take no longer than others: takes the memory that they use from the system, and
+  // finds how weights are best fetched.
+  void prepare() const;
 
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
   int run(const Batch& batch);

@@ -6,11 +6,12 @@
 #include <barrier>
 #include <chrono>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <stdexcept>
 #include <string>
 #include <thread>
+
+#include "runtime/cache_size.h"
 
 namespace llamaclust {
 
@@ -76,21 +77,10 @@ static_assert(kWordsOfSum * 0x0101010101010101 == 1);
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
 constexpr size_t kMostBytes = size_t{1} << 30;
-constexpr size_t kUsualCacheBytes = size_t{32} << 20;
-
-// What `threads` reach of the last cache together, at most. The system's own figure may be that of a whole processor, of
-// which a core reaches a slice; Linux reports the slice.
-size_t cache_bytes(int threads) {
-  const long whole = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where it is unknown
-  const size_t most = whole > 0 ? static_cast<size_t>(whole) : kUsualCacheBytes;
-  size_t slice_kib = 0;
-  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> slice_kib;  // as in "32768K"
-  return slice_kib > 0 ? std::min(most, (slice_kib << 10) * static_cast<size_t>(threads)) : most;
-}
 
 // Of the part of a buffer that a thread reads.
 size_t chunks_of(int threads, int cache_multiple) {
-  const size_t wanted = cache_bytes(threads) * static_cast<size_t>(cache_multiple);
+  const size_t wanted = last_cache_bytes(threads) * static_cast<size_t>(cache_multiple);
   const size_t free = static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t pieces = std::min({wanted, free / 4, kMostBytes}) / kPieceBytes / static_cast<size_t>(threads);
   return std::max<size_t>(pieces, 1) * (kPieceBytes / kChunkBytes);

@@ -38,7 +38,7 @@ struct DecodedSegment {
 #pragma GCC unroll 1
     for (int first = 0; first < Type::kSubBlocks; first += kTogether<Type>)
       UNROLL for (int j = first; j < first + kTogether<Type>; j++) {
-        w.prefetch(j);
+        w.template prefetch<kPanelTiles>(j);
         UNROLL for (int g = 0; g < kGroups<Type>; g++) {
           if constexpr (kSigned)
             groups[j * kGroups<Type> + g] = signed_group(w, j, g);
@@ -63,6 +63,7 @@ struct DecodedView {
   DECODE Bytes mins(int i) const { return segment->sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return segment->scale_; }
   DECODE F32x16 min() const { return segment->min_.value; }
+  template <int T>
   DECODE void prefetch(int) const {}
 };
 

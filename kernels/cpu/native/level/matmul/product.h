@@ -22,19 +22,22 @@ struct Product {
   size_t activation_stride;         // bytes
   const int32_t* activation_lines;  // of the tokens, or null
   int segments;
+  WeightFetch fetch;
   Output output;
 };
 
 namespace {
 
 INLINE Product product_of(const TileLayout& layout, const Matrix& weights, const uint8_t* activations,
-                          const TokenLines& lines, float* out, size_t out_stride, const float* bias) {
+                          const TokenLines& lines, float* out, size_t out_stride, const float* bias,
+                          WeightFetch fetch) {
   return {weights.tiles,
           weights.tile_bytes,
           activations,
           activation_bytes(layout.activation, weights.cols),
           lines.activations,
           weights.cols / layout.segment_cols,
+          fetch,
           {out, out_stride, lines.out, bias, weights.rows}};
 }
 

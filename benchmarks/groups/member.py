@@ -83,7 +83,7 @@ class Member:
         divided = DividedPlan(setting.cut, weights)
         self.weight_bytes, self._speed = weights.n_bytes, setting.speed
         self._stage = _native.Stage(divided.plan, _native.available_levels()[-1], _native.ThreadPool(1, False))
-        self._stage.touch()
+        self._stage.prepare()
         self._rows: list[ctypes.c_int | None] = []
         for gather in divided.gathers:
             if gather is None:

@@ -1,5 +1,5 @@
-"""What is done with output rows, as bytes. A sequence's tasks differ in their positions and histories alone, as a rule: the
-rest is encoded once, and no protobuf objects are made, which would take most of the time."""
+"""What is done with output rows, as bytes. A sequence's tasks differ in their positions and histories alone, as a rule:
+the rest is encoded once, and no protobuf objects are made, which would take most of the time."""
 
 from __future__ import annotations
 

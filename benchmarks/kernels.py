@@ -4,9 +4,9 @@
 
 A row a type, shape, level and number of tokens: bytes of weights and multiply-adds a second, and their shares of the
 read bandwidth and of the multiply-add peak of this CPU (8-bit integers; float32 for float weights). One token should be
-near the first limit, hundreds near the second. Limits and kernels are measured in turns; a share is the median over
-rounds of kernel to the mean of the limits right before and right after it. A row takes a few seconds, all types at
-all default sizes about ten minutes on two cores.
+near the first limit, hundreds near the second; of the two ways to prefetch, a process takes the one found faster.
+Limits and kernels are measured in turns; a share is the median over rounds of kernel to the mean of the limits right
+before and right after it. A row takes a few seconds, all types at all default sizes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -36,6 +37,8 @@ MEMORY_BYTES = 256 << 20
 WORK = 4e9
 """Multiply-adds that a measurement of many tokens does."""
 READ_S, PEAK_S = 0.2, 0.05
+FAR, NEAR = "far", "near"
+FEW_TOKENS = 2  # of products that know both ways to prefetch
 
 _MOST_THREADS = 1024
 _LEAST_WEIGHTS = 1 << 16
@@ -51,6 +54,7 @@ class Setup:
     level: str
     threads: int
     tokens: int
+    prefetch: str
 
     @property
     def weight_bytes(self) -> int:
@@ -71,6 +75,7 @@ class Row:
     level: str
     threads: int
     tokens: int
+    prefetch: str
     gb_s: float
     gmac_s: float
     read_share: Spread
@@ -79,12 +84,12 @@ class Row:
     def __str__(self) -> str:
         shape = f"{self.rows}x{self.cols}"
         return (
-            f"{self.quant_type:7} {shape:>12} {self.level:>11} {self.threads:7} {self.tokens:6} {self.gb_s:8.1f} "
-            f"{self.read_share:.2f} {self.gmac_s:8.1f} {self.peak_share:.2f}"
+            f"{self.quant_type:7} {shape:>12} {self.level:>11} {self.threads:7} {self.tokens:6} {self.prefetch:>8} "
+            f"{self.gb_s:8.1f} {self.read_share:.2f} {self.gmac_s:8.1f} {self.peak_share:.2f}"
         )
 
 
-HEADER = "type           shape       level threads tokens     GB/s of read              GMAC/s of peak"
+HEADER = "type           shape       level threads tokens prefetch     GB/s of read              GMAC/s of peak"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +120,11 @@ def matrices_of(setup: Setup) -> list[_native.PackedMatrix]:
 def measure(setup: Setup, matrices: list[_native.PackedMatrix], limits: Limits, rounds: int) -> Row:
     x = np.random.default_rng(1).standard_normal((setup.tokens, setup.cols)).astype(np.float32)
     used = matrices[: max(1, min(len(matrices), round(WORK / setup.products)))]
+    near = setup.prefetch == NEAR
     before, reads, peaks = (limits.gb_s(), limits.gmac_s()), [], []
     for _ in range(rounds):
-        seconds = median(_native.matmul_seconds(setup.level, used, x, setup.threads) for _ in range(3)) / len(used)
+        times = [_native.matmul_seconds(setup.level, used, x, setup.threads, near=near) for _ in range(3)]
+        seconds = median(times) / len(used)
         after = (limits.gb_s(), limits.gmac_s())
         reads.append(Pair(setup.weight_bytes / seconds / 1e9, before[0], after[0]))
         peaks.append(Pair(setup.products / seconds / 1e9, before[1], after[1]))
@@ -129,6 +136,7 @@ def measure(setup: Setup, matrices: list[_native.PackedMatrix], limits: Limits, 
         level=setup.level,
         threads=setup.threads,
         tokens=setup.tokens,
+        prefetch=setup.prefetch,
         gb_s=median(pair.speed for pair in reads),
         gmac_s=median(pair.speed for pair in peaks),
         read_share=Spread.of(pair.share for pair in reads),
@@ -142,10 +150,12 @@ def measure_all(options: argparse.Namespace) -> Iterator[Row]:
         for rows, cols in options.shapes:
             if cols % quant_type.info.block_size != 0:
                 continue
-            matrices = matrices_of(Setup(quant_type, rows, cols, "", 1, 1))
+            matrices = matrices_of(Setup(quant_type, rows, cols, "", 1, 1, FAR))
             for level in options.levels:
-                for tokens in options.tokens:
-                    setup = Setup(quant_type, rows, cols, level, options.threads, tokens)
+                for tokens, prefetch in product(options.tokens, options.prefetch):
+                    if prefetch == NEAR and tokens > FEW_TOKENS:
+                        continue
+                    setup = Setup(quant_type, rows, cols, level, options.threads, tokens, prefetch)
                     yield measure(setup, matrices, Limits(read, setup), options.rounds)
 
 
@@ -185,6 +195,12 @@ def parser_of_options() -> argparse.ArgumentParser:
         type=listed(chosen("feature level", {level: level for level in levels})),
         default=levels[-1],
         help=f"feature levels out of {', '.join(levels)}; %(default)s by default",
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=listed(chosen("way to prefetch", {way: way for way in (FAR, NEAR)})),
+        default=FAR,
+        help=f"how weights of one or two tokens are prefetched, out of {FAR}, {NEAR}; %(default)s by default",
     )
     parser.add_argument("--threads", type=positive, default=2, help="%(default)s by default")
     parser.add_argument(

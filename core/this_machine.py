@@ -11,8 +11,8 @@ from pathlib import Path
 from llamaclust.core.addresses import ANYWHERE
 
 _GET_ADDRESS = 0x8915
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """SIOCGIFADDR (Linux)."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def own_addresses() -> list[str]:

@@ -95,7 +95,8 @@ class Model:
     @property
     def has_wider_tiles(self) -> bool:
         """Whether `widened` differs from it."""
-        return any(tensor.quant_type in WIDER_TILES for tensor in self.file.tensors.values())
+        tensors = self.file.tensors.values()
+        return any(tensor.quant_type in WIDER_TILES and tensor.packed_as is None for tensor in tensors)
 
     @cached_property
     def widened(self) -> Model:

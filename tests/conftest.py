@@ -6,12 +6,9 @@ import gc
 import os
 import signal
 import sys
-from collections import defaultdict
 from collections.abc import Generator, Iterator
 from functools import cache
-from math import ceil
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +17,7 @@ from llamaclust.core.errors import UsageError
 from support.clusters.forking.forked_workers import fork_workers
 from support.clusters.quick_start.sitecustomize import FOLDER, GeneratedCode
 from support.paths import TESTS
+from support.sample import sampled
 from support.seed import SEED
 
 if TYPE_CHECKING:
@@ -145,21 +143,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
 
 
-def _sampled(items: list[pytest.Item], one_in: int) -> set[str]:
-    """Node ids; the same in all processes of a run."""
-    cases: dict[str, list[str]] = defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item.nodeid)
-    return {
-        node
-        for name, nodes in cases.items()
-        for node in Random(f"{SEED} {name}").sample(nodes, ceil(len(nodes) / one_in))
-    }
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (one_in := config.option.sample) > 1:
-        kept = _sampled(items, one_in)
+    if (one_in := config.option.sample) != 1:
+        kept = sampled([item.nodeid for item in items], one_in, SEED)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
         items[:] = [item for item in items if item.nodeid in kept]
     items.sort(key=lambda item: _turn(item.path))

@@ -134,6 +134,7 @@ BEYOND: dict[str, tuple[RowTask, int]] = {
     "rows": (TASK, MAX_BATCH_TOKENS),
     "suppressed": (replace(TASK, suppressed=(MAX_VOCABULARY,)), 0),
     "tokens": (replace(TASK, suppressed=(1,) * 20000), 8000),
+    "token of a history": (replace(TASK, history=(MAX_VOCABULARY,)), 0),
     "history": (replace(TASK, history=(1,) * (MAX_CONTEXT_TOKENS + 1)), 0),
     "rows of a history": (replace(TASK, history_rows=MAX_BATCH_TOKENS + 1), 0),
     "window": (replace(TASK, penalty_window=MAX_CONTEXT_TOKENS + 1), 0),

@@ -28,7 +28,7 @@ from llamaclust.wire.microbatch.tables import LAST_BLOCK, states_in, table_in
 from llamaclust.wire.microbatch.tasks import tasks_bytes
 
 MAX_MICROBATCH_BYTES = 1 << 23
-MAX_INPUTS_BYTES = 1 << 26
+MAX_INPUTS_BYTES = 1 << 27
 MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES

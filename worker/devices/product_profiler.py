@@ -7,7 +7,8 @@ rows, as between two tokens of a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Final
@@ -28,7 +29,9 @@ _WEIGHT_ROWS, _COLUMNS = 8192, 2048
 _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
-_ENOUGH_S: Final = 0.3  # of tries of a product, with their flushes of caches: on a slow machine there is one
+_ENOUGH_S: Final = (
+    0.3  # of tries of a product and a way to prefetch, with their flushes of caches: on a slow machine there is one
+)
 
 
 def measure_products(
@@ -46,18 +49,24 @@ def measure_products(
 
 def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: CacheFlush) -> Iterator[ProductTime]:
     matrices = _matrices(quant_type, feature_level)
-    _native.find_weight_fetch(feature_level, matrices, threads)
     source = np.random.default_rng(0)
     for rows in ROWS:
         x = source.standard_normal((rows, _COLUMNS), np.float32)
         used = matrices if rows <= _FEW_ROWS else matrices[:1]
-        seconds: list[float] = []
-        begun_s = perf_counter()
-        while len(seconds) < _TRIES and perf_counter() - begun_s < _ENOUGH_S:
-            if rows <= _FEW_ROWS:
-                flush.sweep()
-            seconds.append(_native.matmul_seconds(feature_level, used, x, threads))
-        yield ProductTime(int(quant_type), rows, median(seconds) / sum(matrix.bytes for matrix in used))
+        ways = (False, True) if rows == 1 else (False,)  # stages find the faster one
+        products = [partial(_native.matmul_seconds, feature_level, used, x, threads, near) for near in ways]
+        seconds = min(_median_s(product, flush if rows <= _FEW_ROWS else None) for product in products)
+        yield ProductTime(int(quant_type), rows, seconds / sum(matrix.bytes for matrix in used))
+
+
+def _median_s(product_s: Callable[[], float], flush: CacheFlush | None) -> float:
+    seconds: list[float] = []
+    begun_s = perf_counter()
+    while len(seconds) < _TRIES and perf_counter() - begun_s < _ENOUGH_S:
+        if flush is not None:
+            flush.sweep()
+        seconds.append(product_s())
+    return median(seconds)
 
 
 def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:

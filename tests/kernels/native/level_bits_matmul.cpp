@@ -64,7 +64,7 @@ struct Product {
     const int middle = matrix.tile_count() / 2;
     for (const auto& [begin, end] : {std::pair{0, middle}, std::pair{middle, matrix.tile_count()}})
       level.matmul.matmul(matrix, activations.data(), tokens, {}, out.data(), rows, bias, begin, end, scratch.data(),
-                          begin == 0 ? WeightFetch::Far : WeightFetch::Near);
+                          begin == 0 ? Prefetch::Far : Prefetch::Near);
     if (tokens == 2) crc.add(std::span<const uint8_t>(activations.data(), activations.bytes()));
     crc.add(out);
   }

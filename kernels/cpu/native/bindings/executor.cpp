@@ -345,7 +345,7 @@ void bind_executor(nb::module_& module) {
           "set_part", [](NativeStage& stage, int part) { stage.executor.set_part(part); }, "part"_a,
           "The part of the plan that the next runs compute.")
       .def("prepare", &NativeStage::prepare,
-           "Takes memory from the system that the first runs use, and finds how weights are best fetched; to be called "
+           "Takes memory from the system that the first runs use, and finds how weights are best prefetched; to be called "
            "before them.")
       .def_prop_ro("result", &result_of)
       .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")

@@ -4,7 +4,7 @@
 #include <chrono>
 
 #include "bindings/bindings.h"
-#include "executor/weight_fetch.h"
+#include "executor/prefetch_choice.h"
 #include "pack/pack.h"
 #include "runtime/float_mode.h"
 #include "runtime/levels.h"
@@ -57,7 +57,7 @@ const Matrix& shape_of(const std::vector<const PackedMatrix*>& matrices, const F
 // Products with the same activations: every thread computes its part of the tiles of each matrix. `out` is overwritten by
 // each of the matrices. Returns how long it took, in seconds.
 double run_products(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
-                    const float* bias, int threads, WeightFetch fetch, float* out) {
+                    const float* bias, int threads, Prefetch prefetch, float* out) {
   const MatmulOps ops = find_level(level).matmul;
   const Matrix& shape = matrices[0]->matrix();
   const Activations activations(ops, tile_layout(shape.type).activation, x);
@@ -74,42 +74,45 @@ double run_products(const std::string& level, const std::vector<const PackedMatr
     for (const PackedMatrix* packed : matrices)
       ops.matmul(packed->matrix(), activations.memory.data(), static_cast<int>(x.shape(0)), {}, out,
                  static_cast<size_t>(shape.rows), bias, border(thread), border(thread + 1), scratch.data(),
-                 fetch);
+                 prefetch);
     pool.barrier().arrive();
     if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   });
   return seconds;
 }
 
-WeightFetch fetch_of(std::optional<bool> near) {
-  if (!near) return weight_fetch();
-  return *near ? WeightFetch::Near : WeightFetch::Far;
-}
+Prefetch way_of(bool near) { return near ? Prefetch::Near : Prefetch::Far; }
 
 nb::object multiply(const std::string& level, const PackedMatrix& matrix, const FloatRows& x, int threads,
-                    const std::optional<Floats>& bias, std::optional<bool> near) {
+                    const std::optional<Floats>& bias, bool near) {
   const size_t rows = static_cast<size_t>(shape_of({&matrix}, x).rows);
   if (bias && bias->shape(0) != rows) throw std::invalid_argument("a bias of another length");
   float* out;
   nb::object result = new_array<float>({x.shape(0), rows}, &out);
   nb::gil_scoped_release unlocked;
-  run_products(level, {&matrix}, x, bias ? bias->data() : nullptr, threads, fetch_of(near), out);
+  run_products(level, {&matrix}, x, bias ? bias->data() : nullptr, threads, way_of(near), out);
   return result;
 }
 
 double multiply_seconds(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
-                        int threads, std::optional<bool> near) {
+                        int threads, bool near) {
   std::vector<float> out(x.shape(0) * static_cast<size_t>(shape_of(matrices, x).rows));
   nb::gil_scoped_release unlocked;
-  return run_products(level, matrices, x, nullptr, threads, fetch_of(near), out.data());
+  return run_products(level, matrices, x, nullptr, threads, way_of(near), out.data());
 }
 
-bool find_fetch(const std::string& level, const std::vector<const PackedMatrix*>& matrices, int threads) {
-  std::vector<Matrix> weights;
-  for (const PackedMatrix* packed : matrices) weights.push_back(packed->matrix());
-  const nb::gil_scoped_release unlocked;
-  find_weight_fetch(find_level(level).matmul, weights, threads);
-  return weight_fetch() == WeightFetch::Near;
+bool prefers_near(const std::vector<int64_t>& far_ns, const std::vector<int64_t>& near_ns) {
+  if (far_ns.empty() || far_ns.size() != near_ns.size()) throw std::invalid_argument("as many times of both ways");
+  return faster_prefetch(far_ns, near_ns) == Prefetch::Near;
+}
+
+std::optional<bool> prefetches_near() {
+  const std::optional<Prefetch> way = known_prefetch();
+  return way ? std::optional(*way == Prefetch::Near) : std::nullopt;
+}
+
+void set_prefetches_near(std::optional<bool> near) {
+  set_known_prefetch(near ? std::optional(way_of(*near)) : std::nullopt);
 }
 
 ActivationFormat format_named(const std::string& name) {
@@ -162,14 +165,18 @@ void bind_matmul(nb::module_& module) {
       .def_prop_ro("bytes", &PackedMatrix::bytes);
   module.def("quant_types", &quant_types, "ggml's numbers of the types that matrices may have.");
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
-             "near"_a = nb::none(),
-             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32. Weights of few tokens are "
-             "fetched near or far ahead; None: as this process has found better.");
+             "near"_a = false,
+             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32. Weights of one or two "
+             "tokens are prefetched from near or far.");
   module.def("matmul_seconds", &multiply_seconds, "level"_a, "matrices"_a, "x"_a, "threads"_a,
-             "near"_a = nb::none(), "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
-  module.def("find_weight_fetch", &find_fetch, "level"_a, "matrices"_a, "threads"_a,
-             "Whether weights of few tokens are better fetched near ahead: tried with these, once in a process, where they "
-             "are more than the last cache holds.");
+             "near"_a = false, "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
+  module.def("prefetches_near", &prefetches_near,
+             "Whether stages of this process prefetch weights of one or two tokens from near. None: that was not measured, and they "
+             "do it from far.");
+  module.def("set_prefetches_near", &set_prefetches_near, "near"_a.none(),
+             "For tests and comparisons. None: the next stage that is large enough finds the faster way.");
+  module.def("prefers_near", &prefers_near, "far_ns"_a, "near_ns"_a,
+             "What is concluded from times of pairs.");  // for tests
   module.def("quantize", &quantize, "level"_a, "format"_a, "x"_a,
              "Activations x [tokens, cols] in a format (F32, Q8_32, Q8_256), as bytes [tokens, row bytes].");
   module.def("dequantize", &dequantize, "level"_a, "matrix"_a, "A matrix's weights as float32 [rows, cols].");

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "executor/weight_fetch.h"
+#include "executor/prefetch_choice.h"
 #include "executor/worker.h"
 
 namespace llamaclust {
@@ -37,7 +37,7 @@ std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   return found;
 }
 
-// Of all products, in the order of steps.
+// Of products that take most of the time, in the order of steps.
 std::vector<Matrix> weights_of(const Plan& plan) {
   std::vector<Matrix> weights;
   for (const PlannedStep& planned : plan.steps) {
@@ -109,7 +109,7 @@ Stage::Stage(Plan given, const Level& level, int threads)
 void Executor::prepare() const {
   stage_.workspace.touch();
   stage_.kv.touch(Memory::kHugePage);
-  find_weight_fetch(stage_.level.matmul, weights_of(stage_.plan), pool_.threads());
+  choose_prefetch(stage_.level.matmul, weights_of(stage_.plan), pool_.threads());
 }
 
 int Executor::run(const Batch& batch) {

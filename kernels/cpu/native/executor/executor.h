@@ -117,7 +117,7 @@ class Executor {
       : stage_(std::move(plan), level, pool.threads()), pool_(pool) {}
 
   // Before the first runs, so that they take no longer than others: takes the memory that they use from the system, and
-  // finds how weights are best fetched.
+  // finds how weights are best prefetched.
   void prepare() const;
 
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.

@@ -3,7 +3,7 @@
 // and experts are added later, row by row in the router's order: the groups are no part of the arithmetic.
 #include <numeric>
 
-#include "executor/weight_fetch.h"
+#include "executor/prefetch_choice.h"
 #include "executor/worker.h"
 #include "level/matmul_ops.h"
 
@@ -22,7 +22,7 @@ void Worker::multiply_tiles(const MatmulStep& step, int64_t begin, int64_t end, 
                                  (rows.end - rows.begin) * multiple, {}, line(product.out, rows.begin),
                                  static_cast<size_t>(weight.rows),
                                  product.bias.empty() ? nullptr : product.bias.data(), static_cast<int>(from),
-                                 static_cast<int>(to), stage_.workspace.scratch(thread_), weight_fetch());
+                                 static_cast<int>(to), stage_.workspace.scratch(thread_), prefetch_of_process());
     first += count;
   }
 }
@@ -109,7 +109,7 @@ void Worker::multiply_expert(const ExpertsStep& step, const ExpertLines& groups,
     if (from < to)
       stage_.level.matmul.matmul(weight, slot(step.slot), groups.count(expert), places, line(product.out, 0),
                                static_cast<size_t>(weight.rows), nullptr, from, to, stage_.workspace.scratch(thread_),
-                               weight_fetch());
+                               prefetch_of_process());
     first += weight.tile_count();
   }
 }
@@ -150,7 +150,7 @@ void Worker::execute(const HeadsStep& step) {
       const Matrix& weight = step.weights[part];
       stage_.level.matmul.matmul(weight, slot(step.slot), rows_, {lines, lines}, line(step.out, 0),
                                  static_cast<size_t>(weight.rows), nullptr, from, to,
-                                 stage_.workspace.scratch(thread_), weight_fetch());
+                                 stage_.workspace.scratch(thread_), prefetch_of_process());
     }
   });
 }

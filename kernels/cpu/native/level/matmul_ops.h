@@ -50,10 +50,10 @@ struct TokenLines {
   const int32_t* out = nullptr;
 };
 
-// How the products of up to kFetchedTokens tokens, which memory bounds, fetch weights ahead of the reads; others do it as
-// with Far. Near leaves out the second-level cache. A Zen 4 reads up to a third faster with Far, a Zen 5 with Near.
-enum class WeightFetch : uint8_t { Far, Near };
-constexpr int kFetchedTokens = 2;
+// How products of one or two tokens, which memory bounds, prefetch weights: Far is 20 KiB ahead into the second-level cache,
+// Near 6 KiB ahead into the first, past the second. Products of more tokens know one way.
+enum class Prefetch : uint8_t { Far, Near };
+constexpr int kPrefetchedTokens = 2;
 
 // Bytes of one token's activations, a multiple of 64.
 size_t activation_bytes(ActivationFormat format, int cols);
@@ -66,7 +66,7 @@ struct MatmulOps {
   // kMatmulScratchBytes private to the calling thread.
   void (*matmul)(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
                  size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
-                 WeightFetch fetch);
+                 Prefetch prefetch);
   // out[cols] = the row's weights as float32.
   void (*dequantize_row)(const Matrix& weights, int row, float* out);
 };

@@ -74,9 +74,10 @@ void quantize(ActivationFormat format, const float* x, int cols, void* out) {
 }
 
 void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
-            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch, WeightFetch fetch) {
+            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
+            Prefetch prefetch) {
   const TypeOps& ops = ops_of(weights.type);
-  const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, fetch);
+  const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, prefetch);
   if (tokens > ops.direct_tokens)
     ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);
   else

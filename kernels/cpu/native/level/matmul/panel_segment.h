@@ -38,7 +38,7 @@ struct DecodedSegment {
 #pragma GCC unroll 1
     for (int first = 0; first < Type::kSubBlocks; first += kTogether<Type>)
       UNROLL for (int j = first; j < first + kTogether<Type>; j++) {
-        w.template prefetch<kPanelTiles>(j);
+        w.prefetch(j);
         UNROLL for (int g = 0; g < kGroups<Type>; g++) {
           if constexpr (kSigned)
             groups[j * kGroups<Type> + g] = signed_group(w, j, g);
@@ -57,14 +57,14 @@ template <class Type, class Form>
 struct DecodedView {
   static constexpr bool kDecoded = true;
   static constexpr bool kSigned = Form::kSigned;
+  template <int T>
+  static constexpr bool kPrefetches = false;
   const DecodedSegment<Type, Form>* segment;
   DECODE Bytes group(int j, int g) const { return segment->groups[j * kGroups<Type> + g]; }
   DECODE Scale sub_scale(int j) const { return segment->sub_scales.scales[j]; }
   DECODE Bytes mins(int i) const { return segment->sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return segment->scale_; }
   DECODE F32x16 min() const { return segment->min_.value; }
-  template <int T>
-  DECODE void prefetch(int) const {}
 };
 
 // The k-groups as decoders make them.

@@ -13,13 +13,14 @@ constexpr const MatmulOps& others = LLAMACLUST_PANELS_OVER::matmul_ops;
 void quantize(ActivationFormat format, const float* x, int cols, void* out) { others.quantize(format, x, cols, out); }
 
 void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
-            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch, WeightFetch fetch) {
+            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
+            Prefetch prefetch) {
   const TypeOps& ops = ops_of(weights.type);
   if (tokens > ops.direct_tokens) {
-    const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, fetch);
+    const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, prefetch);
     return ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);
   }
-  others.matmul(weights, activations, tokens, lines, out, out_stride, bias, tile_begin, tile_end, scratch, fetch);
+  others.matmul(weights, activations, tokens, lines, out, out_stride, bias, tile_begin, tile_end, scratch, prefetch);
 }
 
 void dequantize_row(const Matrix& weights, int row, float* out) { others.dequantize_row(weights, row, out); }

@@ -22,7 +22,7 @@ struct Product {
   size_t activation_stride;         // bytes
   const int32_t* activation_lines;  // of the tokens, or null
   int segments;
-  WeightFetch fetch;
+  Prefetch prefetch;
   Output output;
 };
 
@@ -30,14 +30,14 @@ namespace {
 
 INLINE Product product_of(const TileLayout& layout, const Matrix& weights, const uint8_t* activations,
                           const TokenLines& lines, float* out, size_t out_stride, const float* bias,
-                          WeightFetch fetch) {
+                          Prefetch prefetch) {
   return {weights.tiles,
           weights.tile_bytes,
           activations,
           activation_bytes(layout.activation, weights.cols),
           lines.activations,
           weights.cols / layout.segment_cols,
-          fetch,
+          prefetch,
           {out, out_stride, lines.out, bias, weights.rows}};
 }
 

@@ -22,26 +22,26 @@ struct BF16 {
 };
 
 // Few tokens wait for memory, as those of quantized weights do; for more, tiles are read again and again from a cache.
-template <int R, int T, WeightFetch fetch>
+template <int R, int T, Prefetch way>
 DECODE void prefetch_floats(const uint8_t* tile) {
-  if constexpr (T <= kFetchedTokens)
-    fetch_ahead<fetch, R>(tile);
+  if constexpr (T <= kPrefetchedTokens)
+    prefetch_behind<way, R>(tile);
   else
     __builtin_prefetch(tile + 2048);
 }
 
-// Calls f with p's way to fetch as a constant.
+// Calls f with p's way to prefetch as a constant.
 template <typename F>
-void with_fetch(const Product& p, F f) {
-  if (p.fetch == WeightFetch::Near)
-    f(std::integral_constant<WeightFetch, WeightFetch::Near>());
+void with_prefetch(const Product& p, F f) {
+  if (p.prefetch == Prefetch::Near)
+    f(std::integral_constant<Prefetch, Prefetch::Near>());
   else
-    f(std::integral_constant<WeightFetch, WeightFetch::Far>());
+    f(std::integral_constant<Prefetch, Prefetch::Far>());
 }
 
 // R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
 // last are computed like it and thrown away.
-template <class Type, int R, int T, WeightFetch fetch>
+template <class Type, int R, int T, Prefetch way>
 void multiply_float_block(const Product& p, int first_tile, int tile_end, int first_token, int tokens) {
   const uint8_t* w[R];
   const float* a[T];
@@ -56,7 +56,7 @@ void multiply_float_block(const Product& p, int first_tile, int tile_end, int fi
     F32x16 weights[R];
     UNROLL for (int r = 0; r < R; r++) {
       weights[r] = Type::column(w[r]);
-      prefetch_floats<R, T, fetch>(w[r]);
+      prefetch_floats<R, T, way>(w[r]);
       w[r] += Type::kLayout.body_bytes;
     }
     UNROLL for (int t = 0; t < T; t++) {
@@ -69,23 +69,23 @@ void multiply_float_block(const Product& p, int first_tile, int tile_end, int fi
           store_rows(p.output, first_tile + r, first_token + t, acc[r][t]);
 }
 
-template <class Type, int R, int T, WeightFetch fetch = WeightFetch::Far>
+template <class Type, int R, int T, Prefetch way = Prefetch::Far>
 void multiply_in_blocks(const Product& p, int tokens, int tile_begin, int tile_end) {
   for (int tile = tile_begin; tile < tile_end; tile += R)
-    for (int t = 0; t < tokens; t += T) multiply_float_block<Type, R, T, fetch>(p, tile, tile_end, t, tokens);
+    for (int t = 0; t < tokens; t += T) multiply_float_block<Type, R, T, way>(p, tile, tile_end, t, tokens);
 }
 
 template <class Type>
 void multiply_floats(const Product& p, int tokens, int tile_begin, int tile_end) {
-  if (tokens > kFetchedTokens)
+  if (tokens > kPrefetchedTokens)
     return multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);
-  with_fetch(p, [&](auto fetch) {
-    if (tokens == 1) return multiply_in_blocks<Type, 4, 1, fetch()>(p, tokens, tile_begin, tile_end);
-    multiply_in_blocks<Type, (kFloatRows < 2 ? 2 : kFloatRows), 2, fetch()>(p, tokens, tile_begin, tile_end);
+  with_prefetch(p, [&](auto way) {
+    if (tokens == 1) return multiply_in_blocks<Type, 4, 1, way()>(p, tokens, tile_begin, tile_end);
+    multiply_in_blocks<Type, (kFloatRows < 2 ? 2 : kFloatRows), 2, way()>(p, tokens, tile_begin, tile_end);
   });
 }
 
-template <class Type, int T, WeightFetch fetch = WeightFetch::Far>
+template <class Type, int T, Prefetch way = Prefetch::Far>
 void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
   const uint8_t* weights = p.tiles + static_cast<size_t>(tile) * p.tile_bytes;
   const Activation<Type>* a[T];
@@ -93,7 +93,7 @@ void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
   F32x16 acc[1][T];
   UNROLL for (int t = 0; t < T; t++) acc[0][t] = zero();
   for (int s = 0; s < p.segments; s++) {
-    const TileSegment<Type, fetch> w[1] = {segment_of<Type, fetch>(weights, s, p.segments)};
+    const TileSegment<Type, way> w[1] = {segment_of<Type, way>(weights, s, p.segments)};
     add_segment<Type>(w, a, acc);
     UNROLL for (int t = 0; t < T; t++) a[t]++;
   }
@@ -121,8 +121,8 @@ void multiply_quantized(const Product& p, int tokens, int tile_begin, int tile_e
     int t = 0;
     for (; t + kDirectWidth / 2 < tokens; t += kDirectWidth) multiply_tile<Type, kDirectWidth>(p, tile, t, tokens);
     switch (tokens - t) {
-      case 1: with_fetch(p, [&](auto fetch) { multiply_tile<Type, 1, fetch()>(p, tile, t, tokens); }); break;
-      case 2: with_fetch(p, [&](auto fetch) { multiply_tile<Type, 2, fetch()>(p, tile, t, tokens); }); break;
+      case 1: with_prefetch(p, [&](auto way) { multiply_tile<Type, 1, way()>(p, tile, t, tokens); }); break;
+      case 2: with_prefetch(p, [&](auto way) { multiply_tile<Type, 2, way()>(p, tile, t, tokens); }); break;
       case 3:
       case 4: multiply_tile<Type, 4>(p, tile, t, tokens); break;
       default: break;

@@ -105,25 +105,27 @@ struct BodyOf<Type> {
   using Body = typename Type::Body;
 };
 
-// Fetches the line that is so far behind one that is read.
-template <WeightFetch fetch, int shorter = 1>
-DECODE void fetch_ahead(const uint8_t* line) {
-  constexpr int bytes = fetch == WeightFetch::Far ? 20480 : 6144;
-  __builtin_prefetch(line + bytes / shorter, 0, fetch == WeightFetch::Far ? 2 : 0);
+// Prefetches the line that is so far behind one that is read; R lines of as many places are read together.
+template <Prefetch way, int R = 1>
+DECODE void prefetch_behind(const uint8_t* line) {
+  constexpr int bytes = way == Prefetch::Far ? 20480 : 6144;
+  __builtin_prefetch(line + bytes / R, 0, way == Prefetch::Far ? 2 : 0);
 }
 
-// Where weights are fetched from far, whether the processor's own prefetches follow one token's reads better: each load of the loop is as far from the one of
-// the segment before as any other, and is an instruction of its own. Shares of read bandwidth with prefetches and without:
-// on Zen 4 (AVX-512, unrolled) Q4_K 0.85 and 0.93, Q5_K 0.77 and 0.96; with four tokens 0.87 and 0.58, and Q6_K, whose tails
-// lie together, 0.77 and 0.45; on Zen 3 (AVX2, not unrolled) Q4_K 1.00 and 0.72, Q5_K 0.96 and 0.71.
-template <class Type, int T, WeightFetch fetch>
-constexpr bool kFollowed =
-    fetch == WeightFetch::Far && kUnrollsSegments && T == 1 && Type::kLayout.tail_bytes == 64 && kTogether<Type> == 1;
+// Whether the processor's own prefetches follow one token's reads better than Prefetch::Far: each load of the loop is as
+// far from the one of the segment before as any other, and is an instruction of its own. Shares of read bandwidth with
+// prefetches and without: on Zen 4 (AVX-512, unrolled) Q4_K 0.85 and 0.93, Q5_K 0.77 and 0.96; with four tokens 0.87 and
+// 0.58, and Q6_K, whose tails lie together, 0.77 and 0.45; on Zen 3 (AVX2, not unrolled) Q4_K 1.00 and 0.72, Q5_K 0.96 and
+// 0.71.
+template <class Type, int T>
+constexpr bool kFollowed = kUnrollsSegments && T == 1 && Type::kLayout.tail_bytes == 64 && kTogether<Type> == 1;
 
 // A segment of a tile, decoded as it is read.
-template <class Type, WeightFetch fetch = WeightFetch::Far>
+template <class Type, Prefetch way = Prefetch::Far>
 struct TileSegment {
   static constexpr bool kDecoded = false;
+  template <int T>
+  static constexpr bool kPrefetches = way == Prefetch::Near || !kFollowed<Type, T>;
   static constexpr bool kSigned = false;  // whether the bytes of a group are signed, their offset subtracted
   const uint8_t *body, *tail;
   typename BodyOf<Type>::Body groups;
@@ -136,14 +138,12 @@ struct TileSegment {
   DECODE Bytes mins(int i) const { return sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return Type::scale(tail); }
   DECODE F32x16 min() const { return Type::min(tail); }
-  // Fetches sub-block j's share of the lines to come, for T tokens. All at once would fill the queue of cache misses and
-  // stop the arithmetic behind it.
-  template <int T>
+  // Prefetches sub-block j's share of the lines to come. All at once would fill the queue of cache misses and stop the
+  // arithmetic behind it.
   DECODE void prefetch(int j) const {
-    if constexpr (kFollowed<Type, T, fetch>) return;
     constexpr int lines = (Type::kLayout.body_bytes + Type::kLayout.tail_bytes + 63) / 64;
     constexpr int share = (lines + Type::kSubBlocks - 1) / Type::kSubBlocks;
-    UNROLL for (int i = 0; i < share; i++) fetch_ahead<fetch>(body + 64 * (j * share + i));
+    UNROLL for (int i = 0; i < share; i++) prefetch_behind<way>(body + 64 * (j * share + i));
   }
 };
 
@@ -192,7 +192,7 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
   static_assert(!kOffsetFirst<Type> || chunk == groups);
   // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
   static_assert(!kWide<Type> || bits == 8 || offset * 127 * (4 * groups) / 2 < 32768);
-  UNROLL for (int r = 0; r < R; r++) w[r].template prefetch<T>(j);
+  if constexpr (Segment::template kPrefetches<T>) UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
   UNROLL for (int first = 0; first < groups; first += chunk) {
     Sums sums[R][T];
     UNROLL for (int t = 0; t < T; t++) {
@@ -288,8 +288,8 @@ DECODE const Activation<Type>* token_activations(const Product& p, int token, in
   return reinterpret_cast<const Activation<Type>*>(p.activations + line * p.activation_stride);
 }
 
-template <class Type, WeightFetch fetch = WeightFetch::Far>
-DECODE TileSegment<Type, fetch> segment_of(const uint8_t* tile, int s, int segments) {
+template <class Type, Prefetch way = Prefetch::Far>
+DECODE TileSegment<Type, way> segment_of(const uint8_t* tile, int s, int segments) {
   constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
   constexpr int group = Type::kLayout.group_segments();
   const int first = s / group * group, count = segments - first < group ? segments - first : group;

@@ -14,4 +14,4 @@ def report(what: str) -> None:
 
 def show(name: str, ratios: list[float], target: str) -> None:
     spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
-    print(f"{name:58} {median(ratios):7.3f}   {spread:18} {target}")
+    print(f"{name:58} {median(ratios):7.3f}   {spread:18} goal {target}")

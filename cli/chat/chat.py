@@ -156,7 +156,7 @@ class Chat:
 
     def _print_stats(self) -> None:
         if self._timings is None:
-            raise UsageError("/stats: there is no answer yet")
+            raise UsageError("/stats: no answer has been completed yet")
         timings = self._timings
         prompt = (
             f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"

@@ -197,7 +197,7 @@ async def test_stats_have_drafted_tokens() -> None:
     [
         ("/again", "no message of the user"),
         ("/undo", "no message of the user"),
-        ("/stats", "no answer yet"),
+        ("/stats", "no answer has been completed"),
         ("/sing", "unknown command /sing"),
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),

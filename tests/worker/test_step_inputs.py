@@ -99,6 +99,21 @@ def test_no_bytes_are_read_otherwise_than_by_the_codec(data: bytes) -> None:
         check_equal(data, decode_inputs(data), 1)
 
 
+@pytest.mark.parametrize("length_bytes", range(1, 12))
+def test_lengths_have_as_many_bytes_as_the_codec_takes(length_bytes: int) -> None:
+    data = encode_inputs(SamplingInputs(1, 2, (ScoreTask(11),)))
+    before, task = data.split(b"\x1a\x04")
+    more = length_bytes - 1
+    length = bytes((4 | (0x80 if more else 0),)) + b"\x80" * (more - 1) + b"\0" * min(more, 1)
+    lengthened = before + b"\x1a" + length + task
+    if length_bytes > 5:
+        assert inputs_reader().read(lengthened) is None
+        with pytest.raises(ProtocolError):
+            decode_inputs(lengthened)
+    else:
+        check_equal(lengthened, decode_inputs(lengthened), 1)
+
+
 TASK = SampleTask(SamplingParams(), 1, 0, 5)
 UNUSUAL = {
     "DRY's window": replace(TASK, dry_window=0),

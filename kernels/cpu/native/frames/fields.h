@@ -49,7 +49,7 @@ class Fields {
 
   Bytes bytes() {
     if (kind_ != kBytes) return fail(), Bytes();
-    const uint64_t size = varint();
+    const uint64_t size = varint(kLengthBytes);
     if (size > static_cast<uint64_t>(end_ - at_)) return fail(), Bytes();
     const Bytes found(at_, static_cast<size_t>(size));
     at_ += size;
@@ -90,9 +90,11 @@ class Fields {
  private:
   static constexpr uint8_t kVarint = 0, kFixed64 = 1, kBytes = 2;
 
-  uint64_t varint() {
+  static constexpr int kVarintBytes = 10, kLengthBytes = 5;  // at most, as protobuf reads them
+
+  uint64_t varint(int bytes = kVarintBytes) {
     uint64_t value = 0;
-    for (int shift = 0; shift < 64 && at_ != end_; shift += 7) {
+    for (int shift = 0; shift < 7 * bytes && at_ != end_; shift += 7) {
       const uint8_t byte = *at_++;
       if (shift == 63 && byte > 1) break;
       value |= static_cast<uint64_t>(byte & 0x7f) << shift;

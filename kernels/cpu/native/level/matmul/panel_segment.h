@@ -56,6 +56,7 @@ struct DecodedSegment {
 template <class Type, class Form>
 struct DecodedView {
   static constexpr bool kDecoded = true;
+  static constexpr bool kMayUnroll = true;
   static constexpr bool kSigned = Form::kSigned;
   template <int T>
   static constexpr bool kPrefetches = false;

@@ -52,8 +52,9 @@ def _field(message: sampling_proto.RowTask) -> bytes:
 
 def _sample(task: SampleTask, further_rows: int) -> bytes:
     windows = task.penalty_window, task.dry_window
-    ends = task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
-    begin, end = _usual_ends(*ends) if _is_usual(task) else _ends(*ends, task.breakers, task.mu, task.matcher)
+    constant = task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
+    rest = () if _is_usual(task) else (task.breakers, task.mu, task.matcher)
+    begin, end = (_around if rest else _usual_around)(*constant, *rest)
     position = b"\x20" + varint(task.position) if task.position else b""
     history = b"\x2a" + packed_words(task.history) if task.history else b""
     further = b"\x70" + varint(further_rows) if further_rows else b""
@@ -67,7 +68,7 @@ def _is_usual(task: SampleTask) -> bool:
     return len(task.suppressed) <= _MOST_SUPPRESSED
 
 
-def _ends(
+def _around(
     params: SamplingParams,
     seed: int,
     choice: int,
@@ -95,7 +96,7 @@ def _ends(
     return begin.SerializeToString(), end.SerializeToString()
 
 
-_usual_ends = lru_cache(_KINDS)(_ends)
+_usual_around = lru_cache(_KINDS)(_around)
 
 
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:

@@ -29,9 +29,8 @@ _WEIGHT_ROWS, _COLUMNS = 8192, 2048
 _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
-_ENOUGH_S: Final = (
-    0.3  # of tries of a product and a way to prefetch, with their flushes of caches: on a slow machine there is one
-)
+_ENOUGH_S: Final = 0.3
+"""Of tries of a product and a way to prefetch, with their flushes of caches: on a slow machine there is one."""
 
 
 def measure_products(

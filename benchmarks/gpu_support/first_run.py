@@ -6,15 +6,16 @@ machine that is lent for some minutes at a time can be used in several calls.
     python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
 
 Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
-results/steps.json has what came of all. A step that passed at this commit is not repeated; one that failed is repeated
-in the next call, behind those that are left. A step begins only if its time limit ends within --minutes. Exit status: 0
-if all passed, 1 if any failed, 75 if any is left. Models of random weights are written to --models when a step needs
-them: 4, 12, 4 and 39 GB.
+results/steps.json has what came of all. A step that passed with these sources is not repeated; one that failed is
+repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes. Exit
+status: 0 if all passed, 1 if any failed, 75 if any is left. Models of random weights are written to --models when a
+step needs them: 4, 12, 4 and 39 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -33,6 +34,19 @@ _ROOT = Path(__file__).parents[2]
 _TESTS = "tests/kernels/cuda"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
+_SOURCES = (
+    "benchmarks",
+    "cluster",
+    "core",
+    "kernels",
+    "model",
+    "tests/kernels",
+    "tests/support",
+    "tools",
+    "wire",
+    "worker",
+)
+_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,7 @@ class Outcome:
 
     status: int
     seconds: float
-    commit: str
+    sources: str
     tail: tuple[str, ...]  # its last lines
 
     @property
@@ -98,20 +112,20 @@ class Outcome:
 class Record:
     """Outcomes by the names of steps, in results/steps.json."""
 
-    def __init__(self, folder: Path, commit: str) -> None:
+    def __init__(self, folder: Path, sources: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._commit, self._path = folder, commit, folder / "steps.json"
+        self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
         found = json.loads(self._path.read_text()) if self._path.is_file() else {}
         self._outcomes = {name: Outcome(**values) for name, values in found.items()}
 
     def outcome(self, step: Step) -> Outcome | None:
-        """None if it was not run at this commit."""
+        """None if it was not run with these sources."""
         found = self._outcomes.get(step.name)
-        return found if found is not None and found.commit == self._commit else None
+        return found if found is not None and found.sources == self._sources else None
 
     def add(self, step: Step, status: int, seconds: float) -> Outcome:
         lines = (self.folder / f"{step.name}.log").read_text(errors="replace").splitlines()
-        outcome = Outcome(status, round(seconds, 1), self._commit, tuple(lines[-_TAIL_LINES:]))
+        outcome = Outcome(status, round(seconds, 1), self._sources, tuple(lines[-_TAIL_LINES:]))
         self._outcomes[step.name] = outcome
         text = json.dumps({name: asdict(one) for name, one in self._outcomes.items()}, indent=2) + "\n"
         partial = self._path.with_suffix(".tmp")
@@ -170,15 +184,14 @@ def _filled(command: str, places: dict[str, str]) -> str:
     return command.format(**{name: shlex.quote(place) for name, place in places.items()})
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+def sources_digest(root: Path) -> str:
+    """Of the files that steps run or compile: a copy of a working tree has no commit of its own, and often no .git."""
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in _SUFFIXES:
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _say(line: str) -> None:
@@ -200,7 +213,7 @@ def main(arguments: Sequence[str]) -> int:
         "results": str(given.results.resolve()),
         "llama": str((given.llama_bench or Path()).resolve()),
     }
-    return run_steps(steps, Record(given.results, _commit()), places, 60 * given.minutes, time.monotonic)
+    return run_steps(steps, Record(given.results, sources_digest(_ROOT)), places, 60 * given.minutes, time.monotonic)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,6 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 LLAMACLUST_DP2A(dp2a_low, "dp2a.lo.s32.s32")
 LLAMACLUST_DP2A(dp2a_high, "dp2a.hi.s32.s32")
 #undef LLAMACLUST_DP2A
-// c + four products of unsigned bytes of a and signed ones of b.
-__device__ __forceinline__ int32_t dp4a_weights(uint32_t a, int32_t b, int32_t c) {
-  int32_t r;
-  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
 
 // c + four products: the bytes of a, unsigned or signed, with those of b, signed.
 #define LLAMACLUST_DP4A(Register, type)                                                              \

@@ -104,7 +104,7 @@ struct ByteValues {
         const int item = (first_query() + q * kQuerySteps) * kGroups + group;
         const uint32_t four = *reinterpret_cast<const uint32_t*>(weights() + item * kPositions + at);
 #pragma unroll
-        for (int c = 0; c < kChannels; c++) exact[q][c] = dp4a_weights(four, static_cast<int32_t>(x[c]), exact[q][c]);
+        for (int c = 0; c < kChannels; c++) exact[q][c] = dp4a(four, static_cast<int32_t>(x[c]), exact[q][c]);
       }
     }
 #pragma unroll

@@ -21,7 +21,6 @@ LANES float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }    // 
 LANES float fnma(float a, float b, float c) { return __fmaf_rn(-a, b, c); }  // c - a * b
 LANES float max(float a, float b) { return a > b ? a : b; }
 LANES float min(float a, float b) { return a < b ? a : b; }
-LANES float select_less(float a, float b, float x, float y) { return a < b ? x : y; }
 LANES int32_t add(int32_t a, int32_t b) { return a + b; }
 LANES int32_t sub(int32_t a, int32_t b) { return a - b; }
 LANES int32_t mul(int32_t a, int32_t b) { return a * b; }

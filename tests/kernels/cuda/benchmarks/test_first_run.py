@@ -17,7 +17,7 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_support import first_run
-from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps
+from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps, sources_digest
 
 
 def counted(name: str, folder: Path, then: str = "true", limit_s: int = 20) -> Step:
@@ -32,8 +32,8 @@ def places(folder: Path) -> dict[str, str]:
     return {"models": str(folder), "results": str(folder), "llama": "llama-bench"}
 
 
-def run(folder: Path, *steps: Step, budget_s: float = 1000.0, commit: str = "c1") -> int:
-    return run_steps(steps, Record(folder, commit), places(folder), budget_s, time.monotonic)
+def run(folder: Path, *steps: Step, budget_s: float = 1000.0, sources: str = "c1") -> int:
+    return run_steps(steps, Record(folder, sources), places(folder), budget_s, time.monotonic)
 
 
 def test_passed_steps_are_not_repeated_and_failed_ones_come_last(tmp_path: Path) -> None:
@@ -41,11 +41,11 @@ def test_passed_steps_are_not_repeated_and_failed_ones_come_last(tmp_path: Path)
     good, later = counted("good", tmp_path), counted("later", tmp_path)
     assert run(tmp_path, bad, good) == 1
     found = json.loads((tmp_path / "steps.json").read_text())["bad"]
-    assert (found["status"], found["commit"], found["tail"]) == (3, "c1", ["what it said"])
+    assert (found["status"], found["sources"], found["tail"]) == (3, "c1", ["what it said"])
     assert run(tmp_path, replace(bad, command=f"echo bad >> {tmp_path}/ran"), good, later) == 0
     assert ran(tmp_path) == ["bad", "good", "later", "bad"]
     assert run(tmp_path, bad, good, later) == 0 and len(ran(tmp_path)) == 4
-    assert run(tmp_path, good, commit="c2") == 0 and ran(tmp_path)[-1] == "good"
+    assert run(tmp_path, good, sources="c2") == 0 and ran(tmp_path)[-1] == "good"
 
 
 def test_steps_that_would_end_too_late_are_left(tmp_path: Path) -> None:
@@ -90,6 +90,18 @@ def test_every_step_fits_into_one_call_and_is_what_there_is() -> None:
     every = {path.name for path in (ROOT / "tests/kernels/cuda").glob("test_*.py")}
     every |= {"stages", "placement", "benchmarks/test_gpu_benchmark.py"}
     assert every - own == tested
+
+
+def test_changed_kernels_are_other_sources(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernels/cuda/src/rows.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("one")
+    before = sources_digest(tmp_path)
+    (tmp_path / "README.md").write_text("not run")
+    assert sources_digest(tmp_path) == before
+    kernel.write_text("another")
+    assert sources_digest(tmp_path) != before
+    assert len(sources_digest(ROOT)) == 16
 
 
 def test_outcomes_and_mistakes(tmp_path: Path) -> None:

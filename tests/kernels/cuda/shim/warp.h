@@ -135,10 +135,6 @@ inline int32_t dp2a_low(int32_t a, int32_t b, int32_t c) {
   for (int i = 0; i < 2; i++) c += static_cast<int16_t>(a >> 16 * i) * static_cast<int8_t>(b >> 8 * i);
   return c;
 }
-inline int32_t dp4a_weights(uint32_t a, int32_t b, int32_t c) {
-  for (int i = 0; i < 4; i++) c += static_cast<uint8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
-  return c;
-}
 inline int32_t dp2a_high(int32_t a, int32_t b, int32_t c) { return dp2a_low(a, b >> 16, c); }
 
 template <class A>

@@ -58,7 +58,7 @@ def test_every_module_for_gpus_that_only_cuda_12_compiles_for(request: pytest.Fi
         for binary in pool.map(lambda job: compiler.binary(*job), jobs):
             assert binary.startswith(b"\x7fELF")
     ptx = compiler.ptx("matmul.simple", texts["matmul.simple"], OLDEST)
-    assert "dp4a.u32.s32" in ptx and "mma.sync" not in ptx
+    assert "dp4a.s32.s32" in ptx and "mma.sync" not in ptx
 
 
 def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.tools.assume import rates
@@ -22,6 +22,24 @@ _FURTHER = 3
 """So many machines more than memory alone asks for are tried."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 """What makes a token or a prompt take less than this share of its time would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What one of the machines would do without the others."""
+
+    machine: str
+    prediction: Prediction
+
+
+def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
+    """The machine that decodes fastest of those that hold the whole model; None where none does."""
+    found = list[Alone]()
+    for machine in dict.fromkeys(cluster.assumed.machines):
+        plan = cluster.with_one(machine).fitting_plan(model)
+        if plan is not None:
+            found.append(Alone(f"m{cluster.assumed.machines.index(machine) + 1}", prediction_of(plan)))
+    return min(found, key=lambda alone: alone.prediction.token_s, default=None)
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:

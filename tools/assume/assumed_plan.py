@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamaclust.cluster.planner.format import plan_json, plan_lines
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import gigabytes, mib
 from llamaclust.tools.assume import rates
-from llamaclust.tools.assume.advice import shown_speed, what_fits, what_helps
+from llamaclust.tools.assume.advice import Alone, fastest_alone, shown_speed, what_fits, what_helps
 from llamaclust.tools.assume.assumed_model import AssumedModel, assumed_model
 from llamaclust.tools.assume.description import parse_machines
 from llamaclust.tools.assume.machines import AssumedMachines
@@ -31,6 +31,7 @@ class AssumedPlan:
     model: AssumedModel
     assumed: AssumedMachines
     plan: Plan
+    alone: Alone | None  # one machine that would do; None where none does, or the plan has one only
     helps: tuple[str, ...]
     acceptances: tuple[float, ...]  # for which the gain of speculation is predicted
 
@@ -41,6 +42,7 @@ class AssumedPlan:
             "quantization": self.model.shown_mix,
             "file_bytes": self.model.file.size_bytes,
             "machines": len(self.assumed.machines),
+            "alone": self._alone_json(),
             "helps": list(self.helps),
             "assumptions": list(rates.assumptions(self.assumed)),
         }
@@ -54,8 +56,28 @@ class AssumedPlan:
             f"{shown_speed(1 / prediction.token_s)} tok/s for one request"
         )
         yield from plan_lines(self.plan, self.acceptances)
+        if self.alone is not None:
+            yield f"  {self.alone.machine} alone: {_speeds(self.alone.prediction)}"
         yield from (f"  what would help: {text}" for text in self.helps)
         yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
+
+    def _alone_json(self) -> dict[str, Any] | None:
+        if self.alone is None:
+            return None
+        prediction = self.alone.prediction
+        return {
+            "worker": self.alone.machine,
+            "token_ms": 1e3 * prediction.token_s,
+            "ttft_ms": 1e3 * prediction.ttft_s,
+            "tokens_per_s": prediction.tokens_per_s,
+        }
+
+
+def _speeds(prediction: Prediction) -> str:
+    return (
+        f"{shown_speed(1 / prediction.token_s)} tok/s for one request, first token after "
+        f"{1e3 * prediction.ttft_s:.0f} ms, {prediction.tokens_per_s:.0f} tok/s for many requests"
+    )
 
 
 def plan_assumed(
@@ -75,7 +97,9 @@ def plan_assumed(
         explained = InsufficientMemoryError(f"{_named(model)}: {told}")
         explained.missing_bytes = error.missing_bytes
         raise explained from error
-    return AssumedPlan(model, cluster.assumed, plan, tuple(what_helps(cluster, model, plan)), tuple(acceptances))
+    alone = fastest_alone(cluster, model) if len(plan.stages) > 1 else None
+    helps = tuple(what_helps(cluster, model, plan))
+    return AssumedPlan(model, cluster.assumed, plan, alone, helps, tuple(acceptances))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ class AssumedCluster:
         machines = self.assumed.machines
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
+    def with_one(self, machine: Machine) -> AssumedCluster:
+        """Without the others, and without a plan that has layers for them."""
+        overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
+        return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
+
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
         """UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with the MiB
         that are missing."""

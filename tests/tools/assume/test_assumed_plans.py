@@ -67,6 +67,20 @@ def test_types_that_take_long_to_decode_are_bound_by_threads() -> None:
     assert many[1] < 0.6 * many[0]
 
 
+def test_a_machine_that_would_do_alone_is_named_with_its_speed() -> None:
+    """The fastest of those that hold the model; nothing where none does, or where the plan has one only."""
+    cut = "plan=[{worker: m1, layers: [0, 8]}, {worker: m2, layers: [8, 20]}, {worker: m3, layers: [20, 32]}]"
+    found = plan_assumed("6GB@60GB/s+16GB@20GB/s+16GB@30GB/s,1Gbit", "8b", (cut,))
+    by_itself = plan_assumed("16GB@30GB/s", "8b", ())
+    assert found.alone is not None and found.alone.machine == "m3"
+    assert found.alone.prediction.token_s == token_s(by_itself)
+    line = next(line for line in found.lines() if " alone: " in line)
+    assert line.startswith(f"  m3 alone: {1 / token_s(by_itself):.1f} tok/s for one request, first token after ")
+    assert found.json()["alone"]["token_ms"] == 1e3 * token_s(by_itself)
+    assert by_itself.alone is None and by_itself.json()["alone"] is None
+    assert plan_assumed("3x16GB", "qwen3-30b-a3b", ()).alone is None  # 18.6 GB
+
+
 def test_a_faster_machine_holds_more_layers() -> None:
     stages = plan_assumed("16GB@20GB/s/2 + 16GB@80GB/s/8", "8b", ("objective=throughput",)).plan.stages
     assert stages[1].end - stages[1].start > 2 * (stages[0].end - stages[0].start)

@@ -56,6 +56,14 @@ def test_examples_print_what_the_page_shows(command: str, printed: str) -> None:
     assert figures[0] == pytest.approx(figures[1], rel=0.01, abs=1.01)
 
 
+def test_the_lines_beside_one_machine_alone_are_those_of_the_program() -> None:
+    words, shown = re.findall(
+        r"Of `llamaclust (plan --assume [^`]*)`:\n\n```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )[0]
+    printed = output(shlex.split(words)).splitlines()
+    assert " alone: " in shown and set(shown.splitlines()) <= set(printed)
+
+
 def test_the_page_has_examples_of_both_kinds() -> None:
     assert len(EXAMPLES) == 5 and len(GAINS) == 4 and len(ROWS) == 4 and len(GPU_ROWS) == 6
     assert len(NAMED_GPUS) == 5

@@ -15,6 +15,7 @@ step needs them: 4, 12, 4 and 39 GB.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,19 +35,8 @@ _ROOT = Path(__file__).parents[2]
 _TESTS = "tests/kernels/cuda"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
-_SOURCES = (
-    "benchmarks",
-    "cluster",
-    "core",
-    "kernels",
-    "model",
-    "tests/kernels",
-    "tests/support",
-    "tools",
-    "wire",
-    "worker",
-)
-_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
+_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".cmake", ".proto", ".toml", ".txt")
+_NO_SOURCES = ("build", "dist", "docs", "__pycache__", "shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +106,8 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
         found = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        self._outcomes = {name: Outcome(**values) for name, values in found.items()}
+        fields = {field.name for field in dataclasses.fields(Outcome)}  # others: of another version of this program
+        self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == fields}
 
     def outcome(self, step: Step) -> Outcome | None:
         """None if it was not run with these sources."""
@@ -187,9 +178,10 @@ def _filled(command: str, places: dict[str, str]) -> str:
 def sources_digest(root: Path) -> str:
     """Of the files that steps run or compile: a copy of a working tree has no commit of its own, and often no .git."""
     digest = hashlib.sha256()
-    for folder in _SOURCES:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in _SUFFIXES:
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(name for name in inner if name not in _NO_SOURCES and not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.suffix in _SUFFIXES and path.is_file():
                 digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -54,12 +54,12 @@ from llamaclust.worker.worker import Worker
 async def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
     compute = Compute()
     here = threading.get_ident()
-    assert await compute.run(threading.get_ident, INLINE_NS - 1) == here
-    assert await compute.run(threading.get_ident, INLINE_NS) != here
+    assert await compute.run(threading.get_ident, expected_ns=INLINE_NS - 1) == here
+    assert await compute.run(threading.get_ident, expected_ns=INLINE_NS) != here
     assert await compute.run(threading.get_ident) != here
     for expected_ns in (0, INLINE_NS):
         with pytest.raises(ZeroDivisionError):
-            await compute.run(lambda: 1 // 0, expected_ns)
+            await compute.run(lambda: 1 // 0, expected_ns=expected_ns)
     compute.close()
 
 
@@ -75,12 +75,12 @@ async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
-    after = asyncio.create_task(compute.run(threading.get_ident, 0))
+    after = asyncio.create_task(compute.run(threading.get_ident, expected_ns=0))
     await asyncio.sleep(0.01)
     assert not after.done()
     go_on.set()
     assert await after != threading.get_ident()  # it waited its turn in the queue
-    assert await compute.run(threading.get_ident, 0) == threading.get_ident()
+    assert await compute.run(threading.get_ident, expected_ns=0) == threading.get_ident()
     compute.close()
 
 
@@ -111,7 +111,7 @@ async def test_a_step_far_beyond_its_usual_time_ends_the_process(monkeypatch: py
     monkeypatch.setattr("llamaclust.worker.stage.compute._WATCH_S", 0.005)
     compute, go_on = Compute(), threading.Event()
     unlimited = compute.queue(lambda: go_on.wait(0.1))
-    hanging = compute.queue(lambda: go_on.wait(10), 0.05)
+    hanging = compute.queue(lambda: go_on.wait(10), limit_s=0.05)
     with pytest.raises(DeviceLostError, match="a step has been computed for 0 s, 0 s at most are usual: the GPU hangs"):
         await compute.while_able(asyncio.sleep(10))
     assert unlimited.done() and not hanging.done()

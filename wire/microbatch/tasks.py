@@ -13,7 +13,7 @@ from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.microbatch.fields import packed_words, sized, varint
 from llamaclust.wire.microbatch.matchers import matcher_row_out
 
-_KINDS = 1024
+_CACHED_PARTS = 1024
 _MOST_SUPPRESSED = 64
 """Of a task whose encoding is kept."""
 _PLAIN_PARAMS, _BIASED_PARAMS = 256, 32
@@ -53,22 +53,24 @@ def _field(message: sampling_proto.RowTask) -> bytes:
 def _sample(task: SampleTask, further_rows: int) -> bytes:
     windows = task.penalty_window, task.dry_window
     constant = task.params, task.seed, task.choice, task.suppressed, task.top_logprobs, task.history_rows, windows
-    rest = () if _is_usual(task) else (task.breakers, task.mu, task.matcher)
-    begin, end = (_around if rest else _usual_around)(*constant, *rest)
+    if _is_cacheable(task):
+        begin, end = _cached_parts(*constant)
+    else:
+        begin, end = _encoded_parts(*constant, task.breakers, task.mu, task.matcher)
     position = b"\x20" + varint(task.position) if task.position else b""
     history = b"\x2a" + packed_words(task.history) if task.history else b""
     further = b"\x70" + varint(further_rows) if further_rows else b""
     return b"\x1a" + sized(b"\x0a" + sized(b"".join((begin, position, history, end, further))))
 
 
-def _is_usual(task: SampleTask) -> bool:
+def _is_cacheable(task: SampleTask) -> bool:
     """Whether its encoding, but for position and history, is that of its neighbours, and small."""
     if task.breakers or task.matcher is not None or task.mu or task.params.logit_bias:
         return False
     return len(task.suppressed) <= _MOST_SUPPRESSED
 
 
-def _around(
+def _encoded_parts(
     params: SamplingParams,
     seed: int,
     choice: int,
@@ -96,7 +98,7 @@ def _around(
     return begin.SerializeToString(), end.SerializeToString()
 
 
-_usual_around = lru_cache(_KINDS)(_around)
+_cached_parts = lru_cache(_CACHED_PARTS)(_encoded_parts)
 
 
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:

@@ -30,14 +30,14 @@ _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""Of tries of a product and a way to prefetch, with their flushes of caches: on a slow machine there is one."""
+"""Of the tries of one product with one way to prefetch, flushes of caches included: on a slow machine there is one."""
 
 
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
     """Of the types that the processor computes with; none where memory is short. Blocks for some tens of milliseconds a
-    type where caches are small, at most for `_ENOUGH_S` and one more try for each number of rows."""
+    type where caches are small, at most for `_ENOUGH_S` and one more try for each number of rows, twice for one row."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:
@@ -52,7 +52,7 @@ def _of_type(quant_type: QuantType, threads: int, feature_level: str, flush: Cac
     for rows in ROWS:
         x = source.standard_normal((rows, _COLUMNS), np.float32)
         used = matrices if rows <= _FEW_ROWS else matrices[:1]
-        ways = (False, True) if rows == 1 else (False,)  # stages find the faster one
+        ways = (False, True) if rows == 1 else (False,)  # a process takes the one that is faster with its weights
         products = [partial(_native.matmul_seconds, feature_level, used, x, threads, near) for near in ways]
         seconds = min(_median_s(product, flush if rows <= _FEW_ROWS else None) for product in products)
         yield ProductTime(int(quant_type), rows, seconds / sum(matrix.bytes for matrix in used))

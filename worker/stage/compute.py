@@ -39,12 +39,12 @@ class Compute:
         self._lost: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
-    async def run(self, job: Callable[[], _Answer], expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
+    async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
         """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins.
         `limit_s`: see `queue`; a job on the event loop stops this worker's signs of life."""
         if expected_ns < INLINE_NS and self._queued == 0:
             return job()
-        return await asyncio.shield(self.queue(job, limit_s))
+        return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     @property
     def computing_s(self) -> float:
@@ -62,7 +62,7 @@ class Compute:
             raise DeviceLostError(text) from error
 
     def queue(
-        self, job: Callable[[], _Answer], limit_s: float = inf, expected_ns: float = inf
+        self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
         """Has the thread run `job` right after those before it, whatever the event loop does meanwhile. If it takes
         longer than `limit_s`, what it computes on is lost (`while_able`). `expected_ns`: what those before it may wait

@@ -186,7 +186,8 @@ class StageLoop:
                 inputs = await self._inputs(arrival)
                 kind = _kind("whole", arrival)
                 step = partial(self._whole_step, kind, arrival, inputs)
-                return self._compute.queue(step, self._limit_s(kind), self._taken_ns.get(kind, INLINE_NS))
+                expected_ns = self._taken_ns.get(kind, INLINE_NS)
+                return self._compute.queue(step, limit_s=self._limit_s(kind), expected_ns=expected_ns)
             else:
                 answered.set_result(await self._step(arrival))
         except Exception as error:  # noqa: BLE001  a border, see there
@@ -256,7 +257,8 @@ class StageLoop:
             value = job()
             return value, begun_ns, perf_counter_ns() - begun_ns
 
-        taken = await self._compute.run(timed, self._taken_ns.get(kind, INLINE_NS), self._limit_s(kind))
+        expected_ns = self._taken_ns.get(kind, INLINE_NS)
+        taken = await self._compute.run(timed, expected_ns=expected_ns, limit_s=self._limit_s(kind))
         self._taken_ns[kind] = taken[2]
         return taken
 

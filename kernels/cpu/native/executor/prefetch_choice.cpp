@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -13,8 +14,8 @@
 namespace llamaclust {
 namespace {
 
-std::atomic<Prefetch> found = Prefetch::Far;
-std::atomic<bool> is_known = false;
+std::atomic<std::optional<Prefetch>> found;
+static_assert(std::atomic<std::optional<Prefetch>>::is_always_lock_free);
 
 size_t bytes_of(const Matrix& matrix) { return static_cast<size_t>(matrix.tile_count()) * matrix.tile_bytes; }
 
@@ -65,34 +66,34 @@ class Comparison {
 };
 
 Prefetch faster(Comparison& comparison) {
-  constexpr int kPairs = 9;
-  int64_t far_ns[kPairs], near_ns[kPairs];
+  constexpr size_t kPairs = 9, kFewPairs = 3;
+  constexpr int64_t kEnoughNs = 100'000'000;  // where a cache is large
+  std::vector<int64_t> far_ns, near_ns;
   comparison.ns(Prefetch::Far);  // what is on disk comes into memory
-  for (int pair = 0; pair < kPairs; pair++) {
-    if (pair % 2 == 0) far_ns[pair] = comparison.ns(Prefetch::Far);
-    near_ns[pair] = comparison.ns(Prefetch::Near);
-    if (pair % 2 == 1) far_ns[pair] = comparison.ns(Prefetch::Far);
+  const int64_t start = now_ns();
+  while (far_ns.size() < kFewPairs || (far_ns.size() < kPairs && now_ns() - start < kEnoughNs)) {
+    const bool far_first = far_ns.size() % 2 == 0;
+    if (far_first) far_ns.push_back(comparison.ns(Prefetch::Far));
+    near_ns.push_back(comparison.ns(Prefetch::Near));
+    if (!far_first) far_ns.push_back(comparison.ns(Prefetch::Far));
   }
   return faster_prefetch(far_ns, near_ns);
 }
 
 }  // namespace
 
-Prefetch prefetch_of_process() { return found.load(std::memory_order_relaxed); }
+Prefetch prefetch_of_process() { return known_prefetch().value_or(Prefetch::Far); }
 
-std::optional<Prefetch> known_prefetch() {
-  return is_known.load(std::memory_order_relaxed) ? std::optional(prefetch_of_process()) : std::nullopt;
-}
+std::optional<Prefetch> known_prefetch() { return found.load(std::memory_order_relaxed); }
 
-void set_known_prefetch(std::optional<Prefetch> way) {
-  found.store(way.value_or(Prefetch::Far), std::memory_order_relaxed);
-  is_known.store(way.has_value(), std::memory_order_relaxed);
-}
+void set_known_prefetch(std::optional<Prefetch> way) { found.store(way, std::memory_order_relaxed); }
 
-// Two comparisons at once, of stages that are loaded together, do no harm.
 void choose_prefetch(const MatmulOps& ops, std::span<const Matrix> weights, int threads) {
   const std::span<const Matrix> compared = compared_of(weights, threads);
-  if (compared.empty() || known_prefetch()) return;
+  if (compared.empty()) return;
+  static std::mutex one_at_a_time;  // two, of stages that are loaded together, would share the memory's bandwidth
+  const std::lock_guard lock(one_at_a_time);
+  if (known_prefetch()) return;
   try {
     Comparison comparison(ops, compared, threads);
     set_known_prefetch(faster(comparison));

@@ -50,8 +50,8 @@ struct TokenLines {
   const int32_t* out = nullptr;
 };
 
-// How products of one or two tokens, which memory bounds, prefetch weights: Far is 20 KiB ahead into the second-level cache,
-// Near 6 KiB ahead into the first, past the second. Products of more tokens know one way.
+// How products of one or two tokens, which memory bounds, prefetch weights: Far is 20 KiB ahead into L2, Near 6 KiB ahead
+// into L1, past L2. Products of more tokens are always Far.
 enum class Prefetch : uint8_t { Far, Near };
 constexpr int kPrefetchedTokens = 2;
 

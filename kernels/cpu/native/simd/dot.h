@@ -11,7 +11,7 @@
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 // kAnyByte: bytes of eight bits are multiplied as they are, and sums of them have room (tiles take signed bytes).
 // kUnrollsSegments: a segment's loop for one token is unrolled; registers hold what its sub-blocks share, and loads may be
-// left to the processor's own prefetches (kFollowed).
+// left to the hardware prefetcher (kFollowed).
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
 // kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
 // and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every kDirectWidth costs

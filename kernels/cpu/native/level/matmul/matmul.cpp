@@ -77,6 +77,7 @@ void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const
             size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
             Prefetch prefetch) {
   const TypeOps& ops = ops_of(weights.type);
+  if (tokens > kPrefetchedTokens) prefetch = Prefetch::Far;  // the last ones read a tile that is in the cache
   const Product product = product_of(ops.layout, weights, activations, lines, out, out_stride, bias, prefetch);
   if (tokens > ops.direct_tokens)
     ops.multiply_by_panels(product, tokens, tile_begin, tile_end, scratch);

@@ -112,7 +112,7 @@ DECODE void prefetch_behind(const uint8_t* line) {
   __builtin_prefetch(line + bytes / R, 0, way == Prefetch::Far ? 2 : 0);
 }
 
-// Whether the processor's own prefetches follow one token's reads better than Prefetch::Far: each load of the loop is as
+// Whether the hardware prefetcher follows one token's reads better than Prefetch::Far: each load of the loop is as
 // far from the one of the segment before as any other, and is an instruction of its own. Shares of read bandwidth with
 // prefetches and without: on Zen 4 (AVX-512, unrolled) Q4_K 0.85 and 0.93, Q5_K 0.77 and 0.96; with four tokens 0.87 and
 // 0.58, and Q6_K, whose tails lie together, 0.77 and 0.45; on Zen 3 (AVX2, not unrolled) Q4_K 1.00 and 0.72, Q5_K 0.96 and
@@ -124,7 +124,7 @@ constexpr bool kFollowed = kUnrollsSegments && T == 1 && Type::kLayout.tail_byte
 template <class Type, Prefetch way = Prefetch::Far>
 struct TileSegment {
   static constexpr bool kDecoded = false;
-  static constexpr bool kMayUnroll = way == Prefetch::Far;  // for the processor's own prefetches
+  static constexpr bool kMayUnroll = way == Prefetch::Far;  // for the hardware prefetcher
   template <int T>
   static constexpr bool kPrefetches = way == Prefetch::Near || !kFollowed<Type, T>;
   static constexpr bool kSigned = false;  // whether the bytes of a group are signed, their offset subtracted

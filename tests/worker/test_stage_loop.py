@@ -100,9 +100,9 @@ async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(mo
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
     class Recording(Compute):
-        async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS, limit_s: float = inf) -> Any:
+        async def run(self, job: Callable[[], Any], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> Any:
             seen.append(expected_ns)
-            return await super().run(job, expected_ns, limit_s)
+            return await super().run(job, expected_ns=expected_ns, limit_s=limit_s)
 
     async def run() -> None:
         compute = Recording()
@@ -131,9 +131,11 @@ async def test_steps_on_gpus_have_a_limit_once_their_kind_is_known(
     model: Model, devices: tuple[DeviceLayers, ...], limited: bool
 ) -> None:
     class Recording(Compute):
-        def queue(self, job: Callable[[], Any], limit_s: float = inf, expected_ns: float = inf) -> asyncio.Future[Any]:
+        def queue(
+            self, job: Callable[[], Any], *, limit_s: float = inf, expected_ns: float = inf
+        ) -> asyncio.Future[Any]:
             seen.append(limit_s)
-            return super().queue(job, limit_s, expected_ns)
+            return super().queue(job, limit_s=limit_s, expected_ns=expected_ns)
 
     seen: list[float] = []
     compute, runner = Recording(), runner_of(model, 0, 3)

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -25,8 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
@@ -48,6 +50,7 @@ class Step:
     command: str
     needs: str = ""
     model: str = ""  # file in the folder of models
+    is_vital: bool = False  # without it, no other can pass
 
 
 def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
@@ -66,8 +69,8 @@ _LONG = "long.gguf", "shape.py 7b Q4_K {models}/long.gguf --alike --kv-heads 8 -
 _70B = "70b.gguf", "shape.py 70b Q4_K {models}/70b.gguf --alike"
 
 STEPS = (
-    Step("gpu", 60, "nvidia-smi"),
-    _tests("call", "test_rows.py", options="-k rms_norm"),
+    Step("gpu", 60, "nvidia-smi", is_vital=True),
+    replace(_tests("call", "test_rows.py", options="-k rms_norm"), is_vital=True),
     _tests("products", "test_products.py"),
     _tests("rows", "test_rows.py"),
     _tests("attention", "test_attention.py", "test_latent.py"),
@@ -105,9 +108,20 @@ class Record:
     def __init__(self, folder: Path, sources: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
-        found = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        found = self._found()
         fields = {field.name for field in dataclasses.fields(Outcome)}  # others: of another version of this program
         self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == fields}
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        if not self._path.is_file():
+            return {}
+        try:
+            found = json.loads(self._path.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again")
+        return found
 
     def outcome(self, step: Step) -> Outcome | None:
         """None if it was not run with these sources."""
@@ -143,6 +157,9 @@ def run_steps(
         status = _run(step, record.folder / f"{step.name}.log", places)
         outcome = record.add(step, status, now_s() - step_s)
         _say(f"{step.name}: {'passed' if outcome.passed else f'FAILED ({status})'} in {outcome.seconds:.0f} s")
+        if step.is_vital and not outcome.passed:
+            _say(f"the others need it: see {record.folder / step.name}.log")
+            return 1
     outcomes = [record.outcome(step) for step in steps]
     failed = [step.name for step, one in zip(steps, outcomes, strict=True) if one is not None and not one.passed]
     _say(
@@ -190,13 +207,25 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError("must be a number above 0")
+    return minutes
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of this call; %(default)s by default")
+    parser.add_argument("--minutes", type=_minutes, default=9.5, help="of this call; %(default)s by default")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
     given = parser.parse_args(arguments)
+    if given.results.exists() and not given.results.is_dir():
+        raise UsageError(f"{given.results}: not a folder")
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
     steps = (*STEPS, *(LLAMA_STEPS if given.llama_bench is not None else ()))

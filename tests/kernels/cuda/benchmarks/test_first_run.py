@@ -112,7 +112,30 @@ def test_results_of_another_version_are_run_again(tmp_path: Path) -> None:
     assert run(tmp_path, step) == 0 and ran(tmp_path) == ["one", "one"]
 
 
+def test_nothing_follows_a_vital_step_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu, later = counted("gpu", tmp_path, "exit 127"), counted("later", tmp_path)
+    assert run(tmp_path, replace(gpu, is_vital=True), later) == 1 and ran(tmp_path) == ["gpu"]
+    assert f"the others need it: see {tmp_path}/gpu.log" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["{bad", "[1]", '{"gpu": 5}'])
+def test_damaged_results_are_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "steps.json").write_text(damaged)
+    with pytest.raises(UsageError, match=r"steps.json: no outcomes of steps; remove it"):
+        first_run.main([str(tmp_path), "--models", str(tmp_path)])
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-1", "ten"])
+def test_minutes_are_a_time(tmp_path: Path, minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        first_run.main([str(tmp_path), "--minutes", minutes])
+    assert "--minutes: must be a number above 0" in capsys.readouterr().err
+
+
 def test_outcomes_and_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file: not a folder"):
+        first_run.main([str(tmp_path / "file")])
     assert Outcome(0, 1.0, "c", ()).passed and not Outcome(124, 1.0, "c", ()).passed
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         first_run.main([str(tmp_path), "--models", "nowhere"])

@@ -111,6 +111,7 @@ class ShapePlan:
     plan: Plan | None
     problem: str
     helps: tuple[str, ...]
+    fits_alone: bool = False  # one of the machines would do
 
     def cells(self) -> tuple[str, ...]:
         """By _HEADINGS."""
@@ -120,7 +121,8 @@ class ShapePlan:
             return title, size, self.problem, "-", "-", "; or ".join(self.helps)
         prediction, used = prediction_of(self.plan), len(self.plan.stages)
         speeds = shown_speed(1 / prediction.token_s), f"{prediction.ttft_s:.1f} s"
-        return title, size, f"yes, on {_machines(used)}", *speeds, self._best_help()
+        alone = "; one would do" if self.fits_alone and used > 1 else ""
+        return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
         """One that makes tokens faster, if any does."""
@@ -135,6 +137,7 @@ class ShapePlan:
             "quantization": self.model.shown_mix,
             "file_bytes": self.model.file.size_bytes,
             "fits": self.plan is not None,
+            "fits_alone": self.fits_alone,
             "problem": self.problem or None,
             "helps": list(self.helps),
         }
@@ -192,7 +195,8 @@ def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> Shap
     except InsufficientMemoryError as error:
         missing = "" if error.missing_bytes is None else f": {mib(error.missing_bytes)} MiB missing"
         return ShapePlan(name, model, None, f"no{missing}", tuple(what_fits(cluster, model, error)))
-    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, plan)))
+    helps = tuple(what_helps(cluster, model, plan))
+    return ShapePlan(name, model, plan, "", helps, len(plan.stages) == 1 or fastest_alone(cluster, model) is not None)
 
 
 def _named(model: AssumedModel) -> str:

@@ -218,7 +218,9 @@ def test_a_survey_has_each_shape_with_its_answer() -> None:
     assert any("memory is read at 40 GB/s" in line for line in lines) and "first token: of a prompt of 512" in "".join(
         lines
     )
+    assert " one would do " not in shown and "yes, on 3 machines; one would do " in rows["8b"]
     values = found.json()
+    assert {model["name"] for model in values["models"] if model["fits_alone"]} == {"7b", "8b", "gpt-oss-20b"}
     assert [model["fits"] for model in values["models"]] == [plan.plan is not None for plan in found.plans]
     assert values["machines"] == 3 and values["assumptions"]
 

@@ -15,7 +15,6 @@ step needs them: 4, 12, 4 and 39 GB.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,8 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
         found = self._found()
-        fields = {field.name for field in dataclasses.fields(Outcome)}  # others: of another version of this program
-        self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == fields}
+        known = {field.name for field in fields(Outcome)}  # others: of another version of this program
+        self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == known}
 
     def _found(self) -> dict[str, dict[str, Any]]:
         if not self._path.is_file():

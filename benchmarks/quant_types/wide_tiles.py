@@ -49,7 +49,7 @@ class Way:
         return self.matrices[0].bytes
 
     def seconds(self, x: NDArray[np.float32], level: str, threads: int) -> float:
-        """Of a product with one of them; of one row, as it is prefetched faster."""
+        """Of a product with one matrix; for one row, with the faster way to prefetch."""
         rows, cols = self.shape
         count = max(1, int(MACS // (rows * cols * len(x))))
         used = list(islice(cycle(self.matrices), count))

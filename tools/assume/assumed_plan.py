@@ -111,7 +111,7 @@ class ShapePlan:
     plan: Plan | None
     problem: str
     helps: tuple[str, ...]
-    fits_alone: bool = False  # one of the machines would do
+    fits_alone: bool  # one of the machines would do
 
     def cells(self) -> tuple[str, ...]:
         """By _HEADINGS."""
@@ -183,7 +183,7 @@ def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str]
             plans.append(_shape_plan(cluster, name, model))
         except UsageError as error:  # of this model, unless all have it
             errors.append(error)
-            plans.append(ShapePlan(name, model, None, "no", (str(error),)))
+            plans.append(ShapePlan(name, model, None, "no", (str(error),), fits_alone=False))
     if len(errors) == len(plans):
         raise errors[0]
     return Survey(cluster.assumed, tuple(plans))
@@ -194,9 +194,10 @@ def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> Shap
         plan = cluster.plan(model)
     except InsufficientMemoryError as error:
         missing = "" if error.missing_bytes is None else f": {mib(error.missing_bytes)} MiB missing"
-        return ShapePlan(name, model, None, f"no{missing}", tuple(what_fits(cluster, model, error)))
-    helps = tuple(what_helps(cluster, model, plan))
-    return ShapePlan(name, model, plan, "", helps, len(plan.stages) == 1 or fastest_alone(cluster, model) is not None)
+        helps = tuple(what_fits(cluster, model, error))
+        return ShapePlan(name, model, None, f"no{missing}", helps, fits_alone=False)
+    fits_alone = len(plan.stages) == 1 or fastest_alone(cluster, model) is not None
+    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, plan)), fits_alone)
 
 
 def _named(model: AssumedModel) -> str:

@@ -4,8 +4,8 @@
 //   a[0]: a[row][4 column + 0..3]     a[1]: a[row + 8][the same]     a[2], a[3] (k = 32): the same rows, 16 columns on
 //   b[0]: b[4 column + 0..3][row]     b[1] (k = 32): 16 rows on
 //   d[0], d[1]: d[row][2 column], d[row][2 column + 1]               d[2], d[3]: row + 8
-// Four values are the bytes of a register, the first the lowest. Of a, uint32_t holds unsigned bytes and int32_t signed
-// ones; b is signed. Where `one`, all columns of b are equal, and d[row][0] alone is needed.
+// Four values are the bytes of a register, the first the lowest. Of a, uint32_t (k = 32) holds unsigned bytes and int32_t
+// signed ones; b is signed. Where `one`, all columns of b are equal, and d[row][0] alone is needed.
 //
 // GPUs without 8-bit matrix instructions (before compute capability 7.5) have products of four bytes, whose operands lanes
 // exchange: eight shuffles for eight of them, or with one column two for each two rows.
@@ -59,8 +59,7 @@ DEVICE void multiply_k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t
 #endif
 }
 
-template <class Registers>
-DEVICE void multiply_k16(int32_t (&d)[4], const Registers (&a)[2], const int32_t (&b)[1], bool one = false) {
+DEVICE void multiply_k16(int32_t (&d)[4], const int32_t (&a)[2], const int32_t (&b)[1], bool one = false) {
 #if LLAMACLUST_ARCH >= 800
   mma_m16n8k16(d, a, b);
 #elif LLAMACLUST_ARCH < 750

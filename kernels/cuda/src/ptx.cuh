@@ -10,7 +10,6 @@ using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long;
 using uint64_t = unsigned long;
-using uintptr_t = unsigned long;
 #else
 #include <cstdint>
 #include <cstring>
@@ -61,18 +60,14 @@ LLAMACLUST_DP4A(uint32_t, "u32")
 LLAMACLUST_DP4A(int32_t, "s32")
 #undef LLAMACLUST_DP4A
 
-// d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed.
+// d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed;
+// 16 columns of 16 rows are signed in all uses.
 #define LLAMACLUST_MMA(Registers, type)                                                                             \
   __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t (&b)[2]) {   \
     asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
         "{%0, %1, %2, %3};"                                                                                         \
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                            \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                        \
-  }                                                                                                                 \
-  __device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const Registers (&a)[2], const int32_t (&b)[1]) {   \
-    asm("mma.sync.aligned.m16n8k16.row.col.s32." type ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                            \
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                                                         \
   }                                                                                                                 \
   __device__ __forceinline__ void mma_m8n8k16(int32_t& d0, int32_t& d1, Registers a, int32_t b) {                   \
     asm("mma.sync.aligned.m8n8k16.row.col.s32." type ".s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"                      \
@@ -82,6 +77,11 @@ LLAMACLUST_DP4A(int32_t, "s32")
 LLAMACLUST_MMA(uint32_t, "u8")
 LLAMACLUST_MMA(int32_t, "s8")
 #undef LLAMACLUST_MMA
+__device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const int32_t (&a)[2], const int32_t (&b)[1]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
 
 // What another block of the same launch has written, and __threadfence has made known.
 __device__ __forceinline__ float load_from_all(const float* p) {

@@ -70,8 +70,7 @@ def fragments_of_a(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(parts.transpose(1, 3, 2, 0, 4)).reshape(32, -1).view(np.int32)
 
 
-@pytest.mark.parametrize("k", [16, 32])
-@pytest.mark.parametrize("is_unsigned", [False, True])
+@pytest.mark.parametrize(("k", "is_unsigned"), [(16, False), (32, False), (32, True)])
 def test_matrix_products(probe: Bench, k: int, is_unsigned: bool) -> None:
     source = generator()
     a = (

@@ -24,7 +24,7 @@ KERNEL(128, shared, const float* x, float* out) {
   out[i] = first[(127 - i) / 64][(127 - i) % 64] + second[(i + 1) % 128];
 }
 
-// One warp: d[16][8] of 32 columns (k = 32) or 16.
+// One warp: d[16][8] of 32 columns (k = 32), signed or unsigned, or of 16 signed ones.
 KERNEL(32, multiply, const int32_t* a, const int32_t* b, int32_t k, int32_t is_unsigned, int32_t* d) {
   const int lane = threadIdx.x;
   int32_t sums[4];
@@ -37,10 +37,6 @@ KERNEL(32, multiply, const int32_t* a, const int32_t* b, int32_t k, int32_t is_u
     const int32_t rows[4] = {a[4 * lane], a[4 * lane + 1], a[4 * lane + 2], a[4 * lane + 3]};
     const int32_t columns[2] = {b[2 * lane], b[2 * lane + 1]};
     multiply_k32(sums, rows, columns);
-  } else if (is_unsigned) {
-    const uint32_t rows[2] = {uint32_t(a[2 * lane]), uint32_t(a[2 * lane + 1])};
-    const int32_t columns[1] = {b[lane]};
-    multiply_k16(sums, rows, columns);
   } else {
     const int32_t rows[2] = {a[2 * lane], a[2 * lane + 1]};
     const int32_t columns[1] = {b[lane]};

@@ -151,8 +151,7 @@ template <class A>
 void mma_m16n8k32(int32_t (&d)[4], const A (&a)[4], const int32_t (&b)[2], SHIM_HERE) {
   shim::multiply<16, 32>(d, a, b, {file, line});
 }
-template <class A>
-void mma_m16n8k16(int32_t (&d)[4], const A (&a)[2], const int32_t (&b)[1], SHIM_HERE) {
+inline void mma_m16n8k16(int32_t (&d)[4], const int32_t (&a)[2], const int32_t (&b)[1], SHIM_HERE) {
   shim::multiply<16, 16>(d, a, b, {file, line});
 }
 template <class A>

@@ -15,7 +15,6 @@ step needs them: 4, 12, 4 and 39 GB.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -29,15 +28,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent))
+
+from gpu_support.sources import ROOT, sources_digest
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
 
-_ROOT = Path(__file__).parents[2]
 _TESTS = "tests/kernels/cuda"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
-_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".cmake", ".proto", ".toml", ".txt")
-_NO_SOURCES = ("build", "dist", "docs", "__pycache__", "shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            ["bash", "-c", script], stdout=file, stderr=file, cwd=_ROOT, env=environment, start_new_session=True
+            ["bash", "-c", script], stdout=file, stderr=file, cwd=ROOT, env=environment, start_new_session=True
         )
         try:
             return process.wait(step.limit_s)
@@ -189,17 +188,6 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
 
 def _filled(command: str, places: dict[str, str]) -> str:
     return command.format(**{name: shlex.quote(place) for name, place in places.items()})
-
-
-def sources_digest(root: Path) -> str:
-    """Of the files that steps run or compile: a copy of a working tree has no commit of its own, and often no .git."""
-    digest = hashlib.sha256()
-    for folder, inner, names in os.walk(root):
-        inner[:] = sorted(name for name in inner if name not in _NO_SOURCES and not name.startswith("."))
-        for path in (Path(folder, name) for name in sorted(names)):
-            if path.suffix in _SUFFIXES and path.is_file():
-                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def _say(line: str) -> None:
@@ -233,7 +221,7 @@ def main(arguments: Sequence[str]) -> int:
         "results": str(given.results.resolve()),
         "llama": str((given.llama_bench or Path()).resolve()),
     }
-    return run_steps(steps, Record(given.results, sources_digest(_ROOT)), places, 60 * given.minutes, time.monotonic)
+    return run_steps(steps, Record(given.results, sources_digest(ROOT)), places, 60 * given.minutes, time.monotonic)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gpu_support.sources import ROOT, sources_digest
 from gpu_support.stage import Loaded
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.runtime.cupy_open import import_cupy
@@ -34,7 +35,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "llamaclust": {"version": version("llamaclust"), "commit": _commit()},
+        "llamaclust": {"version": version("llamaclust"), "commit": _commit(), "sources": sources_digest(ROOT)},
         "gpu": {
             "name": gpu.name,
             "memory_bytes": gpu.total_bytes,

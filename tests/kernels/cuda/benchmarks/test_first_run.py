@@ -17,7 +17,8 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_support import first_run
-from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps, sources_digest
+from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps
+from gpu_support.sources import sources_digest
 
 
 def counted(name: str, folder: Path, then: str = "true", limit_s: int = 20) -> Step:

@@ -38,6 +38,7 @@ from compare import Speed
 from gpu_support import record as gpu_record
 from gpu_support import stage as gpu_stage
 from gpu_support.llama import LlamaCpp
+from gpu_support.sources import sources_digest
 from gpu_support.stage import Loaded, Placement, Task
 from gpu_support.work import Amount, Figures, Rates, Round, Work
 from shape import SHAPES, write_shape
@@ -246,6 +247,7 @@ def test_a_run_beside_llama_cpp_and_its_record(
     assert {"driver", "cuda", "cupy", "nvrtc", "name", "memory_bytes"} < set(record["gpu"])
     assert record["kernels"]["read_gb_s"] > 0 < record["kernels"]["int8_gmac_s"]
     assert record["date"].endswith("+00:00") and record["command"] and record["llamaclust"]["version"]
+    assert record["llamaclust"]["sources"] == sources_digest(ROOT)
     assert "round 2/2: llama.cpp decode 5.0 tok/s" in err and "times llama.cpp: 0.80 (1.00 wanted: short)" in err
     given = (tmp_path / "arguments").read_text().split()
     assert given[given.index("-m") + 1] == str(model.parent / "Tiny") and given[-2:] == ["-r", "2"]

@@ -1,0 +1,22 @@
+"""A digest of the sources that benchmarks and tests on a GPU run or compile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".cmake", ".proto", ".toml", ".txt")
+_NO_SOURCES = ("build", "dist", "docs", "__pycache__", "shared")
+
+
+def sources_digest(root: Path) -> str:
+    """Of the files that steps run or compile: a copy of a working tree has no commit of its own, and often no .git."""
+    digest = hashlib.sha256()
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(name for name in inner if name not in _NO_SOURCES and not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.suffix in _SUFFIXES and path.is_file():
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

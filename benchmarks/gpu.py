@@ -1,12 +1,15 @@
 """A model on a GPU: decode beside the bandwidth of its memory, prefill beside the peak of its 8-bit products, eight
-sequences beside one; beside llama.cpp; and with the layers in RAM that do not fit.
+sequences beside one; beside llama.cpp; and with the layers or experts in RAM that do not fit.
 
     python benchmarks/gpu.py MODEL.gguf                              # the three shares
     python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # and llama.cpp's CUDA backend, in turns
     python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that in RAM
+    python benchmarks/gpu.py MODEL.gguf --cpu-moe --experts-cache 0  # experts in RAM
+    python benchmarks/gpu.py MODEL.gguf --cpu-moe                    # and copies of them, beside none
 
 The model may be a mixture of experts (benchmarks/public_shape.py): one sequence is then taken to read the experts that
-it uses, several an expected number of them.
+it uses, several an expected number of them. Where experts in RAM have copies on the GPU, decode is measured without
+these and with them in each round; the copies' hits and misses are those of the measured steps.
 
 Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md also says how llama-bench is built. What GPU and processor
 can do at best is measured right before and right after each round and the greater one counts; figures are medians over
@@ -27,14 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from compare import check_program
+from gpu_support.figures import Figures, Round
 from gpu_support.llama import LlamaCpp
 from gpu_support.record import described, write_record
 from gpu_support.stage import Loaded, Task, report
-from gpu_support.work import Figures, Round
-from measuring.options import positive
+from measuring.options import natural, positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.values import parse_size
+from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import CUDA
 
@@ -69,7 +73,10 @@ def _line(task: Task, round_: Round) -> str:
     if round_.rates.read.cpu:
         rates += f", RAM {round_.rates.read.cpu / 1e9:.0f} GB/s"
     speeds = f"decode {1 / round_.step_s:.1f} tok/s, prefill {task.prompt / round_.prefill_s:.0f} tok/s"
-    return f"{speeds}, {task.sequences} sequences {task.sequences / round_.many_s:.1f} tok/s; {rates}"
+    speeds += f", {task.sequences} sequences {task.sequences / round_.many_s:.1f} tok/s"
+    for count, steps in round_.copied.items():
+        speeds += f", {count} with copies {count / steps.step_s:.1f} tok/s ({steps.hit_share:.0%} hits)"
+    return f"{speeds}; {rates}"
 
 
 def _their_line(round_: Round) -> str:
@@ -82,6 +89,11 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def _cache_size(text: str) -> int | None:
+    """None: all that is left."""
+    return None if text == "auto" else 0 if text == "0" else _size(text)
 
 
 def _device(text: str) -> str:
@@ -102,6 +114,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sequences", type=positive, default=8, help="decoded together; %(default)s by default")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; %(default)s by default")
     parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of VRAM, at most, such as 24GiB")
+    in_ram = parser.add_mutually_exclusive_group()
+    in_ram.add_argument(
+        "--cpu-moe", dest="cpu_moe", action="store_const", const=MAX_LAYERS, help="experts of all layers in RAM"
+    )
+    in_ram.add_argument("--n-cpu-moe", dest="cpu_moe", type=natural, metavar="N", help="experts of the first N layers")
+    parser.add_argument(
+        "--experts-cache",
+        type=_cache_size,
+        metavar="SIZE|0|auto",
+        help="of VRAM, at most, for copies of experts in RAM; auto by default: what is left",
+    )
     parser.add_argument("--no-graphs", action="store_true", help="every launch anew")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="write <card>-<model>.json there")
@@ -117,6 +140,8 @@ def main(arguments: Sequence[str]) -> None:
         given.sequences,
         given.gpu_memory,
         not given.no_graphs,
+        given.cpu_moe,
+        given.experts_cache,
     )
     llama = None
     if given.llama_bench is not None:

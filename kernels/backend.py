@@ -211,6 +211,9 @@ class ExpertsCache(Protocol):
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
         """See `Experts`."""
 
+    def settle(self, timeout_s: float) -> bool:
+        """Waits until the experts that are wanted are there; whether they are."""
+
     def close(self) -> None:
         """Waits for a run that is under way; later ones compute without the cache."""
 

@@ -29,7 +29,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
     """All but the figures. What is not to be found out is null. `kernels` is what products reach on the GPU by
     themselves, as workers measure it: of one row and of many."""
     reached = loaded.kernels()
-    task, placement, gpu = loaded.task, loaded.placement, loaded.gpu.gpu()
+    task, layout, gpu = loaded.task, loaded.layout, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
     level = loaded.gpu.feature_level.removeprefix("sm_")
     return {
@@ -47,7 +47,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
             "name": task.model.stem,
             "file_bytes": task.model.stat().st_size,
             "quant_type": quant_type,
-            "layers": placement.layers,
+            "layers": layout.gpu.end,
         },
         "settings": {
             "prompt": task.prompt,
@@ -55,11 +55,15 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
             "sequences": task.sequences,
             "graphs": task.graphs,
             "gpu_memory_bytes": task.gpu_memory_bytes,
+            "cpu_moe": task.cpu_moe,
+            "experts_cache_bytes": task.experts_cache_bytes,
         },
         "placement": {
-            "gpu_layers": placement.layers - placement.cut,
-            "vram_bytes": placement.vram_bytes,
-            "ram_bytes": placement.ram_bytes,
+            "gpu_layers": layout.gpu.end - layout.gpu.start,
+            "cpu_moe": layout.gpu.cpu_moe,
+            "vram_bytes": layout.vram_bytes,
+            "ram_bytes": layout.ram_bytes,
+            "experts_cache_bytes": layout.gpu.experts_cache_bytes,
             "load_s": loaded.load_s,
         },
         "kernels": {"read_gb_s": reached.read_bytes_s / 1e9, "int8_gmac_s": reached.int8_macs_s / 1e9},
@@ -67,9 +71,12 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """`<gpu>-<model>.json`; with the cap where there is one, so that runs with and without stand side by side."""
-    cap = record["settings"]["gpu_memory_bytes"]
+    """`<gpu>-<model>.json`; with the cap, the number of layers with experts in RAM and the size of copies where there
+    are any, so that runs with and without stand side by side."""
+    placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
+    layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
+    parts += [*([f"{layers}-cpu-moe"] if layers else []), *([f"{copies >> 20}mib-copies"] if copies else [])]
     return "-".join(re.sub(r"[^a-z0-9._]+", "-", part.lower()).strip("-") for part in parts) + ".json"
 
 

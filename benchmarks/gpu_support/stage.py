@@ -1,31 +1,32 @@
-"""A whole model on a GPU, or on a GPU and the processor, in the chain of executors that a worker has: how many layers
-go where, and rounds of measurements."""
+"""A whole model on a GPU, or on a GPU and the processor, in the chain of executors that a worker has: which layers and
+experts go where, and rounds of measurements."""
 
 from __future__ import annotations
 
 import sys
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gpu_support.work import Amount, Rates, Round, Work
+from gpu_support.figures import CopiedSteps, Round
+from gpu_support.work import Amount, Rates, Work
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.gpus import DeviceLayers, Placement, placed
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.core.sizes import mib, missing
-from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend
-from llamaclust.worker.devices.system_info import available_memory_bytes
-from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, plan_memory
+from llamaclust.worker.devices.device_memory import device_shares
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import held_layers
+from llamaclust.worker.stage.stage_runner import StageOptions, plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
 """What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""
@@ -45,6 +46,8 @@ class Task:
     sequences: int = 8
     gpu_memory_bytes: int | None = None  # of VRAM, at most; what does not fit stays in RAM
     graphs: bool = True
+    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
+    experts_cache_bytes: int | None = None  # of VRAM, at most, for copies of experts in RAM; None: what is left
 
     @property
     def context(self) -> int:
@@ -53,79 +56,68 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Layers [cut, layers) and the head are on the GPU, those before on the processor; with all that they need."""
+class Layout:
+    """The last layers and the head are on the GPU, layers before them and experts of some in RAM; with all that they
+    need."""
 
-    cut: int
-    layers: int
+    parts: tuple[DeviceLayers, ...]
     vram_bytes: int
     ram_bytes: int
 
     @classmethod
-    def of(cls, model: Model, task: Task, gpu: GpuBackend, processor: Backend, vram_bytes: int) -> Self:
-        """As many layers on the GPU as go into `vram_bytes`. InsufficientMemoryError where RAM is too small for the
-        others."""
-        limits, layers = stage_limits(task.sequences, task.context), model.layer_count
-
-        def on_gpu(cut: int) -> StageMemory:
-            return plan_memory(gpu, model, cut, layers, limits)
-
-        cut = bisect_left(range(layers), True, key=lambda cut: on_gpu(cut).total_bytes <= vram_bytes)
-        if cut == layers:
-            need = missing(on_gpu(layers - 1).parts, vram_bytes)
+    def of(cls, device: Device, model: Model, task: Task) -> Self:
+        """As in a model in one process (docs/gpu.md). InsufficientMemoryError where memory is short; UsageError where
+        the model has no experts to place."""
+        if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
+            raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
+        limits, end = stage_limits(task.sequences, task.context), model.layer_count
+        parts = held_layers(device, model, limits, Placement(cpu_moe=task.cpu_moe), task.experts_cache_bytes)
+        if parts[-1].device != task.device:
+            (gpu,) = device.gpus
+            need = missing(plan_memory(gpu, model, end - 1, end, limits).parts, gpu.free_bytes)
             raise InsufficientMemoryError(
                 f"{model.file.path}: the last layer and the head on {task.device} need {need}"
             )
-        taken_bytes = on_gpu(cut).total_bytes
-        if cut == 0:
-            return cls(0, layers, taken_bytes, 0)
-        in_ram, free_bytes = plan_memory(processor, model, 0, cut, limits), available_memory_bytes()
-        if in_ram.total_bytes > free_bytes:
-            where = f"{layers - cut} of {layers} layers go into {mib(vram_bytes)} MiB of VRAM; the others, in RAM,"
-            raise InsufficientMemoryError(f"{model.file.path}: {where} need {missing(in_ram.parts, free_bytes)}")
-        return cls(cut, layers, taken_bytes, in_ram.total_bytes)
+        shares = device_shares(device, model, parts, limits)
+        taken_bytes = {name: share.memory.total_bytes for name, share in shares.items()}
+        return cls(parts, taken_bytes[task.device], taken_bytes.get("cpu", 0))
 
-    def backend(self, gpu: GpuBackend, processor: Backend) -> Backend:
-        if self.cut == 0:
-            return gpu
-        return MultiDeviceBackend([BackendLayers(processor, 0, self.cut), BackendLayers(gpu, self.cut, self.layers)])
+    @property
+    def gpu(self) -> DeviceLayers:
+        return self.parts[-1]
 
     def __str__(self) -> str:
-        gpu = f"{self.layers - self.cut} of {self.layers} layers in {mib(self.vram_bytes)} MiB of VRAM"
-        return gpu if self.cut == 0 else f"{gpu}, {self.cut} in {mib(self.ram_bytes)} MiB of RAM"
+        where = f"{placed(self.parts)}; {mib(self.vram_bytes)} MiB of VRAM"
+        in_ram = f", {mib(self.ram_bytes)} MiB of RAM" if self.ram_bytes else ""
+        copies_bytes = self.gpu.experts_cache_bytes
+        return where + in_ram + (f", {mib(copies_bytes)} MiB of VRAM for copies of experts" if copies_bytes else "")
 
 
 class Loaded:
     """A model that can be measured; holds its memory until it is closed."""
 
     def __init__(self, task: Task, whole: bool = False) -> None:
-        """UsageError without the model or the GPU, or where the GPU is to hold the `whole` and cannot;
-        InsufficientMemoryError where memory is short."""
+        """UsageError without the model or the GPU, where the GPU is to hold the `whole` and cannot, or where copies of
+        experts are wanted and cannot be; InsufficientMemoryError where memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
             self._check()
-            kernels = environment().kernels_dir
-            opened = backends.open_gpu(
-                task.device, task.threads, task.gpu_memory_bytes, kernels_dir=kernels, graphs=task.graphs
-            )
-            self.gpu = held.enter_context(closing(opened))
-            # Without a cap, which is for the model.
-            self._probed = held.enter_context(closing(backends.open_gpu(task.device, 1, None, kernels_dir=kernels)))
-            processor = backends.open_processor("cpu", task.threads, "")
-            self.placement = Placement.of(self.model, task, self.gpu, processor, self._room())
-            if whole and self.placement.cut:
-                raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.placement}")
-            report(f"loading {task.model.stem}: {self.placement}")
+            device = self._device(held)
+            self.layout = Layout.of(device, self.model, task)
+            if whole and self.layout.ram_bytes:
+                raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.layout}")
+            report(f"loading {task.model.stem}: {self.layout}")
             started, progress = time.perf_counter(), _Progress()
-            backend = self.placement.backend(self.gpu, processor)
             options = StageOptions(threads=task.threads, progress=progress.add)
+            backend = device.backend_for(self.layout.parts)
             stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), options)
             self._stage = held.enter_context(closing(stage))
             self.load_s = time.perf_counter() - started
             report(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")
-            self.work = Work.of(self.model, self.placement.cut, task.prompt, task.generate, task.sequences)
-            self._ram = ReadProbe(task.threads) if self.placement.cut else None
+            self._check_copies()
+            self.work = Work.of(self.model, self.layout.gpu, task.prompt, task.generate, task.sequences)
+            self._ram = ReadProbe(task.threads) if self.work.is_mixed else None
             self._held = held.pop_all()
 
     def _check(self) -> None:
@@ -133,10 +125,26 @@ class Loaded:
         if self.task.context > trained:
             raise UsageError(f"{self.task.context} tokens requested, the model's context length is {trained}")
 
-    def _room(self) -> int:
-        """Of VRAM, for the model."""
-        kept = min(_PROBE_BYTES, self.gpu.gpu().total_bytes // _PROBE_SHARE)
-        return min(self.gpu.free_bytes, self._probed.free_bytes - kept)
+    def _check_copies(self) -> None:
+        wanted_bytes = self.task.experts_cache_bytes
+        if wanted_bytes and not self._stage.has_copies:
+            why = f"none is in RAM, fits into {mib(wanted_bytes)} MiB or has a gate"
+            raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
+
+    def _device(self, held: ExitStack) -> Device:
+        """The processor and the GPU, which leaves room for its own measurements."""
+        task, kernels = self.task, environment().kernels_dir
+
+        def opened(threads: int, cap_bytes: int | None) -> GpuBackend:
+            gpu = backends.open_gpu(task.device, threads, cap_bytes, kernels_dir=kernels, graphs=task.graphs)
+            return held.enter_context(closing(gpu))
+
+        self._probed = opened(1, None)  # without a cap, which is for the model
+        kept_bytes = min(_PROBE_BYTES, self._probed.gpu().total_bytes // _PROBE_SHARE)
+        room_bytes = self._probed.free_bytes - kept_bytes
+        self.gpu = opened(task.threads, min(task.gpu_memory_bytes or room_bytes, room_bytes))
+        processor = backends.open_processor("cpu", task.threads, "")
+        return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
         """The first prefill teaches the scheduler how to cut prompts; what then comes a second time is captured."""
@@ -144,15 +152,24 @@ class Loaded:
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
             self._stage.decode(0, min(4, self.task.generate), sequences)
+        if self._stage.has_copies:
+            self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """One of each between two looks at what the devices can do."""
-        task, stage = self.task, self._stage
+        """One of each between two looks at what the devices can do; decode again with copies of experts, if any."""
+        task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
-        prefill_s = stage.prefill(task.prompt, 1)
-        step_s = stage.decode(0, task.generate, 1) / task.generate
-        many_s = stage.decode(0, task.generate, task.sequences) / task.generate
-        return Round(before.best(self.rates()), prefill_s, step_s, many_s)
+        with stage.without_copies():
+            prefill_s = stage.prefill(task.prompt, 1)
+            step_s, many_s = (stage.decode(0, task.generate, count) / task.generate for count in counts)
+        copied = {count: self._copied_steps(count) for count in counts if stage.has_copies}
+        return Round(before.best(self.rates()), prefill_s, step_s, many_s, copied=copied)
+
+    def _copied_steps(self, sequences: int) -> CopiedSteps:
+        before = self._stage.copies
+        step_s = self._stage.decode(0, self.task.generate, sequences) / self.task.generate
+        after = self._stage.copies
+        return CopiedSteps(step_s, after.hits - before.hits, after.misses - before.misses)
 
     def rates(self) -> Rates:
         gpu, threads = self._probed.limits(), self.task.threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter_ns
 
 import numpy as np
@@ -13,7 +14,7 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
-from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.backend import Backend, CacheCounts
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -23,6 +24,7 @@ from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 _EPOCH = 1
 _MOST_ROWS = 512
 _SEED = 20_240_601
+_SETTLE_S = 30.0
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
@@ -75,6 +77,30 @@ class BenchStage:
             chunks = [Chunk((token,), position, table, 1) for token, table in zip(last, self._tables, strict=False)]
             last = self._run(chunks, [self._task(position + 1)] * len(chunks))
         return (perf_counter_ns() - started_ns) / 1e9
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether often used experts are copied to GPUs."""
+        return any(stage.cache is not None for stage in self._runner.split_stages)
+
+    @property
+    def copies(self) -> CacheCounts:
+        return self._runner.experts_cache
+
+    @contextmanager
+    def without_copies(self) -> Iterator[None]:
+        """Experts in RAM are computed there meanwhile; first, copies that are under way end."""
+        stages = self._runner.split_stages
+        caches = [stage.cache for stage in stages]
+        for stage, cache in zip(stages, caches, strict=True):
+            if cache is not None:
+                cache.settle(_SETTLE_S)
+            stage.cache = None
+        try:
+            yield
+        finally:
+            for stage, cache in zip(stages, caches, strict=True):
+                stage.cache = cache
 
     def close(self) -> None:
         self._runner.close()

@@ -289,10 +289,15 @@ class StageRunner:
         return taken
 
     @property
+    def split_stages(self) -> tuple[SplitExpertsStage, ...]:
+        """Its parts on GPUs that have experts in RAM."""
+        stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
+        return tuple(stage for stage in stages if isinstance(stage, SplitExpertsStage))
+
+    @property
     def experts_cache(self) -> CacheCounts:
         """Of caches on all of its GPUs."""
-        stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
-        caches = (stage.cache for stage in stages if isinstance(stage, SplitExpertsStage))
+        caches = (stage.cache for stage in self.split_stages)
         return sum((cache.counts for cache in caches if cache is not None), CacheCounts())
 
     @property

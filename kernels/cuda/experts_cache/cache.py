@@ -103,7 +103,6 @@ class CudaExpertsCache:
         return self._segments[rows][2 * number : 2 * number + 2]
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until the experts that are wanted are there; whether they are."""
         return self._copies.settle(timeout_s)
 
     def close(self) -> None:

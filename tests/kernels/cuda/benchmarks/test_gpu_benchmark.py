@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.gpus import DeviceLayers
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.executor.stage import LaunchCache
 from llamaclust.kernels.cuda.runtime.device import Device
@@ -24,10 +25,9 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench.bench import BenchTask
 from llamaclust.tools.bench.bench import Work as WholeWork
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
-from llamaclust.worker.devices import backends
+from llamaclust.worker.devices import system_info
 from llamaclust.worker.stage.stage_runner import plan_memory
 from support.cuda.fake_cupy import FakeCupy
-from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
@@ -37,11 +37,13 @@ import gpu
 from compare import Speed
 from gpu_support import record as gpu_record
 from gpu_support import stage as gpu_stage
+from gpu_support.figures import Figures, Round
 from gpu_support.llama import LlamaCpp
 from gpu_support.sources import sources_digest
-from gpu_support.stage import Loaded, Placement, Task
-from gpu_support.work import Amount, Figures, Rates, Round, Work
-from shape import SHAPES, write_shape
+from gpu_support.stage import Layout, Loaded, Task
+from gpu_support.work import Amount, Rates, Work
+
+pytestmark = pytest.mark.usefixtures("gpus")
 
 LAYERS = 4
 ANSWER = {
@@ -62,22 +64,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(path, layers=LAYERS, quant_type=QuantType.Q8_0, **small)
 
 
-@pytest.fixture(autouse=True)
-def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is none, unless a real card is to be tested."""
-    if request.config.getoption("--gpu", default=False):
-        return
-
-    def open_gpu(
-        name: str, threads: int, cap: int | None, *folders: object, graphs: bool = True, **more: object
-    ) -> Any:
-        return CudaBackend(name, ShimDevice(build(), memory_bytes=cap or 1 << 30, sms=1), threads, graphs=graphs)
-
-    monkeypatch.setattr(backends, "open_gpu", open_gpu)
-
-
 def task_of(model: Path, **other: Any) -> Task:
     return Task(model, **{"threads": 1, "prompt": 3, "generate": 2, "sequences": 2, **other})
+
+
+def on_gpu(cut: int) -> DeviceLayers:
+    return DeviceLayers("cuda:0", cut, LAYERS)
 
 
 def cap_for(model: Path, device: Device, layers: int) -> int:
@@ -106,7 +98,7 @@ def answers(prefills: Sequence[float], decodes: Sequence[float]) -> list[dict[st
 
 
 WEIGHTS = Amount(2e12, 0.1e12)
-WORK = Work(512, 64, 8, Amount(300e12, 10e12), WEIGHTS, WEIGHTS, Amount(0.1e12, 0.05e12))
+WORK = Work(512, 64, 8, Amount(300e12, 10e12), dict.fromkeys((1, 8, 512), WEIGHTS), Amount(0.1e12, 0.05e12))
 RATES = Rates(Amount(1e12, 0.1e12), Amount(100e12, 5e12))
 
 
@@ -130,9 +122,8 @@ def test_layers_in_ram_are_held_against_the_sum_of_both_memories() -> None:
 
 
 def test_layers_on_the_gpu_alone_are_held_against_it_and_llama_cpp() -> None:
-    weights = Amount(2e12, 0)
-    work = replace(WORK, prefill_macs=Amount(300e12, 0), weight_bytes=weights, many_weight_bytes=weights)
-    work = replace(work, kv_bytes=Amount(0.1e12, 0))
+    weights = dict.fromkeys((1, 8, 512), Amount(2e12, 0))
+    work = replace(WORK, prefill_macs=Amount(300e12, 0), weight_bytes=weights, kv_bytes=Amount(0.1e12, 0))
     one = Round(Rates(Amount(1e12, 0), Amount(100e12, 0)), 5.0, 2.625, 2.5, Speed(prefill=204.8, decode=0.2))
     figures = Figures(work, [one])
     found = {wanted.what: (wanted.found, wanted.is_met) for wanted in figures.wanted()}
@@ -157,7 +148,7 @@ def test_the_greater_rate_of_before_and_after_counts() -> None:
 def test_work_of_both_devices_is_that_of_the_whole(model: Path) -> None:
     with Model.open(model) as opened:
         whole = WholeWork.of(opened, BenchTask(model, 1, prompt=7, generate=5))
-        works = [Work.of(opened, cut, 7, 5, 2) for cut in range(LAYERS)]
+        works = [Work.of(opened, on_gpu(cut), 7, 5, 2) for cut in range(LAYERS)]
     assert (works[0].prefill_macs, works[0].step_bytes(1)) == (
         Amount(whole.prefill_macs, 0),
         Amount(whole.decode_bytes, 0),
@@ -169,29 +160,12 @@ def test_work_of_both_devices_is_that_of_the_whole(model: Path) -> None:
         assert work.step_bytes(2).cpu - read.cpu == work.kv_bytes.cpu
 
 
-def test_sequences_of_a_mixture_read_more_experts(tmp_path: Path) -> None:
-    """Two of four for one sequence, an expected 3.75 for four of them; no goals but that of decode."""
-    path, dense = tmp_path / "mixture.gguf", {"hidden": 64, "layers": 2, "ffn": 96, "heads": 4, "kv_heads": 2}
-    shape = replace(SHAPES["1.1b"], **dense, vocabulary=320, experts=4, experts_used=2)
-    write_shape(path, "mixture", shape, QuantType.Q8_0)
-    with Model.open(path) as opened:
-        work = Work.of(opened, 0, 7, 5, 4)
-        expert_bytes = sum(t.n_bytes for name, t in opened.file.tensors.items() if "_exps" in name)
-    read = work.step_bytes(1), work.step_bytes(4)
-    per_token = work.kv_bytes.gpu
-    weights = [amount.gpu - n * per_token for amount, n in zip(read, (1, 4), strict=True)]
-    assert weights[1] - weights[0] == pytest.approx(expert_bytes * (1 - 0.5**4 - 0.5), rel=0.01)
-    rates = Rates(Amount(1e12, 0), Amount(100e12, 0))
-    wanted = Figures(work, [Round(rates, 5.0, 2.0, 2.5)]).wanted()
-    assert work.is_mixture and [one.least for one in wanted] == [0.80, None, None]
-
-
 def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = task_of(model, gpu_memory_bytes=cap_for(model, device, 2))
     monkeypatch.setattr(gpu_stage, "ReadProbe", lambda threads: SimpleNamespace(measure=lambda seconds: 5.0))
     with closing(Loaded(chosen)) as loaded:
-        assert (loaded.placement.cut, loaded.placement.layers) == (2, LAYERS)
-        assert "2 of 4 layers in" in str(loaded.placement) and "of VRAM, 2 in" in str(loaded.placement)
+        assert (loaded.layout.gpu.start, loaded.layout.gpu.end) == (2, LAYERS)
+        assert str(loaded.layout).startswith("2 of 4 layers on GPUs: [0, 2) cpu, [2, 4) cuda:0; ")
         loaded.warm_up()
         found = loaded.measure()
         assert min(found.prefill_s, found.step_s, found.many_s) > 0
@@ -200,13 +174,11 @@ def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, m
         step = loaded.work.step_bytes(1)
         best_s = step.gpu / found.rates.read.gpu + step.cpu / 5e9
         assert Figures(loaded.work, [found]).decode_share.median == pytest.approx(best_s / found.step_s)
-    monkeypatch.setattr(gpu_stage, "available_memory_bytes", lambda: 1 << 10)
-    with pytest.raises(
-        InsufficientMemoryError, match=r"2 of 4 layers go into \d+ MiB of VRAM; the others, in RAM, need .* MiB"
-    ):
-        Loaded(chosen)
     with pytest.raises(InsufficientMemoryError, match=r"the last layer and the head on cuda:0 need .* MiB are missing"):
         Loaded(replace(chosen, gpu_memory_bytes=cap_for(model, device, 0)))
+    monkeypatch.setattr(system_info, "available_memory_bytes", lambda: 1 << 10)
+    with pytest.raises(InsufficientMemoryError, match=r"layers \[0, 2\) on cpu, needs .* MiB are missing"):
+        Loaded(chosen)
 
 
 def test_a_run_beside_llama_cpp_and_its_record(
@@ -224,7 +196,7 @@ def test_a_run_beside_llama_cpp_and_its_record(
         return steps * (0.25 if sequences == 1 else 0.3125)
 
     with Model.open(model) as opened:
-        work = Work.of(opened, 0, 3, 2, 2)
+        work = Work.of(opened, on_gpu(0), 3, 2, 2)
     rates = Rates(Amount(8 * work.step_bytes(1).gpu, 0), Amount(4 * work.prefill_macs.gpu, 0))
     monkeypatch.setattr(BenchStage, "prefill", prefill_s)
     monkeypatch.setattr(BenchStage, "decode", decode_s)
@@ -323,5 +295,10 @@ def test_llama_cpp_is_compared_on_the_gpu_alone(model: Path, device: Device, tmp
         gpu.measured(task_of(model, gpu_memory_bytes=cap), LlamaCpp(path, 0, 3, 2), 1)
 
 
-def test_a_placement_says_what_it_is() -> None:
-    assert str(Placement(0, 32, 4 << 30, 0)) == "32 of 32 layers in 4096 MiB of VRAM"
+def test_a_layout_says_what_it_is() -> None:
+    layers = DeviceLayers("cuda:0", 0, 32)
+    whole = "32 of 32 layers on GPUs: [0, 32) cuda:0"
+    assert str(Layout((layers,), 4 << 30, 0)) == f"{whole}; 4096 MiB of VRAM"
+    moved = replace(layers, cpu_moe=(0, 1), experts_cache_bytes=2 << 20)
+    memory = "4096 MiB of VRAM, 1024 MiB of RAM, 2 MiB of VRAM for copies of experts"
+    assert str(Layout((moved,), 4 << 30, 1 << 30)) == f"{whole}, experts of [0, 2) cpu; {memory}"

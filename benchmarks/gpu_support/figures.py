@@ -1,0 +1,233 @@
+"""Figures of rounds of measurements beside what GPU and processor can do at best, and what is wanted of them. Only
+arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from compare import Speed
+
+from gpu_support.work import Rates, Work
+from llamaclust.tools.bench.limits import Spread
+
+DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
+"""What is wanted: decode on a GPU alone, and with layers or experts in RAM; prefill; eight sequences beside one;
+llama.cpp, and copies of experts beside none."""
+_TOGETHER = 8
+"""Sequences for which there are goals."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedSteps:
+    """Decode steps with copies of experts on the GPU."""
+
+    step_s: float  # of one
+    hits: int  # uses of experts of which there were copies
+    misses: int
+
+    @property
+    def hit_share(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One of each, one right after the other, in seconds: a prefill, a decode step of one sequence and of several, all
+    without copies of experts; `copied` has steps with them."""
+
+    rates: Rates
+    prefill_s: float
+    step_s: float
+    many_s: float
+    theirs: Speed | None = None  # llama.cpp's
+    copied: Mapping[int, CopiedSteps] = field(default_factory=dict)  # by sequences
+
+    def steps_s(self, sequences: int) -> float:
+        return self.step_s if sequences == 1 else self.many_s
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of all rounds."""
+
+    work: Work
+    rounds: Sequence[Round]
+
+    def spread(self, figure: Callable[[Round], float]) -> Spread:
+        return Spread.of(map(figure, self.rounds))
+
+    @property
+    def decode_share(self) -> Spread:
+        """The time in which the memories can be read, of the time that a token took."""
+        step = self.work.step_bytes(1)
+        return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
+
+    @property
+    def many_share(self) -> Spread:
+        step = self.work.step_bytes(self.work.sequences)
+        return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.many_s)
+
+    @property
+    def prefill_share(self) -> Spread:
+        return self.spread(lambda round_: self.work.prefill_s(round_.rates) / round_.prefill_s)
+
+    @property
+    def times_one(self) -> Spread:
+        """Tokens a second of all sequences, of those of one."""
+        return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
+
+    def copies_share(self, sequences: int) -> Spread:
+        """The time in which the memories can be read, where hits are read on the GPU, of that of a step with copies."""
+
+        def best_s(round_: Round) -> float:
+            return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
+
+        return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
+
+    def copies_gain(self, sequences: int) -> Spread:
+        """The time of a step without copies, of that of one with them."""
+        return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
+
+    @property
+    def decode_ratio(self) -> Spread:
+        """Above 1 where llama.cpp is slower."""
+        return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
+
+    @property
+    def prefill_ratio(self) -> Spread:
+        return self.spread(lambda round_: self.work.prompt / round_.prefill_s / (_theirs(round_).prefill or 1.0))
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.work.is_mixed
+
+    @property
+    def is_compared(self) -> bool:
+        return all(round_.theirs is not None for round_ in self.rounds)
+
+    @property
+    def has_copies(self) -> bool:
+        return all(round_.copied for round_ in self.rounds)
+
+    def as_json(self) -> dict[str, Any]:
+        """GB are 10^9 bytes; spreads are median, least and most."""
+        work, step = self.work, self.work.step_bytes(1)
+        found: dict[str, Any] = {
+            "rates": self._rates(),
+            "decode": {
+                "tok_s": self.spread(lambda round_: 1 / round_.step_s),
+                "token_ms": self.spread(lambda round_: 1e3 * round_.step_s),
+                "best_token_ms": self.spread(lambda round_: 1e3 * step.seconds(round_.rates.read)),
+                "vram_bytes": step.gpu,
+                "ram_bytes": step.cpu,
+                "share": self.decode_share,
+            },
+            "prefill": {
+                "tok_s": self.spread(lambda round_: work.prompt / round_.prefill_s),
+                "gpu_gmac": work.prefill_macs.gpu / 1e9,
+                "processor_gmac": work.prefill_macs.cpu / 1e9,
+                "share": self.prefill_share,
+            },
+            "sequences": {
+                "count": work.sequences,
+                "tok_s": self.spread(lambda round_: work.sequences / round_.many_s),
+                "times_one": self.times_one,
+                "share": self.many_share,
+            },
+        }
+        if self.is_compared:
+            found["llama_cpp"] = {
+                "decode_tok_s": self.spread(lambda round_: _theirs(round_).decode),
+                "prefill_tok_s": self.spread(lambda round_: _theirs(round_).prefill or 0.0),
+                "decode_ratio": self.decode_ratio,
+                "prefill_ratio": self.prefill_ratio,
+            }
+        if self.has_copies:
+            found["copies"] = {"decode": self._copies(1), "sequences": self._copies(work.sequences)}
+        return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
+
+    def _rates(self) -> dict[str, Spread]:
+        """Of the processor only where it has weights."""
+        found = {
+            "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
+            "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
+        }
+        if self.is_mixed:
+            found["ram_read_gb_s"] = self.spread(lambda round_: round_.rates.read.cpu / 1e9)
+            found["processor_int8_gmac_s"] = self.spread(lambda round_: round_.rates.int8.cpu / 1e9)
+        return found
+
+    def _copies(self, sequences: int) -> dict[str, Any]:
+        """Hits and misses are those of all rounds."""
+        steps = [round_.copied[sequences] for round_ in self.rounds]
+        return {
+            "tok_s": self.spread(lambda round_: sequences / round_.copied[sequences].step_s),
+            "hits": sum(step.hits for step in steps),
+            "misses": sum(step.misses for step in steps),
+            "times_without": self.copies_gain(sequences),
+            "share": self.copies_share(sequences),
+        }
+
+    def wanted(self) -> list[Wanted]:
+        """Medians beside what is wanted of them."""
+        found = self._wanted_of_both() if self.is_mixed else self._wanted_of_gpu()
+        if self.has_copies:
+            for count, what in ((1, "decode"), (self.work.sequences, f"{self.work.sequences} sequences")):
+                found.append(Wanted(f"{what} with copies, times without", self.copies_gain(count).median, RATIO))
+        if self.is_compared:
+            found.append(Wanted("decode, times llama.cpp", self.decode_ratio.median, RATIO))
+            found.append(Wanted("prefill, times llama.cpp", self.prefill_ratio.median, None))
+        return found
+
+    def _wanted_of_both(self) -> list[Wanted]:
+        found = [Wanted("decode, of the time to read VRAM and RAM", self.decode_share.median, MIXED_SHARE)]
+        return [*found, self._wanted_of_sequences(MIXED_SHARE)] if self.work.is_mixture else found
+
+    def _wanted_of_gpu(self) -> list[Wanted]:
+        peak = "the peak of 8-bit products" + (" or the bandwidth" if self.work.is_mixture else "")
+        return [
+            Wanted("decode, of the bandwidth", self.decode_share.median, DECODE_SHARE),
+            Wanted(f"prefill, of {peak}", self.prefill_share.median, PREFILL_SHARE),
+            self._wanted_of_sequences(DECODE_SHARE),
+        ]
+
+    def _wanted_of_sequences(self, decode_share: float) -> Wanted:
+        """Sequences of a mixture read more than one of them does: of reading that, the share that TIMES_ONE is of
+        reading a dense model, whose decode has its share."""
+        count, is_mixture = self.work.sequences, self.work.is_mixture
+        least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
+        found = self.many_share if is_mixture else self.times_one
+        what = "of the time to read their weights" if is_mixture else "times one"
+        return Wanted(f"{count} sequences, {what}", found.median, least if count == _TOGETHER else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A figure, and the least that it shall be, if anything."""
+
+    what: str
+    found: float
+    least: float | None
+
+    @property
+    def is_met(self) -> bool | None:
+        return None if self.least is None else self.found >= self.least
+
+    def __str__(self) -> str:
+        least = "" if self.least is None else f" ({self.least:.2f} wanted{'' if self.is_met else ': short'})"
+        return f"{self.what}: {self.found:.2f}{least}"
+
+
+def _theirs(round_: Round) -> Speed:
+    assert round_.theirs is not None
+    return round_.theirs
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Spreads as JSON has them."""
+    return {
+        name: _plain(value) if isinstance(value, dict) else asdict(value) if isinstance(value, Spread) else value
+        for name, value in values.items()
+    }

@@ -13,6 +13,7 @@ from llamaclust.kernels.split_experts import experts_of, layer_of, mixtures_of
 from llamaclust.model.costs import LayerCost, layer_cost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
+from llamaclust.tools.bench.stage import stage_limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Work:
     generate: int
     sequences: int
     prefill_macs: Amount
-    weight_bytes: Mapping[int, Amount]  # read by a step of so many rows: one, all sequences, the prompt
+    weight_bytes: Mapping[int, Amount]  # read by a step of so many rows: one, all sequences', a prompt's
     kv_bytes: Amount  # read by a step for each sequence, in the mean
     expert_bytes: Mapping[int, float] = field(default_factory=dict)  # of weights in RAM, what GPUs may have copies of
 
@@ -71,7 +72,7 @@ class Work:
             return Amount(of_head + last - experts, first + experts)
 
         macs = amount(lambda cost: prompt * cost.macs_per_token, costs.head_macs)
-        read = {rows: partial(_read_bytes, rows=rows) for rows in (1, sequences, prompt)}
+        read = {rows: partial(_read_bytes, rows=rows) for rows in (1, sequences, _prompt_rows(prompt, sequences))}
         weights = {rows: amount(figure, costs.head_file_bytes) for rows, figure in read.items()}
         routers = _router_bytes(model, gpu.cpu_moe)
         experts = {rows: sum(map(figure, moved)) - routers for rows, figure in read.items()}
@@ -84,7 +85,12 @@ class Work:
 
     @property
     def is_mixture(self) -> bool:
-        return self.weight_bytes[self.prompt] != self.weight_bytes[1]
+        return self.weight_bytes[self.prompt_rows] != self.weight_bytes[1]
+
+    @property
+    def prompt_rows(self) -> int:
+        """Of a prompt, what a stage computes at once."""
+        return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
         """Read by a decode step of one sequence, or of all."""
@@ -99,9 +105,15 @@ class Work:
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))
 
     def prefill_s(self, rates: Rates) -> float:
-        """At best: each device reads its weights once, or multiplies, whichever takes longer."""
-        read_s = self.weight_bytes[self.prompt].each_s(rates.read)
+        """At best: each device reads its weights for all rows that it computes at once, or multiplies, whichever takes
+        longer."""
+        read, times = self.weight_bytes[self.prompt_rows], self.prompt / self.prompt_rows
+        read_s = Amount(times * read.gpu, times * read.cpu).each_s(rates.read)
         return sum(map(max, read_s, self.prefill_macs.each_s(rates.int8)))
+
+
+def _prompt_rows(prompt: int, sequences: int) -> int:
+    return min(prompt, stage_limits(sequences, prompt).max_batch_tokens)
 
 
 def _read_bytes(cost: LayerCost, rows: int) -> float:

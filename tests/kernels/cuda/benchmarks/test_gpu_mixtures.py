@@ -110,6 +110,8 @@ def test_goals_of_a_mixture_on_the_gpu() -> None:
     }
     missed = Figures(work, [Round(RATES, prefill_s=29.0, step_s=1.3, many_s=6.7)]).wanted()
     assert [one.is_met for one in missed] == [False] * 3
+    long = replace(work, prompt=5200, weight_bytes=weights | {520: Amount(10e12, 0)})
+    assert long.prefill_s(RATES) == pytest.approx(100), "a stage computes 520 rows at once"
     few = replace(work, sequences=4, weight_bytes=weights | {4: Amount(3e12, 0)})
     assert Figures(few, [reached]).wanted()[-1].least is None
 

@@ -35,6 +35,7 @@ from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
 
 _TESTS = "tests/kernels/cuda"
+_BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 
@@ -75,9 +76,11 @@ STEPS = (
     _tests("experts", "test_experts.py", "test_states.py", "test_fused.py"),
     _tests("stages", "test_stage.py", "test_stage_load.py", "stages", limit_s=480),
     _tests("placement", "placement", "test_invariance_stages.py", "test_probe.py", "test_local.py", limit_s=480),
-    _tests("clusters", "test_cluster.py", "benchmarks/test_gpu_benchmark.py", limit_s=480),
+    _tests("clusters", "test_cluster.py", *_BENCHMARKS, limit_s=480),
     _benchmark("7b", 240, *_7B),
     _benchmark("mixture", 300, *_MIXTURE),
+    _benchmark("mixture-ram", 300, *_MIXTURE, "--cpu-moe --experts-cache 0 --repeats 3"),
+    _benchmark("mixture-copies", 300, *_MIXTURE, "--cpu-moe --experts-cache 6GiB --repeats 3"),
     _benchmark("mixture-products", 240, *_MIXTURE, "--no-graphs --repeats 1 --generate 16 --prompt 2048"),
     _benchmark("long", 300, *_LONG, "--prompt 32768 --sequences 1 --repeats 1"),
     _benchmark("7b-no-graphs", 240, *_7B, "--no-graphs --repeats 2"),

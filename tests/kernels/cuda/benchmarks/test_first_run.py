@@ -89,7 +89,7 @@ def test_every_step_fits_into_one_call_and_is_what_there_is() -> None:
     tested = {path for step in STEPS for path in re.findall(r"tests/kernels/cuda/(\S+)", step.command)}
     own = {"test_shim.py", "test_compile.py", "test_nvrtc.py", "test_cupy_device.py", "test_old_gpus.py"}
     every = {path.name for path in (ROOT / "tests/kernels/cuda").glob("test_*.py")}
-    every |= {"stages", "placement", "benchmarks/test_gpu_benchmark.py"}
+    every |= {"stages", "placement", "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"}
     assert every - own == tested
 
 

@@ -36,7 +36,10 @@ LEAST_PIECE = _GROUP_ROWS
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/matmul/activations.cuh)."""
 
-_SEGMENTS_OF_A_WARP = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+_SEGMENTS_OF_A_PIECE = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+_LONG_PIECE_BYTES = 1536
+"""A warp has two pieces of more in shared memory, otherwise three."""
+_GEMV_WARPS, _GEMV_BLOCKS_AN_SM = 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +203,8 @@ def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount,
         warps = _gemm_warps(products, pieces, sms)
         shared = _gemm_shared_bytes(weights, warps)
         return Launch(name, (pieces, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    warps, together, shared = _gemv_warps(weights, rows.bucket)
-    return Launch(name, (pieces, _blocks(products, 1), 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+    blocks = min(_blocks(products, 1), max(1, _GEMV_BLOCKS_AN_SM * sms // pieces))
+    return Launch(name, (pieces, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, _gemv_shared_bytes(weights))
 
 
 def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
@@ -213,19 +216,11 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
     return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 
-def _gemv_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
-    """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits. A round begins
-    where a warp's segments do."""
-    of_warp = _SEGMENTS_OF_A_WARP[weights.activation]
-    each = rows * (17 * 16 if weights.quant_type in _WITH_MIN else 18 * 8)
-    fits = PLAIN_SHARED_BYTES // each
-    warps = 8
-    of_warps = warps * of_warp
-    if fits < of_warps and weights.segments > fits:
-        warps, of_warps = warps // 2, of_warps // 2
-    together = min(weights.segments, fits // of_warps * of_warps if fits >= of_warps else fits)
-    assert together == weights.segments or together % of_warp == 0, (weights, rows, together)
-    return warps, together, together * each
+def _gemv_shared_bytes(weights: Weights) -> int:
+    """Pieces of each warp (src/matmul/pieces.cuh)."""
+    info = weights.quant_type.info
+    piece_bytes = _SEGMENTS_OF_A_PIECE[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+    return _GEMV_WARPS * piece_bytes * (2 if piece_bytes > _LONG_PIECE_BYTES else 3)
 
 
 def _gemm_warps(products: Sequence[Product], pieces: int, sms: int) -> int:

@@ -90,6 +90,14 @@ __device__ __forceinline__ float load_from_all(const float* p) {
   return x;
 }
 
+// Named barriers, 1 to 15, of so many threads together: whole warps, of which those that only arrive go on.
+__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+
 // Asks for the 128 bytes around p to be brought near, into the cache that all share.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 

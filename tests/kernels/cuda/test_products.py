@@ -57,6 +57,19 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
             check_equal_bits(got, expected, kind, out_rows, cols, rows)
 
 
+@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q5_1, QuantType.MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("segments", [1, 3, 9, 22])
+def test_totals_pass_from_warp_to_warp_and_blocks_from_tile_to_tile(bench: Bench, kind: QuantType, segments: int) -> None:
+    """More tiles than blocks, of fewer pieces than warps and of more."""
+    out_rows, cols = 275, segments * segment_cols(kind)
+    generator = generator_of(kind, cols)
+    loaded = load(bench, kind, random_weights(generator, kind, out_rows, cols), out_rows, cols)
+    for rows in (1, 7, 13):
+        x = random_activations(generator, rows, cols)
+        expected = _native.matmul(LEVEL, loaded.on_cpu, x)
+        check_equal_bits(products(bench, loaded.weights, x, sms=1), expected, kind, cols, rows)
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_weights_that_are_no_numbers(bench: Bench, kind: QuantType) -> None:
     cols = 2 * segment_cols(kind)

@@ -125,6 +125,17 @@ def test_copies_in_the_background(probe: Bench) -> None:
         assert np.isnan(found[done:]).all()
 
 
+@pytest.mark.parametrize("warps", [2, 7, 15])
+def test_warps_take_turns_at_named_barriers(probe: Bench, warps: int) -> None:
+    x, out = generator().integers(-100, 100, 2 * warps).astype(np.int32), probe.room(128)
+    for _ in range(2):
+        probe.run("probe.turns", 1, 32 * warps, probe.put(x), out)
+        wanted = 0
+        for number in x.tolist():
+            wanted = number - wanted
+        assert set(probe.get(out, 32, np.int32).tolist()) == {wanted}
+
+
 def test_atomics(probe: Bench) -> None:
     x = generator().integers(-1000, 1000, 320).astype(np.int32)
     odd, largest = probe.put(np.zeros(1, np.int32)), probe.put(np.full(1, -5000, np.int32))
@@ -144,6 +155,9 @@ MISTAKES = {
     7: "a shuffle from lane 5, which is not there",
     8: "wrote beside a buffer",
     9: "outside of every buffer",
+    10: r"thread \d+ at a barrier \(probe.cu:\d+\); 32 of 64 have ended",
+    11: "a barrier of different numbers of threads",
+    12: "no named barrier: 16",
 }
 
 

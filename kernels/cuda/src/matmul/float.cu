@@ -25,7 +25,7 @@ template <class Type>
 DEVICE void gemv_floats(const Products& all) {
   SHARED(GemvStage<Type>, stages, [kGemvStages]);
   SHARED(int32_t, of_row, [8]);
-  const Product p = product_of(all, 1);
+  const Product p = product_of(all, 1, blockIdx.y);
   const Share share = share_of(p, blockIdx.x, 8);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, row = thread % 16, token = thread / 16;
@@ -76,7 +76,7 @@ template <class Type>
 DEVICE void gemm_floats(const Products& all) {
   SHARED(GemmStage<Type>, stages, [2]);
   SHARED(int32_t, of_row, [kGemmRows]);
-  const Product p = product_of(all, kGemmTiles);
+  const Product p = product_of(all, kGemmTiles, blockIdx.y);
   const Share share = share_of(p, blockIdx.x, kGemmRows);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, first_tile = kGemmTiles * p.block;

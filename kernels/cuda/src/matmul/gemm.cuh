@@ -158,7 +158,7 @@ template <class Type>
 DEVICE void gemm(const Products& all) {
   SHARED(int32_t, of_row, [kBlockRows]);
   SHARED(Matrix, matrix, [1]);  // for the end: registers are scarce
-  const Product p = product_of(all, blockDim.x / kWarp);
+  const Product p = product_of(all, blockDim.x / kWarp, blockIdx.y);
   const Share share = share_of(p, blockIdx.x, kBlockRows);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

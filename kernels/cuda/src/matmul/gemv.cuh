@@ -1,39 +1,32 @@
-// Products of up to eight rows: a block has a tile of sixteen rows of weights, its warps take segments in turn. All
-// eight rows cost what one does, since a matrix unit takes eight; GPUs without one have a shorter way for one row.
+// Products of up to eight rows: a block goes through tiles of sixteen rows of weights, its warps take pieces of them in
+// turn. All eight rows cost what one does, since a matrix unit takes eight; GPUs without one have a shorter way for one row.
 //
-// Bound by memory: each weight is read once, straight into registers, and loads of a segment, or of four of 32 columns,
-// are independent of each other, so that a warp has one to three kilobytes under way; sixteen warps on a multiprocessor
-// are enough, and leave 128 registers a thread to hold them. Where memory is fastest, issuing instructions comes next:
-// of 32 columns addresses would take as many as arithmetic, so four segments share theirs. Activations come from the
-// first cache: all blocks of a multiprocessor read the same. A segment's result is two floats an output (four with
-// mins) in shared memory; after `round` segments one thread an output folds them in k order. Rounds are as long as
-// shared memory allows: most matrices take one.
+// Bound by memory: each weight is read once, and pieces are asked for ahead, also of the next tile, so that every warp has
+// 1.5 kilobytes or more under way at any time. Where memory is fastest, issuing instructions comes next. Activations come
+// from the first cache: all blocks of a multiprocessor read the same. What a piece adds to outputs is in registers, two
+// floats a segment and output (four with mins), until the warp before is done with the piece before: totals pass from warp
+// to warp, so that all segments are added in k order while other warps multiply.
 #pragma once
 
-#include "matmul.cuh"
+#include "pieces.cuh"
 
 namespace llamaclust::cuda {
 namespace {
+
+// Blocks on a multiprocessor, each of 128 threads with 96 registers; GPUs without matrix units need 128.
+#if LLAMACLUST_ARCH < 750
+inline constexpr int kGemvBlocks = 4;
+#else
+inline constexpr int kGemvBlocks = 5;
+#endif
 
 // What a segment adds: total = fma(factor, sum, total), and for types with a min another one.
 struct Term {
   float factor, sum;
 };
+// Of a lane's outputs, which are those of d in mma.cuh: n / 2 says which row of weights, n % 2 which row of activations.
 template <class Type>
-constexpr int kTermsEach = Type::kHasMin ? 2 : 1;
-template <class Type>
-using Terms = Term[4][kTermsEach<Type>];
-// From one row of activations to the next, in outputs: sixteen and some that keep lanes on different banks.
-template <class Type>
-constexpr int kTermStride = Type::kHasMin ? 17 : 18;
-
-// Segments that a warp reads before it computes any.
-template <class Type>
-constexpr int kTogether = kWide<Type> ? 1 : 4;
-
-// Blocks of 256 threads on a multiprocessor: three where 80 registers hold all that is read ahead.
-template <class Type>
-constexpr int kGemvBlocks = kWide<Type> || Type::kHasMin || Type::kLayout.body_bytes % 256 != 0 ? 2 : 3;
+using Terms = Term[4][Type::kHasMin ? 2 : 1];
 
 // Where a lane finds its activations: those it multiplies (row lane / 4), and the scales of its results (rows 2 c, 2 c
 // + 1).
@@ -43,7 +36,7 @@ struct LaneActivations {
   int first, first_of[2];  // of the groups' segments
   int quants, scales[2];   // inside a segment
   bool one;                // row, whose results count alone
-  DEVICE LaneActivations(const Product& p, const Share& share, int segments, int lane)
+  DEVICE LaneActivations(const Products& p, const Share& share, int segments, int lane)
       : all(reinterpret_cast<const Activations<Type>*>(p.activations)) {
     const int row = activation_row(p, share, lane / 4);
     one = share.n == 1;
@@ -59,7 +52,6 @@ struct LaneActivations {
   DEVICE float scale(int i, int s) const { return all[first_of[i] + s].scale[scales[i]]; }
 };
 
-// Results are those of d in mma.cuh: n / 2 says which row of weights, n % 2 which row of activations.
 template <class Type>
 DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int s, int lane, Terms<Type>& terms)
   requires(!kWide<Type>)
@@ -114,116 +106,70 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Where a segment of a round has its terms in shared memory.
-template <class Type>
-DEVICE int place_of(int s, int rows, int row, int output) {
-  return ((s * rows + row) * kTermStride<Type> + output) * kTermsEach<Type>;
-}
-
-template <class Type>
-DEVICE void share_terms(const Terms<Type>& terms, int s, int rows, int lane, Term* shared) {
-  UNROLL for (int n = 0; n < 4; n++) {
-    const int row = 2 * (lane % 4) + n % 2;
-    if (row < rows) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
-      shared[place_of<Type>(s, rows, row, lane / 4 + 8 * (n / 2)) + k] = terms[n][k];
-  }
-}
-
-// An output's total with the terms of `count` segments, in order. Some terms are loaded together, so that additions wait
-// for each other alone and not for shared memory, too.
-template <class Type>
-DEVICE float fold(const Term* terms, int count, int rows, float total) {
-  constexpr int ahead = 8;
-  const int step = place_of<Type>(1, rows, 0, 0);
-  int first = 0;
-  NO_UNROLL for (; first + ahead <= count; first += ahead) {
-    Term next[ahead][kTermsEach<Type>];
-    UNROLL for (int i = 0; i < ahead; i++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
-      next[i][k] = terms[(first + i) * step + k];
-    UNROLL for (int i = 0; i < ahead; i++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
-      total = fma(next[i][k].factor, next[i][k].sum, total);
-  }
-  NO_UNROLL for (; first < count; first++)
-    UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
-      total = fma(terms[first * step + k].factor, terms[first * step + k].sum, total);
-  return total;
-}
-
-// Segment i of those from a multiple of kTogether on, all of which are there: how far it is, a compiler knows.
-template <class Type>
-DEVICE Segment segment_after(const uint8_t* first, int i) {
-  constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
-  constexpr int group = kGroupSegments<Type>;
-  static_assert(kTogether<Type> % group == 0);
-  const uint8_t* bodies = first + i / group * group * (body_bytes + tail_bytes);
-  return {bodies + i % group * body_bytes, bodies + group * body_bytes + i % group * tail_bytes};
-}
-
-// Segments from `first` on, of which `left` are left in the round. Whole: kTogether or more are, so that they have one
+// The terms of segments first, first + 1, ... of which `left` are left. Whole: kTogether or more are, so that they have one
 // address and distances from it; else each has its own, which costs as much as its arithmetic.
 template <class Type, bool whole>
-DEVICE void add_segments(const uint8_t* tile, int first, int left, int segments, const LaneActivations<Type>& a,
-                         int rows, int lane, Term* to) {
-  constexpr int together = kTogether<Type>, bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
-  Terms<Type> terms[together];
-  UNROLL for (int i = 0; i < together; i++) {
-    const int s = first + (whole || i < left ? i : left - 1);
-    const Segment w = whole ? segment_after<Type>(tile + static_cast<size_t>(first) * bytes, i)
-                            : segment_of<Type>(tile, s, segments);
-    segment_terms<Type>(w, a, s, lane, terms[i]);
+DEVICE void piece_terms(const uint8_t* piece, int first, int left, const LaneActivations<Type>& a, int lane,
+                        Terms<Type> (&terms)[kTogether<Type>]) {
+  UNROLL for (int i = 0; i < kTogether<Type>; i++) {
+    const int at = whole || i < left ? i : left - 1;
+    segment_terms<Type>(segment_of<Type>(piece, at, whole ? kTogether<Type> : left), a, first + at, lane, terms[i]);
   }
-  UNROLL for (int i = 0; i < together; i++)
-    if (whole || i < left) share_terms<Type>(terms[i], i, rows, lane, to);
 }
 
-// Asks for the weights that a warp reads first, while it is still to learn which rows there are.
 template <class Type>
-DEVICE void prefetch_weights(const Product& p, int warp, int lane) {
-  constexpr int bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes, piece = kTogether<Type> * bytes;
-  const int from = warp * piece + 128 * lane;
-  if (128 * lane < piece && from < p.tile_bytes)
-    prefetch(p.matrix().tiles + static_cast<size_t>(p.block) * p.tile_bytes + from);
+DEVICE void add_terms(const Terms<Type>& terms, float (&totals)[4]) {
+  UNROLL for (const auto& of_output : terms) UNROLL for (const Term& term : of_output) {
+    float& total = totals[&of_output - terms];
+    total = fma(term.factor, term.sum, total);
+  }
 }
 
-// Grid: (groups of eight rows or items, tiles of all matrices), so that what reads the same weights runs at the same
-// time; blocks of 32 to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of
-// kTermStride outputs: all segments, or a multiple of kTogether.
 template <class Type>
-DEVICE void gemv(const Products& all, int round) {
-  constexpr int together = kTogether<Type>;
-  const Product p = product_of(all, 1);
-  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if (p.items == nullptr) prefetch_weights<Type>(p, warp, lane);
-  const Share share = share_of(p, blockIdx.x, kGroupRows);
-  if (share.n <= 0) return;
-  auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);
-  const int segments = p.cols / Type::kLayout.segment_cols;
-  const LaneActivations<Type> a(p, share, segments, lane);
-  const uint8_t* tile = tile_of(p, share, p.block);
-  float total = 0.0f;
-  for (int begin = 0; begin < segments; begin += round) {
-    const int count = segments - begin < round ? segments - begin : round;
-    for (int first = together * warp; first < count; first += together * warps) {
-      if constexpr (kWide<Type>) {
-        Terms<Type> terms;
-        segment_terms<Type>(segment_of<Type>(tile, begin + first, segments), a, begin + first, lane, terms);
-        share_terms<Type>(terms, first, share.n, lane, shared);
-      } else {
-        Term* to = shared + place_of<Type>(first, share.n, 0, 0);
-        const int left = count - first;
-        if (left >= together)
-          add_segments<Type, true>(tile, begin + first, left, segments, a, share.n, lane, to);
-        else
-          add_segments<Type, false>(tile, begin + first, left, segments, a, share.n, lane, to);
-      }
-    }
-    __syncthreads();
-    if (thread < 16 * share.n)
-      total = fold<Type>(shared + place_of<Type>(0, share.n, thread / 16, thread % 16), count, share.n, total);
-    __syncthreads();
+DEVICE void store_tile(const Products& all, const Share& share, int tile, int lane, const float (&totals)[4]) {
+  const Product p = product_of(all, 1, tile);
+  const Matrix result = result_of(p, share);
+  UNROLL for (int n = 0; n < 4; n++) {
+    const int row = 2 * (lane % 4) + n % 2;
+    if (row < share.n)
+      store_result(result, p.bias_rows, out_row(p, share, row), 16 * p.block + lane / 4 + 8 * (n / 2), totals[n]);
   }
-  if (thread >= 16 * share.n) return;
-  store_result(result_of(p, share), p.bias_rows, out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
+}
+
+// Grid: (groups of eight rows or items, any number of blocks for the tiles of all matrices), so that what reads the same
+// weights runs at the same time; blocks of 128. Shared memory: kStages pieces for each warp.
+template <class Type>
+DEVICE void gemv(const Products& all) {
+  SHARED(float4, passed, [kWarp]);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  Pieces<Type> pieces(all, warp, warps, lane, DYNAMIC_SHARED);
+  Place now = pieces.next();
+  if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
+  const Share share = share_of(all, blockIdx.x, kGroupRows);
+  if (share.n <= 0) return copy_async_wait<0>();
+  if (all.items != nullptr) pieces.start(share.expert);
+  const int segments = all.cols / Type::kLayout.segment_cols, tiles = all.tile_count();
+  const LaneActivations<Type> a(all, share, segments, lane);
+  for (bool is_first = warp == 0; now.tile < tiles; is_first = false, now.advance(warps)) {
+    const int first = now.piece * kTogether<Type>, left = segments - first;
+    const uint8_t* piece = pieces.take();
+    Terms<Type> terms[kTogether<Type>];
+    const bool is_whole = kTogether<Type> == 1 || left >= kTogether<Type>;
+    if (is_whole)
+      piece_terms<Type, true>(piece, first, left, a, lane, terms);
+    else
+      piece_terms<Type, false>(piece, first, left, a, lane, terms);
+    pieces.release();
+    if (!is_first) barrier_wait(1 + warp, 2 * kWarp);
+    float totals[4] = {};
+    if (now.piece > 0) load_fours(reinterpret_cast<const float*>(&passed[lane]), totals);
+    UNROLL for (int i = 0; i < kTogether<Type>; i++)
+      if (is_whole || i < left) add_terms<Type>(terms[i], totals);
+    passed[lane] = {totals[0], totals[1], totals[2], totals[3]};
+    if (now.piece + 1 < now.pieces || now.tile + static_cast<int>(gridDim.y) < tiles)
+      barrier_arrive(1 + (warp + 1) % warps, 2 * kWarp);
+    if (now.piece + 1 == now.pieces) store_tile<Type>(all, share, now.tile, lane, totals);
+  }
 }
 
 }  // namespace

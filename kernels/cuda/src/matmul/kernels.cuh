@@ -6,8 +6,6 @@
 #include "gemm.cuh"
 
 #define MATMUL_KERNELS(TYPE, ...)                                                                                    \
-  KERNEL_IN_BLOCKS(256, kGemvBlocks<TYPE>, gemv_##TYPE, MATMUL_PARAMETERS, int32_t round) {                            \
-    gemv<TYPE>(MATMUL_ARGUMENTS, round);                                                                     \
-  }                                                                                                                   \
+  KERNEL_IN_BLOCKS(128, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS) { gemv<TYPE>(MATMUL_ARGUMENTS); }                  \
   KERNEL_IN_BLOCKS(512, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE>(MATMUL_ARGUMENTS); }               \
   EMBED_KERNEL(TYPE)

@@ -43,6 +43,8 @@ struct Products {
   const uint8_t* activations;
   const int32_t *count, *items, *item_count, *lines;
   int divisor, bias_rows;
+
+  DEVICE int tile_count() const { return first.tile_count() + second.tile_count() + third.tile_count(); }
 };
 
 // What a block has of them: a matrix, and its place among the blocks that have the same one.
@@ -54,9 +56,9 @@ struct Product : Products {
 };
 
 // Blocks have `each` tiles; those of the first matrix come first.
-DEVICE Product product_of(const Products& p, int each) {
-  const int first = (p.first.tile_count() + each - 1) / each, block = blockIdx.y - first;
-  if (block < 0) return {p, 0, static_cast<int>(blockIdx.y)};
+DEVICE Product product_of(const Products& p, int each, int place) {
+  const int first = (p.first.tile_count() + each - 1) / each, block = place - first;
+  if (block < 0) return {p, 0, place};
   const int second = (p.second.tile_count() + each - 1) / each;
   return block < second ? Product{p, 1, block} : Product{p, 2, block - second};
 }
@@ -65,7 +67,7 @@ DEVICE Product product_of(const Products& p, int each) {
 struct Share {
   int expert, first, n;
 };
-DEVICE Share share_of(const Product& p, int place, int most) {
+DEVICE Share share_of(const Products& p, int place, int most) {
   if (p.items == nullptr) {
     const int first = most * place, left = *p.count - first;
     return {0, first, left < most ? left : most};
@@ -74,11 +76,11 @@ DEVICE Share share_of(const Product& p, int place, int most) {
   const int32_t* item = p.items + 3 * place;
   return {item[0], item[1], item[2]};
 }
-DEVICE int out_row(const Product& p, const Share& share, int i) {
+DEVICE int out_row(const Products& p, const Share& share, int i) {
   return p.items == nullptr ? share.first + i : p.lines[share.first + i];
 }
 // Rows past the last are the last one: they are computed like it and thrown away.
-DEVICE int activation_row(const Product& p, const Share& share, int i) {
+DEVICE int activation_row(const Products& p, const Share& share, int i) {
   const int row = out_row(p, share, i < share.n ? i : share.n - 1);
   return p.items == nullptr ? row : row / p.divisor;
 }

@@ -18,13 +18,14 @@ uint64_t block_number;
 
 namespace {
 
-constexpr int kMaxThreads = 1024, kWarp = 32;
+constexpr int kMaxThreads = 1024, kWarp = 32, kBarriers = 16;
 constexpr size_t kStackBytes = 256 << 10, kStaticSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10;
 
 Fibre fibres[kMaxThreads];
 Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
+int arrived[kBarriers], expected[kBarriers];
 bool backwards;  // every other launch: who relies on an order gets it wrong
 std::string error;
 
@@ -63,18 +64,20 @@ void take_memory() {
 // Which fibres wait where, and which have ended: the reason of a deadlock.
 std::string stuck() {
   int ended = 0, waiting = 0, in_warps = 0;
-  const Fibre *in_block = nullptr, *in_warp = nullptr;
+  const Fibre *in_block = nullptr, *in_warp = nullptr, *at_barrier = nullptr;
   for (int i = 0; i < threads; i++) {
     const Fibre& fibre = fibres[i];
     ended += fibre.state == Fibre::State::Ended;
     if (fibre.state == Fibre::State::AtBlock) waiting++, in_block = &fibre;
     if (fibre.state == Fibre::State::AtWarp) in_warps++, in_warp = &fibre;
+    if (fibre.state == Fibre::State::AtBarrier) at_barrier = &fibre;
   }
   std::string what = "threads wait for ever:";
   if (in_block) what += " " + std::to_string(waiting) + " at __syncthreads (" + at(in_block->site) + ")";
   if (in_warp)
     what += std::string(in_block ? "," : "") + " " + std::to_string(in_warps) + " for their warp (thread " +
             std::to_string(in_warp->index) + " at " + at(in_warp->site) + ")";
+  if (at_barrier) what += " thread " + std::to_string(at_barrier->index) + " at a barrier (" + at(at_barrier->site) + ")";
   return what + "; " + std::to_string(ended) + " of " + std::to_string(threads) + " have ended";
 }
 
@@ -106,6 +109,7 @@ void run_block(size_t dynamic_shared_bytes) {
   dynamic_begin = dynamic_end - (dynamic_shared_bytes + 15) / 16 * 16;
   memset(dynamic_begin, 0xff, static_cast<size_t>(dynamic_end - dynamic_begin));
   at_block = 0;
+  memset(arrived, 0, sizeof arrived);
   for (int i = 0; i < threads; i++) {
     const unsigned n = static_cast<unsigned>(i), x = grid.threads.x, y = grid.threads.y;
     Fibre& fibre = fibres[i];
@@ -146,6 +150,22 @@ void wait_for_block(Site site) {
       fail("__syncthreads at different places: " + at(fibres[i].site) + " and " + at(site));
     fibres[i].state = Fibre::State::Runnable;
   }
+}
+
+void arrive(int barrier, int of, bool waits, Site site) {
+  if (barrier < 1 || barrier >= kBarriers) fail("no named barrier: " + std::to_string(barrier) + " (" + at(site) + ")");
+  if (arrived[barrier] > 0 && expected[barrier] != of) fail("a barrier of different numbers of threads (" + at(site) + ")");
+  expected[barrier] = of;
+  current->site = site;
+  current->barrier = barrier;
+  if (waits) current->state = Fibre::State::AtBarrier;
+  if (++arrived[barrier] == of) {
+    arrived[barrier] = 0;
+    for (int i = 0; i < threads; i++)
+      if (fibres[i].state == Fibre::State::AtBarrier && fibres[i].barrier == barrier)
+        fibres[i].state = Fibre::State::Runnable;
+  }
+  if (current->state != Fibre::State::Runnable) go_on();
 }
 
 void collective(uint32_t mask, Compute compute, Site site) {

@@ -31,11 +31,12 @@ struct Copy {
 };
 
 struct Fibre {
-  enum class State { Runnable, AtBlock, AtWarp, Ended };
+  enum class State { Runnable, AtBlock, AtBarrier, AtWarp, Ended };
   Dimensions thread;
   int index, lane;
   State state;
   Site site;
+  int barrier;  // a named one
   uint32_t mask;
   const void* operation;
   alignas(16) uint8_t operands[kOperandBytes];
@@ -61,6 +62,8 @@ extern Grid grid;             // of the launch
 extern uint64_t block_number; // one higher for each block that ever ran
 
 void wait_for_block(Site site);
+// A named barrier opens when so many threads have arrived, waiting or not.
+void arrive(int barrier, int threads, bool waits, Site site);
 // Waits until every lane in `mask` is here; the last one computes the results of all.
 void collective(uint32_t mask, Compute compute, Site site);
 // Ends the launch.

@@ -11,7 +11,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.elementwise import GatedInputs
 from llamaclust.kernels.cuda.launches.inputs import RowCount
-from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 
 _Q = QuantType
@@ -23,7 +23,6 @@ _MODULES = {
 }
 _MODULE_OF = {kind: module for module, kinds in _MODULES.items() for kind in kinds}
 
-_WITH_MIN = (_Q.Q4_1, _Q.Q5_1, _Q.Q2_K, _Q.Q4_K, _Q.Q5_K)
 _SUB_BLOCKS = {
     **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
     **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
@@ -36,10 +35,11 @@ LEAST_PIECE = _GROUP_ROWS
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/matmul/activations.cuh)."""
 
-_SEGMENTS_OF_A_PIECE = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-_LONG_PIECE_BYTES = 1536
-"""A warp has two pieces of more in shared memory, otherwise three."""
 _GEMV_WARPS, _GEMV_BLOCKS_AN_SM = 4, 5
+_GEMV_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+"""That a warp copies and multiplies together (src/matmul/pieces.cuh)."""
+_LONG_COPY_BYTES = 1536
+"""Shared memory has two copies of more for each warp, otherwise three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,8 @@ def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount,
         warps = _gemm_warps(products, pieces, sms)
         shared = _gemm_shared_bytes(weights, warps)
         return Launch(name, (pieces, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    blocks = min(_blocks(products, 1), max(1, _GEMV_BLOCKS_AN_SM * sms // pieces))
+    spare = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
+    blocks = min(_blocks(products, 1), max(1, spare * _GEMV_BLOCKS_AN_SM * sms // pieces))
     return Launch(name, (pieces, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, _gemv_shared_bytes(weights))
 
 
@@ -217,10 +218,9 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 
 def _gemv_shared_bytes(weights: Weights) -> int:
-    """Pieces of each warp (src/matmul/pieces.cuh)."""
     info = weights.quant_type.info
-    piece_bytes = _SEGMENTS_OF_A_PIECE[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
-    return _GEMV_WARPS * piece_bytes * (2 if piece_bytes > _LONG_PIECE_BYTES else 3)
+    copy_bytes = _GEMV_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+    return _GEMV_WARPS * copy_bytes * (2 if copy_bytes > _LONG_COPY_BYTES else 3)
 
 
 def _gemm_warps(products: Sequence[Product], pieces: int, sms: int) -> int:

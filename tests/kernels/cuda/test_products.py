@@ -57,9 +57,11 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
             check_equal_bits(got, expected, kind, out_rows, cols, rows)
 
 
-@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q5_1, QuantType.MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q5_1, QuantType.MXFP4], ids=lambda kind: kind.name
+)
 @pytest.mark.parametrize("segments", [1, 3, 9, 22])
-def test_totals_pass_from_warp_to_warp_and_blocks_from_tile_to_tile(bench: Bench, kind: QuantType, segments: int) -> None:
+def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: QuantType, segments: int) -> None:
     """More tiles than blocks, of fewer pieces than warps and of more."""
     out_rows, cols = 275, segments * segment_cols(kind)
     generator = generator_of(kind, cols)

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <unordered_map>
 #include <vector>
 
 #include "faults.h"
@@ -26,7 +27,8 @@ Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
 int arrived[kBarriers], expected[kBarriers];
-bool backwards;  // every other launch: who relies on an order gets it wrong
+bool backwards;  // every other launch of a kernel: who relies on an order gets it wrong
+std::unordered_map<const void*, bool> was_backwards;
 std::string error;
 
 struct Kernel {
@@ -208,7 +210,8 @@ std::string run_grid(Grid whole, size_t dynamic_shared_bytes, Invoke invoke, con
   if (dynamic_shared_bytes > kMaxSharedBytes) return "more shared memory than any card has";
   kernel = {invoke, function, args};
   error.clear();
-  backwards = !backwards;
+  bool& before = was_backwards[function];
+  backwards = before = !before;
   const Faults faults;
   const uint64_t x = grid.blocks.x, y = grid.blocks.y, blocks = x * y * grid.blocks.z;
   for (uint64_t i = 0; i < blocks && error.empty(); i++) {

@@ -1,9 +1,13 @@
-"""HTTP/1.1 as it is written to clients."""
+"""HTTP/1.1 as it is read from clients and written to them."""
 
 from __future__ import annotations
 
+import re
+
 import h11
 from h11._writers import ChunkedWriter
+
+_ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
 def canonical_name(name: bytes) -> bytes:
@@ -12,12 +16,17 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """Writes canonical header names, and pieces of a streamed body without a look at the protocol's states."""
+    """Takes targets with a host, and writes canonical header names, and pieces of a streamed body without a look at the
+    protocol's states."""
 
     @property
     def is_chunked(self) -> bool:
         """Whether pieces of a streamed body are being sent."""
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        return _in_origin_form(event) if isinstance(event, h11.Request) else event
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # as the last of its overloads
         if type(event) is h11.Data and self.is_chunked:
@@ -26,6 +35,16 @@ class HttpConnection(h11.Connection):
             headers = [(canonical_name(name), value) for name, value in event.headers]
             event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
         return super().send(event)
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """With a target that is a path. Its host, if it has one as for a proxy, is that of the header (RFC 9112, 3.2.2)."""
+    match = _ABSOLUTE.fullmatch(request.target)
+    if match is None:
+        return request
+    headers = [(name, match[1] if name == b"host" else value) for name, value in request.headers]
+    target = match[2] if match[2].startswith(b"/") else b"/" + match[2]
+    return h11.Request(method=request.method, headers=headers, target=target, http_version=request.http_version)
 
 
 def chunk(data: bytes) -> bytes:

@@ -118,6 +118,14 @@ async def test_header_names_of_replies_have_capitals() -> None:
             assert b"Content-Type" in names and names == [name.title() for name in names]
 
 
+@pytest.mark.parametrize(("host", "status"), [(b"127.0.0.1", 200), (b"evil.example", 403)])
+async def test_targets_with_a_host_as_for_a_proxy(host: bytes, status: int) -> None:
+    async with served() as server:
+        (peer,) = await server.connect()
+        peer.writer.write(HEALTH.replace(b"/health", b"http://" + host + b"/health"))
+        assert b" %d " % status in await peer.head()
+
+
 async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() -> None:
     async with served(head_s=0.3) as server:
         (peer,) = await server.connect()

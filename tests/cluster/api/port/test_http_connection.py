@@ -1,4 +1,4 @@
-"""Bodies on a connection: what is written without a look at the protocol's states is what h11 writes."""
+"""Targets of requests, and bodies: what is written without a look at the protocol's states is what h11 writes."""
 
 from __future__ import annotations
 
@@ -34,3 +34,24 @@ def test_a_body_longer_than_it_says_is_refused() -> None:
     connection = begun(HttpConnection, b"1.1", [(b"Content-Length", b"2")])
     with pytest.raises(h11.LocalProtocolError):
         connection.send(h11.Data(data=b"abc"))
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "host"),
+    [
+        (b"/health?a=http://b/c", b"/health?a=http://b/c", b"a"),
+        (b"http://b:8080/v1/models?x=1", b"/v1/models?x=1", b"b:8080"),
+        (b"HTTPS://b", b"/", b"b"),
+        (b"http://b?x=1", b"/?x=1", b"b"),
+        (b"*", b"*", b"a"),
+        (b"ftp://b/c", b"ftp://b/c", b"a"),
+        (b"http:///c", b"http:///c", b"a"),
+    ],
+)
+def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
+    """As for a proxy: its host counts for that of the header."""
+    connection = HttpConnection(h11.SERVER)
+    connection.receive_data(b"GET %b HTTP/1.1\r\nHost: a\r\nX: y\r\n\r\n" % given)
+    request = connection.next_event()
+    assert isinstance(request, h11.Request)
+    assert (request.target, list(request.headers)) == (target, [(b"host", host), (b"x", b"y")])

@@ -61,14 +61,41 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Of queries, in place, and keys: `angles` of every row, by rope.rotation."""
+    """`angles` of every row, by rope.rotation."""
 
     angles: np.uint64
     pairs: int
     style: RopeStyle
 
 
-NO_ROTATION = Rotation(NULL, 0, RopeStyle.NORM)
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Of each head, all by one weight [head_dim]."""
+
+    weight: np.uint64
+    epsilon: float
+
+
+NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What queries, in place, and keys go through before they meet: norms of heads, then a rotation."""
+
+    rotation: Rotation = NO_ROTATION
+    of_queries: HeadNorm = NO_NORM
+    of_keys: HeadNorm = NO_NORM
+
+    @property
+    def args(self) -> tuple[Scalar, ...]:
+        turn = self.rotation
+        rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
+        q, k = self.of_queries, self.of_keys
+        return *rotation, q.weight, np.float32(q.epsilon), k.weight, np.float32(k.epsilon)
+
+
+NO_TRANSFORM = HeadTransform()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,7 @@ class AttentionBuffers:
     plan: np.uint64
     partials: np.uint64
     sinks: np.uint64 = NULL  # float32 [heads], if there are any
-    rotation: Rotation = NO_ROTATION
+    transform: HeadTransform = NO_TRANSFORM
     by_32: np.uint64 = NULL  # where quantized rows go instead of `out`; see `can_quantize`
     by_256: np.uint64 = NULL
 
@@ -201,7 +228,7 @@ def _fresh_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """Whether the kernel of few queries can rotate them and store the row's key and value, which are then in shared
+    """Whether the kernel of few queries can transform them and store the row's key and value, which are then in shared
     memory of every GPU."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
@@ -286,19 +313,17 @@ class AttentionLaunches:
 
     def _fresh(self, at: AttentionBuffers, fresh: bool, merges: bool) -> tuple[Scalar, ...]:
         """What the kernel of few queries does beside attention."""
-        turn = at.rotation
-        places = (at.k, at.v, turn.angles) if fresh else (NULL, NULL, NULL)
+        places = (at.k, at.v) if fresh else (NULL, NULL)
         outs = (at.by_32, at.by_256) if merges else (NULL, NULL)
-        return *places, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX), np.int32(merges), *outs
+        return *places, *at.transform.args, np.int32(merges), *outs
 
     def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)
 
     def _store(self, step: Attention, at: AttentionBuffers) -> Launch:
-        turn, sizes = at.rotation, map(np.int32, (step.heads, step.kv_heads, step.head_dim, _piece_bytes(step)))
+        sizes = map(np.int32, (step.heads, step.kv_heads, step.head_dim, _piece_bytes(step)))
         rows = self.inputs.rows, self.inputs.positions, *self._plan_args(at)
-        rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
-        args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *rotation)
+        args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *at.transform.args)
         return Launch(f"attention.rows.store_{step.kv_type}", (self.rows, step.kv_heads, 1), (128, 1, 1), args)
 
     def _attend(

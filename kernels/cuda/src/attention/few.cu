@@ -2,6 +2,7 @@
 // keys itself, sixteen bytes at a time, once for all queries of the KV head.
 #include "queries.cuh"
 #include "byte_values.cuh"
+#include "heads.cuh"
 #include "merge.cuh"
 #include "store.cuh"
 #include "values.cuh"
@@ -170,31 +171,25 @@ DEVICE void add_slice(const Span<Kv, TQ>& span) {
   SliceValues<Kv, TQ, 4 * BLOCKS>{span, span.slice * kSliceChannels}.run();
 }
 
-// What rows bring along that are alone in their sequences, where k is not null: queries that are to be rotated, and a key
-// and a value that are to be stored.
+// What rows bring along that are alone in their sequences, where k is not null: queries that are not transformed yet, and
+// a key and a value that are to be stored.
 struct Fresh {
   const float *k, *v;
   uint8_t* kv;
-  const float* angles;
-  int pairs, neox;
+  HeadTransform transform;
 
-  // Rotates the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
+  // Transforms the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
   // several, with slices, each the same bytes.
   template <class Kv, int TQ>
   DEVICE void bring(const Span<Kv, TQ>& span) const {
     const Step& step = span.step;
-    const int head_dim = step.head_dim, count = span.heads * head_dim, row = span.item.row, thread = threadIdx.x;
+    const int head_dim = step.head_dim, count = span.heads * head_dim, row = span.item.row;
     const size_t own = (static_cast<size_t>(row) * step.kv_heads + span.kv_head) * head_dim;
     float *queries = span.stage, *key = queries + count;
     const float* from = step.q + (static_cast<size_t>(row) * step.heads + span.head) * head_dim;
-    for (int i = thread; i < count + head_dim; i += kThreads) queries[i] = i < count ? from[i] : k[own + i - count];
+    for (int i = threadIdx.x; i < count + head_dim; i += kThreads) queries[i] = i < count ? from[i] : k[own + i - count];
     __syncthreads();
-    const Rotation rotation{angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox};
-    if (rotation.angles != nullptr) {
-      for (int i = thread; i < (span.heads + 1) * pairs; i += kThreads)
-        rotation.turn(queries + i / pairs * head_dim, i % pairs);
-      __syncthreads();
-    }
+    transform_heads<kThreads>(transform, row, queries, span.heads, key, head_dim);
     if (!span.ends(0)) return;
     const int at = span.from - span.start();
     const int block = span.queries.blocks[at / kBlockTokens];
@@ -211,13 +206,12 @@ struct Fresh {
 // it may be where the kernel `merges`.
 #define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
   KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS, const float* k, const float* v,                 \
-                   const float* angles, int32_t pairs, int32_t neox, int32_t merges, uint8_t* by_32,                  \
-                   uint8_t* by_256) {                                                                                 \
+                   HEAD_ARGUMENTS, int32_t merges, uint8_t* by_32, uint8_t* by_256) {                                 \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     float* stage = scores + TQ * kScoreStride;                                                                        \
     SHARED(Queries<TQ>, queries, );                                                                                   \
     const Step step ATTENTION_STEP;                                                                                   \
-    const Fresh fresh{k, v, kv, angles, pairs, neox};                                                                 \
+    const Fresh fresh{k, v, kv, HEAD_TRANSFORM};                                                                      \
     const auto prepare = [&](const Span<Kv, TQ>& span) { fresh.bring(span); };                                        \
     const auto values = [](const Span<Kv, TQ>& span) { add_slice<kValueBlocks<TQ>>(span); };                          \
     const Work work(plan, max_rows, slots);                                                                           \

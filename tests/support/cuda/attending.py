@@ -43,6 +43,8 @@ Int32 = NDArray[np.int32]
 LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
 SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
 NO_SLOPES = np.uint64(0)
+UNUSED_ROWS = 3
+"""That launches are for, beside those that are there."""
 
 
 def attention(
@@ -130,6 +132,13 @@ def sequences_of(
     return told
 
 
+def in_parts(step: Attention, queries: int, rows: int) -> LaunchLimits:
+    """A GPU with just so many multiprocessors that each part of the heads has so many queries, in decode."""
+    return LaunchLimits(
+        2 * (rows + UNUSED_ROWS) * step.kv_heads * -(-step.heads // step.kv_heads // queries), 200 << 10
+    )
+
+
 class Attender:
     """One attention step with KV memory on a device. Memory holds NaN at first. `before`: what its kernels do on
     the way."""
@@ -161,7 +170,7 @@ class Attender:
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
         """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
-        step, put, unused = self.step, self.bench.put, 3
+        step, put, unused = self.step, self.bench.put, UNUSED_ROWS
         parts = np.split(rows, np.cumsum([part.width for part in reads_of(step)])[:-1], axis=1)
         padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
         q, k, v = (*(put(part).at() for part in padded), NULL)[:3]

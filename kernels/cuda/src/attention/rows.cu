@@ -59,8 +59,9 @@ DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Wo
 
 // Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
 // slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
-// Long tiles come first. Where `places` blocks for a KV head are not taken by items of few queries, values of these are
-// divided by slices of channels, if all slices find a place: scores are computed for each of them. Once for a microbatch, whatever the number of its rows: one block of 256.
+// Long tiles come first. Where `places` blocks for a KV head, or a part of its query heads, are not taken by items of few
+// queries, values of these are divided by slices of channels, if all slices find a place: scores are computed for each of
+// them. Once for a microbatch, whatever the number of its rows: one block of 256.
 KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
        const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,
        int32_t max_rows, int32_t slots, int32_t split_below, int32_t value_slices, int32_t places, int32_t kv_heads, int32_t* to) {

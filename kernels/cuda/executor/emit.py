@@ -75,9 +75,9 @@ class Emitter:
             case Adapts():
                 raise AssertionError("programs with adapters are refused")
             case Attend():
-                yield from self._attend(step)
+                raise AssertionError("attention is Attended")
             case Attended():
-                yield from self._attend(step.attend, step.format)
+                yield from self._attend(step)
             case Norm():
                 yield self._norm(step)
             case Gated():
@@ -242,10 +242,11 @@ class Emitter:
         """How rows are divided into tiles and spans, once for all layers of equal shape."""
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
 
-    def _attend(self, attend: Attend, wanted: ActivationFormat | None = None) -> Iterator[Launch]:
-        """`wanted`: the only format of the result, if the kernel supports it."""
-        ops, step, launches, rotation = self.ops, attend.attention, self._attention, self._rotation(attend)
-        if rotation is attention.NO_ROTATION:
+    def _attend(self, attended: Attended) -> Iterator[Launch]:
+        """The result is in the wanted format alone, if the kernel supports it."""
+        ops, attend, launches, wanted = self.ops, attended.attend, self._attention, attended.format
+        step = attend.attention
+        if not attended.rotates:
             for rope in (attend.rotate_q, attend.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, ops.current[rope.x.name])
@@ -260,12 +261,15 @@ class Emitter:
         slopes = NULL if step.slopes is None else ops.layout.constant(np.array(step.slopes, np.float32))
         partials = ops.layout.at("partials", launches.room.partial_bytes(step))
         arrays = (q, k, v, out, tables, ops.kv[step.layer, None], slopes, self._attention_plan(step), partials)
-        places = attention.AttentionBuffers(*arrays, ops.vector(step.sinks), rotation, by_32, by_256)
+        transform = self._head_transform(attended)
+        places = attention.AttentionBuffers(*arrays, ops.vector(step.sinks), transform, by_32, by_256)
         yield from launches.step(step, places)
 
-    def _rotation(self, step: Attend) -> attention.Rotation:
-        """What queries and keys have in common, so that they rotate while keys are stored."""
-        q, k = step.rotate_q, step.rotate_k
-        if q is None or k is None or (q.table, q.style) != (k.table, k.style):
-            return attention.NO_ROTATION
-        return attention.Rotation(self.ops.angles(q.table), len(q.table.frequencies), q.style)
+    def _head_transform(self, attended: Attended) -> attention.HeadTransform:
+        step, rope = attended.attend.attention, attended.attend.rotate_q
+        norms = {norm.x: attention.HeadNorm(self.ops.norm_weight(norm), norm.epsilon) for norm in attended.norms}
+        of_heads = norms.get(step.q, attention.NO_NORM), norms.get(step.k, attention.NO_NORM)
+        rotation = attention.NO_ROTATION
+        if attended.rotates and rope is not None:
+            rotation = attention.Rotation(self.ops.angles(rope.table), len(rope.table.frequencies), rope.style)
+        return attention.HeadTransform(rotation, *of_heads)

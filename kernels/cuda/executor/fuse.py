@@ -10,8 +10,12 @@ from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, fuse, is_read
 from llamaclust.model import program as ir
+from llamaclust.model.dataflow import reads_of
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.step_options import ActivationFunction
+
+_MOST_STEPS = 4
+"""Steps that become one, and the one that reads the result, at most."""
 
 TypeOf = Callable[[str], QuantType]
 """The quant type of a weight, by name."""
@@ -40,10 +44,23 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention whose result is read in this format alone."""
+    """Attention behind norms of each head of queries, keys or both. `format`: the only one in which its result is read,
+    if this has eight bits."""
 
     attend: Attend
-    format: ActivationFormat
+    norms: tuple[ir.RmsNorm, ...] = ()
+    format: ActivationFormat | None = None
+
+    @property
+    def steps(self) -> tuple[ir.Step, ...]:
+        """Those of the program that it fuses."""
+        return *self.norms, *_plain(self.attend)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys have one rotation, which attention's kernels do; others are steps before it."""
+        q, k = self.attend.rotate_q, self.attend.rotate_k
+        return q is not None and k is not None and (q.table, q.style) == (k.table, k.style)
 
 
 GpuStep = FusedStep | Norm | Gated | Attended
@@ -54,7 +71,7 @@ def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
     steps = tuple(fuse(program))
     at = done = 0  # of these; of the program's own
     while at < len(steps):
-        count, step = _fused(steps[at : at + 3], _Reader(program, done, type_of))
+        count, step = _fused(steps[at : at + _MOST_STEPS], _Reader(program, done, type_of))
         if isinstance(step, Products):
             yield from _of_one_type(step, type_of)
         else:
@@ -71,39 +88,78 @@ class _Reader:
     done: int
     type_of: TypeOf
 
+    def is_read(self, out: ir.Buffer, makers: int) -> bool:
+        """Whether it is read behind the next `makers` steps of the program."""
+        return is_read(self.program, self.done + makers, out.name)
+
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
         """The formats of `out` that the `makers` steps before `reader` must write; empty if it does not read it."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
         found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
-        end = self.done + makers + len(_plain(reader))
-        if found and (_weighs_inputs(reader) or is_read(self.program, end, out.name)):
+        if found and (_weighs_inputs(reader) or self.is_read(out, makers + len(_plain(reader)))):
             found.add(ActivationFormat.F32)
         return frozenset(found)
 
 
 def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
     """How many of the next steps go together, and as what."""
+    if (attended := _attended(steps, reader)) is not None:
+        return attended
     match steps:
-        case [ir.Add() as add, ir.RmsNorm() as norm, after] if norm.x == add.out != norm.out and _fits(norm):
+        case [ir.Add() as add, ir.RmsNorm() as norm, after, *_] if norm.x == add.out != norm.out and _fits(norm):
             if formats := reader.formats(norm.out, 2, after):
                 return 2, Norm(norm, add, formats)
         case [ir.RmsNorm() as norm, after, *_] if _fits(norm):
             if formats := reader.formats(norm.out, 1, after):
                 return 1, Norm(norm, None, formats)
-        case [Attend() as attend, after, *_]:
-            if (only := _single(reader.formats(attend.attention.out, len(_plain(attend)), after))) is not None:
-                return 1, Attended(attend, only)
         case [ir.SiluMul(gate, up, out), after, *_]:
             if (only := _single(reader.formats(out, 1, after))) is not None:
                 return 1, Gated(gate, up, out, ActivationFunction.SILU, only)
-        case [ir.Activate() as activate, ir.Mul() as mul, after] if (
+        case [ir.Activate() as activate, ir.Mul() as mul, after, *_] if (
             mul.x == activate.out != mul.y and activate.out == mul.out
         ):
             if (only := _single(reader.formats(mul.out, 2, after))) is not None:
                 return 2, Gated(activate.x, mul.y, mul.out, activate.function, only)
     return 1, steps[0]
+
+
+def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attended] | None:
+    """Attention, if the next steps are norms of its heads, and it."""
+    norms: list[ir.RmsNorm] = []
+    for count, step in enumerate(steps, 1):
+        if isinstance(step, Attend):
+            attended = Attended(step, tuple(norms))
+            if norms and not _fuses_norms(attended, reader):
+                return None
+            after = steps[count:]
+            formats = reader.formats(step.attention.out, len(attended.steps), after[0]) if after else frozenset()
+            return count, replace(attended, format=_single(formats))
+        if not isinstance(step, ir.RmsNorm):
+            return None
+        norms.append(step)
+    return None
+
+
+def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
+    """Whether the kernels that rotate and store can normalize heads before, and no other step reads these."""
+    attend, step, norms = attended.attend, attended.attend.attention, attended.norms
+    read = reads_of(step)
+    heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
+    rotates_before = not attended.rotates and (attend.rotate_q is not None or attend.rotate_k is not None)
+    return (
+        not (step.shares_kv or rotates_before)
+        and _are_distinct(read)
+        and _are_distinct([norm.x for norm in norms])
+        and all(norm.x == norm.out and not norm.own_weights for norm in norms)
+        and all(heads.get(norm.x.name) == norm.heads for norm in norms)
+        and not any(reader.is_read(norm.x, len(attended.steps)) for norm in norms)
+    )
+
+
+def _are_distinct(buffers: Sequence[ir.Buffer]) -> bool:
+    return len({buffer.name for buffer in buffers}) == len(buffers)
 
 
 def _fits(norm: ir.RmsNorm) -> bool:

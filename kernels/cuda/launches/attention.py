@@ -22,13 +22,13 @@ MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
-_FEW_QUERIES = (4, 8, 16)
+_FEW_QUERIES, _FEW_LATENT_QUERIES = (4, 8, 16), (4, 8)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """Shared memory of these kernels beside the dynamic part, at most."""
-_SLICE_CHANNELS = 32
+_SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
 
@@ -61,14 +61,41 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Of queries, in place, and keys: `angles` of every row, by rope.rotation."""
+    """`angles` of every row, by rope.rotation."""
 
     angles: np.uint64
     pairs: int
     style: RopeStyle
 
 
-NO_ROTATION = Rotation(NULL, 0, RopeStyle.NORM)
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Of each head, all by one weight [head_dim]."""
+
+    weight: np.uint64
+    epsilon: float
+
+
+NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What queries, in place, and keys go through before they meet: norms of heads, then a rotation."""
+
+    rotation: Rotation = NO_ROTATION
+    of_queries: HeadNorm = NO_NORM
+    of_keys: HeadNorm = NO_NORM
+
+    @property
+    def args(self) -> tuple[Scalar, ...]:
+        turn = self.rotation
+        rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
+        q, k = self.of_queries, self.of_keys
+        return *rotation, q.weight, np.float32(q.epsilon), k.weight, np.float32(k.epsilon)
+
+
+NO_TRANSFORM = HeadTransform()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +112,7 @@ class AttentionBuffers:
     plan: np.uint64
     partials: np.uint64
     sinks: np.uint64 = NULL  # float32 [heads], if there are any
-    rotation: Rotation = NO_ROTATION
+    transform: HeadTransform = NO_TRANSFORM
     by_32: np.uint64 = NULL  # where quantized rows go instead of `out`; see `can_quantize`
     by_256: np.uint64 = NULL
 
@@ -129,7 +156,7 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """0: too many heads share a KV head, as always where attention is latent."""
+    """Of a row, in one block; 0: too many heads share a KV head, as always where attention is latent."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
@@ -138,8 +165,9 @@ def _window(step: Attention) -> tuple[int, int]:
     return step.window or _NO_WINDOW, int(step.chunked)
 
 
-def _parts(step: Attention, gpu: LaunchLimits) -> int:
-    return -(-_group(step) // _many_queries(step, gpu))
+def _parts(step: Attention, queries: int) -> int:
+    """Of the heads that share a KV head, for blocks of so many queries."""
+    return -(-_group(step) // queries)
 
 
 def attention_steps(program: Program) -> tuple[Attention, ...]:
@@ -185,15 +213,16 @@ def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> 
 
 def value_slices(step: Attention) -> int:
     """For how many blocks values can be divided where queries are few."""
-    return -(-step.value_dim // _SLICE_CHANNELS)
+    return -(-step.value_dim // (_SLICE_CHANNELS if step.v is not None else _LATENT_SLICE_CHANNELS))
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Scores, and values or before them queries and a key; values of a slice, of four times as many positions as of 128
-    channels, take as much as these."""
+    """Scores, or before them queries in whole pieces of 8 channels; and values, or before them queries and a key. Those
+    of a slice, of four times as many positions as of 128 channels, take as much as these."""
+    scores = queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8))
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
-    return 4 * (queries * _SCORE_STRIDE + max(staged, _fresh_floats(step) if brings_own(step) else 0))
+    return 4 * (scores + max(staged, _fresh_floats(step) if brings_own(step) else 0))
 
 
 def _fresh_floats(step: Attention) -> int:
@@ -201,7 +230,7 @@ def _fresh_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """Whether the kernel of few queries can rotate them and store the row's key and value, which are then in shared
+    """Whether the kernel of few queries can transform them and store the row's key and value, which are then in shared
     memory of every GPU."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
@@ -246,36 +275,55 @@ class AttentionLaunches:
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
         """Once for a microbatch and likeness, before the first attention."""
-        inputs, room, group = self.inputs, self.room, _group(step)
-        split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self.gpu)))
-        slices = value_slices(step), 2 * self.gpu.sms // step.kv_heads, step.kv_heads
-        tiles = (tile_rows(step, self.gpu), _few_queries(step) // group, *_window(step))
+        inputs, room, few = self.inputs, self.room, self._few(step)
+        split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
+        places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
+        slices = value_slices(step), places, step.kv_heads
+        tiles = (tile_rows(step, self.gpu), max(1, few // _group(step)) if few else 0, *_window(step))
         arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
         figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below, *slices))
         return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
 
+    def _few(self, step: Attention) -> int:
+        """Queries of a block that has few; 0: no block has. Where too many heads share a KV head, these are in parts in
+        decode, if a GPU would be idle otherwise."""
+        if not self.decode or _few_queries(step):
+            return _few_queries(step)
+        sizes = _FEW_LATENT_QUERIES if step.v is None else _FEW_QUERIES
+        return next((queries for queries in sizes if self._have_room(step, queries)), 0)
+
+    def _many(self, step: Attention) -> int:
+        """Queries of a block that has many: in decode, no more than there are."""
+        most, group = _many_queries(step, self.gpu), _group(step)
+        sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
+        fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))
+        return next(fewer, most) if self.decode else most
+
+    def _have_room(self, step: Attention, queries: int) -> bool:
+        """Whether there are two multiprocessors for each part of so many heads of a row: each part reads all keys and
+        values, and long contexts have several spans."""
+        return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
+
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
-        few, spans, rows, sms = _few_queries(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
+        few, spans, rows, sms = self._few(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
         fresh = self.decode and brings_own(step)
         is_quantized = at.by_32 != at.by_256
         merges = fresh and (_has_whole_pieces(step) if is_quantized else _merges(step, self.room))
         if not (step.shares_kv or fresh):
             yield self._store(step, at)
         if few:
-            grid = min(rows * spans * value_slices(step), -(-4 * sms // step.kv_heads)), step.kv_heads, 1
+            heads = step.kv_heads * _parts(step, few)
+            grid = min(rows * spans * value_slices(step), -(-4 * sms // heads)), heads, 1
+            kernel = "few" if step.v is not None else "latent"
+            further = self._fresh(at, fresh, merges) if step.v is not None else ()
             yield self._attend(
-                f"few.few_{step.kv_type}_{few}",
-                grid,
-                few_shared_bytes(step, few),
-                step,
-                at,
-                self._fresh(at, fresh, merges),
+                f"{kernel}.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at, further
             )
         if not (few and self.decode):
-            many, parts = _many_queries(step, self.gpu), _parts(step, self.gpu)
+            many = self._many(step)
+            heads = step.kv_heads * _parts(step, many)
             tiles = min(rows, rows // tile_rows(step, self.gpu) + self.max_sequences)
-            blocks = max(tiles, min(rows * spans, -(-2 * sms // (step.kv_heads * parts))))
-            grid = blocks, step.kv_heads * parts, 1
+            grid = max(tiles, min(rows * spans, -(-2 * sms // heads))), heads, 1
             kernel = "tile.tile" if step.v is not None else "latent.latent"
             yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
         if _merges(step, self.room) and not merges:
@@ -286,19 +334,17 @@ class AttentionLaunches:
 
     def _fresh(self, at: AttentionBuffers, fresh: bool, merges: bool) -> tuple[Scalar, ...]:
         """What the kernel of few queries does beside attention."""
-        turn = at.rotation
-        places = (at.k, at.v, turn.angles) if fresh else (NULL, NULL, NULL)
+        places = (at.k, at.v) if fresh else (NULL, NULL)
         outs = (at.by_32, at.by_256) if merges else (NULL, NULL)
-        return *places, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX), np.int32(merges), *outs
+        return *places, *at.transform.args, np.int32(merges), *outs
 
     def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)
 
     def _store(self, step: Attention, at: AttentionBuffers) -> Launch:
-        turn, sizes = at.rotation, map(np.int32, (step.heads, step.kv_heads, step.head_dim, _piece_bytes(step)))
+        sizes = map(np.int32, (step.heads, step.kv_heads, step.head_dim, _piece_bytes(step)))
         rows = self.inputs.rows, self.inputs.positions, *self._plan_args(at)
-        rotation = turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)
-        args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *rotation)
+        args = (*rows, at.tables, at.q, at.k, at.v, *sizes, at.kv, *at.transform.args)
         return Launch(f"attention.rows.store_{step.kv_type}", (self.rows, step.kv_heads, 1), (128, 1, 1), args)
 
     def _attend(

@@ -17,6 +17,7 @@
 #include "simd/lanes.h"
 
 #define DEVICE __device__ __forceinline__
+#define DEVICE_CALL __device__ __noinline__  // not inlined
 
 namespace llamaclust::cuda {
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels.cuda.launches.attention import (
+    AttentionBuffers,
+    AttentionLaunches,
     LaunchLimits,
     brings_own,
     few_shared_bytes,
@@ -19,13 +21,14 @@ from llamaclust.kernels.cuda.launches.attention import (
     room_of,
     tile_rows,
 )
-from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.launches.inputs import Inputs
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention
 from support.arithmetic.batches import batch_of
-from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of
+from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, in_parts, latent, sequences_of
 from support.cuda.launching import Bench
 from support.cuda.random_numbers import generator
 from support.cuda.shim_build import build
@@ -97,6 +100,34 @@ def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: 
     assert attender.slices == 1
     stores = any("store" in kernel for kernel in attender.launched)
     assert stores != brings_own(step), "keys and values are stored by the same kernel, where there is room for them"
+
+
+PARTS = {
+    "many heads": attention(20, 1, 32, slopes=alibi_slopes(20)),
+    "as starcoder": attention(48, 1, 128),
+    "odd": attention(38, 2, 37, sinks="sinks"),
+    "bytes": attention(19, 1, 80, KvType.Q8_0, soft_cap=20.0),
+    "integers": attention(17, 1, 100, KvType.INT8),
+    "wide windows": attention(20, 1, 256, window=300),
+}
+
+
+@pytest.mark.parametrize("queries", [4, 8, 16])
+@pytest.mark.parametrize("step", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
+def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: int, slots: int | None) -> None:
+    """More heads than a block of few queries has, where these would leave a GPU idle; prompts are in tiles."""
+    long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
+    attender = Attender(bench, step, in_parts(step, queries, rows=2), slots)
+    for one, rows in zip(told, (513, 18), strict=True):
+        attender.fill(one, rows)
+    attender.launched.clear()
+    for at in (513, 514):
+        attender.check([(long, range(at, at + 1)), (short, range(at - 495, at - 494))], one_row_each=True)
+    assert f"attention.few.few_{step.kv_type}_{queries}" in attender.launched
+    assert not any("tile" in kernel for kernel in attender.launched)
+    attender.check([(long, range(515, 516))])
+    assert any("tile" in kernel for kernel in attender.launched)
 
 
 @pytest.mark.parametrize("sinks", [None, "sinks"])
@@ -199,6 +230,33 @@ def test_shared_memory_is_what_every_gpu_has() -> None:
         assert many_shared_bytes(widest, 16) + 1024 <= LEAST_SHARED_BYTES
     assert tile_rows(attention(32, 8, 128), SMALL) == 4
     assert tile_rows(attention(32, 8, 128), LARGE) == 8
+
+
+@pytest.mark.parametrize(
+    ("step", "rows", "kernel", "blocks_of_rows"),
+    [
+        (latent(16, 576, 512), 1, "latent.few_f16_4", 4),
+        (latent(16, 576, 512), 32, "latent.few_f16_8", 2),
+        (latent(16, 576, 512), 64, "latent.latent_f16_16", 1),
+        (latent(128, 576, 512), 1, "latent.few_f16_4", 32),
+        (latent(128, 576, 512), 8, "latent.latent_f16_16", 8),
+        (latent(128, 576, 512), 64, "latent.latent_f16_32", 4),
+        (attention(48, 1, 128), 1, "few.few_f16_4", 12),
+        (attention(48, 1, 128, KvType.INT8), 8, "few.few_int8_8", 6),
+        (attention(48, 1, 128), 64, "tile.tile_f16_32", 2),
+    ],
+)
+def test_heads_are_in_parts_where_a_gpu_would_be_idle(
+    step: Attention, rows: int, kernel: str, blocks_of_rows: int
+) -> None:
+    """In decode alone. Each row takes so many blocks or, of slices and spans, more."""
+    gpu, room = LaunchLimits(132, 228 << 10), room_of((step,), 128, 512)
+    inputs, buffers = Inputs(*[NULL] * 9), AttentionBuffers(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)
+    decode = AttentionLaunches(gpu, room, inputs, rows, 128, decode=True)
+    (launch,) = (one for one in decode.step(step, buffers) if "rows" not in one.kernel)
+    assert (launch.kernel, launch.grid[1]) == (f"attention.{kernel}", blocks_of_rows)
+    prompts = [one.kernel for one in replace(decode, decode=False).step(step, buffers)]
+    assert not any("few" in name for name in prompts)
 
 
 def test_windows_and_chunks_have_tiles_of_their_own() -> None:

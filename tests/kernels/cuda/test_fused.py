@@ -52,6 +52,8 @@ from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, count_of, generator_of, load, none_numbers, segment_cols
 from support.cuda.product_cases import quantized as activations_of
 from support.cuda.row_cases import BUCKET, ROWS, one_part, rows_of, two_parts
+from support.models.tiny.shape import Tiny
+from support.models.tiny_architectures import build_tiny
 from support.models.tiny_model import build_tiny_model
 
 NONE = np.uint64(0)
@@ -190,9 +192,42 @@ def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs
     table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / pairs)), 1.25)
     q, k = (Rope(part, n, step.head_dim, style, table) for part, n in ((step.q, step.heads), (step.k, step.kv_heads)))
     long, short = sequences_of(tmp_path, step, (40, 11), random_source(), (q, k))
-    attender = Attender(bench, step, rotation=q)
+    attender = Attender(bench, step, before=(q, k))
     attender.check([(long, range(39)), (short, range(10))])
     attender.check([(short, range(10, 11)), (long, range(39, 40))], one_row_each=True)
+
+
+HEAD_NORMS = {
+    "as qwen3": (attention(4, 1, 128), 64, "qk"),
+    "bytes": (attention(4, 2, 64, KvType.Q8_0), 32, "qk"),
+    "integers, odd": (attention(3, 1, 33, KvType.INT8), 16, "qk"),
+    "odd": (attention(6, 2, 37), 18, "qk"),
+    "a part rotates": (attention(2, 1, 100, KvType.Q8_0), 16, "qk"),
+    "no rotation": (attention(8, 1, 80), 0, "qk"),
+    "of queries": (attention(4, 2, 64), 32, "q"),
+    "of keys": (attention(4, 2, 64), 32, "k"),
+    "many heads": (attention(20, 1, 40), 20, "qk"),
+}
+
+
+@pytest.mark.parametrize(("step", "pairs", "normed"), HEAD_NORMS.values(), ids=HEAD_NORMS)
+@pytest.mark.parametrize("style", RopeStyle)
+def test_norms_of_heads(
+    bench: Bench, tmp_path: Path, step: Attention, pairs: int, normed: str, style: RopeStyle
+) -> None:
+    """Before the rotation, in one launch with it: prompts, and one to eight rows of sequences of their own."""
+    table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / max(pairs, 1))), 1.25)
+    parts = [("q", step.q, step.heads), ("k", step.k, step.kv_heads)]
+    norms = [RmsNorm(x, x, f"{name}_norm", 1e-3, n) for name, x, n in parts if name in normed]
+    ropes = [Rope(x, n, step.head_dim, style, table) for _, x, n in parts if pairs]
+    told = sequences_of(tmp_path, step, range(9, 17), random_source(), (*norms, *ropes))
+    attender = Attender(bench, step, before=(*norms, *ropes))
+    attender.check([(one, range(len(one.rows) - 2)) for one in told])
+    for back, ones, decode in ((2, told, True), (1, told[:1], True), (1, told[1:4], False)):
+        rows = [(one, range(len(one.rows) - back, len(one.rows) - back + 1)) for one in ones]
+        attender.check(rows, one_row_each=decode)
+    stored = any("store" in kernel for kernel in attender.launched)
+    assert stored and any("few" in kernel for kernel in attender.launched) == (step.heads // step.kv_heads <= 16)
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
@@ -252,9 +287,18 @@ def test_what_is_fused() -> None:
     gelu, mul = Activate(G, G, ActivationFunction.GELU_TANH), Mul(G, U, G)
     attend = attention(8, 8, 64)
     output = MatMul(attend.out, Y, "output")
-    assert fused(Y, attend, output)[0] == Attended(Attend(attend), ActivationFormat.Q8_256)
-    assert fused(Y, attend, output, types={"output": QuantType.F16})[0] == Attend(attend)
-    assert fused(attend.out, attend, output)[0] == Attend(attend), "the stage's result"
+    assert fused(Y, attend, output)[0] == Attended(Attend(attend), format=ActivationFormat.Q8_256)
+    assert fused(Y, attend, output, types={"output": QuantType.F16})[0] == Attended(Attend(attend))
+    assert fused(attend.out, attend, output)[0] == Attended(Attend(attend)), "the stage's result"
+    q, k = (RmsNorm(x, x, "norm", 1e-5, 8) for x in (attend.q, attend.k))
+    ropes = [Rope(norm.x, 8, 64, RopeStyle.NEOX, RopeTable((1.0, 0.5), 1.0)) for norm in (q, k)]
+    for norms in ((q, k), (k, q), (q,), (k,)):
+        fused_ropes = Attend(attend, *ropes)
+        assert fused(Y, *norms, *ropes, attend, output) == [
+            Attended(fused_ropes, norms, ActivationFormat.Q8_256),
+            *fused(Y, output),
+        ]
+        assert fused(Y, *norms, attend)[0] == Attended(Attend(attend), norms), "without a rotation"
     assert fused(Y, gelu, mul, down)[0] == Gated(G, U, G, ActivationFunction.GELU_TANH, ActivationFormat.Q8_256)
 
 
@@ -278,6 +322,31 @@ def test_what_is_not() -> None:
     assert fused(G, SiluMul(G, U, G), down)[0] == SiluMul(G, U, G), "the stage's result"
 
 
+def test_which_norms_of_heads_are_not() -> None:
+    """They stay steps of their own; that of keys is still fused."""
+    attend, other = attention(8, 8, 64), Buffer("other", 512)
+    q, k = (RmsNorm(x, x, "norm", 1e-5, 8) for x in (attend.q, attend.k))
+    turn, turn_back = (RopeTable((1.0, factor), 1.0) for factor in (0.5, 0.25))
+    rope_q, rope_k = (Rope(x, 8, 64, RopeStyle.NEOX, turn) for x in (attend.q, attend.k))
+    for norm in (
+        RmsNorm(other, attend.q, "norm", 1e-5, 8),  # from another buffer
+        RmsNorm(Buffer("v", 512), Buffer("v", 512), None, 1e-5, 8),  # of values
+        replace(q, heads=4),  # of other parts
+        replace(q, heads=1),
+        replace(q, own_weights=True),
+    ):
+        assert fused(Y, norm, k, rope_q, rope_k, attend) == [norm, Attended(Attend(attend, rope_q, rope_k), (k,))]
+    read = Add(attend.q, Y, Y)
+    assert fused(Y, q, attend, read) == [q, Attended(Attend(attend)), read], "read later"
+    assert fused(attend.q, q, attend)[0] == q, "the stage's result"
+    assert fused(Y, q, q, attend) == [q, Attended(Attend(attend), (q,))], "twice"
+    shared = replace(attend, shares_kv=True)
+    assert fused(Y, q, rope_q, shared) == [q, Attended(Attend(shared, rope_q))], "keys are of another layer"
+    unlike = replace(rope_k, table=turn_back)
+    assert fused(Y, q, k, rope_q, unlike, attend)[:2] == [q, k], "rotations differ"
+    assert fused(Y, rope_q, rope_k, q, k, attend) == [rope_q, rope_k, Attended(Attend(attend), (q, k))]
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "other_types", "context_tokens", "count"),
     [(1, {}, 512, 8), (1, {}, 4096, 8), (2, {}, 4096, 9), (1, {"attn_v": QuantType.Q6_K}, 4096, 9)],
@@ -288,17 +357,29 @@ def test_launches_of_a_layer_in_decode(
     """As docs/gpu-kernels.md lists them."""
     types: dict[str, Any] = {"quant_type": QuantType.Q4_K, "other_types": other_types}
     build_tiny_model(tmp_path / "m.gguf", layers=4, heads=4, kv_heads=kv_heads, ffn=256, **types)
-    model = Model.open(tmp_path / "m.gguf")
+    assert launches_of_a_layer(tmp_path / "m.gguf", context_tokens) == count
+
+
+def launches_of_a_layer(path: Path, context_tokens: int, as_type: QuantType | None = None) -> int:
+    """In decode of one row, with matrices as if of another type."""
+    model = Model.open(path)
     limits = StageLimits(32, 32, 4, context_tokens, 256)
 
     def launches(end: int) -> int:
         program = model.program(1, end)
         weights = {
-            name: matmul.Weights(tensor.quant_type, tensor.shape) for name, tensor in model.tensors_for(program).items()
+            name: matmul.Weights((len(tensor.shape) > 1 and as_type) or tensor.quant_type, tensor.shape)
+            for name, tensor in model.tensors_for(program).items()
         }
         return len(Plan(program, weights, limits).launches(Shape(1, 1, decode=True)))
 
-    assert launches(3) - launches(2) == count
+    return launches(3) - launches(2)
+
+
+def test_norms_of_heads_take_no_launch(tmp_path: Path) -> None:
+    tiny = Tiny("qwen3", hidden=256, layers=4, head_dim=64, kv_heads=1, ffn=256, head_norms=True, tied=True)
+    build_tiny(tmp_path / "m.gguf", tiny)
+    assert launches_of_a_layer(tmp_path / "m.gguf", 4096, QuantType.Q4_K) == 8
 
 
 @pytest.mark.parametrize("weighs_inputs", [False, True])

@@ -12,11 +12,11 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda.launches.attention import check_attention, many_shared_bytes
+from llamaclust.kernels.cuda.launches.attention import check_attention, few_shared_bytes, many_shared_bytes
 from llamaclust.kernels.cuda.launches.experts import by_head
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.matmul import Experts, Product, Weights, expert_piece, multiply_experts
-from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention
@@ -24,7 +24,7 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import batch_of
 from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import program_of
-from support.cuda.attending import LARGE, SMALL, Attender, latent, sequences_of
+from support.cuda.attending import LARGE, SMALL, Attender, in_parts, latent, sequences_of
 from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, count_of, generator_of, load, quantized, segment_cols
 from support.cuda.random_numbers import generator
@@ -67,6 +67,24 @@ def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slo
     assert any("latent" in kernel for kernel in attender.launched)
 
 
+@pytest.mark.parametrize("queries", [4, 8])
+@pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
+def test_heads_in_parts(bench: Bench, tmp_path: Path, step: Attention, queries: int) -> None:
+    """Decode on a GPU that would be idle; channels of values are in slices, if there are enough."""
+    long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
+    attender = Attender(bench, step, in_parts(step, queries, rows=2), 0 if step.kv_type is KvType.F16 else None)
+    for one, rows in zip(told, (513, 18), strict=True):
+        attender.fill(one, rows)
+    attender.launched.clear()
+    for at in (513, 514):
+        attender.check([(long, range(at, at + 1)), (short, range(at - 495, at - 494))], one_row_each=True)
+        assert attender.slices == (4 if step.value_dim == 512 else 1)
+    assert f"attention.latent.few_{step.kv_type}_{4 if step.heads <= 4 else queries}" in attender.launched
+    assert not any("latent.latent" in kernel for kernel in attender.launched)
+    attender.check([(long, range(515, 516))])
+    assert any("latent.latent" in kernel for kernel in attender.launched)
+
+
 @pytest.mark.parametrize("kv_type", KvType)
 def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
     step = latent(4, 64, 64, kv_type)
@@ -81,6 +99,7 @@ def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_ty
 def test_widths_that_fit_every_gpu() -> None:
     for kv_type in KvType:
         assert many_shared_bytes(latent(128, 576, 512, kv_type), 16) + 1024 <= LEAST_SHARED_BYTES
+        assert few_shared_bytes(latent(128, 576, 512, kv_type), 8) + 1024 <= PLAIN_SHARED_BYTES
     wide = latent(2, 640, 512)
     with pytest.raises(ModelFileError, match="keys and values of 640 and 512, at most 576 and 512 channels"):
         check_attention(program_of(wide.q, wide.out, wide))
@@ -115,7 +134,9 @@ def test_lanes_that_change_places_are_noticed(tmp_path: Path) -> None:
     line = "for (int begin = 0; begin < end; begin += kBlockTokens) {"
     assert text.count(line) == 1 and text.count("\nLATENT(") == 4
     swapped = "for (int begin = (end - 1) / 16 * 16; begin >= 0; begin -= kBlockTokens) {"
-    kernels.write_text(re.sub(r"^LATENT\((?!f16, 16,).*\n", "", text.replace(line, swapped), flags=re.MULTILINE))
+    kernels.write_text(
+        re.sub(r"^(?:LATENT|FEW)\((?!f16, 16,).*\n", "", text.replace(line, swapped), flags=re.MULTILINE)
+    )
     device = ShimDevice(build({"attention.latent": kernels, "attention.rows": tmp_path / "rows.cu"}))
     step = latent(4, 40, 32)
     (told,) = sequences_of(tmp_path, step, (320,), generator())

@@ -13,8 +13,12 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.executor.plan import block_bytes
 from llamaclust.kernels.cuda.launches.attention import (
+    NO_NORM,
+    NO_ROTATION,
     AttentionBuffers,
     AttentionLaunches,
+    HeadNorm,
+    HeadTransform,
     LaunchLimits,
     Rotation,
     room_of,
@@ -27,7 +31,7 @@ from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Rope
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, RmsNorm, Rope
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import Weight, program_of, splitter
@@ -39,6 +43,8 @@ Int32 = NDArray[np.int32]
 LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
 SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
 NO_SLOPES = np.uint64(0)
+UNUSED_ROWS = 3
+"""That launches are for, beside those that are there."""
 
 
 def attention(
@@ -71,6 +77,11 @@ def sinks_of(step: Attention) -> Float32:
     return np.linspace(-30, 8, step.heads, dtype=np.float32)
 
 
+def norm_weight(norm: RmsNorm) -> Float32:
+    """Other numbers for other names."""
+    return np.random.default_rng(sum(str(norm.weight).encode())).uniform(0.5, 1.5, norm.width).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Told:
     """A sequence: queries, keys and values of all its rows side by side, its blocks, and what attention gives."""
@@ -80,17 +91,22 @@ class Told:
     wanted: Float32
 
 
-def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rope] = ()) -> Float32:
-    """Attention of one sequence, whole, by the CPU backend; rotated before."""
+HeadStep = RmsNorm | Rope
+"""Of queries or keys in place, before attention."""
+
+
+def by_the_cpu(folder: Path, step: Attention, rows: Float32, before: Sequence[HeadStep] = ()) -> Float32:
+    """Attention of one sequence, whole, by the CPU backend, behind other steps."""
     parts = reads_of(step)
     hidden = Buffer("x", sum(part.width for part in parts))
     copies, weights = splitter(hidden, parts)
     if step.sinks is not None:
         weights[step.sinks] = Weight(sinks_of(step))
+    weights |= {str(norm.weight): Weight(norm_weight(norm)) for norm in before if isinstance(norm, RmsNorm)}
     path = folder / "parts.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     stage = all_threads(2).load(
-        program_of(hidden, step.out, *copies, *ropes, step), dict(open_model(path).tensors), LIMITS, lambda _: None
+        program_of(hidden, step.out, *copies, *before, step), dict(open_model(path).tensors), LIMITS, lambda _: None
     )
     blocks = range(-(-len(rows) // KV_BLOCK_TOKENS))
     found = stage.run(batch_of([([0] * len(rows), range(len(rows)), blocks)], outputs=[]), rows).copy()
@@ -103,7 +119,7 @@ def sequences_of(
     step: Attention,
     lengths: Iterable[int],
     generator: np.random.Generator,
-    ropes: Sequence[Rope] = (),
+    before: Sequence[HeadStep] = (),
 ) -> list[Told]:
     width = sum(part.width for part in reads_of(step))
     free = iter(generator.permutation(LIMITS.kv_blocks).tolist())
@@ -112,12 +128,20 @@ def sequences_of(
         rows = generator.standard_normal((length, width), np.float32)
         rows[:, : step.q.width] *= np.float32(2)  # weights that differ
         table = tuple(next(free) for _ in range(-(-length // KV_BLOCK_TOKENS)))
-        told.append(Told(rows, table, by_the_cpu(folder, step, rows, ropes)))
+        told.append(Told(rows, table, by_the_cpu(folder, step, rows, before)))
     return told
 
 
+def in_parts(step: Attention, queries: int, rows: int) -> LaunchLimits:
+    """A GPU with just so many multiprocessors that each part of the heads has so many queries, in decode."""
+    return LaunchLimits(
+        2 * (rows + UNUSED_ROWS) * step.kv_heads * -(-step.heads // step.kv_heads // queries), 200 << 10
+    )
+
+
 class Attender:
-    """One attention step with KV memory on a device. Memory holds NaN at first. `rotation`: what it does on the way."""
+    """One attention step with KV memory on a device. Memory holds NaN at first. `before`: what its kernels do on
+    the way."""
 
     def __init__(
         self,
@@ -125,7 +149,7 @@ class Attender:
         step: Attention,
         gpu: LaunchLimits = SMALL,
         slots: int | None = None,
-        rotation: Rope | None = None,
+        before: Sequence[HeadStep] = (),
     ) -> None:
         self.bench, self.step, self.gpu = bench, step, gpu
         room = room_of((step,), LIMITS.max_batch_tokens, LIMITS.max_context_tokens)
@@ -135,7 +159,10 @@ class Attender:
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
         self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
         self.sinks = NULL if step.sinks is None else bench.put(sinks_of(step)).at()
-        self.rotation = rotation
+        self.rope = next((one for one in before if isinstance(one, Rope)), None)
+        self.norms = {
+            one.x: HeadNorm(bench.put(norm_weight(one)).at(), one.epsilon) for one in before if isinstance(one, RmsNorm)
+        }
         self.quantized: dict[
             str, np.uint64
         ] = {}  # places for the result instead of `out`, by their names in `AttentionBuffers`
@@ -143,7 +170,7 @@ class Attender:
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
         """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
-        step, put, unused = self.step, self.bench.put, 3
+        step, put, unused = self.step, self.bench.put, UNUSED_ROWS
         parts = np.split(rows, np.cumsum([part.width for part in reads_of(step)])[:-1], axis=1)
         padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
         q, k, v = (*(put(part).at() for part in padded), NULL)[:3]
@@ -168,8 +195,9 @@ class Attender:
             by_32=self.quantized.get("by_32", NULL),
             by_256=self.quantized.get("by_256", NULL),
         )
-        if self.rotation is not None:
-            places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + unused))
+        norms = (self.norms.get(part, NO_NORM) for part in (step.q, step.k))
+        rotation = NO_ROTATION if self.rope is None else self._rotation(self.rope, inputs, len(rows) + unused)
+        places = replace(places, transform=HeadTransform(rotation, *norms))
         made = AttentionLaunches(self.gpu, self.room, inputs, len(rows) + unused, LIMITS.max_sequences, one_row_each)
         launches = (made.plan(step, self.plan.at()), *made.step(step, places))
         for launch in launches[: 2 if store_only else None]:

@@ -1,4 +1,5 @@
 // Latent attention: all heads share one key a position, whose first channels are its value.
+#include "few.cuh"
 #include "tile.cuh"
 
 namespace llamaclust::cuda {
@@ -71,18 +72,21 @@ struct LatentValues {
   }
 };
 
-// All threads together; the weights are there. Half a warp has one of the items.
+// Of all channels or those of the block's slice. All threads together; the weights are there. Half a warp has one of the
+// items.
 template <class Kv, int TQ>
 DEVICE void add_latent_values(const Span<Kv, TQ>& span) {
   using Values = LatentValues<Kv, TQ>;
   const Values values{span, static_cast<int>(threadIdx.x) % 16};
-  const int chunks = (span.step.value_dim + Values::kChannels - 1) / Values::kChannels;
+  const int all = (span.step.value_dim + Values::kChannels - 1) / Values::kChannels;
+  const int each = (all + span.slices - 1) / span.slices, first = span.slice * each;
+  const int chunks = all - first < each ? all - first : each;
   const int items = chunks * ((span.count() + Values::kQueries - 1) / Values::kQueries);
   const int half = threadIdx.x / 16;
   for (int begin = half / 2 * 2; begin < items; begin += kThreads / 16) {
     const int item = begin + half % 2;
     const bool works = item < items;
-    const int chunk = works ? item % chunks : 0, first_query = works ? item / chunks * Values::kQueries : 0;
+    const int chunk = works ? first + item % chunks : 0, first_query = works ? item / chunks * Values::kQueries : 0;
     values.keep(works ? values.sums_of(chunk, first_query) : typename Values::Sums{}, chunk, first_query, works);
   }
 }
@@ -97,5 +101,15 @@ LATENT(f16, 16, F16Kv, F16Tile)
 LATENT(f16, 32, F16Kv, F16Tile)
 LATENT(q8_0, 16, Q8Kv, Q8Tile)
 LATENT(int8, 16, Int8Kv, Int8Tile)
+
+// As attention.few, of one row a tile: heads in parts of few, so that more blocks have fewer sums in order.
+#define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
+  ATTENTION_KERNEL(few_##kv_name##_##TQ, TQ, Kv, Scores, Work::kFew, 0, add_latent_values)
+FEW(f16, 4, F16Kv, F16Scores)
+FEW(f16, 8, F16Kv, F16Scores)
+FEW(q8_0, 4, Q8Kv, Q8Scores)
+FEW(q8_0, 8, Q8Kv, Q8Scores)
+FEW(int8, 4, Int8Kv, Int8Scores)
+FEW(int8, 8, Int8Kv, Int8Scores)
 
 }  // namespace llamaclust::cuda

@@ -1,6 +1,7 @@
 // Attention around its sums: what rows are cut into, keys and values into memory, spans put together.
 #include "rounding.cuh"
 #include "work.cuh"
+#include "heads.cuh"
 #include "math.cuh"
 #include "merge.cuh"
 #include "sequences.cuh"
@@ -58,8 +59,9 @@ DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Wo
 
 // Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
 // slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
-// Long tiles come first. Where `places` blocks for a KV head are not taken by items of few queries, values of these are
-// divided by slices of channels, if all slices find a place: scores are computed for each of them. Once for a microbatch, whatever the number of its rows: one block of 256.
+// Long tiles come first. Where `places` blocks for a KV head, or a part of its query heads, are not taken by items of few
+// queries, values of these are divided by slices of channels, if all slices find a place: scores are computed for each of
+// them. Once for a microbatch, whatever the number of its rows: one block of 256.
 KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
        const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t chunked,
        int32_t max_rows, int32_t slots, int32_t split_below, int32_t value_slices, int32_t places, int32_t kv_heads, int32_t* to) {
@@ -99,22 +101,16 @@ KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t
 
 namespace {
 
-// Rotates the key, and in place the queries that share the KV head. All threads together.
-DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
-                      const float* k, const float* v, int heads, int kv_heads, int head_dim, int piece_bytes, uint8_t* kv,
-                      const Rotation& rotation) {
+// Transforms the key, and in place the queries that share the KV head. All threads together.
+DEVICE Stored transformed(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
+                          const float* k, const float* v, int heads, int kv_heads, int head_dim, int piece_bytes,
+                          uint8_t* kv, const HeadTransform& transform) {
   SHARED(float, key, [kMaxHeadDim]);
-  const int kv_head = blockIdx.y, position = positions[row], thread = threadIdx.x;
+  const int kv_head = blockIdx.y, position = positions[row], group = heads / kv_heads;
   const size_t from = (static_cast<size_t>(row) * kv_heads + kv_head) * head_dim;
-  for (int i = thread; i < head_dim; i += 128) key[i] = k[from + i];
+  for (int i = threadIdx.x; i < head_dim; i += 128) key[i] = k[from + i];
   __syncthreads();
-  if (rotation.angles != nullptr) {
-    const int group = heads / kv_heads, pairs = rotation.pairs;
-    float* queries = q + (static_cast<size_t>(row) * heads + kv_head * group) * head_dim;
-    for (int i = thread; i < (group + 1) * pairs; i += 128)
-      rotation.turn(i < pairs ? key : queries + (i / pairs - 1) * head_dim, i % pairs);
-    __syncthreads();
-  }
+  transform_heads<128>(transform, row, q + (static_cast<size_t>(row) * heads + kv_head * group) * head_dim, group, key, head_dim);
   const int block = tables[work.table(row) + position / kBlockTokens];
   const float* value = v == nullptr ? nullptr : v + from;
   return {key, value, kv + piece_offset(block, kv_head, kv_heads, piece_bytes), position % kBlockTokens};
@@ -122,19 +118,19 @@ DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const
 
 }  // namespace
 
-// Keys and values of all rows into memory, before any is read; where there are `angles` (rope.rotation), keys and queries
-// are rotated before. q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim], or v is null. Grid: (rows, KV heads), blocks of 128.
+// Keys and values of all rows into memory, before any is read; keys and queries are transformed before, these in place.
+// q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim], or v is null. Grid: (rows, KV heads), blocks of 128.
 #define STORE_ARGUMENTS                                                                                               \
   const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
       const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
-      int32_t head_dim, int32_t piece_bytes, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
+      int32_t head_dim, int32_t piece_bytes, uint8_t *kv
 #define STORE(kv_name, Kv)                                                                                             \
-  KERNEL(128, store_##kv_name, STORE_ARGUMENTS) {                                                                     \
+  KERNEL(128, store_##kv_name, STORE_ARGUMENTS, HEAD_ARGUMENTS) {                                                     \
     const int row = blockIdx.x;                                                                                       \
     if (row >= *rows) return;                                                                                         \
-    const Rotation rotation{angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox};                     \
-    const Stored stored = rotated(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads,      \
-                                  head_dim, piece_bytes, kv, rotation);                                               \
+    const HeadTransform transform HEAD_TRANSFORM;                                                                     \
+    const Stored stored = transformed(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads,  \
+                                      head_dim, piece_bytes, kv, transform);                                          \
     store<128>(Kv{}, stored, head_dim);                                                                               \
   }
 STORE(f16, F16Kv)

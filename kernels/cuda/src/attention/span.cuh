@@ -42,7 +42,7 @@ struct Span {
   int from;  // position of the first row
   int span;
   int slice, slices;     // which kSliceChannels of the values are this block's; of one slice, all
-  const float* turned;   // rotated queries in shared memory, where those of the step are not rotated; may be null
+  const float* turned;   // transformed queries in shared memory, where those of the step are not; may be null
   Queries<TQ>& queries;
   float* scores;
   float* stage;  // for some blocks' values

@@ -1,7 +1,6 @@
 // One key and value into KV memory, rounded to its type.
 #pragma once
 
-#include "elementwise/rope.cuh"
 #include "kv.cuh"
 #include "rounding.cuh"
 

@@ -1,13 +1,8 @@
 // Row by row steps that sum a row up.
-#include "lines.cuh"
-#include "math.cuh"
+#include "norm.cuh"
 #include "quantize.cuh"
 
 namespace llamaclust::cuda {
-
-DEVICE float norm_scale(float squares, int n, float epsilon) {
-  return div(1.0f, sqrt(add(div(squares, static_cast<float>(n)), epsilon)));
-}
 
 // out = x * scale * weight; out may be x. Grid: (1, rows), blocks of 256: one for a row.
 KERNEL(256, rms_norm, const float* x, const float* __restrict__ weight, float epsilon, int32_t width,
@@ -88,11 +83,8 @@ KERNEL(256, rms_norm_parts, const float* x, const float* __restrict__ weight, fl
        int32_t width, const int32_t* rows, float* out) {
   const int row = blockIdx.y, part = 8 * blockIdx.x + threadIdx.x / kWarp;
   if (row >= *rows || part >= parts) return;
-  x += line(row * parts + part, width), out += line(row * parts + part, width);
-  Lanes lanes;
-  lanes.add_elements(width, [x](float sum, int i) { return fma(x[i], x[i], sum); });
-  const float scale = norm_scale(lanes.total(), width, epsilon);
-  for (int i = threadIdx.x % kWarp; i < width; i += kWarp) out[i] = mul(mul(x[i], scale), weight[i]);
+  const size_t begin = line(row * parts + part, width);
+  norm_by_warp(x + begin, weight, epsilon, width, out + begin);
 }
 
 // The same with weights [parts, width] in tiles of 16 parts, column by column. Grid: (parts, rows), blocks of 256.

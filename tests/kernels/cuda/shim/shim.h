@@ -13,6 +13,7 @@
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__
 #define __launch_bounds__(threads)
 
 #define threadIdx (::shim::current->thread)

@@ -203,8 +203,8 @@ def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount,
         warps = _gemm_warps(products, pieces, sms)
         shared = _gemm_shared_bytes(weights, warps)
         return Launch(name, (pieces, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    spare = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
-    blocks = min(_blocks(products, 1), max(1, spare * _GEMV_BLOCKS_AN_SM * sms // pieces))
+    times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
+    blocks = min(_blocks(products, 1), max(1, times * _GEMV_BLOCKS_AN_SM * sms // pieces))
     return Launch(name, (pieces, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, _gemv_shared_bytes(weights))
 
 

@@ -75,9 +75,9 @@ def settings(device: str = "cpu", gpu_layers: int | None = None, gpu_memory_byte
     )
 
 
-def answered(model: Path, given: LocalSettings) -> tuple[Answer, str]:
+def answered(model: Path, given: LocalSettings, tokens: int = 6) -> tuple[Answer, str]:
     with LocalClient(model, 1, settings=given) as client:
-        reply = client.generate(PROMPT, max_tokens=6, temperature=0.9, seed=3)
+        reply = client.generate(PROMPT, max_tokens=tokens, temperature=0.9, seed=3)
         return (list(reply.token_ids), [struct.pack("<f", one) for one in reply.logprobs]), client.placement
 
 
@@ -254,15 +254,16 @@ def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path
 def test_an_mtp_head_beside_layers_on_gpus(
     shim: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, gpu_layers: int | None
 ) -> None:
-    """The processor computes it, from the same hidden states: its drafts are the same, too."""
-    path = with_nextn(tmp_path / "head.gguf", name)
-    wanted, _ = answered(path, settings())
+    """The processor computes it, from the same hidden states: its drafts are the same, too. Which rows draft depends on
+    time: in so many tokens, some do in both runs."""
+    path, tokens = with_nextn(tmp_path / "head.gguf", name), 24
+    wanted, _ = answered(path, settings(), tokens)
     order_any(random.Random(SEED), 3, monkeypatch)
     monkeypatch.setattr(speculation, "best_windows", AnyWindows(random.Random(SEED), 3))
     drafts = []
     for own in (settings(), settings("cuda:0", gpu_layers)):
         with noted_drafts() as noted:
-            answer, placement = answered(path, replace(own, mtp=True))
+            answer, placement = answered(path, replace(own, mtp=True), tokens)
         assert answer == wanted, f"seed {SEED}"
         drafts.append(noted)
     assert "on GPUs" in placement

@@ -43,12 +43,12 @@ class Pieces {
   DEVICE void start(int expert) {
     expert_ = expert;
     find_tile();
-    for (int i = 0; i < kStages<Type> - 1; i++) ask(i);
+    for (int i = 0; i < kStages<Type> - 1; i++) request(i);
   }
 
   // The next one, which is there, while another one is asked for. It stays until `release`.
   DEVICE const uint8_t* take() {
-    ask(at_ == 0 ? kStages<Type> - 1 : at_ - 1);
+    request(at_ == 0 ? kStages<Type> - 1 : at_ - 1);
     copy_async_wait<kStages<Type> - 1>();
     __syncwarp();
     return memory_ + at_ * kPieceBytes<Type>;
@@ -65,7 +65,7 @@ class Pieces {
     from_ = tile_of(p, {expert_, 0, 0}, p.block) + lane_;
   }
 
-  DEVICE void ask(int stage) {
+  DEVICE void request(int stage) {
     if (next_.tile < all_.tile_count()) {
       copy(memory_ + stage * kPieceBytes<Type> + lane_);
       const int tile = next_.tile;

@@ -101,15 +101,31 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
 // Asks for the 128 bytes around p to be brought near, into the cache that all share.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
-// Sixteen bytes, or four, from global to shared memory, there after copy_async_wait: in the background from compute capability 8.0
-// on. What was copied since the last commit is a group; wait<n> leaves the newest n groups under way.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+// An address of shared memory that stays in a register: of a pointer, it is computed anew for each use, in four
+// instructions on 9.0.
+struct SharedAddress {
+  uint32_t bytes;
+  __device__ __forceinline__ SharedAddress operator+(int by) const { return {bytes + by}; }
+};
+__device__ __forceinline__ SharedAddress shared_address(void* shared) {
+  SharedAddress to;
+  asm volatile("{ .reg .u64 x; cvta.to.shared.u64 x, %1; cvt.u32.u64 %0, x; }" : "=r"(to.bytes) : "l"(shared));
+  return to;
+}
+
+// Sixteen bytes, or four, from global to shared memory, there after copy_async_wait: in the background from compute
+// capability 8.0 on. What was copied since the last commit is a group; wait<n> leaves the newest n groups under way.
+__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to.bytes), "l"(global) : "memory");
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  const uint4 x = *static_cast<const uint4*>(global);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               : : "r"(to.bytes), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 #endif
+}
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  copy_async_16({static_cast<uint32_t>(__cvta_generic_to_shared(shared))}, global);
 }
 __device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800

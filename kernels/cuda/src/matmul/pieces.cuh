@@ -32,7 +32,7 @@ class Pieces {
  public:
   DEVICE Pieces(const Products& all, int warp, int warps, int lane, uint8_t* shared)
       : all_(all), segments_(all.cols / Type::kLayout.segment_cols), warps_(warps), lane_(16 * lane),
-        memory_(shared + warp * kStages<Type> * kPieceBytes<Type>),
+        memory_(shared + warp * kStages<Type> * kPieceBytes<Type>), to_(shared_address(memory_ + lane_)),
         next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
     next_.advance(warp);
   }
@@ -67,7 +67,7 @@ class Pieces {
 
   DEVICE void request(int stage) {
     if (next_.tile < all_.tile_count()) {
-      copy(memory_ + stage * kPieceBytes<Type> + lane_);
+      copy(to_ + stage * kPieceBytes<Type>);
       const int tile = next_.tile;
       next_.advance(warps_);
       if (next_.tile != tile) find_tile();
@@ -75,7 +75,7 @@ class Pieces {
     copy_async_commit();  // also of nothing: as many groups as pieces
   }
 
-  DEVICE void copy(uint8_t* to) const {
+  DEVICE void copy(SharedAddress to) const {
     constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
     const int first = next_.piece * kTogether<Type>;
     if constexpr (kTogether<Type> % kGroupSegments<Type> == 0) {
@@ -89,7 +89,7 @@ class Pieces {
   }
   // `bytes`, or as many as are left; both places are the lane's.
   template <int bytes>
-  DEVICE void copy(const uint8_t* from, int left, uint8_t* to) const {
+  DEVICE void copy(const uint8_t* from, int left, SharedAddress to) const {
     const int end = (left < bytes ? left : bytes) - lane_;
     UNROLL for (int i = 0; i < bytes; i += 16 * kWarp)
       if (i < end) copy_async_16(to + i, from + i);
@@ -98,6 +98,7 @@ class Pieces {
   const Products& all_;
   int segments_, warps_, lane_;    // of a tile; of the block; in bytes
   uint8_t* memory_;
+  SharedAddress to_;               // the lane's
   Place next_;                     // to ask for
   int expert_ = 0, at_ = 0;        // the stage of the next one to take
   const uint8_t* from_ = nullptr;  // the tile of the next one to ask for

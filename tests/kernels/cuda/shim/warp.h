@@ -174,6 +174,12 @@ void copy_async(void* shared, const void* global) {
     shim::fail("an asynchronous copy that is not aligned to " + std::to_string(bytes) + " bytes");
   shim::current->pending.push_back({shared, global, bytes});
 }
+struct SharedAddress {
+  uint8_t* bytes;
+  SharedAddress operator+(int by) const { return {bytes + by}; }
+};
+inline SharedAddress shared_address(void* shared) { return {static_cast<uint8_t*>(shared)}; }
+inline void copy_async_16(SharedAddress to, const void* global) { copy_async<16>(to.bytes, global); }
 inline void copy_async_16(void* shared, const void* global) { copy_async<16>(shared, global); }
 inline void copy_async_4(void* shared, const void* global) { copy_async<4>(shared, global); }
 inline void copy_async_commit() {

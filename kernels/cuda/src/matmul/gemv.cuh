@@ -141,8 +141,8 @@ DEVICE void store_tile(const Products& all, const Share& share, int tile, int la
 template <class Type>
 DEVICE void gemv(const Products& all) {
   SHARED(float4, passed, [kWarp]);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  Pieces<Type> pieces(all, warp, warps, lane, DYNAMIC_SHARED);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Pieces<Type> pieces(all, warp, lane, DYNAMIC_SHARED);
   Place now = pieces.next();
   if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
   const Share share = share_of(all, blockIdx.x, kGroupRows);
@@ -150,7 +150,7 @@ DEVICE void gemv(const Products& all) {
   if (all.items != nullptr) pieces.start(share.expert);
   const int segments = all.cols / Type::kLayout.segment_cols, tiles = all.tile_count();
   const LaneActivations<Type> a(all, share, segments, lane);
-  for (bool is_first = warp == 0; now.tile < tiles; is_first = false, now.advance(warps)) {
+  for (bool is_first = warp == 0; now.tile < tiles; is_first = false, now.advance(kGemvWarps)) {
     const int first = now.piece * kTogether<Type>, left = segments - first;
     const uint8_t* piece = pieces.take();
     Terms<Type> terms[kTogether<Type>];
@@ -167,7 +167,7 @@ DEVICE void gemv(const Products& all) {
       if (is_whole || i < left) add_terms<Type>(terms[i], totals);
     passed[lane] = {totals[0], totals[1], totals[2], totals[3]};
     if (now.piece + 1 < now.pieces || now.tile + static_cast<int>(gridDim.y) < tiles)
-      barrier_arrive(1 + (warp + 1) % warps, 2 * kWarp);
+      barrier_arrive(1 + (warp + 1) % kGemvWarps, 2 * kWarp);
     if (now.piece + 1 == now.pieces) store_tile<Type>(all, share, now.tile, lane, totals);
   }
 }

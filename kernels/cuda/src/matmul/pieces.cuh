@@ -6,6 +6,7 @@
 namespace llamaclust::cuda {
 namespace {
 
+inline constexpr int kGemvWarps = 4;  // of a block
 // Segments of a piece: of 32 columns, addresses would take as many instructions as arithmetic, so four share theirs.
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
@@ -26,12 +27,12 @@ struct Place {
   }
 };
 
-// The pieces of one warp of `warps`: each takes one in turn.
+// The pieces of one warp of the block: each takes one in turn.
 template <class Type>
 class Pieces {
  public:
-  DEVICE Pieces(const Products& all, int warp, int warps, int lane, uint8_t* shared)
-      : all_(all), segments_(all.cols / Type::kLayout.segment_cols), warps_(warps), lane_(16 * lane),
+  DEVICE Pieces(const Products& all, int warp, int lane, uint8_t* shared)
+      : all_(all), segments_(all.cols / Type::kLayout.segment_cols), lane_(16 * lane),
         memory_(shared + warp * kStages<Type> * kPieceBytes<Type>), to_(shared_address(memory_ + lane_)),
         next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
     next_.advance(warp);
@@ -69,7 +70,7 @@ class Pieces {
     if (next_.tile < all_.tile_count()) {
       copy(to_ + stage * kPieceBytes<Type>);
       const int tile = next_.tile;
-      next_.advance(warps_);
+      next_.advance(kGemvWarps);
       if (next_.tile != tile) find_tile();
     }
     copy_async_commit();  // also of nothing: as many groups as pieces
@@ -96,7 +97,7 @@ class Pieces {
   }
 
   const Products& all_;
-  int segments_, warps_, lane_;    // of a tile; of the block; in bytes
+  int segments_, lane_;            // of a tile; in bytes
   uint8_t* memory_;
   SharedAddress to_;               // the lane's
   Place next_;                     // to ask for

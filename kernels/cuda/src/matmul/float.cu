@@ -52,9 +52,15 @@ DEVICE void gemv_floats(const Products& all) {
     __syncthreads();
     const GemvStage<Type>& stage = stages[i % kGemvStages];
     const int left = p.cols - i * kGemvColumns, count = left < kGemvColumns ? left : kGemvColumns;
-    if (token < share.n)
-      for (int k = 0; k < count; k++)
-        total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
+    const auto add = [&](int k) {
+      total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
+    };
+    if (token < share.n && count == kGemvColumns)  // loads of the next ones go beside additions, which wait for each other
+#pragma unroll 32
+      for (int k = 0; k < kGemvColumns; k++) add(k);
+    else if (token < share.n)
+#pragma unroll 1
+      for (int k = 0; k < count; k++) add(k);
     __syncthreads();
   }
   if (token >= share.n) return;

@@ -16,12 +16,12 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import ExchangingStage, ExpertsStage, Progress, kv_bytes
 from llamaclust.kernels.cuda.device_weights import DeviceWeights, LayerMemory, LoadProgress, layers_of_weights
 from llamaclust.kernels.cuda.executor.distinct_layers import distinct_layers
-from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan
+from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.stage import CudaStage
 from llamaclust.kernels.cuda.experts_cache.cache import CudaExpertsCache
 from llamaclust.kernels.cuda.experts_cache.opening import open_cache, plan_cache, slots_in
-from llamaclust.kernels.cuda.launches import attention
 from llamaclust.kernels.cuda.launches.attention import check_attention
+from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.probe import allocate_flush, flush_cache, limits, measure
 from llamaclust.kernels.cuda.runtime.device import Device
@@ -105,7 +105,7 @@ class CudaBackend:
         where the device has too little memory. Caches of experts that are there end."""
         for cache in tuple(self._caches):
             cache.close()
-        plan = _plan(program, tensors, limits, self._launch_limits)
+        plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
         memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
         with self._gpu_lock.exclusive(), ExitStack() as held:
@@ -114,10 +114,6 @@ class CudaBackend:
             plan.bind(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
             held.pop_all()
         return CudaStage(self._gpu_lock, plan, memories, kv, buffers, self._graphs)
-
-    @property
-    def _launch_limits(self) -> attention.LaunchLimits:
-        return attention.LaunchLimits(self._device.sms, self._device.shared_bytes)
 
     def cache_experts(
         self,
@@ -132,7 +128,7 @@ class CudaBackend:
         assert isinstance(stage, CudaStage)
         weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
         rows = min(limits.max_batch_tokens, MOST_CACHED_ROWS)
-        plan = plan_cache(program, weights, rows, self._launch_limits)
+        plan = plan_cache(program, weights, rows, LaunchLimits.of(self._device))
         slots = slots_in(plan, min(n_bytes, cache_room(self.free_bytes, None)))
         if not any(slots.values()):
             return None
@@ -214,9 +210,7 @@ def _check_part(program: Program) -> None:
             raise ModelFileError(f"{what}; give all layers of the worker to the GPU, or set gpu_layers: 0")
 
 
-def _plan(
-    program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: attention.LaunchLimits = ANY_GPU
-) -> Plan:
+def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: LaunchLimits = ANY_GPU) -> Plan:
     return Plan(program, _checked_weights(program, tensors), limits, gpu)
 
 

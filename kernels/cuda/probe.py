@@ -11,6 +11,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, Buffer, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 
@@ -49,7 +50,7 @@ def measure(device: Device) -> tuple[float, float]:
             device.upload(count, 0, np.array([rows], np.int32).view(np.uint8))
             matrix = matmul.Weights(_KIND, (outputs, _COLS), weights.at(index * outputs // 16 * tile_bytes))
             return matmul.multiply(
-                [matmul.Product(matrix, NULL, out.at())], x.at(), RowCount(rows, count.at()), device.sms
+                [matmul.Product(matrix, NULL, out.at())], x.at(), RowCount(rows, count.at()), LaunchLimits.of(device)
             )
 
         def outputs_at(scale: float) -> int:

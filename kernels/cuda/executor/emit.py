@@ -101,13 +101,13 @@ class Emitter:
         return matmul.embed(self.ops.weights[weight], ids, self.ops.rows, out)
 
     def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> Iterator[Launch]:
-        at, sms = self.ops.current[x.name], self.ops.gpu.sms
+        at = self.ops.current[x.name]
         yield from self.ops.quantize(x, [step.weight for step in steps])
         products = [
             matmul.Product(self.ops.weights[step.weight], self.ops.vector(step.bias), self.ops.out(step.out))
             for step in steps
         ]
-        yield matmul.multiply(products, self.ops.activation_of(products[0].weights, at), self.ops.rows, sms)
+        yield matmul.multiply(products, self.ops.activation_of(products[0].weights, at), self.ops.rows, self.ops.gpu)
 
     def _lines_by_head(self, heads: int) -> matmul.Experts:
         """Which rows of products by head are of which head, once for all layers."""
@@ -130,7 +130,7 @@ class Emitter:
             out = ops.activations(kind, f"{step.x.name} by head", width, step.heads)
             yield matmul.quantize(kind, x, width, ops.rows.times(step.heads), out)
         product, lines = matmul.Product(weights, NULL, ops.out(step.out)), self._lines_by_head(step.heads)
-        yield matmul.multiply_experts([product], ops.activation_of(weights, x), lines, ops.gpu.sms)
+        yield matmul.multiply_experts([product], ops.activation_of(weights, x), lines, ops.gpu)
 
     def _states(self, state: ir.SequenceState) -> states.StateLaunches:
         sequences = min(self.ops.shape.rows, self.ops.limits.max_sequences)

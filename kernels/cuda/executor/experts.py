@@ -74,7 +74,7 @@ class ExpertsEmitter:
         yield from ops.quantize(routed, [step.router])
         logits = ops.scratch("router logits", step.experts)
         product = matmul.Product(router, ops.vector(step.router_bias), logits)
-        yield matmul.multiply([product], ops.activation_of(router, ops.current[routed.name]), ops.rows, ops.gpu.sms)
+        yield matmul.multiply([product], ops.activation_of(router, ops.current[routed.name]), ops.rows, ops.gpu)
         output = experts.RouterOutput(logits, ops.vector(step.selection_bias), ops.vector(step.expert_scales))
         yield experts.choose(step, output, self._chosen, ops.rows)
 
@@ -139,7 +139,7 @@ class ExpertsEmitter:
                 matmul.Product(weights, self._bias(product.bias), product.out)
             )
         for group in alike.values():
-            yield matmul.multiply_experts(group, ops.activation_of(group[0].weights, x), lines, ops.gpu.sms)
+            yield matmul.multiply_experts(group, ops.activation_of(group[0].weights, x), lines, ops.gpu)
 
     @property
     def _biases(self) -> tuple[str, ...]:

@@ -12,15 +12,14 @@ from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches import sampling
-from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
-from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
+from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
 from llamaclust.model.program import KV_BLOCK_TOKENS, Exchange, KvLayer, Program, SequenceState
 from llamaclust.model.program import Buffer as ProgramBuffer
 
-ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """For planning without a GPU: sizes are equal on all."""
 
 _LAYER_ALIGNMENT_BYTES = 256

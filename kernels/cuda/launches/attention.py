@@ -13,6 +13,7 @@ import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.launches.inputs import Inputs
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Program
@@ -31,14 +32,6 @@ _STATIC_BYTES = 1024
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchLimits:
-    """What of a device decides which kernels run."""
-
-    sms: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.elementwise import GatedInputs
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 
@@ -35,11 +36,15 @@ LEAST_PIECE = _GROUP_ROWS
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/matmul/activations.cuh)."""
 
-_GEMV_WARPS, _GEMV_BLOCKS_AN_SM = 4, 5
-_GEMV_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+_GEMV_WARPS = 4
+_PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
 """That a warp copies and multiplies together (src/matmul/pieces.cuh)."""
-_LONG_COPY_BYTES = 1536
-"""Shared memory has two copies of more for each warp, otherwise three."""
+_LONG_PIECE_BYTES = 1536
+"""A warp has memory for two pieces that are longer, otherwise for three."""
+_MATRIX_UNITS, _ASYNCHRONOUS = (7, 5), (8, 0)
+"""The oldest GPUs with 8-bit matrix instructions, and with copies in the background."""
+_STATIC_BYTES, _RESERVED_BYTES = 512, 1024
+"""Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +166,18 @@ def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> L
     return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
 
 
-def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, sms: int) -> Launch:
+def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, gpu: LaunchLimits) -> Launch:
     """out [rows][weights.rows] of each product."""
-    piece = _GEMM_ROWS if _takes_gemm(products, rows.bucket, sms) else _GROUP_ROWS
+    piece = _GEMM_ROWS if _takes_gemm(products, rows.bucket, gpu.sms) else _GROUP_ROWS
     experts = Experts(NULL, NULL, NULL, -(-rows.bucket // piece), piece, 1)
-    return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, sms)
+    return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, gpu)
 
 
-def multiply_experts(products: Sequence[Product], activations: np.uint64, experts: Experts, sms: int) -> Launch:
+def multiply_experts(
+    products: Sequence[Product], activations: np.uint64, experts: Experts, gpu: LaunchLimits
+) -> Launch:
     """`products` have the matrices of all experts."""
-    return _launch(products, activations, RowCount(experts.piece, NULL), experts, sms)
+    return _launch(products, activations, RowCount(experts.piece, NULL), experts, gpu)
 
 
 def _blocks(products: Sequence[Product], tiles: int) -> int:
@@ -186,7 +193,9 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
-def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount, experts: Experts, sms: int) -> Launch:
+def _launch(
+    products: Sequence[Product], activations: np.uint64, rows: RowCount, experts: Experts, gpu: LaunchLimits
+) -> Launch:
     weights, is_gemm = products[0].weights, experts.piece > _GROUP_ROWS
     matrix_bytes = 0 if experts.items == NULL else weights.matrix_bytes
     args: tuple[Scalar, ...] = (
@@ -196,16 +205,17 @@ def _launch(products: Sequence[Product], activations: np.uint64, rows: RowCount,
         *map(np.int32, (experts.divisor, experts.bias_rows)),
     )
     name = kernel_name("gemm" if is_gemm else "gemv", weights.quant_type)
-    pieces = experts.max_items
+    items = experts.max_items
     if weights.activation is ActivationFormat.F32:
-        return Launch(name, (pieces, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
+        return Launch(name, (items, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
     if is_gemm:
-        warps = _gemm_warps(products, pieces, sms)
+        warps = _gemm_warps(products, items, gpu.sms)
         shared = _gemm_shared_bytes(weights, warps)
-        return Launch(name, (pieces, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
+        return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
+    shared = gemv_shared_bytes(weights, gpu)
     times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
-    blocks = min(_blocks(products, 1), max(1, times * _GEMV_BLOCKS_AN_SM * sms // pieces))
-    return Launch(name, (pieces, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, _gemv_shared_bytes(weights))
+    blocks = min(_blocks(products, 1), max(1, times * gpu.sms * _gemv_blocks(shared, gpu) // items))
+    return Launch(name, (items, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, shared)
 
 
 def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
@@ -217,15 +227,23 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
     return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 
-def _gemv_shared_bytes(weights: Weights) -> int:
+def gemv_shared_bytes(weights: Weights, gpu: LaunchLimits) -> int:
+    """kStages pieces of each warp (src/matmul/pieces.cuh)."""
     info = weights.quant_type.info
-    copy_bytes = _GEMV_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
-    return _GEMV_WARPS * copy_bytes * (2 if copy_bytes > _LONG_COPY_BYTES else 3)
+    piece_bytes = _PIECE_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+    stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
+    return _GEMV_WARPS * piece_bytes * (stages if gpu.compute_capability >= _ASYNCHRONOUS else 1)
 
 
-def _gemm_warps(products: Sequence[Product], pieces: int, sms: int) -> int:
+def _gemv_blocks(shared: int, gpu: LaunchLimits) -> int:
+    """That a multiprocessor runs at a time: its registers and its shared memory say."""
+    of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
+    return max(1, min(of_registers, (gpu.shared_bytes + _RESERVED_BYTES) // (shared + _STATIC_BYTES + _RESERVED_BYTES)))
+
+
+def _gemm_warps(products: Sequence[Product], items: int, sms: int) -> int:
     """The largest blocks that still give every multiprocessor one; they read activations least often."""
-    return next((warps for warps in (16, 8) if _blocks(products, warps) * pieces >= sms), 4)
+    return next((warps for warps in (16, 8) if _blocks(products, warps) * items >= sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, warps: int) -> int:

@@ -90,12 +90,15 @@ __device__ __forceinline__ float load_from_all(const float* p) {
   return x;
 }
 
-// Named barriers, 1 to 15, of so many threads together: whole warps, of which those that only arrive go on.
-__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+// Named barriers, 0 (that of __syncthreads) to 15, of so many threads together: whole warps, of which those that only
+// arrive go on. A number in a register would take all sixteen, of which a multiprocessor has 64 or, from 12.0 on, 24.
+template <int barrier, int threads>
+__device__ __forceinline__ void barrier_wait() {
+  asm volatile("barrier.sync.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-  asm volatile("barrier.arrive.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+template <int barrier, int threads>
+__device__ __forceinline__ void barrier_arrive() {
+  asm volatile("barrier.arrive.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
 }
 
 // Asks for the 128 bytes around p to be brought near, into the cache that all share.

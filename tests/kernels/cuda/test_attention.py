@@ -13,7 +13,6 @@ import pytest
 from llamaclust.kernels.cuda.launches.attention import (
     AttentionBuffers,
     AttentionLaunches,
-    LaunchLimits,
     brings_own,
     few_shared_bytes,
     likeness,
@@ -22,6 +21,7 @@ from llamaclust.kernels.cuda.launches.attention import (
     tile_rows,
 )
 from llamaclust.kernels.cuda.launches.inputs import Inputs
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.architectures.positions import alibi_slopes
@@ -85,7 +85,7 @@ def test_slices_of_values(bench: Bench, tmp_path: Path, step: Attention, slots: 
     """A GPU with room for them divides values by channels, of one span and of two; others do not."""
     long, short = told = sequences_of(tmp_path, step, (516, 20), generator())
     slices = -(-step.head_dim // 32)
-    enough = LaunchLimits(3 * slices * step.kv_heads // 2 + 1, LEAST_SHARED_BYTES)  # for three items
+    enough = LaunchLimits(3 * slices * step.kv_heads // 2 + 1, LEAST_SHARED_BYTES, (7, 5))  # for three items
     attender = Attender(bench, step, enough, slots)
     for one, rows in zip(told, (511, 17), strict=True):
         attender.fill(one, rows)
@@ -136,7 +136,7 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType, sin
     """Four spans, of which some are apart and some are not, by what there is room for."""
     step = attention(4, 1, 64, kv_type, sinks=sinks)
     (told,) = sequences_of(tmp_path, step, (1600,), generator())
-    for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10))):
+    for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10, (9, 0)))):
         attender = Attender(bench, step, gpu, slots)
         attender.fill(told, 1597)
         attender.check([(told, range(1597, 1598))], one_row_each=True)
@@ -250,7 +250,7 @@ def test_heads_are_in_parts_where_a_gpu_would_be_idle(
     step: Attention, rows: int, kernel: str, blocks_of_rows: int
 ) -> None:
     """In decode alone. Each row takes so many blocks or, of slices and spans, more."""
-    gpu, room = LaunchLimits(132, 228 << 10), room_of((step,), 128, 512)
+    gpu, room = LaunchLimits(132, 227 << 10, (9, 0)), room_of((step,), 128, 512)
     inputs, buffers = Inputs(*[NULL] * 9), AttentionBuffers(NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)
     decode = AttentionLaunches(gpu, room, inputs, rows, 128, decode=True)
     (launch,) = (one for one in decode.step(step, buffers) if "rows" not in one.kernel)

@@ -74,6 +74,14 @@ def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
     assert [one for one in operations if "ftz" in one or "approx" in one or "mad" in one] == []
 
 
+def test_named_barriers_have_constant_numbers(compiler: Compiler) -> None:
+    """With a number in a register, a block takes sixteen of them, and new GPUs run one to four blocks at a time."""
+    newest = known_to(compiler)[-1]
+    ptx = compiler.ptx("matmul.k", whole_text(modules()["matmul.k"]), newest, (*OPTIONS, *compiler.quick))
+    barriers = re.findall(r"barrier\.(?:sync|arrive)\.aligned\s+([^;]+);", ptx)
+    assert set(barriers) == {f"{number}, 64" for number in range(4)}
+
+
 @pytest.mark.parametrize("contract", [True, False])
 def test_the_options_matter(compiler: Compiler, contract: bool) -> None:
     """Plain C++ is not contracted by them; without them it is."""

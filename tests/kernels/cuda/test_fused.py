@@ -49,7 +49,7 @@ from support.arithmetic.single_steps import Weight, program_of, rows_at
 from support.cuda.attending import Attender, attention, sequences_of
 from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits
 from support.cuda.launching import Bench
-from support.cuda.product_cases import LEVEL, count_of, generator_of, load, none_numbers, segment_cols
+from support.cuda.product_cases import LEVEL, count_of, generator_of, limits_of, load, none_numbers, segment_cols
 from support.cuda.product_cases import quantized as activations_of
 from support.cuda.row_cases import BUCKET, ROWS, one_part, rows_of, two_parts
 from support.models.tiny.shape import Tiny
@@ -153,7 +153,7 @@ def check_gated(bench: Bench, kind: ActivationFormat, kernel: str, both: Float32
 
 @pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q5_1, QuantType.F16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows_there", [1, 11, 70])
-@pytest.mark.parametrize("shape", [(33, 16), (1, 70, 17)], ids=["two", "three"])
+@pytest.mark.parametrize("shape", [(33, 16), (1, 70, 17), (275, 40, 83)], ids=["two", "three", "many tiles a block"])
 def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, shape: tuple[int, ...]) -> None:
     """Matrices of so many rows, of which tiles and blocks are not full, some with a bias."""
     cols, bucket = 2 * segment_cols(kind), rows_there + 3
@@ -170,7 +170,7 @@ def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, 
         wanted.append(_native.matmul(LEVEL, loaded.on_cpu, x, 1, bias))
     activations = activations_of(bench, them[0][0].weights, x, bucket)
     rows = RowCount(bucket, count_of(bench, rows_there))
-    bench.device.launch(matmul.multiply([product for product, _ in them], activations, rows, 1))
+    bench.device.launch(matmul.multiply([product for product, _ in them], activations, rows, limits_of(bench, 1)))
     for (one, out), expected in zip(them, wanted, strict=True):
         found = bench.get(out, (bucket, one.weights.rows))
         check_equal_bits(found[:rows_there], expected, kind, one.weights.rows)

@@ -26,7 +26,7 @@ from support.arithmetic.matmul_cases import check_equal_bits, random_activations
 from support.arithmetic.single_steps import program_of
 from support.cuda.attending import LARGE, SMALL, Attender, in_parts, latent, sequences_of
 from support.cuda.launching import Bench
-from support.cuda.product_cases import LEVEL, count_of, generator_of, load, quantized, segment_cols
+from support.cuda.product_cases import LEVEL, count_of, generator_of, limits_of, load, quantized, segment_cols
 from support.cuda.random_numbers import generator
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
@@ -121,7 +121,9 @@ def test_products_by_head(bench: Bench, kind: QuantType, heads: int, rows: int) 
     )
     bench.device.launch(by_head(heads, lines, RowCount(bucket, count_of(bench, rows))))
     activations = quantized(bench, weights, x, bucket * heads)
-    bench.device.launch(multiply_experts([Product(weights, np.uint64(0), out.at())], activations, lines, 4))
+    bench.device.launch(
+        multiply_experts([Product(weights, np.uint64(0), out.at())], activations, lines, limits_of(bench, 4))
+    )
     wanted = np.stack([_native.matmul(LEVEL, one.on_cpu, x[head::heads]) for head, one in enumerate(loaded)], axis=1)
     check_equal_bits(bench.get(out, (rows, heads, width)), wanted, kind)
 

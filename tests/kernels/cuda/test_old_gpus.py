@@ -9,7 +9,8 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda.launches.attention import LaunchLimits, tile_rows
+from llamaclust.kernels.cuda.launches.attention import tile_rows
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.runtime.sources import modules
 from llamaclust.model.kv_type import KvType
@@ -34,7 +35,7 @@ KINDS = (
     QuantType.Q6_K,  # scales of 16 columns
     QuantType.TQ2_0,  # no scales of sub-blocks
 )
-GPU = LaunchLimits(2, PLAIN_SHARED_BYTES)
+GPU = LaunchLimits(2, PLAIN_SHARED_BYTES, (6, 1))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[ShimDevice]:
     if request.config.getoption("--gpu", default=False):
         pytest.skip("old GPUs are those of the shim")
     library = build({name: path for name, path in modules().items() if name in MODULES}, (OLD,))
-    made = ShimDevice(library, compute_capability=(6, 1), shared_bytes=GPU.shared_bytes)
+    made = ShimDevice(library, compute_capability=GPU.compute_capability, shared_bytes=GPU.shared_bytes)
     yield made
     made.close()
 

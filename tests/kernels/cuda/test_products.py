@@ -7,6 +7,7 @@ import pytest
 
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import (
     _MODULE_OF,
     Experts,
@@ -14,8 +15,10 @@ from llamaclust.kernels.cuda.launches.matmul import (
     Weights,
     embed,
     kernel_name,
+    multiply,
     multiply_experts,
 )
+from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import Weight
@@ -25,6 +28,7 @@ from support.cuda.product_cases import (
     LEVEL,
     count_of,
     generator_of,
+    limits_of,
     load,
     none_numbers,
     products,
@@ -72,6 +76,17 @@ def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: Qu
         check_equal_bits(products(bench, loaded.weights, x, sms=1), expected, kind, cols, rows)
 
 
+@pytest.mark.parametrize("gpu", [LaunchLimits(30, 48 << 10, (6, 1)), LaunchLimits(132, 227 << 10, (9, 0))], ids=str)
+def test_blocks_fit_on_any_gpu_and_are_at_most_as_many_as_it_runs(gpu: LaunchLimits) -> None:
+    for kind in set(TYPES) - set(FLOAT_TYPES):
+        weights = Weights(kind, (64000, 4096))
+        launch = multiply([Product(weights, NULL, NULL)], NULL, RowCount(1, NULL), gpu)
+        assert launch.shared_bytes + 512 <= PLAIN_SHARED_BYTES
+        blocks, left = divmod(launch.grid[1], gpu.sms)
+        assert not left and 3 <= blocks <= 5
+        assert blocks * (launch.shared_bytes + 1536) <= gpu.shared_bytes + 1024
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_weights_that_are_no_numbers(bench: Bench, kind: QuantType) -> None:
     cols = 2 * segment_cols(kind)
@@ -108,7 +123,7 @@ def test_one_wrong_bit_of_a_weight_is_noticed(bench: Bench, kind: QuantType, row
 @pytest.mark.parametrize("bias_rows", [0, 1, 16], ids=["no bias", "rows", "tiles"])
 @pytest.mark.parametrize(("piece", "divisor"), [(8, 1), (8, 2), (64, 2)])
 def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: int, bias_rows: int) -> None:
-    experts, rows, cols, lines = 19, 18, 2 * segment_cols(kind), 90
+    experts, rows, cols, lines = 19, 275, 2 * segment_cols(kind), 90
     generator = generator_of(kind, piece, divisor)
     loaded = [load(bench, kind, random_weights(generator, kind, rows, cols), rows, cols) for _ in range(experts)]
     tiles = bench.put(np.concatenate([one.memory.view for one in loaded])).at()
@@ -130,7 +145,7 @@ def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: in
     weights = Weights(kind, (experts, rows, cols), tiles)
     activations = quantized(bench, weights, x, len(x))
     at = np.uint64(0) if stored is None else bench.put(stored).at()
-    bench.device.launch(multiply_experts([Product(weights, at, out.at())], activations, grouped, 4))
+    bench.device.launch(multiply_experts([Product(weights, at, out.at())], activations, grouped, limits_of(bench, 1)))
     expected = np.stack([_native.matmul(LEVEL, one.on_cpu, x) for one in loaded])  # [experts, rows of x, rows]
     wanted = expected[choice, np.arange(lines) // divisor]
     check_equal_bits(bench.get(out, (lines, rows)), wanted + bias[choice] if bias_rows else wanted, items)

@@ -19,12 +19,12 @@ from llamaclust.kernels.cuda.launches.attention import (
     AttentionLaunches,
     HeadNorm,
     HeadTransform,
-    LaunchLimits,
     Rotation,
     room_of,
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
 from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.kernels.reference.attention import seen_by
 from llamaclust.model.dataflow import reads_of
@@ -41,7 +41,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
-SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
+SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES, (7, 5)), LaunchLimits(3, 200 << 10, (9, 0))
 NO_SLOPES = np.uint64(0)
 UNUSED_ROWS = 3
 """That launches are for, beside those that are there."""
@@ -134,9 +134,8 @@ def sequences_of(
 
 def in_parts(step: Attention, queries: int, rows: int) -> LaunchLimits:
     """A GPU with just so many multiprocessors that each part of the heads has so many queries, in decode."""
-    return LaunchLimits(
-        2 * (rows + UNUSED_ROWS) * step.kv_heads * -(-step.heads // step.kv_heads // queries), 200 << 10
-    )
+    parts = step.kv_heads * -(-step.heads // step.kv_heads // queries)
+    return replace(LARGE, sms=2 * (rows + UNUSED_ROWS) * parts)
 
 
 class Attender:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.inputs import RowCount
+from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import (
     Product,
     Weights,
@@ -55,6 +56,11 @@ def segment_cols(kind: QuantType) -> int:
     return 16 if kind in FLOAT_TYPES else kind.info.block_size
 
 
+def limits_of(bench: Bench, sms: int) -> LaunchLimits:
+    """Of its device, if that had so many multiprocessors."""
+    return replace(LaunchLimits.of(bench.device), sms=sms)
+
+
 def count_of(bench: Bench, rows: int) -> np.uint64:
     return bench.put(np.array([rows], np.int32)).at()
 
@@ -77,9 +83,8 @@ def products(
     bucket = bucket or len(x)
     out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
     activations, address = quantized(bench, weights, x, bucket), NULL if bias is None else bias.at()
-    bench.device.launch(
-        multiply([Product(weights, address, out.at())], activations, RowCount(bucket, count_of(bench, len(x))), sms)
-    )
+    rows = RowCount(bucket, count_of(bench, len(x)))
+    bench.device.launch(multiply([Product(weights, address, out.at())], activations, rows, limits_of(bench, sms)))
     got: Float32 = bench.get(out, (bucket, weights.rows))
     assert (got[len(x) :] == 7).all()
     return got[: len(x)]

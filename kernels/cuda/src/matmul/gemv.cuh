@@ -1,8 +1,8 @@
 // Products of up to eight rows: a block goes through tiles of sixteen rows of weights, its warps take pieces of them in
 // turn. All eight rows cost what one does, since a matrix unit takes eight; GPUs without one have a shorter way for one row.
 //
-// Bound by memory: each weight is read once, and pieces are asked for ahead, also of the next tile, so that every warp has
-// 1.5 kilobytes or more under way at any time. Where memory is fastest, issuing instructions comes next. Activations come
+// Bound by memory: each weight is read once, and from 8.0 on pieces are requested ahead, also of the next tile, so that
+// every warp has one or two under way at any time; older GPUs have other warps meanwhile. Where memory is fastest, issuing instructions comes next. Activations come
 // from the first cache: all blocks of a multiprocessor read the same. What a piece adds to outputs is in registers, two
 // floats a segment and output (four with mins), until the warp before is done with the piece before: totals pass from warp
 // to warp, so that all segments are added in k order while other warps multiply.
@@ -125,6 +125,26 @@ DEVICE void add_terms(const Terms<Type>& terms, float (&totals)[4]) {
   }
 }
 
+// Turns go from warp to warp by a named barrier for each, on which it waits and the one before arrives.
+inline constexpr int kTurnThreads = 2 * kWarp;
+static_assert(kGemvWarps == 4);
+DEVICE void wait_for_turn(int warp) {
+  switch (warp) {
+    case 0: return barrier_wait<0, kTurnThreads>();
+    case 1: return barrier_wait<1, kTurnThreads>();
+    case 2: return barrier_wait<2, kTurnThreads>();
+    default: return barrier_wait<3, kTurnThreads>();
+  }
+}
+DEVICE void give_turn_after(int warp) {
+  switch (warp) {
+    case 0: return barrier_arrive<1, kTurnThreads>();
+    case 1: return barrier_arrive<2, kTurnThreads>();
+    case 2: return barrier_arrive<3, kTurnThreads>();
+    default: return barrier_arrive<0, kTurnThreads>();
+  }
+}
+
 template <class Type>
 DEVICE void store_tile(const Products& all, const Share& share, int tile, int lane, const float (&totals)[4]) {
   const Product p = product_of(all, 1, tile);
@@ -146,7 +166,7 @@ DEVICE void gemv(const Products& all) {
   Place now = pieces.next();
   if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
   const Share share = share_of(all, blockIdx.x, kGroupRows);
-  if (share.n <= 0) return copy_async_wait<0>();
+  if (share.n <= 0) return copy_async_wait<0>();  // none may be under way when the block ends
   if (all.items != nullptr) pieces.start(share.expert);
   const int segments = all.cols / Type::kLayout.segment_cols, tiles = all.tile_count();
   const LaneActivations<Type> a(all, share, segments, lane);
@@ -160,14 +180,14 @@ DEVICE void gemv(const Products& all) {
     else
       piece_terms<Type, false>(piece, first, left, a, lane, terms);
     pieces.release();
-    if (!is_first) barrier_wait(1 + warp, 2 * kWarp);
+    if (!is_first) wait_for_turn(warp);
     float totals[4] = {};
     if (now.piece > 0) load_fours(reinterpret_cast<const float*>(&passed[lane]), totals);
     UNROLL for (int i = 0; i < kTogether<Type>; i++)
       if (is_whole || i < left) add_terms<Type>(terms[i], totals);
     passed[lane] = {totals[0], totals[1], totals[2], totals[3]};
     if (now.piece + 1 < now.pieces || now.tile + static_cast<int>(gridDim.y) < tiles)
-      barrier_arrive(1 + (warp + 1) % kGemvWarps, 2 * kWarp);
+      give_turn_after(warp);
     if (now.piece + 1 == now.pieces) store_tile<Type>(all, share, now.tile, lane, totals);
   }
 }

@@ -2,8 +2,8 @@
 // (kernels/cpu/native/level/quant_types.h) as operands of matrix units.
 //
 // A tile has sixteen rows of weights, a k-group of it is four bytes a row: register a[0] of lane 4 * r + c is k-group c
-// of row r (mma.cuh), so every lane reads its own words from the tile and decodes them, and weights never go through
-// shared memory. The eight rows of a line that a warp reads together are a sector of 32 bytes. The order of float
+// of row r (mma.cuh), so every lane reads its own words and decodes them: with many rows from the tile itself, with few
+// from a copy in shared memory. The eight rows of a line that a warp reads together are a sector of 32 bytes. The order of float
 // operations is that of kernels/cpu/native/level/matmul/segment.h: integers exact in a segment, then total =
 // fma(scale_w * scale_a, sum, total), segments in k order, and a second fma for types with a min.
 #pragma once

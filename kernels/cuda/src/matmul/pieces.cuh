@@ -14,9 +14,15 @@ template <class Type>
 constexpr int kSegmentBytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
 template <class Type>
 constexpr int kPieceBytes = kTogether<Type> * kSegmentBytes<Type>;
-// Pieces of a warp in shared memory: one that it multiplies, and 1.5 kilobytes and more on their way.
+// Pieces of a warp in shared memory: one that it multiplies, and one or two on their way; GPUs that copy no piece in the
+// background have one.
+#if LLAMACLUST_ARCH < 800
+template <class Type>
+constexpr int kStages = 1;
+#else
 template <class Type>
 constexpr int kStages = kPieceBytes<Type> > 1536 ? 2 : 3;
+#endif
 
 // A block's pieces in order, tile after tile: those of all tiles blockIdx.y, blockIdx.y + gridDim.y, ...
 struct Place {
@@ -40,14 +46,14 @@ class Pieces {
 
   DEVICE Place next() const { return next_; }
 
-  // Asks for the first ones, of an expert's matrices.
+  // Requests the first ones, of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
     expert_ = expert;
     find_tile();
     for (int i = 0; i < kStages<Type> - 1; i++) request(i);
   }
 
-  // The next one, which is there, while another one is asked for. It stays until `release`.
+  // The next one, which is there, while another one is requested. It stays until `release`.
   DEVICE const uint8_t* take() {
     request(at_ == 0 ? kStages<Type> - 1 : at_ - 1);
     copy_async_wait<kStages<Type> - 1>();
@@ -100,9 +106,9 @@ class Pieces {
   int segments_, lane_;            // of a tile; in bytes
   uint8_t* memory_;
   SharedAddress to_;               // the lane's
-  Place next_;                     // to ask for
+  Place next_;                     // to request
   int expert_ = 0, at_ = 0;        // the stage of the next one to take
-  const uint8_t* from_ = nullptr;  // the tile of the next one to ask for
+  const uint8_t* from_ = nullptr;  // the tile of the next one to request
 };
 
 }  // namespace

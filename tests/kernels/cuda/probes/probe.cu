@@ -94,19 +94,26 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
   if (kind == 7) __shfl_sync(1u << i % 32, i, 5);
   if (kind == 8) out[-1] = 1;
   if (kind == 9) prefetch(x - 100000 * (i == 63));
-  if (kind == 10 && i < 32) barrier_wait(1, 64);
-  if (kind == 11) i < 32 ? barrier_arrive(1, 64) : barrier_wait(1, 96);
-  if (kind == 12) barrier_arrive(16, 64);
+  if (kind == 10 && i < 32) barrier_wait<1, 64>();
+  if (kind == 11) i < 32 ? barrier_arrive<1, 64>() : barrier_wait<1, 96>();
+  if (kind == 12) barrier_arrive<16, 64>();
+  if (kind == 13 && i < 32) barrier_arrive<2, 64>();
+  if (kind == 14) barrier_wait<3, 40>();
+  if (kind == 15 && i % 2 == 0)
+    barrier_wait<4, 64>();
+  else if (kind == 15)
+    barrier_wait<4, 64>();
 }
 
-// One block of whole warps, which take turns twice: each takes what it finds from a number of its own.
-KERNEL(1024, turns, const int32_t* x, int32_t* out) {
+// One block of three warps, which take `turns`: each takes what it finds from a number of its own.
+KERNEL(96, turns, const int32_t* x, int32_t turns, int32_t* out) {
   SHARED(int32_t, passed, [32]);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int turn = warp; turn < 2 * warps; turn += warps) {
-    if (turn > 0) barrier_wait(1 + warp, 64);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int turn = warp; turn < turns; turn += 3) {
+    if (turn > 0) warp == 0 ? barrier_wait<1, 64>() : warp == 1 ? barrier_wait<2, 64>() : barrier_wait<15, 64>();
     passed[lane] = x[turn] - (turn > 0 ? passed[lane] : 0);
-    if (turn + 1 < 2 * warps) barrier_arrive(1 + (warp + 1) % warps, 64);
+    if (turn + 1 < turns)
+      warp == 0 ? barrier_arrive<2, 64>() : warp == 1 ? barrier_arrive<15, 64>() : barrier_arrive<1, 64>();
   }
   __syncthreads();
   if (warp == 0) out[lane] = passed[lane];

@@ -96,6 +96,8 @@ void go_on() {
   }
   for (int i = 0; i < threads; i++)
     if (fibres[i].state != Fibre::State::Ended) fail(stuck());
+  for (int i = 0; i < kBarriers; i++)
+    if (arrived[i] != 0) fail("nobody waits at named barrier " + std::to_string(i) + ", where some arrived");
   switch_to(contexts[self.index], outside);
 }
 
@@ -154,22 +156,6 @@ void wait_for_block(Site site) {
   }
 }
 
-void arrive(int barrier, int of, bool waits, Site site) {
-  if (barrier < 1 || barrier >= kBarriers) fail("no named barrier: " + std::to_string(barrier) + " (" + at(site) + ")");
-  if (arrived[barrier] > 0 && expected[barrier] != of) fail("a barrier of different numbers of threads (" + at(site) + ")");
-  expected[barrier] = of;
-  current->site = site;
-  current->barrier = barrier;
-  if (waits) current->state = Fibre::State::AtBarrier;
-  if (++arrived[barrier] == of) {
-    arrived[barrier] = 0;
-    for (int i = 0; i < threads; i++)
-      if (fibres[i].state == Fibre::State::AtBarrier && fibres[i].barrier == barrier)
-        fibres[i].state = Fibre::State::Runnable;
-  }
-  if (current->state != Fibre::State::Runnable) go_on();
-}
-
 void collective(uint32_t mask, Compute compute, Site site) {
   Fibre* first = &fibres[current->index - current->lane];
   const int lanes = threads - first->index < kWarp ? threads - first->index : kWarp;
@@ -189,6 +175,24 @@ void collective(uint32_t mask, Compute compute, Site site) {
   compute({first, mask});
   for (int i = 0; i < lanes; i++)
     if (mask >> i & 1) first[i].state = Fibre::State::Runnable;
+}
+
+void arrive(int barrier, int of, bool waits, Site site) {
+  collective(0xffffffff, [](const Lanes&) {}, site);  // a whole warp at one place
+  if (barrier < 0 || barrier >= kBarriers) fail("no named barrier: " + std::to_string(barrier) + " (" + at(site) + ")");
+  if (of % kWarp != 0 || (arrived[barrier] > 0 && expected[barrier] != of))
+    fail("a barrier of different numbers of threads, or of no whole warps (" + at(site) + ")");
+  expected[barrier] = of;
+  current->site = site;
+  current->barrier = barrier;
+  if (waits) current->state = Fibre::State::AtBarrier;
+  if (++arrived[barrier] == of) {
+    arrived[barrier] = 0;
+    for (int i = 0; i < threads; i++)
+      if (fibres[i].state == Fibre::State::AtBarrier && fibres[i].barrier == barrier)
+        fibres[i].state = Fibre::State::Runnable;
+  }
+  if (current->state != Fibre::State::Runnable) go_on();
 }
 
 uint8_t* static_shared(size_t bytes) {

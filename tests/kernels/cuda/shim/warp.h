@@ -161,8 +161,14 @@ void mma_m8n8k16(int32_t& d0, int32_t& d1, A a, int32_t b, SHIM_HERE) {
   d0 = d[0], d1 = d[1];
 }
 
-inline void barrier_wait(int barrier, int threads, SHIM_HERE) { shim::arrive(barrier, threads, true, {file, line}); }
-inline void barrier_arrive(int barrier, int threads, SHIM_HERE) { shim::arrive(barrier, threads, false, {file, line}); }
+template <int barrier, int threads>
+void barrier_wait(SHIM_HERE) {
+  shim::arrive(barrier, threads, true, {file, line});
+}
+template <int barrier, int threads>
+void barrier_arrive(SHIM_HERE) {
+  shim::arrive(barrier, threads, false, {file, line});
+}
 
 // A card would forgive an address where nothing is; such a request is a miscalculation.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile uint8_t*>(p)); }

@@ -21,7 +21,7 @@ from llamaclust.cluster.api.browser.endpoint import page_reply
 from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.port.body_writer import BODY, EXTENSIONS, WRITE
-from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name, chunk
+from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name, chunk, parts_of
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
@@ -231,12 +231,13 @@ class StartingReplies:
     def _reply(self, head: bytes) -> bytes:
         request, *lines = head.decode("latin-1").split("\r\n")
         method, _, target = request.rpartition(" ")[0].partition(" ")
-        if self._is_live and target == "/live":
+        path = parts_of(target.encode("latin-1"))[1].decode("latin-1").partition("?")[0]
+        if self._is_live and path == "/live":
             return _LIVE
         parts = [line.partition(":") for line in lines]
         headers = {name.lower(): value.strip() for name, _, value in parts}
-        path = target.partition("?")[0].removeprefix(self._prefix)
-        if method == "GET" and (page := page_reply(path, headers)) is not None:  # it says that the cluster starts
+        page = page_reply(path.removeprefix(self._prefix), headers) if method == "GET" else None
+        if page is not None:  # it says that the cluster starts
             return _whole(page)
         is_trusted = self._keys.error(sent_key(headers)) is None
         why = f"; it waits for {self._awaited}" if self._awaited and is_trusted else ""

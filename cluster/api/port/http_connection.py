@@ -37,13 +37,20 @@ class HttpConnection(h11.Connection):
         return super().send(event)
 
 
-def _in_origin_form(request: h11.Request) -> h11.Request:
-    """With a target that is a path. Its host, if it has one as for a proxy, is that of the header (RFC 9112, 3.2.2)."""
-    match = _ABSOLUTE.fullmatch(request.target)
+def parts_of(target: bytes) -> tuple[bytes | None, bytes]:
+    """The host of a request's target, if it has one as for a proxy, and the rest."""
+    match = _ABSOLUTE.fullmatch(target)
     if match is None:
+        return None, target
+    return match[1], match[2] if match[2].startswith(b"/") else b"/" + match[2]
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """With a target that is a path. Its host, if it has one, is that of the header (RFC 9112, 3.2.2)."""
+    host, target = parts_of(request.target)
+    if host is None:
         return request
-    headers = [(name, match[1] if name == b"host" else value) for name, value in request.headers]
-    target = match[2] if match[2].startswith(b"/") else b"/" + match[2]
+    headers = [(b"host", host), *(header for header in request.headers if header[0] != b"host")]
     return h11.Request(method=request.method, headers=headers, target=target, http_version=request.http_version)
 
 

@@ -29,6 +29,20 @@ def replies_on(listener: socket.socket, **settings: Any) -> StartingReplies:
     return StartingReplies(ApiPort(listener), ApiSettings(**settings), lambda event: None)
 
 
+@pytest.mark.parametrize(
+    ("target", "status"), [("/live", 200), ("/live?x=1", 200), ("http://a:1/live", 200), ("/health", 503), ("*", 503)]
+)
+async def test_a_coordinator_that_waits_is_live(target: str, status: int) -> None:
+    async with port() as (listener, url):
+        async with StartingReplies(ApiPort(listener), ApiSettings(), lambda event: None, is_live=True):
+            host, _, number = url.removeprefix("http://").rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(number))
+            writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            async with asyncio.timeout(20):
+                assert f" {status} " in (await reader.readline()).decode()
+            writer.close()
+
+
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
 async def test_every_request_gets_the_starting_error(body: bytes) -> None:
     async with port() as (listener, url), replies_on(listener), httpx.AsyncClient(timeout=20) as client:

@@ -55,3 +55,11 @@ def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
     request = connection.next_event()
     assert isinstance(request, h11.Request)
     assert (request.target, list(request.headers)) == (target, [(b"host", host), (b"x", b"y")])
+
+
+def test_a_host_in_place_of_a_header() -> None:
+    connection = HttpConnection(h11.SERVER)
+    connection.receive_data(b"GET http://b/c HTTP/1.0\r\n\r\n")
+    request = connection.next_event()
+    assert isinstance(request, h11.Request)
+    assert (request.target, list(request.headers)) == (b"/c", [(b"host", b"b")])

@@ -33,14 +33,16 @@ def replies_on(listener: socket.socket, **settings: Any) -> StartingReplies:
     ("target", "status"), [("/live", 200), ("/live?x=1", 200), ("http://a:1/live", 200), ("/health", 503), ("*", 503)]
 )
 async def test_a_coordinator_that_waits_is_live(target: str, status: int) -> None:
-    async with port() as (listener, url):
-        async with StartingReplies(ApiPort(listener), ApiSettings(), lambda event: None, is_live=True):
-            host, _, number = url.removeprefix("http://").rpartition(":")
-            reader, writer = await asyncio.open_connection(host, int(number))
-            writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-            async with asyncio.timeout(20):
-                assert f" {status} " in (await reader.readline()).decode()
-            writer.close()
+    async with (
+        port() as (listener, url),
+        StartingReplies(ApiPort(listener), ApiSettings(), lambda event: None, is_live=True),
+        asyncio.timeout(20),
+    ):
+        host, _, number = url.removeprefix("http://").rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(number))
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        assert f" {status} " in (await reader.readline()).decode()
+        writer.close()
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)

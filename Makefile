@@ -32,7 +32,7 @@ demo: build ## a real model on two worker processes answers a question
 model: build ## the demo model, downloaded once
 	$(BIN)/llamaclust model pull $(MODEL)
 
-check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and unit tests: less than a minute
+check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and unit tests: a minute or two
 	@$(MAKE) --no-print-directory -j2 lint test-unit
 
 test-unit:

@@ -7,9 +7,9 @@ machine that is lent for some minutes at a time can be used in several calls.
 
 Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
 results/steps.json has what came of all. A step that passed with these sources is not repeated; one that failed is
-repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes. Exit
-status: 0 if all passed, 1 if any failed, 75 if any is left. Models of random weights are written to --models when a
-step needs them: 4, 12, 4 and 39 GB.
+repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes; what
+is ended then has five seconds more to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if any is
+left. Models of random weights are written to --models when a step needs them: 4, 12, 4 and 39 GB.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
+_GRACE_S, _POLL_S = 5.0, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,30 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
             return 124
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM first: writers of models then remove gigabytes of partial files, which may lie in RAM. SIGKILL for what
+    is left of the group after some seconds, or at another Ctrl-C."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        end_s = time.monotonic() + _GRACE_S
+        while _is_running(process.pid) and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so the number is still its own
+        process.wait()
+
+
+def _is_running(group: int) -> bool:
+    """Whether any process of it is: those that ended and are not reaped do not count."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it is gone meanwhile
+            state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _filled(command: str, places: dict[str, str]) -> str:

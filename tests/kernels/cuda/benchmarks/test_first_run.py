@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -64,6 +66,48 @@ def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> N
     assert outcome is not None and outcome.status == 124
     child = Path("/proc") / (tmp_path / "child").read_text().strip()
     eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text(), 10, "the end of the child")
+
+
+def partial(folder: Path, then: str = "exit 1") -> str:
+    """A command that removes its file at SIGTERM, and does not end by itself."""
+    loop = "while :; do sleep 0.05; done"
+    return f"bash -c 'trap \"rm {folder}/part; {then}\" TERM; touch {folder}/part; {loop}' && true"
+
+
+def test_what_is_ended_removes_its_partial_files(tmp_path: Path) -> None:
+    assert run(tmp_path, Step("writer", 1, partial(tmp_path))) == 1
+    outcome = Record(tmp_path, "c1").outcome(Step("writer", 1, ""))
+    assert outcome is not None and outcome.status == 124 and outcome.seconds < first_run._GRACE_S
+    assert not (tmp_path / "part").exists() and (tmp_path / "writer.log").exists()
+
+
+def test_what_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "_GRACE_S", 0.5)
+    step = Step("deaf", 1, f"trap '' TERM; echo $$ > {tmp_path}/deaf; while :; do sleep 0.05; done")
+    assert run(tmp_path, step) == 1
+    assert not (Path("/proc") / (tmp_path / "deaf").read_text().strip()).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_step_as_its_limit_does(tmp_path: Path, number: signal.Signals) -> None:
+    lines = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)",  # else what started the tests may ignore them
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r})",
+        "from gpu_support import first_run",
+        f"first_run.STEPS = (first_run.Step('writer', 60, {partial(tmp_path)!r}),)",
+        f"with first_run.ends_in_one_line(): first_run.main([{str(tmp_path)!r}, '--models', {str(tmp_path)!r}])",
+    )
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stderr=subprocess.PIPE, text=True)
+    try:
+        eventually((tmp_path / "part").exists, 20, "the partial file")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert not (tmp_path / "part").exists()
 
 
 def test_models_are_written_when_they_are_missing(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+from gpu_support.folders import only_run, ready_folder
 from gpu_support.sources import ROOT, sources_digest
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
@@ -109,7 +110,6 @@ class Record:
     """Outcomes by the names of steps, in results/steps.json."""
 
     def __init__(self, folder: Path, sources: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
         found = self._found()
         known = {field.name for field in fields(Outcome)}  # others: of another version of this program
@@ -238,17 +238,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
     given = parser.parse_args(arguments)
-    if given.results.exists() and not given.results.is_dir():
-        raise UsageError(f"{given.results}: not a folder")
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
+    ready_folder(given.results)
     steps = (*STEPS, *(LLAMA_STEPS if given.llama_bench is not None else ()))
     places = {
         "models": str(given.models.resolve()),
         "results": str(given.results.resolve()),
         "llama": str((given.llama_bench or Path()).resolve()),
     }
-    return run_steps(steps, Record(given.results, sources_digest(ROOT)), places, 60 * given.minutes, time.monotonic)
+    with only_run(given.results):
+        record = Record(given.results, sources_digest(ROOT))
+        return run_steps(steps, record, places, 60 * given.minutes, time.monotonic)
 
 
 if __name__ == "__main__":

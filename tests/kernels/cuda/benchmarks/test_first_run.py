@@ -20,6 +20,7 @@ from support.paths import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_support import first_run
 from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps
+from gpu_support.folders import only_run
 from gpu_support.sources import sources_digest
 
 
@@ -175,6 +176,15 @@ def test_minutes_are_a_time(tmp_path: Path, minutes: str, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         first_run.main([str(tmp_path), "--minutes", minutes])
     assert "--minutes: must be a number above 0" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "STEPS", (counted("one", tmp_path),))
+    given = [str(tmp_path), "--models", str(tmp_path)]
+    with only_run(tmp_path), pytest.raises(UsageError, match=f"^another run uses {tmp_path}$"):
+        first_run.main(given)
+    assert not (tmp_path / "ran").exists()
+    assert first_run.main(given) == 0 and ran(tmp_path) == ["one"]
 
 
 def test_outcomes_and_mistakes(tmp_path: Path) -> None:

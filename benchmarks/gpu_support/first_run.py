@@ -27,9 +27,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 sys.path.append(str(Path(__file__).parent.parent))
+
+from compare import check_program
 
 from gpu_support.folders import only_run, ready_folder
 from gpu_support.sources import ROOT, sources_digest
@@ -111,20 +113,14 @@ class Record:
 
     def __init__(self, folder: Path, sources: str) -> None:
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
-        found = self._found()
-        known = {field.name for field in fields(Outcome)}  # others: of another version of this program
-        self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == known}
-
-    def _found(self) -> dict[str, dict[str, Any]]:
-        if not self._path.is_file():
-            return {}
+        self._partial = self._path.with_suffix(".tmp")
+        for path in (self._path, self._partial):
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path}: no plain file, and in the way of one; remove it")
         try:
-            found = json.loads(self._path.read_text())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again")
-        return found
+            self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
+        except (ValueError, RecursionError):  # the latter of brackets, thousands deep
+            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
         """None if it was not run with these sources."""
@@ -136,10 +132,26 @@ class Record:
         outcome = Outcome(status, round(seconds, 1), self._sources, tuple(lines[-_TAIL_LINES:]))
         self._outcomes[step.name] = outcome
         text = json.dumps({name: asdict(one) for name, one in self._outcomes.items()}, indent=2) + "\n"
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text(text)
-        partial.replace(self._path)
+        self._partial.write_text(text)
+        self._partial.replace(self._path)
         return outcome
+
+
+def _outcomes(data: bytes) -> dict[str, Outcome]:
+    """By the names of steps. ValueError, or RecursionError, for what is none."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError("no objects by names")
+    known = {field.name for field in fields(Outcome)}  # others: of another version of this program
+    return {name: _outcome(**values) for name, values in found.items() if values.keys() == known}
+
+
+def _outcome(status: object, seconds: object, sources: object, tail: object) -> Outcome:
+    if type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str):  # no bool either
+        raise ValueError("of other types")
+    if not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
+        raise ValueError("no lines")
+    return Outcome(status, cast(float, seconds), sources, tuple(tail))
 
 
 def run_steps(
@@ -240,12 +252,13 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
+    llama = check_program(given.llama_bench, "docs/gpu.md") if given.llama_bench is not None else None
     ready_folder(given.results)
-    steps = (*STEPS, *(LLAMA_STEPS if given.llama_bench is not None else ()))
+    steps = (*STEPS, *(LLAMA_STEPS if llama is not None else ()))
     places = {
         "models": str(given.models.resolve()),
         "results": str(given.results.resolve()),
-        "llama": str((given.llama_bench or Path()).resolve()),
+        "llama": str(llama),
     }
     with only_run(given.results):
         record = Record(given.results, sources_digest(ROOT))

@@ -164,9 +164,16 @@ def test_nothing_follows_a_vital_step_that_failed(tmp_path: Path, capsys: pytest
     assert f"the others need it: see {tmp_path}/gpu.log" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damaged", ["{bad", "[1]", '{"gpu": 5}'])
+OUTCOME = {"status": 0, "seconds": 1, "sources": "c1", "tail": ["passed"]}
+WRONG = [("status", True), ("status", 0.0), ("status", "0"), ("status", None), ("seconds", "1"), ("seconds", False)]
+WRONG += [("sources", 1), ("tail", "passed"), ("tail", [1]), ("tail", {"a": 1})]
+DAMAGED = ["", "{bad", "[1]", '{"gpu": 5}', "[" * 100_000, "\ud800"]
+DAMAGED += [json.dumps({"gpu": OUTCOME, "call": OUTCOME | {name: value}}) for name, value in WRONG]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_results_are_named(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / "steps.json").write_text(damaged)
+    (tmp_path / "steps.json").write_bytes(damaged.encode(errors="surrogatepass"))
     with pytest.raises(UsageError, match=r"steps.json: no outcomes of steps; remove it"):
         first_run.main([str(tmp_path), "--models", str(tmp_path)])
 
@@ -176,6 +183,27 @@ def test_minutes_are_a_time(tmp_path: Path, minutes: str, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         first_run.main([str(tmp_path), "--minutes", minutes])
     assert "--minutes: must be a number above 0" in capsys.readouterr().err
+
+
+def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text(json.dumps({"gpu": OUTCOME}))
+    assert Record(tmp_path, "c1").outcome(counted("gpu", tmp_path)) == Outcome(0, 1, "c1", ("passed",))
+
+
+@pytest.mark.parametrize("name", ["steps.json", "steps.tmp"])
+def test_folders_in_the_way_of_results_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=f"{name}: no plain file, and in the way of one; remove it"):
+        first_run.main([str(tmp_path), "--models", str(tmp_path)])
+
+
+def test_a_llama_bench_that_is_no_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(0o644)
+    wrong = {"nowhere": r"no such file; docs/gpu.md", "file": "not a program", ".": "a folder"}
+    for name, words in wrong.items():
+        with pytest.raises(UsageError, match=f"--llama-bench .*: {words}"):
+            first_run.main([str(tmp_path / "results"), "--llama-bench", str(tmp_path / name)])
+    assert not (tmp_path / "results").exists()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +219,9 @@ def test_outcomes_and_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file: not a folder"):
         first_run.main([str(tmp_path / "file")])
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(UsageError, match="link: a link to nothing"):
+        first_run.main([str(tmp_path / "link")])
     assert Outcome(0, 1.0, "c", ()).passed and not Outcome(124, 1.0, "c", ()).passed
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         first_run.main([str(tmp_path), "--models", "nowhere"])

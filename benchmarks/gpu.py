@@ -29,22 +29,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare import check_program
-from gpu_support.figures import Figures, Round
-from gpu_support.llama import LlamaCpp
-from gpu_support.record import described, write_record
-from gpu_support.stage import Loaded, Task, report
-from measuring.options import natural, positive
+from llamaclust.cli.interrupts import ends_at_once, ends_in_one_line
 
-from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.cluster.config.values import parse_size
-from llamaclust.core.bounds import MAX_LAYERS
-from llamaclust.core.errors import UsageError
-from llamaclust.core.gpus import CUDA
+with ends_at_once():
+    from compare import check_program
+    from gpu_support.figures import Figures, Round
+    from gpu_support.folders import ready_folder
+    from gpu_support.llama import LlamaCpp
+    from gpu_support.record import RecordFile, described
+    from gpu_support.stage import Loaded, Task, report
+    from measuring.options import natural, positive
+
+    from llamaclust.cluster.config.values import parse_size
+    from llamaclust.core.bounds import MAX_LAYERS
+    from llamaclust.core.errors import UsageError
+    from llamaclust.core.gpus import CUDA
 
 
-def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:
-    """The record, which is also written to the folder after each round."""
+def measured(task: Task, llama: LlamaCpp | None, repeats: int, file: RecordFile | None = None) -> dict[str, Any]:
+    """The record, which is also written to the file after each round."""
     with closing(Loaded(task, whole=llama is not None)) as loaded:
         report("warming up")
         loaded.warm_up()
@@ -60,11 +63,10 @@ def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | No
             rounds.append(round_)
             figures = Figures(loaded.work, rounds)
             record = about | {"rounds": len(rounds)} | figures.as_json()
-            path = write_record(folder, record) if folder is not None else None
+            if file is not None:
+                file.write(record)
     for wanted in figures.wanted():
         report(str(wanted))
-    if path is not None:
-        report(f"written: {path}")
     return record
 
 
@@ -97,7 +99,8 @@ def _cache_size(text: str) -> int | None:
 
 
 def _device(text: str) -> str:
-    if not text.startswith(CUDA) or not text.removeprefix(CUDA).isdigit():
+    number = text.removeprefix(CUDA)
+    if not text.startswith(CUDA) or not (number.isascii() and number.isdecimal()):
         raise ArgumentTypeError(f"{text!r}: one GPU, such as cuda:0")
     return text
 
@@ -147,7 +150,13 @@ def main(arguments: Sequence[str]) -> None:
     if given.llama_bench is not None:
         number = int(given.device.removeprefix(CUDA))
         llama = LlamaCpp(check_program(given.llama_bench, "docs/gpu.md"), number, given.prompt, given.generate)
-    print(json.dumps(measured(task, llama, given.repeats, given.record), indent=2, allow_nan=False))
+    file = None
+    if given.record is not None:
+        ready_folder(given.record)
+        file = RecordFile(given.record)
+    print(json.dumps(measured(task, llama, given.repeats, file), indent=2, allow_nan=False), flush=True)
+    if file is not None and file.error is not None:
+        raise file.error
 
 
 if __name__ == "__main__":

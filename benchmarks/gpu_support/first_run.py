@@ -7,9 +7,9 @@ machine that is lent for some minutes at a time can be used in several calls.
 
 Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
 results/steps.json has what came of all. A step that passed with these sources is not repeated; one that failed is
-repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes. Exit
-status: 0 if all passed, 1 if any failed, 75 if any is left. Models of random weights are written to --models when a
-step needs them: 4, 12, 4 and 39 GB.
+repeated in the next call, behind those that are left. A step begins only if its time limit ends within --minutes; what
+is ended then has five seconds more to remove partial files. Exit status: 0 if all passed, 1 if any failed, 75 if any is
+left. Models of random weights are written to --models when a step needs them: 4, 12, 4 and 39 GB.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+from compare import check_program
+
+from gpu_support.folders import only_run, ready_folder
 from gpu_support.sources import ROOT, sources_digest
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import UsageError
@@ -38,6 +42,7 @@ _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
+_GRACE_S, _POLL_S = 5.0, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +112,15 @@ class Record:
     """Outcomes by the names of steps, in results/steps.json."""
 
     def __init__(self, folder: Path, sources: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
-        found = self._found()
-        known = {field.name for field in fields(Outcome)}  # others: of another version of this program
-        self._outcomes = {name: Outcome(**values) for name, values in found.items() if values.keys() == known}
-
-    def _found(self) -> dict[str, dict[str, Any]]:
-        if not self._path.is_file():
-            return {}
+        self._partial = self._path.with_suffix(".tmp")
+        for path in (self._path, self._partial):
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path}: no plain file, and in the way of one; remove it")
         try:
-            found = json.loads(self._path.read_text())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again")
-        return found
+            self._outcomes = _outcomes(self._path.read_bytes()) if self._path.exists() else {}
+        except (ValueError, RecursionError):  # the latter of brackets, thousands deep
+            raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
         """None if it was not run with these sources."""
@@ -134,10 +132,26 @@ class Record:
         outcome = Outcome(status, round(seconds, 1), self._sources, tuple(lines[-_TAIL_LINES:]))
         self._outcomes[step.name] = outcome
         text = json.dumps({name: asdict(one) for name, one in self._outcomes.items()}, indent=2) + "\n"
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text(text)
-        partial.replace(self._path)
+        self._partial.write_text(text)
+        self._partial.replace(self._path)
         return outcome
+
+
+def _outcomes(data: bytes) -> dict[str, Outcome]:
+    """By the names of steps. ValueError, or RecursionError, for what is none."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError("no objects by names")
+    known = {field.name for field in fields(Outcome)}  # others: of another version of this program
+    return {name: _outcome(**values) for name, values in found.items() if values.keys() == known}
+
+
+def _outcome(status: object, seconds: object, sources: object, tail: object) -> Outcome:
+    if type(status) is not int or type(seconds) not in (int, float) or not isinstance(sources, str):  # no bool either
+        raise ValueError("of other types")
+    if not isinstance(tail, list) or not all(isinstance(line, str) for line in tail):
+        raise ValueError("no lines")
+    return Outcome(status, cast(float, seconds), sources, tuple(tail))
 
 
 def run_steps(
@@ -185,8 +199,30 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
             return 124
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM first: writers of models then remove gigabytes of partial files, which may lie in RAM. SIGKILL for what
+    is left of the group after some seconds, or at another Ctrl-C."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        end_s = time.monotonic() + _GRACE_S
+        while _is_running(process.pid) and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its first process is not reaped yet, so the number is still its own
+        process.wait()
+
+
+def _is_running(group: int) -> bool:
+    """Whether any process of it is: those that ended and are not reaped do not count."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it is gone meanwhile
+            state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _filled(command: str, places: dict[str, str]) -> str:
@@ -214,17 +250,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
     given = parser.parse_args(arguments)
-    if given.results.exists() and not given.results.is_dir():
-        raise UsageError(f"{given.results}: not a folder")
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
-    steps = (*STEPS, *(LLAMA_STEPS if given.llama_bench is not None else ()))
+    llama = check_program(given.llama_bench, "docs/gpu.md") if given.llama_bench is not None else None
+    ready_folder(given.results)
+    steps = (*STEPS, *(LLAMA_STEPS if llama is not None else ()))
     places = {
         "models": str(given.models.resolve()),
         "results": str(given.results.resolve()),
-        "llama": str((given.llama_bench or Path()).resolve()),
+        "llama": str(llama),
     }
-    return run_steps(steps, Record(given.results, sources_digest(ROOT)), places, 60 * given.minutes, time.monotonic)
+    with only_run(given.results):
+        record = Record(given.results, sources_digest(ROOT))
+        return run_steps(steps, record, places, 60 * given.minutes, time.monotonic)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gpu_support.sources import ROOT, sources_digest
-from gpu_support.stage import Loaded
+from gpu_support.stage import Loaded, report
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.runtime.cupy_open import import_cupy
 from llamaclust.kernels.cuda.runtime.nvrtc import open_nvrtc
@@ -87,6 +88,24 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
     with new_file(path, len(data)) as file:
         file.write(data)
     return path
+
+
+@dataclass
+class RecordFile:
+    """A record in a folder, written anew after each round. One that cannot be written does not end the measurement, of
+    which it would be the only trace: `error` says why."""
+
+    folder: Path
+    error: OSError | UsageError | None = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            path, self.error = write_record(self.folder, record), None
+        except (OSError, UsageError) as error:
+            self.error = error
+            report(f"not written: {error}")
+        else:
+            report(f"written: {path}")
 
 
 def software() -> dict[str, str | None]:

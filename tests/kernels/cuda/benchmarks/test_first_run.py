@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +20,7 @@ from support.paths import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 from gpu_support import first_run
 from gpu_support.first_run import LLAMA_STEPS, STEPS, Outcome, Record, Step, run_steps
+from gpu_support.folders import only_run
 from gpu_support.sources import sources_digest
 
 
@@ -64,6 +67,48 @@ def test_a_step_ends_at_its_limit_with_all_of_its_processes(tmp_path: Path) -> N
     assert outcome is not None and outcome.status == 124
     child = Path("/proc") / (tmp_path / "child").read_text().strip()
     eventually(lambda: not child.exists() or "Z" in (child / "stat").read_text(), 10, "the end of the child")
+
+
+def partial(folder: Path, then: str = "exit 1") -> str:
+    """A command that removes its file at SIGTERM, and does not end by itself."""
+    loop = "while :; do sleep 0.05; done"
+    return f"bash -c 'trap \"rm {folder}/part; {then}\" TERM; touch {folder}/part; {loop}' && true"
+
+
+def test_what_is_ended_removes_its_partial_files(tmp_path: Path) -> None:
+    assert run(tmp_path, Step("writer", 1, partial(tmp_path))) == 1
+    outcome = Record(tmp_path, "c1").outcome(Step("writer", 1, ""))
+    assert outcome is not None and outcome.status == 124 and outcome.seconds < first_run._GRACE_S
+    assert not (tmp_path / "part").exists() and (tmp_path / "writer.log").exists()
+
+
+def test_what_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "_GRACE_S", 0.5)
+    step = Step("deaf", 1, f"trap '' TERM; echo $$ > {tmp_path}/deaf; while :; do sleep 0.05; done")
+    assert run(tmp_path, step) == 1
+    assert not (Path("/proc") / (tmp_path / "deaf").read_text().strip()).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_step_as_its_limit_does(tmp_path: Path, number: signal.Signals) -> None:
+    lines = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)",  # else what started the tests may ignore them
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r})",
+        "from gpu_support import first_run",
+        f"first_run.STEPS = (first_run.Step('writer', 60, {partial(tmp_path)!r}),)",
+        f"with first_run.ends_in_one_line(): first_run.main([{str(tmp_path)!r}, '--models', {str(tmp_path)!r}])",
+    )
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stderr=subprocess.PIPE, text=True)
+    try:
+        eventually((tmp_path / "part").exists, 20, "the partial file")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert not (tmp_path / "part").exists()
 
 
 def test_models_are_written_when_they_are_missing(tmp_path: Path) -> None:
@@ -119,9 +164,16 @@ def test_nothing_follows_a_vital_step_that_failed(tmp_path: Path, capsys: pytest
     assert f"the others need it: see {tmp_path}/gpu.log" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damaged", ["{bad", "[1]", '{"gpu": 5}'])
+OUTCOME = {"status": 0, "seconds": 1, "sources": "c1", "tail": ["passed"]}
+WRONG = [("status", True), ("status", 0.0), ("status", "0"), ("status", None), ("seconds", "1"), ("seconds", False)]
+WRONG += [("sources", 1), ("tail", "passed"), ("tail", [1]), ("tail", {"a": 1})]
+DAMAGED = ["", "{bad", "[1]", '{"gpu": 5}', "[" * 100_000, "\ud800"]
+DAMAGED += [json.dumps({"gpu": OUTCOME, "call": OUTCOME | {name: value}}) for name, value in WRONG]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_results_are_named(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / "steps.json").write_text(damaged)
+    (tmp_path / "steps.json").write_bytes(damaged.encode(errors="surrogatepass"))
     with pytest.raises(UsageError, match=r"steps.json: no outcomes of steps; remove it"):
         first_run.main([str(tmp_path), "--models", str(tmp_path)])
 
@@ -133,10 +185,43 @@ def test_minutes_are_a_time(tmp_path: Path, minutes: str, capsys: pytest.Capture
     assert "--minutes: must be a number above 0" in capsys.readouterr().err
 
 
+def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text(json.dumps({"gpu": OUTCOME}))
+    assert Record(tmp_path, "c1").outcome(counted("gpu", tmp_path)) == Outcome(0, 1, "c1", ("passed",))
+
+
+@pytest.mark.parametrize("name", ["steps.json", "steps.tmp"])
+def test_folders_in_the_way_of_results_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=f"{name}: no plain file, and in the way of one; remove it"):
+        first_run.main([str(tmp_path), "--models", str(tmp_path)])
+
+
+def test_a_llama_bench_that_is_no_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(0o644)
+    wrong = {"nowhere": r"no such file; docs/gpu.md", "file": "not a program", ".": "a folder"}
+    for name, words in wrong.items():
+        with pytest.raises(UsageError, match=f"--llama-bench .*: {words}"):
+            first_run.main([str(tmp_path / "results"), "--llama-bench", str(tmp_path / name)])
+    assert not (tmp_path / "results").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "STEPS", (counted("one", tmp_path),))
+    given = [str(tmp_path), "--models", str(tmp_path)]
+    with only_run(tmp_path), pytest.raises(UsageError, match=f"^another run uses {tmp_path}$"):
+        first_run.main(given)
+    assert not (tmp_path / "ran").exists()
+    assert first_run.main(given) == 0 and ran(tmp_path) == ["one"]
+
+
 def test_outcomes_and_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file: not a folder"):
         first_run.main([str(tmp_path / "file")])
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(UsageError, match="link: a link to nothing"):
+        first_run.main([str(tmp_path / "link")])
     assert Outcome(0, 1.0, "c", ()).passed and not Outcome(124, 1.0, "c", ()).passed
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         first_run.main([str(tmp_path), "--models", "nowhere"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -227,6 +228,41 @@ def test_a_run_beside_llama_cpp_and_its_record(
         assert given[given.index(pair[0]) + 1] == pair[1]
 
 
+def test_figures_are_printed_where_their_record_cannot_be_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(folder: Path, record: dict[str, Any]) -> Path:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(
+        gpu,
+        "Loaded",
+        lambda task, whole: SimpleNamespace(
+            warm_up=lambda: None, measure=lambda: Round(RATES, 10.0, 4.0, 8.0), work=WORK, close=lambda: None
+        ),
+    )
+    monkeypatch.setattr(gpu, "described", lambda loaded, command: {})
+    monkeypatch.setattr(gpu_record, "write_record", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        gpu.main([str(model), "--record", str(tmp_path), "--repeats", "2"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rounds"] == 2 and err.count("not written: ") == 2
+
+
+def test_folders_of_records_are_checked_before_a_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "Loaded", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    wrong = {"file": "not a folder", "file/inner": "not a folder", "link": "a link to nothing"}
+    for name, words in wrong.items():
+        with pytest.raises(UsageError, match=f"{name}: {words}"):
+            gpu.main([str(model), "--record", str(tmp_path / name)])
+    with pytest.raises(UsageError, match=r"^/proc/records: cannot be written to: "):
+        gpu.main([str(model), "--record", "/proc/records"])
+
+
 def test_a_record_names_the_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.159.04\necho 580.159.04\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -278,10 +314,11 @@ def test_mistakes_are_told_before_anything_runs(
         gpu.main([str(model), "--llama-bench", str(tmp_path / "llama-bench")])
     with pytest.raises(UsageError, match="10001 tokens requested, the model's context length is 2048"):
         gpu.main([str(model), "--prompt", "10000"])
-    for option in (("--gpu-memory", "much"), ("--device", "cpu"), ("--repeats", "0")):
+    for option in (("--gpu-memory", "much"), ("--device", "cpu"), ("--device", "cuda:²"), ("--repeats", "0")):
         with pytest.raises(SystemExit):
             gpu.main([str(model), *option])
-    assert "is not a size" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "is not a size" in err and "'cuda:²': one GPU, such as cuda:0" in err
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UsageError, match="device cuda needs CuPy: pip install"):

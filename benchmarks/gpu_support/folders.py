@@ -1,0 +1,38 @@
+"""The folder of a run's results, checked before anything long begins."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llamaclust.cluster.state.file_lock import FileLock
+from llamaclust.core.errors import UsageError
+
+_LOCK = ".lock"
+
+
+def ready_folder(folder: Path) -> None:
+    """It is there, or made. UsageError where it is none, or nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # modes alone do not say so: root, or a medium that is only read
+            pass
+    except (FileExistsError, NotADirectoryError):
+        what = "a link to nothing" if folder.is_symlink() and not folder.exists() else "not a folder"
+        raise UsageError(f"{folder}: {what}") from None
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process, however that ends. UsageError where another run has it."""
+    lock = FileLock(folder / _LOCK)
+    if not lock.take():
+        raise UsageError(f"another run uses {folder}")
+    try:
+        yield
+    finally:
+        lock.release()

@@ -157,12 +157,12 @@ def _outcome(status: object, seconds: object, sources: object, tail: object) -> 
 def run_steps(
     steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
 ) -> int:
-    """The exit status. Those that were not run come first, then those that failed before."""
+    """The exit status. Vital ones come first, then those that were not run, then those that failed before."""
     begun_s = now_s()
-    first = [step for step in steps if record.outcome(step) is None]
-    again = [step for step in steps if (outcome := record.outcome(step)) is not None and not outcome.passed]
+    outcomes = {step: record.outcome(step) for step in steps}
+    due = [step for step, outcome in outcomes.items() if outcome is None or not outcome.passed]
     left = 0
-    for step in (*first, *again):
+    for step in sorted(due, key=lambda step: 0 if step.is_vital else 1 if outcomes[step] is None else 2):
         if now_s() - begun_s + step.limit_s > budget_s:
             left += 1
             _say(f"{step.name}: left for the next call ({step.limit_s} s)")
@@ -171,15 +171,14 @@ def run_steps(
         step_s = now_s()
         status = _run(step, record.folder / f"{step.name}.log", places)
         outcome = record.add(step, status, now_s() - step_s)
-        _say(f"{step.name}: {'passed' if outcome.passed else f'FAILED ({status})'} in {outcome.seconds:.0f} s")
+        said = "passed" if outcome.passed else f"FAILED ({status}): {outcome.tail[-1] if outcome.tail else 'no output'}"
+        _say(f"{step.name}: {outcome.seconds:.0f} s, {said}")
         if step.is_vital and not outcome.passed:
             _say(f"the others need it: see {record.folder / step.name}.log")
             return 1
-    outcomes = [record.outcome(step) for step in steps]
-    failed = [step.name for step, one in zip(steps, outcomes, strict=True) if one is not None and not one.passed]
-    _say(
-        f"{sum(one is not None and one.passed for one in outcomes)} of {len(steps)} passed; failed: {failed or 'none'}"
-    )
+    run = [(step.name, found.passed) for step in steps if (found := record.outcome(step)) is not None]
+    failed = [name for name, passed in run if not passed]
+    _say(f"{len(run) - len(failed)} of {len(steps)} passed; failed: {failed or 'none'}")
     return _LEFT if left else int(bool(failed))
 
 

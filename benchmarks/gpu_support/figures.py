@@ -194,8 +194,8 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Sequences of a mixture read more than one of them does: of reading that, the share that TIMES_ONE is of
-        reading a dense model, whose decode has its share."""
+        """Sequences of a mixture read more than one of them does: of reading that, the share to which TIMES_ONE comes
+        where a dense model decodes at `decode_share`."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

@@ -189,16 +189,32 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", script], stdout=file, stderr=file, cwd=ROOT, env=environment, start_new_session=True
-        )
+        _signals(signal.SIG_BLOCK)  # one within Popen would leave a process without a name
         try:
-            return process.wait(step.limit_s)
-        except subprocess.TimeoutExpired:
-            return 124
+            process = subprocess.Popen(
+                ["bash", "-c", script],
+                stdout=file,
+                stderr=file,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: _signals(signal.SIG_UNBLOCK),
+            )
+            try:
+                _signals(signal.SIG_UNBLOCK)
+                return process.wait(step.limit_s)
+            except subprocess.TimeoutExpired:
+                return 124
+            finally:
+                if process.poll() is None:
+                    _end(process)
         finally:
-            if process.poll() is None:
-                _end(process)
+            _signals(signal.SIG_UNBLOCK)
+
+
+def _signals(how: int) -> None:
+    """Blocks those that end this program, or lets them through."""
+    signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -46,7 +46,7 @@ class Task:
     sequences: int = 8
     gpu_memory_bytes: int | None = None  # of VRAM, at most; what does not fit stays in RAM
     graphs: bool = True
-    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
+    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those for which there is no room
     experts_cache_bytes: int | None = None  # of VRAM, at most, for copies of experts in RAM; None: what is left
 
     @property

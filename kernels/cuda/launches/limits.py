@@ -22,3 +22,4 @@ class LaunchLimits:
 
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES, MIN_COMPUTE_CAPABILITY)
+"""For sizes of buffers, which are those of any GPU."""

@@ -212,7 +212,7 @@ def _launch(
         warps = _gemm_warps(products, items, gpu.sms)
         shared = _gemm_shared_bytes(weights, warps)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    shared = gemv_shared_bytes(weights, gpu)
+    shared = _gemv_shared_bytes(weights, gpu)
     times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
     blocks = min(_blocks(products, 1), max(1, times * gpu.sms * _gemv_blocks(shared, gpu) // items))
     return Launch(name, (items, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, shared)
@@ -227,7 +227,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
     return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 
-def gemv_shared_bytes(weights: Weights, gpu: LaunchLimits) -> int:
+def _gemv_shared_bytes(weights: Weights, gpu: LaunchLimits) -> int:
     """kStages pieces of each warp (src/matmul/pieces.cuh)."""
     info = weights.quant_type.info
     piece_bytes = _PIECE_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)

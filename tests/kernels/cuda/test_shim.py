@@ -158,7 +158,7 @@ MISTAKES = {
     10: r"thread \d+ at a barrier \(probe.cu:\d+\); 32 of 64 have ended",
     11: "a barrier of different numbers of threads",
     12: "no named barrier: 16",
-    13: "nobody waits at named barrier 2, where some arrived",
+    13: "no warp waits at named barrier 2, where others arrived",
     14: "or of no whole warps",
     15: "lanes of a warp at different places",
 }

@@ -2,10 +2,11 @@
 // turn. All eight rows cost what one does, since a matrix unit takes eight; GPUs without one have a shorter way for one row.
 //
 // Bound by memory: each weight is read once, and from 8.0 on pieces are requested ahead, also of the next tile, so that
-// every warp has one or two under way at any time; older GPUs have other warps meanwhile. Where memory is fastest, issuing instructions comes next. Activations come
-// from the first cache: all blocks of a multiprocessor read the same. What a piece adds to outputs is in registers, two
-// floats a segment and output (four with mins), until the warp before is done with the piece before: totals pass from warp
-// to warp, so that all segments are added in k order while other warps multiply.
+// every warp has one or two under way at any time; older GPUs have other warps meanwhile. Where memory is fastest, issuing
+// instructions comes next. Activations come from the first cache: all blocks of a multiprocessor read the same. What a
+// piece adds to outputs is in registers, two floats a segment and output (four with mins), until the warp before is done
+// with the piece before: totals pass from warp to warp, so that all segments are added in k order while other warps
+// multiply.
 #pragma once
 
 #include "pieces.cuh"
@@ -186,9 +187,9 @@ DEVICE void gemv(const Products& all) {
     UNROLL for (int i = 0; i < kTogether<Type>; i++)
       if (is_whole || i < left) add_terms<Type>(terms[i], totals);
     passed[lane] = {totals[0], totals[1], totals[2], totals[3]};
-    if (now.piece + 1 < now.pieces || now.tile + static_cast<int>(gridDim.y) < tiles)
-      give_turn_after(warp);
-    if (now.piece + 1 == now.pieces) store_tile<Type>(all, share, now.tile, lane, totals);
+    const bool ends_tile = now.piece + 1 == now.pieces;
+    if (!ends_tile || now.tile + static_cast<int>(gridDim.y) < tiles) give_turn_after(warp);
+    if (ends_tile) store_tile<Type>(all, share, now.tile, lane, totals);
   }
 }
 

@@ -97,7 +97,7 @@ void go_on() {
   for (int i = 0; i < threads; i++)
     if (fibres[i].state != Fibre::State::Ended) fail(stuck());
   for (int i = 0; i < kBarriers; i++)
-    if (arrived[i] != 0) fail("nobody waits at named barrier " + std::to_string(i) + ", where some arrived");
+    if (arrived[i] != 0) fail("no warp waits at named barrier " + std::to_string(i) + ", where others arrived");
   switch_to(contexts[self.index], outside);
 }
 

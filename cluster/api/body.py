@@ -6,7 +6,6 @@ import asyncio
 import codecs
 import math
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +15,30 @@ from starlette.requests import Request
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
 from llamaclust.cluster.api.ignored import report_ignored
+from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, Member, Outline, outline
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.threads import run_on
+from llamaclust.cluster.text.threads import Threads, run_on
 from llamaclust.core.errors import ParameterError
 
-_BLOCKING_BYTES = 1 << 16
-"""Larger bodies are parsed on a thread."""
-
+LARGE_BYTES = 1 << 16
+"""Larger bodies are counted, parsed and checked on a thread."""
 _MOST_OF_A_PLACE = 200
 
-_parsing = ThreadPoolExecutor(2, "parse-body")
+_MOST_VALUES = (1 << 20) + (1 << 16)
+"""JSON values of a body: a prompt of token ids that fills the longest context, and the other fields. To make so many
+holds up the process for a fifth of a second."""
+_PROMPT_FIELDS = {
+    *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
+    *("messages", "system", "input", "instructions", "query", "documents", "texts"),
+}
+"""Hold what the model reads: as much as a body may."""
+_MOST_FIELD_BYTES = 1 << 22
+_MOST_FIELD_VALUES = {"tools": 1 << 17}
+_MOST_FIELDS = 1024
+
+_reading = Threads(1, "read-body")
+"""One: Python parses one body at a time anyway, and streams go on beside it."""
 
 
 async def read_body(request: Request, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
@@ -42,7 +54,7 @@ async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, s
         fields = _with_defaults(parse_object(data), kind, foreign, settings)
         return read_fields(kind, fields, _with_idle(foreign, kind, settings), leniency)
 
-    body = parse() if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse)
+    body = parse() if len(data) <= LARGE_BYTES else await run_on(_reading, parse)
     if leniency is not None and leniency.ignored:
         report_ignored(leniency.ignored)
     return body
@@ -59,8 +71,10 @@ def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSetting
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Whether a body has a field. Raises what `parse_body` raises for one that is no JSON object."""
-    return name in await parse_object_in_time(data)
+    """Whether a body has a field. Raises what `parse_object` raises, unless the body is large."""
+    if len(data) <= LARGE_BYTES:
+        return name in parse_object(data)
+    return any(member.name == name for member in (await run_on(_reading, outline, data)).members)
 
 
 def _with_defaults(
@@ -87,15 +101,39 @@ def _filled(
 
 async def parse_object_in_time(data: bytes) -> dict[str, Any]:
     """As `parse_object`; a large one in a thread."""
-    return parse_object(data) if len(data) <= _BLOCKING_BYTES else await run_on(_parsing, parse_object, data)
+    return parse_object(data) if len(data) <= LARGE_BYTES else await run_on(_reading, parse_object, data)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object, with the errors of `parse_json`."""
+    """A JSON object. HttpError and ParameterError for one that has too many values, before they are made; errors of
+    `parse_json`."""
+    if len(data) > LARGE_BYTES:
+        _check_sizes(outline(data))
     payload = parse_json(data)
     if not isinstance(payload, dict):
         raise HttpError(400, "invalid_json", "the body must be a JSON object")
     return payload
+
+
+def _check_sizes(counted: Outline) -> None:
+    for member in counted.members:
+        if member.name not in _PROMPT_FIELDS:
+            _check_field(member)
+    for what, count, most in (
+        ("fields", counted.member_count, _MOST_FIELDS),
+        ("values", counted.values, _MOST_VALUES),
+    ):
+        if count > most:
+            raise HttpError(413, "body_too_large", f"the body has {count} {what}, at most {most} are taken")
+
+
+def _check_field(member: Member) -> None:
+    name = member.name[:_MOST_OF_A_PLACE] or "a field"
+    if member.size_bytes > _MOST_FIELD_BYTES:
+        raise ParameterError(name, f"has {member.size_bytes} bytes of JSON, at most {_MOST_FIELD_BYTES} are taken")
+    most = _MOST_FIELD_VALUES.get(member.name, MAX_FIELD_VALUES)
+    if member.values > most:
+        raise ParameterError(name, f"has {member.values} JSON values, at most {most} are taken")
 
 
 def parse_json(data: bytes) -> Any:
@@ -117,28 +155,30 @@ def _not_finite(value: Any) -> str | None:
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
         return None
+    if isinstance(value, list) and set(map(type, value)).isdisjoint((float, dict, list)):
+        return None  # ids and texts, which may be many
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if (place := _not_finite(item)) is not None:
             return f".{key}{place}" if isinstance(value, dict) else f"[{key}]{place}"
     return None
 
 
-async def read_bytes(request: Request, settings: ApiSettings) -> bytes:
-    """Raises HttpError (413, 408, 415)."""
+async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
+    """At most so many, or as many as a body may have. Raises HttpError (413, 408, 415)."""
+    most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         message = f"Content-Encoding {encoding[:60]!r} is not supported: send the body as it is"
         raise HttpError(415, "unsupported_encoding", message)
     length = request.headers.get("content-length", "")
-    too_large = length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body_bytes
+    too_large = length.isascii() and length.isdigit() and int(length[:18]) > most
     try:
         async with asyncio.timeout(settings.body_s):
-            data = None if too_large else await _read_all(request, settings.max_body_bytes)
+            data = None if too_large else await _read_all(request, most)
     except TimeoutError:
         raise HttpError(408, "request_timeout", f"the body did not arrive within {settings.body_s:g} s") from None
     if data is None:
-        most = f"{settings.max_body_bytes} bytes"
-        raise HttpError(413, "body_too_large", f"the body is larger than {most}", {"Connection": "close"})
+        raise HttpError(413, "body_too_large", f"the body is larger than {most} bytes", {"Connection": "close"})
     return data
 
 

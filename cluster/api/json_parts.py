@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.error_shapes import to_json
-from llamaclust.cluster.text.threads import run_on
+from llamaclust.cluster.text.threads import Threads, run_on
 
 _LARGE_ENTRIES = 1024
 """A part of a reply that has more tokens and logprobs is rendered on a thread."""
@@ -25,7 +24,7 @@ _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
 """Of a text, which take about as long as a number."""
 
-_threads = ThreadPoolExecutor(2, thread_name_prefix="json")
+_threads = Threads(2, "json")
 """Few: each waits for the interpreter beside the event loop, and more render no faster."""
 
 _Value = TypeVar("_Value")

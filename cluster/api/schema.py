@@ -219,7 +219,7 @@ def _prompt(value: Any) -> Prompt:
     """A prompt of text or token ids. Raises ValueError."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(is_int(item) for item in value):
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
         return tuple(value)
     raise ValueError("must be a string, a list of token ids, or a list of those")
 

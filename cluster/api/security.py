@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llamaclust.cluster.api.browser.assets import assets
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.addresses import is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})
@@ -52,6 +53,12 @@ def sent_key(headers: Mapping[str, str]) -> str:
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
+def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
+    """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
+    key = sent_key(headers)
+    return _digest(key).hex()[:32] if key in api_keys else ""
+
+
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
     """HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all clients,
     and only the first key may do it."""
@@ -68,20 +75,24 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Refuses requests without a key before the app sees them."""
+    """Refuses requests without a key before the app sees them, and notes whose requests the others are."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
+        self._api_keys = settings.api_keys
         self._keys = ApiKeys(settings.api_keys)
         self._open_paths = OPEN_PATHS | assets().keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            error = self._keys.error(sent_key(Headers(scope=scope)))
+            headers = Headers(scope=scope)
+            error = self._keys.error(sent_key(headers))
             if error is not None and scope["path"] not in self._open_paths:
                 await error_response(error, scope)(scope, receive, send)
                 return
             scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
+            client = scope.get("client")
+            current_owner.set(owner(headers, self._api_keys) or (client[0] if client else ""))
         await self._app(scope, receive, send)
 
 

@@ -65,6 +65,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn
         log_level="error",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # any program of this machine could write another client's address
         timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=2 * math.ceil(settings.head_s),
     )

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.api.schema import Body
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
 from llamaclust.model.grammars import definitions
 
 _VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
@@ -110,6 +112,7 @@ def _of_vllm(value: dict[str, Any]) -> Grammar:
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
     """A JSON schema, or the text of one."""
     if isinstance(value, str):
+        _check_text(value, origin)
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -117,6 +120,15 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
     if not isinstance(value, dict | bool):
         raise ParameterError(origin, "a JSON schema must be an object")
     return value
+
+
+def _check_text(text: str, origin: str) -> None:
+    """ParameterError for a schema that is too large as a text, before anything is made of it."""
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+    values = outline(text.encode("utf-8", "replace")).values
+    if values > MAX_FIELD_VALUES:
+        raise ParameterError(origin, f"a schema of {values} JSON values, at most {MAX_FIELD_VALUES} are taken")
 
 
 def _text(value: Any, origin: str) -> str:
@@ -128,4 +140,6 @@ def _text(value: Any, origin: str) -> str:
 def _texts(value: Any, origin: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ParameterError(origin, "must be a list of texts")
+    if (characters := sum(map(len, value))) > MAX_GRAMMAR_BYTES:
+        raise ParameterError(origin, f"texts of {characters} characters, at most {MAX_GRAMMAR_BYTES} are taken")
     return value

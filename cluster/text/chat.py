@@ -13,7 +13,7 @@ from typing import Any
 from llamaclust.cluster.text.chat_format import AnswerReading
 from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.threads import TOKENIZING, run_on
+from llamaclust.cluster.text.threads import TEMPLATES, TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.model.chat.prompt import guard_messages, unguarded
@@ -161,11 +161,13 @@ async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, to
     more |= {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
-        text = await template.render_async(messages, add_generation_prompt=is_open, **more)
+        async with TEMPLATES.turn():
+            text = await template.render_async(messages, add_generation_prompt=is_open, **more)
         begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
         return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + begun))
     *before, last = messages
-    text = await template.render_async(before, add_generation_prompt=True, **more)
+    async with TEMPLATES.turn():
+        text = await template.render_async(before, add_generation_prompt=True, **more)
     content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
     begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
     return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))

@@ -12,7 +12,7 @@ from typing import Final
 
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
-from llamaclust.model.grammars.check_turns import CheckTurns
+from llamaclust.core.sharing.turns import Turns
 from llamaclust.model.grammars.checker_process import CheckerProcess, CheckLimits, Verdict
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ class GrammarChecker:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
         self._processes = [CheckerProcess(tokenizer, self._limits) for _ in range(_PROCESSES)]
-        self._turns = CheckTurns(_PROCESSES)
+        self._turns = Turns(_PROCESSES)
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, RootModel, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import parse_json, read_bytes
+from llamaclust.cluster.api.body import LARGE_BYTES, parse_json, read_bytes
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.fields.adapters import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.api.schema import read_fields
@@ -44,7 +44,7 @@ class AdapterList:
         """For requests that come from now on; adapters that are not listed get 0. Where there are keys, only the first
         one sets them, since they are of all clients."""
         require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
-        value = parse_json(await read_bytes(request, self._settings))
+        value = parse_json(await read_bytes(request, self._settings, LARGE_BYTES))
         scales = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
         check_adapters(scales, self._settings.adapters.numbers)
         self._change(tuple((adapter, scale) for adapter, scale in scales if scale))

@@ -15,7 +15,7 @@ from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.replies.ticket import owner
+from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService

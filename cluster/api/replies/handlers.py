@@ -20,11 +20,11 @@ from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Rep
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
 from llamaclust.cluster.api.replies.stream_format import StreamFormat
-from llamaclust.cluster.api.replies.ticket import Ticket, owner
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import EventResponse, begin_events, unless_disconnected, wait_for_disconnect
 from llamaclust.cluster.state.journal_records import OpenRequest
-from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import LlamaclustError
 
 
@@ -56,7 +56,6 @@ class Replies:
         body = await read_bytes(request, self.settings)
         scales = self.settings.adapters.default
         ticket = Ticket.draw(request.headers, self.settings.api_keys, journal=self._journal, scales=scales)
-        current_owner.set(ticket.identity.owner or (request.client.host if request.client else ""))
         if (kept := self.cache.same(ticket, path, body)) is not None:
             return await self._begun(request, kept, _given(request, kept.ticket))
         if "last-event-id" in request.headers:  # a new computation may give other tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.replies.recording import Recording, Restoration
-from llamaclust.cluster.api.security import sent_key
+from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
@@ -121,12 +120,6 @@ class Ticket:
             return None if self.restoration is None else self.restoration.sampled
         known = {choice: len(rows) for choice, rows in request.answered.items()}
         return Recording(self.journal, self.id, prompt, known, self.restoration).add
-
-
-def owner(headers: Headers, api_keys: Sequence[str]) -> str:
-    """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
-    key = sent_key(headers)
-    return hashlib.sha256(key.encode()).hexdigest()[:32] if key in api_keys else ""
 
 
 def _name(headers: Headers, header: str) -> str:

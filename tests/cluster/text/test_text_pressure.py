@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from threading import Event
@@ -16,7 +15,7 @@ from llamaclust.cluster.text import threads
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.threads import BREAKERS, run_on
+from llamaclust.cluster.text.threads import BREAKERS, Threads, run_on
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
@@ -124,7 +123,7 @@ async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
         begun.set()
         is_over.wait(60.0)
 
-    held = BREAKERS.submit(hold)
+    held = BREAKERS.executor.submit(hold)
     service = make_service(ScriptedEngine(says("a")))
     try:
         assert begun.wait(10.0)
@@ -139,9 +138,10 @@ async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> 
     """What waited for its thread until then does not run."""
     monkeypatch.setattr(threads, "_WORK_S", 0.05)
     held, ran = Event(), list[int]()
-    with ThreadPoolExecutor(1) as pool:
-        for work in (partial(held.wait, 20.0), partial(ran.append, 1)):
-            with pytest.raises(DeadlineError, match=r"on a busy machine: not within 0.05 s"):
-                await run_on(pool, work)
-        held.set()
+    pool = Threads(1, "held")
+    for work in (partial(held.wait, 20.0), partial(ran.append, 1)):
+        with pytest.raises(DeadlineError, match=r"on a busy machine: not within 0.05 s"):
+            await run_on(pool, work)
+    held.set()
+    pool.executor.shutdown()
     assert ran == []

@@ -24,7 +24,8 @@ from llamaclust.cluster.api.replies.answer_reply import AnswerReply
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
-from llamaclust.cluster.api.replies.ticket import Ticket, owner
+from llamaclust.cluster.api.replies.ticket import Ticket
+from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, unless_disconnected
 from llamaclust.cluster.text.request import CompletionRequest

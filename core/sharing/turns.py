@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class CheckTurns:
+class Turns:
     """A free place goes to the owner with the fewest places, among these to another than the one that leaves it. Of one
     event loop."""
 

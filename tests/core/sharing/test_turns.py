@@ -1,14 +1,14 @@
-"""Owners take turns with their checks, whatever the others have."""
+"""Owners take turns with their work, whatever the others have."""
 
 from __future__ import annotations
 
 import asyncio
 from asyncio import sleep
 
-from llamaclust.model.grammars.check_turns import CheckTurns
+from llamaclust.core.sharing.turns import Turns
 
 
-async def _work(turns: CheckTurns, owner: str, order: list[str]) -> None:
+async def _work(turns: Turns, owner: str, order: list[str]) -> None:
     async with turns.turn(owner):
         order.append(owner)
         await sleep(0)
@@ -16,7 +16,7 @@ async def _work(turns: CheckTurns, owner: str, order: list[str]) -> None:
 
 
 async def test_an_owner_with_much_work_delays_its_own_alone() -> None:
-    turns, order = CheckTurns(2), list[str]()
+    turns, order = Turns(2), list[str]()
     async with asyncio.TaskGroup() as group:
         for owner in "aaaaaabbc":
             group.create_task(_work(turns, owner, order))
@@ -25,7 +25,7 @@ async def test_an_owner_with_much_work_delays_its_own_alone() -> None:
 
 
 async def test_a_single_owner_has_all_places() -> None:
-    turns, order = CheckTurns(2), list[str]()
+    turns, order = Turns(2), list[str]()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_work(turns, "a", order)) for _ in range(3)]
         await sleep(0)
@@ -35,7 +35,7 @@ async def test_a_single_owner_has_all_places() -> None:
 
 async def test_work_that_is_cancelled_keeps_no_place() -> None:
     """While it waits, in its turn, and as its turn comes."""
-    turns, order = CheckTurns(1), list[str]()
+    turns, order = Turns(1), list[str]()
     for steps in range(8):
         tasks = [asyncio.create_task(_work(turns, owner, order)) for owner in "abca"]
         for _ in range(steps):

@@ -1,0 +1,1 @@
+"""How owners of work share what is scarce: places by turns, room by what is free."""

@@ -109,7 +109,8 @@ def _line(state: State) -> str:
 
 def _view(state: State) -> Group:
     workers = state["workers"]
-    below = (Text(line) for line in (*gpu_lines(workers), *_kv_disk_lines(workers)))
+    lines = (*_quarantine_lines(workers), *gpu_lines(workers), *_kv_disk_lines(workers))
+    below = (Text(line) for line in lines)
     absent = (Text(f"absent: {terminal.printable(', '.join(state['absent']))}") for _ in state["absent"][:1])
     return Group(*(Text(line) for line in _head(state)), _workers(workers), *below, *absent)
 
@@ -148,6 +149,15 @@ def _model(model: State) -> str:
     """Its state, and the requests that it has."""
     counts = ", ".join(f"{count} {what}" for what, count in model["requests"].items() if count)
     return f"{terminal.printable(model['name'])} {model['state']}{f' ({counts})' if counts else ''}"
+
+
+def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
+    """One for each worker that plans exclude because it failed."""
+    for worker in workers:
+        if quarantine := worker.get("quarantine"):
+            pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"
+            reason = terminal.printable(quarantine["reason"])
+            yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
@@ -194,9 +204,14 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
         figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
         times = (_number(worker["decode_ms"]), _number(worker["predicted_decode_ms"]))
-        what = f"{worker['state']}, drained" if worker["drained"] else worker["state"]
+        marks = [mark for mark, is_set in _marks(worker) if is_set]
+        what = ", ".join((worker["state"], *marks))
         table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures, *times)
     return table
+
+
+def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
+    return ("drained", worker["drained"]), ("quarantined", worker.get("quarantine") is not None)
 
 
 def _number(value: float | None) -> str:

@@ -96,21 +96,26 @@ class ActionRunner:
     def _expel(self, expulsion: Expulsion) -> None:
         name, join = expulsion.worker
         if expulsion.stays:
-            what = f"layers of model {self.planner.config.model_name}"
-            self._report(Notice(f"worker {name} gets no {what} for a time: {expulsion.reason}"))
+            config = self.planner.config
+            what = f"layers of model {config.model_name}" if config.models else "layers"
+            pause = f"for {expulsion.pause_s:g} s where the others suffice"
+            self._report(Notice(f"worker {name} gets no {what} {pause}: {expulsion.reason}"))
         elif self._registry.joins[name] == join:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Without the quarantined workers where the others suffice."""
+        """Without the quarantined workers where the others suffice; else without those that failed most often."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
-        others = {name: worker for name, worker in usable.items() if name not in inputs.quarantined}
+        excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
         plan, failure = None, None
         async with self.planner.ledger.lock:
             self._take_version(inputs.model_id)
             self.planner.ledger.planned(self.epochs.model_id)
-            for workers in (others, usable) if len(others) < len(usable) else (usable,):
+            for count in range(len(excluded), -1, -1):
+                workers = {name: worker for name, worker in usable.items() if name not in excluded[:count]}
+                if count and not workers:
+                    continue
                 try:
                     plan, failure = await self.planner.plan(workers, inputs.partitions), None
                     break

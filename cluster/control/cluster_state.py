@@ -1,29 +1,17 @@
-"""The state that the supervisor decides from, and how each observation changes it. Pure."""
+"""The state that the supervisor decides from. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.failures.quarantine import Quarantine
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
-from llamaclust.cluster.control.quarantine import Quarantine
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import (
-    DeadlineError,
-    InsufficientMemoryError,
-    LlamaclustError,
-    ProtocolError,
-    StalledError,
-    WorkerError,
-)
-
-_MAX_LOADS = 3
-"""That fail before their workers are expelled."""
-_LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +59,13 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that is to count as lost, and the notice why. `stays`: it serves other models, and is only to hold
-    nothing of this one."""
+    """A worker that is to count as lost, and the notice why. `stays`: it is only to hold no layers of this model for
+    `pause_s`, where the others suffice."""
 
     worker: Incarnation
     reason: str
     stays: bool = False
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +92,8 @@ class PipelineLoss:
 
     since_s: float
     error: LlamaclustError | None = None
+    requests: frozenset[int] = frozenset()  # keys of those in flight
+    causes: frozenset[int] = frozenset()  # keys of requests that were the cause
     is_closed: bool = False
     failed_because: str | None = None  # requests were failed for this reason
 
@@ -182,9 +173,7 @@ class ClusterState:
         """Whether a load of the newest plan is of no use any more."""
         planning = self.planning
         return (
-            planning is not None
-            and planning.plan is not None
-            and _is_useless(planning.plan, planning.inputs, self.pool)
+            planning is not None and planning.plan is not None and is_useless(planning.plan, planning.inputs, self.pool)
         )
 
     @property
@@ -203,180 +192,21 @@ class ClusterState:
         return planning.error or planning.rejected or self.loading.error
 
     @property
+    def has_failing_workers(self) -> bool:
+        """Whether the serving epoch has a quarantined worker that the newest plan does without."""
+        planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
+        serving = () if self.serving is None else self.serving.workers
+        return any(name in self.inputs.quarantined and name not in planned for name, _ in serving)
+
+    @property
     def has_lost_workers(self) -> bool:
         """Whether a worker of the serving epoch is lost."""
         workers = () if self.serving is None else self.serving.workers
         return any(self.pool.present.get(name) != join for name, join in workers)
 
 
-def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
-    """The state after an observation."""
-    pool, planning, loss = state.pool, state.planning, state.loss
-    match observation:
-        case seen.Tick():
-            return replace(state, tick=observation)
-        case seen.Signal.ACTION_ENDED:
-            return replace(state, is_acting=False)
-        case seen.Noticed(text):
-            return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
-        case seen.Planned(inputs, plan, error, served, is_beside):
-            serving = state.serving and state.serving.predicted(served)
-            if loss is not None and plan is not None and planning is not None and planning.lacks_memory:
-                loss = replace(loss, since_s=state.tick.now_s)  # the wait for other models is no recovery
-            planning = Planning(inputs, plan, error, is_beside=is_beside)
-            return replace(state, planning=planning, serving=serving, loss=loss)
-        case seen.EpochLoadFailed():
-            return _load_failed(state, observation)
-        case seen.Signal.EPOCH_LOADED:
-            return replace(state, loading=replace(state.loading, is_loaded=True))
-        case seen.Signal.EPOCH_SERVING:
-            return _serving(state)
-        case seen.PipelineLost(error):
-            planning = planning and replace(planning, rejected=None, is_noticed=False)
-            return replace(state, loss=PipelineLoss(state.tick.now_s, error), planning=planning)
-        case seen.Signal.PIPELINE_CLOSED:
-            state = replace(state, retiring=None)
-            return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
-        case seen.Signal.RETIRING_EMPTY:
-            return replace(state, retiring=state.retiring and replace(state.retiring, is_empty=True))
-        case seen.Signal.RETIRING_FREED:
-            return replace(state, retiring=None)
-        case seen.RequestsFailed(reason):
-            return replace(state, loss=loss and replace(loss, failed_because=reason))
-        case seen.Signal.WORKERS_EXPELLED:
-            return replace(state, expulsions=())
-        case seen.Signal.WAKE_REQUESTED:
-            return _awake(state)
-        case seen.Signal.SLEEP_REQUESTED:
-            return replace(state, is_wanted=False)
-        case seen.Signal.TURN_ENDED:
-            return replace(state, is_wanted=False, has_given_way=True)
-        case seen.Signal.ASLEEP:
-            state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
-            loss = PipelineLoss(state.tick.now_s, is_closed=True)
-            return replace(state, loss=loss, is_unloaded=not state.is_wanted)
-        case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
-            return replace(state, pool=replace(pool, memory=pool.memory + 1))
-        case seen.VersionWanted(model_id):
-            return replace(state, pool=replace(pool, model_id=model_id))
-        case seen.Signal.LINKS_CHANGED:
-            return replace(state, pool=replace(pool, links=pool.links + 1))
-        case _:
-            return replace(state, pool=_pool_changed(pool, observation))
-
-
-def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolState:
-    match observation:
-        case seen.WorkerSeen(name, join):
-            return replace(pool, present={**pool.present, name: join})
-        case seen.WorkerLost(name):
-            return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
-        case seen.PartitionsChanged(pairs):
-            return replace(pool, partitions=pairs)
-        case seen.DrainRequested(name):
-            return replace(pool, drained=pool.drained | {name})
-        case seen.UndrainRequested(name):
-            return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
-
-
-def _awake(state: ClusterState) -> ClusterState:
-    """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
-    if state.is_asleep:
-        state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
-    return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
-
-
-def _attribute(state: ClusterState) -> ClusterState:
-    """A worker that breaks the protocol is expelled, unless one that is lost is the cause."""
-    loss, serving = state.loss, state.serving
-    assert loss is not None and serving is not None
-    if not isinstance(loss.error, ProtocolError) or state.has_lost_workers:
-        return state
-    return replace(state, expulsions=(*state.expulsions, Expulsion(serving.workers[-1], str(loss.error))))
-
-
-def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
-    workers that fail again and again, or do not answer, are expelled. One whose memory was less than it had
-    reported is not at fault: another plan is made from what it reports now."""
-    planning = state.planning
-    assert planning is not None and planning.plan is not None
-    stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
-    hanging = {suspect.name: f"it hangs: {suspect.error}" for suspect in stalled}
-    if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
-        return _expel(state, planning.inputs, hanging)
-    if not failed.is_exclusive:
-        return state if state.loss else _move_failed(state, planning, failed)
-    if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
-        return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
-    failures = state.loading.failures + 1
-    retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
-    is_short = any(isinstance(suspect.error, InsufficientMemoryError) for suspect in failed.suspects)
-    is_final = not (is_short and state.is_start) or failures >= _MAX_LOADS
-    state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
-    if is_short:
-        return replace(state, planning=None)
-    return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
-
-
-def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
-    """The old epoch serves on. A worker that serves other models and did not answer is excluded, for another move."""
-    state = replace(state, planning=replace(planning, rejected=failed.error))
-    return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
-
-
-def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Whether the plan is useless, or another worker joined."""
-    return _is_useless(plan, inputs, pool) or not set(pool.usable) <= set(inputs.workers)
-
-
-def _is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
+def is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
     """Whether a worker of the plan is lost or cut off, or is to have no layers."""
     planned = {stage.worker for stage in plan.stages}
     lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
     return lost or pool.is_partitioned(plan)
-
-
-def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Workers that did not answer, or that fail again and again, and the notice of each."""
-    is_failing = state.loading.failures >= _MAX_LOADS
-    reason = f"it takes no part in a new epoch: {failed.error}"
-    return {
-        suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
-    }
-
-
-def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Of a model alone, they are expelled. A model that does not load is no reason to take others from a worker."""
-    if state.is_alone:
-        return _expel(state, inputs, reasons)
-    excluded = state.inputs.quarantined
-    new = {name: reason for name, reason in reasons.items() if name not in excluded}
-    return _expel(state, inputs, new, stays=True)
-
-
-def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], *, stays: bool = False) -> ClusterState:
-    quarantine = state.pool.quarantine
-    for name in reasons:
-        quarantine = quarantine.add(name, state.tick.now_s)
-    workers = dict(inputs.workers)
-    expelled = (Expulsion((name, workers[name]), reason, stays) for name, reason in reasons.items())
-    pool = replace(state.pool, quarantine=quarantine)
-    return replace(state, pool=pool, expulsions=(*state.expulsions, *expelled))
-
-
-def _serving(state: ClusterState) -> ClusterState:
-    planning = state.planning
-    assert planning is not None and planning.plan is not None
-    names = [stage.worker for stage in planning.plan.stages]
-    joins = dict(planning.inputs.workers)
-    return replace(
-        state,
-        pool=replace(state.pool, quarantine=state.pool.quarantine.release(names)),
-        loading=Loading(),
-        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names), planning.inputs.model_id),
-        retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
-        loss=None,
-        waits_for="",
-        is_start=False,
-    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.failure_attribution import root_cause
+from llamaclust.cluster.control.failures.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect

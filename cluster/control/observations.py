@@ -57,9 +57,12 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline that gets new requests failed; requests wait."""
+    """The pipeline that gets new requests failed; requests wait. `error` names the worker at fault, where it is known.
+    `requests`: keys of those in flight. `causes`: of requests that were found to be the cause, and end."""
 
     error: LlamaclustError
+    requests: frozenset[int] = frozenset()
+    causes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,10 @@ class EpochLoadFailed:
     is_exclusive: bool
     suspects: tuple[Suspect, ...] = ()
     file_is_absent: bool = False
+
+    def error_of(self, name: str) -> LlamaclustError | None:
+        """Of a worker; None where it is no suspect."""
+        return next((suspect.error for suspect in self.suspects if suspect.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from llamaclust.cluster.control.cluster_state import ClusterState, observe
+from llamaclust.cluster.control.cluster_state import ClusterState
 from llamaclust.cluster.control.observations import Observation
+from llamaclust.cluster.control.state_changes import observe
 
 
 class Observed:

@@ -18,9 +18,9 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import WorkerPool
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import Notice, Report
-from llamaclust.core.errors import LlamaclustError, RequestFailedError
 
 
 class Supervisor:
@@ -112,13 +112,13 @@ class Supervisor:
         self._runner.engine = engine
         await self._loop(is_start=False)
 
-    def pipeline_lost(self, error: LlamaclustError) -> None:
+    def pipeline_lost(self, failure: PipelineFailure) -> None:
         """The engine's report."""
-        if isinstance(error, RequestFailedError):
+        for error in failure.ended.values():
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._launcher.reset_restarts()
-        self.observed.post(seen.PipelineLost(error))
+        self.observed.post(seen.PipelineLost(failure.error, failure.requests, failure.causes))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):

@@ -10,6 +10,7 @@ from functools import partial
 from time import monotonic_ns
 from typing import Self
 
+from llamaclust.cluster.engine.failures import PipelineFailure, failure_of, stage_error
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
@@ -21,12 +22,10 @@ from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled, Update
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
 from llamaclust.core.errors import (
     ClusterStoppingError,
     DeadlineError,
     LlamaclustError,
-    RequestFailedError,
     WorkerError,
 )
 from llamaclust.wire.microbatch.messages import Result
@@ -82,7 +81,7 @@ class Engine:
         pipeline: Pipeline,
         settings: SchedulerSettings,
         deadlines: EngineSettings | None = None,
-        on_lost: Callable[[LlamaclustError], None] | None = None,
+        on_lost: Callable[[PipelineFailure], None] | None = None,
     ) -> None:
         self.retirement: Retirement | None = None  # of the lane before the present one
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
@@ -194,7 +193,7 @@ class Engine:
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if result.failure is not None:
-            self._lose(lane, WorkerError(result.failure), result.number)
+            self._lose(lane, stage_error(result, lane.pipeline.stages), result.number)
 
     def _complete(self, lane: Lane, result: Result, done_ns: int) -> list[_Updated]:
         in_flight = lane.scheduler.in_flight
@@ -281,18 +280,15 @@ class Engine:
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
         """A pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
-        failed: dict[int, LlamaclustError] = {}
-        if self._phase is _Phase.RUNNING and self._on_lost is not None and isinstance(error, LlamaclustError):
-            for sequence in lane.scheduler.strikes.add(lane.scheduler.in_flight.slices(microbatch)):
-                what = f"request {sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
-                failed[sequence.key] = RequestFailedError(
-                    f"{what} while it computed this request, at last alone: {error}"
-                )
-        if lane is not self._lane and isinstance(error, LlamaclustError):
+        if self._phase is not _Phase.RUNNING or self._on_lost is None or not isinstance(error, LlamaclustError):
+            self.interrupt(error)
+            return
+        failure = failure_of(error, lane.scheduler, lane.pipeline.stages, microbatch)
+        if lane is not self._lane:
             self._end_retirement(error)
         else:
-            self.interrupt(next(iter(failed.values()), error))
-        for key, reason in failed.items():
+            self._interrupt(failure)
+        for key, reason in failure.ended.items():
             self._abort(key, reason)
 
     def interrupt(self, error: BaseException) -> None:
@@ -300,12 +296,16 @@ class Engine:
         if self._on_lost is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
         elif self._phase is _Phase.RUNNING:
-            self._lane.stop()
-            self._end_retirement()
-            self._phase = _Phase.LOST
-            self.waterfalls.lost(monotonic_ns())
-            self.error = error
-            self._on_lost(error)
+            self._interrupt(PipelineFailure(error))
+
+    def _interrupt(self, failure: PipelineFailure) -> None:
+        assert self._on_lost is not None
+        self._lane.stop()
+        self._end_retirement()
+        self._phase = _Phase.LOST
+        self.waterfalls.lost(monotonic_ns())
+        self.error = failure.error
+        self._on_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
         """Gives up the pipeline, until `resume`, if no request is open; whether it does. An engine that gives way does

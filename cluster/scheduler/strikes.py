@@ -48,6 +48,16 @@ class _Suspected:
         self.strikes += is_alone or self.strikes < _ISOLATED
 
 
+@dataclass(frozen=True, slots=True)
+class StruckOut:
+    """A sequence that is to fail. `workers`: at fault in its failures, None where that was not known. `has_results`:
+    something was computed between the first of these and the last."""
+
+    sequence: Sequence
+    workers: frozenset[str | None]
+    has_results: bool
+
+
 @dataclass(slots=True)
 class _Record:
     """Of a sequence that was in flight when a pipeline failed, until its suspected rows are computed."""
@@ -55,6 +65,8 @@ class _Record:
     sequence: Sequence
     suspected: list[_Suspected] = field(default_factory=list)
     interrupted: int = 0  # failures while it was isolated and none of its suspected rows was in flight
+    workers: set[str | None] = field(default_factory=set)  # at fault in these failures; None: not known
+    has_results: bool = False  # any came since the first failure
 
     @property
     def strikes(self) -> int:
@@ -102,23 +114,31 @@ class Strikes:
         to_suspected = min(ahead, default=0)
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
-    def add(self, slices: Iterable[SequenceSlice]) -> list[Sequence]:
-        """The pipeline failed with these in flight. Returns the sequences that are to fail."""
+    def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
+        """The pipeline failed with these in flight, by the fault of a worker where that is known. Returns the sequences
+        that are to fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]
         struck = []
         for sequence, rows in in_flight.items():
             record = self._records.setdefault(sequence.key, _Record(sequence))
+            record.workers.add(worker)
             if record.strike(rows, is_alone=is_alone):
                 struck.append(record)
         self._is_paused = isolated is not None and isolated not in struck
         if isolated is not None and self._is_paused:
             isolated.interrupted += 1
-        return [record.sequence for record in struck if record.strikes >= MAX_STRIKES]
+        return [
+            StruckOut(record.sequence, frozenset(record.workers), record.has_results)
+            for record in struck
+            if record.strikes >= MAX_STRIKES
+        ]
 
     def computed(self, sequence: Sequence, end: int) -> None:
         """The pipeline has computed rows of it up to this one."""
+        for other in self._records.values():
+            other.has_results = True
         record = self._records.get(sequence.key)
         if record is not None:
             record.computed(end)

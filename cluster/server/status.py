@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from llamaclust.core.epochs import epoch_text
 from llamaclust.core.gpus import UNUSED_BY_PARTS
 
 if TYPE_CHECKING:
+    from llamaclust.cluster.control.supervisor import Supervisor
     from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 
 _MOST_LISTED = 64
@@ -95,7 +97,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "insecure": cluster.config.insecure,
         "workers": [
             _worker(workers[name], served.loader.versions.served_id, reports.get(name), predicted.get(name))
-            | {"drained": name in cluster.pool.operations.drained}
+            | {"drained": name in cluster.pool.operations.drained, "quarantine": _quarantine(supervisor, name)}
             for name in in_order(cluster.config, workers)
         ],
         "absent": cluster.launcher.missing(workers),
@@ -107,6 +109,16 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "speed": _speed(served.plan, engine.metrics.speed()),
         "models": [_model(each, cluster.residency.residents[each.name]) for each in cluster.models],
     }
+
+
+def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
+    """Why plans exclude a worker where the others suffice, and for how long still; None: they do not."""
+    quarantine, now_s = supervisor.observed.state.pool.quarantine, asyncio.get_running_loop().time()
+    if name not in quarantine.names(now_s):
+        return None
+    record = quarantine.records[name]
+    figures = {"failures": record.failures, "pause_s": record.pause_s, "left_s": record.end_s - now_s}
+    return {**figures, "reason": record.reason}
 
 
 def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:

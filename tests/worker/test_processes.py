@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control import failure_attribution
+from llamaclust.cluster.control.failures import failure_attribution
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
+from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch

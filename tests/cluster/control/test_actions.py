@@ -161,14 +161,14 @@ async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeyp
 async def test_a_worker_that_stays_for_other_models_is_not_fenced(stays: bool) -> None:
     fenced, events = list[str](), list[Event]()
     runner = action_runner(observed_cluster(), ANYTHING)
-    runner.planner.config = SimpleNamespace(model_name="m")  # type: ignore[assignment]
+    runner.planner.config = SimpleNamespace(model_name="m", models=("m",))  # type: ignore[assignment]
     runner._report = events.append
     registry = SimpleNamespace(
         workers={"b": "b"}, joins={"b": 2}, fence=lambda name, why: fenced.append(f"{name}: {why}")
     )
     runner._registry = registry  # type: ignore[assignment]
-    await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays),)))
-    notice = Notice("worker b gets no layers of model m for a time: its disk is bad")
+    await runner.run(Expel((Expulsion(("b", 2), "its disk is bad", stays, 10.0),)))
+    notice = Notice("worker b gets no layers of model m for 10 s where the others suffice: its disk is bad")
     assert (fenced, events) == (([], [notice]) if stays else (["b: its disk is bad"], []))
     assert await runner.observed.next(None) is seen.Signal.WORKERS_EXPELLED
 

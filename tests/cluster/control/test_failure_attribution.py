@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control import failure_attribution
-from llamaclust.cluster.control.failure_attribution import attribute_failure, root_cause
+from llamaclust.cluster.control.failures import failure_attribution
+from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, root_cause
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import WorkerError

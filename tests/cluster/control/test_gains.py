@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.cluster_state import ClusterState, Planning, PoolState, Waits, observe
+from llamaclust.cluster.control.cluster_state import ClusterState, Planning, PoolState, Waits
 from llamaclust.cluster.control.observations import Planned, Tick
 from llamaclust.cluster.control.reconcile import Action, LoadEpoch, Wait, reconcile
 from llamaclust.cluster.control.serving import Serving
+from llamaclust.cluster.control.state_changes import observe
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan

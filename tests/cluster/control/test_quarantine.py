@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
-from llamaclust.cluster.control.quarantine import Quarantine
+from llamaclust.cluster.control.failures.quarantine import Quarantine
+
+NONE = frozenset[str]()
+
+
+def failing(quarantine: Quarantine, name: str, now_s: float, *requests: int) -> Quarantine:
+    return quarantine.failed(name, "a step failed", frozenset(requests), now_s)
 
 
 def test_the_time_doubles_after_each_failure() -> None:
-    quarantine, pauses = Quarantine(), []
+    quarantine, pauses, now_s = Quarantine(), [], 100.0
     for _ in range(12):
-        quarantine = quarantine.add("b", 100.0)
-        assert quarantine.names(100.0) == {"b"}
-        pauses.append(quarantine.terms["b"][1] - 100.0)
+        quarantine = quarantine.exclude("b", "it does not load", now_s)
+        assert quarantine.names(now_s) == {"b"}
+        pauses.append(quarantine.records["b"].pause_s)
+        now_s = quarantine.records["b"].end_s
     assert pauses == [10, 20, 40, 80, 160, 320, *[600] * 6]
 
 
+def test_a_second_failure_excludes_whichever_requests_were_in_flight() -> None:
+    for first, second in (((1, 2), (3,)), ((1,), (1,)), ((), ())):
+        quarantine = failing(Quarantine(), "b", 0.0, *first)
+        assert quarantine.names(0.0) == NONE and quarantine.next_end_s(0.0) is None
+        quarantine = failing(quarantine, "b", 1.0, *second)
+        assert quarantine.names(1.0) == {"b"} and quarantine.next_end_s(1.0) == 11.0
+        assert quarantine.records["b"].text == "it failed 2 times, last: a step failed"
+
+
+def test_one_failure_after_the_quarantine_begins_the_next_and_those_within_it_do_not_count() -> None:
+    """A worker that others cannot replace is used meanwhile, and may fail as often as it is asked."""
+    quarantine = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1)
+    for now_s in (1.1, 2.0, 10.9):
+        assert failing(quarantine, "b", now_s, 2) == quarantine
+    assert failing(quarantine, "b", 11.0, 2).records["b"].pause_s == 20.0
+
+
+def test_failures_are_forgotten_where_the_worker_serves_for_long_enough() -> None:
+    once = failing(Quarantine(), "b", 0.0, 1)
+    assert failing(once, "b", 600.0, 1).names(600.0) == {"b"}
+    assert failing(once, "b", 601.0, 1).names(601.0) == NONE
+    often, now_s = Quarantine(), 0.0
+    for _ in range(8):
+        often = failing(often, "b", now_s, 1)
+        now_s = often.records["b"].end_s
+    assert often.records["b"].pause_s == 600.0
+    assert failing(often, "b", now_s + 6000.0, 1).names(now_s + 6000.0) == {"b"}
+    assert failing(often, "b", now_s + 6001.0, 1).names(now_s + 6001.0) == NONE
+
+
+def test_workers_are_released_that_failed_while_the_request_at_fault_was_in_flight_alone() -> None:
+    quarantine = failing(failing(Quarantine(), "c", 0.0, 1, 7), "c", 1.0, 7, 8)
+    quarantine = failing(failing(quarantine, "b", 2.0, 7), "b", 3.0, 7)
+    quarantine = failing(failing(quarantine, "a", 4.0, 7), "a", 5.0, 8)
+    assert quarantine.names(5.0) == {"a", "b", "c"}
+    assert quarantine.exonerate(frozenset({7})).names(5.0) == {"a"}
+    assert quarantine.exonerate(frozenset({1})).names(5.0) == {"a", "b", "c"}
+
+
 def test_it_ends_by_itself_or_with_a_release() -> None:
-    quarantine = Quarantine().add("a", 0.0).add("b", 5.0)
+    quarantine = Quarantine().exclude("a", "", 0.0).exclude("b", "", 5.0)
     assert quarantine.next_end_s(0.0) == 10.0 and quarantine.next_end_s(12.0) == 15.0
     assert quarantine.names(12.0) == {"b"} and quarantine.names(15.0) == frozenset()
     assert quarantine.next_end_s(15.0) is None
     released = quarantine.release(["b"])
     assert released.names(0.0) == {"a"}
-    assert released.add("b", 20.0).terms["b"][1] == 30.0, "failures before the release do not count"
+    assert released.exclude("b", "", 20.0).records["b"].end_s == 30.0, "failures before the release do not count"
+
+
+def test_those_that_failed_most_often_come_first() -> None:
+    quarantine = Quarantine().exclude("a", "", 0.0).exclude("b", "", 0.0).exclude("c", "", 0.0)
+    quarantine = quarantine.exclude("b", "", 10.0)
+    assert quarantine.worst_first({"a", "b", "c"}) == ["b", "a", "c"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.cluster_state import Expulsion
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import (
     Abort,
@@ -43,6 +44,7 @@ from support.plans.observed_cluster import (
     RECOVERY_S,
     START_S,
     Cluster,
+    fault_of,
     plan_of,
 )
 
@@ -248,13 +250,13 @@ def test_the_loss_of_the_last_holder_is_the_reason_to_wait() -> None:
 
 def test_a_worker_that_breaks_the_protocol_is_expelled() -> None:
     cluster = Cluster.serving()
-    last = cluster.state.serving.workers[-1] if cluster.state.serving else None
-    action = cluster.lose_pipeline(ProtocolError("a damaged result"))
-    assert isinstance(action, Expel) and action.expulsions[0].worker == last
-    assert action.expulsions[0].reason == "a damaged result"
+    damaged = fault_of("b", "a damaged result", ProtocolError)
+    action = cluster.lose_pipeline(damaged)
+    assert action == Expel((Expulsion(("b", 2), "a damaged result"),))
     other = Cluster.serving()
     other.see(seen.WorkerLost("a"))
-    assert isinstance(other.lose_pipeline(ProtocolError("a damaged result")), MakePlan), "the loss is the cause"
+    assert isinstance(other.lose_pipeline(damaged), MakePlan), "the loss is the cause"
+    assert not other.state.pool.quarantine.records
 
 
 def test_failures_one_after_the_other_end_no_request() -> None:

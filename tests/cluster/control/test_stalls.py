@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control import quarantine
+from llamaclust.cluster.control.failures import quarantine
 from llamaclust.cluster.membership.worker_channel import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights

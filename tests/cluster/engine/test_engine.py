@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState, _done_ns
+from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
@@ -229,7 +230,7 @@ async def test_closing_the_engine_ends_every_stream() -> None:
 
 
 async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> None:
-    lost: list[LlamaclustError] = []
+    lost: list[PipelineFailure] = []
     pipeline, error = FakePipeline(SETTINGS.kv_blocks), WorkerError("worker w1 is lost")
     async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
         failed = engine.submit(generation())
@@ -240,7 +241,7 @@ async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> N
         await asyncio.sleep(0)  # the launch that was due runs
         engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
         assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
-    assert lost == [error]
+    assert [failure.error for failure in lost] == [error]
 
 
 async def test_metrics_and_stage_report() -> None:

@@ -11,10 +11,11 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
@@ -30,7 +31,7 @@ class Lanes:
     engine: Engine
     pipelines: list[FakePipeline]
     settings: SchedulerSettings
-    lost: list[LlamaclustError]
+    lost: list[PipelineFailure]
     _streams: list[tuple[GenerationRequest, asyncio.Task[list[Event]]]] = field(default_factory=list)
     _tokens: int = 0
 
@@ -68,7 +69,7 @@ class Lanes:
 
 @asynccontextmanager
 async def lanes(settings: SchedulerSettings = SETTINGS, **deadlines: float) -> AsyncIterator[Lanes]:
-    pipeline, lost = FakePipeline(settings.kv_blocks), list[LlamaclustError]()
+    pipeline, lost = FakePipeline(settings.kv_blocks), list[PipelineFailure]()
     engine = Engine(pipeline, settings, EngineSettings(**deadlines), on_lost=lost.append)
     async with asyncio.timeout(60), engine:
         run = Lanes(engine, [pipeline], settings, lost)

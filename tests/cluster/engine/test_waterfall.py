@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
@@ -20,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import WorkerError
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline
 from support.clusters.served import until
@@ -149,7 +150,7 @@ async def test_adapters_of_a_request_are_known_by_their_names() -> None:
 
 
 async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:
-    lost: list[LlamaclustError] = []
+    lost: list[PipelineFailure] = []
     pipeline = FakePipeline(SETTINGS.kv_blocks)
     async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
         stream = engine.submit(request())

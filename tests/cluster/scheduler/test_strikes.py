@@ -62,9 +62,9 @@ class Poisonable:
     def fail(self, number: int | None = None) -> None:
         scheduler = self.run.scheduler
         self.failures += 1
-        for sequence in scheduler.strikes.add(scheduler.in_flight.slices(number)):
-            self.failed.append(sequence.request.seed)
-            scheduler.abort(sequence.key)
+        for struck in scheduler.strikes.add(scheduler.in_flight.slices(number)):
+            self.failed.append(struck.sequence.request.seed)
+            scheduler.abort(struck.sequence.key)
         self.run.stages = self._stages()
         self.run.sent.clear()
         scheduler.restart(self.settings, self.failures + 1, len(self.run.stages.stage_ns))

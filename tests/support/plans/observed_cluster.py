@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits, observe
+from llamaclust.cluster.control.cluster_state import ClusterState, PipelineLoss, Waits
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import Action, ClosePipeline, Notify, Wait, reconcile
+from llamaclust.cluster.control.state_changes import observe
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, ProtocolError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, ProtocolError, WorkerError
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 
 RECOVERY_S = 120.0
@@ -24,6 +25,13 @@ def plan_of(*names: str) -> Plan:
 
 
 BOTH, ONLY_A, ONLY_B, ALL = plan_of("a", "b"), plan_of("a"), plan_of("b"), plan_of("a", "b", "c")
+
+
+def fault_of(name: str, text: str = "broken", kind: type[WorkerError | ProtocolError] = WorkerError) -> LlamaclustError:
+    """An error that names the worker at fault."""
+    error = kind(text)
+    error.worker = name
+    return error
 
 
 @dataclass
@@ -58,8 +66,14 @@ class Cluster:
     def at(self, now_s: float) -> Action | None:
         return self.see(seen.Tick(now_s))
 
-    def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
-        assert self.see(seen.PipelineLost(error)) == ClosePipeline()
+    def lose_pipeline(
+        self,
+        error: LlamaclustError = BROKEN,
+        *,
+        requests: frozenset[int] = frozenset(),
+        causes: frozenset[int] = frozenset(),
+    ) -> Action | None:
+        assert self.see(seen.PipelineLost(error, requests, causes)) == ClosePipeline()
         return self.see(seen.Signal.PIPELINE_CLOSED)
 
     def load_failed(

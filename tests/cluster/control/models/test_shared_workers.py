@@ -8,10 +8,11 @@ from functools import partialmethod
 import pytest
 
 from llamaclust.cluster.control import observations as seen
-from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits, observe
+from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits
 from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import Action, Expel, LoadEpoch, MakePlan, Notify, Wait, reconcile
+from llamaclust.cluster.control.state_changes import observe
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle

@@ -1,0 +1,88 @@
+"""Workers that fail without being lost for good, and for how long plans exclude them. Pure.
+
+A worker fails where a step of its stage raises an error, gives numbers that are not finite or takes too long, where its
+answers break the protocol or do not come, where it is lost, or where it does not load its layers. One failure says
+little: it may be a request's fault, or happen once. After a second one plans exclude the worker where the others
+suffice, and after each further one twice as long: it is tried again after each pause.
+
+A request that breaks each worker that computes it looks like a failing worker until it has moved to others. It was in
+flight at every failure that it caused; once it has ended for that, those workers are released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from llamaclust.core.backoff import Backoff
+
+_BACKOFF = Backoff(first_s=10.0, max_s=600.0)
+_FREE = 1
+"""Failures before the first exclusion."""
+_REMEMBERED_S = 600.0
+_PAUSES_REMEMBERED = 10
+"""Without a failure for so many times its last pause, and at least `_REMEMBERED_S`, a worker starts anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRecord:
+    """A worker's failures. `end_s`: until then plans exclude it. `requests`: those in flight at each of the failures,
+    which may be the cause instead."""
+
+    failures: int
+    pause_s: float
+    end_s: float
+    reason: str  # of the last one
+    requests: frozenset[int] = frozenset()
+
+    def is_forgotten(self, now_s: float) -> bool:
+        return now_s > self.end_s + max(_REMEMBERED_S, _PAUSES_REMEMBERED * self.pause_s)
+
+    @property
+    def text(self) -> str:
+        return f"it failed {self.failures} times, last: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    records: Mapping[str, FailureRecord] = field(default_factory=dict)  # by the worker's name
+
+    def failed(self, name: str, reason: str, requests: frozenset[int], now_s: float) -> Quarantine:
+        """A worker failed while it served, with these requests in flight."""
+        return self._add(name, reason, requests, now_s, least=1)
+
+    def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
+        """A worker failed so often, or in such a way, that plans exclude it at once."""
+        return self._add(name, reason, frozenset(), now_s, least=_FREE + 1)
+
+    def _add(self, name: str, reason: str, requests: frozenset[int], now_s: float, *, least: int) -> Quarantine:
+        """What a worker does in its quarantine, because the others do not suffice, does not extend it."""
+        before = self.records.get(name)
+        if before is not None and before.is_forgotten(now_s):
+            before = None
+        if before is not None and now_s < before.end_s:
+            return self
+        failures = max(least, 1 if before is None else before.failures + 1)
+        pause_s = 0.0 if failures <= _FREE else _BACKOFF.pause_s(failures - _FREE - 1)
+        suspected = requests if before is None else before.requests & requests
+        record = FailureRecord(failures, pause_s, now_s + pause_s, reason, suspected)
+        return Quarantine({**self.records, name: record})
+
+    def release(self, names: Collection[str]) -> Quarantine:
+        """Workers that an operator makes available again."""
+        return Quarantine({name: record for name, record in self.records.items() if name not in names})
+
+    def exonerate(self, requests: frozenset[int]) -> Quarantine:
+        """These requests were the cause: workers that failed only while one of them was in flight are released."""
+        return self.release([name for name, record in self.records.items() if record.requests & requests])
+
+    def names(self, now_s: float) -> frozenset[str]:
+        """The workers that are excluded now."""
+        return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
+
+    def worst_first(self, names: Collection[str]) -> list[str]:
+        """By their failures."""
+        return sorted(names, key=lambda name: (-self.records[name].failures, name))
+
+    def next_end_s(self, now_s: float) -> float | None:
+        return min((record.end_s for record in self.records.values() if record.end_s > now_s), default=None)

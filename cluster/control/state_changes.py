@@ -1,0 +1,222 @@
+"""How each observation changes the state that the supervisor decides from. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.cluster_state import (
+    ClusterState,
+    Expulsion,
+    Loading,
+    PipelineLoss,
+    Planning,
+    PoolState,
+    Retiring,
+    is_useless,
+)
+from llamaclust.cluster.control.observations import Incarnation, PlanInputs
+from llamaclust.cluster.control.serving import Serving
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ProtocolError, StalledError
+
+_MAX_LOADS = 3
+"""That fail before their workers are expelled."""
+_LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
+
+
+def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
+    """The state after an observation."""
+    pool, planning, loss = state.pool, state.planning, state.loss
+    match observation:
+        case seen.Tick():
+            return replace(state, tick=observation)
+        case seen.Signal.ACTION_ENDED:
+            return replace(state, is_acting=False)
+        case seen.Noticed(text):
+            return replace(state, planning=planning and replace(planning, is_noticed=True), waits_for=text)
+        case seen.Planned(inputs, plan, error, served, is_beside):
+            serving = state.serving and state.serving.predicted(served)
+            if loss is not None and plan is not None and planning is not None and planning.lacks_memory:
+                loss = replace(loss, since_s=state.tick.now_s)  # the wait for other models is no recovery
+            planning = Planning(inputs, plan, error, is_beside=is_beside)
+            return replace(state, planning=planning, serving=serving, loss=loss)
+        case seen.EpochLoadFailed():
+            return _load_failed(state, observation)
+        case seen.Signal.EPOCH_LOADED:
+            return replace(state, loading=replace(state.loading, is_loaded=True))
+        case seen.Signal.EPOCH_SERVING:
+            return _serving(state)
+        case seen.PipelineLost(error, requests, causes):
+            planning = planning and replace(planning, rejected=None, is_noticed=False)
+            return replace(state, loss=PipelineLoss(state.tick.now_s, error, requests, causes), planning=planning)
+        case seen.Signal.PIPELINE_CLOSED:
+            state = replace(state, retiring=None)
+            return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
+        case seen.Signal.RETIRING_EMPTY:
+            return replace(state, retiring=state.retiring and replace(state.retiring, is_empty=True))
+        case seen.Signal.RETIRING_FREED:
+            return replace(state, retiring=None)
+        case seen.RequestsFailed(reason):
+            return replace(state, loss=loss and replace(loss, failed_because=reason))
+        case seen.Signal.WORKERS_EXPELLED:
+            return replace(state, expulsions=())
+        case seen.Signal.WAKE_REQUESTED:
+            return _awake(state)
+        case seen.Signal.SLEEP_REQUESTED:
+            return replace(state, is_wanted=False)
+        case seen.Signal.TURN_ENDED:
+            return replace(state, is_wanted=False, has_given_way=True)
+        case seen.Signal.ASLEEP:
+            state = replace(state, serving=None, retiring=None, planning=None, loading=Loading(), waits_for="")
+            loss = PipelineLoss(state.tick.now_s, is_closed=True)
+            return replace(state, loss=loss, is_unloaded=not state.is_wanted)
+        case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
+            return replace(state, pool=replace(pool, memory=pool.memory + 1))
+        case seen.VersionWanted(model_id):
+            return replace(state, pool=replace(pool, model_id=model_id))
+        case seen.Signal.LINKS_CHANGED:
+            return replace(state, pool=replace(pool, links=pool.links + 1))
+        case _:
+            return replace(state, pool=_pool_changed(pool, observation))
+
+
+def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolState:
+    match observation:
+        case seen.WorkerSeen(name, join):
+            return replace(pool, present={**pool.present, name: join})
+        case seen.WorkerLost(name):
+            return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
+        case seen.PartitionsChanged(pairs):
+            return replace(pool, partitions=pairs)
+        case seen.DrainRequested(name):
+            return replace(pool, drained=pool.drained | {name})
+        case seen.UndrainRequested(name):
+            return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
+
+
+def _awake(state: ClusterState) -> ClusterState:
+    """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
+    if state.is_asleep:
+        state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
+    return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
+
+
+def _attribute(state: ClusterState) -> ClusterState:
+    """Which worker, or which request, made the pipeline fail. A worker that breaks the protocol is expelled, unless one
+    that is lost is the cause."""
+    loss, serving = state.loss, state.serving
+    assert loss is not None and loss.error is not None and serving is not None
+    if loss.causes:
+        pool = replace(state.pool, quarantine=state.pool.quarantine.exonerate(loss.causes))
+        return replace(state, pool=pool)
+    is_broken_protocol = isinstance(loss.error, ProtocolError)
+    name = loss.error.worker
+    worker = next((worker for worker in serving.workers if worker[0] == name), None)
+    if worker is None or (is_broken_protocol and state.has_lost_workers):
+        return state
+    state = _worker_failed(state, worker, str(loss.error), loss.requests)
+    if is_broken_protocol:
+        return replace(state, expulsions=(*state.expulsions, Expulsion(worker, str(loss.error))))
+    return state
+
+
+def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
+    """It failed while it served. The notice of a quarantine comes with its begin."""
+    (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
+    quarantine = before.failed(name, reason, requests, now_s)
+    state = replace(state, pool=replace(state.pool, quarantine=quarantine))
+    if name not in quarantine.names(now_s) or name in before.names(now_s):
+        return state
+    record = quarantine.records[name]
+    excluded = Expulsion(worker, record.text, stays=True, pause_s=record.pause_s)
+    return replace(state, expulsions=(*state.expulsions, excluded))
+
+
+def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
+    """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
+    workers that fail again and again, or do not answer, are expelled. One whose memory was less than it had
+    reported is not at fault: another plan is made from what it reports now."""
+    planning = state.planning
+    assert planning is not None and planning.plan is not None
+    stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
+    hanging = {suspect.name: f"it hangs: {suspect.error}" for suspect in stalled}
+    serving = () if state.serving is None else state.serving.workers  # whose loss is one of the pipeline
+    for worker in planning.inputs.workers:
+        is_lost = worker not in state.pool.usable and worker not in serving
+        if is_lost and (error := failed.error_of(worker[0])) is not None:
+            state = _worker_failed(state, worker, str(error), frozenset())
+    if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
+        return _expel(state, planning.inputs, hanging)
+    if not failed.is_exclusive:
+        return state if state.loss else _move_failed(state, planning, failed)
+    if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
+        return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
+    failures = state.loading.failures + 1
+    retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
+    is_short = any(isinstance(suspect.error, InsufficientMemoryError) for suspect in failed.suspects)
+    is_final = not (is_short and state.is_start) or failures >= _MAX_LOADS
+    state = replace(state, loading=Loading(failures, failed.error if is_final else None, retry_at_s))
+    if is_short:
+        return replace(state, planning=None)
+    return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
+
+
+def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
+    """The old epoch serves on. A worker that serves other models and did not answer is excluded, for another move."""
+    state = replace(state, planning=replace(planning, rejected=failed.error))
+    return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
+
+
+def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
+    """Whether the plan is useless, or another worker joined."""
+    return is_useless(plan, inputs, pool) or not set(pool.usable) <= set(inputs.workers)
+
+
+def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
+    """Workers that did not answer, or that fail again and again, and the notice of each."""
+    is_failing = state.loading.failures >= _MAX_LOADS
+    reason = f"it takes no part in a new epoch: {failed.error}"
+    return {
+        suspect.name: reason for suspect in failed.suspects if is_failing or isinstance(suspect.error, DeadlineError)
+    }
+
+
+def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
+    """Of a model alone, they are expelled. A model that does not load is no reason to take others from a worker."""
+    if state.is_alone:
+        return _expel(state, inputs, reasons)
+    excluded = state.inputs.quarantined
+    new = {name: reason for name, reason in reasons.items() if name not in excluded}
+    return _expel(state, inputs, new, stays=True)
+
+
+def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], *, stays: bool = False) -> ClusterState:
+    quarantine = state.pool.quarantine
+    for name, reason in reasons.items():
+        quarantine = quarantine.exclude(name, reason, state.tick.now_s)
+    workers = dict(inputs.workers)
+    expelled = (
+        Expulsion((name, workers[name]), reason, stays, quarantine.records[name].pause_s if stays else 0.0)
+        for name, reason in reasons.items()
+    )
+    pool = replace(state.pool, quarantine=quarantine)
+    return replace(state, pool=pool, expulsions=(*state.expulsions, *expelled))
+
+
+def _serving(state: ClusterState) -> ClusterState:
+    planning = state.planning
+    assert planning is not None and planning.plan is not None
+    names = [stage.worker for stage in planning.plan.stages]
+    joins = dict(planning.inputs.workers)
+    return replace(
+        state,
+        loading=Loading(),
+        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names), planning.inputs.model_id),
+        retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
+        loss=None,
+        waits_for="",
+        is_start=False,
+    )

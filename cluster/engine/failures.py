@@ -1,0 +1,56 @@
+"""A pipeline's failure, as its owner gets it: the worker at fault, requests in flight, and those that end with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.strikes import MAX_STRIKES, StruckOut
+from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestFailedError, WorkerError
+from llamaclust.wire.microbatch.messages import Result
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFailure:
+    """`error` names the worker at fault, where that is known."""
+
+    error: LlamaclustError
+    requests: frozenset[int] = frozenset()  # keys of those in flight
+    ended: Mapping[int, LlamaclustError] = field(default_factory=dict)  # by key, requests that end, and why
+
+    @property
+    def causes(self) -> frozenset[int]:
+        """Keys of the requests that were the cause."""
+        return frozenset(key for key, error in self.ended.items() if isinstance(error, RequestFailedError))
+
+
+def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
+    """Of a microbatch that a stage could not compute: only those before it have timings."""
+    assert result.failure is not None
+    error = WorkerError(result.failure)
+    error.worker = stages[min(len(result.timings), len(stages) - 1)].worker
+    return error
+
+
+def failure_of(
+    error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
+) -> PipelineFailure:
+    """Of a microbatch, or of all in flight. Results that break the protocol come from the last stage."""
+    if isinstance(error, ProtocolError) and error.worker is None:
+        error.worker = stages[-1].worker
+    slices = scheduler.in_flight.slices(microbatch)
+    struck_out = scheduler.strikes.add(slices, error.worker)
+    ended = {struck.sequence.key: _ending(struck, error, stages=len(stages)) for struck in struck_out}
+    return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), ended)
+
+
+def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
+    """A worker is the cause that alone was at fault: no other one could take its place, and other stages computed the
+    same request, or it computed nothing at all meanwhile."""
+    what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
+    (worker, *others) = struck.workers
+    if worker is None or others or (stages == 1 and struck.has_results):
+        return RequestFailedError(f"{what} while it computed this request, at last alone: {error}")
+    return WorkerError(f"{what}, each time at worker {worker}, and no other one could take its layers: {error}")

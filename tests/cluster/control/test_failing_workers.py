@@ -1,0 +1,65 @@
+"""Workers that fail while they serve: evidence, quarantine, plans without them, and what releases them."""
+
+from __future__ import annotations
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.observations import Suspect
+from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan, Wait
+from support.plans.observed_cluster import ALL, BOTH, ONLY_A, Cluster, fault_of, plan_of
+
+
+def test_a_worker_that_fails_twice_is_left_out_and_tried_again_after_growing_pauses() -> None:
+    cluster, pauses = Cluster.serving(), []
+    assert cluster.lose_pipeline(fault_of("b")) == LoadEpoch(BOTH, is_exclusive=True), "once is no pattern"
+    cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    for failures in range(2, 6):
+        action = cluster.lose_pipeline(fault_of("b"))
+        assert isinstance(action, Expel)
+        (excluded,) = action.expulsions
+        assert excluded.stays and excluded.reason == f"it failed {failures} times, last: broken"
+        pauses.append(excluded.pause_s)
+        assert cluster.see(seen.Signal.WORKERS_EXPELLED) == MakePlan(cluster.state.inputs)
+        assert cluster.state.inputs.quarantined == {"b"}
+        assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=True)
+        until_s = cluster.state.tick.now_s + excluded.pause_s
+        assert cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING) == Wait(until_s, is_settled=True)
+        assert isinstance(cluster.at(until_s), MakePlan) and not cluster.state.inputs.quarantined
+        assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=False), "requests run meanwhile"
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+        cluster.see(seen.Signal.RETIRING_EMPTY, seen.Signal.RETIRING_FREED)
+    assert pauses == [10, 20, 40, 80]
+
+
+def test_requests_that_break_workers_release_them_when_they_end() -> None:
+    cluster = Cluster.serving()
+    for _ in range(2):
+        cluster.lose_pipeline(fault_of("b"), requests=frozenset({7}))
+        cluster.see(seen.Signal.WORKERS_EXPELLED)
+        cluster.plan(BOTH)
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    assert cluster.state.inputs.quarantined == {"b"}
+    cluster.lose_pipeline(fault_of("a"), requests=frozenset({7}), causes=frozenset({7}))
+    assert not cluster.state.pool.quarantine.records, "the failure that ended the request is no worker's"
+
+
+def test_a_quarantined_worker_that_serves_is_left_as_soon_as_others_suffice() -> None:
+    cluster = Cluster.serving()
+    for _ in range(2):
+        cluster.lose_pipeline(fault_of("b"))
+        cluster.see(seen.Signal.WORKERS_EXPELLED)
+        cluster.plan(BOTH)
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    cluster.see(seen.WorkerSeen("c", 3))
+    with_c = plan_of("a", "c")
+    assert cluster.plan(with_c) == LoadEpoch(with_c, is_exclusive=False), "no faster, but it does not fail"
+
+
+def test_a_worker_that_is_lost_in_each_load_is_left_out_like_one_that_is_lost_later() -> None:
+    cluster = Cluster.serving()
+    for count in range(2):
+        cluster.see(seen.WorkerSeen("c", 3 + count))
+        cluster.plan(ALL)
+        cluster.see(seen.WorkerLost("c"))
+        lost = fault_of("c", "worker c is lost")
+        cluster.see(seen.EpochLoadFailed(lost, False, (Suspect("c", lost),)))
+    assert cluster.state.pool.quarantine.names(0.0) == {"c"}

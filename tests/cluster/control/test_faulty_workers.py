@@ -1,0 +1,81 @@
+"""One worker of several fails without dying: it is left out before a request fails, and no answer changes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.errors import RequestFailedError, WorkerError
+from support.clusters.recovering import Answer, Recovering, config, recovering
+from support.clusters.worker_faults import RAISES, SOME_ROWS, break_worker
+
+TOKENS = 60
+
+FAULTS = {"raises": RAISES, "raises for some rows": SOME_ROWS}
+_HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
+
+
+def quarantined(run: Recovering, name: str) -> None:
+    """It is, and no other one."""
+    (notice,) = [text for text in run.told if "where the others suffice" in text]
+    assert notice.startswith(f"worker {name} gets no layers for 10 s where the others suffice: it failed 2 times")
+
+
+@pytest.mark.parametrize("worker", ["a", "b", "c"], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("what", FAULTS)
+async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
+    what: str,
+    worker: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_worker(monkeypatch, tmp_path, worker, FAULTS[what])
+    async with recovering(config(model, tmp_path)) as run:
+        assert await asyncio.gather(*run.start(requests)) == expected
+        quarantined(run, worker)
+        assert not run.cluster.supervisor.epoch.holds(worker)
+        assert run.cluster.supervisor.recoveries == 2
+        assert run.worker(worker).loss is None, "it is alive, and tried again later"
+
+
+async def test_a_worker_that_holds_the_whole_model_and_fails_is_replaced(
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_worker(monkeypatch, tmp_path, "b", RAISES)
+    workers = [
+        {"name": name, "threads": 1, "memory_bandwidth_gb_s": speed, "int8_gmac_s": 300.0}
+        for name, speed in (("a", 10.0), ("b", 20.0))
+    ]
+    async with recovering(config(model, tmp_path, workers, objective="latency")) as run:
+        assert [stage.worker for stage in run.cluster.supervisor.epoch.plan.stages] == ["b"]
+        assert await asyncio.gather(*run.start(requests)) == expected
+        quarantined(run, "b")
+
+
+@pytest.mark.parametrize("what", FAULTS)
+async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_can_replace(
+    what: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may be sent again: the fault is the server's."""
+    break_worker(monkeypatch, tmp_path, "b", FAULTS[what])
+    async with recovering(config(model, tmp_path, workers=2, plan=_HALVES)) as run:
+        outcomes = await asyncio.gather(*run.start(requests[:2]), return_exceptions=True)
+        for outcome in outcomes:
+            assert isinstance(outcome, WorkerError) and not isinstance(outcome, RequestFailedError)
+            assert outcome.http_status == 503
+            assert "failed 6 times, each time at worker b, and no other one could take its layers" in str(outcome)
+        quarantined(run, "b")

@@ -1,0 +1,44 @@
+"""Workers that fail without dying: what their processes run at their start, for one worker by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from textwrap import dedent, indent
+
+import pytest
+
+_PROGRAM = dedent(
+    """
+    # Runs in every process that the test starts.
+    import sys
+
+    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == {worker!r}:
+        from llamaclust.worker.stage.loop import StageLoop
+
+        run_layers = StageLoop._run_layers
+    """
+)
+
+RAISES = """
+def fails(loop, arrival):
+    raise ValueError("broken")
+
+StageLoop._run_layers = fails
+"""
+SOME_ROWS = """
+def fails(loop, arrival):
+    chunks = arrival.microbatch.chunks
+    if any(chunk.position <= 31 < chunk.position + len(chunk.tokens) for chunk in chunks):
+        raise ValueError("broken")
+    return run_layers(loop, arrival)
+
+StageLoop._run_layers = fails
+"""
+
+
+def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
+    """Of clusters that are started from now on."""
+    (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker) + indent(fault, "    "))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), *filter(None, sys.path))))

@@ -15,6 +15,7 @@ from llamaclust.core.errors import ProtocolError
 
 MAX_TEXT = 4096
 MAX_GPUS = 16
+MAX_STAGES_HELD = 1024  # by one worker
 MAX_LAYERS = 1 << 16
 UINT64 = (1 << 64) - 1
 

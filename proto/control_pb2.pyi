@@ -590,6 +590,7 @@ class Heartbeat(_message.Message):
     EXPERTS_CACHE_MISSES_FIELD_NUMBER: _builtins.int
     EXPERTS_CACHE_COPIED_BYTES_FIELD_NUMBER: _builtins.int
     EXPERTS_CACHE_USED_BYTES_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -630,6 +631,10 @@ class Heartbeat(_message.Message):
     def gpu_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
 
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageProgress]:
+        """How far each of its stages is."""
+
     def __init__(
         self,
         *,
@@ -652,14 +657,45 @@ class Heartbeat(_message.Message):
         experts_cache_misses: _builtins.int = ...,
         experts_cache_copied_bytes: _builtins.int = ...,
         experts_cache_used_bytes: _builtins.int = ...,
+        stages: _abc.Iterable[Global___StageProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "experts_cache_copied_bytes", b"experts_cache_copied_bytes", "experts_cache_hits", b"experts_cache_hits", "experts_cache_misses", b"experts_cache_misses", "experts_cache_used_bytes", b"experts_cache_used_bytes", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "kv_disk_read_bytes", b"kv_disk_read_bytes", "kv_disk_used_bytes", b"kv_disk_used_bytes", "kv_disk_written_bytes", b"kv_disk_written_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "computing_s", b"computing_s", "experts_cache_copied_bytes", b"experts_cache_copied_bytes", "experts_cache_hits", b"experts_cache_hits", "experts_cache_misses", b"experts_cache_misses", "experts_cache_used_bytes", b"experts_cache_used_bytes", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "kv_disk_read_bytes", b"kv_disk_read_bytes", "kv_disk_used_bytes", b"kv_disk_used_bytes", "kv_disk_written_bytes", b"kv_disk_written_bytes", "last_error", b"last_error", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "stages", b"stages", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class StageProgress(_message.Message):
+    """How far a stage is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    AWAITS_TOKENS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the stage."""
+    received: _builtins.int
+    """Microbatches that it has received."""
+    awaits_tokens: _builtins.bool
+    """Whether the last of these waits for sampled tokens, which the last stage sends."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        received: _builtins.int = ...,
+        awaits_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_tokens", b"awaits_tokens", "epoch", b"epoch", "received", b"received"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageProgress: _TypeAlias = StageProgress  # noqa: Y015
 
 @_typing.final
 class Shutdown(_message.Message):

@@ -41,6 +41,7 @@ class Chunk(_message.Message):
     STATE_TO_FIELD_NUMBER: _builtins.int
     NEXT_TOKEN_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    CHECKED_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
@@ -59,6 +60,10 @@ class Chunk(_message.Message):
     """The token behind its last one, where that is known already: MTP heads read it."""
     drafts: _builtins.int
     """Tokens that such a head is to draft behind the one that the chunk's last row that counts chooses."""
+    checked: _builtins.bool
+    """Whether the microbatch is to fail at the first stage where its hidden state is not finite: its last computation was
+    not.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, at least one."""
@@ -106,10 +111,11 @@ class Chunk(_message.Message):
         state_to: _abc.Iterable[_builtins.int] | None = ...,
         next_token: _builtins.int | None = ...,
         drafts: _builtins.int = ...,
+        checked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "depends_on", b"depends_on", "next_token", b"next_token", "state_from", b"state_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "adapters", b"adapters", "depends_on", b"depends_on", "drafts", b"drafts", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "next_token", b"next_token", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "adapters", b"adapters", "checked", b"checked", "depends_on", b"depends_on", "drafts", b"drafts", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "next_token", b"next_token", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__next_token: _TypeAlias = _typing.Literal["next_token"]  # noqa: Y015
     _WhichOneofArgType__next_token: _TypeAlias = _typing.Literal["_next_token", b"_next_token"]  # noqa: Y015

@@ -177,6 +177,7 @@ class Member:
                     experts_cache_misses=cache.misses,
                     experts_cache_copied_bytes=cache.copied_bytes,
                     experts_cache_used_bytes=cache.used_bytes,
+                    stages=service.progress,
                 )
                 await session.send(heartbeat)
                 last_ns, busy_ns = now_ns, total_ns

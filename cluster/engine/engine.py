@@ -111,6 +111,11 @@ class Engine:
         return EngineState.RECOVERING if self._phase is _Phase.LOST else EngineState.READY
 
     @property
+    def is_running(self) -> bool:
+        """Whether it has a pipeline that works."""
+        return self._phase is _Phase.RUNNING
+
+    @property
     def scheduler(self) -> Scheduler:
         """Of the lane that gets new requests."""
         return self._lane.scheduler

@@ -38,14 +38,13 @@ class PeerReported:
 
 
 @dataclass(frozen=True, slots=True)
-class StepReported:
-    """A member has been computing the same step for so long."""
+class HeartbeatReceived:
+    """A member is alive; its `heartbeat` says how far it is."""
 
     worker: WorkerHandle
-    computing_s: float
 
 
-MembershipEvent = MemberJoined | MemberLost | PeerReported | StepReported
+MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:

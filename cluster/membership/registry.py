@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
-from llamaclust.cluster.membership.members import Members, PeerReported, StepReported
+from llamaclust.cluster.membership.members import HeartbeatReceived, Members, PeerReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError
 from llamaclust.wire.control import messages
@@ -176,8 +176,8 @@ class Registry(Members):
                     handle.receive(message)
                     if isinstance(message, messages.PeerUnreachable) and message.epoch in handle.stages:
                         self.publish(PeerReported(handle, message))
-                    if isinstance(message, messages.Heartbeat) and message.computing_s > 0:
-                        self.publish(StepReported(handle, message.computing_s))
+                    if isinstance(message, messages.Heartbeat):
+                        self.publish(HeartbeatReceived(handle))
             silent = f"no sign of life for {self._settings.heartbeat_timeout_s:g} s"
             self.fence(handle, silent)  # the launcher has no report of its end
             return silent

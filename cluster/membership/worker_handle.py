@@ -26,7 +26,15 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.logs import LogTail
-from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, ProbeResult, WeightsFound
+from llamaclust.wire.control.messages import (
+    Heartbeat,
+    Load,
+    Loaded,
+    LoadProgress,
+    ProbeResult,
+    StageProgress,
+    WeightsFound,
+)
 from llamaclust.wire.rpc.deadlines import deadline
 
 PROGRESS_TIMEOUT_S = 60.0
@@ -198,6 +206,11 @@ class WorkerHandle:
         """Of what it holds."""
         models = {order.model_id for order, _ in self.stages.values()}
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
+
+    def progress(self, epoch: int) -> StageProgress | None:
+        """Of its stage, as its last heartbeat has it; None where that has none."""
+        stages = () if self.heartbeat is None else self.heartbeat.stages
+        return next((stage for stage in stages if stage.epoch == epoch), None)
 
     def unreachable_peer(self, epoch: int) -> UnreachablePeer:
         return self._unreachable.setdefault(epoch, UnreachablePeer())

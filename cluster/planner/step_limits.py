@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.plan import StagePrediction
 
 UNPREDICTED_S = 30.0
@@ -22,6 +23,17 @@ def step_limit_s(rows: int, measured_s: Sequence[float], planned: StagePredictio
     if planned is not None:
         predicted_s.append(max(planned.decode_s, rows * planned.prefill_s))
     return max(_LEAST_S, _TIMES_PREDICTED * max(predicted_s)) if predicted_s else UNPREDICTED_S
+
+
+def link_limit_s(link: Link, message_bytes: int) -> float:
+    """How long a message may take on a link; likewise ten times what is predicted."""
+    return _TIMES_PREDICTED * (link.one_way_s + message_bytes * link.byte_s)
+
+
+def silence_text(number: int, waited_s: float, limit_s: float) -> str:
+    """Of a worker whose stage passes on nothing, although its heartbeats come."""
+    rule = f"the limits of its step and of the way to the next stage: {limit_s:.3g} s"
+    return f"it does not answer: microbatch {number} has been at it for {waited_s:.1f} s, longer than {rule}"
 
 
 def hang_text(computing_s: float, limit_s: float) -> str:

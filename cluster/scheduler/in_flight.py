@@ -11,8 +11,11 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling import RowResult
+from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+
+_DEFERRED_S = 90.0
+"""Of the same row, without a result: the last stage itself gives an answer up whose matcher takes 60 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class InFlight:
         self._times = times
         self._next_number = 0
         self._sent: deque[_Sent] = deque()
+        self._deferred_ns: dict[int, int] = {}  # by sequence: since when its next row is deferred
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -75,6 +79,11 @@ class InFlight:
     def oldest_ns(self) -> int | None:
         """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None
+
+    @property
+    def due(self) -> tuple[int, int] | None:
+        """Epoch and number of the microbatch whose result comes next; None where none is in flight."""
+        return (self._epoch, self._sent[0].number) if self._sent else None
 
     @property
     def newest(self) -> int | None:
@@ -132,10 +141,13 @@ class InFlight:
             raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
         if (token := max(map(_highest_token, result.rows), default=0)) >= self._vocabulary:
             raise ProtocolError(f"microbatch {due.number} came back with token {token} of {self._vocabulary}")
+        deferred = any(row.is_deferred for row in result.rows)
+        if deferred or self._deferred_ns:
+            self._check_deferred(due, result.rows, now_ns)
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
-        if any(row.is_deferred for row in result.rows):
+        if deferred:
             return due.slices  # the last stage may have waited
         is_decode = due.decoding == len(due.slices)
         is_scored = any(taken.is_scored for taken in due.slices)
@@ -146,3 +158,17 @@ class InFlight:
             result, is_decode, due.alone, elapsed_ns, was_lookahead=due.is_lookahead, was_scored=is_scored
         )
         return due.slices
+
+    def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
+        """ProtocolError for a deferred row without a matcher, or one that is deferred for longer than the last stage
+        waits for a matcher."""
+        at = 0
+        for taken in due.slices:
+            key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))
+            deferred = [taken.tasks[place - places.start] for place in places if rows[place].is_deferred]
+            if any(not isinstance(task, SampleTask) or task.matcher is None for task in deferred):
+                raise ProtocolError(f"microbatch {due.number} came back with a deferred row that has no matcher")
+            if not deferred:
+                self._deferred_ns.pop(key, None)
+            elif now_ns - self._deferred_ns.setdefault(key, now_ns) > _DEFERRED_S * 1e9:
+                raise ProtocolError(f"the same row was deferred for {_DEFERRED_S:g} s, until microbatch {due.number}")

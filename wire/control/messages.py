@@ -12,6 +12,7 @@ from typing import Annotated
 from llamaclust.core.bounds import (
     MAX_GPUS,
     MAX_LAYERS,
+    MAX_STAGES_HELD,
     UINT64,
     Address,
     Digest,
@@ -258,6 +259,15 @@ class UnloadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StageProgress:
+    """How far a stage is."""
+
+    epoch: int
+    received: int  # microbatches
+    awaits_tokens: bool = False  # the last of these waits for sampled tokens, which the last stage sends
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """State of a worker; counters since its start."""
 
@@ -280,6 +290,7 @@ class Heartbeat:
     experts_cache_misses: int = 0
     experts_cache_copied_bytes: int = 0  # to GPUs
     experts_cache_used_bytes: MemoryBytes = 0  # of experts that are there
+    stages: Annotated[tuple[StageProgress, ...], Size(0, MAX_STAGES_HELD)] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Dependencies:
         self._next_put = self._next_done = 0
         self._came = asyncio.Event()
         self._broken: LlamaclustError | None = None
+        self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
@@ -60,8 +61,10 @@ class Dependencies:
     async def known(self, number: int | None) -> None:
         """Returns when the tokens of that microbatch are there. DeadlineError where they do not come, WorkerError where
         they cannot any more."""
-        if number is not None:
+        if number is not None and number not in self.tokens:
+            self.awaits_tokens = True
             await self._wait("the tokens", number, self.tokens, _TOKENS_S)
+            self.awaits_tokens = False
 
     def done(self, number: int) -> None:
         """Forgets the sampling inputs of that microbatch, be they here or on their way."""

@@ -19,7 +19,7 @@ from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
 from llamaclust.kernels.backend import Logits
 from llamaclust.kernels.sampling import row_results
-from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.control.messages import Deadlines, StageProgress
 from llamaclust.wire.microbatch.codec import encode_result, encode_sampled_tokens
 from llamaclust.wire.microbatch.frames import encode_failure
 from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTiming
@@ -112,6 +112,7 @@ class StageLoop:
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
         self._last_result_ns = 0
+        self._received = 0
         self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
     async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
@@ -163,7 +164,12 @@ class StageLoop:
         found, expected = (arrival.epoch, arrival.number), (self._epoch, number)
         if found != expected:
             raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
+        self._received = number + 1
         return arrival
+
+    @property
+    def progress(self) -> StageProgress:
+        return StageProgress(self._epoch, self._received, self.dependencies.awaits_tokens)
 
     def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn."""

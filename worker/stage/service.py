@@ -9,7 +9,7 @@ from dataclasses import replace
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.kernels.backend import CacheCounts
-from llamaclust.wire.control.messages import Load
+from llamaclust.wire.control.messages import Load, StageProgress
 from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.link_probe import serve_echo
 from llamaclust.wire.rpc.server import Handler, ServerStream
@@ -62,6 +62,11 @@ class StageService:
         """Of all stages since the worker's start."""
         there = (*self._stages.values(), *self._kept)
         return sum((streams.runner.experts_cache for streams in there), self._ended)
+
+    @property
+    def progress(self) -> tuple[StageProgress, ...]:
+        """Of all stages."""
+        return tuple(streams.progress for streams in self._stages.values())
 
     def runner(self, epoch: int) -> StageRunner:
         """WorkerError where no stage of the epoch is there."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
-from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.control.messages import Deadlines, StageProgress
 from llamaclust.wire.rpc.client import FORWARD, SAMPLED_TOKENS, ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import ServerStream
@@ -89,6 +89,10 @@ class StageStreams:
         self._has_sampled_stream = False
         self._results: ServerStream | None = None
         self._forwarding: asyncio.Task[None] | None = None
+
+    @property
+    def progress(self) -> StageProgress:
+        return self._loop.progress
 
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
+from llamaclust.cluster.control.epochs import Epoch
+from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
 from llamaclust.cluster.control.notices import lost_text
 from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.pool.newcomers import Newcomers
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported, StepReported
+from llamaclust.cluster.membership.members import HeartbeatReceived, MemberJoined, MembershipEvent, PeerReported
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.links import COORDINATOR
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.planner.step_limits import UNPREDICTED_S, hang_text, step_limit_s
+from llamaclust.cluster.planner.step_limits import UNPREDICTED_S, hang_text, link_limit_s, silence_text, step_limit_s
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.wire.rpc.task_set import TaskSet
@@ -33,6 +37,7 @@ class MembershipWatch:
     _ending: TaskSet
     _report: Report
     _first_joins: frozenset[int] = field(default=frozenset(), init=False)
+    _overdue: OverdueResults = field(default_factory=OverdueResults, init=False)
 
     def start(self) -> None:
         """With the members of now."""
@@ -51,9 +56,8 @@ class MembershipWatch:
         worker = event.worker
         if isinstance(event, PeerReported):
             self._partitions.suspect(worker, event.report)
-        elif isinstance(event, StepReported):
-            if hang := self._hang_text(worker, event.computing_s):
-                self._registry.fence(worker, hang)
+        elif isinstance(event, HeartbeatReceived):
+            self._check_steps(worker)
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
@@ -62,12 +66,33 @@ class MembershipWatch:
         else:
             self._lost(worker)
 
-    def _hang_text(self, worker: WorkerHandle, computing_s: float) -> str | None:
-        """Of a worker whose step takes too long for any of its epochs."""
-        served = [runner for runner in self._runners if runner.engine is not None]
-        limits_s = [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
+    def _check_steps(self, worker: WorkerHandle) -> None:
+        """A worker counts as lost whose step takes too long for any of its epochs, or whose stage passes nothing on."""
+        computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
+        limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
-        return hang_text(computing_s, limit_s) if served and computing_s > limit_s else None
+        if computing_s > limit_s and any(runner.engine is not None for runner in self._runners):
+            self._registry.fence(worker, hang_text(computing_s, limit_s))
+        now_s = asyncio.get_running_loop().time()
+        due = [(runner, *served) for runner in self._runners for served in _due(runner)]
+        self._overdue.keep([epoch.number for _, epoch, _, _ in due])
+        for runner, epoch, scheduler, number in due:
+            self._check_result(runner, epoch, number, scheduler.in_flight.most_rows, now_s)
+
+    def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
+        stage = owing_stage(number, [worker.progress(epoch.number) for worker in epoch.workers])
+        worker, following = epoch.workers[stage], [*epoch.workers, None][stage + 1]
+        link = runner.planner.links.between(worker.name, COORDINATOR if following is None else following.name)
+        hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
+        limit_s = sum(self._limits_s(worker)) + link_limit_s(link, hidden_bytes)
+        waited_s = self._overdue.waited_s(Owed(epoch.number, number, stage), now_s)
+        if waited_s > limit_s and worker.loss is None:
+            self._registry.fence(worker, silence_text(number, waited_s, limit_s))
+
+    def _limits_s(self, worker: WorkerHandle) -> list[float]:
+        """For a step of each of the worker's epochs."""
+        served = (runner for runner in self._runners if runner.engine is not None)
+        return [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
 
     def _lost(self, worker: WorkerHandle) -> None:
         requests = {runner.planner.config.model_name: _requests(runner, worker) for runner in self._runners}
@@ -83,6 +108,16 @@ def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
     if runner.engine is None or runner.epoch is None or worker not in runner.epoch.workers:
         return 0
     return runner.engine.counts.running + runner.engine.counts.waiting
+
+
+def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
+    """The model's epochs with a microbatch in flight, and the number of the next result."""
+    if runner.engine is None or not runner.engine.is_running:
+        return
+    for scheduler, epoch in zip(runner.engine.schedulers, runner.open_epochs, strict=False):
+        due = scheduler.in_flight.due
+        if due is not None and due[0] == epoch.number:
+            yield epoch, scheduler, due[1]
 
 
 def _limits_s(runner: ActionRunner, worker: WorkerHandle) -> list[float]:

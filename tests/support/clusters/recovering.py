@@ -133,15 +133,16 @@ class Recovering:
             assert asyncio.get_running_loop().time() < end, f"not within {within_s:g} s: {what}; told: {self.told}"
             await asyncio.sleep(0.002)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all workers hold layers, of one epoch."""
+        epoch, state = self.cluster.supervisor.epoch.number, self.cluster.engine.state
+        names = (worker.name for worker in self.cluster.config.workers)
+        return state is EngineState.READY and all(list(self.worker(name).stages) == [epoch] for name in names)
+
     async def whole(self) -> None:
         """Returns when all workers hold layers again, of one epoch."""
-        names = [worker.name for worker in self.cluster.config.workers]
-
-        def at_work() -> bool:
-            epoch, state = self.cluster.supervisor.epoch.number, self.cluster.engine.state
-            return state is EngineState.READY and all(list(self.worker(name).stages) == [epoch] for name in names)
-
-        await self.until("all workers at work", at_work)
+        await self.until("all workers at work", lambda: self.is_whole)
 
 
 def worker_pids() -> dict[str, int]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import RequestFailedError, WorkerError
+from support.clusters.faults.worker_faults import DEFERS, MUTE, MUTE_TO_FIRST, RAISES, SOME_ROWS, break_worker
 from support.clusters.recovering import Answer, Recovering, config, recovering
-from support.clusters.worker_faults import RAISES, SOME_ROWS, break_worker
 
 TOKENS = 60
 
@@ -18,9 +19,13 @@ FAULTS = {"raises": RAISES, "raises for some rows": SOME_ROWS}
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
 
 
+def notices(run: Recovering) -> list[str]:
+    return [text for text in run.told if "where the others suffice" in text]
+
+
 def quarantined(run: Recovering, name: str) -> None:
     """It is, and no other one."""
-    (notice,) = [text for text in run.told if "where the others suffice" in text]
+    (notice,) = notices(run)
     assert notice.startswith(f"worker {name} gets no layers for 10 s where the others suffice: it failed 2 times")
 
 
@@ -79,3 +84,54 @@ async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_can_repla
             assert outcome.http_status == 503
             assert "failed 6 times, each time at worker b, and no other one could take its layers" in str(outcome)
         quarantined(run, "b")
+
+
+LOST = {
+    "first is mute": ("a", MUTE, "it does not answer: microbatch"),
+    "middle is mute": ("b", MUTE, "it does not answer: microbatch"),
+    "last is mute": ("c", MUTE, "it does not answer: microbatch"),
+    "last is mute to the first": ("c", MUTE_TO_FIRST, "it does not answer: microbatch"),
+    "last defers for ever": ("c", DEFERS, "a deferred row that has no matcher"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+async def test_a_worker_whose_answers_do_not_come_counts_as_lost_until_it_is_left_out(
+    what: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It joins again each time, and heartbeats come all the while."""
+    worker, fault, says = LOST[what]
+    monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
+    break_worker(monkeypatch, tmp_path, worker, fault)
+    async with recovering(config(model, tmp_path)) as run:
+        assert await asyncio.gather(*run.start(requests)) == expected
+        await run.until("its return", lambda: run.is_whole or bool(notices(run)))
+        assert await asyncio.gather(*run.start(requests)) == expected
+        quarantined(run, worker)
+        lost = [text for text in run.told if "is lost" in text and text not in notices(run)]
+        assert [text.startswith(f"worker {worker} (layers") and says in text for text in lost] == [True, True]
+
+
+async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_others_each_time(
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        for _ in range(2):
+            await run.whole()
+            tasks, before = run.start(requests), run.tokens
+            await run.token(before + 40)
+            run.hurt("c")
+            assert await asyncio.gather(*tasks) == expected
+        quarantined(run, "c")
+        for count in range(2, 4):
+            await run.until("its return", lambda count=count: sum("c is here" in text for text in run.told) == count)  # type: ignore[misc]
+            tasks, before = run.start(requests), run.tokens
+            await run.token(before + 40)
+            run.hurt("c")
+            assert await asyncio.gather(*tasks) == expected
+        assert run.cluster.supervisor.recoveries == 2, "it held no layers any more"

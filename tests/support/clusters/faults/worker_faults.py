@@ -42,3 +42,31 @@ def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fau
     """Of clusters that are started from now on."""
     (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker) + indent(fault, "    "))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), *filter(None, sys.path))))
+
+
+MUTE = """
+async def sends_nothing(loop, *given):
+    pass
+
+StageLoop._send_answers = sends_nothing
+"""
+MUTE_TO_FIRST = """
+async def sends_nothing(loop, *given):
+    pass
+
+StageLoop._send_tokens = sends_nothing
+"""
+DEFERS = """
+from dataclasses import replace
+from llamaclust.wire.microbatch.codec import decode_result, encode_result
+from llamaclust.worker.stage.outputs import NativeOutputs
+
+encode = NativeOutputs.encode
+
+def defers(outputs, *given):
+    result = decode_result(encode(outputs, *given))
+    rows = tuple(replace(row, token=-1, logprob=float("nan"), is_deferred=True) for row in result.rows)
+    return encode_result(replace(result, rows=rows))
+
+NativeOutputs.encode = defers
+"""

@@ -1,0 +1,49 @@
+"""Results that do not come although the heartbeats of all workers do: which stage owes one, and since when. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from llamaclust.wire.control.messages import StageProgress
+
+_LOOK_S = 1.0
+"""Between two heartbeats, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A microbatch that is at a stage of an epoch."""
+
+    epoch: int
+    number: int
+    stage: int
+
+
+def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
+    """The stage at which a microbatch is whose result is due, by what the stages have received: the last one that has
+    it, and the first one where none has. A first stage that waits for sampled tokens waits for the last one."""
+    holders = [stage for stage, at in enumerate(progress) if at is not None and at.received > number]
+    stage, first = max(holders, default=0), progress[0]
+    return len(progress) - 1 if stage == 0 and first is not None and first.awaits_tokens else stage
+
+
+@dataclass(slots=True)
+class OverdueResults:
+    """How long each open epoch's next result has been owed by the same stage."""
+
+    _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
+
+    def waited_s(self, owed: Owed, now_s: float) -> float:
+        """Each epoch owes one result at a time. Of a longer time between two looks, this process was busy or stopped
+        itself, and results wait to be read."""
+        if owed not in self._waited:
+            self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
+        waited_s, last_s = self._waited.get(owed, (0.0, now_s))
+        waited_s += min(now_s - last_s, _LOOK_S)
+        self._waited[owed] = waited_s, now_s
+        return waited_s
+
+    def keep(self, epochs: Collection[int]) -> None:
+        """Forgets the others, which owe nothing any more."""
+        self._waited = {owed: waited for owed, waited in self._waited.items() if owed.epoch in epochs}

@@ -1,0 +1,52 @@
+"""Which stage owes a result that does not come, and for how long."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
+from llamaclust.wire.control.messages import StageProgress
+
+
+def progress(*received: int | None, awaits_tokens: bool = False) -> list[StageProgress | None]:
+    stages = [None if count is None else StageProgress(1, count) for count in received]
+    return [StageProgress(1, 8, awaits_tokens=True), *stages[1:]] if awaits_tokens else list(stages)
+
+
+@pytest.mark.parametrize(
+    ("received", "stage"),
+    [
+        ((7, 7, 7), 0),  # the first one does not read it
+        ((8, 7, 7), 0),
+        ((9, 8, 7), 1),
+        ((9, 9, 8), 2),
+        ((8,), 0),
+        ((9, None, 7), 0),  # no heartbeat of the middle one has the epoch yet
+        ((9, None, 8), 2),
+    ],
+)
+def test_the_last_stage_that_has_a_microbatch_owes_it(received: tuple[int | None, ...], stage: int) -> None:
+    assert owing_stage(7, progress(*received)) == stage
+
+
+def test_a_first_stage_that_waits_for_sampled_tokens_waits_for_the_last_one() -> None:
+    assert owing_stage(7, progress(8, 7, 7, awaits_tokens=True)) == 2
+    assert owing_stage(7, progress(8, 8, 7, awaits_tokens=True)) == 1, "the next microbatch waits, this one went on"
+
+
+def test_only_the_same_microbatch_at_the_same_stage_is_waited_for() -> None:
+    overdue = OverdueResults()
+    waits = [overdue.waited_s(Owed(1, 7, 1), now_s) for now_s in (10.0, 11.0, 11.5)]
+    assert waits == [0.0, 1.0, 1.5]
+    assert overdue.waited_s(Owed(2, 7, 1), 11.5) == 0.0, "another epoch"
+    assert overdue.waited_s(Owed(1, 7, 1), 12.0) == 2.0
+    assert overdue.waited_s(Owed(1, 7, 2), 12.5) == 0.0, "it went on"
+    assert overdue.waited_s(Owed(1, 8, 2), 13.0) == 0.0
+    overdue.keep([2])
+    assert overdue.waited_s(Owed(1, 8, 2), 14.0) == 0.0
+
+
+def test_a_coordinator_that_was_stopped_accuses_no_worker() -> None:
+    overdue = OverdueResults()
+    overdue.waited_s(Owed(1, 7, 1), 10.0)
+    assert overdue.waited_s(Owed(1, 7, 1), 70.0) == 1.0

@@ -1,0 +1,63 @@
+"""Rows that a last stage defers: where that breaks the protocol."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.sampling import Grammar, RowResult, SamplingParams
+from llamaclust.wire.microbatch.messages import Result
+from llamaclust.worker.stage.matched_answer import _READY_S, DEFERRED
+
+SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6)
+PLAIN = GenerationRequest("r", (5, 6, 7), 20)
+S_NS = 1_000_000_000
+
+
+def deferring(request: GenerationRequest, times_s: list[float]) -> Scheduler:
+    """After results of the first row at these times, each deferred."""
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(request, 0)
+    for number, at_s in enumerate(times_s):
+        assert scheduler.next_microbatch(int(at_s * S_NS)) is not None
+        scheduler.complete(Result(1, number, (DEFERRED,)), int(at_s * S_NS))
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PLAIN,
+        replace(PLAIN, params=SamplingParams(temperature=0.8, repetition_penalty=1.2)),
+        replace(PLAIN, score_from=1),
+    ],
+    ids=["greedy", "sampled with penalties", "scored"],
+)
+def test_a_deferred_row_without_a_matcher_breaks_the_protocol(request_: GenerationRequest) -> None:
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(request_, 0)
+    scheduled = scheduler.next_microbatch(0)
+    assert scheduled is not None
+    rows = (DEFERRED,) * len(scheduled.inputs.tasks)
+    with pytest.raises(ProtocolError, match="a deferred row that has no matcher"):
+        scheduler.complete(Result(1, 0, rows), 1)
+
+
+def test_a_row_is_deferred_for_longer_than_a_stage_makes_its_matcher_and_not_for_ever() -> None:
+    request = replace(PLAIN, grammar=Grammar("{}"))
+    scheduler = deferring(request, [0.0, 1.0, _READY_S, 89.0])
+    assert scheduler.next_microbatch(91 * S_NS) is not None
+    with pytest.raises(ProtocolError, match="deferred for 90 s, until microbatch 4"):
+        scheduler.complete(Result(1, 4, (DEFERRED,)), 91 * S_NS)
+
+
+def test_a_result_begins_the_time_anew() -> None:
+    scheduler = deferring(replace(PLAIN, grammar=Grammar("{}")), [0.0, 60.0])
+    for number, at_s, row in ((2, 70, RowResult(8, -1.0)), (3, 120, DEFERRED), (4, 200, DEFERRED)):
+        assert scheduler.next_microbatch(at_s * S_NS) is not None
+        scheduler.complete(Result(1, number, (row,)), at_s * S_NS)

@@ -1,0 +1,1 @@
+"""Faults of workers that tests start."""

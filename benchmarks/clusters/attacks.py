@@ -212,6 +212,17 @@ async def post(api: str, body: Body, count: int) -> str:
     return f"{shown} in {time.monotonic() - begun_s:.1f} s {refused[:110]}"
 
 
+async def bound_s(api: str) -> float:
+    """How long another key's answer takes that has a form, when the attack has run for a moment."""
+    await asyncio.sleep(_SETTLE_S)
+    begun_s = time.monotonic()
+    body = {"prompt": "a", "max_tokens": 2, "json_schema": {"enum": [f"yes {begun_s}", "no"]}}
+    headers = {"Authorization": f"Bearer {_OWN}"}
+    async with httpx.AsyncClient(base_url=api, headers=headers, timeout=_DEADLINE_S, trust_env=False) as client:
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+    return time.monotonic() - begun_s
+
+
 @contextmanager
 def _keys() -> Iterator[Path]:
     with NamedTemporaryFile("w", prefix="llamaclust-keys-") as file:
@@ -227,10 +238,12 @@ async def measure(bench: Bench, seen: Others, live: Live, name: str, most: int, 
     idle_mib = resident_mib(pid)
     seen.clear()
     live.longest_s = 0.0
-    answer = await asyncio.wait_for(post(bench.api, body, count), _DEADLINE_S)
+    form_s, answer = await asyncio.gather(
+        bound_s(bench.api), asyncio.wait_for(post(bench.api, body, count), _DEADLINE_S)
+    )
     await asyncio.sleep(_SETTLE_S)
     first_s = max(seen.first_s, default=math.inf)  # none came
-    figures = (1e3 * seen.longest_s, 1e3 * live.longest_s, 1e3 * first_s, seen.most_mib - idle_mib)
+    figures = (1e3 * seen.longest_s, 1e3 * live.longest_s, 1e3 * first_s, 1e3 * form_s, seen.most_mib - idle_mib)
     return f"{name:16}" + "".join(f"{figure:9.0f}" for figure in figures) + f"   {answer}"
 
 
@@ -245,7 +258,9 @@ async def run(model: Path, attacks: list[str], at_once: int, streams: int) -> No
         ):
             live = Live(bench.api)
             probing = group.create_task(live.probe())
-            print(f"{'':16}{'gap ms':>9}{'live ms':>9}{'first ms':>9}{'MiB more':>9}   answers", flush=True)
+            print(
+                f"{'':16}{'gap ms':>9}{'live ms':>9}{'first ms':>9}{'form ms':>9}{'MiB more':>9}   answers", flush=True
+            )
             await asyncio.sleep(_QUIET_S)
             for name in attacks:
                 print(await measure(bench, seen, live, name, at_once, coordinator.pid), flush=True)

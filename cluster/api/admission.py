@@ -4,6 +4,7 @@ a stopping server accepts no more, and answers all that it has."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.api.early_replies import has_body
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.owner import current_owner
+from llamaclust.core.sharing.shares import fits
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +24,7 @@ class _Open:
     """A request with a body, from its first byte to the end of its reply."""
 
     task: asyncio.Task[Any]
+    owner: str
     body_bytes: int = 0
     is_answered: bool = False  # its reply has begun
     refusal: HttpError | None = None  # why it was cancelled
@@ -52,25 +56,28 @@ class Admission:
         self._refuse([request for request in self._open if not request.is_answered], _stopping())
 
     def check(self) -> None:
-        """Raises HttpError where no further request is taken."""
+        """Raises HttpError where no further request of the current owner is taken."""
         if self.is_stopping:
             raise _stopping()
         whole = len(self._open) - len(self._unfinished)
-        if whole >= self._settings.max_requests:
-            raise _busy(f"{whole} requests")
+        own = sum(request.owner == current_owner.get() for request in self._open - self._unfinished.keys())
+        if not fits(own, whole, self._settings.max_requests):
+            raise _busy(f"{own} requests")
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
         """A request of the current task, open meanwhile. Bodies that do not come keep no others out: the oldest
-        unfinished request gives way."""
+        unfinished request of the owner with the most gives way."""
         task = asyncio.current_task()
         assert task is not None
-        request = _Open(task)
+        request = _Open(task, current_owner.get())
         self._open.add(request)
         if has_body:
             self._unfinished[request] = None
         if len(self._unfinished) > self._settings.max_requests:
-            self._refuse([next(iter(self._unfinished))], _busy("newer requests, and the body had not arrived"))
+            counts = Counter(unfinished.owner for unfinished in self._unfinished)
+            oldest = max(self._unfinished, key=lambda unfinished: counts[unfinished.owner])
+            self._refuse([oldest], _busy("newer requests, and the body had not arrived"))
         try:
             yield request
         finally:
@@ -84,10 +91,11 @@ class Admission:
             self.check()
             del self._unfinished[request]
         size = len(message.get("body", b""))
+        own = sum(other.body_bytes for other in self._open if other.owner == request.owner)
+        if not fits(own, self._body_bytes, self._settings.max_held_bytes, size):
+            raise _busy(f"{own + size} bytes of requests")
         request.body_bytes += size
         self._body_bytes += size
-        if self._body_bytes > self._settings.max_held_bytes:
-            raise _busy(f"{self._body_bytes} bytes of requests")
 
     def _refuse(self, requests: list[_Open], refusal: HttpError) -> None:
         for request in requests:

@@ -42,8 +42,8 @@ class ApiSettings:
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
     max_body_bytes: int = 16 << 20
-    max_held_bytes: int = 256 << 20  # of the bodies of all requests that have no whole reply yet
-    max_requests: int = 512  # that have no whole reply yet; as many again whose bodies are still to come
+    max_held_bytes: int = 128 << 20  # of the bodies of one owner's requests that have no whole reply yet; of all: twice
+    max_requests: int = 512  # of one owner that have no whole reply yet; of all: twice, and as many still to come
     head_s: float = 10.0  # until the head of a connection's next request has arrived
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 15.0  # silence of a stream after which it gets a comment

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
 from llamaclust.cluster.scheduler.kv.memory import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
-from llamaclust.cluster.scheduler.turns import first_in_turn, in_turn, running_by_turn, takes_turn, turn_of
+from llamaclust.cluster.scheduler.turns import Running, first_in_turn, gives_way, in_turn, startable, takes_turn
+from llamaclust.core.errors import QueueFullError
+from llamaclust.core.sharing.shares import fits
 
 RESERVE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
@@ -25,9 +27,9 @@ _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
 
 
-def _rank(running: Counter[str], sequence: Sequence) -> tuple[int, int]:
+def _rank(running: Running, sequence: Sequence) -> tuple[int, int, int]:
     """For `SequenceQueues.shortest`."""
-    return running[turn_of(sequence)], sequence.remaining
+    return *running.rank(sequence), sequence.remaining
 
 
 class SequenceQueues:
@@ -77,16 +79,25 @@ class SequenceQueues:
         for sequence in self.waiting:
             sequence.restart()
 
+    def add(self, sequence: Sequence, most_waiting: int) -> None:
+        """It waits. QueueFullError where its owner has so many that wait, beyond those that start at once, or less
+        where others have many."""
+        waiting = [*self.waiting, *self.restoring]
+        own = sum([other.request.owner == sequence.request.owner for other in waiting])
+        if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
+            raise QueueFullError(f"{own} requests wait already, more may not: try again later")
+        self.waiting.append(sequence)
+
     def admit(self) -> Sequence | None:
         """Starts the sequence whose turn it is, with blocks for all of its tokens, or the next one that fits where it
         does not; None where all have to wait on."""
-        if not self.can_start:
+        if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
-        running = running_by_turn(self.running)
-        first, *others = in_turn(self.waiting, running, 1 + _OVERTAKING)
+        running = Running.of(self.running)
+        first, *others = in_turn(waiting, running, 1 + _OVERTAKING)
         if self._admit(first):
             return first
-        if first.overtaken == _MAX_OVERTAKEN or first.is_begun or takes_turn(first, running):
+        if first.overtaken == _MAX_OVERTAKEN or first.is_begun or takes_turn(first, self.running, running):
             return None
         admitted = next((sequence for sequence in others if self._admit(sequence)), None)
         if admitted is not None:
@@ -103,16 +114,15 @@ class SequenceQueues:
     def give_turn(self) -> None:
         """Where a request has nothing that runs, and no place or memory for it, the one with the most of them gives up
         its youngest. Not while a microbatch is being made."""
-        if not self.waiting:
+        if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
-        running = running_by_turn(self.running)
-        first = first_in_turn(self.waiting, running)
-        if first.in_flight or not takes_turn(first, running):
+        running = Running.of(self.running)
+        first = first_in_turn(waiting, running)
+        if first.in_flight or not takes_turn(first, self.running, running):
             return
         if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
             return
-        turn, _ = max(running.items(), key=itemgetter(1))
-        self.preempt(next(sequence for sequence in reversed(self.running) if turn_of(sequence) == turn))
+        self.preempt(gives_way(self.running, running))
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
@@ -130,12 +140,12 @@ class SequenceQueues:
         there is none. One that waited is started for it."""
         if not prefilling:
             return None
-        running = running_by_turn(self.running)
-        if self.can_start:
-            waiting = min(self.waiting, key=partial(_rank, running))
-            started = running + Counter([turn_of(waiting)])
-            is_shortest = min((*prefilling, waiting), key=partial(_rank, started)) is waiting
-            if is_shortest and self._overtake(waiting, first_in_turn(self.waiting, running)):
+        running = Running.of(self.running)
+        if self.can_start and (startables := startable(self.waiting, self.running)):
+            waiting = min(startables, key=partial(_rank, running))
+            started = partial(_rank, running.with_another(waiting))
+            is_shortest = min((*prefilling, waiting), key=started) is waiting
+            if is_shortest and self._overtake(waiting, first_in_turn(startables, running)):
                 return waiting
         shortest = min(prefilling, key=partial(_rank, running))
         return None if shortest is prefilling[0] else shortest

@@ -45,6 +45,7 @@ class GenerationRequest:
     cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
     adapters: AdapterScales = ()
     group: str = ""  # of requests that came as one; empty: a group of its own
+    owner: str = field(default="", compare=False)  # whose it is: owners take turns
     grammar: Grammar | None = None  # which the answer obeys
     reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
     with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0

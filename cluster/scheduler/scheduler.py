@@ -31,7 +31,6 @@ from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.validation import validate
-from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
 
@@ -110,12 +109,8 @@ class Scheduler:
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
         sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts, settings.has_mtp)
         if sequence.known_end is None:
-            waiting = len(self.queues.waiting) + len(self.queues.restoring)
-            starting = self.settings.max_sequences - len(self.queues.running)
-            if waiting >= self.settings.max_waiting + starting:
-                raise QueueFullError(f"{waiting} requests wait already, more may not: try again later")
+            self.queues.add(sequence, settings.max_waiting)
             self._sequences[sequence.key] = sequence
-            self.queues.waiting.append(sequence)
         return sequence
 
     def abort(self, key: int) -> Sequence | None:

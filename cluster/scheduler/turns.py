@@ -1,12 +1,18 @@
-"""Whose turn it is: prompts and choices of one request take turns with other requests. Pure."""
+"""Whose turn it is: owners take turns, and so do the requests of each with their prompts and choices. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Reversible
+from dataclasses import dataclass
 from heapq import nsmallest
 
-from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence
+
+_LARGE_GRAMMAR = 1 << 12
+"""Characters from which a grammar's matcher may take tens of milliseconds; the last stage makes one at a time."""
+_MOST_MATCHERS = 2
+"""That are made for one owner at a time: as many keep the last stage busy, and others wait for no more."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -14,28 +20,65 @@ def turn_of(sequence: Sequence) -> str:
     return sequence.request.group or sequence.request.request_id
 
 
-def running_by_turn(running: Iterable[Sequence]) -> Counter[str]:
-    """How many sequences of each request run."""
-    return Counter(map(turn_of, running))
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How many sequences run, by owner and by request."""
+
+    owners: Counter[str]
+    requests: Counter[str]
+
+    @classmethod
+    def of(cls, running: Iterable[Sequence]) -> Running:
+        owners, requests = Counter[str](), Counter[str]()
+        for sequence in running:
+            owners[sequence.request.owner] += 1
+            requests[turn_of(sequence)] += 1
+        return cls(owners, requests)
+
+    def with_another(self, sequence: Sequence) -> Running:
+        """One more runs."""
+        return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
+
+    def rank(self, sequence: Sequence) -> tuple[int, int]:
+        """The lowest is next."""
+        return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
-def in_turn(waiting: Iterable[Sequence], running: Counter[str], most: int) -> list[Sequence]:
+def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
+    """Those that wait but the ones with large grammars whose owner awaits some matchers of such grammars."""
+    making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
+    if not making:
+        return [*waiting]
+    return [one for one in waiting if making[one.request.owner] < _MOST_MATCHERS or not _is_large(one)]
+
+
+def _is_large(sequence: Sequence) -> bool:
+    grammar = sequence.request.grammar
+    return grammar is not None and len(grammar.definition) > _LARGE_GRAMMAR
+
+
+def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Sequence]:
     """The first `most` of those that wait, in the order in which `first_in_turn` would choose them if none started."""
-    return nsmallest(most, waiting, key=lambda sequence: running[turn_of(sequence)])
+    return nsmallest(most, waiting, key=running.rank)
 
 
-def first_in_turn(waiting: Iterable[Sequence], running: Counter[str]) -> Sequence:
-    """Of those that wait: the first one of the request with the fewest that run."""
-    fewest: Sequence | None = None
-    for sequence in waiting:
-        if not running[turn_of(sequence)]:
-            return sequence
-        if fewest is None or running[turn_of(sequence)] < running[turn_of(fewest)]:
-            fewest = sequence
-    assert fewest is not None, "none waits"
-    return fewest
+def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
+    """Of those that wait: the first one of the owner, and of its requests the one, with the fewest that run."""
+    return min(waiting, key=running.rank)
 
 
-def takes_turn(sequence: Sequence, running: Counter[str]) -> bool:
-    """Whether others give way to it: nothing of its request runs, and several sequences of another one do."""
-    return not running[turn_of(sequence)] and max(running.values(), default=0) > 1
+def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
+    """Of those that run, oldest first: the youngest one of the owner, and of its requests the one, with the most."""
+    return max(reversed(running), key=counts.rank)
+
+
+def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
+    """Whether others give way to it: nothing of its owner runs, and several of another one; or nothing of its request
+    runs, and several of another one, whose owner has no less."""
+    if not running:
+        return False
+    owner, request = counts.rank(sequence)
+    most_of_owner, most_of_request = counts.rank(gives_way(running, counts))
+    if not owner:
+        return most_of_owner > 1
+    return not request and most_of_request > 1 and owner <= most_of_owner

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
@@ -97,6 +98,7 @@ def _request(name: str, group: str, prompt: tuple[int, ...], options: EmbeddingO
         embedded=options.pooling.rows(len(prompt)) if prompt else None,  # the engine refuses an empty one
         cache_salt=options.cache_salt,
         group=group,
+        owner=current_owner.get(),
         operation=Operation.EMBEDDINGS,
     )
 

@@ -357,6 +357,7 @@ class TextService:
             cache_salt=request.cache_salt,
             adapters=request.adapters,
             group=request.group or request_id,
+            owner=current_owner.get(),
             grammar=request.grammar,
             reasoning=request.reasoning,
             with_logprobs=request.with_logprobs,

@@ -33,7 +33,7 @@ class MessagesBody(AnswerFields, ReasoningFields):
 
     model: str | None = None
     """Any name, unless `strict_model` is set."""
-    messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=100_000)]
+    messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
     """The chat so far. Blocks of type text, thinking, tool_use and tool_result; successive messages of one role are
     one. A last message of role assistant is continued."""
     system: _SystemField = ""

@@ -22,7 +22,7 @@ from llamaclust.core.sampling_bounds import MAX_PENALTY
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
 _EFFORTS: Final = ("low", "medium", "high", "max")
-_MESSAGES: Final = 100_000
+_MESSAGES: Final = 16_384
 
 
 class Options(SamplerFields, ReasoningFields, SpeculativeFields):

@@ -90,7 +90,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
 
 
 MessagesField = Annotated[
-    list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=100_000)
+    list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=16_384)
 ]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -22,6 +23,7 @@ from llamaclust.cluster.server import serve
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.owner import current_owner
 from support.clusters.served import (
     ScriptedEngine,
     ScriptedStream,
@@ -248,6 +250,36 @@ async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
         assert [(await reply).status_code for reply in whole] == [200] * 4
         for _, writer in halves:
             writer.close()
+
+
+async def test_requests_of_one_owner_keep_no_others_out() -> None:
+    """Neither by their number, nor by their bytes, nor by bodies that do not come."""
+    admission = Admission(ApiSettings(max_requests=4, max_held_bytes=1000))
+    part = {"type": "http.request", "body": b"a" * 240, "more_body": False}
+
+    async def hold(owner: str, held: AsyncExitStack) -> None:
+        current_owner.set(owner)
+        admission.check()
+        admission.count(held.enter_context(admission.held(has_body=True)), part)
+
+    async with AsyncExitStack() as held:
+        for _ in range(4):
+            await hold("a", held)
+        with pytest.raises(HttpError, match="busy with 4 requests"):
+            await hold("a", held)
+        await hold("b", held)
+        await hold("c", held)
+        current_owner.set("b")
+        with pytest.raises(HttpError, match="busy with 1200 bytes of requests"):
+            admission.count(next(one for one in admission._open if one.owner == "a"), part)
+        for owner in "aaaab":
+            current_owner.set(owner)
+            held.enter_context(admission.held(has_body=True))
+        assert [one.owner for one in admission._unfinished if one.refusal is None] == ["a", "a", "a", "b"]
+        task = asyncio.current_task()
+        assert task is not None and task.uncancel() == 0, "the one that gave way was of this task"
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 async def test_a_request_without_body_is_whole() -> None:

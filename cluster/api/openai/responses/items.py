@@ -8,7 +8,7 @@ from typing import Any, Final
 
 Item = dict[str, Any]
 
-MAX_ITEMS: Final = 100_000
+MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
 """The type of an item that stands for one of a stored response, by its id."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}

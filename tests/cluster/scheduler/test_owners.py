@@ -1,0 +1,121 @@
+"""Owners of requests: one with many neither fills the queue for others nor keeps them waiting, and no token changes."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.turns import startable
+from llamaclust.core.errors import QueueFullError
+from llamaclust.core.sampling import Grammar
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.seed import SEED
+
+CONTEXT = 400
+BLOCKS = 1000
+
+
+def scheduler(max_sequences: int, max_waiting: int) -> Scheduler:
+    settings = SchedulerSettings("m", VOCABULARY, CONTEXT, BLOCKS, max_sequences=max_sequences, max_waiting=max_waiting)
+    return Scheduler(settings, 1, 2)
+
+
+def request(number: int, owner: str, tokens: int = 30, group: str = "", grammar: str = "") -> GenerationRequest:
+    source = Random(f"{SEED} {owner} {number}")
+    prompt = tuple(source.randrange(VOCABULARY) for _ in range(40))
+    made = Grammar(grammar) if grammar else None
+    return GenerationRequest(f"{owner}{number}", prompt, tokens, seed=number, group=group, owner=owner, grammar=made)
+
+
+def added(to: Scheduler, owner: str, count: int) -> int:
+    """How many are taken."""
+    for number in range(count):
+        try:
+            to.add(request(number, owner), 0)
+        except QueueFullError:
+            return number
+    return count
+
+
+@pytest.mark.parametrize(("first", "room"), [(300, 24), (25, 24), (24, 24), (3, 24)])
+def test_a_queue_that_one_fills_has_places_for_others(first: int, room: int) -> None:
+    queue = scheduler(8, room - 8)
+    assert added(queue, "a", first) == min(first, room), "alone it has all places"
+    others = [added(queue, owner, 300) for owner in "bcde"]
+    assert all(others), "each of the others finds some"
+    assert len(queue.queues.waiting) <= 2 * room
+    with pytest.raises(QueueFullError, match=r"^\d+ requests wait already, more may not: try again later$"):
+        queue.add(request(999, "b"), 0)
+
+
+@pytest.mark.parametrize("group", ["", "many choices"])
+@pytest.mark.parametrize("others", [1, 3])
+def test_many_requests_of_one_owner_do_not_keep_another_waiting(group: str, others: int) -> None:
+    """Another one's first tokens come before any further answer of the first ends; all tokens are as if alone."""
+    print(f"seed {SEED}")
+    fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
+    run = Simulation(scheduler(8, 300), fake)
+    many = [request(number, "a", 200, group) for number in range(60)]
+    keys = [run.add(one) for one in many]
+    for _ in range(20):
+        run.step()
+    later = [request(number, f"other {number}") for number in range(others)]
+    later_keys = [run.add(one) for one in later]
+    ended = sum(len(run.updates[key]) > 200 for key in keys)
+    while not all(run.updates[key] for key in later_keys):
+        run.step()
+    assert sum(len(run.updates[key]) > 200 for key in keys) == ended
+    assert run.scheduler.counts.preemptions <= others
+    run.finish()
+    for key, one in zip([*keys, *later_keys], [*many, *later], strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
+def test_an_owner_whose_requests_run_displaces_no_others() -> None:
+    """The owner with more waits, though single requests of its own would be one's turn by themselves."""
+    fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
+    run = Simulation(scheduler(8, 300), fake)
+    pair = [run.add(request(number, "b", 300, "pair")) for number in range(2)]
+    for number in range(60):
+        run.add(request(number, "a", 100))
+    while not all(len(run.updates[key]) > 300 for key in pair):
+        run.step()
+    assert run.scheduler.counts.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    ("running", "free"),
+    [
+        ([], True),
+        ([("a", Phase.PREFILL)], True),
+        ([("a", Phase.PREFILL)] * 2, False),
+        ([("a", Phase.PREFILL), ("a", Phase.DECODE)], True),
+        ([("b", Phase.PREFILL)] * 5, True),
+    ],
+)
+def test_few_matchers_of_large_grammars_are_awaited_for_an_owner(running: list[tuple[str, Phase]], free: bool) -> None:
+    def sequence(owner: str, phase: Phase, grammar: str = "g" * 10_000) -> Sequence:
+        made = Sequence(1, request(0, owner, grammar=grammar), 10, 0)
+        made.phase = phase
+        return made
+
+    runs = [sequence(owner, phase) for owner, phase in running]
+    large, small, plain = (sequence("a", Phase.WAITING, grammar) for grammar in ("g" * 10_000, "g" * 100, ""))
+    assert (large in startable([large, small, plain], runs)) is free
+    assert {id(one) for one in startable([large, small, plain], runs)} >= {id(small), id(plain)}
+
+
+def test_many_answers_of_a_large_grammar_run_to_their_ends() -> None:
+    """Two at a time begin, and none is left."""
+    fake = FakeStages(FakeModel(BLOCKS), [linear(100, 10)] * 2, 1000)
+    run = Simulation(scheduler(8, 300), fake)
+    keys = [run.add(request(number, "a", 10, "n", "g" * 10_000)) for number in range(20)]
+    while run.step():
+        prefilling = [one for one in run.scheduler.queues.running if one.phase is Phase.PREFILL]
+        assert len(prefilling) <= 2
+    assert all(len(run.updates[key]) >= 10 for key in keys)

@@ -14,10 +14,10 @@ from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
-from llamaclust.cluster.api.ignored import report_ignored
 from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, Member, Outline, outline
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.ignored import report_ignored
 from llamaclust.cluster.text.threads import Threads, run_on
 from llamaclust.core.errors import ParameterError
 

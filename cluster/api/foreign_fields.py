@@ -52,9 +52,9 @@ _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
 """Where nothing is generated."""
 
-_CONSTRAINTS: Final = _names("grammar_triggers bad_words allowed_token_ids logits_processors", only()) | {
-    "grammar_lazy": only(False)
-}
+_CONSTRAINTS: Final = _names(
+    "grammar_triggers bad_words allowed_token_ids logits_processors structural_tag guided_whitespace_pattern", only()
+) | {"grammar_lazy": only(False)}
 
 _REFUSED: Final = {
     **_CONSTRAINTS,
@@ -147,7 +147,8 @@ TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
 _CHAT_ONLY: Final = {
     **_REFUSED,
     **_names("response_format json_schema grammar structured_outputs logit_bias", only()),
-    **_names("guided_json guided_regex guided_choice guided_grammar", only()),
+    **_names("guided_json guided_regex guided_choice guided_grammar regex ebnf", only()),
+    "guided_json_object": only(False),
     "n": number(1),
 }
 """What other chats have."""

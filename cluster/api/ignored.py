@@ -1,30 +1,27 @@
-"""Fields of a request that are accepted and have no effect: a header of the reply names them."""
+"""A header of the reply that names fields of the request, and parts of its tools' schemas, without effect."""
 
 from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from contextvars import ContextVar
+from itertools import accumulate
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamaclust.cluster.text.ignored import ignored_parts
+
 HEADER: Final = "X-Llamaclust-Ignored"
 _MOST_LOGGED: Final = 256
-_MOST_CHARACTERS: Final = 64
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+_MOST_CHARACTERS: Final = 160
+_MOST_OF_A_HEADER: Final = 3072
+"""Some proxies take no more than 4 KiB for all headers of a reply."""
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
-_ignored: ContextVar[list[str] | None] = ContextVar("ignored", default=None)
-
-
-def report_ignored(names: Sequence[str]) -> None:
-    """Names fields of the body of the request that this task answers."""
-    fields = _ignored.get()
-    if fields is not None:
-        fields += [_UNSAFE.sub("?", name)[:_MOST_CHARACTERS] or "?" for name in names]
 
 
 class IgnoredFields:
@@ -42,18 +39,26 @@ class IgnoredFields:
 
         async def name_fields(message: Message) -> None:
             if fields and message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = ", ".join(fields)
-                self._report(scope["path"], fields)
+                names = [*dict.fromkeys(_UNSAFE.sub("?", name)[:_MOST_CHARACTERS] or "?" for name in fields)]
+                MutableHeaders(scope=message)[HEADER] = _listed(names)
+                self._report(scope["path"], names)
             await send(message)
 
-        token = _ignored.set(fields)
+        token = ignored_parts.set(fields)
         try:
             await self._app(scope, receive, name_fields)
         finally:
-            _ignored.reset(token)
+            ignored_parts.reset(token)
 
     def _report(self, path: str, fields: Sequence[str]) -> None:
         new = [field for field in fields if (path, field) not in self._logged]
         if new and len(self._logged) < _MOST_LOGGED:
             self._logged.update((path, field) for field in new)
-            _log.info("%s: fields without effect: %s", path, ", ".join(new))
+            _log.info("%s: fields without effect: %s", path, _listed(new))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names; how many more there are where they are too long together."""
+    shown = bisect_right([*accumulate(len(name) + 2 for name in names)], _MOST_OF_A_HEADER)
+    more = [f"and {len(names) - shown} more"] if shown < len(names) else []
+    return ", ".join([*names[:shown], *more])

@@ -22,6 +22,11 @@ _VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
     "choice": lambda value, origin: definitions.of_choice(_texts(value, origin), origin),
     "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
 }
+_FORMS_BY_FIELD = {
+    **{f"guided_{form}": make for form, make in _VLLM_FORMS.items()},
+    "regex": _VLLM_FORMS["regex"],
+    "ebnf": _VLLM_FORMS["grammar"],
+}
 _VLLM_FLAGS = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
 
 
@@ -36,7 +41,7 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """At most one of these may say how the answer must look."""
+    """How the answer must look. Several of these must say the same."""
 
     response_format: _Object | None = None
     """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""
@@ -54,6 +59,12 @@ class GrammarFields(Body):
     """The answer is one of these texts."""
     guided_grammar: str | None = None
     """As `grammar`."""
+    guided_json_object: bool = False
+    """The answer is a JSON object."""
+    regex: str | None = None
+    """As `guided_regex` (SGLang's field, as the next one)."""
+    ebnf: str | None = None
+    """As `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
         """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
@@ -66,13 +77,18 @@ class GrammarFields(Body):
             given["grammar"] = partial(definitions.of_gbnf, self.grammar, "grammar")
         if self.structured_outputs:
             given["structured_outputs"] = partial(_of_vllm, self.structured_outputs)
-        for form, make in _VLLM_FORMS.items():
-            name = f"guided_{form}"
-            if getattr(self, name) not in (None, "", {}, []):
-                given[name] = partial(make, getattr(self, name), name)
-        if len(given) > 1:
-            raise ParameterError([*given][1], f"cannot be used together with {next(iter(given))}")
-        return next((make() for make in given.values()), None)
+        for name, make in _FORMS_BY_FIELD.items():
+            value = getattr(self, name)
+            if value is not None and (value not in ("", {}) or name == "guided_choice"):
+                given[name] = partial(make, value, name)
+        if self.guided_json_object:
+            given["guided_json_object"] = partial(definitions.of_object, "guided_json_object")
+        made = {name: make() for name, make in given.items()}
+        first = next(iter(made), "")
+        for name, grammar in made.items():
+            if grammar != made[first]:
+                raise ParameterError(name, f"cannot be used together with {first}, which asks for another form")
+        return made.get(first)
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
@@ -82,16 +98,17 @@ def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | Non
         case "text":
             return None
         case "json_object":
-            schema = value.get("schema") or {"type": "object"}
+            schema, is_strict = value.get("schema") or {"type": "object"}, False
         case "json_schema":
             wrapped = value.get("json_schema", value)
             schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+            is_strict = isinstance(wrapped, dict) and wrapped.get("strict") is True
             if schema is None:
                 raise ParameterError(f"{origin}.json_schema.schema", "is missing")
         case _:
             reason = f"is {str(kind)[:60]!r}, must be 'text', 'json_object' or 'json_schema'"
             raise ParameterError(f"{origin}.type", reason)
-    return definitions.of_schema(_schema(schema, origin), origin)
+    return definitions.of_schema(_schema(schema, origin), origin, closes_objects=is_strict)
 
 
 def _of_vllm(value: dict[str, Any]) -> Grammar:

@@ -30,10 +30,11 @@ def answer_reasoning(
 ) -> Reasoning | None:
     """None where the answer has no reasoning apart, or there is nothing to follow. `grammar`: one that the reasoning is
     no part of. ParameterError for a message that would end the reasoning itself."""
-    found = None if reading is None else _open_or_closed(reading)
-    if found is None or reading is None:
+    calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
+    found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
+    if found is None:
         return None
-    delays = grammar is not None and (found.is_open or bool(grammar.triggers)) and not reading.form.calls_end_reasoning
+    delays = grammar is not None and (found.is_open or bool(grammar.triggers)) and not calls_end
     if budget is None:
         return replace(found, delays_grammar=True) if delays else None
     if any(end in budget.message for end in found.ends):
@@ -45,12 +46,12 @@ def answer_reasoning(
     return replace(found, forced=tuple(forced), budget=tokens, delays_grammar=delays)
 
 
-def _open_or_closed(reading: AnswerReading) -> Reasoning | None:
+def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
     """The tags, and whether the prompt has begun reasoning. None where none can follow."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None
-    if reading.tools and reading.form.calls_end_reasoning and not isinstance(reading.form.calls, ChannelCalls | None):
+    if reading.tools and calls_end and not isinstance(reading.form.calls, ChannelCalls | None):
         found = replace(found, ends=(*found.ends, *reading.form.calls.frame.triggers))
     scanner = ReasoningScanner(found)
     scanner.feed(reading.begun.encode())

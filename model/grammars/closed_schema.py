@@ -11,7 +11,8 @@ from llamaclust.model.grammars.schema_parts import DEFINED, parts
 _OPEN: Final = frozenset(("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"))
 _ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
 _APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
-_COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
+COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
+"""Keywords that say of one object what several schemas allow."""
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -29,7 +30,7 @@ def _combines(value: Any) -> bool:
         return any(map(_combines, value))
     if not isinstance(value, Mapping):
         return False
-    is_combined = not _COMBINING.isdisjoint(value) or len(_APPLICATORS & value.keys()) > 1
+    is_combined = not COMBINING.isdisjoint(value) or len(_APPLICATORS & value.keys()) > 1
     return is_combined or any(map(_combines, parts(value)))
 
 

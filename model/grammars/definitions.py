@@ -11,12 +11,14 @@ from typing import Any
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES, MAX_TRIGGERS
-from llamaclust.model.grammars.schema_parts import with_parts
+from llamaclust.model.grammars.normal_schema import normal_schema
 
-_GUIDANCE = "x-guidance"
-_WHITE_SPACE = r" |\n{1,2}[ \t]{0,20}"
-"""Between the parts of a JSON text, as in llama.cpp: a small model could write white space without end."""
-_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"])
+GUIDANCE = "x-guidance"
+"""The keyword of a schema that has llguidance's options."""
+JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
+"""Such options: white space between the parts of a JSON text is that of llama.cpp. A small model could write it without
+end."""
+_MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
 """The converter takes about a second for so much as a rule."""
 GBNF = "gbnf"
@@ -24,15 +26,17 @@ GBNF_START = f'{{"{GBNF}"'
 """How the definition of a grammar in GBNF begins until it is checked, which converts it."""
 
 
-def of_schema(schema: Mapping[str, Any] | bool, origin: str) -> Grammar:
-    """A JSON text that a schema allows. Keywords that cannot be obeyed are refused when the grammar is checked;
-    formats that are not known are annotations, as JSON Schema has it."""
+def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
+    """A JSON text that a schema allows. `closes_objects`: as OpenAI's strict mode. ParameterError for a keyword that
+    cannot be obeyed, with its place."""
     try:
-        own = {"allOf": [schema]} if isinstance(schema, bool) else _with_known_formats(schema)
+        normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
         raise ParameterError(origin, "the schema is nested too deeply") from None
-    own = {**own, _GUIDANCE: {"whitespace_pattern": _WHITE_SPACE}}
-    return _grammar({"json_schema": own}, origin)
+    if normal.unobeyed:
+        reason = f"no grammar can obey {', '.join(normal.unobeyed[:_MOST_PLACES])}: leave it out of the schema"
+        raise ParameterError(origin, reason)
+    return _grammar({"json_schema": {**normal.schema, GUIDANCE: JSON_TEXT}}, origin)
 
 
 def of_object(origin: str) -> Grammar:
@@ -66,6 +70,14 @@ def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     return of_lark("start: " + " | ".join(map(_quoted, texts)), origin)
 
 
+def either(calls: str, other: Grammar) -> Grammar:
+    """What the Lark text allows, or a grammar that was checked."""
+    (part,) = json.loads(other.definition)["grammars"]
+    lark = calls.replace("start:", "calls:", 1)
+    both = [{"lark_grammar": f"start: calls | @other\n{lark}"}, {**part, "name": "other"}]
+    return _defined({"grammars": both}, other.origin)
+
+
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
     """The same, ruling from the first of these texts on; a trigger is the beginning of what the grammar allows."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
@@ -74,17 +86,6 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
         reason = f"needs 1 to {MAX_TRIGGERS} triggers of 1 to {MAX_TRIGGER_BYTES} bytes"
         raise ParameterError(grammar.origin, reason)
     return Grammar(grammar.definition, tuple(triggers), grammar.origin)
-
-
-def _with_known_formats(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_with_known_formats(part) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    made = with_parts(schema, _with_known_formats)
-    if isinstance(form := made.get("format"), str) and form not in _FORMATS:
-        del made["format"]
-    return made
 
 
 def _quoted(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 DEFINED: Final = ("properties", "$defs", "definitions")
@@ -17,17 +17,6 @@ def parts(schema: Mapping[str, Any]) -> Iterator[Any]:
             yield from value.values()
         elif key not in _DATA:
             yield value
-
-
-def with_parts(schema: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
-    """The schema with each part as it is `changed`."""
-    made = dict(schema)
-    for key, value in schema.items():
-        if _is_by_name(key, value):
-            made[key] = {name: changed(part) for name, part in value.items()}
-        elif key not in _DATA:
-            made[key] = changed(value)
-    return made
 
 
 def _is_by_name(key: str, value: Any) -> bool:

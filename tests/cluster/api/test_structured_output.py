@@ -11,6 +11,7 @@ from httpx import Response
 from jsonschema import Draft202012Validator
 
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
@@ -59,6 +60,17 @@ GBNF = 'root ::= "yes" | "no"'
         ({"guided_regex": "a+"}, definitions.of_regex("a+", "")),
         ({"guided_choice": ["a", "b"]}, definitions.of_choice(["a", "b"], "")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, definitions.of_choice(["a", "b"], "")),
+        ({"regex": "a+"}, definitions.of_regex("a+", "")),
+        ({"ebnf": GBNF}, definitions.of_gbnf(GBNF, "")),
+        ({"json_schema": json.dumps(SCHEMA)}, JSON),
+        ({"guided_json_object": True}, definitions.of_object("")),
+        ({"guided_grammar": GBNF, "structured_outputs": {"grammar": GBNF}}, definitions.of_gbnf(GBNF, "")),
+        ({"guided_json": {**SCHEMA, "title": "S"}, "structured_outputs": {"json": json.dumps(SCHEMA)}}, JSON),
+        (
+            {"regex": "a|b", "guided_regex": "a|b", "structured_outputs": {"regex": "a|b"}},
+            definitions.of_regex("a|b", ""),
+        ),
+        ({"response_format": {"type": "json_object"}, "guided_json_object": True}, definitions.of_object("")),
     ],
 )
 def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
@@ -72,7 +84,9 @@ def test_every_form_is_one_grammar(fields: dict[str, Any], grammar: Grammar | No
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: is missing"),
         ({"response_format": {"type": "json_object", "schema": 3}}, "response_format: a JSON schema must be an object"),
         ({"guided_json": "{"}, "guided_json: is no JSON"),
-        ({"guided_choice": []}, None),
+        ({"guided_choice": []}, "guided_choice: must be a list of texts, none of them empty"),
+        ({"guided_choice": {}}, "guided_choice: must be a list of texts"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice: must be a list of texts"),
         ({"guided_choice": [""]}, "guided_choice: must be a list of texts, none of them empty"),
         ({"guided_choice": "ab"}, "guided_choice: must be a list of texts"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs: must have exactly one of"),
@@ -140,7 +154,7 @@ async def test_a_grammar_that_cannot_be_obeyed_is_400_with_the_reason(model: Pat
     reply = await post(model, "/v1/chat/completions", {**CHAT, "json_schema": {"type": "string", "pattern": "(?=a)"}})
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, "json_schema")
-    assert "look-around" in error["message"]
+    assert "no grammar can obey pattern" in error["message"]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
@@ -157,11 +171,57 @@ async def test_a_required_call_obeys_the_schema_of_its_tool(model: Path, choice:
         Draft202012Validator(SCHEMA).validate(json.loads(call["function"]["arguments"]))
 
 
-async def test_a_required_call_excludes_another_grammar(model: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "look"}}]
-    fields = {**CHAT, "tools": tools, "tool_choice": "required", "json_schema": SCHEMA}
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json_schema": {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}},
+        {"guided_regex": "[0-9]{3}"},
+        {"grammar": 'root ::= "none" | "some"'},
+    ],
+)
+async def test_a_required_call_binds_in_place_of_the_answers_form(model: Path, form: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+    fields = {**CHAT, **form, "tools": tools, "tool_choice": "required", "max_tokens": 200}
     reply = await post(model, "/v1/chat/completions", fields, context_length=2000)
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == "tool_choice"
+    (call,) = reply.json()["choices"][0]["message"]["tool_calls"]
+    Draft202012Validator(SCHEMA).validate(json.loads(call["function"]["arguments"]))
+
+
+_ODD = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(a"}}}
+_DIALECTS = {
+    "/v1/chat/completions": {
+        **CHAT,
+        "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "odd", "parameters": _ODD}}],
+    },
+    "/v1/responses": {
+        "input": "say",
+        "temperature": 0,
+        "tool_choice": "required",
+        "max_output_tokens": 100,
+        "tools": [{"type": "function", "name": "odd", "parameters": _ODD}],
+    },
+    "/v1/messages": {
+        "messages": CHAT["messages"],
+        "temperature": 0,
+        "max_tokens": 100,
+        "tool_choice": {"type": "any"},
+        "tools": [{"name": "odd", "input_schema": _ODD}],
+    },
+    "/api/chat": {
+        "model": "m",
+        "messages": CHAT["messages"],
+        "options": {"num_predict": 9},
+        "tools": [{"type": "function", "function": {"name": "odd", "parameters": _ODD}}],
+    },
+}
+
+
+@pytest.mark.parametrize("path", _DIALECTS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tool_whose_schema_cannot_be_obeyed_is_named_by_the_reply(model: Path, path: str, stream: bool) -> None:
+    reply = await post(model, path, {**_DIALECTS[path], "stream": stream}, context_length=2000)
+    assert (reply.status_code, reply.headers[HEADER]) == (200, "tools.odd"), reply.text
 
 
 @pytest.mark.parametrize(

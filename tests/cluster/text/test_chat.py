@@ -6,13 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.text.call_constraint import answer_grammar
-from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse
 from llamaclust.cluster.text.chat_format import PLAIN, AnswerReading, ChatFormat
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
-from llamaclust.model.grammars.checker import GrammarChecker
 from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
 
 GENERATION = CompletionRequest("Hello", seed=7)
@@ -33,16 +30,3 @@ async def test_a_message_that_too_many_answers_continue_is_refused_before_it_is_
     reading = AnswerReading(PLAIN, begun="a" * 10_000)
     with pytest.raises(ParameterError, match="n: 128 answers would read 1280000 characters"):
         await make_service(ScriptedEngine(says("a"))).start(replace(GENERATION, n=128, reading=reading))
-
-
-async def test_large_schemas_of_tools_are_no_grammar() -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"description": "a" * (1 << 20)}}}
-    reading = AnswerReading(PLAIN, {"f": tool["function"]["parameters"]})  # type: ignore[index]
-    checker = GrammarChecker(tokenizer())
-    for mode in (ToolMode.AUTO, ToolMode.REQUIRED):
-        chat = ChatRequest((), tools=(tool,), tool_use=ToolUse(mode))
-        if mode is ToolMode.AUTO:
-            assert await answer_grammar(chat, reading, tokenizer(), checker) is None
-            continue
-        with pytest.raises(ParameterError, match="tools: schemas of"):
-            await answer_grammar(chat, reading, tokenizer(), checker)

@@ -4,9 +4,11 @@ tools offered, arguments that their schemas allow."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from enum import Enum, auto
+from typing import Final
 
 from llamaclust.model.chat.tools.argument_values import STRING, types_of
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
@@ -21,10 +23,23 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
-from llamaclust.model.grammars.closed_schema import closed
+from llamaclust.model.grammars.definitions import GUIDANCE, JSON_TEXT
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
 _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
+_JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
+_ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
+_OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
+"""`oneOf` is read as `anyOf`, as in llama.cpp: most alternatives of tools exclude each other without saying so."""
+
+
+class CallStart(Enum):
+    """Where calls begin."""
+
+    TRIGGER = auto()  # where the model writes their first marker
+    ANSWER = auto()  # with the answer, behind reasoning at most
+    THOUGHT = auto()  # likewise, where the prompt has begun reasoning
+    ALTERNATIVE = auto()  # with the answer's first token; the answer may have another form in their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +51,24 @@ class CallGrammar:
 
 
 def call_grammar(
-    form: ToolFormat, tools: Tools, split: Split, *, is_required: bool, is_parallel: bool, is_thinking: bool = False
+    form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """None where the answer may do without calls and nothing marks their beginning.
-
-    Arguments that a schema does not name are refused unless it allows them.
-    `is_required`: the answer is calls, behind reasoning at most. `is_thinking`: the prompt has begun reasoning.
-    """
+    """None where nothing marks the beginning of calls. `tools`: with normal schemas (`arguments_schema`)."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
         return None
-    tools = {name: closed(schema) for name, schema in tools.items()}
     if isinstance(calls, ChannelCalls):
-        return CallGrammar(rules.lark(_channel_call(rules, calls, tools))) if is_required else None
+        if start is CallStart.TRIGGER:
+            return None
+        return CallGrammar(rules.lark(_channel_call(rules, calls, tools, reasons=start is not CallStart.ALTERNATIVE)))
+    if start is CallStart.TRIGGER and not calls.frame.lines:
+        return None
     section = _section(rules, calls, tools, is_parallel=is_parallel)
-    if is_required:
-        return CallGrammar(rules.lark(f"{_reasoning(rules, form.reasoning, is_thinking=is_thinking)} {section}"))
-    return CallGrammar(rules.lark(section), calls.frame.lines[:1]) if calls.frame.lines else None
+    if start in (CallStart.ANSWER, CallStart.THOUGHT):
+        thoughts = _reasoning(rules, form.reasoning, is_thinking=start is CallStart.THOUGHT)
+        return CallGrammar(rules.lark(joined(thoughts, section)))
+    return CallGrammar(rules.lark(section), calls.frame.lines[:1] if start is CallStart.TRIGGER else ())
 
 
 def _reasoning(rules: LarkRules, tags: ReasoningTags | None, *, is_thinking: bool) -> str:
@@ -100,15 +115,21 @@ def _call(rules: LarkRules, calls: ObjectCalls | NamedCalls | TaggedCalls, name:
 
 def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> str:
     arguments = _json(rules, schema)
+    shown = quoted if calls.frame.lines else _json_parts
     if calls.name_is_key:
-        return joined(quoted("{" + json.dumps(name) + ": "), arguments, '"}"')
+        return joined(shown("{" + json.dumps(name) + ": "), arguments, '"}"')
     key, given = json.dumps(calls.name_key), json.dumps(calls.arguments_key)
-    head = quoted(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
-    call_id = f"({quoted(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
+    head = shown(f"{{{key}: {json.dumps(name, ensure_ascii=False)}, {given}: ")
+    call_id = f"({shown(f', {json.dumps(calls.id_key)}: ')} {_ID} )?" if calls.id_key else ""
     members = joined(head, arguments, call_id, SPACE, '"}"')
     if calls.wrapper_key:
-        return joined(quoted(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
+        return joined(shown(f"{{{json.dumps(calls.wrapper_key)}: "), members, '"}"')
     return members
+
+
+def _json_parts(text: str) -> str:
+    """JSON text as the lexemes of a JSON schema: where a call has no marker, other JSON may stand in its place."""
+    return joined(*map(quoted, _JSON_PART.findall(text)))
 
 
 def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> str:
@@ -117,20 +138,25 @@ def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> 
     needed = {key for key in required if isinstance(key, str)} if isinstance(required, list) else set()
     known = properties if isinstance(properties, Mapping) else {}
     ordered = [*(key for key in known if key in needed), *(key for key in known if key not in needed)]
+    shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
     parts = []
     for key in ordered:
-        argument = rules.rule(_argument(rules, calls, key, known[key] if isinstance(known[key], Mapping) else {}))
+        value = {**known[key], **shared} if isinstance(known[key], Mapping) else {}
+        argument = rules.rule(_argument(rules, calls, quoted(key), value))
         parts.append(argument if key in needed else f"({argument})?")
+    if schema.get("additionalProperties") is not False:
+        parts.append(f"({rules.rule(_argument(rules, calls, _ANY_KEY, {}))})*")
     attributes = f'/[^<>"]{{0,20}}"[^<>"]{{0,20}}/ {rules.literal(calls.value_begin)}' if calls.name_end == '"' else ""
     return joined(quoted(name), _marker(rules, calls.name_end) or SPACE, attributes, *parts)
 
 
 def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:
+    """`key`: the rule of its name."""
     types = types_of(schema)
     is_text = not types or "string" in types
-    head = [_marker(rules, calls.argument_begin), quoted(key), _marker(rules, calls.key_end.rstrip())]
+    head = [_marker(rules, calls.argument_begin), key, _marker(rules, calls.key_end.rstrip())]
     if calls.value_begin:
-        attribute = quoted(calls.string_attribute) if is_text else "/[a-z]{1,12}/"
+        attribute = quoted(calls.string_attribute) if is_text and types else "/[a-z]{1,12}/"
         head += [attribute, rules.literal(calls.value_begin)]
     values = schema.get("enum")
     if types == STRING and isinstance(values, list) and values:
@@ -144,7 +170,7 @@ def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) ->
     return joined(*head, indent, value, SPACE)
 
 
-def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools) -> str:
+def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reasons: bool) -> str:
     """One call, behind a message of reasoning at most."""
     bodies = []
     for name, schema in tools.items():
@@ -156,7 +182,7 @@ def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools) -> str:
         )
         bodies.append(rules.rule(joined(header, body)))
     call = f"({' | '.join(bodies)})"
-    if not calls.message_ends or calls.reasoning_header == calls.content_header:
+    if not reasons or not calls.message_ends or calls.reasoning_header == calls.content_header:
         return call
     thoughts = rules.text_until(calls.message_ends[0])
     begin = rules.literal(calls.reasoning_header + calls.header_end)
@@ -164,5 +190,4 @@ def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools) -> str:
 
 
 def _json(rules: LarkRules, schema: Schema) -> str:
-    shown: dict[str, Any] = {"type": "object", **schema} if not schema else dict(schema)
-    return rules.rule(f"%json {json.dumps(shown)}")
+    return rules.rule(f"%json {json.dumps({**schema, GUIDANCE: _OPTIONS})}")

@@ -20,6 +20,7 @@ class LarkRules:
 
     split: Split
     rules: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # of rules, by attributes and body
 
     def literal(self, text: str) -> str:
         """A text with its control tokens."""
@@ -35,10 +36,12 @@ class LarkRules:
         return self.rule(_TEXT, f"suffix={quoted(first)}") + parts
 
     def rule(self, body: str, attributes: str = "") -> str:
-        """The name of a new rule."""
-        name = f"r{len(self.rules)}"
-        self.rules.append(f"{name}{f'[{attributes}]' if attributes else ''}: {body}")
-        return name
+        """The name of the rule with this body."""
+        text = f"{f'[{attributes}]' if attributes else ''}: {body}"
+        if text not in self.names:
+            self.names[text] = f"r{len(self.rules)}"
+            self.rules.append(self.names[text] + text)
+        return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
         """The name of a new rule, whose body has that name."""

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from llamaclust.model.chat.tools.constraint.call_grammar import call_grammar
+from llamaclust.model.chat.tools.constraint.call_grammar import CallStart
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.chat.call_grammars import calls_of
 from support.chat.sample_answers import SAMPLES, TOOLS
-from support.chat.sample_templates import KNOWN_MARKS, TEMPLATES, form_of
+from support.chat.sample_templates import KNOWN_MARKS, TEMPLATES
 from support.models.tiny_tokenizers import byte_level
 
 FORMS = [*TEMPLATES, *KNOWN_MARKS]
@@ -36,9 +37,8 @@ def split(text: str) -> list[str | int]:
     return tokenizer().split_special(text, parse_special=True)
 
 
-def matcher(form: str, *, is_required: bool, **options: Any) -> LLMatcher:
-    options = {"is_parallel": True, **options}
-    grammar = call_grammar(form_of(form), TOOLS, split, is_required=is_required, **options)
+def matcher(form: str, start: CallStart = CallStart.ANSWER, *, is_parallel: bool = True) -> LLMatcher:
+    grammar = calls_of(form, TOOLS, split, start, is_parallel=is_parallel)
     assert grammar is not None
     definition = json.dumps({"grammars": [{"lark_grammar": grammar.lark}]})
     made = LLMatcher(vocabulary().native, definition, log_level=0)
@@ -55,17 +55,17 @@ def takes(made: LLMatcher, text: str) -> bool:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_required_calls_have_a_grammar_in_every_form(form: str) -> None:
-    matcher(form, is_required=True)
+    matcher(form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_that_a_trigger_begins(form: str) -> None:
-    grammar = call_grammar(form_of(form), TOOLS, split, is_required=False, is_parallel=True)
+    grammar = calls_of(form, TOOLS, split, CallStart.TRIGGER)
     samples = [sample for sample in SAMPLES if sample.form == form and sample.calls]
     if grammar is None:
         assert form in ("llama", "harmony", "muse", "functionary")
         return
-    made = matcher(form, is_required=False)
+    made = matcher(form, CallStart.TRIGGER)
     for sample in samples:
         place = sample.text.rfind(grammar.triggers[0] if form != "coder" else grammar.triggers[0] + "\n<function=get")
         is_usual = '"type": "function"' not in sample.text and '{"arguments"' not in sample.text
@@ -78,12 +78,12 @@ def test_calls_that_a_trigger_begins(form: str) -> None:
 def test_many_properties_take_linear_time(form: str, required: Any) -> None:
     tools = {"f": {"properties": {f"p{i}": {"type": "string"} for i in range(15_000)}, "required": required}}
     start = time.process_time()
-    grammar = call_grammar(form_of(form), tools, lambda text: [text], is_required=True, is_parallel=True)
+    grammar = calls_of(form, tools, lambda text: [text])
     assert grammar is not None and time.process_time() - start < 20
 
 
 def test_arguments_obey_the_schema() -> None:
-    made = matcher("hermes", is_required=True)
+    made = matcher("hermes")
     assert takes(made, CALL) and takes(made, CALL + "\n" + CALL)
     assert takes(made, "<think>So.</think>\n" + CALL)
     assert not takes(made, CALL.replace("2", '"2"'))
@@ -93,7 +93,7 @@ def test_arguments_obey_the_schema() -> None:
 
 
 def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_allows_them() -> None:
-    assert not takes(matcher("hermes", is_required=True), CALL.replace('"days"', '"hours"'))
+    assert not takes(matcher("hermes"), CALL.replace('"days"', '"hours"'))
     nothing: dict[str, Any] = {"type": "object", "properties": {}}
     for schema, arguments, is_allowed in (
         (nothing, "{}", True),
@@ -106,9 +106,13 @@ def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_allows_them
         ({"properties": {"not": {}, "dependencies": {}}}, '{"a": 1}', False),
         ({"properties": {"properties": {}, "$ref": {}}}, '{"a": 1}', False),
         ({"properties": {"b": {"default": {"if": 1}, "examples": [{"allOf": 1}]}}}, '{"a": 1}', False),
-        ({"properties": {"b": {"patternProperties": {"if": {"allOf": [{}]}}}}}, '{"a": 1}', True),
+        (
+            {"properties": {"b": {"patternProperties": {"if": {"allOf": [{"minLength": 1}, {"maxLength": 2}]}}}}},
+            '{"a": 1}',
+            True,
+        ),
     ):
-        grammar = call_grammar(form_of("hermes"), {"f": schema}, split, is_required=True, is_parallel=False)
+        grammar = calls_of("hermes", {"f": schema}, split, is_parallel=False)
         assert grammar is not None
         definition = json.dumps({"grammars": [{"lark_grammar": grammar.lark}]})
         made = LLMatcher(vocabulary().native, definition, log_level=0)
@@ -117,17 +121,17 @@ def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_allows_them
 
 
 def test_one_call_where_calls_are_not_parallel() -> None:
-    made = matcher("hermes", is_required=True, is_parallel=False)
+    made = matcher("hermes", is_parallel=False)
     assert takes(made, CALL) and not takes(made, CALL + "\n" + CALL)
 
 
 def test_reasoning_that_the_prompt_has_begun_comes_first() -> None:
-    made = matcher("hermes", is_required=True, is_thinking=True)
+    made = matcher("hermes", CallStart.THOUGHT)
     assert takes(made, "So.</think>\n" + CALL) and not takes(made, CALL)
 
 
 def test_tagged_arguments_obey_their_types() -> None:
-    made = matcher("coder", is_required=True)
+    made = matcher("coder")
     head, tail = (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\nRom\n</parameter>\n",
         "</function>\n</tool_call>",
@@ -138,7 +142,7 @@ def test_tagged_arguments_obey_their_types() -> None:
 
 
 def test_without_tools_there_is_no_grammar() -> None:
-    assert call_grammar(form_of("hermes"), {}, split, is_required=False, is_parallel=True) is None
+    assert calls_of("hermes", {}, split, CallStart.TRIGGER) is None
 
 
 @pytest.mark.parametrize(
@@ -153,4 +157,4 @@ def test_without_tools_there_is_no_grammar() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_schemas_that_are_none_make_a_grammar_or_none(form: str, schema: dict[str, Any]) -> None:
     """What llguidance says of them is the request's error."""
-    call_grammar(form_of(form), {"f": schema}, split, is_required=True, is_parallel=True)
+    calls_of(form, {"f": schema}, split)

@@ -13,10 +13,10 @@ import pytest
 from llguidance import LLMatcher
 
 from llamaclust.model.chat.tools.answer_parser import AnswerParser, parsed
-from llamaclust.model.chat.tools.constraint.call_grammar import call_grammar
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from support.chat.call_grammars import calls_of
 from support.chat.sample_templates import form_of
 from support.models.random_schemas import random_instance, random_schema
 from support.models.tiny_tokenizers import byte_level
@@ -53,7 +53,7 @@ def matcher(form: str, schema: Mapping[str, Any], *, is_parallel: bool = True) -
     def split(text: str) -> list[str | int]:
         return tokenizer().split_special(text, parse_special=True)
 
-    grammar = call_grammar(form_of(form), {"f": schema}, split, is_required=True, is_parallel=is_parallel)
+    grammar = calls_of(form, {"f": schema}, split, is_parallel=is_parallel)
     assert grammar is not None
     made = LLMatcher(vocabulary().native, json.dumps({"grammars": [{"lark_grammar": grammar.lark}]}), log_level=0)
     assert not made.is_error(), made.get_error()

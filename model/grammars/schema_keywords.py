@@ -1,0 +1,119 @@
+"""Keywords of JSON schemas that look at one value: as libraries and drafts write them, in one form."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeGuard
+
+FORMATS: Final = frozenset(
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"]
+)
+_OTHER_FORMATS: Final = {"guid": "uuid", "url": "uri"}
+_TYPES: Final = frozenset(("string", "integer", "number", "boolean", "null", "array", "object"))
+_OTHER_TYPES: Final = {
+    **dict.fromkeys(("str", "text", "char"), "string"),
+    **dict.fromkeys(("int", "int32", "int64", "long", "short", "byte", "uint"), "integer"),
+    **dict.fromkeys(("float", "double", "decimal", "numeric"), "number"),
+    **dict.fromkeys(("list", "tuple", "set"), "array"),
+    **dict.fromkeys(("dict", "map", "record"), "object"),
+    **dict.fromkeys(("none", "nil"), "null"),
+    "bool": "boolean",
+}
+"""Names that programs write in place of JSON Schema's."""
+_ANY_TYPE: Final = frozenset(("any", "mixed", "unknown"))
+SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems")
+_LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
+_ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
+MOST_OF_AN_INTEGER: Final = 10**16 - 1
+"""Sixteen digits, as in llama.cpp: a small model could write digits without end."""
+
+
+def normal_types(given: Any) -> tuple[list[str], bool]:
+    """The types of a value, none where it may have any, and whether all of them are known."""
+    names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    if isinstance(given, str):
+        names = [given.lower()]
+    known = [_OTHER_TYPES.get(name, name) for name in names]
+    if not _ANY_TYPE.isdisjoint(known):
+        return [], True
+    is_known = _TYPES.issuperset(known) and (given is None or isinstance(given, str | list))
+    return ([*dict.fromkeys(known)] if is_known else []), is_known
+
+
+def as_list(given: Any) -> list[Any] | None:
+    """A list, which PHP writes as an object where indices are missing."""
+    if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
+        return [*given.values()]
+    return given if isinstance(given, list) else None
+
+
+def as_object(given: Any) -> Mapping[str, Any]:
+    """An object, which PHP writes as a list where it is empty."""
+    return given if isinstance(given, Mapping) else {}
+
+
+def texts(given: Any) -> list[str]:
+    """The texts in a list; none where it is no list."""
+    return [name for name in as_list(given) or () if isinstance(name, str)]
+
+
+def matches_all(pattern: Any) -> bool:
+    """Whether a regular expression matches every text."""
+    return pattern in _ANY_TEXT
+
+
+def count(schema: Mapping[str, Any], key: str) -> int | None:
+    """A length or a number of parts; None where there is none, or it allows everything."""
+    value = schema.get(key)
+    if not _is_number(value) or value < (0 if key.startswith("max") else 1):
+        return None
+    return int(value)
+
+
+def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
+    """`pattern` and `format`, and whether they say all: a pattern with look-around is left out. A format stands for it
+    where there is one, as in zod's schemas. Formats that are not known are annotations, as JSON Schema has it."""
+    form, pattern = schema.get("format"), schema.get("pattern")
+    made: dict[str, str] = {}
+    if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
+        made["format"] = form
+    if not isinstance(pattern, str) or matches_all(pattern):
+        return made, True
+    if _LOOK_AROUND.search(pattern):
+        return made, "format" in made
+    return {**made, "pattern": pattern}, True
+
+
+def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
+    """Bounds of numbers: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`: normal."""
+    made: dict[str, Any] = {}
+    for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
+        value, other = schema.get(limit), schema.get(exclusive)
+        if _is_number(value):
+            made[exclusive if other is True else limit] = value
+        if _is_number(other):
+            made[exclusive] = other
+        for key in (limit, exclusive):
+            if key in made and sign * made[key] > MOST_OF_AN_INTEGER:  # of 64 bits, or a double: no bound at all
+                del made[key]
+    step = schema.get("multipleOf")
+    if _is_number(step) and step > 0:
+        made["multipleOf"] = step
+    if "integer" in types and "number" not in types:
+        _bound_digits(made)
+    return made
+
+
+def _bound_digits(made: dict[str, Any]) -> None:
+    lower = [made[key] for key in ("minimum", "exclusiveMinimum") if key in made]
+    upper = [made[key] for key in ("maximum", "exclusiveMaximum") if key in made]
+    if not lower and all(value > -MOST_OF_AN_INTEGER for value in upper):
+        made["minimum"] = -MOST_OF_AN_INTEGER
+    if not upper and all(value < MOST_OF_AN_INTEGER for value in lower):
+        made["maximum"] = MOST_OF_AN_INTEGER
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

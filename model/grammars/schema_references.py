@@ -1,0 +1,71 @@
+"""References within one JSON schema: by pointer, anchor or identifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Final
+from urllib.parse import unquote
+
+from llamaclust.model.grammars.schema_parts import parts
+
+_IDS: Final = ("$id", "id")
+MISSING: Final = object()
+"""Stands for what a reference does not find."""
+
+
+class SchemaReferences:
+    """Finds what the references of a schema name. Nothing is ever fetched."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+
+    def find(self, reference: str) -> Any:
+        """The schema that a reference names, behind a chain of references too; MISSING where there is none, or the
+        chain is a circle."""
+        seen: set[str] = set()
+        while reference not in seen:
+            seen.add(reference)
+            found = self._find(reference)
+            following = found.get("$ref") if isinstance(found, Mapping) and len(found) == 1 else None
+            if not isinstance(following, str):
+                return found
+            reference = following
+        return MISSING
+
+    def _find(self, reference: str) -> Any:
+        resource, _, fragment = reference.partition("#")
+        base = self._root if not resource else self._identified.get(resource, MISSING)
+        if not fragment or base is MISSING:
+            return base
+        if not fragment.startswith("/"):
+            return self._identified.get(f"#{fragment}", MISSING)
+        for part in unquote(fragment[1:]).split("/"):
+            base = _member(base, part.replace("~1", "/").replace("~0", "~"))
+        return base
+
+    @cached_property
+    def _identified(self) -> dict[str, Any]:
+        """Schemas by identifier, and by "#" and anchor."""
+        found: dict[str, Any] = {}
+        waiting = [self._root]
+        while waiting:
+            schema = waiting.pop()
+            if isinstance(schema, Mapping):
+                keys = [schema.get(name) for name in _IDS]
+                anchor = schema.get("$anchor")
+                for key in (*keys, f"#{anchor}" if isinstance(anchor, str) else None):
+                    if isinstance(key, str):
+                        found.setdefault(key if key.startswith("#") else key.rstrip("#"), schema)
+                waiting += parts(schema)
+            elif isinstance(schema, list):
+                waiting += schema
+        return found
+
+
+def _member(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(name, MISSING)
+    if isinstance(value, list) and name.isascii() and name.isdigit() and len(name) < 10 and int(name) < len(value):
+        return value[int(name)]
+    return MISSING

@@ -1,0 +1,118 @@
+"""Schemas as libraries and drafts write them: what is left of them, what they allow, and what no grammar obeys."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llamaclust.core.sampling import Grammar
+from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import compiled
+from llamaclust.model.grammars.normal_schema import normal_schema
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+BYTES = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b"\xff<end>"], [256], lambda text: [*text.encode()])
+MOST = 10**16 - 1
+
+
+def allows(grammar: Grammar, *texts: str) -> list[bool]:
+    matcher, found = compiled(grammar.definition, BYTES), []
+    assert not matcher.is_error(), matcher.get_error()
+    for text in texts:
+        matcher.reset()
+        found.append(matcher.try_consume_tokens([*text.encode()]) == len(text.encode()) and matcher.is_accepting())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schema", "normal"),
+    [
+        (
+            {"type": "string", "$comment": "a", "default": 1, "examples": [1], "readOnly": True, "x-a": 1},
+            {"type": "string"},
+        ),
+        ({"type": "array", "items": True, "uniqueItems": False, "minItems": 0}, {"type": "array"}),
+        (
+            {"type": "Integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            {"type": "integer", "minimum": -MOST, "maximum": MOST},
+        ),
+        ({"type": "number", "minimum": 0, "exclusiveMinimum": True}, {"type": "number", "exclusiveMinimum": 0}),
+        ({"type": ["dict", "none"], "required": []}, {"type": ["object", "null"]}),
+        ({"type": "double", "nullable": True}, {"type": ["number", "null"]}),
+        ({"enum": ["a"], "nullable": True}, {"anyOf": [{"enum": ["a"]}, {"type": "null"}]}),
+        ({"properties": [], "additionalProperties": []}, {"properties": {}, "additionalProperties": True}),
+        ({"allOf": [{"type": "string"}], "minLength": 2.0}, {"type": "string", "minLength": 2}),
+        ({"propertyNames": {"enum": ["a"]}}, {"properties": {"a": True}, "additionalProperties": False}),
+        ({"unevaluatedProperties": False, "properties": {}}, {"properties": {}, "additionalProperties": False}),
+        ({"items": [{"type": "null"}], "additionalItems": False}, {"prefixItems": [{"type": "null"}], "items": False}),
+        ({"$schema": "https://spec.openapis.org/oas/3.1/dialect/base", "id": 5}, {}),
+        ({"not": {}}, {"allOf": [False]}),
+    ],
+)
+def test_normal_forms(schema: dict[str, Any], normal: dict[str, Any]) -> None:
+    found = normal_schema(schema)
+    assert (found.schema, found.unobeyed) == (normal, ())
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/definitions/a%20b", "definitions": {"a b": {"const": 1}}},
+        {"$ref": "#/components/schemas/a~1b", "components": {"schemas": {"a/b": {"const": 1}}}},
+        {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "const": 1}}},
+        {"$ref": "https://example.org/a#/$defs/b", "$id": "https://example.org/a", "$defs": {"b": {"const": 1}}},
+        {"$ref": "#/anyOf/0", "anyOf": [{"const": 1}, {"const": 2}]},
+        {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"const": 1}}},
+    ],
+)
+def test_references_are_found_wherever_they_point(schema: dict[str, Any]) -> None:
+    assert allows(definitions.of_schema(schema, "s"), "1", "2") == [True, False]
+
+
+@pytest.mark.parametrize("reference", ["#", "#/$defs/missing", "other.json", "#/$defs/circle", "#/$defs/0/x"])
+def test_references_to_nothing_are_named(reference: str) -> None:
+    schema = {"$ref": reference, "$defs": {"circle": {"$ref": "#/$defs/circle"}}}
+    schema = {"$ref": "#"} if reference == "#" else schema
+    assert normal_schema(schema).unobeyed == ("$ref",)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "integer"}, {"type": ["integer", "null"]}, {"type": "integer", "minimum": 3}]
+)
+def test_integers_end_after_sixteen_digits(schema: dict[str, Any]) -> None:
+    assert allows(definitions.of_schema(schema, "s"), "9" * 16, "9" * 17) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"type": "object", "properties": {"a": {}}},
+        {"anyOf": [{"type": "object", "properties": {"a": {}}}, {"type": "null"}]},
+        {"$ref": "#/$defs/inner"},
+    ],
+)
+def test_strict_closes_objects_that_say_nothing_of_others(inner: dict[str, Any]) -> None:
+    defs = {"inner": {"type": "object", "properties": {"a": {}}}}
+    schema = {"type": "object", "properties": {"inner": inner}, "$defs": defs}
+    texts = '{"inner":{"a":1}}', '{"inner":{"a":1,"b":1}}', '{"inner":{"a":1},"b":1}'
+    assert allows(definitions.of_schema(schema, "s", closes_objects=True), *texts) == [True, False, False]
+    assert allows(definitions.of_schema(schema, "s"), *texts) == [True, True, True]
+    is_open = {**schema, "additionalProperties": {}}
+    assert allows(definitions.of_schema(is_open, "s", closes_objects=True), texts[0], texts[2]) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "object", "properties": {}}, {"properties": []}, {"type": "array", "maxItems": 0}]
+)
+def test_white_space_in_what_is_empty_ends(schema: dict[str, Any]) -> None:
+    grammar = definitions.of_schema(schema, "s", closes_objects=True)
+    begin, end = ("[", "]") if schema.get("type") == "array" else ("{", "}")
+    assert allows(grammar, begin + end, begin + " " + end, begin + "  " + end) == [True, True, False]
+
+
+def test_a_normal_schema_is_its_own_normal_form() -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
+    once = normal_schema(schema, closes_objects=True).schema
+    assert normal_schema(json.loads(json.dumps(once)), closes_objects=True).schema == once

@@ -37,7 +37,7 @@ from llamaclust.core.errors import UsageError
 if TYPE_CHECKING:
     from llamaclust.cluster.client.base import TextClient
     from llamaclust.cluster.client.http import Client
-    from llamaclust.cluster.client.types import CompletionOptions, Options
+    from llamaclust.cluster.client.types import CompletionOptions
     from llamaclust.cluster.text.answer import Answer
 
 ModelFile = Annotated[
@@ -59,6 +59,7 @@ MinP = Annotated[
     float,
     Option("--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."),
 ]
+_RECOMMENDED = "Default: what the model's file recommends, else"
 
 
 @with_samplers
@@ -136,11 +137,21 @@ def chat(
     reasoning_budget: Annotated[
         int | None, Option("--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning; 0: none.")
     ] = None,
-    temperature: Temperature = 0.8,
+    temperature: Annotated[
+        float | None, Option("--temperature", metavar="X", help=f"Sampling temperature; 0: greedy. {_RECOMMENDED} 0.8.")
+    ] = None,
     seed: Seed = None,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
+    top_k: Annotated[
+        int | None, Option("--top-k", metavar="N", help=f"Keep the N most probable tokens; 0: all. {_RECOMMENDED} 40.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        Option("--top-p", metavar="P", help=f"Keep tokens up to this cumulative probability. {_RECOMMENDED} 0.95."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        Option("--min-p", metavar="P", help=f"Keep tokens of this share of the top one. {_RECOMMENDED} 0.05."),
+    ] = None,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
@@ -173,14 +184,13 @@ def chat(
         cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft, mtp
     )
     target.check_drafts(more.get("speculative"))
-    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
-    options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
-    if reasoning_budget is not None:
-        options["reasoning_budget"] = reasoning_budget
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, **more}
+    chosen |= {"max_tokens": max_tokens, "seed": seed, "stop": stop, "reasoning_budget": reasoning_budget}
     instruction = _system_message(system, system_file)
     file = None if session is None else Path(option_value("--session", expand_home, str(session)))
     with target.open() as client:
-        conversation = ChatSession(client, drop_oldest=True, **options)
+        options = client.chat_sampling() | {name: value for name, value in chosen.items() if value is not None}
+        conversation = ChatSession(client, drop_oldest=True, **options)  # type: ignore[arg-type]
         if file is not None and file.exists():
             conversation.load(file)
         if instruction is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import codecs
 import math
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -81,22 +80,21 @@ def _with_defaults(
     fields: dict[str, Any], kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings
 ) -> dict[str, Any]:
     """The fields of a body, and the server's values of those that the endpoint has and the body has under no name."""
-    if not settings.defaults:
+    if not settings.defaults and not settings.recommended:
         return fields
-    filled = _filled(fields, kind.model_fields.keys(), foreign, settings)
+    filled = _filled(fields, kind, foreign, settings)
     for name, part in foreign.parts.items():
         inner, known = filled.get(name), kind.model_fields[name].annotation
         if (inner is None or isinstance(inner, dict)) and isinstance(known, type) and issubclass(known, Body):
-            filled[name] = _filled(inner or {}, known.model_fields.keys(), part, settings)
+            filled[name] = _filled(inner or {}, known, part, settings)
     return filled
 
 
-def _filled(
-    fields: dict[str, Any], known: Collection[str], foreign: ForeignFields, settings: ApiSettings
-) -> dict[str, Any]:
+def _filled(fields: dict[str, Any], kind: type[Body], foreign: ForeignFields, settings: ApiSettings) -> dict[str, Any]:
     given = {foreign.name(name) for name, value in fields.items() if value is not None}
-    own = ((foreign.name(name), value) for name, value in settings.defaults.items())
-    return fields | {name: value for name, value in own if name in known and name not in given}
+    defaults = {**settings.recommended, **settings.defaults} if kind.takes_recommended else settings.defaults
+    own = ((foreign.name(name), value) for name, value in defaults.items())
+    return fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
 
 
 async def parse_object_in_time(data: bytes) -> dict[str, Any]:

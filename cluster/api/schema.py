@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from threading import Lock
 from types import MappingProxyType
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -73,6 +73,8 @@ class Body(DocumentedModel):
     fields are refused unless a `Leniency` is the context of validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+    takes_recommended: ClassVar[bool] = False
+    """True where the model file's recommended sampling comes before the endpoint's own defaults."""
 
     @model_validator(mode="before")
     @classmethod

@@ -38,6 +38,7 @@ class ApiSettings:
     slot_folder: Path | None = None  # that clients save slots in
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
+    recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
     api_keys: tuple[str, ...] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"

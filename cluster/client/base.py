@@ -68,6 +68,11 @@ class TextClient(ABC):
         """The text of some tokens."""
 
     @abstractmethod
+    def chat_sampling(self) -> Options:
+        """The sampling options of a chat for which the user chose nothing: what the cluster file or the model file
+        recommends, or else the values of `llamaclust chat`. Pass them to `chat`, whose own default is greedy."""
+
+    @abstractmethod
     def close(self) -> None:
         """Ends what still runs and releases what the client holds."""
 

@@ -20,7 +20,9 @@ from llamaclust.cluster.client.http_codec import (
     embedding_body,
     encode,
     field_of,
+    model_entry,
     reply_error,
+    sampling_options,
     vectors_of,
 )
 from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
@@ -99,6 +101,11 @@ class Client(TextClient):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return field_of(self._post("detokenize", {"tokens": list(ids)}), "content", str)
+
+    def chat_sampling(self) -> Options:
+        with _reaching(self._http.base_url):
+            entry = model_entry(_checked(self._http.get("v1/models")), self._model)
+        return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
 
     def check_model(self) -> None:
         """RequestError if the model that was given is not served; it names those that are."""

@@ -58,6 +58,22 @@ def embedding_body(prompts: Sequence[str | Sequence[int]], options: EmbeddingOpt
     return {"input": given, "encoding_format": "base64", **more}
 
 
+def sampling_options(fields: Mapping[str, Any]) -> Options:
+    """Options from the field `chat_sampling` of a model in `GET /v1/models`."""
+    found = dict(fields)
+    if (window := found.pop("repeat_last_n", -1)) != -1:
+        found["penalty_window"] = window
+    return {name: value for name, value in found.items() if name in Options.__annotations__}  # type: ignore[return-value]
+
+
+def model_entry(body: bytes, model: str | None) -> Mapping[str, Any]:
+    """The entry of a model, or of an adapter, in the reply of `GET /v1/models`; the first one for None and for names
+    that are not served."""
+    entries = field_of(body, "data", list)
+    named = (entry for entry in entries if model == entry.get("id") or model in entry.get("aliases", ()))
+    return next(named, entries[0] if entries else {})
+
+
 def vectors_of(body: bytes) -> list[Vector]:
     """The embeddings of a reply. ProtocolError where it has none."""
     import numpy as np  # commands that embed nothing start without it

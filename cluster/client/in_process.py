@@ -10,10 +10,13 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
+from llamaclust.cluster.api.chat_sampling import chat_sampling
 from llamaclust.cluster.api.embeddings.schema import OpenAiEmbeddingBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client.base import TextClient
+from llamaclust.cluster.client.http_codec import sampling_options
+from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.pooler import Vector
 from llamaclust.cluster.text.service import TextService
@@ -135,6 +138,9 @@ class ServiceClient(TextClient):
                 return [vector for embedding in embeddings for vector in embedding.vectors]
 
         return self._thread.call(vectors())
+
+    def chat_sampling(self) -> Options:
+        return sampling_options(chat_sampling(self._service.settings.recommended, {}))
 
     def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         requests = read_fields(CompletionBody, body).requests()

@@ -35,6 +35,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.recommended_sampling import recommended_sampling
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers
@@ -169,6 +170,7 @@ class LocalStage:
                     ranking=self.model.ranking,
                     generates=self.model.generates,
                     max_drafted=scheduling.max_drafted,
+                    recommended=recommended_sampling(self.model.file),
                 )
                 service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
                 async with aclosing(service):

@@ -23,6 +23,7 @@ from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.model.recommended_sampling import recommended_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,11 @@ async def model_apis(cluster: Cluster, settings: ApiSettings, journal: Journal) 
             service = await stack.enter_async_context(aclosing(_text_service(served)))
             digest = _digest(served, service.settings.context_length)
             durability = Durability(journal, digest, cluster.config.timeouts.request, served.adapters)
-            own = replace(_settings_of(served, settings, len(cluster.models)), rankers=rankers)
+            own = replace(
+                _settings_of(served, settings, len(cluster.models)),
+                rankers=rankers,
+                recommended=service.settings.recommended,
+            )
             replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
             apis.append(ModelApi(served, service, replies, digest))
         yield apis
@@ -110,6 +115,7 @@ def _text_service(served: ServedModel) -> TextService:
         slots=config.max_sequences if config.api.slot_folder is not None else 0,
         adapters=served.adapters,
         max_drafted=engine.scheduler.settings.max_drafted,
+        recommended=recommended_sampling(model.file),
     )
     return TextService(engine, model.tokenizer, model.chat_template, text)
 

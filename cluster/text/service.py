@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
@@ -58,6 +59,7 @@ class TextSettings:
     slots: int = 0  # that remember the tokens of requests that name them
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     max_drafted: int = 0  # tokens drafted for a sequence in a step, at most; 0: none
+    recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
@@ -84,6 +84,8 @@ _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "obj
 
 class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     """`POST /completion`."""
+
+    takes_recommended: ClassVar = True
 
     model: str | None = None
     """The name of an adapter; any other name is the served model's, unless `api.strict_model` is true."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
@@ -27,6 +27,8 @@ _MESSAGES: Final = 16_384
 
 class Options(SamplerFields, ReasoningFields, SpeculativeFields):
     """How an answer is sampled."""
+
+    takes_recommended: ClassVar = True
 
     num_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
     """Tokens at most; 0 or less: what the context leaves."""

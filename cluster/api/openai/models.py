@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from llamaclust.cluster.api.chat_sampling import chat_sampling
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import check_adapters
@@ -69,6 +70,7 @@ class ModelsEndpoint:
         self._names = ModelNames(service.settings.model_name, settings)
         self._shown = {"aliases": settings.aliases, "tags": settings.tags}
         self._adapters = settings.adapters
+        self._chat_sampling = chat_sampling(settings.recommended, settings.defaults)
         self._created = int(time.time())
 
     async def list(self, request: Request) -> Response:
@@ -104,4 +106,5 @@ class ModelsEndpoint:
             "created": self._created,
             "owned_by": "llamaclust",
             "max_model_len": settings.context_length,
+            "chat_sampling": self._chat_sampling,
         }

@@ -11,7 +11,7 @@ from llamaclust.cluster.text.service import TextService
 
 
 def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults`: values of request fields for requests without them."""
+    """`defaults`: the cluster file's values of request fields for requests without them."""
     settings, tokenizer = service.settings, service.tokenizer
     params = LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"})
     return {
@@ -19,7 +19,7 @@ def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, A
             "n_ctx": settings.context_length,
             "speculative": settings.max_drafted > 0,
             "is_processing": False,
-            "params": {**params, **defaults},
+            "params": {**params, **settings.recommended, **defaults},
         },
         "total_slots": settings.max_sequences,
         "model_path": settings.model_path or settings.model_name,

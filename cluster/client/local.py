@@ -30,12 +30,12 @@ from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits, max_embedded_rows
 from llamaclust.kernels.backend import Float32
+from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.model.recommended_sampling import recommended_sampling
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers

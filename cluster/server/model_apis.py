@@ -23,7 +23,7 @@ from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.model.recommended_sampling import recommended_sampling
+from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,11 @@ async def send(page: Page, text: str) -> None:
     await page.keyboard.press("Enter")
 
 
-async def use_key(page: Page, key: str) -> None:
-    """The dialog may open by itself at any time, and then covers the button."""
+async def use_key(page: Page, key: str, *, is_kept: bool = True) -> None:
+    """Enters a key for all tabs, or for this one. The dialog may be open already, and then covers the button."""
     await page.get_by_role("button", name="API key").dispatch_event("click")
     await page.get_by_label("Key", exact=True).fill(key)
+    await page.get_by_label("Keep it in this browser").set_checked(is_kept)
     await page.get_by_role("button", name="Use").click()
 
 

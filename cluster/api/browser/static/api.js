@@ -1,6 +1,6 @@
-// The API of the server that sent this page. The key goes in a header, and stays in this tab's session.
+// The API of the server that sent this page. The key goes in a header, and stays in this browser.
 
-import { tabTexts } from "./storage.js";
+import { browserTexts, tabTexts } from "./storage.js";
 
 const KEY = "llamaclust.key";
 const HEAD_MS = 20_000; // the server sends the head of each reply at once, but for those that say how long they take
@@ -23,15 +23,25 @@ export function reasonOf(error) {
   return error instanceof ApiError ? error.message : "the server is not reached";
 }
 
-export function apiKey() {
-  return tabTexts.get(KEY) ?? "";
+/** Whether the key is kept for all tabs and later visits. */
+export function isKeyKept() {
+  return Boolean(browserTexts.get(KEY));
 }
 
-export function setApiKey(key) {
-  if (key) tabTexts.set(KEY, key);
-  else tabTexts.remove(KEY);
+export function apiKey() {
+  return tabTexts.get(KEY) ?? browserTexts.get(KEY) ?? "";
+}
+
+/** `isKept`: for all tabs of this browser, and not for this one alone. "" forgets the key. */
+export function setApiKey(key, isKept) {
+  for (const texts of [tabTexts, browserTexts]) texts.remove(KEY);
+  if (key) (isKept ? browserTexts : tabTexts).set(KEY, key);
   keyChanges.dispatchEvent(new Event("change"));
 }
+
+addEventListener("storage", ({ key }) => {
+  if (key === KEY) keyChanges.dispatchEvent(new Event("change")); // it was entered in another tab
+});
 
 /** `fetch` of a path, like "v1/models". Raises ApiError for a status that is no success, and TypeError, as where the network
  *  fails, if no head of a reply comes for `headMs`. */

@@ -1,23 +1,24 @@
 // A form for the API key of a server that needs one.
 
-import { apiKey, setApiKey } from "./api.js";
+import { apiKey, isKeyKept, setApiKey } from "./api.js";
 import { button, element } from "./dom.js";
 
-/** A dialog; `onChange` comes once a key was entered or taken away. */
-export function keyDialog(onChange) {
+/** A dialog that sets the key, or forgets it where the field is left empty. */
+export function keyDialog() {
   const field = element("input", { type: "password", autocomplete: "off", spellcheck: "false" });
+  const kept = element("input", { type: "checkbox" });
   const problem = element("p", { class: "error", role: "alert" });
   const set = (event) => {
     event.preventDefault();
-    setApiKey(field.value.trim());
+    setApiKey(field.value.trim(), kept.checked);
     dialog.close();
-    onChange();
   };
   const buttons = [element("button", { type: "submit", class: "primary" }, "Use"), button("Cancel", () => dialog.close())];
   const parts = [
     element("h2", { id: "key-title" }, "API key"),
-    element("p", {}, "Kept in this tab until it is closed; sent to this server alone."),
+    element("p", {}, "Sent to this server alone."),
     element("label", {}, "Key", field),
+    element("label", { class: "toggle" }, kept, "Keep it in this browser, for all tabs"),
     problem,
     element("div", { class: "actions" }, buttons),
   ];
@@ -29,6 +30,7 @@ export function keyDialog(onChange) {
       if (dialog.open) return;
       problem.textContent = error;
       field.value = apiKey();
+      kept.checked = isKeyKept() || !apiKey();
       dialog.showModal();
     },
   };

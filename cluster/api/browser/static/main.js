@@ -1,31 +1,33 @@
 // The page: its two views, the state of the cluster in its head, and the API key.
 
-import { ApiError, apiKey, requestJson } from "./api.js";
+import { ApiError, apiKey, keyChanges, requestJson } from "./api.js";
 import { History } from "./chat/history.js";
 import { ChatView } from "./chat/view.js";
 import { ClusterView } from "./cluster/view.js";
 import { button, element, fill } from "./dom.js";
 import { keyDialog } from "./key_dialog.js";
+import { ServedModels } from "./models.js";
 import { applyTheme, toggleTheme } from "./theme.js";
 
 const CHECK_MS = 5000;
 const DEADLINE_MS = 5000;
 
 class Page {
-  #model = "";
+  #models = new ServedModels();
   #wasKeyRequested = false;
   #state = element("span", { class: "state", role: "status" }, "connecting");
   #main = element("main");
-  #key = keyDialog(() => this.#onKey());
+  #key = keyDialog();
+  #keyButton = button("API key", () => this.#key.open(""), { class: "quiet", hidden: !apiKey() });
   #settings = button("Settings", () => this.views.chat.openSettings(), { class: "quiet" });
   #links = { chat: element("a", { href: "#chat" }, "Chat"), cluster: element("a", { href: "#cluster" }, "Cluster") };
 
   constructor(history) {
-    this.views = { chat: new ChatView(history), cluster: new ClusterView() };
+    this.views = { chat: new ChatView(history, this.#models), cluster: new ClusterView() };
     const tools = [
       this.#state,
       this.#settings,
-      button("API key", () => this.#key.open(""), { class: "quiet" }),
+      this.#keyButton,
       button("Dark or light", toggleTheme, { symbol: "◐", class: "quiet" }),
     ];
     const brand = element("h1", {}, element("img", { src: "browser/icon.svg", alt: "", width: 20, height: 20 }), "llamaclust");
@@ -37,9 +39,11 @@ class Page {
 
   async start() {
     addEventListener("hashchange", () => this.#route());
+    keyChanges.addEventListener("change", () => this.#onKey());
+    this.#models.addEventListener("change", () => this.#check());
     this.#route();
-    setInterval(() => this.#check(), CHECK_MS);
-    await Promise.all([this.#check(), this.views.chat.start()]);
+    setInterval(() => this.#refresh(), CHECK_MS);
+    await Promise.all([this.#refresh(), this.views.chat.start()]);
   }
 
   #route() {
@@ -57,28 +61,33 @@ class Page {
 
   #onKey() {
     this.#wasKeyRequested = false;
-    this.#check();
+    this.#refresh();
+  }
+
+  async #refresh() {
+    await this.#loadModels();
+    await this.#check();
   }
 
   async #check() {
-    await this.#loadModel();
     const state = await health();
-    const text = this.#model ? `${this.#model}: ${state}` : state;
+    const name = this.#models.chosen?.id;
+    const text = name ? `${name}: ${state}` : state;
     if (this.#state.textContent === text) return; // what does not change is not read aloud again
     this.#state.textContent = text;
     this.#state.dataset.state = state;
   }
 
-  /** Each time, as a restart may serve another model. The name stays as it was while the server does not answer, or refuses
+  /** Each time, as a restart may serve other models. The list stays as it was while the server does not answer, or refuses
    *  the key, which is then requested once. */
-  async #loadModel() {
+  async #loadModels() {
     const key = apiKey();
     try {
-      const { data } = await requestJson("v1/models", { signal: AbortSignal.timeout(DEADLINE_MS) });
-      this.#model = data[0]?.id ?? "";
+      await this.#models.refresh({ signal: AbortSignal.timeout(DEADLINE_MS) });
     } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 401 || this.#wasKeyRequested) return;
-      if (apiKey() !== key) return; // another one was entered meanwhile
+      if (!(error instanceof ApiError) || error.status !== 401) return;
+      this.#keyButton.hidden = false;
+      if (this.#wasKeyRequested || apiKey() !== key) return; // another one was entered meanwhile
       this.#wasKeyRequested = true;
       this.#key.open(apiKey() ? error.message : "");
     }

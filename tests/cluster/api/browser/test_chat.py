@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.browser.chatting import answers, chatting, chunk, ended, send
+from support.browser.chatting import answers, chatting, chunk, ended, send, use_key
 from support.browser.chromium import opened
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
 
+PHONE = {"width": 360, "height": 740}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -186,23 +189,84 @@ async def test_probabilities_are_shown_on_hover_and_by_keys(browser: Browser) ->
     assert engine.submitted[0].top_logprobs == 5
 
 
-async def test_the_key_is_asked_for_and_stays_in_the_tab(browser: Browser) -> None:
+async def test_the_key_is_asked_for_and_may_stay_in_the_tab(browser: Browser) -> None:
     engine = ScriptedEngine(says("Yes"))
     app = make_app(engine, api_keys=("first-key",))
     async with serving(app) as address, opened(browser, address) as seen:
         page, urls = seen.page, list[str]()
         page.on("request", lambda request: urls.append(request.url))
-        for key in ("wrong-key", "first-key"):
-            await page.get_by_label("Key", exact=True).fill(key)
-            await page.get_by_role("button", name="Use").click()
-            if key == "wrong-key":
-                await page.get_by_text("unknown API key").wait_for()
+        await use_key(page, "wrong-key", is_kept=False)
+        await page.get_by_text("unknown API key").wait_for()
+        await use_key(page, "first-key", is_kept=False)
         await page.get_by_text("tiny: ready").wait_for()
         await send(page, "Hi")
         await ended(page)
         stored = await page.evaluate("[JSON.stringify(localStorage), document.cookie, location.href]")
         assert await answers(page) == ["Yes"] and "first-key" not in str(stored) + str(urls)
         assert await page.evaluate("sessionStorage.getItem('llamaclust.key')") == "first-key"
+
+
+async def test_a_kept_key_serves_all_tabs_and_can_be_forgotten(browser: Browser) -> None:
+    app = make_app(ScriptedEngine(says("Yes")), api_keys=("first-key",))
+    async with serving(app) as address, opened(browser, address) as seen:
+        other = await seen.page.context.new_page()
+        await other.goto(address)
+        await other.get_by_label("Key", exact=True).wait_for()
+        await use_key(seen.page, "first-key")
+        for page in (seen.page, other):
+            await page.get_by_text("tiny: ready").wait_for()
+        await other.close()
+        await use_key(seen.page, "")
+        await seen.page.reload()
+        await seen.page.get_by_label("Key", exact=True).wait_for()
+        assert "first-key" not in await seen.page.evaluate("JSON.stringify({...localStorage, ...sessionStorage})")
+
+
+async def test_a_server_without_keys_offers_none(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        await seen.page.get_by_text("tiny: ready").wait_for()
+        assert not await seen.page.get_by_role("button", name="API key").is_visible()
+
+
+async def test_a_chat_is_renamed_and_saved_as_files(browser: Browser) -> None:
+    async with chatting(browser, ScriptedEngine(says("Yes"))) as seen:
+        page = seen.page
+        await send(page, "Hi")
+        await ended(page)
+        await page.get_by_role("button", name="Rename").click()
+        await page.get_by_label("Name of the chat").fill("My notes")
+        await page.keyboard.press("Enter")
+        await page.get_by_role("button", name="My notes", exact=True).wait_for()
+        await page.reload()
+        await ended(page)
+        saved = {}
+        for name in ("Save as Markdown", "Save for llamaclust chat"):
+            async with page.expect_download() as download:
+                await page.get_by_role("button", name=name).click()
+            file = await download.value
+            path = await file.path()
+            saved[file.suggested_filename] = await asyncio.to_thread(path.read_text, encoding="utf-8")
+        seen.check()
+    assert saved["My notes.md"] == "# My notes\n\n## You\n\nHi\n\n## Answer\n\nYes\n"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    assert json.loads(saved["My notes.json"]) == {"messages": messages}
+
+
+async def test_the_chats_of_a_phone_have_the_whole_screen(browser: Browser) -> None:
+    app = make_app(ScriptedEngine(says("Yes")))
+    async with serving(app) as address, opened(browser, address, viewport=PHONE) as seen:
+        page = seen.page
+        await send(page, "Hi")
+        await ended(page)
+        assert not await page.get_by_role("navigation", name="Chats").is_visible()
+        height = await page.locator(".talk").evaluate("node => node.clientHeight")
+        assert height > 0.85 * 740
+        await page.get_by_role("button", name="Chats").click()
+        await page.get_by_role("button", name="Hi", exact=True).click()
+        assert await answers(page) == ["Yes"]
+        width = await page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 360
+        seen.check()
 
 
 async def test_a_dialog_does_not_outlast_its_view(browser: Browser) -> None:

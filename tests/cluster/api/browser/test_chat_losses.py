@@ -126,7 +126,7 @@ async def test_two_tabs_lose_no_message_of_each_other(browser: Browser) -> None:
 async def test_a_running_answer_waits_for_the_key_of_another_tab(browser: Browser) -> None:
     engine = ScriptedEngine(says("Whole"))
     async with serving(make_app(engine, api_keys=("first-key",))) as address, opened(browser, address) as seen:
-        await use_key(seen.page, "first-key")
+        await use_key(seen.page, "first-key", is_kept=False)
         await seen.page.get_by_text("ready").wait_for()
         engine.gate.clear()
         await send(seen.page, "Hi")

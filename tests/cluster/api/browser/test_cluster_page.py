@@ -173,7 +173,7 @@ async def test_where_the_time_of_a_request_went_is_drawn(browser: Browser) -> No
             assert "length" in await ended.inner_text()
             await ended.get_by_role("button", name="Time of request aaaa5678").click()
             drawn = page.get_by_role("region", name="Waterfall")
-            await drawn.get_by_text("decode, 11 tokens, 11 microbatches").wait_for()
+            await drawn.get_by_text("decode, 11 tokens in 11 steps").wait_for()
             text = await drawn.inner_text()
             assert "20 prompt tokens, 12 generated, length" in text and "w1: compute" in text
             await page.get_by_role("button", name="Close").click()

@@ -194,3 +194,26 @@ async def test_the_policy_stops_what_the_page_would_miss(seen: Opened) -> None:
       image.src = "https://evil.example/x.png";
     })"""
     assert await seen.page.evaluate(loaded) == "refused"
+
+
+CODE: dict[tuple[str, str], list[list[str]]] = {
+    ("py", 'if x == "a#b":  # yes'): [["keyword", "if"], ["string", '"a#b"'], ["comment", "# yes"]],
+    ("c", "int n = 0x1F; /* # // */ n++;"): [["keyword", "int"], ["number", "0x1F"], ["comment", "/* # // */"]],
+    ("sql", "SELECT a -- b"): [["keyword", "SELECT"], ["comment", "-- b"]],
+    ("js", "`a\n${b}` // c"): [["string", "`a\n${b}`"], ["comment", "// c"]],
+    ("html", "<!-- if --> <p>"): [["comment", "<!-- if -->"]],
+    ("rust", "let s = 'open"): [["keyword", "let"], ["string", "'open"]],
+    ("text", "if x"): [],
+    ("", "if x"): [],
+}
+HIGHLIGHT = """async ([language, code]) => {
+  const { highlight } = await import("/browser/text/highlight.js");
+  const parts = highlight(code, language);
+  const coloured = parts.filter(({ kind }) => kind).map(({ kind, text }) => [kind, text]);
+  return [parts.map(({ text }) => text).join(""), coloured];
+}"""
+
+
+async def test_code_is_coloured_and_stays_the_same_text(seen: Opened) -> None:
+    for (language, code), expected in CODE.items():
+        assert await seen.page.evaluate(HIGHLIGHT, [language, code]) == [code, expected]

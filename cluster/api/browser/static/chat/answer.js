@@ -11,6 +11,7 @@ export function addEvent(message, { id, chunk, lost }) {
 function addChunk(message, id, chunk) {
   message.lastEvent = id;
   message.seed = chunk.seed ?? message.seed;
+  message.model = chunk.model ?? message.model;
   if (chunk.usage) message.usage = chunk.usage;
   for (const choice of chunk.choices ?? []) addChoice(message, choice);
 }

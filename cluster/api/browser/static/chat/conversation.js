@@ -1,6 +1,6 @@
 // A conversation as a tree of messages: an edited or regenerated message stands beside the one that it replaces.
 //
-// A message: {id, parent, role, content, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed}.
+// A message: {id, parent, role, content, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed, model}.
 // `state` of an answer: "streaming", "done", "stopped" or "failed". `tokens`: [text, logprob, [[text, logprob], ...],
 // bytes]. `waiting`: why an answer pauses.
 
@@ -26,8 +26,13 @@ export function addMessage(conversation, parent, fields) {
   conversation.messages[message.id] = message;
   choose(conversation, message);
   conversation.updated = Date.now();
-  if (parent === null && message.role === "user") conversation.title = titleOf(message.content);
+  if (parent === null && message.role === "user" && !conversation.isNamed) conversation.title = titleOf(message.content);
   return message;
+}
+
+/** Gives a conversation a name that later messages leave as it is. */
+export function rename(conversation, title) {
+  Object.assign(conversation, { title, isNamed: true });
 }
 
 /** The messages that are seen, from the top. */

@@ -16,6 +16,7 @@ export class MessageView {
   #text = element("div", { class: "text" });
   #calls = element("div", { class: "calls" });
   #tokens = element("div");
+  #name = element("h2");
   #foot = element("footer");
   #markdown = new MarkdownView(this.#text);
 
@@ -24,17 +25,17 @@ export class MessageView {
     this.#actions = actions;
     this.settings = settings;
     this.versions = versions;
-    const label = NAMES[message.role];
     const parts = [this.#reasoning.node, this.#text, this.#calls, this.#tokens, this.#foot];
-    this.node = element("article", { class: `message ${message.role}`, "aria-label": label }, element("h2", {}, label), parts);
+    this.node = element("article", { class: `message ${message.role}`, "aria-label": NAMES[message.role] }, this.#name, parts);
     this.update();
   }
 
   /** Shows the message as it is now. */
   update() {
-    const { role, content, reasoning = "", calls = [], tokens = [], state, waiting } = this.#message;
+    const { role, content, reasoning = "", calls = [], tokens = [], state, waiting, model } = this.#message;
     const isStreaming = state === State.STREAMING;
     this.node.classList.toggle("streaming", isStreaming);
+    this.#name.textContent = model ?? NAMES[role];
     if (role === "user") this.#text.textContent = content;
     else this.#markdown.show(content);
     this.#reasoning.show(this.settings.showsReasoning ? reasoning : "", isStreaming && !content);

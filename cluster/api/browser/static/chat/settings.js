@@ -4,7 +4,7 @@ import { browserTexts } from "../storage.js";
 
 const KEY = "llamaclust.settings";
 
-/** Each number: the field of a request, its label, bounds and step. Those left empty are the server's to choose. */
+/** Each number: the field of a request, its label, bounds and step. */
 export const NUMBERS = Object.freeze([
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.01 },
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01 },
@@ -28,9 +28,10 @@ export function saveSettings(settings) {
   browserTexts.set(KEY, JSON.stringify(settings));
 }
 
-/** The body of a request for an answer, by whichever model is served. `seed` goes before the one of the settings. */
-export function requestBody(settings, messages, seed = null) {
-  const numbers = { ...settings.numbers, ...(seed === null ? {} : { seed }) };
+/** The body of a request for an answer. `fields`: the model and its sampling, for fields that are left empty. `seed` goes before
+ *  the one of the settings. */
+export function requestBody(settings, messages, fields, seed = null) {
+  const numbers = { ...fields, ...settings.numbers, ...(seed === null ? {} : { seed }) };
   const tokens = settings.showsProbabilities ? { logprobs: true, top_logprobs: 5 } : {};
   return { messages, stream: true, stream_options: { include_usage: true }, ...numbers, ...tokens };
 }

@@ -3,17 +3,30 @@
 import { button, element } from "../dom.js";
 import { NUMBERS, saveSettings } from "./settings.js";
 
-/** A dialog that changes `settings` in place. `onChange` comes with each change. */
-export function settingsDialog(settings, onChange) {
+const NONE = { max_tokens: "no limit", seed: "random" };
+
+/** A dialog that changes `settings` in place. `onChange` comes with each change. Empty fields show the values of the chosen
+ *  one of `models`. */
+export function settingsDialog(settings, models, onChange) {
   const change = () => {
     saveSettings(settings);
     onChange();
   };
   const system = element("textarea", { rows: "4", change: (event) => ((settings.system = event.target.value), change()) }, settings.system);
+  const fields = NUMBERS.map((number) => numberField(number, settings, change));
+  const showDefaults = () => {
+    const sampling = models.chosen?.chat_sampling ?? {};
+    for (const field of fields) {
+      const input = field.querySelector("input");
+      input.placeholder = sampling[input.name] ?? NONE[input.name] ?? "";
+    }
+  };
+  models.addEventListener("change", showDefaults);
+  showDefaults();
   const parts = [
     element("h2", { id: "settings-title" }, "Settings"),
     element("label", {}, "System prompt of new chats", system),
-    element("div", { class: "grid" }, NUMBERS.map((number) => numberField(number, settings, change))),
+    element("div", { class: "grid" }, fields),
     toggle("Show reasoning", "showsReasoning", settings, change),
     toggle("Show probabilities of tokens", "showsProbabilities", settings, change),
   ];
@@ -31,7 +44,7 @@ function numberField({ name, label, ...bounds }, settings, change) {
     change();
   };
   const value = settings.numbers[name] ?? "";
-  return element("label", {}, label, element("input", { type: "number", ...bounds, placeholder: "default", value, change: set }));
+  return element("label", {}, label, element("input", { type: "number", name, ...bounds, value, change: set }));
 }
 
 function toggle(label, name, settings, change) {

@@ -2,8 +2,9 @@
 
 import { element, fill } from "../dom.js";
 import { Answering } from "./answering.js";
+import { ChatBar } from "./bar.js";
 import { Composer } from "./composer.js";
-import { State, addMessage, apiMessages, choose, chosenPath, newConversation, randomId, siblings } from "./conversation.js";
+import { State, addMessage, apiMessages, choose, chosenPath, newConversation, randomId, rename, siblings } from "./conversation.js";
 import { HistoryView } from "./history_view.js";
 import { MessageView } from "./message_view.js";
 import { loadSettings, requestBody } from "./settings.js";
@@ -28,13 +29,21 @@ export class ChatView {
   #status = element("p", { class: "unseen", role: "status" });
   #list = new HistoryView({ open: (id) => this.#open(id), create: () => this.#create(), remove: (id) => this.#remove(id) });
   #composer = new Composer({ send: (text) => this.#send(text), stop: () => this.#stop() });
-  #dialog = settingsDialog(this.#settings, () => this.#onSettings());
+  #models;
+  #bar;
+  #dialog;
 
-  /** `history` keeps the conversations. */
-  constructor(history) {
+  /** `history` keeps the conversations; `models`: ServedModels. */
+  constructor(history, models) {
     this.#history = history;
+    this.#models = models;
+    this.#dialog = settingsDialog(this.#settings, models, () => this.#onSettings());
+    this.#bar = new ChatBar(models, {
+      toggleList: () => this.node.classList.toggle("shows-list"),
+      rename: (title) => this.#rename(title),
+    });
     this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
-    const talk = element("section", { class: "talk", "aria-label": "Chat" }, this.#scroll, this.#composer.node, this.#status);
+    const talk = element("section", { class: "talk", "aria-label": "Chat" }, this.#bar.node, this.#scroll, this.#composer.node, this.#status);
     this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
   }
 
@@ -73,7 +82,14 @@ export class ChatView {
     this.#composer.focus();
   }
 
+  async #rename(title) {
+    rename(this.#conversation, title);
+    await this.#history.save(this.#conversation);
+    await this.#showList();
+  }
+
   async #show() {
+    this.node.classList.remove("shows-list");
     this.#resume();
     this.#render();
     this.#scroll.scrollTop = this.#scroll.scrollHeight;
@@ -81,6 +97,7 @@ export class ChatView {
   }
 
   async #showList() {
+    this.#bar.show(this.#conversation);
     this.#list.show(await this.#history.list(), this.#conversation.id, this.#history.isKept);
   }
 
@@ -103,7 +120,7 @@ export class ChatView {
   }
 
   #answer(parent, seed = null) {
-    const body = requestBody(this.#settings, apiMessages(this.#conversation, parent), seed);
+    const body = requestBody(this.#settings, apiMessages(this.#conversation, parent), this.#models.requestFields, seed);
     const fields = { role: "assistant", state: State.STREAMING, replyId: randomId(), lastEvent: "" };
     const message = addMessage(this.#conversation, parent, fields);
     const conversation = this.#conversation;

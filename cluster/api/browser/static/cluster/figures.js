@@ -3,6 +3,8 @@
 import { element, fill } from "../dom.js";
 import { UNKNOWN, bytes, milliseconds, number } from "./format.js";
 
+const BLOCK_TOKENS = 16; // KV memory is given in such pieces
+
 export class FiguresCard {
   #list = element("dl", { class: "figures" });
 
@@ -21,9 +23,9 @@ export class FiguresCard {
       ["token to token", beside(milliseconds(measured.token_ms), milliseconds(predicted.token_ms))],
       ["first token", beside(milliseconds(measured.ttft_ms), `${milliseconds(predicted.ttft_ms)} for ${predicted.prompt_tokens ?? UNKNOWN} tokens`)],
       ["bottleneck", [predicted.bottleneck ?? UNKNOWN, "of the plan"]],
-      ["KV memory", [bytes(plan.stages.reduce((sum, stage) => sum + stage.kv_bytes, 0)), `${plan.kv_blocks} blocks`]],
+      ["KV memory", [bytes(plan.stages.reduce((sum, stage) => sum + stage.kv_bytes, 0)), `room for ${plan.kv_blocks * BLOCK_TOKENS} tokens`]],
       ["recoveries", [status.recoveries, last === undefined ? "none yet" : `the last in ${number(last, 2)} s`]],
-      ["epoch", [status.epoch ?? UNKNOWN, status.retiring_epoch ? `${status.retiring_epoch} ends` : status.state]],
+      ["state", [status.state, status.retiring_epoch ? "requests move to new layers" : `plan ${status.epoch ?? UNKNOWN}`]],
     ];
     fill(this.#list, entries.map(([title, [value, small]]) =>
       element("div", {}, element("dt", {}, title), element("dd", {}, String(value), element("small", {}, small))),

@@ -3,14 +3,10 @@
 
 import { fill, svg } from "../dom.js";
 import { milliseconds, rate } from "./format.js";
-import { BOX, StageBox } from "./stage_box.js";
+import { HUB, pictureLayout } from "./picture_layout.js";
+import { StageBox } from "./stage_box.js";
 
-const GAP = 112;
-const TOP = 28;
-const ROW = BOX.height + 26;
-const HUB = { width: 118, height: 64 };
-const MIDDLE = TOP + BOX.height / 2;
-const RETURN = TOP + BOX.height + 26;
+const NARROW = matchMedia("(max-width: 760px)");
 
 export class Picture {
   #shape = "";
@@ -23,7 +19,7 @@ export class Picture {
 
   show(state) {
     const names = [...state.stages, ...state.others].map(({ name }) => name);
-    const shape = JSON.stringify([names, state.stages.length]);
+    const shape = JSON.stringify([names, state.stages.length, NARROW.matches]);
     if (shape !== this.#shape) this.#build(state);
     this.#shape = shape;
     for (const worker of [...state.stages, ...state.others]) this.#boxes.get(worker.name).update(worker, state.layerCount);
@@ -32,51 +28,24 @@ export class Picture {
   }
 
   #build({ stages, others, status }) {
-    const left = HUB.width + GAP + 4;
-    const place = (index) => left + index * (BOX.width + GAP);
-    const below = RETURN + 50;
-    const columns = Math.max(2, stages.length);
-    const boxes = [
-      ...stages.map(({ name }, index) => [name, new StageBox(name, place(index), TOP)]),
-      ...others.map(({ name }, index) => [
-        name,
-        new StageBox(name, place(index % columns), below + ROW * Math.floor(index / columns)),
-      ]),
-    ];
+    const layout = pictureLayout(stages.length, others.length, NARROW.matches);
+    const corners = [...layout.stages, ...layout.others];
+    const boxes = [...stages, ...others].map(({ name }, index) => [name, new StageBox(name, ...corners[index])]);
     this.#boxes = new Map(boxes);
-    this.#links = linksBetween(stages.length, place);
-    const rows = Math.ceil(others.length / columns);
-    const size = { width: place(columns) - GAP + 8, height: below + rows * ROW };
-    const picture = svg(
-      "svg",
-      { ...size, viewBox: `0 0 ${size.width} ${size.height}`, role: "img", "aria-label": `Cluster ${status.name}: the table below has the same figures` },
-      this.#links.map(({ node }) => node),
-      hub(),
-      boxes.map(([, box]) => box.node),
-    );
-    fill(this.parent, picture);
+    this.#links = layout.links.map((link) => new LinkLine(link));
+    const { width, height } = layout.size;
+    const label = `Cluster ${status.name}: the table below has the same figures`;
+    const parts = [this.#links.map(({ node }) => node), hub(...layout.hub), boxes.map(([, box]) => box.node)];
+    fill(this.parent, svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, parts));
   }
 }
 
-/** From the coordinator through all stages, and back from the last one. */
-function linksBetween(count, place) {
-  if (!count) return [];
-  const straight = Array.from({ length: count }, (_, index) => {
-    const from = index === 0 ? HUB.width + 2 : place(index - 1) + BOX.width;
-    return new LinkLine(`M${from} ${MIDDLE} H${place(index)}`, (from + place(index)) / 2, MIDDLE);
-  });
-  const [end, start] = [place(count - 1) + BOX.width / 2, 2 + HUB.width / 2];
-  const bend = `M${end} ${TOP + BOX.height} V${RETURN} H${start} V${MIDDLE + HUB.height / 2}`;
-  return [...straight, new LinkLine(bend, (start + place(0)) / 2 + 40, RETURN, 2.4)];
-}
-
-function hub() {
-  const y = MIDDLE - HUB.height / 2;
+function hub(x, y) {
   return svg(
     "g",
     { class: "stage" },
-    svg("rect", { class: "box", x: 2, y, width: HUB.width, height: HUB.height, rx: 10 }),
-    svg("text", { class: "name", x: 2 + HUB.width / 2, y: MIDDLE + 5, "text-anchor": "middle" }, "coordinator"),
+    svg("rect", { class: "box", x, y, width: HUB.width, height: HUB.height, rx: 10 }),
+    svg("text", { class: "name", x: x + HUB.width / 2, y: y + HUB.height / 2 + 5, "text-anchor": "middle" }, "coordinator"),
   );
 }
 
@@ -88,8 +57,10 @@ class LinkLine {
   #now;
   #tokens;
 
-  constructor(path, x, y, seconds = 0.9) {
-    const label = (dy) => svg("text", { class: "faint", x, y: y + dy, "text-anchor": "middle" });
+  /** A link of `pictureLayout`. */
+  constructor({ path, x, y, anchor, isReturn = false }) {
+    const seconds = isReturn ? 2.4 : 0.9;
+    const label = (dy) => svg("text", { class: "faint", x, y: y + dy, "text-anchor": anchor });
     this.#path = svg("path", { class: "link", d: path });
     this.#above = label(-9);
     this.#below = label(19);

@@ -8,7 +8,7 @@ const WIDTH = 240;
 const LEAST = 0.005; // of a phase: smaller parts of it have no line
 const STAGE_PARTS = [
   ["compute", "compute"],
-  ["queue", "other microbatches"],
+  ["queue", "waiting for other requests"],
   ["send", "send"],
 ];
 
@@ -58,14 +58,14 @@ function waterfall(request) {
 }
 
 function phaseLine(phase, whole) {
-  const count = phase.microbatches ? `, ${phase.tokens} tokens, ${phase.microbatches} microbatches` : "";
+  const count = phase.microbatches ? `, ${phase.tokens} tokens in ${phase.microbatches} steps` : "";
   return line(`${phase.phase}${count}`, { kind: phase.phase, start: phase.start, seconds: phase.seconds, whole });
 }
 
 /** Those of a phase, drawn one after the other although they alternate. */
 function partLines({ start, seconds, stages = [], links = 0, idle = 0 }, whole) {
   const parts = stages.flatMap((stage) => STAGE_PARTS.map(([kind, label]) => [kind, `${stage.worker}: ${label}`, stage[kind]]));
-  parts.push(["links", "links and coordinator", links], ["idle", "idle between microbatches", idle]);
+  parts.push(["links", "links and coordinator", links], ["idle", "idle between steps", idle]);
   const lines = [];
   let at = start;
   for (const [kind, label, taken] of parts) {

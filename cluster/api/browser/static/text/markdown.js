@@ -3,6 +3,7 @@
 import { copyButton } from "../copy_button.js";
 import { element } from "../dom.js";
 import { parseBlocks } from "./blocks.js";
+import { highlight } from "./highlight.js";
 
 const INLINE = { strong: "strong", emphasis: "em", deleted: "del" };
 
@@ -64,8 +65,12 @@ function codeElement({ language, text }) {
     "figure",
     { class: "code" },
     element("figcaption", {}, element("span", {}, language || "text"), copyButton(() => text)),
-    element("pre", { tabindex: "0", role: "region", "aria-label": label }, element("code", {}, text)),
+    element("pre", { tabindex: "0", role: "region", "aria-label": label }, element("code", {}, coloured(text, language))),
   );
+}
+
+function coloured(text, language) {
+  return highlight(text, language).map((part) => (part.kind ? element("span", { class: `code-${part.kind}` }, part.text) : part.text));
 }
 
 function listElement({ ordered, start, isLoose, items }) {

@@ -62,9 +62,10 @@ async def test_the_list_of_models_has_the_sampling_of_a_chat() -> None:
 
 
 def test_a_client_in_this_process_reads_the_file(tmp_path: Path) -> None:
-    extra = {"general.sampling.temp": np.float32(0.7), "general.sampling.penalty_last_n": 32}
+    extra: dict[str, Any] = {"general.sampling.temp": np.float32(0.7), "general.sampling.penalty_last_n": 32}
     path = build_tiny_model(tmp_path / "tiny.gguf", extra=extra)
     with Client.local(path, settings=LocalSettings(context_length=64)) as local:
         chosen = local.chat_sampling()
         assert chosen == {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "penalty_window": 32}
-        assert local.generate("a", max_tokens=1, **chosen).finish_reason
+        chosen["max_tokens"] = 1
+        assert local.chat([{"role": "user", "content": "a"}], **chosen).finish_reason

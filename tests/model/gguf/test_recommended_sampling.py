@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.recommended_sampling import recommended_sampling
+from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 from support.models.tiny_model import build_tiny_model
 
 

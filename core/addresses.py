@@ -32,6 +32,18 @@ def joined_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def bounded_host(host: str) -> str:
+    """The unit in which connections of one host are counted: its IPv4 address, or the /64 network of IPv6 of which a
+    host may take any address."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
     try:

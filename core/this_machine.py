@@ -1,34 +1,116 @@
-"""This machine: its IPv4 addresses, and its identity."""
+"""This machine: the addresses of its network interfaces, and its identity."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import re
 import socket
-import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.core.addresses import ANYWHERE
+from llamaclust.core.addresses import ANYWHERE, is_loopback
 
-_GET_ADDRESS = 0x8915
-"""SIOCGIFADDR (Linux)."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
+_PASSING = 0x01 | 0x08 | 0x20 | 0x40
+"""Flags of an IPv6 address that does not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
+_LINK_LOCAL = ("fe8", "fe9", "fea", "feb")
+_ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
+"""Addresses of documentation (RFC 5737, RFC 3849), which lie behind the default route."""
+_ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
+"""IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
+_VIRTUAL = re.compile(
+    r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
+    r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
+)
+"""Names of bridges to containers and of tunnels: other machines of the network do not reach this one there."""
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceAddress:
+    interface: str
+    host: str
+    is_default: bool = False  # the default route's source
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether its interface is a bridge to containers or a tunnel, by its name."""
+        return _VIRTUAL.fullmatch(self.interface) is not None
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, bool]:
+        """Smaller for an address that other machines more probably reach."""
+        return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
+
+
+def interface_addresses() -> list[InterfaceAddress]:
+    """All that last, without those of links (fe80::/10); first those that other machines probably reach."""
+    import ifaddr  # only here: its import takes as long as a command's own
+
+    default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
+    found = [
+        InterfaceAddress(adapter.name, host, host in default)
+        for adapter in sorted(ifaddr.get_adapters(), key=lambda adapter: adapter.index or 0)
+        for host in (each.ip if isinstance(each.ip, str) else each.ip[0] for each in adapter.ips)
+        if not host.startswith(_LINK_LOCAL) and host not in passing
+    ]
+    return sorted(found, key=lambda address: address.rank)
 
 
 def own_addresses() -> list[str]:
-    """Of its interfaces, those that others may reach first."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, interface in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", interface.encode()))
-                found.append(socket.inet_ntoa(answer[20:24]))
-    return sorted(found, key=lambda address: address.startswith("127."))
+    """Hosts of all interfaces, in the order of `interface_addresses`."""
+    return list(dict.fromkeys(address.host for address in interface_addresses()))
+
+
+def network_addresses() -> list[str]:
+    """Hosts by which other machines probably reach this one; on a machine without a network, those that it has."""
+    return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
+
+
+def one_of_each_interface() -> list[str]:
+    """The best of `network_addresses` for each interface."""
+    by_interface: dict[str, str] = {}
+    for address in _of_networks(interface_addresses()):
+        by_interface.setdefault(address.interface, address.host)
+    return list(by_interface.values())
+
+
+def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
+    """Those without loopback and virtual interfaces, or the best kind that is there."""
+    best = addresses[0].rank[:2] if addresses else None
+    return [address for address in addresses if address.rank[:2] == best]
 
 
 def reachable_host(host: str) -> str:
-    """Where other machines reach a listener at `host`: for one at all addresses, the first of these."""
-    return next(iter(own_addresses()), host) if host in ANYWHERE else host
+    """The host by which other machines reach a listener at `host`: for one at all addresses, the best of these."""
+    if host not in ANYWHERE:
+        return host
+    own = [each for each in own_addresses() if host == "::" or ":" not in each]
+    return next(iter(own), host)
+
+
+def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str | None:
+    """The address of this machine from which packets to a host leave it, a lasting one; None without a route."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        if family == socket.AF_INET6:
+            with suppress(OSError):  # not Linux
+                probe.setsockopt(socket.IPPROTO_IPV6, _ADDR_PREFERENCES, _PREFER_PUBLIC)
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+    return None
+
+
+def _passing_hosts() -> set[str]:
+    """IPv6 addresses that the system replaces, such as those of privacy extensions."""
+    return {host for host, flags in _ipv6_flags() if flags & _PASSING}
+
+
+def _ipv6_flags() -> Iterator[tuple[str, int]]:
+    with suppress(OSError):
+        for line in _IPV6_ADDRESSES.read_text().splitlines():
+            digits, _, _, _, flags, _ = line.split()
+            yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), int(flags, 16)
 
 
 def machine_id() -> str:

@@ -1,4 +1,5 @@
-"""Coordinators found without an address: by multicast DNS and service discovery (RFC 6762, RFC 6763).
+"""Coordinators found without an address: by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and
+IPv6, on the network interfaces that the machine has at the time.
 
 A coordinator announces its enrolment port with its cluster's id, which is part of every join token's CA hash. What is
 found is only an address to try: enrolment verifies the coordinator, so that a false announcement costs a connection.
@@ -6,19 +7,19 @@ found is only an address to try: enrolment verifies the coordinator, so that a f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 
-from zeroconf import Error, InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
+from zeroconf import Error, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import DeadlineError, UsageError
-from llamaclust.core.this_machine import own_addresses
+from llamaclust.core.this_machine import network_addresses, own_addresses
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -32,27 +33,42 @@ _MOST_LOOK_UPS = 16
 _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 _END_S = 5.0
+_LOOK_S = 2.0
+"""Between two looks at the addresses of this machine."""
+_NO_MULTICAST = "::1"
+"""Loopback has multicast over IPv4 only."""
 
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """While it lasts, machines of the local network find the cluster of this name and id at `address` (HOST:PORT).
+    """While it lasts, machines of the local network find the cluster of this name and id at `address` (HOST:PORT); with
+    a host for all addresses, at those that this machine has at the time.
 
-    UsageError where the host is no IPv4 address, or multicast is not possible.
+    UsageError where the host is a name, or multicast is not possible.
     """
     hosts, port = _announced_hosts(address), split_address(address)[1]
-    info = AsyncServiceInfo(
-        SERVICE,
-        f"{name[:_MOST_NAME]}-{cluster}.{SERVICE}",
-        port=port,
-        addresses=[IPv4Address(host).packed for host in hosts],
-        properties={_CLUSTER: cluster},
-        server=f"llamaclust-{cluster}-{port}.local.",
-    )
-    async with _multicast(hosts) as service:
+
+    def info() -> AsyncServiceInfo:
+        return AsyncServiceInfo(
+            SERVICE,
+            f"{name[:_MOST_NAME]}-{cluster}.{SERVICE}",
+            port=port,
+            addresses=[ip_address(host).packed for host in hosts()],
+            properties={_CLUSTER: cluster},
+            server=f"llamaclust-{cluster}-{port}.local.",
+        )
+
+    async with _multicast(hosts()) as service:
+        registered = info()
         async with deadline("the announcement by multicast DNS", _BEGIN_S):
-            await (await service.async_register_service(info, allow_name_change=True))
-        yield
+            await (await service.async_register_service(registered, allow_name_change=True))
+
+        async def renew() -> None:
+            registered.addresses = info().addresses
+            await (await service.async_update_service(registered))
+
+        async with _following(service, hosts, renew):
+            yield
 
 
 @asynccontextmanager
@@ -61,11 +77,12 @@ async def browsing(cluster: str, found: Callable[[str], None]) -> AsyncIterator[
 
     UsageError where multicast is not possible.
     """
-    async with _multicast(own_addresses()) as service:
+    async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
         try:
-            yield
+            async with _following(service, _browsed):
+                yield
         finally:
             async with _ending():
                 await browser.close()
@@ -98,38 +115,89 @@ class _Browser:
     def _answered(self, info: AsyncServiceInfo) -> None:
         if info.properties.get(_CLUSTER.encode()) != self._cluster.encode() or not info.port:
             return
-        for host in info.parsed_addresses(IPVersion.V4Only)[:_MOST_ADDRESSES]:
+        for host in info.parsed_scoped_addresses()[:_MOST_ADDRESSES]:
             self._found(joined_address(host, info.port))
 
     async def close(self) -> None:
         await self._look_ups.close()
 
 
-def _announced_hosts(address: str) -> list[str]:
+def _announced() -> list[str]:
+    return [host for host in network_addresses() if host != _NO_MULTICAST]
+
+
+def _browsed() -> list[str]:
+    """Loopback as well: a coordinator of this machine may be announced there alone."""
+    return [host for host in own_addresses() if host != _NO_MULTICAST]
+
+
+def _announced_hosts(address: str) -> Callable[[], list[str]]:
+    """The hosts to announce, each time that they are asked for."""
     host, _ = split_address(address)
     if host in ANYWHERE:
-        here = own_addresses()
-        return [each for each in here if not is_loopback(each)] or here
+        return _announced
     try:
-        return [str(IPv4Address(socket.gethostbyname(host) if host == "localhost" else host))]
+        hosts = [str(ip_address("127.0.0.1" if host == "localhost" else host))]
+        if hosts == [_NO_MULTICAST]:
+            raise ValueError
     except ValueError:
-        why = f"an IPv4 address is needed for multicast DNS, and {host} is none"
+        why = f"an address with multicast is needed for multicast DNS, and {host} is none"
         raise UsageError(f"join.discover: {why}; set join.listen to 0.0.0.0:PORT or to an address") from None
+    return lambda: hosts
 
 
 @asynccontextmanager
-async def _multicast(hosts: list[str]) -> AsyncIterator[AsyncZeroconf]:
+async def _multicast(hosts: Sequence[str]) -> AsyncIterator[AsyncZeroconf]:
     """Over the interfaces with these addresses."""
     try:
-        service = AsyncZeroconf(interfaces=hosts or InterfaceChoice.Default, ip_version=IPVersion.V4Only)
-    except OSError as error:
-        why = f"multicast DNS is not possible at {', '.join(hosts)}: {error.strerror or error}"
+        service = AsyncZeroconf(interfaces=[*hosts], ip_version=_version(hosts))
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        why = f"multicast DNS is not possible at {', '.join(hosts)}: {reason}"
         raise UsageError(f"{why}; start workers with --join HOST:PORT instead of --discover") from error
     try:
         yield service
     finally:
         async with _ending():
             await service.async_close()
+
+
+def _version(hosts: Sequence[str]) -> IPVersion:
+    return IPVersion.All if any(":" in host for host in hosts) else IPVersion.V4Only
+
+
+@asynccontextmanager
+async def _following(
+    service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[None]:
+    """Meanwhile, the service uses the interfaces of `hosts()`, and `renew` is called when these are others."""
+    tasks = TaskSet()
+    tasks.start(_follow(service, hosts, renew))
+    try:
+        yield
+    finally:
+        await tasks.close()
+
+
+async def _follow(
+    service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None
+) -> None:
+    known = hosts()
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        now = hosts()
+        if not now or set(now) == set(known):
+            continue
+        try:
+            async with deadline("multicast DNS at changed addresses", _BEGIN_S):
+                await service.zeroconf.async_update_interfaces(now, _version(now))
+                if renew is not None:
+                    await renew()
+        except (DeadlineError, Error, OSError, RuntimeError) as error:
+            _log.warning("multicast DNS at changed addresses: %s; it is tried again", error)
+            continue
+        _log.info("multicast DNS is at %s", ", ".join(now))
+        known = now
 
 
 @asynccontextmanager

@@ -6,10 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from dataclasses import dataclass, replace
 
-from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.addresses import split_address
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import (
     DeadlineError,
@@ -30,15 +29,17 @@ from llamaclust.worker.coordinator_search import CoordinatorSearch
 from llamaclust.worker.devices.system_info import log_place
 from llamaclust.worker.enrolment import enrol, is_open, speaks_tls
 from llamaclust.worker.membership import Member
+from llamaclust.worker.own_address import OwnAddress
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
 _OPEN_S = 10.0
-_RESOLVE_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
+_COORDINATOR_S = 20.0
+"""A coordinator is gone when its machine has not answered for half of it."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
@@ -69,6 +70,7 @@ class _StaticWorker:
         self._search = CoordinatorSearch(given, discovers=settings.discover)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
+        self._listens_at = ""
         self._address = ""
 
     async def run(self) -> str:
@@ -116,15 +118,15 @@ class _StaticWorker:
     async def _run_membership(self, address: str, reached: _Reached) -> str:
         """One membership, until the coordinator ends the cluster."""
         credentials = self._adopted(reached.credentials)
-        if self._server is None:
-            await self._listen(address, credentials)
-        peer = Peer(reached.target, credentials, COORDINATOR)
+        own = await OwnAddress.find(self._settings, address)
+        await self._listen(own, credentials)
+        peer = Peer(reached.target, credentials, COORDINATOR, _COORDINATOR_S)
         member = Member(self._worker, credentials)
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
             self._search.admitted(address, member.coordinator_s)
             _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
-            return await self._worker.compute.while_able(member.serve())
+            return await self._worker.compute.while_able(_served(member, own))
         finally:
             self._worker.service.keep()
             await peer.close()
@@ -137,18 +139,14 @@ class _StaticWorker:
             self._credentials = new
         return self._credentials
 
-    async def _listen(self, address: str, credentials: Credentials) -> None:
-        settings, coordinator = self._settings, split_address(address)
-        listen = settings.listen or joined_address(await _own_host(*coordinator), 0)
-        with short_slices():  # gRPC's threads
-            self._server = await Server.start(listen, credentials, self._worker.handlers)
-        host, _ = split_address(listen)
-        if host in ANYWHERE:
-            host = await _own_host(*coordinator)
-        self._address = settings.advertise or joined_address(host, self._server.port)
-        if ":" not in self._address.rpartition("]")[2]:
-            self._address = f"{self._address}:{self._server.port}"
-        split_address(self._address)
+    async def _listen(self, own: OwnAddress, credentials: Credentials) -> None:
+        """A server that listens there already goes on."""
+        if self._server is None or own.listen != self._listens_at:
+            await self._stop_server()
+            with short_slices():  # gRPC's threads
+                self._server = await Server.start(own.listen, credentials, self._worker.handlers)
+            self._listens_at = own.listen
+        self._address = own.at_port(self._server.port)
 
     def _registration(self) -> Register:
         """What is kept from before can be had again."""
@@ -161,21 +159,25 @@ class _StaticWorker:
 
     async def close(self) -> None:
         self._worker.compute.close()
-        if self._server is not None:
+        await self._stop_server()
+
+    async def _stop_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
             with contextlib.suppress(DeadlineError):
                 async with deadline("closing streams", _GRACE_S):
-                    await self._server.stop(0.0)
+                    await server.stop(0.0)
 
 
-async def _own_host(host: str, port: int) -> str:
-    """The address of this machine from which the coordinator is reached. WorkerError where its name leads nowhere."""
-    loop = asyncio.get_running_loop()
+async def _served(member: Member, own: OwnAddress) -> str:
+    """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost, or where the others
+    cannot reach this worker at the address that it has told."""
+    serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
-        async with deadline(f"looking up {host}", _RESOLVE_S):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        family, kind, _, _, address = found[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise WorkerError(f"{host} cannot be reached: {error.strerror or error}") from error
+        await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)
+        if watching.done() and not serving.done():
+            raise watching.result()
+        return await serving
+    finally:
+        watching.cancel()
+        serving.cancel()

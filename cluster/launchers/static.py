@@ -15,8 +15,8 @@ from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report
-from llamaclust.core.addresses import joined_address, split_address
-from llamaclust.core.this_machine import reachable_host
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.this_machine import one_of_each_interface
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
 from llamaclust.wire.security.renewal import until_renewal
@@ -24,6 +24,8 @@ from llamaclust.worker.settings import WorkerSettings
 
 _TRUST = "trust"
 _STARTING_S = 60.0
+_MOST_HOSTS = 4
+"""Of this machine's addresses in the printed command."""
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
 
 INSECURE = (
@@ -118,7 +120,8 @@ class StaticLauncher(Launcher):
     def _instructions(self, listen: str) -> list[str]:
         """What to type on the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
-        addresses = self._config.join.addresses or (joined_address(reachable_host(host), port),)
+        hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
+        addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
         joins = " ".join(f"--join {address}" for address in addresses)
         command = f"llamaclust worker {'--discover' if self._config.join.discover else joins} --name NAME"
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"

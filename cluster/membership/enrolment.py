@@ -12,7 +12,7 @@ from collections import Counter
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import RefusalReason
-from llamaclust.core.addresses import split_address
+from llamaclust.core.addresses import ANYWHERE, bounded_host, split_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
@@ -78,7 +78,7 @@ class EnrolmentServer:
             except OSError:
                 await asyncio.sleep(_REST_S)
                 continue
-            host = str(peer[0])
+            host = bounded_host(str(peer[0]))
             if len(self._connections) >= MAX_CONNECTIONS or self._of_host[host] >= MAX_OF_HOST:
                 connection.close()
                 others = f"{len(self._connections)} others are under way, {self._of_host[host]} of them from there"
@@ -143,11 +143,16 @@ class EnrolmentServer:
 
 
 def _listening(address: str) -> socket.socket:
+    """At all addresses of this machine, also those of IPv6, for either way to write these: gRPC does the same."""
     host, port = split_address(address)
+    both = host in ANYWHERE and socket.has_dualstack_ipv6()
+    host = "::" if both else host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if both:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
     except OSError as error:

@@ -41,7 +41,8 @@ class Found:
 
 @pytest.fixture(autouse=True)
 def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "own_addresses", lambda: ["127.0.0.1"])
+    for name in ("network_addresses", "own_addresses"):
+        monkeypatch.setattr(discovery, name, lambda: ["127.0.0.1"])
 
 
 @asynccontextmanager
@@ -153,7 +154,7 @@ async def test_the_end_does_not_wait_for_ever(
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])
 async def test_an_address_that_cannot_be_announced_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match=r"join\.discover: an IPv4 address is needed"):
+    with pytest.raises(UsageError, match=r"join\.discover: an address with multicast is needed"):
         async with announced("tiny", CLUSTER, address):
             pass
 

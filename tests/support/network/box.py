@@ -150,6 +150,16 @@ class Box:
     def plug(self, name: str) -> None:
         run("ip", "-n", self.hosts[name].namespace, "link", "set", "eth0", "up")
 
+    def add_device(self, name: str, device: str) -> None:
+        """A second network device of a host, on the switch of the first, down and without an address."""
+        port, switch = f"{device}-{[*self.hosts].index(name)}", f"{self._prefix}switch"
+        commands = [f"link add {port} type veth peer name {device} netns {self.hosts[name].namespace}"]
+        _ip_batch(switch, [*commands, f"link set {port} master bridge up"])
+
+    def configure(self, name: str, *commands: str) -> None:
+        """Commands of `ip` on a host."""
+        _ip_batch(self.hosts[name].namespace, commands)
+
     def heal(self) -> None:
         """No black holes, nothing refused, every device up; delays, rates and losses stay."""
         for target, *rule in self._filters:

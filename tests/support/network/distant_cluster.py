@@ -19,7 +19,7 @@ COORDINATOR = "coordinator"
 TOKENS = 24
 _API = "127.0.0.1:8080"
 _ANSWER_S = 120.0
-_SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
+SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Ans
 
 def undisturbed(model: Path, generations: Sequence[PlainRequest]) -> list[Answer]:
     """From one worker beside its coordinator, without a network."""
-    speed = [{"name": "alone", "threads": 1, **_SPEED}]
+    speed = [{"name": "alone", "threads": 1, **SPEED}]
     with command_line() as line, line.cluster(model, "alone", workers=speed, context_length=512) as cluster:
         answers = asyncio.run(request_all(cluster.api, generations))
     assert [len(answer.token_ids) for answer in answers] == [generation.max_tokens for generation in generations]
@@ -112,24 +112,25 @@ class DistantCluster:
         return status
 
 
-def start_worker(box: Box, line: CommandLine, name: str) -> Running:
+def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Running:
+    """`options`: how it joins and where it listens; without any, at fixed addresses."""
     token = line.cluster_dir("distant") / "trust" / "token"
     eventually(token.is_file, 30.0, "the join token")
-    join = f"{box[COORDINATOR].address}:7100"
-    own = ("--name", name, "--listen", f"{box[name].address}:7102", "--threads", "1")
-    return line.start("worker", "--join", join, "--token-file", token, *own, network=box[name].namespace)
+    fixed = ("--join", f"{box[COORDINATOR].address}:7100", "--listen", f"{box[name].address}:7102")
+    own = ("--name", name, "--threads", "1", *(options or fixed))
+    return line.start("worker", "--token-file", token, *own, network=box[name].namespace)
 
 
 @contextmanager
-def distant_cluster(box: Box, model: Path, **keys: Any) -> Iterator[DistantCluster]:
-    """Ready. Every host of the box but the coordinator's is a worker."""
+def distant_cluster(box: Box, model: Path, options: Sequence[str] = (), **keys: Any) -> Iterator[DistantCluster]:
+    """Ready. Every host of the box but the coordinator's is a worker. `options`: see `start_worker`."""
     here = box[COORDINATOR].address
     names = [name for name in box.hosts if name != COORDINATOR]
     fixed = {
         "launcher": "static",
         "listen": _API,
         "join": {"listen": f"{here}:7100", "members": f"{here}:7101"},
-        "workers": [{"name": name, **_SPEED} for name in names],
+        "workers": [{"name": name, **SPEED} for name in names],
         "objective": "throughput",
         "context_length": 512,
         "prefix_cache": False,
@@ -138,7 +139,7 @@ def distant_cluster(box: Box, model: Path, **keys: Any) -> Iterator[DistantClust
         file = line.cluster_file(model, "distant", **{**fixed, **keys})
         coordinator = line.start("up", file, network=box[COORDINATOR].namespace)
         try:
-            workers = {name: start_worker(box, line, name) for name in names}
+            workers = {name: start_worker(box, line, name, *options) for name in names}
             coordinator.says("distant is ready")
             yield DistantCluster(box, line, coordinator, workers, asking)
         finally:

@@ -1,0 +1,94 @@
+"""The address under which a worker serves its stages: found anew at each membership, watched during one."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.errors import WorkerError
+from llamaclust.core.this_machine import source_host
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.settings import WorkerSettings
+
+_RESOLVE_S = 10.0
+_LOOK_S = 1.0
+_LOOKS = 3
+"""So many looks in a row must show the same new address: interfaces come and go while a machine wakes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The way from this machine to a coordinator."""
+
+    host: str  # an IP address
+    family: socket.AddressFamily
+    port: int
+
+    @classmethod
+    async def to(cls, host: str, port: int) -> Route:
+        """WorkerError where the host's name leads nowhere."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with deadline(f"looking up {host}", _RESOLVE_S):
+                found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        except OSError as error:
+            raise WorkerError(f"{host} cannot be reached: {error.strerror or error}") from error
+        family, _, _, _, address = found[0]
+        return cls(str(address[0]), family, port)
+
+    def own_host(self) -> str:
+        """The address of this machine from which the coordinator is reached. WorkerError without a route."""
+        host = source_host(self.host, self.family, self.port)
+        if host is None:
+            raise WorkerError(f"{self.host} cannot be reached: this machine has no route there")
+        return host
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAddress:
+    """Where a worker listens, and what it tells the other members, for the way to one coordinator."""
+
+    listen: str
+    advertised: str  # HOST, or HOST:PORT
+    route: Route
+    own_host: str | None  # what `route` decided of the two; None: nothing
+
+    @classmethod
+    async def find(cls, settings: WorkerSettings, coordinator: str) -> OwnAddress:
+        """WorkerError where the coordinator (HOST:PORT) cannot be reached."""
+        route = await Route.to(*split_address(coordinator))
+        own_host = route.own_host()
+        own = joined_address(own_host, 0)
+        is_own = not settings.listen or split_address(settings.listen)[0] in ANYWHERE
+        advertised = settings.advertise or _host_of(own if is_own else settings.listen)
+        decides = not settings.listen or (is_own and not settings.advertise)
+        return cls(settings.listen or own, advertised, route, own_host if decides else None)
+
+    def at_port(self, port: int) -> str:
+        """HOST:PORT for the other members. UsageError for an advertised address that is none."""
+        has_port = ":" in self.advertised.rpartition("]")[2]
+        address = self.advertised if has_port else f"{self.advertised}:{port}"
+        split_address(address)
+        return address
+
+    async def changed(self) -> WorkerError:
+        """Returns when the coordinator has been reached from another address than this one for some seconds."""
+        now, looks = self.own_host, 0
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            before, now = now, self._host_now()
+            looks = looks + 1 if now == before else 1
+            if now != self.own_host and looks >= _LOOKS:
+                return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
+
+    def _host_now(self) -> str | None:
+        """Without a route, and where nothing depends on it, the address stays as it is."""
+        found = source_host(self.route.host, self.route.family, self.route.port)
+        return self.own_host if self.own_host is None or found is None else found
+
+
+def _host_of(address: str) -> str:
+    """As it is written, with the brackets of IPv6."""
+    return address.rpartition(":")[0]

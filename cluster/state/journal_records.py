@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
 from struct import Struct
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
 from llamaclust.cluster.state.instants import Instant
+from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.regular_file import open_regular
 from llamaclust.core.sampling import RowResult
@@ -110,6 +111,7 @@ class OpenRequest:
 
 
 def admission_line(admission: Admission) -> bytes:
+    """RequestError for one that no coordinator would read again."""
     identity = admission.identity
     fields = (
         identity.id,
@@ -133,7 +135,12 @@ def admission_line(admission: Admission) -> bytes:
         identity.scales,
         admission.adapters,
     )
-    return _line(_json({"admit": fields}) + _BODY + admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A"))
+    body = admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A")
+    line = _line(_json({"admit": fields}) + _BODY + body)
+    if len(line) > _MAX_LINE_BYTES:
+        what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
+        raise RequestError(f"{what}, at most {_MAX_LINE_BYTES} are possible: send less at once")
+    return line
 
 
 def answer_line(request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> bytes:
@@ -258,6 +265,9 @@ def _records(path: Path) -> Iterable[tuple[Any, bytes]]:
         return
     with file:
         while line := file.readline(_MAX_LINE_BYTES):
+            if len(line) == _MAX_LINE_BYTES:
+                _skip_line(file, line)
+                continue
             text = line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
             try:
                 if int(line[:_CHECKSUM_DIGITS], 16) != zlib.crc32(text):
@@ -267,3 +277,9 @@ def _records(path: Path) -> Iterable[tuple[Any, bytes]]:
             except ValueError:
                 continue
             yield value, body
+
+
+def _skip_line(file: BinaryIO, part: bytes) -> None:
+    """The rest of a line that is too long: a client's bytes, which are no lines."""
+    while part and not part.endswith(b"\n"):
+        part = file.readline(_MAX_LINE_BYTES)

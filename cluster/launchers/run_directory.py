@@ -48,7 +48,7 @@ def run_directory(parent: Path) -> Iterator[RunDirectory]:
     """
     path = place = parent / "run"
     _clear(place)
-    if place.exists():
+    if os.path.lexists(place):
         raise UsageError(f"{place} is in the way: remove it")
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if len(os.fsencode(place / "w1000.sock")) > _MAX_SOCKET_BYTES:
@@ -73,9 +73,10 @@ def _new_token(path: Path) -> ClusterToken:
 def _clear(place: Path) -> None:
     """Removes a run directory or the link to one, and what the link names if it is one of ours."""
     if not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir():  # a pipe would be opened, and waited for
+            shutil.rmtree(place, ignore_errors=True)
         return
     target = place.readlink()
-    if target.parent == Path(tempfile.gettempdir()) and target.name.startswith(_PREFIX):
+    if target.is_dir() and target.parent == Path(tempfile.gettempdir()) and target.name.startswith(_PREFIX):
         shutil.rmtree(target, ignore_errors=True)
     place.unlink()

@@ -47,6 +47,8 @@ class ControlRecord:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
+        if term + 1 >= MAX_TERM:
+            raise LlamaclustError(f"{path}: term {term} is the last one: remove the file while no coordinator runs")
         record = cls(path, term + 1, drained)
         record._written_term = term
         record._write(record.term, record.drained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from dataclasses import replace
@@ -20,7 +21,7 @@ from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.state import control_record
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text
+from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text, term_of
 from llamaclust.core.errors import LlamaclustError, SupersededError, WorkerError
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import (
@@ -258,3 +259,14 @@ def test_a_proof_that_cannot_be_read_is_none(old: str, new: str, tmp_path: Path)
     assert changed != certificate
     proof = TermProof(DER_cert_to_PEM_cert(changed).encode(), b"signature")
     assert not is_term_proven(identity, 7, proof)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_the_last_terms_are_taken_and_then_refused_in_one_line(tmp_path: Path, before: int) -> None:
+    path = tmp_path / "record"
+    path.write_text(json.dumps({"term": MAX_TERM - 1 - before, "drained": []}))
+    for _ in range(before):
+        record = ControlRecord.begin(path)
+        assert term_of(record.next_epoch()) == record.term and record.newer_term() == 0
+    with pytest.raises(LlamaclustError, match=rf"term {MAX_TERM - 1} is the last one: remove the file"):
+        ControlRecord.begin(path)

@@ -152,8 +152,8 @@ async def _connected(
         raise WorkerError(f"the certificate that {host}:{port} shows is refused: {why}") from error
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
-            advice = "an insecure cluster? Then start the worker with --insecure instead of a token"
-            raise UsageError(f"{host}:{port} does not use TLS: is it {advice}") from error
+            advice = "it is not the join port of the cluster whose token this is; check the address and the port"
+            raise UsageError(f"{host}:{port} does not use TLS: {advice}") from error
         raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
     except OSError as error:
         raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error

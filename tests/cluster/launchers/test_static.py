@@ -248,7 +248,7 @@ def test_a_worker_whose_security_differs_from_the_coordinators_says_so(line: Com
     assert f"error: the coordinator at 127.0.0.1:{port} requires TLS: {advice}" in done.err and done.code == 2
     insecure = start_coordinator(line, model, name="open", insecure=True)
     done = start_worker(line, port := join_port(insecure), "a", token=token_file(line)).wait()
-    assert f"error: 127.0.0.1:{port} does not use TLS: is it an insecure cluster?" in done.err and done.code == 2
+    assert f"error: 127.0.0.1:{port} does not use TLS: it is not the join port" in done.err and done.code == 2
 
 
 def test_what_the_authority_leaves_is_private(line: CommandLine, model: Path) -> None:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.ollama.names import tagged
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
@@ -152,11 +153,13 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
+        """Clients of Ollama write names with a tag: one that differs by it alone would be taken for the other."""
         if name in self.model.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
-        configs = [other.model.config for other in self.others]
-        if name in fixed_names(configs) or any(name in other.model.adapters.names for other in self.others):
-            raise ParameterError("lora_name", f"{name!r} is the name of a model or of another model's adapter")
+        taken = fixed_names([other.model.config for other in self.others])
+        taken.update(chain.from_iterable(other.model.adapters.names for other in self.others))
+        if tagged(name) in set(map(tagged, taken)):
+            raise ParameterError("lora_name", f"{name!r} is the name of a model or of another adapter")
 
     def _check_version(self, version: Model, param: str) -> None:
         """Models are known by their ids."""

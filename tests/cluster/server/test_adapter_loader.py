@@ -96,6 +96,14 @@ async def test_models_that_load_at_the_same_time_keep_both_records(loaders: Load
     assert loaders.names() == [["poet"], ["clerk"]]
 
 
+@pytest.mark.parametrize("name", ["one:latest", "two:latest", "first of two:latest", "first of one:latest", "one"])
+async def test_a_tag_makes_no_other_name(loaders: Loaders, name: str) -> None:
+    """Ollama's clients write MODEL:latest for MODEL: the adapter would answer in its place."""
+    with pytest.raises(ParameterError, match="is the name of a model or of another adapter"):
+        await loaders.all[0].load(name, "poet.gguf")
+    assert loaders.names() == [[], []]
+
+
 async def test_of_models_that_take_a_name_at_the_same_time_one_gets_it(loaders: Loaders) -> None:
     loads = (loader.load("poet", "poet.gguf") for loader in loaders.all)
     errors = await asyncio.gather(*loads, return_exceptions=True)

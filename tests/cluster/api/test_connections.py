@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from llamaclust.cluster.api.port.api_port import ApiPort
@@ -249,3 +251,19 @@ async def test_a_request_of_two_lengths_is_refused() -> None:
         assert (await peer.head()).startswith(b"HTTP/1.1 400")
         assert b"not both" in await peer.reader.read()
         assert server.engine.submitted == []
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded"])
+async def test_a_client_does_not_choose_its_own_address(header: str) -> None:
+    """Turns of clients without keys go by addresses, which any program of this machine could write."""
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["client"][0])
+        await Response()(scope, receive, send)
+
+    async with serving(app) as address, httpx.AsyncClient(base_url=address, trust_env=False) as http:
+        assert (
+            await http.get("/", headers={header: "for=192.0.2.1" if header == "Forwarded" else "192.0.2.1"})
+        ).is_success
+    assert seen == ["127.0.0.1"]

@@ -130,6 +130,9 @@ def chat(
     ] = [],  # noqa: B006  typer reads the default
     stats: Annotated[bool, Option("--stats", help="Tokens and speed after each answer.")] = False,
     color: Annotated[terminal.Color, Option("--color", metavar="WHEN", help="auto, on or off.")] = terminal.Color.AUTO,
+    plain: Annotated[
+        bool, Option("--plain", help="Show answers as they come, without rendering their Markdown.")
+    ] = False,
     commands: Annotated[bool, Option("--commands", help="Commands and @FILE in piped input, too.")] = False,
     max_tokens: Annotated[
         int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
@@ -195,7 +198,7 @@ def chat(
             conversation.load(file)
         if instruction is not None:
             conversation.set_system(instruction)
-        Chat(conversation, ChatSettings(uses_color(color), stats, commands, file)).run()
+        Chat(conversation, ChatSettings(uses_color(color), not plain, stats, commands, file)).run()
 
 
 def _system_message(text: str | None, file: Path | None) -> str | None:

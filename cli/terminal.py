@@ -23,8 +23,13 @@ class Color(StrEnum):
 
 def write(text: str) -> None:
     """To standard output, at once: as it is, but on a terminal without control characters other than \\n and \\t."""
-    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """The text without control characters other than \\n and \\t."""
+    return text.translate(_CONTROLS)
 
 
 def printable(text: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llamaclust.cli import terminal
 from llamaclust.cli.terminal import Color
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.text.answer import TextChunk
+
+if TYPE_CHECKING:
+    from llamaclust.cli.chat.markdown import MarkdownScreen
 
 _DIM: Final = "\033[2m"
 _RESET: Final = "\033[0m"
@@ -22,8 +25,9 @@ def uses_color(color: Color) -> bool:
 class AnswerScreen:
     """One answer on standard output. Reasoning is shown on a terminal alone: dimmed, or without colors under a line."""
 
-    def __init__(self, *, is_colored: bool) -> None:
+    def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
+        self._markdown = _markdown_screen() if renders_markdown and is_colored else None
         self._shows_reasoning = sys.stdout.isatty()
         self._is_reasoning = False
         self._is_empty = True
@@ -47,10 +51,19 @@ class AnswerScreen:
                 self._end_reasoning()
                 sys.stdout.write("\n\n" if self._is_colored else "\n[answer]\n")
             self._is_empty = False
-            terminal.write(chunk.text)
+            self._write(chunk.text)
+
+    def _write(self, text: str) -> None:
+        if self._markdown is None:
+            terminal.write(text)
+        else:
+            self._markdown.write(terminal.harmless(text))
 
     def end(self) -> None:
         """Ends the line of an answer that is complete, or that was interrupted."""
+        if self._markdown is not None and not (self._is_empty or self._is_reasoning):
+            self._markdown.end()
+            return
         self._end_reasoning()
         print(flush=True)
 
@@ -63,3 +76,11 @@ class AnswerScreen:
         if self._is_reasoning and self._is_colored:
             sys.stdout.write(_RESET)
         self._is_reasoning = False
+
+
+def _markdown_screen() -> MarkdownScreen | None:
+    """None where standard output is no terminal that can render."""
+    from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
+
+    screen = MarkdownScreen()
+    return screen if sys.stdout.isatty() and screen.can_render else None

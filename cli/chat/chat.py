@@ -50,6 +50,7 @@ class ChatSettings:
     """How a chat looks, and where its conversation is kept."""
 
     is_colored: bool = False
+    renders_markdown: bool = False  # on a terminal with colors
     shows_stats: bool = False  # after each answer
     takes_commands: bool = False  # of piped input, too
     file: Path | None = None  # has the conversation after each answer and command
@@ -124,7 +125,7 @@ class Chat:
 
     def _show(self, chunks: ChunkStream) -> None:
         dropped = self._session.dropped_messages
-        screen = AnswerScreen(is_colored=self._settings.is_colored)
+        screen = AnswerScreen(is_colored=self._settings.is_colored, renders_markdown=self._settings.renders_markdown)
         try:
             with chunks:
                 for chunk in chunks:

@@ -1,0 +1,102 @@
+"""Markdown of an answer on a terminal: the block that is being written is shown as it comes, and rendered once it is
+complete."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from markdown_it import MarkdownIt
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+_FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
+_PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+"""Without HTML, which rich would leave out: tags of an answer stay text."""
+_CODE_THEME: Final = "ansi_dark"  # the terminal's own colours
+
+
+class MarkdownScreen:
+    """Renders one answer. Text must be free of control characters."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._open = ""  # the block that is not complete
+        self._live: Live | None = None
+        self._has_rendered = False
+
+    @property
+    def can_render(self) -> bool:
+        """True unless the terminal cannot move its cursor."""
+        return not self._console.is_dumb_terminal
+
+    def write(self, text: str) -> None:
+        """Shows a part of the answer."""
+        whole, self._open = split_blocks(self._open + text)
+        if whole.strip():
+            self._render(whole)
+        if self._open.strip():
+            self._show(self._open)
+
+    def end(self) -> None:
+        """Renders what is left of the answer."""
+        if self._open.strip():
+            self._render(self._open)
+        self._open = ""
+
+    def _show(self, text: str) -> None:
+        """The last lines that the terminal has room for."""
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        lines = Text(text).wrap(self._console, self._console.width)
+        self._live.update(Text("\n").join(lines[-max(1, self._console.height - 2) :]), refresh=True)
+
+    def _render(self, text: str) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._has_rendered:
+            self._console.line()
+        self._has_rendered = True
+        for line in self._console.render_lines(rendered(text), pad=False):
+            self._console.print(Segments([*_without_padding(line), Segment.line()]))
+
+
+def _without_padding(line: list[Segment]) -> list[Segment]:
+    """The line without the spaces that would fill the terminal's width, and be copied with it."""
+    while line and not line[-1].text.strip():
+        line = line[:-1]
+    return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
+
+
+def split_blocks(text: str) -> tuple[str, str]:
+    """The complete blocks of a text, and the rest. A block ends with an empty line, or with its closing fence."""
+    fence, end, at = "", 0, 0
+    for line in text.splitlines(keepends=True):
+        at += len(line)
+        if not line.endswith("\n"):
+            break
+        found = _FENCE.match(line)
+        if fence:
+            if found is not None and found[1].startswith(fence) and not line[found.end() :].strip():
+                fence, end = "", at
+        elif found is not None:
+            fence = found[1]
+        elif not line.strip():
+            end = at
+    return text[:end], text[end:]
+
+
+def rendered(text: str) -> Markdown:
+    """Markdown in which each line break of a paragraph is kept, as chats mean them."""
+    markdown = Markdown(text, code_theme=_CODE_THEME, hyperlinks=False)
+    markdown.parsed = _PARSER.parse(text)
+    for token in markdown.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+    return markdown

@@ -103,7 +103,10 @@ class ChatRequest:
         if not (schemas or form.dropped or form.knows_reasoning):
             return None
         most_calls = None if self.tool_use.is_parallel else 1
-        return AnswerReading(form, schemas, self.splits_reasoning, most_calls, begun)
+        may_be_unmarked = self.tool_use.mode is ToolMode.AUTO and self.answer.grammar is None
+        return AnswerReading(
+            form, schemas, self.splits_reasoning, most_calls, begun, reads_unmarked=bool(schemas) and may_be_unmarked
+        )
 
     def count_characters(self) -> int:
         """Of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least, unless its

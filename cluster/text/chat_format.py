@@ -38,6 +38,7 @@ class AnswerReading:
     splits_reasoning: bool = True
     most_calls: int | None = None
     begun: str = ""  # what the prompt has written of the answer
+    reads_unmarked: bool = False  # an answer that is nothing but calls without markers has these calls
     shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
 
     @property
@@ -46,6 +47,12 @@ class AnswerReading:
         tags = self.form.reasoning
         return tags is not None and tags.begin in self.begun and tags.end not in self.begun
 
+    @property
+    def _has_begun_text(self) -> bool:
+        """Whether the prompt has written some of the answer behind its reasoning."""
+        tags = self.form.reasoning
+        return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
+
     def parser(self) -> AnswerParser:
         return AnswerParser(
             self.form,
@@ -53,6 +60,7 @@ class AnswerReading:
             splits_reasoning=self.splits_reasoning,
             most_calls=self.most_calls,
             begun=self.begun,
+            reads_unmarked=self.reads_unmarked and not self._has_begun_text,
         )
 
 

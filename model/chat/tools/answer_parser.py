@@ -19,6 +19,7 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
+from llamaclust.model.chat.tools.unmarked_calls import UnmarkedReader
 
 CallReader = ObjectReader | NamedReader | TaggedReader | NotatedReader
 
@@ -34,10 +35,11 @@ class AnswerParser:
         splits_reasoning: bool = True,
         most_calls: int | None = None,
         begun: str = "",
+        reads_unmarked: bool = False,
     ) -> None:
         """Without tools, nothing is a call. Without `splits_reasoning`, reasoning stays in the content, with its
         markers. `begun` is what the prompt has written of the answer, which makes no events, unless a call is open
-        at its end."""
+        at its end. `reads_unmarked`: an answer that is nothing but calls without their markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -48,6 +50,7 @@ class AnswerParser:
         self._dropped = tuple(mark for mark in form.dropped if splits_reasoning or not _is_of_reasoning(form, mark))
         self._frame = None if form.calls is None or isinstance(form.calls, ChannelCalls) else form.calls.frame
         self._triggers = self._frame.triggers if self._frame is not None and tools else ()
+        self._unmarked = UnmarkedReader(self._source, tools, form.calls, self._dropped) if reads_unmarked else None
         self._reading = self._answer()
         self._is_over = False
         self._source.feed(begun)
@@ -91,6 +94,8 @@ class AnswerParser:
 
     def _next(self) -> Reading[bool]:
         """Reads content up to a marker, and what the marker begins. False at the end."""
+        if (yield from self._unmarked_calls()):
+            return True
         tags = self._tags
         marker = yield from self._source.until(self._content_markers(), self._content.push)
         if not marker:
@@ -104,6 +109,19 @@ class AnswerParser:
         else:
             self._content.cut()
         return True
+
+    def _unmarked_calls(self) -> Reading[bool]:
+        """Whether all that is left of the answer is calls."""
+        if self._unmarked is None or self._content.has_begun or self._sink.calls:
+            return False
+        calls = yield from self._unmarked.read()
+        for call in calls:
+            self._sink.begin(call.name, call.call_id)
+            self._sink.argument(call.arguments)
+            self._sink.end(call.call_id)
+        if calls:
+            self._content.cut()
+        return bool(calls)
 
     def _content_markers(self) -> Markers:
         tags = () if self._tags is None else (self._tags.begin, *self._tags.ends)

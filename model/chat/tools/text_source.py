@@ -69,6 +69,10 @@ class TextSource:
         self._recorded = None
         return text
 
+    def give_back(self, text: str) -> None:
+        """Puts text that was taken before what is still there."""
+        self._text, self._at = text + self._text[self._at :], 0
+
     def take(self, count: int) -> str:
         """The next characters, as many as there are."""
         text = self._text[self._at : self._at + count]

@@ -267,3 +267,35 @@ async def test_markers_that_are_control_tokens() -> None:
 async def test_answers_that_are_cut(answer: str) -> None:
     *chunks, _ = (await chat(answer, tools=[TOOL], stream=True))[0]
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "tool_calls")
+
+
+UNMARKED = '```json\n{"name": "look", "arguments": {"city": "Rom"}}\n```'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_is_nothing_but_a_call_is_that_call(stream: bool) -> None:
+    reply, _ = await chat(UNMARKED, tools=[TOOL, OTHER], stream=stream)
+    if stream:
+        deltas = [event["choices"][0]["delta"] for event in reply[:-1]]
+        assert not any(delta.get("content") for delta in deltas)
+        (call,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        assert reply[-2]["choices"][0]["finish_reason"] == "tool_calls"
+    else:
+        (call,) = reply["choices"][0]["message"]["tool_calls"]
+        assert reply["choices"][0]["message"]["content"] is None
+    assert call["function"] == {"name": "look", "arguments": '{"city": "Rom"}'}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tools": [OTHER]},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"tools": [TOOL], "messages": [*CHAT["messages"], {"role": "assistant", "content": "It is:"}]},
+    ],
+)
+async def test_an_answer_that_looks_like_a_call_is_text_where_it_cannot_be_one(fields: dict[str, Any]) -> None:
+    message = await message_of(UNMARKED, **fields)
+    assert message["content"] == UNMARKED and "tool_calls" not in message

@@ -38,8 +38,9 @@ from llamaclust.cluster.state.events import AwaitingWorkers, Event  # noqa: E402
 from llamaclust.wire.microbatch.codec import encode_microbatch  # noqa: E402
 from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden  # noqa: E402
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch  # noqa: E402
-from llamaclust.wire.rpc.client import FORWARD, Peer  # noqa: E402
+from llamaclust.wire.rpc.client import Peer  # noqa: E402
 from llamaclust.wire.rpc.deadlines import deadline  # noqa: E402
+from llamaclust.wire.rpc.methods import FORWARD  # noqa: E402
 from llamaclust.wire.rpc.server import Server, ServerStream  # noqa: E402
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Insecure, Principal  # noqa: E402
 from llamaclust.wire.security.token import ClusterToken  # noqa: E402

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from llamaclust.core.errors import ProtocolError
 
 MAX_TEXT = 4096
+MAX_ONE_LINE = 1000
 MAX_GPUS = 16
 MAX_STAGES_HELD = 1024  # by one worker
 MAX_LAYERS = 1 << 16
@@ -57,7 +58,7 @@ def path_or_none(what: str, value: str) -> str:
     return path(what, value) if value else value
 
 
-def one_line(text: str, most: int = 1000) -> str:
+def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
     """Local text in the form that `line` accepts on the other side."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."

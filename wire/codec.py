@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from llamaclust.core.bounds import Bound
 from llamaclust.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 2  # other versions are refused at the handshake
+PROTOCOL_VERSION = 3  # other versions are refused at the handshake
 
 _Message = TypeVar("_Message", bound=Message)
 _Value = TypeVar("_Value")
@@ -28,10 +29,11 @@ def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
     """A protobuf message from bytes; ProtocolError where they are too many or no such message."""
     if len(data) > most_bytes:
         raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
-    try:
+    message = None
+    with suppress(DecodeError):  # whose traceback would keep the bytes in memory
         message = kind.FromString(data)
-    except DecodeError as error:
-        raise ProtocolError(f"{kind.__name__}: damaged, cannot be decoded") from error
+    if message is None:
+        raise ProtocolError(f"{kind.__name__}: damaged, cannot be decoded")
     message.DiscardUnknownFields()  # of another version; nothing of a peer's is kept that is not checked
     return message
 

@@ -17,6 +17,7 @@ from llamaclust.core.errors import ProtocolError
 FRAME_BYTES = 1 << 18  # a link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it
 
 _ASKED = struct.Struct("<32sQQ")
+ASKED_BYTES = _ASKED.size
 _MISSING, _BYTES = b"\x00", b"\x01"
 _MAX_LINE, _MAX_LINE_BYTES = 200, 1000
 

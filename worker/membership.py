@@ -15,8 +15,9 @@ from llamaclust.core.logs import last_trouble, name_cluster
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.wire.security.renewal import until_renewal

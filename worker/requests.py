@@ -36,7 +36,7 @@ class Requests:
                     return await self._profile_in_thread(request)
             case profiles.ProfileLinks(ends, request_id):
                 async with self._exclusive:
-                    links = [await self._profile_link(end.worker, end.address) for end in ends]
+                    links = [await self._profile_link(end) for end in ends]
                 return profiles.LinkProfiles(tuple(links), request_id)
             case messages.FindWeights():
                 return await self._find_weights(request)
@@ -76,12 +76,12 @@ class Requests:
         release_freed_memory()
         return profiles.WorkerProfile(profile, request.request_id, max(0, resident_bytes() - before_bytes))
 
-    async def _profile_link(self, worker: str, address: str) -> profiles.LinkProfile:
-        peer = self._session.peer(address, worker)
+    async def _profile_link(self, end: profiles.LinkEnd) -> profiles.LinkProfile:
+        peer = self._session.peer(end.address, end.worker)
         try:
-            return await measure_link(peer)
+            return await measure_link(peer, end.permit)
         except WorkerError as error:
-            raise WorkerError(f"it cannot reach worker {worker} at {address}: {error}") from error
+            raise WorkerError(f"it cannot reach worker {end.worker} at {end.address}: {error}") from error
         finally:
             await peer.close()
 
@@ -99,7 +99,7 @@ class Requests:
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:
-            await try_link(peer, self._session.deadlines.peer_s)
+            await try_link(peer, self._session.deadlines.peer_s, request.permit)
         except LlamaclustError as error:
             reason = str(error)
         finally:

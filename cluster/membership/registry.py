@@ -14,8 +14,8 @@ from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
-from llamaclust.wire.rpc.client import JOIN
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Credentials, Principal
@@ -130,7 +130,8 @@ class Registry(Members):
         name = register.name
         if name in self.present:
             self.fence(self.workers[name], "it joins again")
-        handle = WorkerHandle(register, _serial_sender(stream), lambda: self.read_last_error(name))
+        send = _serial_sender(stream)
+        handle = WorkerHandle(register, send, lambda: self.read_last_error(name), self._credentials)
         self.admit(handle)
         reason = "its connection broke"
         try:

@@ -36,7 +36,10 @@ from llamaclust.wire.control.messages import (
     WeightsFound,
 )
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import Credentials, Insecure
+from llamaclust.wire.security.permits import permit
 
+INSECURE = Insecure()
 PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
@@ -104,8 +107,16 @@ class UnreachablePeer:
 class WorkerHandle:
     """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` says why."""
 
-    def __init__(self, registration: messages.Register, send: Send, read_last_error: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        registration: messages.Register,
+        send: Send,
+        read_last_error: Callable[[], str],
+        credentials: Credentials = INSECURE,
+    ) -> None:
+        """`credentials`: the coordinator's."""
         self.registration = registration
+        self._credentials = credentials
         self.channel = WorkerChannel(send)
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
         self.loading: Load | None = None
@@ -123,6 +134,10 @@ class WorkerHandle:
     @property
     def name(self) -> str:
         return self.registration.name
+
+    def permit(self, other: str) -> str:
+        """For this worker, to measure its link to another one."""
+        return permit(self._credentials, self.name, other)
 
     @property
     def state(self) -> WorkerState:

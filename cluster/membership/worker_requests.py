@@ -39,7 +39,8 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
     """Measures the worker's link to another one. Raises the error that it met."""
     limit = deadline(f"worker {worker.name}: measuring the link to worker {other.name}", deadline_s)
-    request = profiles.ProfileLinks((profiles.LinkEnd(other.name, other.registration.address),))
+    end = profiles.LinkEnd(other.name, other.registration.address, worker.permit(other.name))
+    request = profiles.ProfileLinks((end,))
     measured: profiles.LinkProfiles = await worker.channel.request(request, limit)
     if len(measured.links) != 1:
         raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links, asked for one")
@@ -52,7 +53,7 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
-        request = messages.ProbePeer(other.name, other.registration.address)
+        request = messages.ProbePeer(other.name, other.registration.address, permit=worker.permit(other.name))
         result: messages.ProbeResult = await worker.channel.request(request, limit)
     return result.reason
 

@@ -15,7 +15,8 @@ from llamaclust.core.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
-from llamaclust.wire.rpc.client import SAMPLED_TOKENS, StreamBrokenError
+from llamaclust.wire.rpc.client import StreamBrokenError
+from llamaclust.wire.rpc.methods import SAMPLED_TOKENS
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear

@@ -35,7 +35,8 @@ from llamaclust.wire.control.messages import (
 )
 from llamaclust.wire.control.profiles import ProfileWorker
 from llamaclust.wire.microbatch.messages import Result
-from llamaclust.wire.rpc.client import JOIN, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.real_cluster import LIMITS, NAMES, RealCluster, losses, microbatches, real_cluster, running

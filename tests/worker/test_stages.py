@@ -21,7 +21,8 @@ from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
-from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.loop import Counters, StageContext

@@ -34,7 +34,14 @@ from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
-from llamaclust.wire.control.profiles import AdapterPaths, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.control.profiles import (
+    AdapterPaths,
+    LinkProfiles,
+    Permit,
+    ProfileLinks,
+    ProfileWorker,
+    WorkerProfile,
+)
 from llamaclust.wire.security.terms import TermProof
 
 Term = Annotated[int, Integer(0, MAX_TERM)]
@@ -337,6 +344,7 @@ class ProbePeer:
     worker: WorkerName
     address: Address  # of its Stage service
     request_id: int = 0
+    permit: Permit = ""  # the coordinator's, for this link
 
 
 @dataclass(frozen=True, slots=True)

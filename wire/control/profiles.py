@@ -9,6 +9,7 @@ from llamaclust.core.bounds import (
     AdapterPath,
     Address,
     Integer,
+    Line,
     MemoryBytes,
     ModelId,
     ModelPath,
@@ -18,10 +19,12 @@ from llamaclust.core.bounds import (
 )
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
+from llamaclust.wire.security.permits import MAX_PERMIT
 
 AdapterPaths = Annotated[tuple[AdapterPath, ...], Size(0, MAX_ADAPTERS)]
 """Files of the adapters that are part of a model, on the coordinator's machine."""
 
+Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
 """ggml's numbers."""
@@ -53,6 +56,7 @@ class LinkEnd:
 
     worker: WorkerName
     address: Address  # of its Stage service
+    permit: Permit = ""  # the coordinator's, for this link
 
 
 @dataclass(frozen=True, slots=True)

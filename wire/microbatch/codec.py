@@ -12,7 +12,7 @@ from itertools import accumulate, chain, repeat
 from typing import Literal
 
 from llamaclust.core import limits, sampling_bounds
-from llamaclust.core.bounds import bounded, finite, line, one_line
+from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
@@ -32,6 +32,10 @@ MAX_INPUTS_BYTES = 1 << 27
 MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
 MAX_RELEASED = 4 * limits.MAX_SEQUENCES
+
+_ROW_BYTES = 5 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE + 64
+_TOP_LOGPROB_BYTES = 10
+_TIMING_BYTES = 64
 
 _PLAIN_PARAMS, _BIASED_PARAMS = 256, 32
 """Kept parameters; those with logit biases may be large."""
@@ -267,6 +271,12 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     to.forced.extend(row.forced)
     to.forced_draft.extend(row.forced_draft)
     to.drafted.extend(row.drafted)
+
+
+def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
+    """Of a result with so many output rows, with so many likeliest tokens in all."""
+    embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
+    return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP_LOGPROB_BYTES + MAX_STAGES * _TIMING_BYTES + embedded
 
 
 def decode_result(data: bytes) -> Result:

@@ -31,6 +31,11 @@ _PREFIX = struct.Struct("<4sBBHII")
 _TIMING = struct.Struct("<4Q")
 
 
+def most_frame_bytes(rows: int, width: int) -> int:
+    """Of a frame with at most so many rows of hidden state; `width` 0: before the first stage."""
+    return _PREFIX.size + MAX_STAGES * _TIMING.size + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
+
+
 class FrameKind(IntEnum):
     HIDDEN = 1
     FAILURE = 2

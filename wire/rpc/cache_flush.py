@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from time import sleep
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -27,6 +30,17 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
 
 class CacheFlush:
     """Holds memory to read: `sweep` leaves nothing else in caches of that size."""
+
+    _shared: ClassVar[WeakValueDictionary[int, CacheFlush]] = WeakValueDictionary()
+    _making: ClassVar[Lock] = Lock()
+
+    @classmethod
+    def shared(cls) -> CacheFlush:
+        """The one of this process, while any measurement uses it."""
+        with cls._making:
+            if (there := cls._shared.get(BYTES)) is None:
+                there = cls._shared[BYTES] = cls()
+            return there
 
     def __init__(self, n_bytes: int = BYTES) -> None:
         self._memory = np.ones(n_bytes // 8, np.uint64)

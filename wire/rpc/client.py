@@ -14,29 +14,24 @@ import grpc
 from grpc import aio
 
 from llamaclust.core.bounds import line
-from llamaclust.core.errors import DeadlineError, WorkerError
-from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import METHODS, PIECE_BYTES
+from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.unix_streams import PREFIX, UnixCall
 from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, Principal, check_address
 from llamaclust.wire.security.token import ClusterToken
 
-JOIN = "/llamaclust.v1.Coordinator/Join"
-FORWARD = "/llamaclust.v1.Stage/Forward"
-SAMPLE = "/llamaclust.v1.Stage/Sample"
-SAMPLED_TOKENS = "/llamaclust.v1.Stage/SampledTokens"
-ECHO = "/llamaclust.v1.Stage/Echo"
-FETCH = "/llamaclust.v1.Weights/Fetch"
-
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"
+PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
 """Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
 
 OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", PIECE_BYTES),
+    ("grpc.max_send_message_length", PIECE_BYTES),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -83,10 +78,12 @@ class ClientStream:
 
     _call: Any
 
-    def __init__(self, call: Any, address: str, worker: str | None = None) -> None:
+    def __init__(self, call: Any, address: str, worker: str | None, most_bytes: int) -> None:
+        """`most_bytes`: of a message that comes."""
         self._call = call
         self.address = address
         self._worker = worker
+        self._most_bytes = most_bytes
 
     async def opened(self) -> None:
         """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
@@ -97,7 +94,8 @@ class ClientStream:
     async def write(self, *messages: bytes) -> None:
         """Returns when the network has taken the messages; StreamBrokenError where it does not."""
         for data in messages:
-            await self._result(self._call.write(data))
+            for piece in pieces_of(data):
+                await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
         """Hands the messages on, together, where that takes no waiting; else they are to be written. Not while others
@@ -110,9 +108,16 @@ class ClientStream:
         return False
 
     async def read(self) -> bytes | None:
-        """The next message; None once the other side has ended the stream in order."""
-        data: Any = await self._result(self._call.read())
-        return None if data is _EOF else data
+        """The next message; None once the other side has ended the stream in order. ProtocolError, which names the
+        peer, for one that is too large."""
+        try:
+            return await read_message(self._read_piece, self._most_bytes)
+        except ProtocolError as error:
+            error.worker = self._worker
+            raise
+
+    async def _read_piece(self) -> Any:
+        return await self._result(self._call.read())
 
     async def done_writing(self) -> None:
         """StreamBrokenError where the stream has ended otherwise."""
@@ -140,6 +145,8 @@ class ClientStream:
         if code in _TRANSPORT:
             kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
             return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC refused a message of the peer before it was received
+            return StreamBrokenError(f"{self.address}: {details}", self._worker)
         named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
         return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
 
@@ -152,6 +159,11 @@ class UnixClientStream(ClientStream):
     async def write(self, *messages: bytes) -> None:
         if not self._call.try_write(*messages):
             await self._result(self._call.write(*messages))
+
+    async def read(self) -> bytes | None:
+        """A Unix connection carries whole messages, and ends at a larger one."""
+        data: Any = await self._result(self._call.read())
+        return None if data is _EOF else data
 
     def try_write(self, *messages: bytes) -> bool:
         return self._call.try_write(*messages)
@@ -188,20 +200,30 @@ class Peer:
         """The expected worker; None: none, or unknown."""
         return None if self.principal is None else self.principal.worker
 
-    def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
-        """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing."""
-        metadata = []
+    def open(
+        self,
+        method: str,
+        *,
+        epoch: int | None = None,
+        wait_for_ready: bool = False,
+        permit: str | None = None,
+        reply_bytes: int | None = None,
+    ) -> ClientStream:
+        """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing. `permit`:
+        the coordinator's, which the stream shows. `reply_bytes`: of a message that comes, if less than the method's."""
+        most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
+        metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
             metadata.append((TOKEN_KEY, self._credentials.value))
         if epoch is not None:
             metadata.append((EPOCH_KEY, str(epoch)))
         if self.address.startswith(PREFIX):
             path = self.address.removeprefix(PREFIX)
-            unix_call = UnixCall(path, method, tuple(metadata), wait_for_ready=wait_for_ready)
+            unix_call = UnixCall(path, method, tuple(metadata), most_bytes, wait_for_ready=wait_for_ready)
             self._unix_calls.add(unix_call)
-            return UnixClientStream(unix_call, self.address, self.worker)
-        call = self._channel().stream_stream(method)
-        return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address, self.worker)
+            return UnixClientStream(unix_call, self.address, self.worker, most_bytes)
+        call = self._channel().stream_stream(method)(metadata=metadata or None, wait_for_ready=wait_for_ready)
+        return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
         """Returns when the connection of the streams opened last is made, or has failed, of which they know.

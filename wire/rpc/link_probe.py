@@ -8,8 +8,9 @@ from time import perf_counter
 
 from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.cache_flush import CacheFlush
-from llamaclust.wire.rpc.client import ECHO, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import ECHO, PROBE_BYTES
 from llamaclust.wire.rpc.server import ServerStream
 
 _SERVE_S = 60.0
@@ -18,7 +19,7 @@ _ANSWER = b"here"
 PING_BYTES = 8192  # about what one token's hidden state takes
 _WARM_UP, _PINGS = 3, 12
 _BETWEEN_S = 0.002  # the other side is ready by then
-_FIRST_BYTES, _FRAME_BYTES, _MOST_BYTES = 1 << 16, 1 << 19, 1 << 25
+_FIRST_BYTES, _MOST_BYTES = 1 << 16, 1 << 25
 _LONG_ENOUGH_S = 0.1
 _MOST_MESSAGES = 256
 
@@ -35,14 +36,14 @@ async def serve_echo(stream: ServerStream) -> None:
             await stream.write(_ANSWER)
             if len(data) == PING_BYTES:
                 if caches is None:
-                    caches = await asyncio.to_thread(CacheFlush)
+                    caches = await asyncio.to_thread(CacheFlush.shared)
                 await caches.sweep_in_turns()
 
 
-async def measure_link(peer: Peer) -> LinkProfile:
+async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
     """In a fraction of a second, or a few on slow links. StreamBrokenError where the peer cannot be reached,
     DeadlineError where it does not answer."""
-    stream = peer.open(ECHO)
+    stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
             await stream.opened()
@@ -52,10 +53,10 @@ async def measure_link(peer: Peer) -> LinkProfile:
         stream.cancel()
 
 
-async def try_link(peer: Peer, seconds: float) -> None:
+async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
     """Whether it answers messages as large as links carry in frames of a prompt. StreamBrokenError where it cannot be
     reached, DeadlineError where it does not answer."""
-    stream = peer.open(ECHO)
+    stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):
             await peer.connected()
@@ -67,7 +68,7 @@ async def try_link(peer: Peer, seconds: float) -> None:
 
 async def _round_trip(stream: ClientStream) -> float:
     """The median of some pings that come as tokens do, one now and then."""
-    caches, times = await asyncio.to_thread(CacheFlush), []
+    caches, times = await asyncio.to_thread(CacheFlush.shared), []
     for _ in range(_WARM_UP + _PINGS):
         await caches.sweep_in_turns()
         await asyncio.sleep(_BETWEEN_S)
@@ -87,7 +88,7 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 async def _sent(stream: ClientStream, size: int) -> float:
     """Seconds until that many bytes have been taken and answered."""
-    frames = [bytes(min(_FRAME_BYTES, size - at)) for at in range(0, size, _FRAME_BYTES)]
+    frames = [bytes(min(PROBE_BYTES, size - at)) for at in range(0, size, PROBE_BYTES)]
     begun = perf_counter()
     for frame in frames:
         await stream.write(frame)

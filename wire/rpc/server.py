@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,21 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.wire.rpc.client import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, ROOT_CAUSE_KEY, TOKEN_KEY, StreamBrokenError
+from llamaclust.wire.rpc.client import (
+    ACCEPTED_KEY,
+    EPOCH_KEY,
+    OPTIONS,
+    PERMIT_KEY,
+    ROOT_CAUSE_KEY,
+    TOKEN_KEY,
+    StreamBrokenError,
+)
+from llamaclust.wire.rpc.methods import METHODS, Callers, Method, served_bytes
+from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.rejections import HANDSHAKE_S, Handshakes, RefusalLog
 from llamaclust.wire.rpc.unix_streams import PREFIX, Serve, UnixContext, UnixServer
-from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Principal, check_address
+from llamaclust.wire.security.permits import is_permitted
 from llamaclust.wire.security.token import ClusterToken
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
@@ -45,8 +57,9 @@ class ServerStream:
 
     _context: Any
 
-    def __init__(self, context: Any, peer: Principal | None = None) -> None:
+    def __init__(self, context: Any, most_bytes: int, peer: Principal | None = None) -> None:
         self._context = context
+        self._most_bytes = most_bytes
         self.peer = peer
 
     @property
@@ -63,10 +76,14 @@ class ServerStream:
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
-        """The next message; None once the other side has said its last. StreamBrokenError where it has gone."""
+        """The next message; None once the other side has said its last. StreamBrokenError where it has gone,
+        ProtocolError for a message that is too large."""
         with _peer_here():
-            data = await self._context.read()
-        return None if data is _EOF else data
+            return await read_message(self._context.read, self._most_bytes)
+
+    def limit(self, most_bytes: int) -> None:
+        """Messages from now on are no larger than that."""
+        self._most_bytes = min(self._most_bytes, most_bytes)
 
     @property
     def is_local(self) -> bool:
@@ -82,13 +99,23 @@ class ServerStream:
         """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""
         with _peer_here():
             for data in messages:
-                await self._context.write(data)
+                for piece in pieces_of(data):
+                    await self._context.write(piece)
 
 
 class UnixServerStream(ServerStream):
     """On a Unix socket: messages wait in its buffer, and several are sent in one call of the system."""
 
     _context: UnixContext
+
+    async def read(self) -> bytes | None:
+        with _peer_here():
+            data = await self._context.read()
+        return None if data is _EOF else data
+
+    def limit(self, most_bytes: int) -> None:
+        super().limit(most_bytes)
+        self._context.connection.most_bytes = self._most_bytes
 
     @property
     def is_local(self) -> bool:
@@ -104,6 +131,29 @@ class UnixServerStream(ServerStream):
 
 
 Handler = Callable[[ServerStream], Awaitable[None]]
+
+
+class _Places:
+    """The open streams of one method, in all and by caller."""
+
+    def __init__(self, name: str, method: Method) -> None:
+        self._name = name
+        self._method = method
+        self._open = Counter[Principal | None]()
+
+    @contextmanager
+    def taken(self, caller: Principal | None) -> Iterator[None]:
+        """ProtocolError where all are taken. Callers without a certificate are not told apart."""
+        method, total = self._method, self._open.total()
+        if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
+            of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
+            raise ProtocolError(f"{self._name}: {total} streams are open{of_caller}, more are not served")
+        self._open[caller] += 1
+        try:
+            yield
+        finally:
+            self._open[caller] -= 1
+            self._open += Counter()  # forgets callers without streams
 
 
 class _Entry:
@@ -131,15 +181,28 @@ class _Entry:
             raise AssertionError from error  # abort raises
         return None
 
+    def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
+        """ProtocolError for a member that may not call the method. Stages check their neighbours themselves."""
+        if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
+            return
+        if callers is Callers.COORDINATOR:
+            raise ProtocolError(f"{caller} opens a stream that is for {COORDINATOR} alone")
+        shown = str(dict(context.invocation_metadata()).get(PERMIT_KEY, ""))
+        if not is_permitted(self._credentials, caller, shown):
+            raise ProtocolError(f"{caller} has no permit of the coordinator to measure this link")
 
-def _guarded(handler: Handler, entry: _Entry) -> Serve:
+
+def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
     """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
+    method, places = METHODS[name], _Places(name, METHODS[name])
 
     async def serve(_: Any, context: Any) -> None:
         try:
             principal = await entry.principal(context)
+            entry.check(method.callers, principal, context)
             kind = UnixServerStream if isinstance(context, UnixContext) else ServerStream
-            await handler(kind(context, principal))
+            with places.taken(principal):
+                await handler(kind(context, method.request_bytes, principal))
         except aio.AbortError:
             raise
         except LlamaclustError as error:
@@ -194,13 +257,17 @@ class Server:
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
         entry = _Entry(credentials, handshakes, refusals)
-        guarded = {method: _guarded(handler, entry) for method, handler in handlers.items()}
+        guarded = {method: _guarded(method, handler, entry) for method, handler in handlers.items()}
         try:
             if address.startswith(PREFIX):
                 unix_server = UnixServer(guarded)
                 await unix_server.start(address.removeprefix(PREFIX))
                 return cls(unix_server, address, handshakes)
-            server = aio.server(options=(*OPTIONS, ("grpc.server_handshake_timeout_ms", int(1000 * handshake_s))))
+            limits = {
+                "grpc.server_handshake_timeout_ms": int(1000 * handshake_s),
+                "grpc.max_receive_message_length": served_bytes(handlers),
+            }
+            server = aio.server(options=tuple((dict(OPTIONS) | limits).items()))
             for method, serve in guarded.items():
                 service, _, name = method.strip("/").rpartition("/")
                 whole = {name: grpc.stream_stream_rpc_method_handler(serve)}

@@ -17,8 +17,6 @@ from typing import cast
 import grpc
 from grpc import aio
 
-from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
-
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
@@ -79,12 +77,19 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Frames both ways. `on_control` gets all but messages, `on_lost` the end. With `awaits_call`, the first frame must
-    be a call, and come soon."""
+    """Frames both ways. `on_control` gets all but messages, `on_lost` the end; a message of more than `most_bytes` ends
+    the connection before it is received. With `awaits_call`, the first frame must be a call, and come soon."""
 
     def __init__(
-        self, on_control: Callable[[FrameKind, bytes], None], on_lost: Callable[[], None], *, awaits_call: bool = False
+        self,
+        on_control: Callable[[FrameKind, bytes], None],
+        on_lost: Callable[[], None],
+        most_bytes: int,
+        *,
+        awaits_call: bool = False,
     ) -> None:
+        self.most_bytes = most_bytes
+        self.refusal: str | None = None  # of a message that was too large
         self._awaits_call = awaits_call
         self._on_control = on_control
         self._on_lost = on_lost
@@ -247,8 +252,10 @@ class UnixConnection(asyncio.BufferedProtocol):
         buffer, start, end = self._buffer, 0, self._filled
         while end - start >= _HEAD.size:
             size, kind = _HEAD.unpack_from(buffer, start)
-            most = MAX_FRAME_BYTES if kind == FrameKind.MESSAGE else _MOST_CONTROL_BYTES
+            most = self.most_bytes if kind == FrameKind.MESSAGE else _MOST_CONTROL_BYTES
             is_first = not self._awaits_call or kind == FrameKind.CALL
+            if kind == FrameKind.MESSAGE and size > most:
+                self.refusal = f"a message of {size} bytes, at most {most} are taken"
             if size > most or not is_first or not FrameKind.CALL <= kind <= FrameKind.STATUS:
                 self.abort()
                 return

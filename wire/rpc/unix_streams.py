@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from llamaclust.wire.rpc.methods import METHODS
 from llamaclust.wire.rpc.unix_connection import EndedError, FrameKind, UnixConnection
 
 PREFIX = "unix:"
@@ -30,9 +31,9 @@ _RETRY_S = 0.02
 class UnixCall:
     """A stream that this process opens; it connects at once. As gRPC's calls."""
 
-    def __init__(self, path: str, method: str, metadata: Metadata, *, wait_for_ready: bool) -> None:
-        """`wait_for_ready`: until the other side is there."""
-        self._connection = UnixConnection(self._control, self._lost)
+    def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
+        """`most_bytes`: of a message that comes; `wait_for_ready`: until the other side is there."""
+        self._connection = UnixConnection(self._control, self._lost, most_bytes)
         self._accepted: asyncio.Future[Metadata] = asyncio.get_running_loop().create_future()
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
         self._is_done_writing = False
@@ -111,6 +112,8 @@ class UnixCall:
             self._accepted.set_result(metadata)
 
     def _lost(self) -> None:
+        if (refusal := self._connection.refusal) is not None:
+            self._end(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal)
         self._end(grpc.StatusCode.UNAVAILABLE, "the socket was closed")
 
     def _end(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
@@ -126,7 +129,7 @@ class UnixContext:
     before it has ended."""
 
     def __init__(self, server: UnixServer) -> None:
-        self.connection = UnixConnection(self._control, self._lost, awaits_call=True)
+        self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)
         self.task: asyncio.Task[None] | None = None  # from the call on
         self._server = server
         self._metadata: Metadata = ()
@@ -177,7 +180,10 @@ class UnixContext:
             raise ValueError(kind)
         method, metadata = json.loads(content)
         self._metadata = _metadata(metadata)
-        self.task = asyncio.create_task(self._run(self._server.handlers.get(str(method))))
+        serve = self._server.handlers.get(str(method))
+        if serve is not None:
+            self.connection.most_bytes = METHODS[str(method)].request_bytes
+        self.task = asyncio.create_task(self._run(serve))
 
     async def _run(self, serve: Serve | None) -> None:
         try:

@@ -10,8 +10,8 @@ from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.messages import Load, StageProgress
-from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.link_probe import serve_echo
+from llamaclust.wire.rpc.methods import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Handler, ServerStream
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import StageStreams

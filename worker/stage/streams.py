@@ -12,10 +12,12 @@ from typing import Final
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines, StageProgress
-from llamaclust.wire.rpc.client import FORWARD, SAMPLED_TOKENS, ClientStream, Peer, UnreachableError
+from llamaclust.wire.microbatch.frames import most_frame_bytes
+from llamaclust.wire.rpc.client import ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.wire.security.credentials import COORDINATOR, Principal
+from llamaclust.wire.security.credentials import Principal
 from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -96,7 +98,6 @@ class StageStreams:
 
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""
-        _check_caller(stream, COORDINATOR)
         if self._neighbours.next is not None:
             raise ProtocolError("sampling inputs for a stage that is not the last")
         if self._results is not None:
@@ -130,6 +131,8 @@ class StageStreams:
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
+        program, rows = self.runner.program, self.runner.limits.max_batch_tokens
+        stream.limit(most_frame_bytes(rows, 0 if program.is_first else program.hidden.width))
         self._forwarding = asyncio.current_task()
         first, results = self._neighbours.first, self._results
         if self._neighbours.next is not None:

@@ -11,8 +11,9 @@ from typing import TypeVar
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.model.weights.cache import WeightCache, WeightPart
-from llamaclust.wire.rpc.client import FETCH, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFoundError, decode_frame, encode_range
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError, ProtocolError
+from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError
 from llamaclust.model.adapters import adapted_identity, is_adapter, read_adapter, with_adapters
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
@@ -20,8 +20,9 @@ from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest, read_manifest
 from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound
-from llamaclust.wire.rpc.client import FETCH, Peer
+from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.rpc.server import Handler, ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
 from llamaclust.worker.settings import WorkerSettings
@@ -34,7 +35,6 @@ _log = logging.getLogger(__name__)
 _READ_BYTES = 8 * FRAME_BYTES
 _IDLE_S = 120.0
 _FRAME_S = 30.0
-_MOST_STREAMS = 256
 
 _Value = TypeVar("_Value")
 
@@ -88,7 +88,6 @@ class Weights:
         self._model_dir = model_dir
         self._given: dict[str, Tensor] = {}  # of files, by SHA-256
         self._located: dict[str, WeightsFound] = {}  # of files with a manifest, by model id
-        self._streams = 0
         self.fetching: list[RemoteModel] = []  # which new sources are reported to
 
     @property
@@ -164,19 +163,13 @@ class Weights:
         return WeightsFound(True, content, path.stat().st_size)
 
     async def _serve(self, stream: ServerStream) -> None:
-        if self._streams >= _MOST_STREAMS:
-            raise ProtocolError(f"{self._streams} streams of weights are open, more are not served")
-        self._streams += 1
-        try:
-            await stream.accept()
-            while True:
-                async with deadline("the next range of weights that is asked for", _IDLE_S):
-                    data = await stream.read()
-                if data is None:
-                    return
-                await self._give(stream, decode_range(data))
-        finally:
-            self._streams -= 1
+        await stream.accept()
+        while True:
+            async with deadline("the next range of weights that is asked for", _IDLE_S):
+                data = await stream.read()
+            if data is None:
+                return
+            await self._give(stream, decode_range(data))
 
     async def _give(self, stream: ServerStream, wanted: WeightRange) -> None:
         for start in range(wanted.start, wanted.end, _READ_BYTES):

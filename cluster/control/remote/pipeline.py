@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
+from traceback import clear_frames
 
 from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
@@ -11,11 +13,13 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
-from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
+from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch, most_result_bytes
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Result
-from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.send_queue import SendQueue
 from llamaclust.wire.security.credentials import Credentials, Principal
 
@@ -35,7 +39,7 @@ class RemotePipeline:
         first, last = (_peer(worker, credentials) for worker in ends)
         try:
             async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
-                sample = last.open(SAMPLE, epoch=epoch)
+                sample = last.open(SAMPLE, epoch=epoch, reply_bytes=_most_reply_bytes(workers[-1], epoch))
                 await sample.opened()
                 forward = first.open(FORWARD, epoch=epoch)
                 await forward.opened()
@@ -63,9 +67,11 @@ class RemotePipeline:
         self._sample = sample
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
         self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
+        self._due_bytes: deque[int] = deque()  # what the result of each microbatch in flight may take
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""
+        self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch), (), None) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
 
@@ -78,7 +84,8 @@ class RemotePipeline:
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
-            if isinstance(ended, ProtocolError):  # of the last stage, which alone answers here
+            if isinstance(ended, ProtocolError):
+                ended.worker = self._workers[-1].name  # of the last stage, which alone answers here
                 raise ended
             raise await attribute_failure(self.epoch, self._workers, ended)
         finally:
@@ -102,6 +109,9 @@ class RemotePipeline:
         raise WorkerError("the last stage ended its stream")
 
     def _result(self, data: bytes, number: int) -> Result:
+        most_bytes = self._due_bytes.popleft() if self._due_bytes else 0
+        if len(data) > most_bytes:
+            raise ProtocolError(f"a result of {len(data)} bytes, at most {most_bytes} were asked for")
         result = decode_result(data)
         found, expected = (result.epoch, result.number), (self.epoch, number)
         if found != expected:
@@ -123,9 +133,22 @@ def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:
         raise failure from error
 
 
+def _most_bytes(scheduled: ScheduledMicrobatch) -> int:
+    """Of the result of a microbatch."""
+    tasks, embeds = scheduled.inputs.tasks, scheduled.microbatch.embedded_rows > 0
+    return most_result_bytes(len(tasks), sum(task.top_logprobs for task in tasks), embeds=embeds)
+
+
+def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
+    """Of any result of a last stage."""
+    rows = worker.stages[epoch][0].limits.max_outputs
+    return most_result_bytes(rows, rows * MAX_TOP_LOGPROBS, embeds=True)
+
+
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:
-    """What one part of the work ended with, in order or not."""
+    """What one part of the work ended with, in order or not; without the messages that its frames hold."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
-    error = task.exception()
+    if (error := task.exception()) is not None:
+        clear_frames(error.__traceback__)
     return error if isinstance(error, LlamaclustError) else WorkerError(f"{type(error).__name__}: {error}")

@@ -30,8 +30,9 @@ from llamaclust.wire.control.messages import (
     RenewCertificate,
     Shutdown,
 )
-from llamaclust.wire.rpc.client import FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security import renewal
 from llamaclust.wire.security.certificates import NewKey
@@ -237,7 +238,7 @@ async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority
         member, _ = await join(there, trust.identity(A), REGISTER)
         for data in (b"x" * (1 << 20), bytes(1 << 28)):
             other = Joined(Peer(there.address, trust.identity(B), COORDINATOR).open(JOIN))
-            with pytest.raises(StreamBrokenError, match="at most 262144 are taken"):
+            with pytest.raises(StreamBrokenError):
                 await other.stream.write(data)
                 await other.hear()
         await member.say(ALIVE)
@@ -250,7 +251,7 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
         for who, method, message in (
             (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 0.1"),
             (B, FORWARD, "worker a holds no stage for epoch 0.1"),
-            (B, SAMPLE, "worker a holds no stage for epoch 0.1"),
+            (B, SAMPLE, "worker b opens a stream that is for the coordinator alone"),
         ):
             peer = Peer(server.address, trust.identity(who), A)
             with pytest.raises(StreamBrokenError, match=message):
@@ -301,5 +302,5 @@ async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
         ):
             peer = Peer(there.address, trust.identity(A), COORDINATOR)
             with pytest.raises((StreamBrokenError, grpc.RpcError)):
-                await peer.open(method).opened()
+                await peer.open(method, reply_bytes=0).opened()
             await peer.close()

@@ -32,7 +32,8 @@ from llamaclust.wire.control.messages import (
     Rejected,
     WorkerMessage,
 )
-from llamaclust.wire.rpc.client import JOIN, Peer
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR
 from llamaclust.wire.security.terms import TermProof, is_term_proven, prove_term

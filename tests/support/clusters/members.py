@@ -15,8 +15,9 @@ from llamaclust.wire.control.messages import (
     Register,
     WorkerMessage,
 )
-from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials
 
 ANY = "127.0.0.1:0"

@@ -16,8 +16,9 @@ from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
-from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import Credentials, Principal
 from llamaclust.wire.security.token import ClusterToken

@@ -11,7 +11,8 @@ from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
 from llamaclust.wire.control.messages import FindWeights
-from llamaclust.wire.rpc.client import FETCH, Peer
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.weight_stream import WeightRange, decode_range

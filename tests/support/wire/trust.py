@@ -12,7 +12,8 @@ from pathlib import Path
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.join_rules import RefusalReason
-from llamaclust.wire.rpc.client import FORWARD, ClientStream, Peer
+from llamaclust.wire.rpc.client import ClientStream, Peer
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, KeyPair, Principal
 
@@ -41,7 +42,7 @@ class Echo:
     callers: list[Principal | None]
 
     def call(self, credentials: Credentials, principal: Principal = A) -> ClientStream:
-        return Peer(self.server.address, credentials, principal).open(FORWARD, epoch=1)
+        return Peer(self.server.address, credentials, principal).open(JOIN, epoch=1)
 
 
 @asynccontextmanager
@@ -54,7 +55,7 @@ async def echo(credentials: Credentials, handshake_s: float = 0.3) -> AsyncItera
         while (data := await stream.read()) is not None:
             await stream.write(data)
 
-    server = await Server.start("127.0.0.1:0", credentials, {FORWARD: handler}, handshake_s)
+    server = await Server.start("127.0.0.1:0", credentials, {JOIN: handler}, handshake_s)
     try:
         yield Echo(server, callers)
     finally:

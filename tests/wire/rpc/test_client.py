@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llamaclust.core.errors import DeadlineError, ProtocolError, UsageError
-from llamaclust.wire.rpc.client import FORWARD, SAMPLE, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import check_private
 from llamaclust.wire.security.token import ClusterToken, JoinToken
@@ -37,9 +38,9 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 async def test_a_stream_carries_bytes_both_ways(address: str) -> None:
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     peer = Peer(server.address, TOKEN)
-    stream = peer.open(FORWARD, epoch=7)
+    stream = peer.open(SAMPLE, epoch=7)
     await stream.opened()
     for size in (0, 1, 1 << 23):
         await stream.write(b"x" * size)
@@ -57,9 +58,9 @@ def test_a_wrong_or_missing_token_is_refused_before_anything_is_read(address: st
         reached.append(stream)
 
     async def run() -> None:
-        server = await Server.start(address, TOKEN, {FORWARD: handler})
+        server = await Server.start(address, TOKEN, {SAMPLE: handler})
         for token in (WRONG, ClusterToken("")):
-            stream = Peer(server.address, token).open(FORWARD)
+            stream = Peer(server.address, token).open(SAMPLE)
             with pytest.raises(StreamBrokenError, match="token is missing or wrong"):
                 await stream.opened()
         await server.stop(0.0)
@@ -72,8 +73,8 @@ def test_a_wrong_or_missing_token_is_refused_before_anything_is_read(address: st
     ("sent", "heard"), [(b"bad", "that was bad"), (b"bug", "ZeroDivisionError: oops")], ids=["bad", "bug"]
 )
 async def test_an_error_of_the_server_reaches_the_client_in_one_line(address: str, sent: bytes, heard: str) -> None:
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
-    stream = Peer(server.address, TOKEN).open(FORWARD, epoch=1)
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
+    stream = Peer(server.address, TOKEN).open(SAMPLE, epoch=1)
     await stream.write(sent)
     with pytest.raises(StreamBrokenError, match=heard):
         await stream.read()
@@ -89,15 +90,15 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
             return [("llamaclust-epoch", epoch)]
 
     with pytest.raises(ProtocolError):
-        _ = ServerStream(Context()).epoch
+        _ = ServerStream(Context(), 1 << 20).epoch
 
 
 async def test_absent_servers_and_unknown_methods_have_different_errors(address: str, tmp_path: Path) -> None:
     with pytest.raises(StreamBrokenError, match="lost"):
-        await Peer(f"unix:{tmp_path}/absent.sock", TOKEN).open(FORWARD).opened()
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+        await Peer(f"unix:{tmp_path}/absent.sock", TOKEN).open(SAMPLE).opened()
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     with pytest.raises(StreamBrokenError, match="Method not found"):
-        await Peer(server.address, TOKEN).open(SAMPLE).opened()
+        await Peer(server.address, TOKEN).open(SAMPLED_TOKENS).opened()
     await server.stop(0.0)
 
 

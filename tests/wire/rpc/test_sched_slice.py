@@ -63,7 +63,8 @@ def test_a_worker_computes_in_usual_slices_although_its_coordinator_has_short_on
 _PROGRAM = """
 import asyncio, psutil
 from llamaclust.wire.rpc import sched_slice
-from llamaclust.wire.rpc.client import ECHO, Peer
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.methods import ECHO
 from llamaclust.wire.rpc.link_probe import serve_echo
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import Insecure

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.wire.rpc.client import JOIN, Peer
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.token import ClusterToken
 

@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from llamaclust.core.errors import WorkerError
-from llamaclust.wire.rpc.client import FORWARD, Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.methods import SAMPLE
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.rpc.unix_connection import FrameKind, _LargeFrame
 from llamaclust.wire.security.token import ClusterToken
@@ -37,12 +38,12 @@ async def test_why_a_stream_ended_is_known_also_where_a_write_fails_first(addres
         gone.worker = "c"
         raise gone
 
-    server = await Server.start(address, TOKEN, {FORWARD: refusing})
+    server = await Server.start(address, TOKEN, {SAMPLE: refusing})
     ended = threading.Event()
 
     async def elsewhere() -> None:  # the caller's event loop is busy meanwhile
         peer = Peer(address, TOKEN)
-        stream = peer.open(FORWARD)
+        stream = peer.open(SAMPLE)
         await stream.opened()
         await stream.write(b"first")
         ended.wait(10.0)
@@ -72,11 +73,11 @@ async def test_control_frames_follow_all_large_messages_and_come_once(address: s
         while (data := await stream.read()) is not None:
             received.append(data)
 
-    server = await Server.start(address, TOKEN, {FORWARD: taking})
+    server = await Server.start(address, TOKEN, {SAMPLE: taking})
     peer = Peer(address, TOKEN)
     large = [bytes([each]) * (1 << 20) for each in range(3)]
     async with asyncio.timeout(10):
-        stream = peer.open(FORWARD)
+        stream = peer.open(SAMPLE)
         await stream.opened()
         sending = asyncio.create_task(stream._call.write(*large))
         await asyncio.sleep(0)

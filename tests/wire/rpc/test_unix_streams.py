@@ -12,7 +12,8 @@ from random import Random
 import pytest
 
 from llamaclust.core.errors import UsageError
-from llamaclust.wire.rpc.client import FORWARD, Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.methods import SAMPLE
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.token import ClusterToken
 from support.seed import SEED
@@ -25,7 +26,7 @@ def frame(kind: int, content: bytes = b"", size: int | None = None) -> bytes:
     return struct.pack("<IB", len(content) if size is None else size, kind) + content
 
 
-def call(method: str = FORWARD) -> bytes:
+def call(method: str = SAMPLE) -> bytes:
     return frame(CALL, json.dumps([method, [["llamaclust-token", TOKEN.value]]]).encode())
 
 
@@ -63,7 +64,7 @@ class Handler:
         b"GET / HTTP/1.1\r\n\r\n",
         frame(CALL, b"{}"),
         frame(CALL, b"\xff"),
-        frame(CALL, json.dumps([FORWARD, [[1]]]).encode()),
+        frame(CALL, json.dumps([SAMPLE, [[1]]]).encode()),
         frame(CALL, size=1 << 17),
         frame(MESSAGE, size=(1 << 28) + 1),
         frame(STATUS, b"[]"),
@@ -75,7 +76,7 @@ class Handler:
     ],
 )
 async def test_a_caller_that_speaks_nonsense_is_cut_off_and_others_are_served(address: str, sent: bytes) -> None:
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     writer.write(sent)
     async with asyncio.timeout(10):
@@ -83,7 +84,7 @@ async def test_a_caller_that_speaks_nonsense_is_cut_off_and_others_are_served(ad
             await reader.read()
     writer.close()
     peer = Peer(server.address, TOKEN)
-    stream = peer.open(FORWARD)
+    stream = peer.open(SAMPLE)
     await stream.write(b"x")
     assert await stream.read() == b"x"
     await peer.close()
@@ -104,12 +105,12 @@ async def test_a_server_that_speaks_nonsense_is_a_lost_connection(address: str, 
     server = await asyncio.start_unix_server(serve, address.removeprefix("unix:"))
     async with asyncio.timeout(10):
         with pytest.raises(UnreachableError, match="lost"):
-            await Peer(address, TOKEN).open(FORWARD).opened()
+            await Peer(address, TOKEN).open(SAMPLE).opened()
     server.close()
 
 
 async def test_bytes_come_in_any_pieces(address: str) -> None:
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     messages = [b"", b"a", b"b" * 3000, b"", b"c" * 70000]
     data = call() + b"".join(frame(MESSAGE, message) for message in messages) + frame(END)
@@ -140,8 +141,8 @@ async def test_a_reader_that_does_not_read_holds_its_sender_up(address: str) -> 
         while (data := await stream.read()) is not None:
             read.append(data)
 
-    server = await Server.start(address, TOKEN, {FORWARD: slow})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: slow})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     await stream.opened()
     sent = -1
     with suppress(TimeoutError):
@@ -160,8 +161,8 @@ async def test_a_reader_that_does_not_read_holds_its_sender_up(address: str) -> 
 
 async def test_a_large_message_that_is_cancelled_on_its_way_ends_the_stream(address: str) -> None:
     handler = Handler()
-    server = await Server.start(address, TOKEN, {FORWARD: handler})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: handler})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     writing = asyncio.create_task(stream.write(bytes(1 << 25)))
     await handler.begun.wait()
     await asyncio.sleep(0)
@@ -180,9 +181,9 @@ async def test_a_large_message_that_is_cancelled_on_its_way_ends_the_stream(addr
 @pytest.mark.parametrize("how", ["cancel", "close"])
 async def test_a_handler_is_cancelled_where_its_caller_goes(address: str, how: str) -> None:
     handler = Handler()
-    server = await Server.start(address, TOKEN, {FORWARD: handler})
+    server = await Server.start(address, TOKEN, {SAMPLE: handler})
     peer = Peer(server.address, TOKEN)
-    stream = peer.open(FORWARD)
+    stream = peer.open(SAMPLE)
     await stream.opened()
     reading = asyncio.create_task(stream.read())
     await asyncio.sleep(0)
@@ -207,8 +208,8 @@ async def test_a_handler_that_is_cancelled_is_no_lost_connection(address: str) -
         await stream.accept()
         raise asyncio.CancelledError
 
-    server = await Server.start(address, TOKEN, {FORWARD: cancelled})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: cancelled})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     await stream.opened()
     with pytest.raises(StreamBrokenError) as raised:
         await stream.read()
@@ -219,24 +220,24 @@ async def test_a_handler_that_is_cancelled_is_no_lost_connection(address: str) -
 async def test_a_call_may_wait_for_its_server(address: str) -> None:
     peer = Peer(address, TOKEN)
     with pytest.raises(UnreachableError, match="No such file"):
-        await peer.open(FORWARD).opened()
-    stream = peer.open(FORWARD, wait_for_ready=True)
+        await peer.open(SAMPLE).opened()
+    stream = peer.open(SAMPLE, wait_for_ready=True)
     opening = asyncio.create_task(stream.opened())
     await asyncio.sleep(0.05)
     assert not opening.done()
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     await opening
     await peer.connected()
     await peer.close()
     await server.stop(0.0)
     with pytest.raises(UnreachableError, match="No such file"):
-        await Peer(address, TOKEN).open(FORWARD).opened()
+        await Peer(address, TOKEN).open(SAMPLE).opened()
 
 
 async def test_a_stopped_server_ends_streams_after_its_grace(address: str) -> None:
     handler = Handler()
-    server = await Server.start(address, TOKEN, {FORWARD: handler})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: handler})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     await stream.opened()
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
@@ -261,8 +262,8 @@ async def test_messages_are_handed_on_at_once_while_the_other_side_reads(address
         while (data := await stream.read()) is not None:
             await stream.write(data[:4])
 
-    server = await Server.start(address, TOKEN, {FORWARD: slow})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: slow})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     assert not stream.try_write(b"early")
     await stream.opened()
     assert not stream.try_write(bytes(1 << 20))
@@ -289,8 +290,8 @@ async def test_messages_that_are_sent_together_come_one_by_one(address: str) -> 
         await stream.write(*messages)
         await stream.write(*messages[::-1])
 
-    server = await Server.start(address, TOKEN, {FORWARD: serve})
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    server = await Server.start(address, TOKEN, {SAMPLE: serve})
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     await stream.opened()
     messages = [b"a", b"", b"b" * 300, b"c" * (1 << 19), b"d", b"e" * (1 << 18)]
     assert stream.try_write(*messages[:3])
@@ -314,7 +315,7 @@ async def test_a_large_message_whose_reader_goes_in_the_middle_of_it_is_an_error
         has_failed.set()
 
     has_failed = asyncio.Event()
-    server = await Server.start(address, TOKEN, {FORWARD: serve})
+    server = await Server.start(address, TOKEN, {SAMPLE: serve})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     writer.write(call() + frame(MESSAGE, b"now"))
     async with asyncio.timeout(20):
@@ -338,7 +339,7 @@ async def test_the_end_of_a_stream_within_a_large_message_comes_behind_it(addres
         sending.add_done_callback(lambda task: task.exception())
         raise UsageError("why it failed")
 
-    server = await Server.start(address, TOKEN, {FORWARD: serve})
+    server = await Server.start(address, TOKEN, {SAMPLE: serve})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     writer.write(call())
     await is_sending.wait()
@@ -356,9 +357,9 @@ async def test_the_end_of_a_stream_within_a_large_message_comes_behind_it(addres
 
 async def test_a_caller_that_says_nothing_is_cut_off(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamaclust.wire.rpc.unix_connection.CALL_S", 0.05)
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
-    stream = Peer(server.address, TOKEN).open(FORWARD)
+    stream = Peer(server.address, TOKEN).open(SAMPLE)
     await stream.opened()
     async with asyncio.timeout(10):
         with suppress(ConnectionResetError):
@@ -370,7 +371,7 @@ async def test_a_caller_that_says_nothing_is_cut_off(address: str, monkeypatch: 
 
 async def test_many_small_messages_that_nobody_reads_wait_with_the_sender(address: str) -> None:
     handler = Handler()
-    server = await Server.start(address, TOKEN, {FORWARD: handler})
+    server = await Server.start(address, TOKEN, {SAMPLE: handler})
     _, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
     writer.write(call())
     await handler.begun.wait()
@@ -383,9 +384,9 @@ async def test_many_small_messages_that_nobody_reads_wait_with_the_sender(addres
 
 
 async def test_a_token_of_lone_surrogates_is_refused(address: str) -> None:
-    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    server = await Server.start(address, TOKEN, {SAMPLE: _echo})
     reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
-    writer.write(frame(CALL, json.dumps([FORWARD, [["llamaclust-token", "\ud800"]]]).encode()))
+    writer.write(frame(CALL, json.dumps([SAMPLE, [["llamaclust-token", "\ud800"]]]).encode()))
     async with asyncio.timeout(10):
         answer = await reader.read()
     writer.close()

@@ -12,9 +12,10 @@ import pytest
 from llamaclust.core.errors import LlamaclustError, ProtocolError
 from llamaclust.wire.control.codec import encode_worker_message
 from llamaclust.wire.control.messages import Heartbeat
-from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.link_probe import measure_link, serve_echo
+from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Insecure

@@ -15,8 +15,9 @@ from grpc import aio
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import UsageError
-from llamaclust.wire.rpc.client import FORWARD, OPTIONS, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import OPTIONS, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.security.credentials import (
     COORDINATOR,
     Credentials,
@@ -108,7 +109,7 @@ async def test_a_caller_without_a_certificate_is_refused(trust: Authority, caplo
         target, credentials = f"dns:///{server.server.address}", grpc.ssl_channel_credentials(identity.ca)
         async with aio.secure_channel(target, credentials, options=options) as channel:
             with pytest.raises(grpc.RpcError):
-                await channel.stream_stream(FORWARD)().read()  # type: ignore[call-arg]  # defaults that stubs lack
+                await channel.stream_stream(JOIN)().read()  # type: ignore[call-arg]  # defaults that stubs lack
         await _told(caplog, 1)
         assert server.callers == []
 
@@ -150,7 +151,7 @@ async def _told(caplog: pytest.LogCaptureFixture, times: int) -> None:
 
 async def test_members_are_not_logged(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with echo(trust.identity(A), handshake_s=0.1) as server:
-        streams = [server.call(trust.identity(COORDINATOR)) for _ in range(5)]
+        streams = [server.call(trust.identity(COORDINATOR)) for _ in range(4)]
         for stream in streams:
             await stream.opened()
         await asyncio.sleep(1.2)  # longer than the judgement takes
@@ -205,9 +206,9 @@ async def test_a_caller_shows_its_renewed_certificate(trust: Authority) -> None:
     async with echo(trust.identity(A)) as server:
         peer = Peer(server.server.address, identity, A)
         with pytest.raises(StreamBrokenError):
-            await peer.open(FORWARD).opened()
+            await peer.open(JOIN).opened()
         identity.pair = trust.new_pair(COORDINATOR)
-        await peer.open(FORWARD).opened()
+        await peer.open(JOIN).opened()
         await peer.close()
 
 

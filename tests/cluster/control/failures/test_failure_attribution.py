@@ -27,7 +27,8 @@ from llamaclust.wire.control.messages import (
     RenewCertificate,
     Shutdown,
 )
-from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
+from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure, Principal
 from llamaclust.worker.membership import Member

@@ -1,0 +1,60 @@
+"""The table of all RPC methods: who may call each, how many streams are open at once, and how large messages are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from llamaclust.wire.control.codec import MAX_CONTROL_BYTES
+from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES
+from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
+from llamaclust.wire.weight_stream import ASKED_BYTES, FRAME_BYTES
+
+JOIN = "/llamaclust.v1.Coordinator/Join"
+FORWARD = "/llamaclust.v1.Stage/Forward"
+SAMPLE = "/llamaclust.v1.Stage/Sample"
+SAMPLED_TOKENS = "/llamaclust.v1.Stage/SampledTokens"
+ECHO = "/llamaclust.v1.Stage/Echo"
+FETCH = "/llamaclust.v1.Weights/Fetch"
+
+PIECE_BYTES = 1 << 20
+"""gRPC takes no larger message. A longer one is sent in pieces of this size; a shorter piece, which may be empty, is
+the last one."""
+PROBE_BYTES = 1 << 19
+"""The largest message of a measured link."""
+
+
+class Callers(Enum):
+    """Members that may open streams of a method. Links without certificates do not distinguish members."""
+
+    MEMBERS = "any member"
+    COORDINATOR = "the coordinator"
+    NEIGHBOUR = "the stage before this one, or the last one, as the coordinator's order names them"
+    PERMITTED = "the coordinator, and workers with its permit to measure this link"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Bounds of one method. Streams are counted for a process, and for one caller by the name in its certificate."""
+
+    callers: Callers
+    streams: int
+    streams_of_caller: int
+    request_bytes: int  # of a message to the server
+    reply_bytes: int  # of a message to the caller
+
+
+METHODS: Mapping[str, Method] = {
+    JOIN: Method(Callers.MEMBERS, 1024, 4, MAX_CONTROL_BYTES, MAX_CONTROL_BYTES),
+    FORWARD: Method(Callers.NEIGHBOUR, 256, 256, MAX_FRAME_BYTES, 0),
+    SAMPLE: Method(Callers.COORDINATOR, 256, 256, MAX_INPUTS_BYTES, MAX_INPUTS_BYTES),
+    SAMPLED_TOKENS: Method(Callers.NEIGHBOUR, 256, 256, MAX_MICROBATCH_BYTES, 0),
+    ECHO: Method(Callers.PERMITTED, 64, 2, PROBE_BYTES, 64),
+    FETCH: Method(Callers.MEMBERS, 128, 16, ASKED_BYTES, FRAME_BYTES + 1),
+}
+
+
+def served_bytes(methods: Mapping[str, object]) -> int:
+    """The largest gRPC message that a server of these methods takes."""
+    return min(PIECE_BYTES, max((METHODS[method].request_bytes for method in methods), default=0))

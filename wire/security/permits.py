@@ -1,0 +1,43 @@
+"""Permits to measure links: signed by the coordinator for one caller and one worker, shown when the stream opens."""
+
+from __future__ import annotations
+
+import binascii
+import time
+from base64 import b64decode, b64encode
+
+from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Principal
+
+MAX_PERMIT = 4096
+
+
+def permit(credentials: Credentials, caller: str, worker: str) -> str:
+    """For `caller`, from the coordinator that has these credentials; empty where members have no certificates."""
+    if not isinstance(credentials, Identity):
+        return ""
+    from llamaclust.wire.security.certificates import sign
+
+    signature = sign(credentials.pair, _statement(credentials.cluster, Principal(caller), Principal(worker)))
+    return f"{b64encode(credentials.pair.certificate).decode()}.{b64encode(signature).decode()}"
+
+
+def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
+    """Whether the coordinator has permitted `caller` to measure its link to the worker that has these credentials. A
+    permit ends with the certificate that signed it."""
+    if not isinstance(credentials, Identity):
+        return True
+    from llamaclust.wire.security.certificates import ends_at_s, has_signed
+
+    try:
+        certificate, signature = (b64decode(part, validate=True) for part in shown[:MAX_PERMIT].split("."))
+        if ends_at_s(certificate) <= time.time():
+            return False
+    except (ValueError, binascii.Error, UsageError):
+        return False
+    statement = _statement(credentials.cluster, caller, credentials.principal)
+    return has_signed(COORDINATOR.host(credentials.cluster), certificate, statement, signature, credentials.ca)
+
+
+def _statement(cluster: str, caller: Principal, worker: Principal) -> bytes:
+    return f"llamaclust 1: in cluster {cluster}, {caller} may measure its link to {worker}".encode()

@@ -15,6 +15,7 @@ from typing import NoReturn
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.interpreter import collect_rarely, share_interpreter
 from llamaclust.core.logs import LogFormat, start_logging
+from llamaclust.core.open_files import allow_many_files
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, request_slices
@@ -38,6 +39,7 @@ def run_worker(settings: WorkerSettings) -> int:
     A native call may go on computing: the caller ends the process by `end_process`.
     """
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
+    allow_many_files()
     request_slices(USUAL_SLICE_NS)
     share_interpreter()
     gc.freeze()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import resource
 import socket
 from contextlib import suppress
 from typing import Any, ClassVar, Self
@@ -25,6 +24,7 @@ from llamaclust.cluster.api.port.http_connection import HttpConnection, canonica
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
+from llamaclust.core.open_files import most_open_files
 
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""
@@ -32,7 +32,6 @@ _GRACE_S = 1
 """For what is still being written to clients at the end; the server takes whole seconds."""
 _SHARE_OF_FILES = 2
 """Connections may be one in so many of the files that this process may open."""
-_MANY_FILES = 1 << 16
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _READ_S = 5.0
@@ -71,19 +70,11 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn
     )
 
 
-def allow_many_files() -> None:
-    """Raises this process's limit of open files to the hard limit."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES if hard == resource.RLIM_INFINITY else hard, hard))
-
-
 class _Room:
     """The places for connections of one server, and those that are idle, the longest first."""
 
     def __init__(self, settings: ApiSettings) -> None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        bound = settings.max_connections
-        self.places = bound if files == resource.RLIM_INFINITY else min(bound, files // _SHARE_OF_FILES)
+        self.places = min(settings.max_connections, most_open_files() // _SHARE_OF_FILES)
         self.settings = settings
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 

@@ -20,7 +20,7 @@ import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.port.api_port import ApiPort, listening
-from llamaclust.cluster.api.server import StartingReplies, allow_many_files, server_config
+from llamaclust.cluster.api.server import StartingReplies, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -42,6 +42,7 @@ from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswere
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
 from llamaclust.core.interpreter import collect_rarely, share_interpreter
+from llamaclust.core.open_files import allow_many_files
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 

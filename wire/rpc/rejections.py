@@ -10,10 +10,12 @@ import time
 from collections import OrderedDict, deque
 
 from llamaclust.core.bounds import one_line
+from llamaclust.wire.rpc.silent_connections import MAX_SILENT_OF_HOST, SilentConnections
 
 HANDSHAKE_S = 10.0  # what a handshake may take
 _REMEMBERED = 4096
 _TOLD_S = 0.5  # after the handshake's limit: a call needs a moment to come
+_LOOK_S = 0.25  # between two looks at connections that show no certificate
 _MOST = 20
 _SECONDS = 60.0
 
@@ -46,13 +48,38 @@ class Handshakes:
         self._refusals = refusals
         self._loop = asyncio.get_running_loop()
         self._callers: OrderedDict[str, None] = OrderedDict()
-        self._due = self._answered = self._told = 0
+        self._begun = self._due = self._answered = self._told = 0
         self._is_closed = False
+        self._silent = SilentConnections()
+        self._closing: asyncio.Task[None] | None = None
+        self.port = 0  # once it listens
 
     def begun(self) -> None:
         """Called on gRPC's threads."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
-            self._loop.call_soon_threadsafe(self._loop.call_later, self._due_s, self._judge)
+            self._loop.call_soon_threadsafe(self._count)
+
+    def _count(self) -> None:
+        self._begun += 1
+        self._loop.call_later(self._due_s, self._judge)
+        if self._is_crowded and self._closing is None and not self._is_closed:
+            self._closing = asyncio.create_task(self._close_silent())
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether more handshakes may be under way than one host may have."""
+        return self._begun - max(self._answered, self._due) > MAX_SILENT_OF_HOST
+
+    async def _close_silent(self) -> None:
+        """While many are under way."""
+        closed = left = 0
+        while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
+            await asyncio.sleep(_LOOK_S)
+            count, left = await asyncio.to_thread(self._silent.close_excess, self.port, frozenset(self._callers))
+            closed += count
+        self._closing = None
+        if closed:
+            self._refusals.tell(f"{closed} connections to {self._address}: too many that showed no certificate")
 
     def done(self, caller: str) -> None:
         """A call came from `caller`, as gRPC names the connection's other end."""

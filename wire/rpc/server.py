@@ -14,6 +14,7 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
+from llamaclust.core.open_files import most_open_files
 from llamaclust.wire.rpc.client import (
     ACCEPTED_KEY,
     EPOCH_KEY,
@@ -266,6 +267,7 @@ class Server:
             limits = {
                 "grpc.server_handshake_timeout_ms": int(1000 * handshake_s),
                 "grpc.max_receive_message_length": served_bytes(handlers),
+                "grpc.max_allowed_incoming_connections": most_open_files() // 2,
             }
             server = aio.server(options=tuple((dict(OPTIONS) | limits).items()))
             for method, serve in guarded.items():
@@ -280,6 +282,7 @@ class Server:
                 port = server.add_insecure_port(address)
         except (RuntimeError, OSError) as error:
             raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
+        handshakes.port = port
         await _started(server)
         return cls(server, f"{address.rpartition(':')[0]}:{port}", handshakes)
 

@@ -1,0 +1,137 @@
+"""Thousands of connections that say nothing, real ones on loopback: members are served meanwhile, in few files."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.open_files import allow_many_files
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import COORDINATOR, Identity
+from support.wire.trust import A, answers, authority, echo
+
+FILES = 512
+pytestmark = pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="connections are found by /dev/fd")
+
+
+def _open_files() -> int:
+    return len([*Path("/dev/fd").iterdir()])
+
+
+def _flooded(folder: Path, to: Connection) -> None:
+    """A server with few files, and a handshake's limit longer than the test."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+
+    async def serve() -> None:
+        async with echo(authority(folder).identity(A), handshake_s=120.0) as server:
+            to.send(server.server.address)
+            while await asyncio.to_thread(to.recv) != "end":
+                to.send(await asyncio.to_thread(_open_files))
+
+    asyncio.run(serve())
+
+
+@pytest.fixture
+def flooded(tmp_path: Path) -> Iterator[tuple[Connection, str, Authority]]:
+    trust = authority(tmp_path)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_flooded, args=(tmp_path, theirs))
+    process.start()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allow_many_files()
+    assert ours.poll(60)
+    yield ours, ours.recv(), trust
+    process.kill()
+    process.join()
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def _silent(address: str, hosts: int, count: int) -> list[socket.socket]:
+    opened = []
+    host, _, port = address.rpartition(":")
+    for index in range(count):
+        connection = socket.socket()
+        connection.settimeout(5.0)
+        with suppress(OSError):
+            connection.bind((f"127.0.0.{2 + index % hosts}", 0))
+            connection.connect((host, int(port)))
+        opened.append(connection)
+    return opened
+
+
+async def _served(address: str, identity: Identity) -> int:
+    """How many tries a member needed to be answered."""
+    for attempt in range(1, 1000):
+        peer = Peer(address, identity, A)
+        try:
+            async with deadline("an answer", 10):
+                from llamaclust.wire.rpc.methods import JOIN
+
+                if await answers(peer.open(JOIN, epoch=1)):
+                    return attempt
+        except LlamaclustError:
+            await asyncio.sleep(0.05)
+        finally:
+            await peer.close()
+    raise AssertionError("a member is not served")
+
+
+@pytest.mark.parametrize(("hosts", "count"), [(1, 700), (3, 1500), (200, 700)], ids=str)
+def test_members_are_served_beside_silent_connections(
+    flooded: tuple[Connection, str, Authority], hosts: int, count: int
+) -> None:
+    told, address, trust = flooded
+    silent = _silent(address, hosts, count)
+
+    async def run() -> int:
+        async with deadline("a member that is served", 60):
+            return await _served(address, trust.identity(COORDINATOR))
+
+    attempts = asyncio.run(run())
+    told.send("files?")
+    files = told.recv()
+    print(f"{count} from {hosts} hosts: {attempts} tries, {files} files")
+    assert files < FILES
+    for connection in silent:
+        connection.close()
+
+
+async def test_a_member_of_a_crowded_port_is_not_cut_off(tmp_path: Path) -> None:
+    """Streams that stand stay, whatever the silent ones do."""
+    trust = authority(tmp_path)
+    allow_many_files()
+    async with echo(trust.identity(A), handshake_s=60.0) as server:
+        stream = server.call(trust.identity(COORDINATOR))
+        assert await answers(stream)
+        silent = await asyncio.to_thread(_silent, server.server.address, 1, 150)
+        async with deadline("the end of the excess", 30):
+            while await asyncio.to_thread(_open_ones, silent) > 32:  # noqa: ASYNC110  a closed socket is found by looking
+                await asyncio.sleep(0.1)
+        assert await answers(stream)
+        for connection in silent:
+            connection.close()
+
+
+def _open_ones(connections: list[socket.socket]) -> int:
+    """Those that the other side has not ended."""
+    count = 0
+    for connection in connections:
+        connection.setblocking(False)
+        try:
+            count += connection.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            count += 1
+        except OSError:
+            pass
+    return count

@@ -14,6 +14,7 @@ be equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +30,7 @@ from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, usual_p
 from llamaclust.cluster.planner.predict import StageParts, predict
 from llamaclust.cluster.planner.search import Best, best_split
 from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
-from llamaclust.core.errors import NetworkPartitionError
+from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
@@ -159,6 +160,11 @@ def _check_adjacency(ring: Sequence[str], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
+    """Without workers that are not measured, where the others suffice."""
+    measured = [worker for worker in workers if _is_measured([worker])]
+    if 0 < len(measured) < len(workers):
+        with suppress(InsufficientMemoryError):
+            return _automatic(sizes, measured)
     objective, partitions = sizes.request.objective, sizes.request.partitions
     if not _is_measured(workers):
         workers = [_nominal(worker) for worker in workers]

@@ -13,7 +13,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.directory import read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, Notice, Report
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.profile import DeviceProfile, Profile, mean_profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.profiles import ProfileWorker
@@ -30,6 +30,7 @@ class WorkerProfiles:
         self._order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
         self._state_dir = state_dir
         self._report = report
+        self._limit_s = config.timeouts.load
         self._known = read_profiles(state_dir)  # by `measurement_key`
         self._used: dict[tuple[str, str], Profile] = {}  # by machine and fingerprint: they stay as others come and go
 
@@ -68,7 +69,7 @@ class WorkerProfiles:
 
     async def _measure(self, names: list[str], workers: Mapping[str, WorkerHandle]) -> None:
         keys = {name: _key(workers[name], workers, self._model_id) for name in names}
-        measuring = _Measuring({name: workers[name] for name in names}, keys, self._order, self._report)
+        measuring = _Measuring({name: workers[name] for name in names}, keys, self._order, self._report, self._limit_s)
         new = await measuring.profiles()
         self._known |= new
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
@@ -109,6 +110,8 @@ class _Measuring:
     _keys: Mapping[str, str]
     _order: ProfileWorker
     _report: Report
+    _limit_s: float
+    _silent: set[str] = field(default_factory=set)  # names of workers that did not answer in time
     failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
@@ -134,14 +137,24 @@ class _Measuring:
         return {worker.name: profile for worker, profile in zip(workers, found, strict=True) if profile is not None}
 
     async def _or_hardware(self, worker: WorkerHandle, profile: Profile | None) -> Profile | None:
-        """The machine's alone where there is no profile; None where the worker is lost."""
+        """The machine's alone where there is no profile; None, and a notice, where the worker is lost, fails or does
+        not answer."""
+        if profile is not None or worker.name in self._silent:
+            return profile
         try:
-            return profile or await profile_worker(worker, ProfileWorker(quant_types=self._order.quant_types))
-        except LlamaclustError:
-            if worker.loss is None:
-                raise
-            self._report(Notice(f"the start goes on without worker {worker.name}: {worker.error}"))
+            return await profile_worker(worker, ProfileWorker(quant_types=self._order.quant_types), self._limit_s)
+        except LlamaclustError as error:
+            if worker.loss is not None:
+                self._report(Notice(f"the start goes on without worker {worker.name}: {worker.error}"))
+            else:
+                self._report_unmeasured(worker, error)
             return None
+
+    def _report_unmeasured(self, worker: WorkerHandle, error: LlamaclustError) -> None:
+        limit = " (timeouts.load)" if isinstance(error, DeadlineError) else ""
+        consequence = "plans go by equal workers, or leave it out where the others suffice"
+        what = f"worker {worker.name} is not measured; {consequence}"
+        self._report(Notice(f"{what}: {error}{limit}"))
 
     async def _isolated(self, names: list[str]) -> dict[str, DeviceProfile]:
         """Of processors by key, of one worker after the other on their machine."""
@@ -156,9 +169,13 @@ class _Measuring:
     async def _profile(self, worker: WorkerHandle) -> Profile | None:
         """None, and a notice, where the model's steps could not be timed. None where the worker is lost."""
         try:
-            return await profile_worker(worker, self._order)
+            return await profile_worker(worker, self._order, self._limit_s)
         except LlamaclustError as error:
             if worker.loss is not None:
+                return None
+            if isinstance(error, DeadlineError):
+                self._silent.add(worker.name)
+                self._report_unmeasured(worker, error)
                 return None
             self.failed.add(self._keys[worker.name])
             fallback = "plans use times of products by quant type"

@@ -170,8 +170,9 @@ async def test_a_worker_chooses_among_few_classes_of_errors(kind: str, error: ty
 class Machines:
     """Workers a and b of one machine, with what each answers to an order to profile steps of a model."""
 
-    def __init__(self, **answers: WorkerMessage | str) -> None:
-        self.answers = answers
+    def __init__(self, **answers: WorkerMessage | str | None) -> None:
+        self.answers = answers  # a text: it is lost so; None: it says nothing
+        self.load_s = 60.0
         self.asked: list[tuple[str, bool]] = []
         self.told: list[str] = []
         self.model_id = "ab" * 32
@@ -185,6 +186,8 @@ class Machines:
             if isinstance(answer, str):
                 self.workers[name].lose(answer)
                 return
+            if answer is None:
+                return
             assert isinstance(answer, WorkerProfile | RequestFailed)
             self.workers[name].receive(replace(answer, request_id=message.request_id))
 
@@ -195,7 +198,12 @@ class Machines:
             self.told.append(event.text)
 
     def empty(self, folder: Path) -> WorkerProfiles:
-        values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
+        values: dict[str, Any] = {
+            "model": "m.gguf",
+            "workers": [{"name": name} for name in self.workers],
+            "state_dir": folder,
+        }
+        values["timeouts"] = {"load": self.load_s}
         file = SimpleNamespace(path=Path("/m.gguf"))
         types = (QuantType.Q4_K, QuantType.Q6_K)
         model: Any = SimpleNamespace(model_id=self.model_id, file=file, adapter_paths=(), quant_types=types)
@@ -364,3 +372,32 @@ async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_step
     assert "a" in await machines.measure(tmp_path)
     assert len(machines.told) == 1
     assert "the start goes on without worker b: worker b is lost: its process was killed" in machines.told[0]
+
+
+@pytest.mark.parametrize("silent", [("a",), ("c",), ("a", "b")], ids=str)
+async def test_a_worker_that_is_never_measured_does_not_hold_up_the_start(
+    tmp_path: Path, silent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: dict[str, WorkerMessage | str | None] = {name: None if name in silent else PROFILED for name in "abc"}
+    machines = Machines(**answers)
+    machines.load_s = 1.0
+    found = await machines.measure(tmp_path)
+    assert found.keys() == {*"abc"} - {*silent} or found, found
+    told = [text for text in machines.told if "is not measured" in text]
+    assert [text.split()[1] for text in told] == [*silent]
+    assert all("not within 1 s (timeouts.load)" in text for text in told)
+    assert [name for name, _ in machines.asked if name in silent] == [*silent], "each once"
+
+
+async def test_a_worker_whose_measurement_fails_does_not_end_the_start(tmp_path: Path) -> None:
+    machines = Machines(a=PROFILED, b=FAILED)
+    whole = machines._sayer("b")
+
+    async def say(message: CoordinatorMessage) -> None:
+        assert isinstance(message, ProfileWorker)
+        machines.workers["b"].receive(replace(FAILED, request_id=message.request_id))
+
+    machines.workers["b"].channel.send = say
+    assert whole is not say
+    await machines.measure(tmp_path)
+    assert any("worker b is not measured" in text and "out of luck" in text for text in machines.told)

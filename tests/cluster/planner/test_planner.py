@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -271,10 +272,28 @@ def test_large_clusters_are_planned_quickly() -> None:
     assert plan.stages[-1].end == 80
 
 
+@pytest.mark.parametrize("unmeasured", ["a", "b", "bc"])
+def test_workers_that_are_not_measured_are_used_where_the_others_do_not_suffice(unmeasured: str) -> None:
+    def used(memory_mib: int) -> set[str]:
+        workers = [worker(name, memory_mib, read=None if name in unmeasured else 20) for name in "abc"]
+        return {stage.worker for stage in make_plan(SMALL, workers, REQUEST).stages}
+
+    assert not used(10_000) & {*unmeasured}
+    least = next(memory_mib for memory_mib in range(10, 10_000, 10) if _fits(used, memory_mib))
+    assert used(least) & {*unmeasured}
+
+
+def _fits(used: Callable[[int], set[str]], memory_mib: int) -> bool:
+    try:
+        return bool(used(memory_mib))
+    except InsufficientMemoryError:
+        return False
+
+
 @pytest.mark.parametrize(("context", "prompt"), [(128, 128), (1024, 512)])
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_prompt_of_a_prediction_fits_in_the_context(context: int, prompt: int, measured: bool) -> None:
-    workers = [worker("a", read=20 if measured else None), worker("b")]
+    workers = [worker(name, read=20 if measured else None) for name in "ab"]
     plan = make_plan(SMALL, workers, replace(REQUEST, context_length=context))
     assert any(f"first token of a {prompt}-token prompt after" in line for line in plan_lines(plan))
     assert plan_json(plan)["prompt_tokens"] == prompt
@@ -284,7 +303,7 @@ def test_the_prompt_of_a_prediction_fits_in_the_context(context: int, prompt: in
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
-    workers = [worker("a", read=20 if measured else None), worker("b")]
+    workers = [worker(name, read=20 if measured else None) for name in "ab"]
     values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, REQUEST))))
     predicted_keys = {"token_ms", "links_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
     assert values.keys() == predicted_keys | {

@@ -40,7 +40,7 @@ from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden  # noq
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch  # noqa: E402
 from llamaclust.wire.rpc.client import Peer  # noqa: E402
 from llamaclust.wire.rpc.deadlines import deadline  # noqa: E402
-from llamaclust.wire.rpc.methods import FORWARD  # noqa: E402
+from llamaclust.wire.rpc.methods import SAMPLE  # noqa: E402
 from llamaclust.wire.rpc.server import Server, ServerStream  # noqa: E402
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Insecure, Principal  # noqa: E402
 from llamaclust.wire.security.token import ClusterToken  # noqa: E402
@@ -133,7 +133,7 @@ async def serve(trust: Path | None, socket: Path | None) -> None:
     if socket is not None:
         credentials = _TOKEN
     address = "127.0.0.1:0" if socket is None else f"unix:{socket}"
-    server = await Server.start(address, credentials, {FORWARD: echo})
+    server = await Server.start(address, credentials, {SAMPLE: echo})
     print(server.address, flush=True)
     async with deadline("the benchmark", _DEADLINE_S):
         await asyncio.Event().wait()
@@ -165,7 +165,7 @@ class Hops:
 async def hops(credentials: Credentials, address: str, count: int) -> dict[int, Hops]:
     """By KiB of the hidden state."""
     peer = Peer(address, credentials, _WORKER)
-    stream = peer.open(FORWARD, epoch=1)
+    stream = peer.open(SAMPLE, epoch=1)
     await stream.opened()
     header = encode_microbatch(Microbatch("0" * 64, 1, 1, (Chunk((1,), 0, (0, 1), 1),)))
     measured: dict[int, Hops] = {}

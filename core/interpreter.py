@@ -1,13 +1,15 @@
-"""How threads of one process share Python's interpreter, and how often it looks for garbage."""
+"""How threads of one process share Python's interpreter, how often it looks for garbage, how many files it may open."""
 
 from __future__ import annotations
 
 import gc
+import resource
 import sys
 
 _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
+_MANY_FILES = 1 << 16
 
 
 def share_interpreter() -> None:
@@ -19,3 +21,15 @@ def share_interpreter() -> None:
 def collect_rarely() -> None:
     """Imports, steps and replies make many objects, and few in cycles: looking for these takes a tenth of a start."""
     gc.set_threshold(_COLLECT_EVERY)
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files to the hard limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES if hard == resource.RLIM_INFINITY else hard, hard))
+
+
+def most_open_files() -> int:
+    """How many may be open at once."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MANY_FILES if files == resource.RLIM_INFINITY else files

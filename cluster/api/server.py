@@ -24,7 +24,7 @@ from llamaclust.cluster.api.port.http_connection import HttpConnection, canonica
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
-from llamaclust.core.open_files import most_open_files
+from llamaclust.core.interpreter import most_open_files
 
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""

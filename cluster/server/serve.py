@@ -41,8 +41,7 @@ from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
-from llamaclust.core.interpreter import collect_rarely, share_interpreter
-from llamaclust.core.open_files import allow_many_files
+from llamaclust.core.interpreter import allow_many_files, collect_rarely, share_interpreter
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 

@@ -14,7 +14,7 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.core.open_files import most_open_files
+from llamaclust.core.interpreter import most_open_files
 from llamaclust.wire.rpc.client import (
     ACCEPTED_KEY,
     EPOCH_KEY,

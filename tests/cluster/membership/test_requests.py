@@ -376,28 +376,25 @@ async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_step
 
 @pytest.mark.parametrize("silent", [("a",), ("c",), ("a", "b")], ids=str)
 async def test_a_worker_that_is_never_measured_does_not_hold_up_the_start(
-    tmp_path: Path, silent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, silent: tuple[str, ...]
 ) -> None:
     answers: dict[str, WorkerMessage | str | None] = {name: None if name in silent else PROFILED for name in "abc"}
     machines = Machines(**answers)
     machines.load_s = 1.0
     found = await machines.measure(tmp_path)
-    assert found.keys() == {*"abc"} - {*silent} or found, found
-    told = [text for text in machines.told if "is not measured" in text]
+    assert found, "equal workers stand for it"
+    told = [text for text in machines.told if "is not measured" in text and "not within 1 s (timeouts.load)" in text]
     assert [text.split()[1] for text in told] == [*silent]
-    assert all("not within 1 s (timeouts.load)" in text for text in told)
     assert [name for name, _ in machines.asked if name in silent] == [*silent], "each once"
 
 
 async def test_a_worker_whose_measurement_fails_does_not_end_the_start(tmp_path: Path) -> None:
     machines = Machines(a=PROFILED, b=FAILED)
-    whole = machines._sayer("b")
 
     async def say(message: CoordinatorMessage) -> None:
         assert isinstance(message, ProfileWorker)
         machines.workers["b"].receive(replace(FAILED, request_id=message.request_id))
 
     machines.workers["b"].channel.send = say
-    assert whole is not say
     await machines.measure(tmp_path)
     assert any("worker b is not measured" in text and "out of luck" in text for text in machines.told)

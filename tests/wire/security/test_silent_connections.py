@@ -15,7 +15,7 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.open_files import allow_many_files
+from llamaclust.core.interpreter import allow_many_files
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import COORDINATOR, Identity

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import codecs
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic_core import from_json
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
 from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, Member, Outline, outline
+from llamaclust.cluster.api.json_parts import has_many_values
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.ignored import report_ignored
@@ -39,6 +41,9 @@ _MOST_FIELDS = 1024
 _reading = Threads(1, "read-body")
 """One: Python parses one body at a time anyway, and streams go on beside it."""
 
+_Made = TypeVar("_Made")
+_Arguments = ParamSpec("_Arguments")
+
 
 async def read_body(request: Request, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
     """The request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
@@ -57,6 +62,15 @@ async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, s
     if leniency is not None and leniency.ignored:
         report_ignored(leniency.ignored)
     return body
+
+
+async def converted(
+    body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
+) -> _Made:
+    """What `make` makes of a body. With many values that takes long, as of a large schema, and is done on a thread."""
+    if not has_many_values([*vars(body).values()]):
+        return make(*given, **named)
+    return await run_on(_reading, make, *given, **named)
 
 
 def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSettings) -> ForeignFields:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -50,6 +51,8 @@ def has_many_values(value: Any) -> bool:
             count += len(part) // _ENTRY_CHARACTERS
         elif isinstance(part, dict):
             left.extend(part.values())
+        elif isinstance(part, BaseModel):
+            left.extend(vars(part).values())
         elif isinstance(part, list | tuple):
             left.extend(part)
         if is_large(count + len(left)) or isinstance(part, Iterator):

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.anthropic.message import MessageShape
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
-from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import MESSAGES
 from llamaclust.cluster.api.openai.models import ModelNames
@@ -31,7 +31,7 @@ class MessagesEndpoint:
     async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
         body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
-        chat = body.request().admitted(ticket.created, adapters)
+        chat = (await converted(body, body.request)).admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:
             return await self._service.chat(chat)
@@ -43,5 +43,6 @@ class MessagesEndpoint:
         """The tokens of a chat's prompt."""
         body = await read_body(request, MessagesBody, MESSAGES, self._settings)
         self._models.adapters(body.model, body.lora)
-        completion = await unless_disconnected(request, self._service.chat_prompt(body.request()))
+        chat = await converted(body, body.request)
+        completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"input_tokens": len(completion.prompt)})

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
@@ -70,7 +70,7 @@ class LlamaCppEndpoints:
 
     async def apply_template(self, request: Request) -> Response:
         body = await read_body(request, TemplateBody, TEXT_ONLY, self._settings)
-        rendering = self._service.chat_text(body.request())
+        rendering = self._service.chat_text(await converted(body, body.request))
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 
 

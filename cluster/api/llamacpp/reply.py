@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final
 
+from llamaclust.cluster.api.body import converted
 from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
@@ -53,7 +54,7 @@ class LlamaCppReply:
     async def start(self) -> None:
         biases = await self._biases(self._body.logit_bias)
         first, *others = [await self._prompt(prompt) for prompt in self._body.prompt]
-        request = self._request(first, biases)
+        request = await converted(self._body, self._request, first, biases)
         await self._prompts.submit([request, *(replace(request, prompt=prompt) for prompt in others)])
 
     async def wait_first(self) -> None:

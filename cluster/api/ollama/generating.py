@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamaclust.cluster.api.body import parse_body
+from llamaclust.cluster.api.body import converted, parse_body
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import OLLAMA
 from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
@@ -46,7 +46,7 @@ class OllamaGenerating:
 
         async def request() -> CompletionRequest:
             await self._check_reasoning(body)
-            return await self._service.chat(body.chat().admitted(ticket.created, adapters))
+            return await self._service.chat((await converted(body, body.chat)).admitted(ticket.created, adapters))
 
         return self._reply(body, ticket, request, as_message, with_context=False)
 
@@ -75,10 +75,10 @@ class OllamaGenerating:
             return await self._fill_in(body)
         if body.raw:
             if not earlier:
-                return body.completion(body.prompt)
+                return await converted(body, body.completion, body.prompt)
             (prompt,) = await self._service.tokenize_all([body.prompt], "prompt")
-            return body.completion((*earlier, *prompt))
-        request = await self._service.chat(body.chat().admitted(ticket.created, ()))
+            return await converted(body, body.completion, (*earlier, *prompt))
+        request = await self._service.chat((await converted(body, body.chat)).admitted(ticket.created, ()))
         assert not isinstance(request.prompt, str)
         bos = self._service.tokenizer.bos_id
         own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt
@@ -91,7 +91,7 @@ class OllamaGenerating:
             raise HttpError(400, "unsupported_parameter", message, param="suffix")
         if body.raw or body.context or body.system:
             raise ParameterError("suffix", "cannot be used together with raw, context or system")
-        request, gap = body.completion(), Gap(body.prompt, body.suffix)
+        request, gap = await converted(body, body.completion), Gap(body.prompt, body.suffix)
         context = service.settings.context_length
         prompt = await fill_in_prompt(service.tokenizer, tokens, gap, context, request.max_new_tokens)
         return replace(request, prompt=prompt)

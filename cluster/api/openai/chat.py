@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import CHAT
 from llamaclust.cluster.api.openai.models import ModelNames
@@ -41,7 +41,8 @@ class ChatEndpoint:
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return [await self._service.chat(body.request().admitted(ticket.created, adapters))]
+            chat = await converted(body, body.request)
+            return [await self._service.chat(chat.admitted(ticket.created, adapters))]
 
         shape = _ChatShape(self._service.tokenizer, body, ticket.id, self._models.shown(body.model))
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
@@ -51,7 +52,8 @@ class ChatEndpoint:
         body = await read_body(request, ChatBody, CHAT, self._settings)
         self._models.adapters(body.model, body.lora)
         body.check()
-        answer = await unless_disconnected(request, self._service.chat_prompt(body.request()))
+        chat = await converted(body, body.request)
+        answer = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(answer.prompt)})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from llamaclust.cluster.api.body import parse_body
+from llamaclust.cluster.api.body import converted, parse_body
 from llamaclust.cluster.api.foreign_fields import COMPLETION
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
@@ -34,7 +34,7 @@ class CompletionEndpoint:
         body.check()
 
         async def requests() -> list[CompletionRequest]:
-            return [replace(request, adapters=adapters) for request in body.requests()]
+            return [replace(request, adapters=adapters) for request in await converted(body, body.requests)]
 
         shape = _CompletionShape(self._service, body, self._models.shown(body.model))
         return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)

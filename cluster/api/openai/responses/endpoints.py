@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.body import parse_body, read_body
+from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import RESPONSES
@@ -62,7 +62,7 @@ class ResponsesEndpoint:
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         body.check()
         items, messages = self._chat(body, ticket)
-        chat = body.request(messages).admitted(ticket.created, adapters)
+        chat = (await converted(body, body.request, messages)).admitted(ticket.created, adapters)
         head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, model, body.shown())
         storing = Storing(self._store, ticket.identity.owner, items, messages) if body.store else None
 
@@ -89,7 +89,7 @@ class ResponsesEndpoint:
         body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         _, messages = self._chat(body, ticket)
-        chat = body.request(messages).admitted(ticket.created, adapters)
+        chat = (await converted(body, body.request, messages)).admitted(ticket.created, adapters)
 
         async def request() -> CompletionRequest:
             return await self._service.chat(chat)
@@ -104,7 +104,8 @@ class ResponsesEndpoint:
         body.check()
         own = owner(request.headers, self._settings.api_keys)
         items = self._store.resolved(own, body.input, self._settings.max_body_bytes)
-        chat = body.request((*self._earlier(body.previous_response_id, own), *messages_of(items)))
+        messages = (*self._earlier(body.previous_response_id, own), *messages_of(items))
+        chat = await converted(body, body.request, messages)
         completion = await unless_disconnected(request, self._service.chat_prompt(chat))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": len(completion.prompt)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from asyncio import TaskGroup
 from random import Random
 from typing import Any
@@ -17,6 +18,8 @@ from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.sampling import Grammar
+from llamaclust.model.grammars import definitions
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 from support.seed import SEED
 
@@ -159,3 +162,41 @@ async def test_large_bodies_are_read_one_at_a_time_in_turns(monkeypatch: pytest.
         assert order.count("d") == 1
     order.remove("d")
     assert order[:2] == ["a", "b"] and "c" in order[:4] and order[:6].count("b") == 2
+
+
+_LARGE: dict[str, Any] = {"properties": {str(number): {} for number in range(2000)}}
+_CHOICES = [f"{number}" for number in range(2000)]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {**_CHAT, "response_format": {"type": "json_object", "schema": _LARGE}}),
+        ("/v1/completions", {"prompt": "a", "guided_choice": _CHOICES}),
+        ("/v1/messages", {**_CHAT, "output_config": {"format": {"type": "json_schema", "schema": _LARGE}}}),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "name": "a", "schema": _LARGE}}}),
+        ("/completion", {"prompt": "a", "json_schema": _LARGE}),
+        ("/api/generate", {"model": MODEL, "prompt": "a", "raw": True, "format": _LARGE}),
+        ("/api/chat", {**_CHAT, "format": _LARGE, "options": {}}),
+    ],
+)
+async def test_large_fields_become_grammars_off_the_event_loop(
+    path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the dialect; small ones need no thread."""
+    made_on, loop = set[int](), threading.get_ident()
+
+    def noted(*given: Any, **named: Any) -> Grammar:
+        made_on.add(threading.get_ident())
+        return Grammar(*given, **named)
+
+    monkeypatch.setattr(definitions, "Grammar", noted)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        await http.post(path, json=fields)
+        assert made_on and loop not in made_on
+        made_on.clear()
+        text = (
+            json.dumps(fields).replace(json.dumps(_LARGE), '{"type": "object"}').replace(json.dumps(_CHOICES), '["a"]')
+        )
+        await http.post(path, content=text)
+        assert made_on == {loop}

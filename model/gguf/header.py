@@ -109,13 +109,21 @@ class _Cursor:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def string(self, max_bytes: int) -> str:
-        """A length and that many bytes of UTF-8."""
+    def _string_bytes(self, max_bytes: int) -> bytes:
         length = self.u64()
         if length > max_bytes:
             raise self.error(f"a string of {length} bytes, at most {max_bytes} allowed")
+        return self.take(length)
+
+    def text(self, max_bytes: int) -> str:
+        """A length and that many bytes of UTF-8; others are replaced by U+FFFD: an author's name damages no file."""
+        return str(self._string_bytes(max_bytes), "utf-8", "replace")
+
+    def string(self, max_bytes: int) -> str:
+        """A length and that many bytes, which must be UTF-8: the name of something."""
+        data = self._string_bytes(max_bytes)
         try:
-            return str(self.take(length), "utf-8")
+            return str(data, "utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"a string that is not UTF-8 ({error.reason})") from error
 
@@ -145,7 +153,7 @@ class _Cursor:
 
     def _scalar(self, value_type: int) -> MetadataValue:
         if value_type == STRING_TYPE:
-            return self.string(_MAX_TEXT_BYTES)
+            return self.text(_MAX_TEXT_BYTES)
         if value_type == BOOL_TYPE:
             byte = self.take(1)[0]
             if byte > 1:

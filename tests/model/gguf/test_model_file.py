@@ -16,7 +16,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import LazyStrings
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
-from support.models.gguf_bytes import array, gguf, number, tensor, text
+from support.models.gguf_bytes import array, gguf, key, number, tensor, text
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
 
@@ -155,6 +155,22 @@ def test_strings_that_are_not_utf8_are_named_on_first_use(tmp_path: Path) -> Non
     assert len(words) == 2
     with pytest.raises(ModelFileError, match=r"words\.gguf: 'words': string 1 is not UTF-8"):
         list(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "shown"),
+    [
+        ("general.author", "José".encode("latin-1"), "Jos\ufffd"),
+        ("general.description", b"caf\xe9 \xff\xfe!", "caf\ufffd \ufffd\ufffd!"),
+        ("general.license", "東".encode()[:2], "\ufffd"),
+        ("general.url", b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"),
+        ("general.name", "東京".encode(), "東京"),
+    ],
+)
+def test_texts_that_are_not_utf8_damage_no_file(tmp_path: Path, name: str, data: bytes, shown: str) -> None:
+    content = gguf([key(name, 8, text(data)), number("n", 5)])
+    model = open_model(write(tmp_path / "author.gguf", content))
+    assert model.metadata_str(name) == shown and model.metadata_int("n") == 5
 
 
 def test_identity_tells_models_apart_and_is_the_same_for_a_copy(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ PROTO = ROOT / "proto"
 tokens = st.integers(0, MAX_VOCABULARY - 1)
 uint64 = st.integers(0, 2**64 - 1)
 reals = st.floats(-100, 100)
-logprobs = st.floats(width=32, allow_nan=False)
+logprobs = st.floats(width=32, allow_nan=False, allow_infinity=False)
 tops = st.lists(st.tuples(tokens, logprobs), max_size=3).map(tuple)
 runs = st.tuples(st.integers(0, MAX_KV_BLOCKS - 1000), st.integers(1, 1000))
 chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
@@ -164,13 +164,28 @@ def test_a_failed_row_arrives_alone() -> None:
 
 @pytest.mark.parametrize(
     ("top_tokens", "top_logprobs"),
-    [((1,), ()), ((1, 2), (-1.0, math.nan)), ((MAX_VOCABULARY,), (-1.0,)), ((1,) * 200, (-1.0,) * 200)],
-    ids=["one without a logprob", "no number", "token", "many"],
+    [
+        ((1,), ()),
+        ((1, 2), (-1.0, math.nan)),
+        ((1, 2), (math.inf, -1.0)),
+        ((1, 2), (-1.0, -math.inf)),
+        ((MAX_VOCABULARY,), (-1.0,)),
+        ((1,) * 200, (-1.0,) * 200),
+    ],
+    ids=["one without a logprob", "no number", "infinite", "minus infinite", "token", "many"],
 )
 def test_top_logprobs_that_cannot_be_are_refused(top_tokens: tuple[int, ...], top_logprobs: tuple[float, ...]) -> None:
     row = sampling_pb2.RowResult(top_tokens=top_tokens, top_logprobs=top_logprobs)
     with pytest.raises(ProtocolError):
         decode_result(sampling_pb2.Result(rows=[row]).SerializeToString())
+
+
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])
+def test_a_chosen_token_without_a_finite_logprob_is_refused(logprob: float) -> None:
+    """JSON has no such number: a reply that shows it could not be written."""
+    rows = (RowResult(3, -1.5), RowResult(4, logprob))
+    with pytest.raises(ProtocolError, match="logprob is no finite number"):
+        decode_result(encode_result(Result(1, 2, rows)))
 
 
 def test_a_result_with_many_logprobs_takes_few_calls() -> None:

@@ -337,12 +337,12 @@ def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:
     tokens, logprobs = _tokens(message.top_tokens), tuple(message.top_logprobs)
     bounded("top_logprobs", len(tokens), 0, limits.MAX_TOP_LOGPROBS)
     bounded("logprobs of the top tokens", len(logprobs), len(tokens), len(tokens))
-    if any(map(math.isnan, logprobs)):
-        raise ProtocolError("logprob is no number")
+    if not all(map(math.isfinite, logprobs)):
+        raise ProtocolError("logprob is no finite number")
     return tuple(zip(tokens, logprobs, strict=True))
 
 
 def _logprob(value: float) -> float:
-    if math.isnan(value):
-        raise ProtocolError("logprob is no number")
+    if not math.isfinite(value):
+        raise ProtocolError("logprob is no finite number")
     return value

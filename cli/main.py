@@ -22,7 +22,7 @@ def main() -> None:
         from llamaclust.cli.app import app
         from llamaclust.cli.options import BadUsage
     try:
-        code = app(standalone_mode=False, prog_name="llamaclust")
+        code = app(standalone_mode=False, prog_name="llamaclust", help_option_names=["--help", "-h"])
         if code == _INTERRUPTED:
             end_at_once(_INTERRUPTED)
         print(end="", flush=True)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from llamaclust import __version__
 from llamaclust.cli.app import app
+from llamaclust.cli.main import main
 from llamaclust.core.errors import UsageError
 from support.clusters.command_line import command_line
 from support.models.tiny_model import build_tiny_model
@@ -105,3 +106,11 @@ def test_bench_ends_at_once_though_a_native_call_goes_on(workers: str, tmp_path:
         assert process.wait(20.0) == 130
         assert process.stderr.read() == ""
     assert time.monotonic() - asked < 20.0
+
+
+@pytest.mark.parametrize("words", ["-h", "up -h", "model pull -h", "model -h"])
+def test_help_has_a_short_name(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["llamaclust", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and "Usage: llamaclust" in capsys.readouterr().out

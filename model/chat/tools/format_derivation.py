@@ -18,11 +18,13 @@ from llamaclust.model.chat.tools.template_probe import (
     CONTENT,
     KEYS,
     NAMES,
+    OTHER_CALL_ID,
     QUESTION,
     REASONING,
     RESULT,
     SYSTEM,
     VALUES,
+    Message,
     Probe,
     Render,
     call_message,
@@ -44,8 +46,8 @@ def derive_format(source: str, render: Render) -> ToolFormat:
     calls = known.calls or derived_calls(probe) or _shown_calls(source) or GENERIC_CALLS
     if isinstance(calls, TaggedCalls) and "CDATA" in source:
         calls = replace(calls, has_cdata=True)
-    message = call_message([_ARGUMENTS], text_arguments=probe.text_arguments)
-    result = {"role": "tool", "tool_call_id": CALL_IDS[0], "name": NAMES[0], "content": RESULT}
+    message, result = _call_and_result(probe, CALL_IDS[0])
+    shown = probe.text(message, result)
     return ToolFormat(
         calls,
         reasoning,
@@ -53,10 +55,16 @@ def derive_format(source: str, render: Render) -> ToolFormat:
         known.calls_end_reasoning or isinstance(calls, TaggedCalls),
         takes_tools=probe.text(prompt=True) != probe.text(prompt=True, tools=None),
         takes_text_arguments=probe.text_arguments,
-        takes_tool_role=RESULT in probe.text(message, result),
+        takes_tool_role=RESULT in shown,
         takes_call_messages=VALUES[0] in probe.text(message),
         takes_system_role=SYSTEM in probe.with_system(SYSTEM),
+        call_id_length=len(CALL_IDS[0]) if shown and not probe.text(*_call_and_result(probe, OTHER_CALL_ID)) else 0,
     )
+
+
+def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
+    message = call_message([_ARGUMENTS], text_arguments=probe.text_arguments, call_ids=[call_id])
+    return message, {"role": "tool", "tool_call_id": call_id, "name": NAMES[0], "content": RESULT}
 
 
 def _takes_text(probe: Probe) -> bool:

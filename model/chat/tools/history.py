@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.tool_format import ToolFormat
@@ -21,6 +23,8 @@ _INSTRUCTIONS: Final = (
 
 def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of OpenAI's shape as the template takes them."""
+    if form.call_id_length:
+        messages = _with_ids(messages, form.call_id_length)
     adapted: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for message in messages:
@@ -33,6 +37,41 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
         else:
             adapted.append(dict(message))
     return adapted if form.takes_tools or not tools else _instructed(form, adapted, tools)
+
+
+def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
+    """The same calls and results with ids of so many letters and digits. A result without an id is that of the first
+    call that has none, by the function's name where it is given."""
+    made: list[Message] = []
+    waiting: list[tuple[str, str]] = []  # ids and names of calls without results
+    calls = 0
+    for message in messages:
+        if given := message.get("tool_calls"):
+            ids = [_id_of(call.get("id") or f"call {calls + place}", length) for place, call in enumerate(given)]
+            calls += len(ids)
+            waiting += [(call_id, call["function"]["name"]) for call_id, call in zip(ids, given, strict=True)]
+            shown = [{**call, "id": call_id} for call_id, call in zip(ids, given, strict=True)]
+            made.append({**message, "tool_calls": shown})
+        elif message.get("role") == "tool":
+            call_id = _result_id(message, waiting, length)
+            waiting = [entry for entry in waiting if entry[0] != call_id]
+            made.append({**message, "tool_call_id": call_id})
+        else:
+            made.append(message)
+    return made
+
+
+def _result_id(message: Message, waiting: Sequence[tuple[str, str]], length: int) -> str:
+    if given := message.get("tool_call_id"):
+        return _id_of(given, length)
+    named = [call_id for call_id, name in waiting if name == message.get("name")]
+    return next(iter((*named, *(call_id for call_id, _ in waiting))), _id_of("", length))
+
+
+def _id_of(given: str, length: int) -> str:
+    """An id in the template's form: the same for the same id, and itself where it has that form."""
+    is_usual = re.fullmatch(rf"[a-zA-Z0-9]{{{length}}}", given) is not None
+    return given if is_usual else sha256(given.encode("utf-8", "replace")).hexdigest()[:length]
 
 
 def _call_message(form: ToolFormat, message: Message) -> dict[str, Any]:

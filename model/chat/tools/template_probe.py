@@ -20,6 +20,7 @@ KEYS: Final = ("zqfirstkey", "zqsecondkey")
 VALUES: Final = ("Zqfirstvalue", "Zqsecondvalue")
 NUMBER: Final = 70613
 CALL_IDS: Final = ("zqcall001", "zqcall002")  # nine characters, as Mistral's templates ask for
+OTHER_CALL_ID: Final = "call_zq0123456789abcdef01234567"  # as OpenAI's API has them
 CONTENT: Final = "Zqcontent9"
 REASONING: Final = "Zqreasoning8"
 RESULT: Final = "Zqresult7"
@@ -78,7 +79,9 @@ def tools() -> list[dict[str, Any]]:
     ]
 
 
-def call_message(arguments: Sequence[Mapping[str, Any]], *, text_arguments: bool) -> Message:
+def call_message(
+    arguments: Sequence[Mapping[str, Any]], *, text_arguments: bool, call_ids: Sequence[str] = CALL_IDS
+) -> Message:
     """An assistant's message with calls of the tools in their order."""
     calls = [
         {
@@ -86,7 +89,7 @@ def call_message(arguments: Sequence[Mapping[str, Any]], *, text_arguments: bool
             "id": call_id,
             "function": {"name": name, "arguments": json.dumps(given) if text_arguments else dict(given)},
         }
-        for name, call_id, given in zip(NAMES, CALL_IDS, arguments, strict=False)
+        for name, call_id, given in zip(NAMES, call_ids, arguments, strict=False)
     ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 

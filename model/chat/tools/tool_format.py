@@ -144,6 +144,7 @@ class ToolFormat:
     takes_tool_role: bool = True
     takes_call_messages: bool = True  # messages with `tool_calls`
     takes_system_role: bool = True
+    call_id_length: int = 0  # letters and digits of the only ids of calls that the template takes; 0: it takes any
 
     @property
     def knows_reasoning(self) -> bool:

@@ -98,7 +98,9 @@ class Load(_message.Message):
 
     @_builtins.property
     def weights(self) -> Global___WeightSources:
-        """Where a worker without the file gets its layers; not set: the file must be there."""
+        """The bytes that the model has, and where a worker without a file of these bytes gets its layers; not set: the file must
+        be there, and its bytes are not compared.
+        """
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceLayers]:
@@ -573,6 +575,8 @@ class WeightsFound(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     MANIFEST_BYTES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    GIVES_FIELD_NUMBER: _builtins.int
     has_file: _builtins.bool
     """The file."""
     manifest: _builtins.str
@@ -581,6 +585,10 @@ class WeightsFound(_message.Message):
     """Its size."""
     request_id: _builtins.int
     """Of the request."""
+    file: _builtins.str
+    """SHA-256, in hexadecimal digits, over the identity of the file and its inode, size and times; not set: it is not there."""
+    gives: _builtins.bool
+    """Whether others may fetch the manifest and tensors there."""
     def __init__(
         self,
         *,
@@ -588,13 +596,20 @@ class WeightsFound(_message.Message):
         manifest: _builtins.str | None = ...,
         manifest_bytes: _builtins.int = ...,
         request_id: _builtins.int = ...,
+        file: _builtins.str | None = ...,
+        gives: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_manifest", b"_manifest", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_file", b"_file", "_manifest", b"_manifest", "file", b"file", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_manifest", b"_manifest", "has_file", b"has_file", "manifest", b"manifest", "manifest_bytes", b"manifest_bytes", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_file", b"_file", "_manifest", b"_manifest", "file", b"file", "gives", b"gives", "has_file", b"has_file", "manifest", b"manifest", "manifest_bytes", b"manifest_bytes", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__file: _TypeAlias = _typing.Literal["file"]  # noqa: Y015
+    _WhichOneofArgType__file: _TypeAlias = _typing.Literal["_file", b"_file"]  # noqa: Y015
     _WhichOneofReturnType__manifest: _TypeAlias = _typing.Literal["manifest"]  # noqa: Y015
     _WhichOneofArgType__manifest: _TypeAlias = _typing.Literal["_manifest", b"_manifest"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__file) -> _WhichOneofReturnType__file | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__manifest) -> _WhichOneofReturnType__manifest | None: ...
 
 Global___WeightsFound: _TypeAlias = WeightsFound  # noqa: Y015

@@ -14,8 +14,15 @@ from llamaclust.cluster.control.failures.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect
+from llamaclust.cluster.control.remote.model_copies import OwnCopy
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
-from llamaclust.cluster.control.weight_sources import ModelReference, announce_source, is_file_absent, weight_sources
+from llamaclust.cluster.control.weight_sources import (
+    ModelReference,
+    WantedBytes,
+    announce_source,
+    is_file_absent,
+    weight_sources,
+)
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
@@ -27,9 +34,10 @@ from llamaclust.cluster.scheduler.speculation.settings import SpeculationSetting
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ModelFileError, StalledError, WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
+from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.control.messages import Load, Loaded, LoadProgress, WeightSources
 from llamaclust.wire.security.credentials import Credentials
 
@@ -57,6 +65,7 @@ class StageLoads:
     is_exclusive: bool = False
     links: Links = UNKNOWN
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
+    own: OwnCopy | None = None  # the coordinator's copy of the file
 
 
 async def load_stages(
@@ -69,10 +78,10 @@ async def load_stages(
     `is_exclusive`: the next epoch may need their weights.
     """
     handles = tuple(workers[stage.worker] for stage in loads.stages)
-    names, timeout_s = [handle.name for handle in handles], loads.progress_timeout_s
-    weights = await weight_sources(
-        names, workers, loads.model, links=loads.links, report=report, progress_timeout_s=timeout_s
-    )
+    timeout_s = loads.progress_timeout_s
+    keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # whose keys begin with the model's bytes
+    wanted = WantedBytes(loads.model, loads.own, keeps_kv, loads.links, timeout_s)
+    weights = await weight_sources([handle.name for handle in handles], workers, wanted, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
     if lost:  # meanwhile: the others would load in vain
@@ -98,6 +107,9 @@ async def load_stages(
     answers = await asyncio.gather(*map(load, count(), handles), return_exceptions=True)
     suspects = _suspects(handles, answers)
     if suspects:
+        for suspect in suspects:
+            if isinstance(suspect.error, ModelFileError):
+                workers[suspect.name].forget_files()
         if not loads.is_exclusive:
             await _discard(loads.epoch, handles)
         raise StageLoadError(suspects[0].error, suspects)
@@ -209,6 +221,7 @@ class EpochWorkers:
     credentials: Credentials
     record: ControlRecord
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    manifests: FileManifests = field(default_factory=FileManifests)  # of the coordinator's copies of models
 
 
 async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
@@ -232,6 +245,7 @@ class Epochs:
         self._credentials = workers.credentials
         self._record = workers.record
         self._turn = workers.turn
+        self._manifests = workers.manifests
 
     @property
     def model_id(self) -> str:
@@ -291,6 +305,7 @@ class Epochs:
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,
+            own=OwnCopy(self._model.file, self._manifests) if self._model.file.is_current else None,
         )
         workers = await load_stages(loads, self._registry.workers, report)
         try:

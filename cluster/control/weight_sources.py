@@ -1,4 +1,4 @@
-"""Sources of a model's weights, for workers of a plan without its file."""
+"""Sources of a model's weights, for workers of a plan without its file, or with a copy of other bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, log
 
+from llamaclust.cluster.control.remote.model_copies import OwnCopy, chosen_manifest, other_copies
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.planner.links import UNKNOWN, Links
-from llamaclust.cluster.state.events import Report, WorkerReading
+from llamaclust.cluster.state.events import Notice, Report, WorkerReading
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.model.weights.file_manifests import FileManifest
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, WeightsFound, WeightSource, WeightSources
 from llamaclust.wire.rpc.deadlines import deadline
@@ -39,21 +41,27 @@ class ModelReference:
         return FindWeights(self.path, self.model_id, describe, adapter_paths=self.adapter_paths)
 
 
+@dataclass(frozen=True, slots=True)
+class WantedBytes:
+    """A model whose layers are to be loaded. `own`: the coordinator's copy of its file, if it is to be compared with
+    those of workers. `is_compared`: also where all have one and the same file."""
+
+    model: ModelReference
+    own: OwnCopy | None = None
+    is_compared: bool = False
+    links: Links = UNKNOWN
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
+
+
 async def weight_sources(
-    loading: Collection[str],
-    workers: Mapping[str, WorkerHandle],
-    model: ModelReference,
-    *,
-    links: Links = UNKNOWN,
-    report: Report | None = None,
-    progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+    loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """The sources of each worker in `loading` without the file; workers with the file are left out, and so are all
-    where there is no source."""
+    """The bytes that each worker in `loading` is to have, and its sources of them. Empty where they are one file on all
+    machines; workers without the file are left out where there is no source."""
+    model = wanted.model
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, model.request(describe=False)))
-    without = [name for name in loading if name in found and not found[name].has_file]
-    if not without:
+    if not _are_compared(wanted, [found[name] for name in loading if name in found]):
         return {}
 
     def describe(worker: WorkerHandle) -> Coroutine[None, None, WeightsFound]:
@@ -61,14 +69,40 @@ async def weight_sources(
             if report is not None:
                 report(WorkerReading(worker.name, progress.done_bytes, progress.total_bytes))
 
-        return find_weights(worker, model.request(describe=True), reading, progress_timeout_s)
+        return find_weights(worker, model.request(describe=True), reading, wanted.progress_timeout_s)
 
     holders = [members[name] for name, weights in found.items() if weights.has_file]
-    found |= await _find(holders, describe)
-    sources = _of_one_manifest(found)
-    if not sources:
+    described, own = await asyncio.gather(_find(holders, describe), _own_manifest(wanted.own, found))
+    found |= described
+    chosen = chosen_manifest(found, own)
+    if chosen is None:
         return {}
-    return {name: _sources(members[name], place, members, sources, links) for place, name in enumerate(without)}
+    for text in other_copies(found, own, chosen, model.path):
+        _log.error("%s", text)
+        if report is not None:
+            report(Notice(text))
+    sources = {name: weights for name, weights in found.items() if weights.gives and weights.manifest == chosen.content}
+    able = [name for name in loading if sources or (name in found and found[name].has_file)]
+    return {
+        name: _sources(members[name], place, members, sources, chosen, wanted.links) for place, name in enumerate(able)
+    }
+
+
+def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
+    """Whether a worker lacks the file or has a copy of its own."""
+    files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.version})
+    return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
+
+
+async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) -> FileManifest | None:
+    """None where a worker describes the same file, or the coordinator's cannot be read."""
+    if own is None or any(weights.file == own.file.version for weights in found.values()):
+        return None
+    try:
+        return await own.manifest()
+    except LlamaclustError as error:
+        _log.warning("the coordinator's copy of the model is not compared with others: %s", error)
+        return None
 
 
 async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHandle], model: ModelReference) -> None:
@@ -135,36 +169,22 @@ async def _find(
     return found
 
 
-def _of_one_manifest(found: Mapping[str, WeightsFound]) -> dict[str, WeightsFound]:
-    """Workers with the manifest of most workers that have the file, or else of all; of equally many, the first."""
-    described = {name: weights for name, weights in found.items() if weights.manifest is not None}
-    ordered = dict(sorted(described.items(), key=lambda item: not item[1].has_file))
-    if not ordered:
-        return {}
-    of_files = [weights.manifest for weights in ordered.values() if weights.has_file]
-    manifests = of_files or [weights.manifest for weights in ordered.values()]
-    pinned = max(manifests, key=manifests.count)
-    for name in (name for name, weights in ordered.items() if weights.manifest != pinned):
-        _log.warning("weights are not taken from worker %s: its file has other tensors of the same model", name)
-    return {name: weights for name, weights in ordered.items() if weights.manifest == pinned}
-
-
 def _sources(
     fetcher: WorkerHandle,
     place: int,
     members: Mapping[str, WorkerHandle],
     described: Mapping[str, WeightsFound],
+    chosen: FileManifest,
     links: Links,
 ) -> WeightSources:
     """Workers with the file first, then the others, which may have fetched it; both nearest first. Each fetcher begins
     with another one of equal sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
+    others = [name for name in members if name not in with_file] if described else []
     ordered = [
         *nearest_first(fetcher.name, with_file, machines, links, place),
-        *nearest_first(fetcher.name, [name for name in members if name not in with_file], machines, links, place),
+        *nearest_first(fetcher.name, others, machines, links, place),
     ]
-    known = next(iter(described.values()))
-    assert known.manifest is not None
     sources = tuple(WeightSource(members[name].registration.address, name) for name in ordered)
-    return WeightSources(known.manifest, known.manifest_bytes, sources)
+    return WeightSources(chosen.content, chosen.n_bytes, sources)

@@ -131,6 +131,10 @@ class WorkerHandle:
         self._message = asyncio.Event()  # the next one
         self._unreachable: dict[int, UnreachablePeer] = {}  # by epoch
 
+    def forget_files(self) -> None:
+        """Those that it had may have been changed since it was asked for them."""
+        self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
+
     @property
     def name(self) -> str:
         return self.registration.name

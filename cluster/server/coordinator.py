@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
@@ -46,6 +47,8 @@ from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.rpc.sched_slice import short_slices
 
@@ -222,7 +225,7 @@ async def _served(
     """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
-    epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record)
+    epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record, manifests=_manifests())
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
     loaded = 1 if config.load_on_demand else 0
     plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
@@ -244,6 +247,12 @@ async def _served(
         engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
         served.append(ServedModel(of.config, of.plain, supervisor, engine, loader))
     return tuple(served)
+
+
+def _manifests() -> FileManifests:
+    variables = environment()
+    cache = WeightCache(variables.weights_dir, variables.weights_bytes) if variables.weights_bytes else None
+    return FileManifests(cache)
 
 
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:

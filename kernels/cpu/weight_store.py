@@ -57,4 +57,4 @@ class WeightStore:
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.path, tensor.file_identity, tensor.name, tensor.tile_type
+    return *tensor.source, tensor.name, tensor.tile_type

@@ -68,7 +68,7 @@ class LayerTensors:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple((tensor.path, tensor.file_identity, tensor.name) for tensor in self.tensors)
+        return tuple((*tensor.source, tensor.name) for tensor in self.tensors)
 
 
 def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:

@@ -32,6 +32,31 @@ class ModelFile:
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, Tensor]
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the files are there and have not been changed since they were opened."""
+        try:
+            there = {path: FileIdentity.from_status(path.stat()) for path, _ in self._files}
+        except OSError:
+            return False
+        return all((there[path], there[path].changed_ns) == (was, was.changed_ns) for path, was in self._files)
+
+    @property
+    def version(self) -> str:
+        """SHA-256 in hex over the identity and what the system says of the files: their bytes cannot be changed without
+        another one, as far as times of changes tell. Equal on all machines with the same file of a network."""
+        files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
+        return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
+
+    @property
+    def changed_ns(self) -> int:
+        """Time of the newest change of a file."""
+        return max((max(found.modified_ns, found.changed_ns) for _, found in self._files), default=0)
+
+    @property
+    def _files(self) -> set[tuple[Path, FileIdentity]]:
+        return {(tensor.path, tensor.file_identity) for tensor in self.tensors.values()}
+
     def error(self, key: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
         """The error for metadata `key` that is missing or makes no sense."""
         return fail_at(self.path, f"metadata {shown(key)}", what, advice)

@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -25,12 +25,14 @@ _READ_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Tells whether a path still leads to the bytes whose header was read."""
+    """Tells whether a path still leads to the bytes whose header was read. `changed_ns` also tells changes whose time
+    of modification was set back; links and permissions move it, so it does not make two identities different."""
 
     device: int
     inode: int
     size_bytes: int
     modified_ns: int
+    changed_ns: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
@@ -38,7 +40,7 @@ class FileIdentity:
 
     @classmethod
     def from_status(cls, status: os.stat_result) -> FileIdentity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @contextmanager
@@ -104,6 +106,13 @@ class Tensor:
         """Tells its bytes from others of the file."""
         place = self.offset, self.n_bytes, self.shape
         return (*place, self.paired_heads) if self.paired_heads else place
+
+    @property
+    def source(self) -> tuple[object, ...]:
+        """Tells the file of its bytes from all others, and from what the file was before a change."""
+        if self.content is not None:
+            return (self.content,)
+        return self.path, self.file_identity, self.file_identity.changed_ns
 
     @property
     def origin(self) -> Path:

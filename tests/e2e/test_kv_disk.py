@@ -4,6 +4,8 @@ whether a prompt is computed, read from disk, or read and found damaged."""
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -23,6 +25,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from support.clusters.recovering import Answer, answer_of
 from support.clusters.served import until
+from support.damaged_models import flip_middle
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -152,6 +155,39 @@ def test_a_flipped_byte_is_noticed_and_computed_again(start: Start) -> None:
     assert damaged.answers == expected
     assert WARM < damaged.computed < COLD
     assert start.run((0, 3, 6)) == Ran(expected, READ + SECOND_READ, WARM)
+
+
+DAMAGED = {
+    "of the embedding": ("token_embd.weight", (0, 6), (0, 6)),
+    "on the worker before": ("blk.1.attn_k.weight", (0, 3, 6), (0, 3, 6)),
+    "of a norm": ("blk.4.ffn_norm.weight", (0, 3, 6), (0, 6)),
+    "of a feed-forward matrix": ("blk.2.ffn_down.weight", (0, 6), (0, 2, 4, 6)),
+}
+
+
+@pytest.mark.parametrize(("tensor", "cut", "then"), DAMAGED.values(), ids=DAMAGED)
+def test_nothing_is_read_that_a_damaged_file_computed(
+    start: Start, tmp_path: Path, tensor: str, cut: tuple[int, ...], then: tuple[int, ...]
+) -> None:
+    """The damage is in no sample of the model id, and the repair sets the time of modification back."""
+    expected = undisturbed(start.model)
+    copy = shutil.copyfile(start.model, tmp_path / "copy.gguf")
+    start = replace(start, model=copy)
+    good = copy.stat()
+    flip_middle(copy, tensor)
+    os.utime(copy, ns=(good.st_atime_ns, good.st_mtime_ns))
+    assert start.run(cut).answers != expected
+    flip_middle(copy, tensor)
+    os.utime(copy, ns=(good.st_atime_ns, good.st_mtime_ns))
+    assert start.run(then) == Ran(expected, SHARED, COLD)
+    assert start.run(cut) == Ran(expected, READ + SECOND_READ, WARM)
+
+
+def test_copies_of_the_same_bytes_share_blocks(start: Start, tmp_path: Path) -> None:
+    expected = undisturbed(start.model)
+    start.run((0, 3, 6))
+    copy = shutil.copyfile(start.model, tmp_path / "other name.gguf")
+    assert replace(start, model=copy).run((0, 6)) == Ran(expected, READ + SECOND_READ, WARM)
 
 
 def test_the_bound_holds_and_answers_stay(start: Start) -> None:

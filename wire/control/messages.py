@@ -130,7 +130,7 @@ class WeightSource:
 
 @dataclass(frozen=True, slots=True)
 class WeightSources:
-    """Where a worker without the model file gets its layers."""
+    """The bytes that a model has, and where a worker without a file of these bytes gets its layers."""
 
     manifest: Digest
     manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
@@ -164,6 +164,8 @@ class WeightsFound:
     manifest: Digest | None = None  # of what it has; None: nothing
     manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
     request_id: int = 0
+    gives: bool = False  # the manifest and the tensors that it has
+    file: Digest | None = None  # tells the file from all others, and from what it was before a change
 
     def check(self) -> None:
         bounded("manifest_bytes", self.manifest_bytes, int(self.manifest is not None), 1 << 26)
@@ -197,7 +199,7 @@ class Load:
     previous_worker: WorkerName | None = None  # which alone may open FORWARD; None: this is the first
     last_worker: WorkerName | None = None  # for the first of several: alone may open SAMPLED_TOKENS
     exclusive: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
-    weights: WeightSources | None = None  # None: the file must be there
+    weights: WeightSources | None = None  # None: the file must be there, and its bytes are not compared
     devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
     adapter_paths: AdapterPaths = ()
 

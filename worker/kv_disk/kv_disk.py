@@ -57,7 +57,10 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """None where the folder cannot be used, which is logged once."""
+        """None where the folder cannot be used, which is logged once, and where the bytes of the weights were not
+        compared: nothing would tell what was computed with others."""
+        if runner.kv_content is None:
+            return None
         if (known := self._stages.get(runner)) is None:
             try:
                 path = self.folder.create(runner.kv_content)

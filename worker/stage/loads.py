@@ -89,7 +89,8 @@ class Loads:
             await self._worker.kv_disk.idle()  # a kept stage's KV memory serves again
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
-            runner = await service.take_kept(order)
+            version = await asyncio.to_thread(self._file_version, order) if service.has_kept else None
+            runner = await service.take_kept(order, version)
             if runner is not None:
                 _log.info("layers %s: its weights were kept", _span(order))
             else:
@@ -110,6 +111,9 @@ class Loads:
         _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+
+    def _file_version(self, order: Load) -> str | None:
+        return self._worker.weights.version_of(order.model_path, order.model_id, order.adapter_paths)
 
     async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
         """To the coordinator, if it can be reached."""

@@ -84,12 +84,17 @@ class StageService:
         """By device."""
         return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter())
 
-    async def take_kept(self, order: Load) -> StageRunner | None:
-        """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed."""
+    @property
+    def has_kept(self) -> bool:
+        return bool(self._kept)
+
+    async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
+        """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed.
+        `file_version`: of the model's file now; None: it is gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
-            if runner is None and _serves(streams.runner, order):
+            if runner is None and _serves(streams.runner, order, file_version):
                 runner = await streams.release()
             else:
                 await self._close(streams)
@@ -118,12 +123,16 @@ class StageService:
 _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
-def _serves(held: StageRunner, order: Load) -> bool:
+def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
     """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     has, asked = held.limits, order.limits
     counts = [(getattr(has, name), getattr(asked, name)) for name in _BLOCK_COUNTS]
     enough = all(there >= wanted for there, wanted in counts)
     same_groups = all((there > 0) == (wanted > 0) for there, wanted in counts)
+    if order.weights is None:
+        same_bytes = file_version in (None, held.file_version)
+    else:
+        same_bytes = held.manifest == order.weights.manifest
     same_limits = replace(has, **{name: getattr(asked, name) for name in _BLOCK_COUNTS}) == asked
-    return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits
+    return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits and same_bytes

@@ -105,11 +105,12 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Pr
     return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
 
 
-def kv_content(model: Model, limits: StageLimits) -> str:
+def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
     """Hexadecimal digits for all that the content of KV memory depends on beside the tokens, equal for every cut: the
-    arithmetic, the model, the KV type, and the steps, whose rotations may depend on the context length."""
+    arithmetic, the bytes of all weights, the KV type, and the steps, whose rotations may depend on the context length.
+    """
     steps = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
-    return sha256(repr((NUMERICS_VERSION, model.model_id, limits.kv_type, steps)).encode()).hexdigest()
+    return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
 
 
 def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> GrammarVocabulary:
@@ -134,6 +135,7 @@ class StageOptions:
     devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
     progress: Progress | None = None  # called with weight bytes as they are loaded
     nextn_backend: Backend | None = None  # of an MTP head; None: that of the layers
+    manifest: str | None = None  # of the model's bytes on all workers of the epoch; None: they were not compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,9 @@ class StageRunner:
         self.model_id = model.model_id
         self.limits = limits
         self.devices = options.devices
-        self.kv_content = kv_content(model, limits)
+        self.manifest = options.manifest
+        self.file_version = model.file.version
+        self.kv_content = None if options.manifest is None else kv_content(model, options.manifest, limits)
         self._adapters = max(model.adapter_numbers, default=-1) + 1
         self.vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if program.is_last else None

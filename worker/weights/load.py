@@ -42,10 +42,11 @@ async def load_stage(order: Load, device: Device, report: Report, weights: Weigh
 
 
 async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: Progress) -> StageRunner:
-    model = await asyncio.to_thread(_open, order, weights)
+    model = await asyncio.to_thread(_open, order, weights, progress)
     if model is not None:
         model = _in_tiles(order, model)
-        progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
+        planned = await asyncio.to_thread(_planned, order, device, model)
+        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes
         return await _in_thread(order, device, model, progress)
     assert order.weights is not None
     sources = {source.worker: reach(source.address, source.worker) for source in order.weights.sources}
@@ -73,14 +74,16 @@ async def _in_thread(order: Load, device: Device, model: Model, progress: Progre
         raise
 
 
-def _open(order: Load, weights: Weights) -> Model | None:
-    """The file; None where there is none and the weights may be fetched."""
+def _open(order: Load, weights: Weights, progress: Progress) -> Model | None:
+    """The file; None where there is none, or one of other bytes, and the weights may be fetched."""
     try:
         model = weights.open_file(order.model_path, order.model_id, order.adapter_paths)
+        if model is not None and order.weights is not None:
+            _check_bytes(model, order.weights.manifest, weights, progress)
     except ModelFileError as error:
-        if order.weights is None:
+        if order.weights is None or not order.weights.sources:
             raise
-        _log.warning("%s; its layers are fetched from other workers", error)
+        _log.error("%s; its layers are fetched from other workers", error)
         return None
     if model is None and order.weights is None:
         paths = (order.model_path, *filter(None, order.adapter_paths))
@@ -88,6 +91,14 @@ def _open(order: Load, weights: Weights) -> Model | None:
         what = "no such file on this machine, and no other worker has it or may give it"
         raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
     return model
+
+
+def _check_bytes(model: Model, manifest: str, weights: Weights, progress: Progress) -> None:
+    """ModelFileError for a file of other bytes than those of the manifest."""
+    own = weights.manifest_of(model, progress).content
+    if own != manifest:
+        what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
+        raise ModelFileError(f"{model.file.path}: {what}; it is damaged or was changed, replace it by a good copy")
 
 
 def _in_tiles(order: Load, model: Model) -> Model:
@@ -110,5 +121,6 @@ def _planned(order: Load, device: Device, model: Model) -> StageMemory:
 
 def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
     backend = device.backend_for(device.layers(order))
-    options = StageOptions(device.feature_level, device.threads, order.devices, progress.add, device.backend)
+    manifest = None if order.weights is None else order.weights.manifest
+    options = StageOptions(device.feature_level, device.threads, order.devices, progress.add, device.backend, manifest)
     return StageRunner(backend, model, order.start, order.end, order.limits, options)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError
 from llamaclust.model.adapters import adapted_identity, is_adapter, read_adapter, with_adapters
-from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
-from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest, read_manifest
+from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
+from llamaclust.model.weights.manifest import MANIFEST_VERSION, read_manifest
 from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -87,7 +88,7 @@ class Weights:
         self.received_bytes = 0
         self._model_dir = model_dir
         self._given: dict[str, Tensor] = {}  # of files, by SHA-256
-        self._located: dict[str, WeightsFound] = {}  # of files with a manifest, by model id
+        self._manifests = FileManifests(cache)
         self.fetching: list[RemoteModel] = []  # which new sources are reported to
 
     @property
@@ -138,29 +139,37 @@ class Weights:
         if model is None:
             return self._in_cache(wanted.model_id)
         with model:
-            if wanted.describe and self.cache is not None and wanted.model_id not in self._located:
-                self._located[wanted.model_id] = self._describe(self.cache, model.file, progress or Progress())
-            return self._located.get(wanted.model_id, WeightsFound(True))
+            version = model.file.version
+            if not wanted.describe:
+                return WeightsFound(True, file=version)
+            manifest = self.manifest_of(model, progress or Progress())
+            if self.cache is not None:
+                for record in read_manifest(self.cache.place(manifest.content)).tensors:
+                    self._given[record.content] = model.file.tensor(record.name)
+            gives = self.cache is not None
+            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=gives, file=version)
+
+    def manifest_of(self, model: Model, progress: Progress) -> FileManifest:
+        """Of the file as it is now; see `FileManifests.of`."""
+
+        def begin(total_bytes: int) -> None:
+            progress.done_bytes, progress.total_bytes = 0, total_bytes
+
+        return self._manifests.of(model.file, begin, progress.add)
+
+    def version_of(self, model_path: str, model_id: str, adapter_paths: Sequence[str]) -> str | None:
+        """The version of the file that `open_file` opens; None where there is none."""
+        try:
+            model = self.open_file(model_path, model_id, adapter_paths)
+        except ModelFileError:
+            return None
+        return None if model is None else model.file.version
 
     def _in_cache(self, model_id: str) -> WeightsFound:
         content = None if self.cache is None else self.cache.known_manifest(key_of(model_id))
         if self.cache is None or content is None:
             return WeightsFound(False)
-        return WeightsFound(False, content, self.cache.place(content).stat().st_size)
-
-    def _describe(self, cache: WeightCache, file: ModelFile, progress: Progress) -> WeightsFound:
-        cache.prepare()
-        key = _file_key(file)
-        with cache.making(key):
-            content = cache.known_manifest(key)
-            if content is None:
-                _log.info("reading %s for the SHA-256 of each tensor", file.path)
-                progress.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-                content = cache.keep_manifest(key, make_manifest(file, progress.add))
-        path = cache.place(content)
-        for record in read_manifest(path).tensors:
-            self._given[record.content] = file.tensor(record.name)
-        return WeightsFound(True, content, path.stat().st_size)
+        return WeightsFound(False, content, self.cache.place(content).stat().st_size, gives=True)
 
     async def _serve(self, stream: ServerStream) -> None:
         await stream.accept()
@@ -223,15 +232,6 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 def key_of(model_id: str) -> str:
     """By what a model's manifest is remembered where its file is not."""
     return sha256(f"model {model_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()
-
-
-def _file_key(file: ModelFile) -> str:
-    """Of the files as they are now: one that is replaced or written to has another."""
-    parts: list[object] = [file.identity, MANIFEST_VERSION]
-    for path in file.parts:
-        found = path.stat()
-        parts += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-    return sha256(repr(parts).encode()).hexdigest()
 
 
 def _check_end(content: str, end: int, n_bytes: int) -> None:

@@ -95,7 +95,9 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         "a": worker_handle("a", unload_failure=unload_failure),
         "b": worker_handle("b", loads=fails == "connection"),
     }
-    model: Any = SimpleNamespace(file=SimpleNamespace(path="/m.gguf"), model_id="ab" * 32, adapter_paths=())
+    model: Any = SimpleNamespace(
+        file=SimpleNamespace(path="/m.gguf", is_current=False), model_id="ab" * 32, adapter_paths=()
+    )
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
     registry: Any = SimpleNamespace(workers=workers, present=workers)
     opened = Epochs(config, model, EpochWorkers(registry, ANYTHING, ControlRecord(term=2)), None)

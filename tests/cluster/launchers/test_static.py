@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import shlex
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -27,6 +28,7 @@ from support.clusters.static_cluster import (
     start_worker,
     token_file,
 )
+from support.damaged_models import flip_middle
 from support.paths import ROOT
 
 
@@ -101,6 +103,35 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
         assert worker.wait().code == 0
         assert worker.err.read_text().count("its weights were kept") == 1
     assert ": loading" not in again.err.read_text() and again.err.read_text().count("MiB are loaded") == 3
+
+
+def test_weights_of_a_damaged_file_are_not_kept_once_it_is_repaired(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    copy = Path(shutil.copyfile(model, line.folder / "copy.gguf"))
+    port = free_port()
+    keys = {
+        "join": {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"},
+        "kv_memory": "8MiB",
+        "workers": named("a", "b"),
+        "plan": [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}],
+    }
+    flip_middle(copy, "blk.4.attn_output.weight")
+    coordinator = start_coordinator(line, copy, **keys)
+    join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in "ab"]
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) != undisturbed
+        coordinator.kill()
+    for worker in workers:
+        logged(worker, "weights kept")
+    flip_middle(copy, "blk.4.attn_output.weight")
+    with ready(start_coordinator(line, copy, **keys), line) as cluster:
+        assert answers(cluster) == undisturbed
+        assert line.run("down").code == 0
+    for worker in workers:
+        assert worker.wait().code == 0
+        assert "its weights were kept" not in worker.err.read_text()
 
 
 def test_a_restarted_coordinator_knows_the_drained_workers_and_a_lost_records_term(

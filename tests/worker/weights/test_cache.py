@@ -149,10 +149,12 @@ def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, m
         made.append(given)
         return make_manifest(*given)
 
-    monkeypatch.setattr("llamaclust.worker.weights.weights.make_manifest", make)
+    monkeypatch.setattr("llamaclust.model.weights.file_manifests.make_manifest", make)
     first = Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order)
     assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 1
     assert first.has_file and first.manifest is not None
     os.utime(path)
-    assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 2
-    assert Weights(None).locate(order).manifest is None
+    then = Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order)
+    assert (then.manifest, len(made)) == (first.manifest, 2) and then.file != first.file
+    found = Weights(None).locate(order)
+    assert found.manifest == first.manifest and not found.gives

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages, unload_stages
+from llamaclust.cluster.control.epochs import StageLoads, load_stages, unload_stages
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
-from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest
+from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
-from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
-from llamaclust.cluster.membership.join_rules import JoinSettings
-from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
@@ -27,18 +21,16 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Deadlines, FindWeights, WeightsFound
+from llamaclust.wire.control.messages import FindWeights
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
-from llamaclust.worker.main import _run_started_worker
-from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.command_line import eventually
-from support.clusters.real_cluster import LIMITS, microbatches, running
+from support.clusters.real_cluster import LIMITS, running
 from support.clusters.served import until
+from support.file_members import NOWHERE, Members, alone, members, results
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
 
-NOWHERE = "/nowhere/m.gguf"
 FOUR = ("b", "c", "d", "e")
 CUTS = (0, 1, 3, 4, 6)
 
@@ -48,70 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     tied = request.param != "untied"
     path = tmp_path_factory.mktemp("model") / "m.gguf"
     return build_tiny_model(path, hidden=512, ffn=1024, layers=6, tied=tied, rope_factors=tied)
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """Workers in this process, each with caches of its own."""
-
-    folder: Path
-    run: RunDirectory
-    registry: Registry
-
-    def start(self, name: str, *, model_dir: Path | None = None, cache: str = "") -> asyncio.Task[str]:
-        own = self.folder / (cache or name)
-        settings = WorkerSettings(
-            name=name,
-            join=self.registry.address,
-            token_file=self.run.token_file,
-            listen=self.run.worker("abcde".index(name)),
-            threads=1,
-            packed_cache_dir=own / "packed",
-            packed_cache_bytes=1 << 30,
-            weights_dir=own / "weights",
-            weights_bytes=1 << 30,
-            model_dir=model_dir,
-        )
-        return asyncio.create_task(_run_started_worker(settings))
-
-    async def load(
-        self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE, adapters: Sequence[Path] = ()
-    ) -> tuple[WorkerHandle, ...]:
-        stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
-        model_id = Model.open(model, adapters=adapters).model_id
-        paths = tuple(f"/nowhere/{adapter.name}" for adapter in adapters)
-        loads = StageLoads(1, stages, ModelReference(path, model_id, paths), LIMITS)
-        try:
-            return await load_stages(loads, self.registry.workers)
-        except StageLoadError as failed:
-            raise failed.error from failed
-
-
-@asynccontextmanager
-async def members(folder: Path) -> AsyncIterator[Members]:
-    folder.mkdir(exist_ok=True)  # noqa: ASYNC240
-    with run_directory(folder) as run:
-        registry = Registry(
-            run.coordinator, run.token, lambda name: "", JoinSettings(deadlines=Deadlines(heartbeat_s=0.05))
-        )
-        async with registry:
-            yield Members(folder, run, registry)
-
-
-async def results(cluster: Members, handles: Sequence[WorkerHandle], model: Path) -> list[object]:
-    pipeline = await RemotePipeline.open(1, tuple(handles), cluster.run.token)
-    work = microbatches(Model.open(model).model_id, 1, 8)
-    async with running(pipeline) as at_work:
-        for microbatch, inputs in work:
-            pipeline.submit(ScheduledMicrobatch(microbatch, inputs))
-        return [(await at_work.next_result()).rows for _ in work]
-
-
-def alone(model: Path) -> list[object]:
-    opened = Model.open(model)
-    runner = StageRunner(CpuBackend(1), opened, 0, opened.layer_count, LIMITS)
-    work = microbatches(opened.model_id, 1, 8)
-    return [runner.finish(runner.run(microbatch, None), inputs) for microbatch, inputs in work]
 
 
 def own_bytes(model: Path, start: int, end: int) -> int:
@@ -292,20 +220,3 @@ def _small(path: Path) -> object:
     from llamaclust.model.weights.cache import WeightCache
 
     return WeightCache(path, 1 << 20)
-
-
-def test_most_of_those_that_have_the_file_say_what_it_holds() -> None:
-    has, fetched = partial(WeightsFound, True), partial(WeightsFound, False)
-    found = {
-        "liar": has("bb" * 32, 9),
-        "a": has("aa" * 32, 7),
-        "b": has("aa" * 32, 7),
-        "c": fetched("bb" * 32, 9),
-        "d": fetched("bb" * 32, 9),
-        "e": fetched(),
-    }
-    assert list(_of_one_manifest(found)) == ["a", "b"]
-    del found["b"]
-    assert list(_of_one_manifest(found)) == ["liar", "c", "d"], "of as many, the first"
-    assert list(_of_one_manifest({"e": fetched(), "d": found["d"]})) == ["d"]
-    assert _of_one_manifest({"e": fetched()}) == {}

@@ -1,0 +1,68 @@
+"""Copies of a model's file on several machines: which bytes the cluster computes with, and whose copy has others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
+from llamaclust.wire.control.messages import WeightsFound
+from llamaclust.wire.rpc.deadlines import deadline
+
+_READ_S = 3600.0
+"""For a large file on a slow disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCopy:
+    """The coordinator's file."""
+
+    file: ModelFile
+    manifests: FileManifests = field(default_factory=FileManifests)
+
+    async def manifest(self) -> FileManifest:
+        """Reads the file, where that was not done before. ModelFileError."""
+        async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
+            return await asyncio.to_thread(self.manifests.of, self.file)
+
+
+def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
+    """The manifest that most files have, of equally many the coordinator's, else the first worker's; without a file,
+    that of most workers which remember one. A file that several workers read counts once. None where none is known."""
+    known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
+    files = {
+        weights.file or name: weights.manifest
+        for name, weights in found.items()
+        if weights.has_file and weights.manifest is not None
+    }
+    ordered = [*(() if own is None else (own.content,)), *files.values()]
+    ordered = ordered or [weights.manifest for weights in found.values() if weights.manifest is not None]
+    if not ordered:
+        return None
+    ((content, _),) = Counter(ordered).most_common(1)  # of equally many, the first
+    return own if own is not None and own.content == content else FileManifest(content, known[content])
+
+
+def other_copies(
+    found: Mapping[str, WeightsFound], own: FileManifest | None, chosen: FileManifest, path: str
+) -> list[str]:
+    """A line for each copy of other bytes, for people."""
+    same = [
+        f"worker {name}" for name, weights in found.items() if weights.has_file and weights.manifest == chosen.content
+    ]
+    if own is not None and own.content == chosen.content:
+        same.insert(0, "the coordinator")
+    where = ", ".join(same)
+    copy, unlike = f"copy of {Path(path).name}", f"has other bytes than that of {where}: it is damaged or was changed"
+    lines = [
+        f"worker {name}: its {copy} {unlike}; it is not used, replace it by a good copy"
+        for name, weights in found.items()
+        if weights.has_file and weights.manifest not in (None, chosen.content)
+    ]
+    if own is not None and own.content != chosen.content:
+        lines.append(f"the coordinator's {copy} {unlike}; the workers' copies are used")
+    return lines

@@ -1,0 +1,77 @@
+"""Manifests of model files, made once for the files as they are: a file that is written to or replaced has another."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
+
+_log = logging.getLogger(__name__)
+
+_SETTLED_NS = 100_000_000
+"""File systems count times in steps of up to hundredths of a second: a change that is older has other times than a
+newer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileManifest:
+    """`content`: SHA-256 of the manifest in hex, which tells the model's bytes from all others."""
+
+    content: str
+    n_bytes: int
+
+
+class FileManifests:
+    """Of one process. Without a cache, manifests are made again by each process, and their bytes are not kept."""
+
+    def __init__(self, cache: WeightCache | None = None) -> None:
+        self.cache = cache
+        self._known: dict[str, FileManifest] = {}  # by version of the file
+
+    def of(
+        self,
+        file: ModelFile,
+        begin: Callable[[int], None] = lambda total: None,
+        add: Callable[[int], None] = lambda n: None,
+    ) -> FileManifest:
+        """Reads all bytes of a file that is not known yet: `begin` is called with their number, and `add` with each
+        piece, from several threads. ModelFileError for a file that changes meanwhile."""
+        version = file.version
+        if (known := self._known.get(version)) is None:
+            known = self._known[version] = self._made(file, begin, add)
+        return known
+
+    def _made(self, file: ModelFile, begin: Callable[[int], None], add: Callable[[int], None]) -> FileManifest:
+        _settle(file)
+        if self.cache is None:
+            return _manifest_of(_read(file, begin, add))
+        self.cache.prepare()
+        key = sha256(f"{file.version}, manifest {MANIFEST_VERSION}".encode()).hexdigest()
+        with self.cache.making(key):
+            content = self.cache.known_manifest(key)
+            if content is None:
+                content = self.cache.keep_manifest(key, _read(file, begin, add))
+        return FileManifest(content, self.cache.place(content).stat().st_size)
+
+
+def _read(file: ModelFile, begin: Callable[[int], None], add: Callable[[int], None]) -> bytes:
+    _log.info("reading %s for the SHA-256 of each tensor", file.path)
+    begin(sum(tensor.n_bytes for tensor in file.tensors.values()))
+    return make_manifest(file, add)
+
+
+def _manifest_of(data: bytes) -> FileManifest:
+    return FileManifest(sha256(data).hexdigest(), len(data))
+
+
+def _settle(file: ModelFile) -> None:
+    """Returns when a further change would show in the times of the file, after a tenth of a second at most."""
+    age_ns = time.time_ns() - file.changed_ns
+    if 0 <= age_ns < _SETTLED_NS:
+        time.sleep((_SETTLED_NS - age_ns) / 1e9)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # clients do not wait for it
     import numpy as np
     from numpy.typing import NDArray
 
+NOT_FINITE = "the logits are not finite numbers"
+"""How the failure of such a row begins."""
+
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
 """What a grammar allows: a bit for each token, lowest first, [vocabulary / 32 rounded up]."""
 

@@ -35,6 +35,12 @@ class PoolState:
             self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory, self.model_id
         )
 
+    def may_exclude_more(self, now_s: float) -> bool:
+        """Whether another worker may be excluded for rows without a result, and one is left."""
+        excluded = self.quarantine.names(now_s)
+        others = [name for name, _ in self.usable if name not in excluded]
+        return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
+
     def is_partitioned(self, plan: Plan) -> bool:
         """Whether neighbouring stages cannot reach each other."""
         return violated_pair([stage.worker for stage in plan.stages], self.partitions) is not None
@@ -94,6 +100,7 @@ class PipelineLoss:
     error: LlamaclustError | None = None
     requests: frozenset[int] = frozenset()  # keys of those in flight
     causes: frozenset[int] = frozenset()  # keys of requests that were the cause
+    is_repeated: bool = False  # the worker has failed to compute the same rows before
     is_closed: bool = False
     failed_because: str | None = None  # requests were failed for this reason
 

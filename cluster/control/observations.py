@@ -58,11 +58,20 @@ class UndrainRequested:
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
     """The pipeline that gets new requests failed; requests wait. `error` names the worker at fault, where it is known.
-    `requests`: keys of those in flight. `causes`: of requests that were found to be the cause, and end."""
+    `requests`: keys of those in flight. `causes`: of requests that were found to be the cause, and end.
+    `is_repeated`: the worker has failed to compute the same rows before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
     causes: frozenset[int] = frozenset()
+    is_repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFailed:
+    """A request ended since rows of it had no result, wherever they were computed."""
+
+    key: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,7 @@ Observation = (
     PoolObservation
     | VersionWanted
     | PipelineLost
+    | RowsFailed
     | Tick
     | Planned
     | EpochLoadFailed

@@ -49,9 +49,13 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, loading=replace(state.loading, is_loaded=True))
         case seen.Signal.EPOCH_SERVING:
             return _serving(state)
-        case seen.PipelineLost(error, requests, causes):
+        case seen.PipelineLost(error, requests, causes, is_repeated):
             planning = planning and replace(planning, rejected=None, is_noticed=False)
-            return replace(state, loss=PipelineLoss(state.tick.now_s, error, requests, causes), planning=planning)
+            loss = PipelineLoss(state.tick.now_s, error, requests, causes, is_repeated)
+            return replace(state, loss=loss, planning=planning)
+        case seen.RowsFailed(key):
+            quarantine = pool.quarantine.exonerate_rows(key, state.tick.now_s)
+            return replace(state, pool=replace(pool, quarantine=quarantine))
         case seen.Signal.PIPELINE_CLOSED:
             state = replace(state, retiring=None)
             return state if loss is None else _attribute(replace(state, loss=replace(loss, is_closed=True)))
@@ -126,7 +130,8 @@ def _attribute(state: ClusterState) -> ClusterState:
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
     """It failed while it served. The notice of a quarantine comes with its begin."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
-    quarantine = before.failed(name, reason, requests, now_s)
+    is_repeated = state.loss is not None and state.loss.is_repeated
+    quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
     state = replace(state, pool=replace(state.pool, quarantine=quarantine))
     if name not in quarantine.names(now_s) or name in before.names(now_s):
         return state

@@ -118,7 +118,17 @@ class Supervisor:
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
             self._launcher.reset_restarts()
-        self.observed.post(seen.PipelineLost(failure.error, failure.requests, failure.causes))
+        self.observed.post(seen.PipelineLost(failure.error, failure.requests, failure.causes, failure.is_repeated))
+
+    @property
+    def may_suspect_workers(self) -> bool:
+        """See `EngineOwner`."""
+        is_planned = self._runner.planner.config.plan is None
+        return is_planned and self.observed.state.pool.may_exclude_more(self._tick().now_s)
+
+    def rows_failed(self, key: int) -> None:
+        """See `EngineOwner`."""
+        self.observed.post(seen.RowsFailed(key))
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):

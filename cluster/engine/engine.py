@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
 from functools import partial
 from time import monotonic_ns
 from typing import Self
 
-from llamaclust.cluster.engine.failures import PipelineFailure, failure_of, stage_error
+from llamaclust.cluster.engine.failures import EngineOwner, PipelineFailure, failure_of, row_failure, stage_error
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
@@ -19,7 +19,7 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled, Update
+from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, TokenSampled, Update
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import (
@@ -72,7 +72,7 @@ class _Phase(Enum):
 class Engine:
     """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
 
-    A lost pipeline closes the engine. With `on_lost`, requests wait instead, until `resume` with another pipeline or
+    A lost pipeline closes the engine. With an `owner`, requests wait instead, until `resume` with another pipeline or
     `give_up`. Without stages, a pipeline is still to be loaded: the engine sleeps until `resume`.
     """
 
@@ -81,7 +81,7 @@ class Engine:
         pipeline: Pipeline,
         settings: SchedulerSettings,
         deadlines: EngineSettings | None = None,
-        on_lost: Callable[[PipelineFailure], None] | None = None,
+        owner: EngineOwner | None = None,
     ) -> None:
         self.retirement: Retirement | None = None  # of the lane before the present one
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
@@ -92,7 +92,7 @@ class Engine:
         if self._phase is _Phase.ASLEEP:
             self.waterfalls.unloaded(monotonic_ns())
         self._is_draining = False
-        self._on_lost = on_lost
+        self._owner = owner
         self.deadlines = deadlines or EngineSettings()
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
@@ -199,11 +199,24 @@ class Engine:
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if result.failure is not None:
             self._lose(lane, stage_error(result, lane.pipeline.stages), result.number)
+        elif (fault := lane.scheduler.retries.take_fault()) is not None:
+            failure = row_failure(fault, lane.pipeline.stages)
+            if lane is self._lane:
+                self._interrupt(failure)
+            else:
+                self._end_retirement(failure.error)
 
     def _complete(self, lane: Lane, result: Result, done_ns: int) -> list[_Updated]:
         in_flight = lane.scheduler.in_flight
         slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or done_ns
+        is_suspicious = bool(result.embeddings) or any(row.failure for row in result.rows)
+        lane.scheduler.retries.suspects_workers = (
+            is_suspicious and self._owner is not None and self._owner.may_suspect_workers
+        )
         updated = lane.scheduler.complete(result, done_ns)
+        for key, updates in updated if is_suspicious else ():
+            if self._owner is not None and isinstance(updates[-1], Failed):
+                self._owner.rows_failed(key)
         self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, done_ns))
         if self.retirement is not None:
             updated = self.retirement.receive(updated)
@@ -285,7 +298,7 @@ class Engine:
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
         """A pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
-        if self._phase is not _Phase.RUNNING or self._on_lost is None or not isinstance(error, LlamaclustError):
+        if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
         failure = failure_of(error, lane.scheduler, lane.pipeline.stages, microbatch)
@@ -298,19 +311,19 @@ class Engine:
 
     def interrupt(self, error: BaseException) -> None:
         """Gives up the pipeline, which is lost or to be replaced."""
-        if self._on_lost is None or not isinstance(error, LlamaclustError):
+        if self._owner is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
         elif self._phase is _Phase.RUNNING:
             self._interrupt(PipelineFailure(error))
 
     def _interrupt(self, failure: PipelineFailure) -> None:
-        assert self._on_lost is not None
+        assert self._owner is not None
         self._lane.stop()
         self._end_retirement()
         self._phase = _Phase.LOST
         self.waterfalls.lost(monotonic_ns())
         self.error = failure.error
-        self._on_lost(failure)
+        self._owner.pipeline_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
         """Gives up the pipeline, until `resume`, if no request is open; whether it does. An engine that gives way does

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.scheduler.rows.retries import RowFault
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.strikes import MAX_STRIKES, StruckOut
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestFailedError, WorkerError
 from llamaclust.wire.microbatch.messages import Result
+
+
+class EngineOwner(Protocol):
+    """Keeps a pipeline under an engine: while there is none, requests wait."""
+
+    def pipeline_lost(self, failure: PipelineFailure) -> None: ...
+
+    @property
+    def may_suspect_workers(self) -> bool:
+        """Whether rows without a result may be the fault of a worker that others may replace."""
+        ...
+
+    def rows_failed(self, key: int) -> None:
+        """A request ends since rows of it have no result."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +35,7 @@ class PipelineFailure:
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # keys of those in flight
+    is_repeated: bool = False  # the worker has failed to compute the same rows before
     ended: Mapping[int, LlamaclustError] = field(default_factory=dict)  # by key, requests that end, and why
 
     @property
@@ -43,7 +61,15 @@ def failure_of(
     slices = scheduler.in_flight.slices(microbatch)
     struck_out = scheduler.strikes.add(slices, error.worker)
     ended = {struck.sequence.key: _ending(struck, error, stages=len(stages)) for struck in struck_out}
-    return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), ended)
+    is_repeated = microbatch is not None and any(taken.chunk.checked for taken in slices)
+    return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), is_repeated, ended)
+
+
+def row_failure(fault: RowFault, stages: Sequence[StageInfo]) -> PipelineFailure:
+    """Of rows that the last stage gave no result for."""
+    error = WorkerError(f"worker {stages[-1].worker}: {fault.failure}")
+    error.worker = stages[-1].worker
+    return PipelineFailure(error, frozenset({fault.key}), is_repeated=True)
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:

@@ -22,6 +22,7 @@ from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRe
 from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
+from llamaclust.cluster.scheduler.rows.retries import Retries
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.rows.taking import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
@@ -36,9 +37,6 @@ from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
 """Waiting sequences that count as work to come."""
-
-_MAX_FAILURES = 1
-"""Rows of a sequence without a result before it fails."""
 
 _EMBEDDED_BYTES = 1 << 20
 """Of a result's hidden states beside decode."""
@@ -69,7 +67,8 @@ class Scheduler:
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self.drafts = DraftCounts()
-        self._retries = self._computed_tokens = 0
+        self.retries = Retries()
+        self._computed_tokens = 0
 
     @property
     def counts(self) -> Counts:
@@ -81,7 +80,7 @@ class Scheduler:
             kv_blocks=blocks.count,
             kv_blocks_held=blocks.held,
             preemptions=self.queues.preemptions,
-            retries=self._retries,
+            retries=self.retries.count,
             cached_tokens=self.queues.cached_tokens,
             computed_tokens=self._computed_tokens,
         )
@@ -249,10 +248,8 @@ class Scheduler:
 
     def _ended(self, sequence: Sequence, updates: list[Update]) -> list[Update]:
         """The updates, of a sequence that may end with them; none where it is tried again."""
-        if isinstance(last := updates[-1], Failed) and sequence.failures < _MAX_FAILURES:
-            sequence.failures += 1
+        if isinstance(last := updates[-1], Failed) and self.retries.is_tried_again(sequence, last):
             self.queues.discard(sequence)
-            self._retries += 1
             return []
         if isinstance(last, Finished):
             self.queues.memory.finished(sequence)

@@ -86,6 +86,7 @@ class Sequence:
     has_matcher: bool = False  # the last stage has been sent what its matcher starts with
     last_forced: int = -_LATELY  # tokens of the answer with the last forced one
     failures: int = 0  # rows without a result since the last result
+    is_checked: bool = False  # after a failure, stages say where it comes from
     overtaken: int = 0  # sequences that started while it was its turn and it did not fit
     cached_tokens: int | None = None  # found in the prefix cache at first admission
     started_ns: int = 0

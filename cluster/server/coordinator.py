@@ -366,7 +366,7 @@ async def _engine(
         try:
             pipeline, settings = (NoPipeline(), sleeping) if first is None else (first.pipeline, first.settings)
             assert settings is not None
-            async with Engine(pipeline, settings, deadlines, supervisor.pipeline_lost) as engine:
+            async with Engine(pipeline, settings, deadlines, supervisor) as engine:
                 supervising = asyncio.create_task(supervisor.run(engine))
                 supervising.add_done_callback(partial(_broke, engine))
                 try:

@@ -23,7 +23,7 @@ def _is_one_row(chunk: Chunk) -> bool:
     if len(chunk.tokens) != 1 or chunk.depends_on is not None or chunk.state_to or chunk.state_from is not None:
         return False
     has_more = chunk.window_table or chunk.window_start or chunk.adapters or chunk.drafts or chunk.embedded != (0, 0)
-    return not has_more and chunk.next_token is None
+    return not has_more and chunk.next_token is None and not chunk.checked
 
 
 def _one_row(chunk: Chunk) -> bytes:
@@ -75,6 +75,7 @@ def _any(chunk: Chunk) -> bytes:
         state_to=chunk.state_to,
         next_token=chunk.next_token,
         drafts=chunk.drafts,
+        checked=chunk.checked,
     )
     if chunk.depends_on is not None:
         message.depends_on.number, message.depends_on.row = chunk.depends_on

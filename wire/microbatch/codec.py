@@ -86,6 +86,7 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
         states_in(message.state_to, len(tokens)) if message.state_to else (),
         bounded("next_token", message.next_token, 0, last_token) if message.HasField("next_token") else None,
         bounded("drafts", message.drafts, 0, MAX_DRAFTED_TOKENS),
+        message.checked,
     )
 
 

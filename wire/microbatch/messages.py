@@ -19,7 +19,8 @@ class Chunk:
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
     The result has the normed hidden state of the `embedded` rows [first, end) of the chunk. Its rows are computed with
     these adapters of LoRA. An MTP head reads `next_token`, the one behind the last where it is known, and drafts so
-    many tokens behind the one that the last row that counts chooses.
+    many tokens behind the one that the last row that counts chooses. `checked`: the microbatch fails at the first stage
+    where the chunk's hidden state is not finite, which it was not before.
     """
 
     tokens: tuple[int, ...]
@@ -35,6 +36,7 @@ class Chunk:
     state_to: tuple[int, ...] = ()  # (rows, block, rows, block, ...): blocks that get the state behind so many rows
     next_token: int | None = None
     drafts: int = 0
+    checked: bool = False
 
     @property
     def embedded_rows(self) -> int:

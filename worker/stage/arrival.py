@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.kernels._native import FrameReader, MicrobatchFrame
 from llamaclust.kernels.backend import Logits, RankedLogits
@@ -115,6 +118,16 @@ class Arrival:
         if program.is_first:
             return runner.run_to_sample(tokens.fill(self.microbatch), None)
         return runner.run_to_sample(self.microbatch, hidden)
+
+    def check(self, hidden: Logits) -> None:
+        """WorkerError where the hidden state of a checked chunk, which is never read natively, is not finite."""
+        assert not isinstance(hidden, RankedLogits), "those of a last stage"
+        row = 0
+        for chunk in self.microbatch.chunks if self.native is None else ():
+            first, row = row, row + len(chunk.tokens)
+            if chunk.checked and not np.isfinite(hidden[first:row]).all():
+                place = f"tokens [{chunk.position}, {chunk.position + len(chunk.tokens)})"
+                raise WorkerError(f"hidden states of {place} are not finite numbers, twice")
 
     def next_frame(self, hidden: Logits, timing: StageTiming) -> bytes:
         """For the next stage."""

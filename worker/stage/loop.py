@@ -228,6 +228,7 @@ class StageLoop:
         out, started_ns, compute_ns = await self._timed(_kind("run", arrival), partial(self._run_layers, arrival))
         queue_ns = started_ns - ready_ns
         if not program.is_last:
+            arrival.check(out)
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
         inputs = await self._inputs(arrival)
         kind = ("finish", arrival.rows.bit_length(), arrival.embedded_rows.bit_length())

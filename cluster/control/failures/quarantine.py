@@ -12,11 +12,12 @@ flight at every failure that it caused; once it has ended for that, those worker
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llamaclust.core.backoff import Backoff
 
 _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
+_IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
 """Failures before the first exclusion."""
 _REMEMBERED_S = 600.0
@@ -46,10 +47,15 @@ class FailureRecord:
 @dataclass(frozen=True, slots=True)
 class Quarantine:
     records: Mapping[str, FailureRecord] = field(default_factory=dict)  # by the worker's name
+    ignored: int = 0  # requests whose rows have no result on any worker
+    ignored_until_s: float = 0.0
 
-    def failed(self, name: str, reason: str, requests: frozenset[int], now_s: float) -> Quarantine:
-        """A worker failed while it served, with these requests in flight."""
-        return self._add(name, reason, requests, now_s, least=1)
+    def failed(
+        self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
+    ) -> Quarantine:
+        """A worker failed while it served, with these requests in flight; with `is_repeated`, for the second time to
+        compute the same rows."""
+        return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
         """A worker failed so often, or in such a way, that plans exclude it at once."""
@@ -66,15 +72,27 @@ class Quarantine:
         pause_s = 0.0 if failures <= _FREE else _BACKOFF.pause_s(failures - _FREE - 1)
         suspected = requests if before is None else before.requests & requests
         record = FailureRecord(failures, pause_s, now_s + pause_s, reason, suspected)
-        return Quarantine({**self.records, name: record})
+        return replace(self, records={**self.records, name: record})
 
     def release(self, names: Collection[str]) -> Quarantine:
         """Workers that an operator makes available again."""
-        return Quarantine({name: record for name, record in self.records.items() if name not in names})
+        return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
         """These requests were the cause: workers that failed only while one of them was in flight are released."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
+
+    def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
+        """Likewise of a request whose rows have no result elsewhere either. For a growing time, such rows are then no
+        reason to exclude a worker: a client may send what breaks the model's arithmetic again and again."""
+        released = self.exonerate(frozenset({key}))
+        if len(released.records) == len(self.records):
+            return self
+        return replace(released, ignored=self.ignored + 1, ignored_until_s=now_s + _IGNORED.pause_s(self.ignored))
+
+    def ignores_rows(self, now_s: float) -> bool:
+        """Whether rows without a result are no evidence against a worker now."""
+        return now_s < self.ignored_until_s
 
     def names(self, now_s: float) -> frozenset[str]:
         """The workers that are excluded now."""

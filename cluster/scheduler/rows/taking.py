@@ -58,8 +58,9 @@ def _slice(
     start, states = window.start if window.blocks else 0, sequence.states.of_chunk(sequence.scheduled, len(tokens))
     end = sequence.scheduled + len(tokens)
     following = sequence.tokens[end] if sequence.has_mtp and end < len(sequence.tokens) else None
-    head = following, sequence.mtp.take()
-    chunk = Chunk(tokens, sequence.scheduled, table, len(tasks), follows, window.runs, start, *rest, *states, *head)
+    head, checked = (following, sequence.mtp.take()), sequence.is_checked and sequence.failures > 0
+    place = tokens, sequence.scheduled, table, len(tasks), follows
+    chunk = Chunk(*place, window.runs, start, *rest, *states, *head, checked=checked)
     sequence.scheduled = end
     sequence.in_flight += 1
     kind = sequence.drafts.kind if drafted and sequence.drafts is not None else ""

@@ -10,13 +10,12 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState, _done_ns
-from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
 from llamaclust.wire.microbatch.messages import Result, StageTiming
-from support.clusters.fakes import VOCABULARY, FakePipeline, expected, linear, tokens_of
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, linear, tokens_of
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
 COMPLETIONS = '{operation="text_completion"}'
@@ -230,9 +229,9 @@ async def test_closing_the_engine_ends_every_stream() -> None:
 
 
 async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> None:
-    lost: list[PipelineFailure] = []
+    owner = Losses()
     pipeline, error = FakePipeline(SETTINGS.kv_blocks), WorkerError("worker w1 is lost")
-    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
+    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, owner=owner) as engine:
         failed = engine.submit(generation())
         engine.interrupt(error)
         engine.give_up(error)
@@ -241,7 +240,7 @@ async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> N
         await asyncio.sleep(0)  # the launch that was due runs
         engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
         assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
-    assert [failure.error for failure in lost] == [error]
+    assert [failure.error for failure in owner.failures] == [error]
 
 
 async def test_metrics_and_stage_report() -> None:

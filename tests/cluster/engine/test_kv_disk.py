@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from support.clusters.fakes import VOCABULARY, FakePipeline, blocks_of, expected, tokens_of
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, blocks_of, expected, tokens_of
 from support.clusters.served import until
 
 CONTEXT = 512
@@ -196,14 +196,14 @@ async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
     """Its stage may still write KV memory: another pipeline computes the request."""
     generation = request(prompt(Random(1), 300))
     kept = await written(generation)
-    pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
+    pipeline, owner = FakePipeline(KV_BLOCKS), Losses()
     disks = FakeDisks(pipeline, kept=kept, error=DeadlineError("a disk hangs"))
     pipeline.kv_disks = disks
-    disks.engine = engine = Engine(pipeline, SETTINGS, on_lost=lambda _: lost.set())
+    disks.engine = engine = Engine(pipeline, SETTINGS, owner=owner)
     async with engine:
         answering = asyncio.create_task(answered(engine, generation))
         async with asyncio.timeout(30):
-            await lost.wait()
+            await until(lambda: bool(owner.failures))
         other = FakePipeline(KV_BLOCKS)
         other.kv_disks = found = FakeDisks(other, engine, kept)
         engine.resume(other, SETTINGS)
@@ -214,15 +214,15 @@ async def test_a_disk_that_does_not_answer_ends_the_pipeline() -> None:
 async def test_requests_that_wait_are_read_for_a_new_pipeline() -> None:
     generation = request(prompt(Random(1), 300))
     kept = await written(generation)
-    pipeline, lost = FakePipeline(KV_BLOCKS), asyncio.Event()
-    engine = Engine(pipeline, SETTINGS, on_lost=lambda _: lost.set())
+    pipeline, owner = FakePipeline(KV_BLOCKS), Losses()
+    engine = Engine(pipeline, SETTINGS, owner=owner)
     async with engine:
         pipeline.gate.clear()
         answering = asyncio.create_task(answered(engine, generation))
         async with asyncio.timeout(30):
             await pipeline.taken.wait()
             pipeline.lose(WorkerError("lost"))
-            await lost.wait()
+            await until(lambda: bool(owner.failures))
         other = FakePipeline(KV_BLOCKS)
         other.kv_disks = found = FakeDisks(other, engine, kept)
         engine.resume(other, SETTINGS)

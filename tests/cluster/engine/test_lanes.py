@@ -18,7 +18,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
-from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, tokens_of
 from support.clusters.served import until
 from support.seed import SEED
 
@@ -69,10 +69,10 @@ class Lanes:
 
 @asynccontextmanager
 async def lanes(settings: SchedulerSettings = SETTINGS, **deadlines: float) -> AsyncIterator[Lanes]:
-    pipeline, lost = FakePipeline(settings.kv_blocks), list[PipelineFailure]()
-    engine = Engine(pipeline, settings, EngineSettings(**deadlines), on_lost=lost.append)
+    pipeline, owner = FakePipeline(settings.kv_blocks), Losses()
+    engine = Engine(pipeline, settings, EngineSettings(**deadlines), owner=owner)
     async with asyncio.timeout(60), engine:
-        run = Lanes(engine, [pipeline], settings, lost)
+        run = Lanes(engine, [pipeline], settings, owner.failures)
         yield run
         await run.check()
         counts = engine.counts

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch, PhaseKind, Waterfall
@@ -23,7 +22,7 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
-from support.clusters.fakes import VOCABULARY, FakePipeline
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
 from support.clusters.served import until
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
@@ -150,14 +149,14 @@ async def test_adapters_of_a_request_are_known_by_their_names() -> None:
 
 
 async def test_a_loss_is_a_phase_of_the_requests_that_it_interrupts() -> None:
-    lost: list[PipelineFailure] = []
+    owner = Losses()
     pipeline = FakePipeline(SETTINGS.kv_blocks)
-    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
+    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, owner=owner) as engine:
         stream = engine.submit(request())
         for _ in range(3):
             await anext(stream)
         pipeline.lose(WorkerError("w1 is gone"))
-        await until(lambda: bool(lost))
+        await until(lambda: bool(owner.failures))
         engine.submit(request("ffff4567")).abort()
         engine.resume(FakePipeline(SETTINGS.kv_blocks, stages=3), SETTINGS)
         await read(stream)

@@ -11,6 +11,7 @@ from hashlib import sha256
 
 import numpy as np
 
+from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.pipeline import KvDisks, StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
@@ -31,6 +32,23 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 
 VOCABULARY = 101
+
+
+@dataclass
+class Losses:
+    """An owner of an engine that keeps what it gets."""
+
+    failures: list[PipelineFailure] = field(default_factory=list)
+    may_suspect_workers: bool = False
+    ended_rows: list[int] = field(default_factory=list)
+
+    def pipeline_lost(self, failure: PipelineFailure) -> None:
+        self.failures.append(failure)
+
+    def rows_failed(self, key: int) -> None:
+        self.ended_rows.append(key)
+
+
 WIDTH = 4  # of hidden states
 
 

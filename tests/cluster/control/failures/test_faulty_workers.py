@@ -10,12 +10,23 @@ import pytest
 from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import RequestFailedError, WorkerError
-from support.clusters.faults.worker_faults import DEFERS, MUTE, MUTE_TO_FIRST, RAISES, SOME_ROWS, break_worker
+from support.clusters.faults.worker_faults import (
+    DEFERS,
+    MUTE,
+    MUTE_TO_FIRST,
+    NOT_FINITE,
+    NOT_FINITE_FOR_ONE,
+    NOT_FINITE_SEED,
+    RAISES,
+    SOME_ROWS,
+    break_worker,
+)
 from support.clusters.recovering import Answer, Recovering, config, recovering
 
 TOKENS = 60
 
 FAULTS = {"raises": RAISES, "raises for some rows": SOME_ROWS}
+RECOVERIES = {"raises": 2, "raises for some rows": 2, "not finite": 1}
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
 
 
@@ -30,7 +41,7 @@ def quarantined(run: Recovering, name: str) -> None:
 
 
 @pytest.mark.parametrize("worker", ["a", "b", "c"], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize("what", RECOVERIES)
 async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     what: str,
     worker: str,
@@ -40,12 +51,12 @@ async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    break_worker(monkeypatch, tmp_path, worker, FAULTS[what])
+    break_worker(monkeypatch, tmp_path, worker, {**FAULTS, "not finite": NOT_FINITE}[what])
     async with recovering(config(model, tmp_path)) as run:
         assert await asyncio.gather(*run.start(requests)) == expected
         quarantined(run, worker)
         assert not run.cluster.supervisor.epoch.holds(worker)
-        assert run.cluster.supervisor.recoveries == 2
+        assert run.cluster.supervisor.recoveries == RECOVERIES[what]
         assert run.worker(worker).loss is None, "it is alive, and tried again later"
 
 
@@ -121,12 +132,14 @@ async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_othe
     model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     async with recovering(config(model, tmp_path)) as run:
-        for _ in range(2):
+        for count in (1, 2):
             await run.whole()
             tasks, before = run.start(requests), run.tokens
             await run.token(before + 40)
             run.hurt("c")
             assert await asyncio.gather(*tasks) == expected
+            await run.until("its recovery", lambda count=count: run.cluster.supervisor.recoveries == count)  # type: ignore[misc]
+        await run.until("the quarantine", lambda: bool(notices(run)))
         quarantined(run, "c")
         for count in range(2, 4):
             await run.until("its return", lambda count=count: sum("c is here" in text for text in run.told) == count)  # type: ignore[misc]
@@ -135,3 +148,23 @@ async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_othe
             run.hurt("c")
             assert await asyncio.gather(*tasks) == expected
         assert run.cluster.supervisor.recoveries == 2, "it held no layers any more"
+
+
+async def test_a_request_whose_rows_have_no_result_on_any_worker_ends_and_releases_them(
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one like it interrupts nothing."""
+    break_worker(monkeypatch, tmp_path, "", NOT_FINITE_FOR_ONE)
+    async with recovering(config(model, tmp_path)) as run:
+        others = run.start(requests)
+        for recoveries in (1, 1):
+            (ending,) = run.start([GenerationRequest("not finite", tuple(range(3, 23)), 5, seed=NOT_FINITE_SEED)])
+            with pytest.raises(WorkerError, match="the logits are not finite numbers"):
+                await ending
+            assert run.cluster.supervisor.recoveries == recoveries
+            await run.until("the release", lambda: not run.cluster.supervisor.observed.state.inputs.quarantined)
+        assert await asyncio.gather(*others) == expected

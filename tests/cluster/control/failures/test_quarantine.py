@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from llamaclust.cluster.control.cluster_state import PoolState
 from llamaclust.cluster.control.failures.quarantine import Quarantine
 
 NONE = frozenset[str]()
@@ -74,3 +77,24 @@ def test_those_that_failed_most_often_come_first() -> None:
     quarantine = Quarantine().exclude("a", "", 0.0).exclude("b", "", 0.0).exclude("c", "", 0.0)
     quarantine = quarantine.exclude("b", "", 10.0)
     assert quarantine.worst_first({"a", "b", "c"}) == ["b", "a", "c"]
+
+
+def test_requests_without_results_anywhere_are_no_evidence_for_a_growing_time() -> None:
+    quarantine, now_s = Quarantine(), 0.0
+    for pause_s in (60, 120, 240):
+        quarantine = quarantine.failed("c", "not finite", frozenset({7}), now_s, is_repeated=True)
+        assert quarantine.names(now_s) == {"c"}, "one failure that came twice"
+        assert quarantine.exonerate_rows(8, now_s) == quarantine
+        quarantine = quarantine.exonerate_rows(7, now_s)
+        assert quarantine.names(now_s) == NONE and quarantine.ignores_rows(now_s + pause_s - 1)
+        now_s += pause_s
+        assert not quarantine.ignores_rows(now_s)
+
+
+def test_rows_are_evidence_where_another_worker_is_left() -> None:
+    pool = PoolState(present={"a": 1, "b": 2})
+    assert pool.may_exclude_more(0.0)
+    assert not replace(pool, quarantine=Quarantine().exclude("b", "", 0.0)).may_exclude_more(0.0)
+    assert not replace(pool, drained=frozenset("b")).may_exclude_more(0.0)
+    ignoring = Quarantine().exclude("b", "", 0.0).failed("c", "", frozenset({7}), 0.0).exonerate_rows(7, 0.0)
+    assert not replace(pool, quarantine=ignoring.release(["b"])).may_exclude_more(0.0)

@@ -14,7 +14,7 @@ _PROGRAM = dedent(
     # Runs in every process that the test starts.
     import sys
 
-    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == {worker!r}:
+    if "--name" in sys.orig_argv and {worker!r} in ("", sys.orig_argv[sys.orig_argv.index("--name") + 1]):
         from llamaclust.worker.stage.loop import StageLoop
 
         run_layers = StageLoop._run_layers
@@ -39,7 +39,7 @@ StageLoop._run_layers = fails
 
 
 def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
-    """Of clusters that are started from now on."""
+    """Of clusters that are started from now on. Without a name, each worker."""
     (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker) + indent(fault, "    "))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), *filter(None, sys.path))))
 
@@ -69,4 +69,27 @@ def defers(outputs, *given):
     return encode_result(replace(result, rows=rows))
 
 NativeOutputs.encode = defers
+"""
+NOT_FINITE = """
+import numpy as np
+
+def not_finite(loop, arrival):
+    return np.full_like(np.asarray(run_layers(loop, arrival)), np.nan)
+
+StageLoop._run_layers = not_finite
+"""
+NOT_FINITE_SEED = 666
+NOT_FINITE_FOR_ONE = f"""
+import numpy as np
+
+finish = StageLoop._finish
+
+def not_finite(loop, arrival, logits, received):
+    rows = [row for row, task in enumerate(received.inputs.tasks) if getattr(task, "seed", 0) == {NOT_FINITE_SEED}]
+    if rows:
+        logits = np.array(logits)
+        logits[rows] = np.nan
+    return finish(loop, arrival, logits, received)
+
+StageLoop._finish = not_finite
 """

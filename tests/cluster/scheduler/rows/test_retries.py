@@ -1,0 +1,73 @@
+"""Rows without a result: how often their sequence is computed again, and when a worker is suspected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.sampling import NOT_FINITE, Grammar, RowResult, SampleTask, SamplingParams
+from llamaclust.kernels.sampling import Sampler
+from llamaclust.wire.microbatch.codec import decode_microbatch, encode_microbatch
+from llamaclust.wire.microbatch.messages import Result
+
+SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6)
+PLAIN = GenerationRequest("r", (5, 6, 7), 20)
+GRAMMAR = replace(PLAIN, grammar=Grammar("{}"))
+NAN = float("nan")
+
+
+def failures(request: GenerationRequest, text: str, *, suspects_workers: bool) -> tuple[int, list[bool], list[str]]:
+    """How often a row fails until its sequence does, whether its chunks were checked, and the faults of the stage."""
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(request, 0)
+    scheduler.retries.suspects_workers = suspects_workers
+    checked, faults = list[bool](), list[str]()
+    for number in range(5):
+        scheduled = scheduler.next_microbatch(number)
+        assert scheduled is not None
+        assert decode_microbatch(encode_microbatch(scheduled.microbatch)) == scheduled.microbatch
+        checked.append(scheduled.microbatch.chunks[0].checked)
+        updated = scheduler.complete(Result(1, number, (RowResult(-1, NAN, failure=text),)), number)
+        if (fault := scheduler.retries.take_fault()) is not None:
+            faults.append(fault.failure)
+        if updated:
+            assert updated == [(1, [Failed(text)])]
+            return number + 1, checked, faults
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("request_", [PLAIN, GRAMMAR], ids=["plain", "grammar"])
+def test_a_row_that_is_not_finite_is_computed_again_checked_and_then_elsewhere(request_: GenerationRequest) -> None:
+    text = f"{NOT_FINITE}: damaged weights"
+    assert failures(request_, text, suspects_workers=False) == (2, [False, False], [])
+    assert failures(request_, text, suspects_workers=True) == (3, [False, True, True], [text])
+
+
+def test_a_grammar_that_cannot_be_followed_is_no_workers_fault() -> None:
+    assert failures(GRAMMAR, "the grammar is too complex", suspects_workers=True) == (2, [False, False], [])
+    assert failures(PLAIN, "out of order", suspects_workers=True) == (3, [False, True, True], ["out of order"])
+
+
+def test_a_result_between_two_failures_begins_anew_without_checks() -> None:
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(PLAIN, 0)
+    scheduler.retries.suspects_workers = True
+    rows = [RowResult(-1, NAN, failure=NOT_FINITE), RowResult(8, -1.0), RowResult(9, -1.0)]
+    checked = []
+    for number, row in enumerate(rows):
+        scheduled = scheduler.next_microbatch(number)
+        assert scheduled is not None
+        checked.append(scheduled.microbatch.chunks[0].checked)
+        scheduler.complete(Result(1, number, (row,)), number)
+    assert checked == [False, True, False] and scheduler.retries.take_fault() is None
+
+
+def test_the_samplers_failure_begins_as_the_scheduler_knows_it() -> None:
+    task = SampleTask(SamplingParams(), 0, 0, 3)
+    (row,) = Sampler(100).run(np.full((1, 100), np.nan, np.float32), (task,))
+    assert row.failure is not None and row.failure.startswith(NOT_FINITE)

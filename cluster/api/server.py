@@ -42,7 +42,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
     """How an app is served at a port. Warnings are not logged: any client can cause them without end. Idle connections
-    are the room's to close, later than clients do: OpenAI's gives one up after 5 s, and a request that meets the end
+    are the room's to close, later than clients and proxies do (nginx keeps them for 60 s): a request that meets the end
     of its connection on the way is lost."""
 
     class Connection(_Connection):
@@ -66,7 +66,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn
         server_header=False,
         proxy_headers=False,  # any program of this machine could write another client's address
         timeout_graceful_shutdown=_GRACE_S,
-        timeout_keep_alive=2 * math.ceil(settings.head_s),
+        timeout_keep_alive=2 * math.ceil(max(settings.head_s, settings.idle_s)),
     )
 
 
@@ -78,10 +78,18 @@ class _Room:
         self.settings = settings
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
-    def enter(self, connection: _Connection) -> None:
-        """It must ask for something in time from now on; bytes that are no whole head of a request do not count."""
+    def enter(self, connection: _Connection, wait_s: float) -> None:
+        """It is closed unless the whole head of a request is there in time."""
         if connection not in self._idle:
-            self._idle[connection] = connection.loop.call_later(self.settings.head_s, self._close, connection)
+            self._idle[connection] = connection.loop.call_later(wait_s, self._close, connection)
+
+    def begin_head(self, connection: _Connection) -> None:
+        """The first byte of a head is there. The connection keeps its place among those that are idle."""
+        timer = self._idle.get(connection)
+        if timer is not None:
+            timer.cancel()
+            head_s = self.settings.head_s
+            self._idle[connection] = connection.loop.call_later(head_s, self._close, connection)
 
     def leave(self, connection: _Connection) -> None:
         timer = self._idle.pop(connection, None)
@@ -102,12 +110,14 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """Idle until the whole head of a request is there, and again when its reply is written."""
+    """Idle until the whole head of a request is there, and again when its reply is written. A new connection has as
+    long for its first head, TLS handshake included, as others have from the first byte of a head."""
 
     room: ClassVar[_Room]
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
+        self._awaits_head = False  # kept, without a byte of its next head
         self.conn = self._http = HttpConnection(h11.SERVER, _HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -118,7 +128,13 @@ class _Connection(H11Protocol):
             transport.write(_BUSY)
             transport.close()
         else:
-            self.room.enter(self)
+            self.room.enter(self, self.room.settings.head_s)
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaits_head:
+            self._awaits_head = False
+            self.room.begin_head(self)
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.room.leave(self)
@@ -135,7 +151,9 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._is_idle and not self.transport.is_closing():
-            self.room.enter(self)
+            self._awaits_head = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+            settings = self.room.settings
+            self.room.enter(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
         """Whether pieces of this reply's body may be written now."""

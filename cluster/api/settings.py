@@ -45,7 +45,8 @@ class ApiSettings:
     max_body_bytes: int = 16 << 20
     max_held_bytes: int = 128 << 20  # of the bodies of one owner's requests that have no whole reply yet; of all: twice
     max_requests: int = 512  # of one owner that have no whole reply yet; of all: twice, and as many still to come
-    head_s: float = 10.0  # until the head of a connection's next request has arrived
+    idle_s: float = 75.0  # a kept connection waits so long for the first byte of its next request
+    head_s: float = 10.0  # from that byte, or from the start of a connection, until a request's head has arrived
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 15.0  # silence of a stream after which it gets a comment
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own

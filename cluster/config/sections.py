@@ -337,6 +337,8 @@ class Timeouts(Section):
     """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
     resume: Duration = 30.0
     """How long the reply to a request waits for a client that was cut off."""
+    idle: Duration = 75.0
+    """How long a client's connection is kept without a request; longer than a proxy in front of it keeps it."""
     coordinator: Duration = 600.0
     """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
 

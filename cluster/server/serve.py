@@ -315,6 +315,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,
+        idle_s=config.timeouts.idle,
         max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
     )
 

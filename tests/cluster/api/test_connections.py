@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -27,6 +28,8 @@ from support.clusters.served import ScriptedEngine, make_app, says, serving, unt
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 GENERATION = {"prompt": "Hello", "max_tokens": 3}
 FOR_LONG = 60.0
+NGINX_S = 60.0
+"""How long nginx keeps an idle connection to a server, by default."""
 with socket.socket() as closed:
     PORT = ApiPort(closed)
 
@@ -46,6 +49,12 @@ class Peer:
     async def head(self) -> bytes:
         """The head of a reply."""
         return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def reply(self) -> None:
+        """A whole reply."""
+        head = await self.head()
+        length = re.search(rb"Content-Length: (\d+)", head)
+        await (self.reader.readuntil(b"\r\n0\r\n\r\n") if length is None else self.reader.readexactly(int(length[1])))
 
     async def drip(self, data: bytes, every_s: float) -> None:
         with suppress(ConnectionError):
@@ -141,12 +150,70 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
         await drip
 
 
-def test_idle_connections_are_kept_for_longer_than_clients_keep_them() -> None:
-    """Where a server closes one as its client sends on it, the request is lost."""
+def test_idle_connections_are_kept_for_longer_than_clients_and_proxies_keep_them() -> None:
+    """Where a server closes one as its client sends on it, the request is lost: nginx answers it with 502."""
     settings = ApiSettings()
     server_s = server_config(Starlette(), settings, PORT).timeout_keep_alive
     client_s = httpx.Limits().keepalive_expiry
-    assert client_s is not None and client_s < settings.head_s < server_s
+    assert client_s is not None and client_s < NGINX_S < settings.idle_s < server_s
+
+
+def _post(path: bytes, body: bytes) -> bytes:
+    return b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (path, len(body), body)
+
+
+REQUESTS = {
+    "stream": _post(b"/v1/completions", b'{"prompt": "Hello", "max_tokens": 3, "stream": true}'),
+    "whole": _post(b"/v1/completions", b'{"prompt": "Hello", "max_tokens": 3}'),
+    "refused": _post(b"/tokenize", b"{"),
+    "unknown path": HEALTH.replace(b"/health", b"/nothing"),
+}
+
+
+@pytest.mark.parametrize("request_before", REQUESTS.values(), ids=REQUESTS.keys())
+async def test_the_deadline_of_a_head_runs_from_its_first_byte(request_before: bytes) -> None:
+    """Connections without a byte of their next request stay meanwhile; one that drips is closed, whatever came first."""
+    async with served(head_s=0.3, idle_s=FOR_LONG) as server:
+        kept, begun, dripping = peers = await server.connect(3)
+        for peer in peers:
+            peer.writer.write(request_before)
+            await peer.reply()
+        begun.writer.write(HEALTH[:1])
+        drip = asyncio.create_task(dripping.drip(HEALTH * 9, 0.05))
+        await until(lambda: begun.is_closed and dripping.is_closed)
+        await drip
+        assert not kept.is_closed
+        kept.writer.write(HEALTH)
+        assert (await kept.head()).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_head_that_began_behind_another_request_has_its_deadline() -> None:
+    async with served(head_s=0.3, idle_s=FOR_LONG) as server:
+        (peer,) = await server.connect()
+        peer.writer.write(HEALTH + HEALTH[:9])
+        await peer.reply()
+        await until(lambda: peer.is_closed)
+
+
+async def test_idle_connections_are_closed_at_last() -> None:
+    async with served(idle_s=0.3, head_s=FOR_LONG) as server:
+        kept, new = await server.connect(2)
+        kept.writer.write(HEALTH)
+        await kept.reply()
+        await until(lambda: kept.is_closed)
+        assert not new.is_closed
+
+
+async def test_idle_connections_give_their_places_to_others() -> None:
+    """Also those that have begun a head."""
+    async with served(max_requests=4, head_s=FOR_LONG) as server:  # 12 places
+        for peer in await server.connect(12):
+            peer.writer.write(HEALTH)
+            await peer.reply()
+        for peer in server.peers[:6]:
+            peer.writer.write(HEALTH[:9])
+        assert await server.answers()
+        await until(lambda: any(peer.is_closed for peer in server.peers))
 
 
 async def test_a_refused_request_whose_body_never_ends_is_closed_in_time() -> None:

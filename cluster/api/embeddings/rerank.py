@@ -1,10 +1,11 @@
-"""`POST /v1/rerank`: documents in the order of what they say about a query, in the forms of Jina (and Cohere) and of
-Text Embeddings Inference."""
+"""`POST /v1/rerank`: documents in the order of what they say about a query, in the forms of Jina, of Cohere
+(`/v2/rerank`) and of Text Embeddings Inference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final
+from uuid import uuid4
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.requests import Request
@@ -25,7 +26,10 @@ from llamaclust.core.errors import ParameterError
 
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
 """A public one."""
-RERANK_PATHS: Final = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking")
+_COHERE_PATH: Final = "/v2/rerank"
+RERANK_PATHS: Final = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking", _COHERE_PATH)
+_PAIRS_OF_A_UNIT: Final = 100
+"""Documents that Cohere bills as one search."""
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -91,7 +95,8 @@ class RerankEndpoint:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
         body = await read_body(request, RerankBody, RERANK, self._settings)
         self._names.check(body.model)
-        return await unless_disconnected(request, self._answer(body))
+        is_cohere = request.url.path.endswith(_COHERE_PATH)
+        return await unless_disconnected(request, self._answer(body, is_cohere=is_cohere))
 
     def _refusal(self) -> str:
         own = f"{self._service.settings.model_name!r} does not rank documents"
@@ -99,21 +104,24 @@ class RerankEndpoint:
             return f"{own}: name {' or '.join(map(repr, self._settings.rankers))} as model"
         return f"{own}: serve a reranker, such as `llamaclust up {_RERANKER}`, or one of `models` in the cluster file"
 
-    async def _answer(self, body: RerankBody) -> Response:
+    async def _answer(self, body: RerankBody, *, is_cohere: bool) -> Response:
         texts = body.given
         ranks = await self._service.rank(body.query, texts)
         best = sorted(range(len(ranks)), key=lambda index: -ranks[index].score)[: body.top_n]
         if body.texts is not None:
             return JsonResponse([_tei_result(body, texts, ranks, index) for index in best])
+        results = [_result(body, texts, ranks, index) for index in best]
+        if is_cohere:
+            return JsonResponse({"id": str(uuid4()), "results": results, "meta": _cohere_meta(len(texts))})
         tokens = sum(rank.prompt_tokens for rank in ranks)
-        return JsonResponse(
-            {
-                "object": "list",
-                "model": self._service.settings.model_name,
-                "results": [_result(body, texts, ranks, index) for index in best],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
-        )
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        model = self._service.settings.model_name
+        return JsonResponse({"object": "list", "model": model, "results": results, "usage": usage})
+
+
+def _cohere_meta(documents: int) -> dict[str, Any]:
+    units = -(-documents // _PAIRS_OF_A_UNIT)
+    return {"api_version": {"version": "2", "is_experimental": False}, "billed_units": {"search_units": units}}
 
 
 def _result(body: RerankBody, texts: Sequence[str], ranks: Sequence[Rank], index: int) -> dict[str, Any]:

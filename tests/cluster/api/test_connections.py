@@ -172,7 +172,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize("request_before", REQUESTS.values(), ids=REQUESTS.keys())
 async def test_the_deadline_of_a_head_runs_from_its_first_byte(request_before: bytes) -> None:
-    """Connections without a byte of their next request stay meanwhile; one that drips is closed, whatever came first."""
+    """Connections without a byte of their next request stay meanwhile; one that drips is closed."""
     async with served(head_s=0.3, idle_s=FOR_LONG) as server:
         kept, begun, dripping = peers = await server.connect(3)
         for peer in peers:

@@ -1,4 +1,4 @@
-"""Rerankers: llama.cpp's scores and order by `/v1/rerank`, in both of its forms."""
+"""Rerankers: llama.cpp's scores and order by `/v1/rerank`, in all of its forms."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ async def test_two_forms(tmp_path: Path) -> None:
     assert [result["document"]["text"] for result in jina["results"]] == [result["text"] for result in tei]
     found = [{"index": result["index"], "score": result["relevance_score"]} for result in jina["results"]]
     assert found == [{"index": result["index"], "score": result["score"]} for result in tei]
+
+
+@pytest.mark.parametrize(("documents", "units"), [(DOCUMENTS, 1), (DOCUMENTS[:1] * 100, 1), (DOCUMENTS[:1] * 101, 2)])
+@pytest.mark.parametrize("top_n", [None, 1])
+async def test_cohere_form(documents: list[str], units: int, top_n: int | None, tmp_path: Path) -> None:
+    async with served(build_encoder(tmp_path / "bert.gguf", "bert", pooling=RANK)) as http:
+        body = {"model": "rerank-v3.5", "query": QUERY, "documents": documents, "top_n": top_n, "priority": 0}
+        cohere = (await http.post("/v2/rerank", json=body)).json()
+        jina = (await http.post("/v1/rerank", json=body)).json()
+    assert cohere.keys() == {"id", "results", "meta"} and isinstance(cohere["id"], str)
+    assert cohere["results"] == jina["results"] and len(cohere["results"]) == (top_n or len(documents))
+    assert cohere["meta"]["api_version"]["version"] == "2"
+    assert cohere["meta"]["billed_units"] == {"search_units": units}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
+from itertools import chain
 from typing import Any
 
 from llamaclust.cluster.text.chat_format import AnswerReading
@@ -16,8 +17,9 @@ from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TEMPLATES, TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
+from llamaclust.model.chat.accepted_messages import accepted_forms, left_out
 from llamaclust.model.chat.prompt import guard_messages, unguarded
-from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.history import template_messages
 from llamaclust.model.chat.tools.tool_format import ToolFormat
@@ -156,24 +158,58 @@ def prompt_end(
 
 
 async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer) -> RenderedChat:
-    """RequestError where the template refuses the messages."""
+    """RequestError where the template refuses the messages in every form; where it refuses calls, they are text."""
     taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
     if taken:
         raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-    *messages, more = await run_on(TOKENIZING, _guarded, chat, form, tokenizer)
+    try:
+        return await _render(chat, form, form, template, tokenizer)
+    except TemplateRefusalError as refusal:
+        if not any(message["role"] == "tool" or message.get("tool_calls") for message in chat.messages):
+            raise
+        textual = replace(form, takes_tool_role=False, takes_call_messages=False)
+        try:
+            return await _render(chat, form, textual, template, tokenizer)
+        except TemplateRefusalError:
+            raise refusal from None
+
+
+async def _render(
+    chat: ChatRequest, form: ToolFormat, history: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer
+) -> RenderedChat:
+    """`history`: the format of the calls before the answer."""
+    *messages, more = await run_on(TOKENIZING, _guarded, chat, history, tokenizer)
     more |= {"now_s": chat.created}
     if chat.end is not PromptEnd.LAST_MESSAGE:
         is_open = chat.end is PromptEnd.GENERATION_PROMPT
-        async with TEMPLATES.turn():
-            text = await template.render_async(messages, add_generation_prompt=is_open, **more)
+        text = await _accepted_text(template, messages, {**more, "add_generation_prompt": is_open})
         begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
         return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + begun))
     *before, last = messages
-    async with TEMPLATES.turn():
-        text = await template.render_async(before, add_generation_prompt=True, **more)
+    text = await _accepted_text(template, before, {**more, "add_generation_prompt": True})
     content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
     begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
     return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))
+
+
+async def _accepted_text(template: ChatTemplate, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
+    """The text of the first form that the template renders whole, else of the first one that it renders.
+    TemplateRefusalError where it refuses all, with what it says of the messages as they are."""
+    refusal, shortened = None, None
+    for accepted in chain([messages], accepted_forms(messages)):
+        try:
+            async with TEMPLATES.turn():
+                text = await template.render_async(accepted, **more)
+        except TemplateRefusalError as error:
+            refusal = refusal or error
+            continue
+        if not left_out(messages, text):
+            return text
+        shortened = text if shortened is None else shortened
+    if shortened is None:
+        assert refusal is not None
+        raise refusal
+    return shortened
 
 
 def _guarded(chat: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> list[dict[str, Any]]:

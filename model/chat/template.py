@@ -38,6 +38,10 @@ _log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
+class TemplateRefusalError(RequestError):
+    """A template raised an error for these messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
     """What one render may use. `wait_s` is how long a render may wait for others before it."""
@@ -80,8 +84,8 @@ class ChatTemplate:
         """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
         `now_s` the Unix time that it sees, the present where that is missing.
 
-        RequestError where there is no template, it refuses the messages, fails, or uses more than its limits, always
-        the same for the same messages; DeadlineError where it had to wait too long for other renders, took too long by
+        RequestError where there is no template, it fails or uses more than its limits, TemplateRefusalError where it
+        refuses the messages, always the same for the same messages; DeadlineError where it had to wait too long for other renders, took too long by
         the clock, was killed by others or closed.
         """
         future = self._submit(messages, add_generation_prompt, extra)
@@ -145,7 +149,7 @@ class _Renderer:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
-            raise RequestError(f"the model's chat template: {_line(reply['error'])}")
+            raise TemplateRefusalError(f"the model's chat template: {_line(reply['error'])}")
         return str(reply["text"])
 
     def _report(self, unconfined: str | None) -> None:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
+from llamaclust.cluster.api.ignored import is_strict_request
 from llamaclust.cluster.api.json_outline import MAX_FIELD_VALUES, Member, Outline, outline
 from llamaclust.cluster.api.json_parts import has_many_values
 from llamaclust.cluster.api.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
@@ -52,7 +53,7 @@ async def read_body(request: Request, kind: type[AnyBody], foreign: ForeignField
 
 async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
     """The reply names the fields that have no effect. Raises HttpError (400), and what `read_fields` raises."""
-    leniency = None if settings.is_strict else Leniency()
+    leniency = None if settings.is_strict or is_strict_request() else Leniency()
 
     def parse() -> AnyBody:
         fields = _with_defaults(parse_object(data), kind, foreign, settings)

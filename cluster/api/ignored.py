@@ -1,4 +1,5 @@
-"""A header of the reply that names fields of the request, and parts of its tools' schemas, without effect."""
+"""A header of the reply that names fields of the request, and parts of its tools' schemas, without effect, unless a
+header of the request asks for a refusal."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Final
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.text.ignored import ignored_parts
 
 HEADER: Final = "X-Llamaclust-Ignored"
+STRICT_HEADER: Final = "X-Llamaclust-Strict"
+_YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
@@ -22,6 +26,12 @@ _MOST_OF_A_HEADER: Final = 3072
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
+_is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
+
+
+def is_strict_request() -> bool:
+    """Whether the request that this task answers is to be refused where a part of it has no effect."""
+    return _is_strict.get()
 
 
 class IgnoredFields:
@@ -44,11 +54,13 @@ class IgnoredFields:
                 self._report(scope["path"], names)
             await send(message)
 
-        token = ignored_parts.set(fields)
+        asked = Headers(scope=scope).get(STRICT_HEADER, "").lower() in _YES
+        token, strict_token = ignored_parts.set(fields), _is_strict.set(asked)
         try:
             await self._app(scope, receive, name_fields)
         finally:
             ignored_parts.reset(token)
+            _is_strict.reset(strict_token)
 
     def _report(self, path: str, fields: Sequence[str]) -> None:
         new = [field for field in fields if (path, field) not in self._logged]

@@ -1,6 +1,6 @@
 """Bodies of requests as classes: known fields of their own types alone, and errors that name the field.
 
-Fields that come in several shapes are read into one: stop strings, prompts, messages' content, logit biases."""
+Fields that come in several shapes are read into one: stop strings, prompts, logit biases."""
 
 from __future__ import annotations
 
@@ -226,25 +226,6 @@ def _prompt(value: Any) -> Prompt:
     raise ValueError("must be a string, a list of token ids, or a list of those")
 
 
-def _content(value: Any) -> str:
-    """The text of a message; parts are put on lines of their own."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    return "\n".join(_part(part) for part in value)
-
-
-def _part(part: Any) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise ValueError("a part must be an object with a 'type'")
-    if part["type"] != "text":
-        raise ValueError(f"parts of type {part['type'][:60]!r} are not supported, only 'text'")
-    if not isinstance(part.get("text"), str):
-        raise ValueError("a text part needs the field 'text'")
-    return str(part["text"])
-
-
 def prompt_string(value: dict[str, Any]) -> str:
     """{"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
     text = value.get("prompt_string")
@@ -283,7 +264,6 @@ def _bias(value: Any) -> float:
 _STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
-_PARTS = {"type": "array", "items": {"type": "object", "required": ["type", "text"]}}
 
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
 """Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
@@ -291,7 +271,6 @@ SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type"
 """None: drawn, which llama.cpp writes -1."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
-ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
 BiasField = Annotated[
     tuple[tuple[int, float], ...],
     BeforeValidator(_biases),

@@ -17,7 +17,7 @@ from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.threads import TEMPLATES, TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.model.chat.accepted_messages import accepted_forms, left_out
+from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
@@ -56,10 +56,10 @@ class ToolUse:
         names = [tool["function"]["name"] for tool in tools]
         if len(set(names)) < len(names):
             raise ParameterError("tools", "two functions have the same name")
-        if self.mode is ToolMode.REQUIRED and not names:
-            raise ParameterError("tool_choice", "needs tools")
         if self.name is not None and self.name not in names:
             raise ParameterError("tool_choice", f"names {self.name[:60]!r}, which is not among the tools")
+        if self.mode is ToolMode.REQUIRED and not names:
+            raise ParameterError("tool_choice", "needs tools")
 
 
 class PromptEnd(Enum):
@@ -203,7 +203,7 @@ async def _accepted_text(template: ChatTemplate, messages: list[dict[str, Any]],
         except TemplateRefusalError as error:
             refusal = refusal or error
             continue
-        if not left_out(messages, text):
+        if not lacks_system(messages, text):
             return text
         shortened = text if shortened is None else shortened
     if shortened is None:

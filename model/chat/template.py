@@ -85,8 +85,8 @@ class ChatTemplate:
         `now_s` the Unix time that it sees, the present where that is missing.
 
         RequestError where there is no template, it fails or uses more than its limits, TemplateRefusalError where it
-        refuses the messages, always the same for the same messages; DeadlineError where it had to wait too long for other renders, took too long by
-        the clock, was killed by others or closed.
+        refuses the messages, always the same for the same messages; DeadlineError where it had to wait too long for
+        other renders, took too long by the clock, was killed by others or closed.
         """
         future = self._submit(messages, add_generation_prompt, extra)
         try:

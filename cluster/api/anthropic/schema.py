@@ -6,10 +6,9 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
-from llamaclust.cluster.api.anthropic.tools import OutputConfig, ThinkingField, ToolChoice, ToolField, output_grammar
+from llamaclust.cluster.api.anthropic.tools import OutputConfig, ThinkingField, ToolChoice, ToolsField, output_grammar
 from llamaclust.cluster.api.anthropic.turns import merged_turns, read_system, read_turn
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import LimitField, StopField
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
@@ -34,16 +33,17 @@ class MessagesBody(AnswerFields, ReasoningFields):
     model: str | None = None
     """Any name, unless `strict_model` is set."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat so far. Blocks of type text, thinking, tool_use and tool_result; successive messages of one role are
-    one. A last message of role assistant is continued."""
+    """The chat so far. Blocks of type text, thinking, tool_use and tool_result; texts stand in place of pictures,
+    documents and blocks of tools that other servers ran; successive messages of one role are one. A last message of
+    role assistant is continued."""
     system: _SystemField = ""
     """The system prompt: text, or blocks of text. A billing header at its beginning is left out."""
     max_tokens: LimitField = None
     """Tokens of the answer, at most; by default what the context leaves."""
     stop_sequences: StopField = ()
     """The answer ends before the first of these."""
-    tools: list[ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
-    """Functions that the model may call."""
+    tools: ToolsField = Field(default_factory=list)
+    """Functions that the model may call, and bash_*, text_editor_* and memory_*; other tools are left out."""
     tool_choice: ToolChoice | None = None
     """Whether the answer calls them."""
     thinking: ThinkingField | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.api.fields.foreign_parts import leave_out
 from llamaclust.cluster.api.foreign_fields import ANTHROPIC_TOOL, THINKING
-from llamaclust.cluster.api.openai.function_tools import function_tool
+from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool, present
 from llamaclust.cluster.api.schema import Body, read_part
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
@@ -15,6 +16,36 @@ from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 
 _MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "any": ToolMode.REQUIRED, "tool": ToolMode.REQUIRED}
+
+
+_TEXT: Final = {"type": "string"}
+_TEXTS: Final = ("path", "file_text", "old_str", "new_str", "insert_text", "old_path", "new_path")
+_FILES: Final[dict[str, Any]] = {
+    **dict.fromkeys(_TEXTS, _TEXT),
+    "insert_line": {"type": "integer"},
+    "view_range": {"type": "array", "items": {"type": "integer"}},
+}
+
+
+def _file_tool(description: str, *commands: str) -> dict[str, Any]:
+    properties = {"command": {"enum": [*commands]}, **_FILES}
+    parameters = {"type": "object", "properties": properties, "required": ["command"]}
+    return {"description": description, "parameters": parameters}
+
+
+_EDITS: Final = ("view", "create", "str_replace", "insert")
+_CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
+    "bash_": {
+        "description": "Runs a command in a bash session on the user's machine; restart begins a new one.",
+        "parameters": {
+            "type": "object",
+            "properties": {"command": _TEXT, "restart": {"type": "boolean"}},
+        },
+    },
+    "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
+    "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
+}
+"""Tools that the client runs and knows by their type alone: what a type begins with, before its date."""
 
 
 class Tool(Body):
@@ -73,13 +104,17 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
+    """None for one that Anthropic's servers would run."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
-    kind = value.get("type", "custom")
-    if kind not in (None, "custom"):
-        raise ValueError(f"tools of type {str(kind)[:60]!r} are run by Anthropic's servers and not supported here")
-    read_part(Tool, value, ANTHROPIC_TOOL, info.context)
-    return function_tool(value, parameters="input_schema")
+    kind = value.get("type")
+    if kind in (None, "custom"):
+        read_part(Tool, value, ANTHROPIC_TOOL, info.context)
+        return function_tool(value, parameters="input_schema")
+    known = next((known for begin, known in _CLIENT_TOOLS.items() if str(kind).startswith(begin)), None)
+    if known is None:
+        return leave_out("tools", str(kind), info.context)
+    return function_tool({"name": value.get("name"), **known})
 
 
 def _thinking(value: Any, info: ValidationInfo) -> Any:
@@ -88,7 +123,8 @@ def _thinking(value: Any, info: ValidationInfo) -> Any:
     return read_part(Thinking, value, THINKING, info.context)
 
 
-_TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name", "input_schema"]})
+_TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name"]})
 _THINKING_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["type"]})
-ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), _TOOL_SCHEMA]
+_ToolField = Annotated[Any, BeforeValidator(_tool), _TOOL_SCHEMA]
+ToolsField = Annotated[list[_ToolField], Field(max_length=MAX_TOOLS), AfterValidator(present)]
 ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA]

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+from pydantic import ValidationInfo
+
+from llamaclust.cluster.api.fields.foreign_parts import is_media, leave_out, media_text, tool_text
+
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
 """What Claude Code puts before its system prompt. It differs from request to request, so no prompt behind it would be
 found in the prefix cache; it says nothing to the model."""
@@ -49,8 +53,9 @@ class Turn:
             yield {"role": self.role, "content": text}
 
 
-def read_turn(message: Any) -> Turn:
-    """Of one message. ValueError for one that is wrong or has parts that are not supported."""
+def read_turn(message: Any, info: ValidationInfo) -> Turn:
+    """The turn of one message. ValueError for one that is wrong. Texts stand in place of blocks that are not supported;
+    unless the context is a `Leniency`, these are a ValueError too."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -61,7 +66,7 @@ def read_turn(message: Any) -> Turn:
     parts = []
     for place, block in enumerate(content):
         try:
-            parts.append(_block(role, block))
+            parts.append(_block(role, block, info.context))
         except ValueError as error:
             raise ValueError(f"content[{place}]: {error}") from error
     return Turn.of(role, parts)
@@ -72,12 +77,12 @@ def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
     return [Turn.of(role, parts) for role, parts in groupby(turns, lambda turn: turn.role)]
 
 
-def read_system(value: Any) -> str:
+def read_system(value: Any, info: ValidationInfo) -> str:
     """The text of a system prompt, without billing headers. ValueError for another form."""
     blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(blocks, list):
         raise ValueError("must be a string or a list of text blocks")
-    texts = (_without_billing(text) for text in _texts(blocks))
+    texts = (_without_billing(text) for text in _texts(blocks, info.context))
     return "\n".join(text for text in texts if text)
 
 
@@ -86,7 +91,7 @@ def _without_billing(text: str) -> str:
     return text if header is None else text[header.end() :]
 
 
-def _block(role: str, block: Any) -> Turn:
+def _block(role: str, block: Any, context: object) -> Turn:
     kind = block.get("type") if isinstance(block, dict) else None
     if not isinstance(kind, str):
         raise ValueError("a block must be an object with a 'type'")
@@ -100,14 +105,33 @@ def _block(role: str, block: Any) -> Turn:
         case "assistant", "tool_use":
             return Turn(role, calls=(_call(block),))
         case "user", "tool_result":
-            return Turn(role, results=(_result(block),))
-    raise ValueError(_unsupported(kind, role))
+            return Turn(role, results=(_result(block, context),))
+        case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # of another server's tool
+            leave_out("content", kind, context)
+            return Turn(role, texts=(tool_text(kind, block),))
+    return Turn(role, texts=(_text_of(block, context),))
 
 
-def _unsupported(kind: str, role: str) -> str:
-    if kind == "image":
-        return "image input is not supported by this server; leave it out"
-    return f"blocks of type {kind[:60]!r} are not supported in messages of role {role!r}"
+def _text_of(block: Any, context: object) -> str:
+    """The text of a block outside an assistant's answer, or what stands in its place."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        return _text(block, "text")
+    if kind == "tool_reference":  # a tool that a search found; all of them are offered
+        return _text(block, "tool_name")
+    if kind == "search_result":
+        return "\n".join(
+            [*(str(block.get(name) or "") for name in ("title", "source")), *_texts(block.get("content"), context)]
+        )
+    source = block.get("source") if kind == "document" else None
+    if isinstance(source, dict) and source.get("type") == "text":
+        return _text(source, "data")
+    if isinstance(source, dict) and source.get("type") == "content":
+        content = source.get("content")
+        return content if isinstance(content, str) else "\n".join(_texts(content, context))
+    if isinstance(kind, str) and is_media(kind):
+        return media_text(kind, context)
+    raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported here")
 
 
 def _call(block: dict[str, Any]) -> dict[str, Any]:
@@ -118,23 +142,18 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
     return {"id": _text(block, "id"), "type": "function", "function": function}
 
 
-def _result(block: dict[str, Any]) -> dict[str, Any]:
+def _result(block: dict[str, Any], context: object) -> dict[str, Any]:
     content = block.get("content") or ""
-    text = content if isinstance(content, str) else "\n".join(_texts(content))
+    text = content if isinstance(content, str) else "\n".join(_texts(content, context))
     if block.get("is_error") is True:
         text = _ERROR + text
     return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": text}
 
 
-def _texts(blocks: Any) -> list[str]:
-    """Of blocks that may be text alone."""
+def _texts(blocks: Any, context: object) -> list[str]:
     if not isinstance(blocks, list):
         raise ValueError("content: must be a string or a list of blocks")
-    for block in blocks:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind != "text":
-            raise ValueError(_unsupported(str(kind), "user") if kind == "image" else "only text blocks are supported")
-    return [_text(block, "text") for block in blocks]
+    return [_text_of(block, context) for block in blocks]
 
 
 def _text(block: dict[str, Any], name: str) -> str:

@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.api.fields.foreign_parts import media_text
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
-from llamaclust.cluster.api.openai.tools import CallField, ToolField
+from llamaclust.cluster.api.openai.tools import CallField, ToolsField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
@@ -211,6 +211,11 @@ class OllamaMessage(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
+    images = value.get("images")
+    value = {**value, "images": None}
+    if images:
+        text = media_text("images", info.context)
+        value["content"] = "\n".join(filter(None, [value.get("content"), text]))
     message = read_part(OllamaMessage, value, OLLAMA_MESSAGE, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")
@@ -226,7 +231,7 @@ class OllamaChatBody(AnswerFields):
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)
     """The chat so far; none: the model is loaded, as it always is."""
-    tools: list[ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: ToolsField = Field(default_factory=list)
     """Functions that the model may call."""
 
     @property

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Final
 
+from llamaclust.cluster.api.fields.foreign_parts import leave_out
+from llamaclust.model.chat.tools.argument_values import arguments_object
+
 MAX_TOOLS: Final = 1024
+TEXT_ARGUMENT: Final = "input"
+"""The argument of a function in place of a custom tool."""
+_BETWEEN: Final = "__"
 _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
@@ -24,6 +30,41 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
         raise ValueError(f"{place}description: must be a string")
     made = {"name": function["name"], "description": function.get("description") or ""}
     return {"type": "function", "function": {**made, "parameters": function.get(parameters) or _NO_PARAMETERS}}
+
+
+def present(tools: list[Any]) -> list[Any]:
+    """The tools that were not left out, as None stands for one that was."""
+    return [tool for tool in tools if tool is not None]
+
+
+def flat_name(namespace: str | None, name: str) -> str:
+    """The name of a function that may be in a namespace, as the model knows it."""
+    return name if namespace is None else f"{namespace}{_BETWEEN}{name}"
+
+
+def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
+    """The fields of a function in place of a custom tool, whose only argument is a text. A regular expression binds the
+    text; a Lark grammar is shown to the model alone, and named as without effect."""
+    text: dict[str, Any] = {"type": "string"}
+    description = tool.get("description") or ""
+    form = tool.get("format")
+    if isinstance(form, dict) and form.get("type") == "grammar":
+        definition = form.get("definition")
+        if form.get("syntax") not in ("lark", "regex") or not isinstance(definition, str):
+            raise ValueError("format: a grammar must have a 'syntax' of lark or regex and a 'definition'")
+        if form["syntax"] == "regex":
+            text["pattern"] = f"^(?:{definition})$"
+        else:
+            leave_out("tools", "custom.format", context)
+            description = f"{description}\n\nThe {TEXT_ARGUMENT} obeys this Lark grammar:\n{definition}".strip()
+    schema = {"type": "object", "properties": {TEXT_ARGUMENT: text}, "required": [TEXT_ARGUMENT]}
+    return {"name": tool.get("name"), "description": description, "parameters": schema}
+
+
+def text_of_call(arguments: str) -> str:
+    """The text of a custom tool's call. Arguments of another form, as of an answer that was cut, are the text."""
+    given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
+    return given if isinstance(given, str) else arguments
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:

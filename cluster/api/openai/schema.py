@@ -11,12 +11,12 @@ from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import MESSAGE
+from llamaclust.cluster.api.openai.content import ContentField
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import (
     BiasField,
     Body,
-    ContentField,
     LimitField,
     Prompt,
     PromptsField,
@@ -54,7 +54,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
-    """Text, or parts of type `text`."""
+    """Text, or parts of type `text`; a short text stands in place of a picture, sound or a file."""
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.api.fields.foreign_parts import leave_out
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool
+from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, call_id_of, function_tool, present
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
@@ -21,8 +22,12 @@ from llamaclust.model.chat.tools.events import (
 )
 
 
-def _tool(value: Any) -> Any:
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("function"), dict):
+def _tool(value: Any, info: ValidationInfo) -> Any:
+    """None for one that another server would run."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        return leave_out("tools", kind, info.context)
+    if not isinstance(value, dict) or kind != "function" or not isinstance(value.get("function"), dict):
         raise ValueError("a tool must be an object with type 'function' and an object 'function'")
     return function_tool(value["function"], "function.")
 
@@ -52,7 +57,8 @@ def _choice(value: Any) -> Any:
 
 _MODES: Final = {"none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 _OBJECT: Final = WithJsonSchema({"type": "object", "required": ["type", "function"]})
-ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), _OBJECT]
+_ToolField = Annotated[Any, BeforeValidator(_tool), _OBJECT]
+ToolsField = Annotated[list[_ToolField], Field(max_length=MAX_TOOLS), AfterValidator(present)]
 CallField = Annotated[dict[str, Any], BeforeValidator(_call), _OBJECT]
 _ChoiceField = Annotated[
     Any,
@@ -64,8 +70,8 @@ _ChoiceField = Annotated[
 class ToolFields(ReasoningFields):
     """Which tools a chat offers, and how the answer shows reasoning."""
 
-    tools: list[ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
-    """Functions that the model may call."""
+    tools: ToolsField = Field(default_factory=list)
+    """Functions that the model may call; tools of other types are left out."""
     tool_choice: _ChoiceField = None
     """`auto` (the default), `none`, `required`, or the one function to be called."""
     parallel_tool_calls: bool | None = None

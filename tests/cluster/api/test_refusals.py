@@ -40,7 +40,8 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     [
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"google_search": {}}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL | {"function": {"name": "a b"}}]}, "tools[0]"),
         ({"tools": [TOOL | {"function": {"name": "f", "parameters": [1]}}]}, "tools[0]"),
         ({"tools": [TOOL, TOOL]}, "tools"),
@@ -95,7 +96,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "txt", "text": "a"}]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [TOOL]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt"),
         ({"continue_final_message": True}, "continue_final_message"),

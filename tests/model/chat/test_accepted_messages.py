@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.cluster.text.chat import ChatRequest, PromptEnd
 from llamaclust.core.errors import RequestError
-from llamaclust.model.chat.accepted_messages import accepted_forms, left_out
+from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.template import ChatTemplate
 from support.chat.strict_templates import STRICT_TEMPLATES
 from support.clusters.served import ScriptedEngine, make_service, says
@@ -96,9 +96,9 @@ def test_merged_messages_keep_calls_and_reasoning() -> None:
 def test_a_system_message_that_is_missing_is_noticed() -> None:
     long = "a" * 100 + "b"
     system = [{"role": "system", "content": f" {long}\n"}]
-    assert not left_out(system, f"<s>{long}</s>")
-    assert left_out(system, "<s>" + "a" * 100) and left_out(system, "")
-    assert not left_out([{"role": "system", "content": None}, {"role": "user", "content": "x"}], "")
+    assert not lacks_system(system, f"<s>{long}</s>")
+    assert lacks_system(system, "<s>" + "a" * 100) and lacks_system(system, "")
+    assert not lacks_system([{"role": "system", "content": None}, {"role": "user", "content": "x"}], "")
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral", "llama-2"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import call_id_of
+from llamaclust.cluster.api.openai.function_tools import call_id_of, text_of_call
 from llamaclust.cluster.api.openai.responses.response import Status
+from llamaclust.cluster.api.openai.responses.tools import BUILT_IN, ClientTool
+from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,
@@ -22,13 +24,15 @@ Shown = dict[str, Any]
 """An event without its number: its `type` and further fields."""
 
 _PART_TYPES: Final = {"message": "output_text", "reasoning": "reasoning_text"}
-_PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 
 
 class OutputItems:
     """Puts an answer's items together and gives the events of each step. One item is open at a time."""
 
-    def __init__(self, reply_id: str) -> None:
+    def __init__(self, reply_id: str, tools: Mapping[str, ClientTool]) -> None:
+        """`tools`: by the names that the model knows."""
+        self._tools = tools
         self.items: list[dict[str, Any]] = []
         self._reply_id = reply_id
         self._is_open = False
@@ -49,11 +53,12 @@ class OutputItems:
                 case ContentText(text) if text:
                     yield from self._piece("message", text)
                 case CallBegun(index, name, call_id):
-                    call_id = call_id or call_id_of(self._reply_id, index)
-                    yield from self._begin("function_call", call_id=call_id, name=name, arguments="")
+                    kind, fields = _call(name, self._tools.get(name))
+                    yield from self._begin(kind, call_id=call_id or call_id_of(self._reply_id, index), **fields)
                 case ArgumentText(_, text) if text:
                     self._pieces.append(text)
-                    yield self._event("response.function_call_arguments.delta", delta=text)
+                    if self.items[-1]["type"] == "function_call":
+                        yield self._event("response.function_call_arguments.delta", delta=text)
                 case CallEnded():
                     yield from self._close(Status.COMPLETED)
 
@@ -82,7 +87,7 @@ class OutputItems:
 
     def _begin(self, kind: str, **fields: Any) -> Iterator[Shown]:
         yield from self._close(Status.COMPLETED)
-        item_id = f"{_PREFIXES[kind]}_{self._reply_id}{len(self.items)}"
+        item_id = f"{_PREFIXES.get(kind, 'call')}_{self._reply_id}{len(self.items)}"
         self.items.append({"id": item_id, "type": kind, "status": Status.IN_PROGRESS, **fields})
         self._is_open = True
         self._pieces, self._logprobs = [], []
@@ -99,6 +104,13 @@ class OutputItems:
             item["arguments"] = text or "{}"
             done = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **done)
+        elif kind == "custom_tool_call":
+            item["input"] = text_of_call(text)
+            yield self._event("response.custom_tool_call_input.delta", delta=item["input"])
+            yield self._event("response.custom_tool_call_input.done", input=item["input"])
+        elif kind not in _PART_TYPES:
+            built_in = BUILT_IN[kind.removesuffix("_call")]
+            item[built_in.field] = {**built_in.fixed, **(arguments_object(text) or {})}
         else:
             part = _part(kind, text, self._logprobs)
             item["content"] = [part]
@@ -115,6 +127,18 @@ class OutputItems:
 
     def _item_event(self, name: str) -> Shown:
         return {"type": name, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+
+
+def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
+    """The type of a call's item, and its first fields."""
+    if tool is not None and tool.kind in BUILT_IN:
+        built_in = BUILT_IN[tool.kind]
+        return f"{tool.kind}_call", {built_in.field: dict(built_in.fixed)}
+    namespaced = {} if tool is None or tool.namespace is None else {"namespace": tool.namespace}
+    named = {"name": name if tool is None else tool.name, **namespaced}
+    if tool is not None and tool.kind == "custom":
+        return "custom_tool_call", {**named, "input": ""}
+    return "function_call", {**named, "arguments": ""}
 
 
 def _logprobs_of(text: str, entries: list[Shown], *, is_first: bool) -> tuple[list[Shown], list[Shown]]:

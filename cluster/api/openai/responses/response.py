@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from llamaclust.cluster.api.openai.responses.tools import ClientTool
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError
@@ -28,11 +29,12 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What a response shows beside the answer."""
+    """What a response shows beside the answer, and its tools, by which calls are shown."""
 
     logprobs: bool = False
     timings: bool = False  # llama.cpp's, in the events of a stream
     progress: bool = False  # likewise
+    tools: Mapping[str, ClientTool] = field(default_factory=dict)  # by the names that the model knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool
-from llamaclust.cluster.api.openai.responses.items import read_items
+from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
+from llamaclust.cluster.api.openai.responses.items import Item, read_items
 from llamaclust.cluster.api.openai.responses.response import Details
+from llamaclust.cluster.api.openai.responses.tools import ClientTool, ToolSet, read_tools
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.api.structured_output import response_format_grammar
@@ -26,22 +27,24 @@ _ALLOWED: Final = "allowed_tools"
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
-def _tool(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind != "function":
-        raise ValueError(f"tools of type {str(kind)[:60]!r} are not supported, only 'function'")
-    nested = value.get("function")
-    return function_tool(nested if isinstance(nested, dict) else value)
-
-
 def _choice(value: Any) -> Any:
     if isinstance(value, str) and value in _MODES:
         return value
-    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("name"), str):
-        return {"type": "function", "name": value["name"]}
     if isinstance(value, dict) and value.get("type") == _ALLOWED:
         return {"type": _ALLOWED, "mode": _allowed_mode(value.get("mode")), "tools": _allowed_tools(value.get("tools"))}
-    raise ValueError("must be 'none', 'auto', 'required', {\"type\": \"function\", \"name\": ...} or allowed_tools")
+    return _named_tool(
+        value, "must be 'none', 'auto', 'required', {\"type\": \"function\", \"name\": ...} or allowed_tools"
+    )
+
+
+def _named_tool(value: Any, message: str) -> dict[str, str]:
+    """The fields of a choice that name a tool."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    names = {key: value[key] for key in ("type", "name", "namespace") if value.get(key) is not None} if kind else {}
+    needs_name = kind in ("function", "custom")
+    if not names or not all(isinstance(name, str) for name in names.values()) or (needs_name and "name" not in names):
+        raise ValueError(message)
+    return names
 
 
 def _allowed_mode(value: Any) -> str:
@@ -53,10 +56,15 @@ def _allowed_mode(value: Any) -> str:
 def _allowed_tools(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_TOOLS:
         raise ValueError(f"tools: must be a list of 1 to {MAX_TOOLS} tools")
-    names = [tool.get("name") if isinstance(tool, dict) and tool.get("type") == "function" else None for tool in value]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError('tools: each must be {"type": "function", "name": ...}')
-    return [{"type": "function", "name": str(name)} for name in names]
+    return [_named_tool(tool, 'tools: each must be {"type": "function", "name": ...}') for tool in value]
+
+
+def _tools(value: Any, info: ValidationInfo) -> ToolSet:
+    return read_tools(value, info.context)
+
+
+def _input(value: Any, info: ValidationInfo) -> list[Item]:
+    return read_items(value, info.context)
 
 
 def _include(value: Any, info: ValidationInfo) -> tuple[str, ...]:
@@ -82,9 +90,9 @@ def _metadata(value: Any) -> Any:
 
 _INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 _CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type"]}]}
-_TOOL: Final = {"type": "object", "required": ["type", "name"]}
-InputField = Annotated[list[dict[str, Any]], BeforeValidator(read_items), WithJsonSchema(_INPUT)]
-_ToolField = Annotated[dict[str, Any], BeforeValidator(_tool), WithJsonSchema(_TOOL)]
+_TOOLS: Final = {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["type"]}}
+InputField = Annotated[list[dict[str, Any]], BeforeValidator(_input), WithJsonSchema(_INPUT)]
+_ToolsField = Annotated[ToolSet, PlainValidator(_tools), WithJsonSchema(_TOOLS)]
 _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 _IncludeField = Annotated[
     tuple[str, ...], BeforeValidator(_include), WithJsonSchema({"type": "array", "items": {"type": "string"}})
@@ -141,10 +149,11 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     """Only with `stream`."""
     stop: StopField = ()
     """The answer ends before the first of these."""
-    tools: list[_ToolField] = Field(default_factory=list, max_length=MAX_TOOLS)
-    """Functions that the model may call."""
+    tools: _ToolsField = Field(default_factory=ToolSet)
+    """Tools that the model may call and the client runs: function, custom, local_shell, shell, apply_patch, and
+    namespaces of them. Hosted tools are left out."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, the one function to be called, or `{"type": "allowed_tools", "mode": "auto" or
+    """`auto`, `none`, `required`, the one tool to be called, or `{"type": "allowed_tools", "mode": "auto" or
     "required", "tools": [{"type": "function", "name": ...}]}`: only these of the tools are offered."""
     parallel_tool_calls: bool | None = None
     """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
@@ -170,19 +179,21 @@ class ResponsesBody(AnswerFields, ReasoningFields):
             return ToolUse.of(_MODES[choice], None, self.parallel_tool_calls)
         if choice["type"] == _ALLOWED:
             return ToolUse.of(_MODES[choice["mode"]], None, self.parallel_tool_calls)
-        return ToolUse.of(ToolMode.REQUIRED, choice["name"], self.parallel_tool_calls)
+        named = next(tool for tool in self.tools.client if tool.is_named_by(choice))
+        return ToolUse.of(ToolMode.REQUIRED, named.function_name, self.parallel_tool_calls)
 
     @property
-    def offered_tools(self) -> tuple[dict[str, Any], ...]:
+    def offered_tools(self) -> tuple[ClientTool, ...]:
         """The tools that the answer may call."""
-        if not isinstance(self.tool_choice, dict) or self.tool_choice["type"] != _ALLOWED:
-            return tuple(self.tools)
-        allowed = {tool["name"] for tool in self.tool_choice["tools"]}
-        return tuple(tool for tool in self.tools if tool["function"]["name"] in allowed)
+        choice = self.tool_choice
+        if not isinstance(choice, dict) or choice["type"] != _ALLOWED:
+            return self.tools.client
+        return tuple(tool for tool in self.tools.client if any(map(tool.is_named_by, choice["tools"])))
 
     @property
     def details(self) -> Details:
-        return Details(_LOGPROBS in self.include, self.timings_per_token, self.return_progress)
+        tools = {tool.function_name: tool for tool in self.tools.client}
+        return Details(_LOGPROBS in self.include, self.timings_per_token, self.return_progress, tools)
 
     def shown(self) -> dict[str, Any]:
         """What a response repeats of its request."""
@@ -197,7 +208,7 @@ class ResponsesBody(AnswerFields, ReasoningFields):
             "temperature": self.temperature,
             "text": {"format": self.text.format},
             "tool_choice": self.tool_choice,
-            "tools": [_shown_tool(tool) for tool in self.tools],
+            "tools": [*self.tools.shown],
             "top_logprobs": self.top_logprobs,
             "top_p": self.top_p,
             "metadata": self.metadata,
@@ -207,19 +218,29 @@ class ResponsesBody(AnswerFields, ReasoningFields):
 
     def check(self) -> None:
         """ParameterError for fields that contradict each other."""
-        self.tool_use.check(self.tools)
-        if isinstance(self.tool_choice, dict):
-            named = {tool["name"] for tool in self.tool_choice.get("tools", ())}
-            if unknown := named - {tool["function"]["name"] for tool in self.tools}:
-                raise ParameterError("tool_choice", f"allows {min(unknown)[:60]!r}, which is not among the tools")
+        self._check_choice()
+        self.tool_use.check([tool.function for tool in self.offered_tools])
         if self.top_logprobs and _LOGPROBS not in self.include:
             raise ParameterError("top_logprobs", f"only makes sense with include: [{_LOGPROBS!r}]")
         if self.background and not self.store:
             raise ParameterError("background", "needs store: true")
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "only makes sense with stream: true")
-        if not self.input and self.previous_response_id is None:
+        if "input" not in self.model_fields_set and self.previous_response_id is None:
             raise ParameterError("input", "is missing")
+
+    def _check_choice(self) -> None:
+        """A tool that is demanded must be there; of those that are only allowed, hosted ones may be missing."""
+        choice: Any = self.tool_choice
+        if not isinstance(choice, dict):
+            return
+        is_allowed = choice["type"] == _ALLOWED
+        for tool in choice["tools"] if is_allowed else [choice]:
+            may_be_missing = is_allowed and tool["type"] not in ("function", "custom")
+            if not may_be_missing and not any(each.is_named_by(tool) for each in self.tools.client):
+                what = repr(tool.get("name", tool["type"])[:60])
+                does = "allows" if is_allowed else "names"
+                raise ParameterError("tool_choice", f"{does} {what}, which is not among the tools that can run here")
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The chat that the messages of the input, and those before them, make."""
@@ -229,19 +250,12 @@ class ResponsesBody(AnswerFields, ReasoningFields):
         return ChatRequest(
             with_one_system_prompt([*instructions, *messages]),
             replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.details.logprobs),
-            self.offered_tools,
+            tuple(tool.function for tool in self.offered_tools),
             effort_variables(self.reasoning.effort),
             tool_use=self.tool_use,
             may_reason=self.reasoning_budget != 0,
             reasoning_budget=self.answer_budget,
         )
-
-
-def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """In the flat form of this API."""
-    function = tool["function"]
-    fields = {name: function[name] for name in ("name", "description", "parameters")}
-    return {"type": "function", **fields, "strict": False}
 
 
 def with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

@@ -62,7 +62,7 @@ class ResponseShape:
         self._head = head
         self._storing = storing
         self._stored: StoredResponse | None = None  # once it is complete
-        self._items = OutputItems(reply_id)
+        self._items = OutputItems(reply_id, details.tools)
         self._events = 0  # sent so far
         self._tokens = 0
         self._ends = tokenizer.end_of_generation

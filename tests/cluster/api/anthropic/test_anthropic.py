@@ -25,6 +25,7 @@ from support.clusters.tool_chats import CALL, TEMPLATE
 PATH = "/v1/messages"
 HELLO: dict[str, Any] = {"max_tokens": 90, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL: dict[str, Any] = {"name": "look", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+WEB = {"type": "web_search_20250305", "name": "web_search"}
 RED = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 
 
@@ -279,23 +280,13 @@ async def test_a_stream_that_meets_a_mistake_of_ours_ends_with_an_error(monkeypa
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"messages": [{"role": "user", "content": [RED]}]}, "image input is not supported"),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [RED]}]}
-                ]
-            },
-            "image input is not supported",
-        ),
-        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
         ({"messages": []}, "messages"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
             "tool_result",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tools": [WEB], "tool_choice": {"type": "tool", "name": "web_search"}}, "'web_search'"),
         ({"tools": [TOOL, TOOL]}, "same name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "run"}}, "'run'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
@@ -356,7 +347,9 @@ async def test_the_official_client() -> None:
 async def test_the_official_client_understands_errors() -> None:
     async with official(ScriptedEngine(says("a"))) as anthropic:
         with pytest.raises(BadRequestError, match="image input is not supported"):
-            await anthropic.messages.create(model="m", max_tokens=1, messages=[{"role": "user", "content": [RED]}])
+            picture: Any = [{"role": "user", "content": [RED]}]
+            strict = {"X-Llamaclust-Strict": "1"}
+            await anthropic.messages.create(model="m", max_tokens=1, messages=picture, extra_headers=strict)
     async with official(ScriptedEngine(says("a")), api_keys=("sk-secret-2",)) as anthropic:
         with pytest.raises(AuthenticationError):
             await anthropic.messages.create(model="m", **HELLO)

@@ -177,7 +177,6 @@ async def test_refusals_name_the_field_in_the_shape_of_ollama(field: str, value:
 
 async def test_refused_messages() -> None:
     for message, named in (
-        ({"role": "user", "content": "a", "images": ["x"]}, "images"),
         ({"role": "judge", "content": "a"}, "role"),
         ({"role": "user", "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls"),
         ("Hi", "object"),

@@ -90,8 +90,6 @@ async def test_a_stored_response_is_summarized() -> None:
         ({"model": None}, "model"),
         ({"model": "other"}, "other"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "compaction", "encrypted_content": "gAAAAA%"}]}, "was not made by this server"),
-        ({"input": [{"type": "compaction", "encrypted_content": "U3Vu"}]}, "was not made by this server"),
         ({"input": [{"type": "compaction", "encrypted_content": FORMAT}]}, "was not made by this server"),
         ({"input": [{"type": "compaction", "encrypted_content": f"a{FORMAT}U3Vu"}]}, "was not made by this server"),
     ],

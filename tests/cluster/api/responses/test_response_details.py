@@ -120,7 +120,7 @@ async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypa
 
 
 def test_a_token_of_markup_and_text_has_a_logprob() -> None:
-    items = OutputItems("a")
+    items = OutputItems("a", {})
     earlier, shared = ({"bytes": [*text], "top_logprobs": []} for text in (b"<think>Hm.", b"</think>So"))
     assert [*items.take([ReasoningText("Hm.")], [earlier])]
     events = [*items.take([ReasoningText(""), ContentText("So")], [shared])]

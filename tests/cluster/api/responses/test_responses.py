@@ -278,13 +278,12 @@ def test_an_owner_of_many_responses_does_not_displace_those_of_others() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "image input is not supported"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "'a' is not stored"),
         ({"input": [{"id": "a"}]}, "'a' is not stored"),
         ({"input": [{"type": "item_reference"}]}, "id"),
         ({"input": [{"role": "tool", "content": "a"}]}, "role"),
-        ({"input": []}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "web_search"),
+        ({"input": None}, "input"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "web_search"),
         ({"tools": [TOOL, TOOL]}, "same name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"conversation": "c"}, "conversation"),
@@ -339,6 +338,9 @@ async def test_bodies_and_events_have_the_fields_that_the_official_client_declar
             Response.model_validate(event["response"])
 
 
+STRICT = {"X-Llamaclust-Strict": "1"}
+
+
 async def test_the_official_client() -> None:
     async with official(ScriptedEngine(says("Yes."))) as openai:
         response = await openai.responses.create(model=MODEL, input="Hi")
@@ -352,7 +354,7 @@ async def test_the_official_client() -> None:
             await openai.responses.retrieve(response.id)
         with pytest.raises(BadRequestError, match="image input"):
             picture: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
-            await openai.responses.create(model=MODEL, input=picture)
+            await openai.responses.create(model=MODEL, input=picture, extra_headers=STRICT)
     assert response.output_text == again.output_text == final.output_text == "Yes."
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed" and len(items.data) == 1
 

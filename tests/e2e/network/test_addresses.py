@@ -29,7 +29,7 @@ def other_lease(box: Box, name: str) -> None:
     box.configure(name, f"addr del {box[name].address}/24 dev eth0", "addr add 10.77.0.77/24 dev eth0")
 
 
-def other_card(box: Box, name: str) -> None:
+def other_interface(box: Box, name: str) -> None:
     box.add_device(name, "eth1")
     box.configure(name, f"addr del {box[name].address}/24 dev eth0", "link set eth0 down")
     box.configure(name, "addr add 10.77.0.78/24 dev eth1", "link set eth1 up")
@@ -51,7 +51,7 @@ def no_network_for_a_while(box: Box, name: str) -> None:
 
 CHANGES = {
     "another lease": other_lease,
-    "another card": other_card,
+    "another card": other_interface,
     "a cable beside Wi-Fi": cable_beside_wireless,
     "another network later": no_network_for_a_while,
 }

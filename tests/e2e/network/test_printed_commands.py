@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def typed(box: Box, model: Path, *, discover: bool, which: int = 0) -> Iterator[
     with command_line() as line, ThreadPoolExecutor() as asking:
         workers = [{"name": name, **SPEED} for name in WORKERS]
         plan = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
-        keys = {"launcher": "static", "listen": "127.0.0.1:8080", "workers": workers, "plan": plan}
+        keys: dict[str, Any] = {"launcher": "static", "listen": "127.0.0.1:8080", "workers": workers, "plan": plan}
         keys |= {"context_length": 512, "prefix_cache": False, "join": {"discover": discover}}
         file = line.cluster_file(model, "distant", **keys)
         coordinator = line.start("up", file, network=box[COORDINATOR].namespace)

@@ -166,3 +166,4 @@ class RowResult:
     is_deferred: bool = False  # the row is to be computed again; then token is -1, logprob NaN
     forced_draft: tuple[int, ...] = ()  # tokens that must follow it, as a draft
     drafted: tuple[int, ...] = ()  # tokens that may follow it, by an MTP head
+    is_request_fault: bool = False  # the request is the failure's cause: every worker would fail so

@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.requests import (
     Update,
 )
 from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ class OpenRequests:
         tokens = 0
         for update in updates:
             if isinstance(update, Failed):
-                self.abort(key, WorkerError(update.message))
+                error = RequestFailedError if update.is_request_fault else WorkerError
+                self.abort(key, error(update.message))
                 continue
             self._mailboxes[key].put(update)
             tokens += isinstance(update, TokenSampled)

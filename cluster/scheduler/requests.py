@@ -142,6 +142,8 @@ class Failed:
     """The last update of a request whose own row had no answer; others go on."""
 
     message: str
+    is_request_fault: bool = False
+    """To compute it again is of no use."""
 
 
 Update = Event | Failed

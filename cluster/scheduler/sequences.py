@@ -275,10 +275,10 @@ class Sequence:
         self.mtp.is_awaited = False
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
-        failure = next((row.failure for row in (*scored, *sampled[:1]) if row.failure is not None), None)
-        if failure is not None:
+        failed = next((row for row in (*scored, *sampled[:1]) if row.failure is not None), None)
+        if failed is not None and failed.failure is not None:
             self._settle(taken, taken.end - len(sampled), [])
-            return [Failed(failure)]
+            return [Failed(failed.failure, failed.is_request_fault)]
         self.failures = 0
         updates: list[Update] = []
         if scored:

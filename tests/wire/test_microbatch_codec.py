@@ -154,11 +154,13 @@ def test_sampled_tokens_out_of_bounds_are_refused(bad: SampledTokens) -> None:
 
 
 def test_a_failed_row_arrives_alone() -> None:
-    rows = (RowResult(3, -1.5), RowResult(-1, math.nan, failure="logits are not finite"))
+    fault = RowResult(-1, math.nan, failure="the grammar became too complex", is_request_fault=True)
+    rows = (RowResult(3, -1.5), RowResult(-1, math.nan, failure="logits are not finite"), fault)
     decoded = decode_result(encode_result(Result(1, 2, rows)))
     assert decoded.rows[0] == rows[0]
     failed = decoded.rows[1]
-    assert (failed.token, failed.failure) == (-1, "logits are not finite")
+    assert (failed.token, failed.failure, failed.is_request_fault) == (-1, "logits are not finite", False)
+    assert (decoded.rows[2].failure, decoded.rows[2].is_request_fault) == (fault.failure, True)
     assert math.isnan(failed.logprob)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
-from typing import Literal
+from typing import Final, Literal
 
 from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line, one_line
@@ -113,6 +113,10 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
     message = parse(microbatch_proto.SampledTokens, data, MAX_MICROBATCH_BYTES)
     bounded("sampled tokens", len(message.tokens), 0, limits.MAX_BATCH_TOKENS)
     return SampledTokens(message.number, _tokens(message.tokens))
+
+
+PREPARE_MATCHERS: Final = b""
+"""In place of sampling inputs: answers with a matcher are about to come. An empty message belongs to no epoch."""
 
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:
@@ -257,7 +261,7 @@ def encode_result(result: Result) -> bytes:
 
 def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     if row.failure is not None:
-        to.failure = one_line(row.failure)
+        to.failure, to.is_request_fault = one_line(row.failure), row.is_request_fault
         return
     if row.is_deferred:
         to.is_deferred = True
@@ -313,7 +317,8 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     if 0 < chosen_bytes == message.ByteSize() - 2:  # and nothing else, as in most rows
         return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob))
     if message.HasField("failure"):
-        return RowResult(-1, math.nan, failure=line("failure", message.failure))
+        fault = message.is_request_fault
+        return RowResult(-1, math.nan, failure=line("failure", message.failure), is_request_fault=fault)
     if message.is_deferred:
         return RowResult(-1, math.nan, is_deferred=True)
     mu = _mu(message.mu) if message.HasField("mu") else None

@@ -27,6 +27,8 @@ class Retries:
     fault: RowFault | None = None
 
     def is_tried_again(self, sequence: Sequence, failed: Failed) -> bool:
+        if failed.is_request_fault:
+            return False
         may_be_worker = not sequence.request.needs_matcher or failed.message.startswith(NOT_FINITE)
         is_suspicious = self.suspects_workers and may_be_worker
         if sequence.failures > (1 if is_suspicious else 0):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import nan
 from random import Random
 
-from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, RowResult, RowTask, SampleTask, SamplingParams
@@ -184,3 +184,13 @@ def test_a_row_that_was_sent_before_the_forced_tokens_were_known_adds_none_twice
     assert following is not None
     assert following.microbatch.chunks[0].tokens == (6, 7)
     assert rows_of(following.inputs)[0].position == known + 3
+
+
+def test_a_failure_that_is_the_requests_fault_ends_it_at_once_and_another_is_tried_again() -> None:
+    scheduler = Scheduler(SETTINGS, epoch=1, stages=1)
+    fault, other = scheduler.add(generation("a"), 1), scheduler.add(generation("b", cache_salt="b"), 1)
+    sent = scheduler.next_microbatch(1)
+    assert sent is not None and len(sent.inputs.tasks) == 2
+    rows = tuple(RowResult(-1, nan, failure="no end", is_request_fault=is_fault) for is_fault in (True, False))
+    assert scheduler.complete(Result(1, 0, rows), 1) == [(fault.key, [Failed("no end", is_request_fault=True)])]
+    assert [*scheduler.sequences] == [other]

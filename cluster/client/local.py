@@ -196,6 +196,10 @@ class LocalStage:
         draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
         return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
+    def prepare_matchers(self) -> None:
+        """See `Pipeline`."""
+        self._runner.matchers.prepare()
+
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""
         self._runner.matchers.receive(inputs)
@@ -266,6 +270,9 @@ class LocalPipeline:
             result = self._stage.start(each.microbatch, each.inputs)
             result.add_done_callback(_retrieve)
             self._results.put_nowait(result)
+
+    def prepare_matchers(self) -> None:
+        self._stage.prepare_matchers()
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         while True:

@@ -171,6 +171,10 @@ class Engine:
             mailbox.close()
         return RequestStream(mailbox, partial(self._abort, sequence.key))
 
+    def prepare_matchers(self) -> None:
+        """Answers with a matcher are about to come: the last stage prepares while their grammars are checked."""
+        self._lane.pipeline.prepare_matchers()
+
     async def drain(self, timeout_s: float) -> bool:
         """Waits for the requests it has; False where some are left after `timeout_s`."""
         self._is_draining = True

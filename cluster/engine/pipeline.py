@@ -60,6 +60,10 @@ class Pipeline(Protocol):
         """Sends microbatches to the first stage and their sampling inputs to the last, and does not wait for them."""
         ...
 
+    def prepare_matchers(self) -> None:
+        """Tells the last stage that answers with a matcher are about to come, the first time."""
+        ...
+
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         """Works while it runs: gives the results that come together, in number order, to `on_results`. Ends with a
         LlamaclustError once the pipeline is lost."""
@@ -77,6 +81,9 @@ class NoPipeline:
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")
+
+    def prepare_matchers(self) -> None:
+        """There is no stage."""
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")

@@ -108,6 +108,7 @@ class TextService:
         self.slots.check(request.slot)
         with self._preparing():
             if request.grammar is not None:
+                self._engine.prepare_matchers()
                 request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
             prompt = await self._prompt_ids(request)
             if len(prompt) > self.settings.context_length:
@@ -250,6 +251,8 @@ class TextService:
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
+        if chat.answer.grammar is not None or (unconstrained.reading is not None and unconstrained.reading.tools):
+            self._engine.prepare_matchers()
         with self._preparing():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
         own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar

@@ -3,9 +3,9 @@
 A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds what the first row
 may choose. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the others go on. A row
 is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few microseconds to see. Else all
-tokens that it allows are computed, and the row is sampled again among these. All rows of a step share a bounded time of
-the processor. A matcher's state follows from grammar and tokens alone, so an answer that starts again on another
-pipeline continues with the same tokens.
+tokens that it allows are computed, and the row is sampled again among these. Drafted rows of a step share a bounded
+time of the processor. A matcher's state follows from grammar and tokens alone, so an answer that starts again on
+another pipeline continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult, RowTask, SampleTask
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
-from llamaclust.worker.stage.matched_answer import DEFERRED, STEP_NS, MatchedAnswer, MatcherTime
+from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 
 _ALONE_S: Final = 0.05
@@ -48,7 +48,7 @@ class StageMatchers:
         self._rows: dict[MatchedAnswer, deque[tuple[int, MatcherRow]]] = {}  # of the step, with their places
         self._deferred: list[int] = []  # of the step: places of rows that are to be computed again
         self._last: dict[MatchedAnswer, int] = {}  # of the step: places of the last rows that count
-        self._time = MatcherTime(STEP_NS)
+        self._time = MatcherTime()
         self._thread = ThreadPoolExecutor(1, "matchers")
 
     def clear(self) -> None:
@@ -62,6 +62,10 @@ class StageMatchers:
     def close(self) -> None:
         self.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self) -> None:
+        """Reads the vocabulary, which takes about a second where it is large, before an answer needs it."""
+        self._thread.submit(self._prepare)
 
     def receive(self, inputs: SamplingInputs) -> None:
         """Drops what is still to be made for answers that the inputs release, which may have rows in flight, and begins
@@ -117,8 +121,7 @@ class StageMatchers:
             else:
                 self._deferred.append(place)
                 self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
-        if self._rows:
-            self._time = MatcherTime(STEP_NS // len(self._rows))
+        self._time = MatcherTime()
         return tuple(tasks)
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
@@ -192,12 +195,18 @@ class StageMatchers:
         if not answer.begin_making():
             return
         try:
-            if self._vocabulary is None:
-                self._vocabulary = self._read_vocabulary()
+            vocabulary = self._prepare()
         except Exception as error:  # noqa: BLE001  a border: one answer fails
             answer.fail(error)
             return
-        answer.make_matcher(self._vocabulary)
+        answer.make_matcher(vocabulary)
+
+    def _prepare(self) -> GrammarVocabulary:
+        """In the thread."""
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+            self._vocabulary.native  # noqa: B018  builds it
+        return self._vocabulary
 
 
 def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, MatcherRow]]:

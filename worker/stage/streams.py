@@ -12,6 +12,7 @@ from typing import Final
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines, StageProgress
+from llamaclust.wire.microbatch.codec import PREPARE_MATCHERS
 from llamaclust.wire.microbatch.frames import most_frame_bytes
 from llamaclust.wire.rpc.client import ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
@@ -106,7 +107,10 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._loop.put_inputs(await _read(data))
+                if data == PREPARE_MATCHERS:
+                    self.runner.matchers.prepare()
+                else:
+                    self._loop.put_inputs(await _read(data))
         except ProtocolError as error:
             self._loop.dependencies.fail(error)
             raise

@@ -14,7 +14,13 @@ from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch, most_result_bytes
+from llamaclust.wire.microbatch.codec import (
+    PREPARE_MATCHERS,
+    decode_result,
+    encode_inputs,
+    encode_microbatch,
+    most_result_bytes,
+)
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.wire.rpc.client import ClientStream, Peer
@@ -66,6 +72,7 @@ class RemotePipeline:
         self._forward = forward
         self._sample = sample
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
+        self._prepares_matchers = False
         self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
         self._due_bytes: deque[int] = deque()  # what the result of each microbatch in flight may take
 
@@ -74,6 +81,12 @@ class RemotePipeline:
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch), (), None) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
+
+    def prepare_matchers(self) -> None:
+        """See `Pipeline`."""
+        if not self._prepares_matchers:
+            self._prepares_matchers = True
+            self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a

@@ -337,6 +337,9 @@ class FakePipeline:
             _, result = self.fake.send(each, 0)
             self._results.put_nowait(result)
 
+    def prepare_matchers(self) -> None:
+        """Its model has none."""
+
     def lose(self, error: Exception) -> None:
         """From now on there are no results but this error."""
         self._results = asyncio.Queue()

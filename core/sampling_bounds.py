@@ -40,6 +40,7 @@ MAX_BREAKERS = 1 << 16  # token sequences of one request that DRY does not look 
 MAX_BREAKER_TOKENS = 64  # tokens of each
 MAX_BREAKERS_TOKENS = 1 << 15  # tokens of all of them: those that matter go to the last stage with every token
 MAX_GRAMMAR_BYTES = 1 << 20
+MAX_GBNF_WORK = 1 << 25  # rules times characters: the time to convert them, about a second
 MAX_TRIGGERS = 64
 MAX_TRIGGER_BYTES = 1024
 MAX_FORCED_TOKENS = 64  # that one output row may add to the sampled one

@@ -13,7 +13,7 @@ from typing import Final
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.core.sharing.turns import Turns
-from llamaclust.model.grammars.checker_process import CheckerProcess, CheckLimits, Verdict
+from llamaclust.model.grammars.checker_process import CheckerProcess, CheckGuardError, CheckLimits, Verdict
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _PROCESSES: Final = 2
@@ -36,7 +36,10 @@ class GrammarChecker:
         that cannot be obeyed, with the reason; DeadlineError where the machine is too busy to find out."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
-        verdict = await self._verdict(grammar.definition, owner)
+        try:
+            verdict = await self._verdict(grammar.definition, owner)
+        except CheckGuardError as error:  # no verdict: it is not kept
+            raise ParameterError(grammar.origin, str(error)) from None
         if verdict.reason:
             raise ParameterError(grammar.origin, verdict.reason)
         return replace(grammar, definition=verdict.definition or grammar.definition)

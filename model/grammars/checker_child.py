@@ -4,43 +4,70 @@ of JSON."""
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from contextlib import suppress
+from itertools import chain
+from typing import Any, Final
 
 from llguidance.gbnf_to_lark import any_to_lark
 
-from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.core.errors import RequestError
+from llamaclust.core.sampling_bounds import MAX_GBNF_WORK, MAX_GRAMMAR_BYTES
 from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
 from llamaclust.model.grammars.definitions import GBNF, GBNF_START
-from llamaclust.model.grammars.matcher import compiled, one_line
+from llamaclust.model.grammars.matcher import CANNOT_BE_USED, one_line
+from llamaclust.model.grammars.recursion import endless_reference, property_names
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.model.grammars.walk import GrammarWalk
 
 _STACK_BYTES: Final = 1 << 20
+_TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
-def _checked(definition: str, vocabulary: GrammarVocabulary, compile_cpu_s: float) -> dict[str, str]:
-    """Why a grammar cannot be used, or nothing, as far as its first token; and its definition where that is converted.
-    The converter's time runs already."""
+def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
+    """Why a grammar cannot be used, or nothing; and its definition where that is converted."""
     converted = ""
     if definition.startswith(GBNF_START):
+        text = json.loads(definition)[GBNF]
+        if (work := (rules := text.count("::=")) * len(text)) > MAX_GBNF_WORK:
+            return _reply(f"{rules} rules times {len(text)} characters are {work}, at most {MAX_GBNF_WORK} are taken")
         try:
-            lark = any_to_lark(json.loads(definition)[GBNF])
+            lark = any_to_lark(text)
         except RecursionError:
-            return _reply("the grammar is nested too deeply")
+            return _reply(_TOO_DEEP)
         except Exception as error:  # noqa: BLE001  the converter raises bare ones
             return _reply(str(error))
         converted = definition = json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
         if len(definition.encode()) > MAX_GRAMMAR_BYTES:
             return _reply(f"a grammar of more than {MAX_GRAMMAR_BYTES} bytes")
-    signal.setitimer(signal.ITIMER_PROF, compile_cpu_s)
-    state = compiled(definition, vocabulary)
-    if state.is_error():
-        return _reply(state.get_error())
-    state.compute_bitmask()
-    return _reply(f"the grammar is too complex: {state.get_error()}" if state.is_error() else "", converted)
+    try:
+        schemas = [*_schemas(definition)]
+        for schema in schemas:
+            if (reference := endless_reference(schema)) is not None:
+                return _reply(f"the reference {reference[:100]!r} leads back to itself: no value that ends obeys it")
+        walk.run(definition, [*dict.fromkeys(chain.from_iterable(map(property_names, schemas)))])
+    except RecursionError:
+        return _reply(_TOO_DEEP)
+    except RequestError as error:
+        return _reply(str(error).removeprefix(CANNOT_BE_USED))
+    return _reply("", converted)
+
+
+def _schemas(definition: str) -> Iterator[Any]:
+    """Those that a grammar consists of or has among its rules."""
+    decoder = json.JSONDecoder()
+    for part in json.loads(definition)["grammars"]:
+        if "json_schema" in part:
+            yield part["json_schema"]
+        text = part.get("lark_grammar", "")
+        for mark in re.finditer(r"%json\s*", text):
+            with suppress(ValueError):  # llguidance says what is wrong
+                yield decoder.raw_decode(text, mark.end())[0]
 
 
 def _reply(message: str, converted: str = "") -> dict[str, str]:
@@ -48,20 +75,23 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Reads the vocabulary, then checks grammars until stdin ends. Workers have larger stacks than its threads."""
+    """Reads the vocabulary and prepares it, which no grammar is charged for, then checks grammars until stdin ends.
+    Workers have larger stacks than its threads."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()
     words = [word.encode("latin-1") for word in first["words"]]
     vocabulary = GrammarVocabulary(words, first["ends"], lambda text: vocabulary.native.greedy_tokenize(text))
+    vocabulary.native  # noqa: B018  builds it
+    walk = GrammarWalk(vocabulary)
     for kind, bound in ((resource.RLIMIT_AS, first["memory"]), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
         resource.setrlimit(kind, (bound, bound))
     write_frame({})
     while True:
         definition = read_frame()["definition"]
-        signal.setitimer(signal.ITIMER_PROF, first["convert_cpu_s"])  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, first["guard_cpu_s"])  # its signal ends the process
         with ThreadPoolExecutor(1) as small:
-            reply = small.submit(_checked, definition, vocabulary, first["compile_cpu_s"]).result()
+            reply = small.submit(_checked, definition, walk).result()
         signal.setitimer(signal.ITIMER_PROF, 0)
         write_frame(reply)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, RequestError
 from llamaclust.model.child_process import (
     BoundedChild,
     ChildEndedError,
@@ -25,15 +25,19 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """What one check may use: `compile_cpu_s` and `convert_cpu_s` (from GBNF) of a processor decide about a grammar;
-    `wall_s`, `start_s` and `wait_s` (for others before it) only about the machine."""
+    """What ends a check. Counts decide about a grammar (see matcher.py); `guard_cpu_s` of a processor and
+    `memory_bytes` end the process where these do not bound it. `wall_s`, `start_s` and `wait_s` (for others before it)
+    are the machine's."""
 
-    compile_cpu_s: float = 0.5
-    convert_cpu_s: float = 2.0
+    guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
-    wall_s: float = 10.0
-    start_s: float = 30.0
-    wait_s: float = 30.0
+    wall_s: float = 100.0
+    start_s: float = 100.0
+    wait_s: float = 100.0
+
+
+class CheckGuardError(RequestError):
+    """A grammar that ended the process that checked it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """DeadlineError where the machine, not the grammar, is too slow."""
+        """DeadlineError where the machine, not the grammar, is too slow; CheckGuardError."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:
@@ -63,8 +67,8 @@ class CheckerProcess:
         except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
             raise DeadlineError(f"the check of the grammar was stopped: {failure}; try again") from None
         except ChildEndedError:
-            needs = f"more than {self._limits.compile_cpu_s:g} s of a processor or too much memory"
-            return Verdict(f"the grammar needs {needs} to compile")
+            most = f"{self._limits.guard_cpu_s:g} s of a processor and {self._limits.memory_bytes >> 20} MiB"
+            raise CheckGuardError(f"the grammar needs more than {most} to compile; make it smaller") from None
         return Verdict(reply["error"], reply["definition"])
 
     def _first(self) -> dict[str, Any]:
@@ -73,6 +77,5 @@ class CheckerProcess:
             "words": [grammar_word(self._tokenizer, token).decode("latin-1") for token in tokens],
             "ends": sorted(self._tokenizer.end_of_generation),
             "memory": self._limits.memory_bytes,
-            "compile_cpu_s": self._limits.compile_cpu_s,
-            "convert_cpu_s": self._limits.convert_cpu_s,
+            "guard_cpu_s": self._limits.guard_cpu_s,
         }

@@ -16,13 +16,14 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 STEP_NS: Final = 200_000_000
-"""Of a processor, for all rows of a step. A sign of life waits for no more than this. See MatcherTime."""
+"""Of a processor, for the drafted rows of a step: behind that, they are computed in a later one."""
 _READY_S: Final = 60.0
 """From the begin of its making, which takes a fraction of a second: this is for a machine that is very busy."""
-_BUILD_NS: Final = 1_000_000_000
-"""Of a processor, to compile a grammar and take in the tokens of before; both are a fraction of that as a rule."""
-_TOKEN_NS: Final = 100_000_000
-"""Of a processor, for one token; large schemas take a tenth of that."""
+_TOKEN_NS: Final = 50_000_000
+"""Of a processor, for each token; large schemas take a tenth of that at most."""
+_GUARD_NS: Final = 2_000_000_000
+"""Beyond that, for an answer: counts bound what a grammar takes (see matcher.py), this bounds ambiguous grammars whose
+counts do not tell their cost."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -32,13 +33,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MatcherTime:
-    """What the rows of one step may still use. Then only rows whose tokens took at most their share go on."""
+    """What the drafted rows of one step may still use."""
 
-    share_ns: int
     left_ns: int = STEP_NS
-
-    def is_over(self, expected_ns: int) -> bool:
-        return self.left_ns <= 0 and expected_ns > self.share_ns
 
 
 class MatchedAnswer:
@@ -49,14 +46,14 @@ class MatchedAnswer:
         self.is_released = False  # its rows are worth no matcher that is still to be made
         self._due: int | None = None  # position of a row that was deferred
         self._begun_s: float | None = None  # the making of its matcher
-        self._failure: str | None = None  # why it cannot be followed
+        self._failed: RowResult | None = None  # why it cannot be followed
         self._start = start
         self._tokens = list(start.tokens)  # that the matcher has taken in
         self._matcher: GrammarMatcher | ReasoningMatcher | None = None
         self._forced: list[int] = []  # the newest of its tokens: those that had to follow
         self._is_refused = False  # the row's token: it is sampled again
         self._is_costly = False  # its matcher, see GrammarMatcher
-        self._expected_ns = 0  # of the next token, by those before
+        self._excess_ns = 0  # of a processor, beyond what its tokens may take
 
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
@@ -79,13 +76,13 @@ class MatchedAnswer:
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
         """Tokens are forced at an answer's beginning alone: later ones came with the token before them, or are
         sampled."""
-        end_ns = thread_time_ns() + _BUILD_NS
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
+        self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
+            began_ns = thread_time_ns()
             matcher.take(tokens[place : place + _TOKENS_AT_ONCE])
-            if thread_time_ns() > end_ns:
-                raise RequestError(f"{self.rule} is too complex: its {len(tokens)} tokens take more than 1 s")
-            if self.is_released or self._failure is not None:  # it was late
+            self._charge(thread_time_ns() - began_ns, _TOKENS_AT_ONCE)
+            if self.is_released or self._failed is not None:  # it was late
                 return
         if self._start.may_force and not tokens:
             self._forced = matcher.forced()
@@ -113,12 +110,12 @@ class MatchedAnswer:
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
-        if not is_ready and self._failure is None:
+        if not is_ready and self._failed is None:
             self._due = row.position
             if self._begun_s is None or monotonic() - self._begun_s < _READY_S:
                 return False
-            self._failure = f"{self.rule} was not ready in {_READY_S:g} s"
-        if self._failure is not None:
+            self._failed = RowResult(-1, nan, failure=f"{self.rule} was not ready in {_READY_S:g} s")
+        if self._failed is not None:
             return True
         ahead = len(self._tokens) - row.position
         if not 0 <= ahead <= len(self._forced):
@@ -135,30 +132,31 @@ class MatchedAnswer:
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the answer's end, or one forced token, is allowed."""
-        return self._matcher is not None and self._failure is None and self._matcher.is_complete
+        return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
         """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
         row may choose, where its token is not allowed: the next one is chosen among these. The row is deferred where
         the matcher is to be made again."""
-        if self._failure is None and self._forced:
+        if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
-        self._failure = self._failure or result.failure
-        if self._failure is None:
+        if self._failed is None and result.failure is not None:
+            self._failed = result
+        if self._failed is None:
             try:
-                if (allowed := self._take_within(time, result.token)) is not None:
+                if (allowed := self._take_timed(time, result.token)) is not None:
                     return allowed
             except LexerUsedUpError:
                 return self._defer()
             except Exception as error:  # noqa: BLE001  a border: one answer fails
                 self.fail(error)
-        if self._failure is not None:
-            return RowResult(-1, nan, failure=self._failure)
+        if self._failed is not None:
+            return self._failed
         return replace(result, forced=tuple(self._forced)) if self._forced else result
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
         """The result of its last row that counts, with the tokens that must follow, if a draft of these is wanted."""
-        if not self._start.drafts_forced or self._failure is not None or self._matcher is None or time.left_ns <= 0:
+        if not self._start.drafts_forced or self._failed is not None or self._matcher is None or time.left_ns <= 0:
             return result
         began_ns = thread_time_ns()
         try:
@@ -172,11 +170,12 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced)) if forced else result
 
     def fail(self, error: Exception) -> None:
-        if isinstance(error, LlamaclustError):
-            self._failure = str(error)
-        else:
+        """The grammar's fault where it is a RequestError: the same tokens fail so on every machine."""
+        message, is_fault = str(error), isinstance(error, RequestError)
+        if not isinstance(error, LlamaclustError):
             _log.error("%s failed", self.rule, exc_info=error)
-            self._failure = f"{self.rule} failed: {type(error).__name__}: {error}"
+            message = f"{self.rule} failed: {type(error).__name__}: {error}"
+        self._failed = RowResult(-1, nan, failure=message, is_request_fault=is_fault)
 
     def _defer(self) -> RowResult:
         self._is_costly, self._is_refused = True, False
@@ -184,18 +183,19 @@ class MatchedAnswer:
         self._due = len(self._tokens)
         return DEFERRED
 
-    def _take_within(self, time: MatcherTime, token: int) -> AllowedTokens | None:
-        """RequestError also where others would have to wait for it."""
-        if time.is_over(self._expected_ns):
-            raise RequestError(f"{self.rule} costs too much time: a step's rows take more than {_ms(STEP_NS)} ms")
+    def _take_timed(self, time: MatcherTime, token: int) -> AllowedTokens | None:
         began_ns = thread_time_ns()
         allowed = self._take(token)
         taken_ns = thread_time_ns() - began_ns
         time.left_ns -= taken_ns
-        self._expected_ns = max(taken_ns, self._expected_ns // 2)
-        if taken_ns > _TOKEN_NS:
-            raise RequestError(f"{self.rule} costs too much time: one token takes more than {_ms(_TOKEN_NS)} ms")
+        self._charge(taken_ns, 1)
         return allowed
+
+    def _charge(self, taken_ns: int, tokens: int) -> None:
+        self._excess_ns = max(0, self._excess_ns + taken_ns - tokens * _TOKEN_NS)
+        if self._excess_ns > _GUARD_NS:
+            most = f"{_ms(_TOKEN_NS)} ms of a processor a token"
+            raise RequestError(f"{self.rule} is too ambiguous: its tokens take more than {most}")
 
     def _take(self, token: int) -> AllowedTokens | None:
         matcher = self._matcher

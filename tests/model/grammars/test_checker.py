@@ -23,8 +23,11 @@ from llamaclust.model.grammars import checker as module
 from llamaclust.model.grammars import checker_child, definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.checker_process import CheckLimits
+from llamaclust.model.grammars.recursion import endless_reference
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.model.grammars.walk import GrammarWalk
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from support.chat.large_vocabulary import LARGE, large_vocabulary
 from support.models.tiny_tokenizers import byte_level
 
 
@@ -130,15 +133,78 @@ def test_hostile_grammars_are_bounded(checker: GrammarChecker, name: str) -> Non
     assert refusal(checker, definitions.of_object("o")) == "", "the next grammar is checked as before"
 
 
-def test_a_grammar_whose_first_token_takes_too_much_is_refused(checker: GrammarChecker) -> None:
-    assert "s: the grammar is too complex: " in refusal(checker, _HOSTILE["recursive reference"]())
+_ENDLESS: dict[str, dict[str, Any]] = {
+    "itself": {"$ref": "#"},
+    "an optional property": {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}},
+    "a required property": {
+        "type": "object",
+        "properties": {"n": {"type": "object", "properties": {"n": {"$ref": "#/properties/n"}}, "required": ["n"]}},
+    },
+    "each other": {
+        "properties": {"x": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}},
+    },
+    "items": {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/t"}}}},
+    "escaped names": {"properties": {"a/b %": {"oneOf": [{"$ref": "#/properties/a~1b%20%25"}]}}},
+}
+
+
+@pytest.mark.parametrize("name", _ENDLESS)
+def test_references_that_lead_back_to_themselves_are_refused(checker: GrammarChecker, name: str) -> None:
+    """In a schema of its own, and in a rule, as those of tools are."""
+    with pytest.raises(ParameterError, match=r"^json_schema: .*(the reference '#.* leads back to itself|\$ref)"):
+        asyncio.run(checker.check(definitions.of_schema(_ENDLESS[name], "json_schema")))
+    rule = definitions.of_lark(f'start: "call " %json {json.dumps(_ENDLESS[name])}', "tools")
+    assert refusal(checker, rule).startswith("tools: the reference '#")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"next": {"$ref": "#"}}},
+        {"type": "object", "properties": {"n": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["n"]},
+        {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "string"}]}}, "$ref": "#/$defs/a"},
+        {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"},
+        {"$defs": {"unused": {"$ref": "#/$defs/unused"}}, "type": "string"},
+        {"type": ["object", "string"], "properties": {"n": {"$ref": "#"}}, "required": ["n"]},
+    ],
+)
+def test_references_that_may_end_are_taken(checker: GrammarChecker, schema: dict[str, Any]) -> None:
+    assert refusal(checker, definitions.of_schema(schema, "s")) == ""
+
+
+def test_references_are_followed_in_linear_time() -> None:
+    chain: dict[str, Any] = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(5000)}
+    assert endless_reference({"$ref": "#/$defs/a0", "$defs": {**chain, "a5000": {}}}) is None
+    assert endless_reference({"$ref": "#/$defs/a0", "$defs": {**chain, "a5000": {"$ref": "#/$defs/a2500"}}}) is not None
+
+
+_OPTIONAL = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(800)}}
+_FAILS_LATER = {
+    "many optional properties": lambda: definitions.of_schema(_OPTIONAL, "s"),
+    "many optional properties of items": lambda: definitions.of_schema({"type": "array", "items": _OPTIONAL}, "s"),
+    "in a property": lambda: definitions.of_schema({"properties": {"a": {"const": 1}, "b": _OPTIONAL}}, "s"),
+    "a rule without an end": lambda: definitions.of_lark('start: "a" rule | "b"\nrule: rule "x"', "s"),
+    "repetitions of words": lambda: definitions.of_schema(
+        {"type": "string", "pattern": r"^(?:\S+\s+){0,290}\S+$", "maxLength": 4000}, "s"
+    ),
+    "endless forced text": lambda: definitions.of_lark('start: "a" start', "s"),
+    "many parts that may be absent": lambda: definitions.of_lark("start: " + '"x"? ' * 5000, "s"),
+}
+
+
+@pytest.mark.parametrize("name", _FAILS_LATER)
+def test_what_would_fail_within_an_answer_is_refused_with_its_reason(checker: GrammarChecker, name: str) -> None:
+    reason = refusal(checker, _FAILS_LATER[name]())
+    assert reason.startswith("s: the grammar ") and " after " in reason
+    assert "became too complex" in reason or "nothing may follow" in reason
 
 
 def test_a_check_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = GrammarVocabulary([*(bytes([byte]) for byte in range(256)), b""], [256], lambda text: [*text.encode()])
     native = Mock(wraps=LLMatcher)
     monkeypatch.setattr("llguidance.LLMatcher", native)
-    assert checker_child._checked(definitions.of_object("o").definition, vocabulary, 0.0)["error"] == ""
+    assert checker_child._checked(definitions.of_object("o").definition, GrammarWalk(vocabulary))["error"] == ""
     native.assert_called_once()
 
 
@@ -168,9 +234,14 @@ def _chain(rules: int) -> str:
     return f'root::=a0\n{middle}a{rules}::="x"'
 
 
+def test_rules_and_characters_of_gbnf_decide_whether_it_is_converted(checker: GrammarChecker) -> None:
+    assert "6002 rules times 117804 characters" in refusal(checker, definitions.of_gbnf(_chain(6000), "grammar"))
+    assert refusal(checker, definitions.of_gbnf(_chain(300), "grammar")) == ""
+
+
 def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None:
-    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(convert_cpu_s=0.3))
-    grammar = definitions.of_gbnf(_chain(6000), "grammar")
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(guard_cpu_s=0.1))
+    grammar = definitions.of_gbnf(_chain(1000), "grammar")
 
     async def check() -> None:
         checks = asyncio.gather(checker.check(grammar), return_exceptions=True)
@@ -178,7 +249,7 @@ def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None
         await checker.check(definitions.of_object("o"))  # the other process
         (error,) = await checks
         assert isinstance(error, ParameterError) and "the grammar needs more than" in str(error)
-        assert await asyncio.wait_for(asyncio.gather(checker.check(grammar), return_exceptions=True), 0.1), "kept"
+        assert len(checker._verdicts) == 1, "the guard's answer is no verdict"
 
     try:
         asyncio.run(check())
@@ -186,11 +257,32 @@ def test_gbnf_that_takes_long_to_convert_is_refused_and_blocks_nothing() -> None
         checker.close()
 
 
-def test_a_check_that_takes_too_much_of_a_processor_is_a_refusal() -> None:
-    checker = GrammarChecker(load_tokenizer(byte_level(330)), CheckLimits(compile_cpu_s=0.001))
+@pytest.mark.parametrize("limits", [CheckLimits(guard_cpu_s=0.001), CheckLimits(memory_bytes=1 << 20)])
+def test_a_grammar_that_ends_its_process_is_refused_and_checked_anew(limits: CheckLimits) -> None:
+    checker = GrammarChecker(load_tokenizer(byte_level(330)), limits)
     try:
         grammar = definitions.of_schema({"enum": [f"value {i}" for i in range(10_000)]}, "s")
-        assert "the grammar needs more than 0.001 s" in refusal(checker, grammar)
+        for _ in range(2):
+            assert "s: the grammar needs more than " in refusal(checker, grammar)
+            assert not checker._verdicts
+    finally:
+        checker.close()
+
+
+@pytest.mark.parametrize("words", [LARGE, 151_936])
+def test_the_preparation_of_a_large_vocabulary_is_no_part_of_a_check(words: int) -> None:
+    """It takes longer than the checks may."""
+    checker = GrammarChecker(load_tokenizer(large_vocabulary(words)), CheckLimits(guard_cpu_s=0.15))
+    try:
+        for grammar in (
+            definitions.of_choice(["yes", "no"], "guided_choice"),
+            definitions.of_object("response_format"),
+            definitions.of_regex(r"\d{3}-[a-z]+", "guided_regex"),
+            definitions.of_lark('start: "a" | "b" start', "grammar"),
+            definitions.of_gbnf('root ::= "x" | [0-9]+', "grammar"),
+        ):
+            assert refusal(checker, grammar) == ""
+        assert len(checker._verdicts) == 5
     finally:
         checker.close()
 

@@ -1,0 +1,81 @@
+"""Follows a grammar for some tokens as a worker does, before a request with it is admitted: what fails there, fails
+here."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from llamaclust.core.errors import RequestError
+from llamaclust.core.sampling import AllowedTokens, Grammar
+from llamaclust.model.grammars.matcher import GrammarMatcher
+from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+
+_CHOICES: Final = 32
+_TOKENS: Final = 512
+_NAMES: Final = 64
+_FIRST: Final = b'{["'
+_PREFERRED: Final = b'"{[],}:'
+"""The way to JSON with many properties whose values are short."""
+_SHOWN_BYTES: Final = 60
+
+
+class GrammarWalk:
+    """Follows grammars with one vocabulary."""
+
+    def __init__(self, vocabulary: GrammarVocabulary) -> None:
+        self._vocabulary = vocabulary
+        single = {word: token for token, word in reversed([*enumerate(vocabulary.words)]) if len(word) == 1}
+        self._first, self._preferred = (
+            [single[bytes([byte])] for byte in preferred if bytes([byte]) in single]
+            for preferred in (_FIRST, _PREFERRED)
+        )
+        self._ends = np.array(vocabulary.end_ids)
+
+    def run(self, definition: str, names: Sequence[str] = ()) -> None:
+        """RequestError for a grammar that cannot be used, or not followed on this way, which prefers properties of
+        these names."""
+        matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
+        keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
+        taken: list[int] = []
+        try:
+            for _ in range(_CHOICES):
+                taken += matcher.forced()
+                following = self._next(matcher, keys, self._preferred if taken else self._first)
+                if not following or matcher.position > _TOKENS:
+                    return
+                matcher.take(following)
+                taken += following
+        except RequestError as error:
+            text = b"".join(self._vocabulary.words[token] for token in taken)[-_SHOWN_BYTES:]
+            raise RequestError(f"{error}; after {text.decode('utf-8', 'replace')!r}") from None
+
+    def _next(self, matcher: GrammarMatcher, keys: deque[list[int]], preferred: list[int]) -> list[int]:
+        """Tokens that go on; none where only the end is left. Names come in their order, as schemas have them."""
+        allowed = matcher.allowed()
+        assert allowed is not None, "it waits for no trigger"
+        for key in keys:
+            if _has(allowed, key[0]) and matcher.may_follow_all(key):
+                keys.rotate(-1 - keys.index(key))
+                return key
+        token = next((token for token in preferred if _has(allowed, token)), None)
+        return self._any(allowed) if token is None else [token]
+
+    def _any(self, allowed: AllowedTokens) -> list[int]:
+        words = allowed.copy()
+        np.bitwise_and.at(words, self._ends // 32, ~(np.uint32(1) << (self._ends % 32).astype(np.uint32)))
+        place = int(np.argmax(words != 0))
+        word = int(words[place])
+        return [] if not word else [place * 32 + (word & -word).bit_length() - 1]
+
+
+def _key(name: str) -> bytes:
+    return f"{json.dumps(name, ensure_ascii=False)}:".encode("utf-8", "replace")
+
+
+def _has(allowed: AllowedTokens, token: int) -> bool:
+    return bool(allowed[token // 32] >> token % 32 & 1)

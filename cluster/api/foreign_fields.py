@@ -91,7 +91,7 @@ ALWAYS_LOADED: Final = _names("keep_alive", negative)
 CHAT: Final = ForeignFields(
     refused={
         **_REFUSED,
-        **_names("functions audio web_search_options chat_template documents", only()),
+        **_names("functions audio web_search_options chat_template", only()),
         **_names("function_call", only("none", "auto")),
         **_names("echo add_special_tokens", only(False)),
         "modalities": only(["text"]),

@@ -97,6 +97,17 @@ class ChatRequest:
             return ()
         return tuple(tool for tool in self.tools if named is None or named == tool["function"]["name"])
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it offers tools, or its messages have calls or results."""
+        return bool(self.offered_tools) or any(
+            message.get("tool_calls") or message.get("role") == "tool" for message in self.messages
+        )
+
+    @property
+    def has_documents(self) -> bool:
+        return bool(self.variables.get("documents"))
+
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
         """How the answer is read; None: it is content as it stands."""
         schemas = {

@@ -68,7 +68,7 @@ class ChatFormat:
     """The format of one template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self._template = template
+        self.template = template
         self._tokenizer = tokenizer
         self._lock = asyncio.Lock()
         self._form: ToolFormat | None = None
@@ -87,7 +87,7 @@ class ChatFormat:
         return self._form
 
     def _derived(self) -> ToolFormat:
-        source = self._template.source or ""
+        source = self.template.source or ""
         if not any(hint in source for hint in _HINTS):
             return PLAIN
         end = time.monotonic() + _MAX_DERIVATION_S
@@ -95,6 +95,6 @@ class ChatFormat:
         def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
             if time.monotonic() > end:
                 raise DeadlineError(f"the chat template's form was not known after {_MAX_DERIVATION_S:g} s; try again")
-            return self._template.render(messages, prompt, **variables)
+            return self.template.render(messages, prompt, **variables)
 
         return derive_format(source, render)

@@ -85,6 +85,7 @@ class TextService:
         self._embedder = Embedder(engine)
         self._grammars = GrammarChecker(tokenizer)
         self.chat_format = ChatFormat(chat_template, tokenizer)
+        self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
         self._in_preparation = 0
@@ -263,15 +264,24 @@ class TextService:
         """The same without the grammar of its calls."""
         with self._preparing():
             self._check_characters(await run_on(TOKENIZING, chat.count_characters))
-            rendered = await render(chat, await self.chat_format.get(), self.chat_template, self.tokenizer)
+            chat_format = self._format_of(chat)
+            rendered = await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
             prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
-        reading = rendered.reading and replace(rendered.reading, shown_control_ids=self.chat_format.control_ids)
+        reading = rendered.reading and replace(rendered.reading, shown_control_ids=chat_format.control_ids)
         return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
-        return unguarded((await render(chat, await self.chat_format.get(), self.chat_template, self.tokenizer)).prompt)
+        chat_format = self._format_of(chat)
+        return unguarded((await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)).prompt)
+
+    def _format_of(self, chat: ChatRequest) -> ChatFormat:
+        """Of the template for such a chat. ParameterError for documents that it would not show."""
+        template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
+        if chat.has_documents and "documents" not in (template.source or ""):
+            raise ParameterError("documents", "the model's chat template shows none; write them into a message")
+        return self._formats.get(template, self.chat_format)
 
     @contextmanager
     def _preparing(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 from llamaclust.core.errors import DeadlineError, ModelFileError, RequestError
@@ -27,6 +28,9 @@ _NO_TEMPLATE: Final = (
     "the model carries no chat template, and its name tells none: choose one with chat_template or --chat-template, or "
     "send the prompt as text to /v1/completions instead"
 )
+_KEY: Final = "tokenizer.chat_template"
+TOOL_USE: Final = "tool_use"
+RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
 """JSON may write one byte of text as six."""
 _MOST_PROCESSES = 2
@@ -59,10 +63,17 @@ class ChatTemplate:
     renders wait. Safe for many threads."""
 
     def __init__(
-        self, source: str | None, bos_token: str, eos_token: str, limits: TemplateLimits | None = None
+        self,
+        source: str | None,
+        bos_token: str,
+        eos_token: str,
+        limits: TemplateLimits | None = None,
+        named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`source` is None for a model without a template: every render is refused then."""
+        """`source` is None for a model without a template: every render is refused then. `named`: the model's templates
+        for chats of some kind, `tool_use` and `rag`."""
         self.source = source
+        self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._limits = limits or TemplateLimits()
         self._renderers = [_Renderer(source, self._limits) for _ in range(_MOST_PROCESSES)]
@@ -75,10 +86,17 @@ class ChatTemplate:
 
     def close(self) -> None:
         """Ends the child processes; renders in progress and those that wait fail. May be called again."""
+        for template in self.named.values():
+            template.close()
         for renderer in self._renderers:
             renderer.child.stop()
         for renderer in self._renderers:
             renderer.child.close()
+
+    def variant(self, *, uses_tools: bool, has_documents: bool) -> ChatTemplate:
+        """The template for a chat of that kind."""
+        names = [name for name, is_needed in ((TOOL_USE, uses_tools), (RAG, has_documents)) if is_needed]
+        return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
@@ -162,20 +180,27 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """The template of a GGUF file, in its place the text that a user chose, without one that which vocabulary or name
-    suggest.
+    """The template of a GGUF file and those that it names, in their place the text that a user chose, without one that
+    which vocabulary or name suggest.
 
-    ModelFileError where the field is not text. A model without a template refuses each render.
+    ModelFileError where a template is not text. A model without a template refuses each render.
     """
-    source = metadata.get("tokenizer.chat_template")
-    if source is not None and not isinstance(source, str):
-        raise ModelFileError("tokenizer.chat_template is not text")
+    source = _source(metadata, _KEY)
+    found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
+    named = {name: text for name, text in found.items() if text} if chosen is None else {}
     if chosen is not None:
         source = chosen
     elif not source:
         name = suggested_template(metadata, tokenizer)
         source = None if name is None else built_in(name)
-    return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
+    return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits, named)
+
+
+def _source(metadata: Mapping[str, Any], key: str) -> str | None:
+    source = metadata.get(key)
+    if source is not None and not isinstance(source, str):
+        raise ModelFileError(f"{key} is not text")
+    return source
 
 
 def _line(text: object) -> str:

@@ -222,5 +222,9 @@ class TemplateBody(ChatFields):
 
     def request(self) -> ChatRequest:
         return ChatRequest(
-            self.variables, tools=tuple(self.tools), variables=self.template_variables, end=self.prompt_end
+            self.variables,
+            tools=tuple(self.tools),
+            variables=self.template_variables,
+            end=self.prompt_end,
+            tool_use=self.tool_use,
         )

@@ -101,6 +101,8 @@ class ChatFields(ToolFields):
     """The chat so far."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More variables for the chat template."""
+    documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
+    """Texts for the chat template, each an object, such as `{"title": ..., "text": ...}`."""
     reasoning_effort: str | None = None
     """Passed to the chat template; none sets its `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
@@ -115,7 +117,8 @@ class ChatFields(ToolFields):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        return effort_variables(self.reasoning_effort) | self.chat_template_kwargs
+        documents = {"documents": self.documents} if self.documents else {}
+        return effort_variables(self.reasoning_effort) | documents | self.chat_template_kwargs
 
     @property
     def prompt_end(self) -> PromptEnd:

@@ -25,6 +25,7 @@ def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, A
         "model_path": settings.model_path or settings.model_name,
         "model_alias": settings.model_name,
         "chat_template": service.chat_template.source or "",
+        **{f"chat_template_{name}": template.source for name, template in service.chat_template.named.items()},
         "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
         "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
         "modalities": {"vision": False, "audio": False},

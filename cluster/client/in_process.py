@@ -10,8 +10,8 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-from llamaclust.cluster.api.chat_sampling import chat_sampling
 from llamaclust.cluster.api.embeddings.schema import OpenAiEmbeddingBody
+from llamaclust.cluster.api.fields.chat_sampling import chat_sampling
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client.base import TextClient

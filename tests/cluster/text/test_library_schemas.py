@@ -12,7 +12,7 @@ import pytest
 from llamaclust.cluster.text.chat import ToolMode
 from llamaclust.model.grammars.checker import GrammarChecker
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
-from support.models.library_schemas import LIBRARIES, Part, tool_schema
+from support.chat.library_schemas import LIBRARIES, Part, tool_schema
 from support.seed import SEED
 
 TOOLS = 1000

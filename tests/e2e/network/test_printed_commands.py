@@ -111,7 +111,11 @@ def test_the_command_for_networks_without_multicast_works(small_model: Path, sma
 def test_a_coordinator_that_listens_at_all_addresses_of_ipv6(small_model: Path, small_answers: list[Answer]) -> None:
     """`[::]` takes connections of IPv4 as well."""
     with Box((COORDINATOR, *WORKERS)) as box, command_line() as line:
-        keys = {"launcher": "static", "listen": "127.0.0.1:8080", "workers": [{"name": n, **SPEED} for n in WORKERS]}
+        keys: dict[str, Any] = {
+            "launcher": "static",
+            "listen": "127.0.0.1:8080",
+            "workers": [{"name": n, **SPEED} for n in WORKERS],
+        }
         join = {"listen": "[::]:7100", "members": "[::]:7101"}
         coordinator = line.start(
             "up", line.cluster_file(small_model, "distant", join=join, **keys), network=box[COORDINATOR].namespace

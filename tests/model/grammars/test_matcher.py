@@ -17,7 +17,7 @@ from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-from support.models.random_schemas import random_instance, random_schema, token_set, walk
+from support.chat.random_schemas import random_instance, random_schema, token_set, walk
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 from support.seed import SEED
 

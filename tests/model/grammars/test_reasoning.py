@@ -15,7 +15,7 @@ from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.model.grammars.reasoning import ReasoningState, may_run_over
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-from support.models.random_schemas import token_set
+from support.chat.random_schemas import token_set
 from support.seed import SEED
 
 BEGIN, END = "<t>", "</t>"

@@ -8,7 +8,7 @@ from typing import Any
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampling import Grammar, Reasoning, SamplingParams
 from llamaclust.model.grammars import definitions
-from support.models.random_schemas import random_schema
+from support.chat.random_schemas import random_schema
 
 _END = 2
 _TOKENS = 90

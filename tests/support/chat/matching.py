@@ -20,7 +20,7 @@ from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage.matchers import StageMatchers
-from support.models.random_schemas import token_set
+from support.chat.random_schemas import token_set
 
 END = 256
 VOCABULARY = GrammarVocabulary(

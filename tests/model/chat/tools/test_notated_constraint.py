@@ -17,8 +17,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabul
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.chat.call_grammars import calls_of
+from support.chat.random_schemas import random_instance, random_schema
 from support.chat.sample_templates import form_of
-from support.models.random_schemas import random_instance, random_schema
 from support.models.tiny_tokenizers import byte_level
 from support.seed import SEED
 

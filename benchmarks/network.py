@@ -127,7 +127,7 @@ async def distant_cluster(
     here = box[COORDINATOR].address
     keys = ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
     keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in workers)}]")
-    token = folder / "distant" / "trust" / "token"
+    token = folder / ".trust" / "token"
 
     def report(event: Event) -> None:
         if isinstance(event, AwaitingWorkers):

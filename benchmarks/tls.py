@@ -73,7 +73,8 @@ async def cluster_of(model: Path, folder: Path, *, insecure: bool) -> AsyncItera
             if isinstance(event, AwaitingWorkers):
                 found = re.search(r"--join (\S+)", " ".join(event.lines))
                 assert found is not None
-                known = ("--insecure",) if insecure else ("--token-file", str(directory.path / "trust" / "token"))
+                token = directory.path.parent / ".trust" / "token"
+                known = ("--insecure",) if insecure else ("--token-file", str(token))
                 for name in ("w0", "w1"):
                     workers.enter_context(
                         program("worker", "--join", found[1], "--name", name, *known, "--threads", "1")

@@ -67,6 +67,9 @@ def worker(
             "--model-dir", metavar="DIR", help="Folder of the model's file, if it is not at the coordinator's path."
         ),
     ] = None,
+    stay: Annotated[
+        bool, Option("--stay", help="After the end of a cluster, wait for the next one, at the same address or token.")
+    ] = False,
     ready_file: Annotated[
         Path | None,
         Option("--ready-file", metavar="FILE", help="File that exists while the worker holds layers or is idle."),
@@ -110,6 +113,7 @@ def worker(
         feature_level=variables.feature_level or "",
         join_s=_JOIN_S,
         static=True,
+        stays=stay,
         log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(option_value("--model-dir", expand_home, str(model_dir))),
         ready_file=ready_file,
@@ -188,8 +192,9 @@ def rotate(
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
     """Of the cluster of that name; without one, of the only one that runs, or of `default`."""
     from llamaclust.cluster.config.values import parse_name
+    from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters
 
     if cluster is None and running_clusters(state_dir):
-        return find_running(state_dir, None)[0].path / "trust"
-    return state_dir / option_value("--cluster", parse_name, cluster or "default") / "trust"
+        return trust_folder(find_running(state_dir, None)[0].path)
+    return trust_folder(state_dir / option_value("--cluster", parse_name, cluster or "default"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -30,6 +31,9 @@ _CLUSTER = "cluster"
 _ANSWER_MS = 3000
 _MOST_NAME = 40
 _MOST_LOOK_UPS = 16
+_MOST_OTHERS = 8
+_OTHER_NAME = re.compile(r"([a-z0-9_.-]{1,40})-[0-9a-f]{16}\b", re.ASCII)
+"""The name of a cluster before its id."""
 _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 _END_S = 5.0
@@ -72,13 +76,14 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 
 @asynccontextmanager
-async def browsing(cluster: str, found: Callable[[str], None]) -> AsyncIterator[None]:
-    """While it lasts, `found` is called with the addresses (HOST:PORT) at which a cluster of this id is announced.
+async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
+    """While it lasts, `found` is called with the addresses (HOST:PORT) at which a cluster of this id is announced, and
+    `other` with the names of clusters of other ids, each once.
 
     UsageError where multicast is not possible.
     """
     async with _multicast(_browsed()) as service:
-        browser = _Browser(service.zeroconf, cluster, found)
+        browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
         try:
             async with _following(service, _browsed):
@@ -93,18 +98,32 @@ class _Browser:
     """Looks up what is announced by names with the cluster's id: other clusters may be many. Of a flood of names with
     it, those beyond a few at once are left out."""
 
-    def __init__(self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None]) -> None:
+    def __init__(
+        self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
+    ) -> None:
         self._zeroconf = zeroconf
         self._cluster = cluster
         self._found = found
+        self._other = other
+        self._others: set[str] = set()
         self._look_ups = TaskSet()
 
     def changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         """A handler of zeroconf, which passes its arguments by these names."""
         del zeroconf
-        is_there = state_change is not ServiceStateChange.Removed and self._cluster in name
-        if is_there and len(self._look_ups) < _MOST_LOOK_UPS:
+        if state_change is ServiceStateChange.Removed:
+            return
+        if self._cluster not in name:
+            self._tell_of_another(name)
+        elif len(self._look_ups) < _MOST_LOOK_UPS:
             self._look_ups.start(self._look_up(service_type, name))
+
+    def _tell_of_another(self, name: str) -> None:
+        """Of a few, for anyone may announce many."""
+        match = _OTHER_NAME.match(name)
+        if match is not None and match[1] not in self._others and len(self._others) < _MOST_OTHERS:
+            self._others.add(match[1])
+            self._other(match[1])
 
     async def _look_up(self, service_type: str, name: str) -> None:
         with contextlib.suppress(Error):  # also for a name of another type

@@ -17,6 +17,8 @@ _BACKOFF = Backoff(0.2, 5.0)
 _STAGGER_S = 0.25
 """Between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
+_IDLE_LOG_S = 3600.0
+"""For a worker that waits for the next cluster, days perhaps."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
@@ -43,14 +45,16 @@ class Place:
 class CoordinatorSearch:
     """Of one worker, from its start on. An address that does not answer delays no other one.
 
-    `discovers`: further addresses may be added at any time, so that a refusal at all known ones ends nothing.
+    `discovers`: further addresses may be added at any time, so that a refusal at all known ones ends nothing. `stays`:
+    no refusal ends anything, for the next coordinator may be another one.
     """
 
-    def __init__(self, addresses: Sequence[str], *, discovers: bool = False) -> None:
+    def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
         """How long a lost coordinator is waited for; None: the worker was never a member, and waits for ever."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
+        self._stays = stays
         self._has_more = asyncio.Event()
         self._trying: dict[Place, asyncio.Task[Any]] = {}  # referenced until they have ended
         self._begun_s: float | None = None  # the first failure since an admission
@@ -65,6 +69,12 @@ class CoordinatorSearch:
         self._places = [
             place for place in self._places if place.address == address or not (place.is_found and place.failures)
         ]
+        for place in self._places:
+            place.failures, place.is_refused = 0, False
+
+    def begin_anew(self) -> None:
+        """As if the worker were never a member."""
+        self.limit_s, self._begun_s, self._error, self._logged = None, None, None, {}
         for place in self._places:
             place.failures, place.is_refused = 0, False
 
@@ -131,7 +141,7 @@ class CoordinatorSearch:
             self._begun_s = now_s
         # one of several addresses may be another program's by now, whatever that answers
         is_refused = not self._discovers and all(each.is_refused for each in self._places)
-        is_final = isinstance(error, RefusedError) or is_refused
+        is_final = not self._stays and (isinstance(error, RefusedError) or is_refused)
         if self.limit_s is None and is_final:
             raise error
         self._report(error, now_s)
@@ -149,7 +159,8 @@ class CoordinatorSearch:
             await asyncio.sleep(place.pause_s)
 
     def _report(self, error: LlamaclustError, now_s: float) -> None:
-        if now_s - self._logged.get(str(error), -_LOG_EVERY_S) < _LOG_EVERY_S:
+        every_s = _IDLE_LOG_S if self._stays and self.limit_s is None else _LOG_EVERY_S
+        if now_s - self._logged.get(str(error), -every_s) < every_s:
             return
         limit = "" if self.limit_s is None else f" for {self.limit_s:g} s at most, weights kept"
         addresses = " or ".join(place.address for place in self._places[:_MOST_LOGGED])

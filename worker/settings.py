@@ -42,6 +42,7 @@ class WorkerSettings:
     kv_disk_dir: Path | None = None  # folder for KV memory on disk
     kv_disk_bytes: int | None = None  # its size; None: KV memory is not kept on disk
     static: bool = False
+    stays: bool = False  # after the end of a cluster, for the next one; only of a static worker
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT
     cluster: str = ""  # its name, for the log; "": unknown

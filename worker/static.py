@@ -26,7 +26,7 @@ from llamaclust.wire.security.certificates import cluster_id
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Insecure
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.coordinator_search import CoordinatorSearch
-from llamaclust.worker.devices.system_info import log_place
+from llamaclust.worker.devices.system_info import log_place, release_freed_memory
 from llamaclust.worker.enrolment import enrol, is_open, speaks_tls
 from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import OwnAddress
@@ -43,7 +43,9 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Until the coordinator ends the cluster; returns its reason. UsageError where it refuses the worker at first, or
+    """Until the coordinator ends the cluster; returns its reason. A worker that stays waits for the next cluster then.
+
+    UsageError where the coordinator refuses the worker at first, or
     no address is a coordinator's that could take it, WorkerError where it was gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
@@ -67,7 +69,7 @@ class _StaticWorker:
         self._token = JoinToken.parse(settings.token) if file is None else JoinToken.read(file)  # None: insecure
         self._worker = Worker.open(settings)
         given = tuple(filter(None, (settings.join, *settings.standbys)))
-        self._search = CoordinatorSearch(given, discovers=settings.discover)
+        self._search = CoordinatorSearch(given, discovers=settings.discover, stays=settings.stays)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._listens_at = ""
@@ -83,10 +85,29 @@ class _StaticWorker:
         cluster = cluster_id(self._token.ca_hash)
         advice = "start `llamaclust up --discover` in the same network, or this worker with --join HOST:PORT"
         _log.info("looking for the coordinator of the token's cluster by multicast DNS; %s", advice)
-        async with browsing(cluster, self._search.add):
+        async with browsing(cluster, self._search.add, self._tell_of_another):
             return await self._run()
 
     async def _run(self) -> str:
+        """Clusters, one after the other, for a worker that stays."""
+        while True:
+            try:
+                reason = await self._run_cluster()
+            except DeviceLostError:
+                raise
+            except WorkerError as error:  # the coordinator has not come back
+                if not self._settings.stays:
+                    raise
+                reason = str(error)
+            if not self._settings.stays:
+                return reason
+            _log.info("%s; this worker waits for the next one", reason)
+            await self._worker.service.free()
+            self._worker.largest_term.forget()
+            self._search.begin_anew()
+            release_freed_memory()
+
+    async def _run_cluster(self) -> str:
         """Memberships, one after the other."""
         while True:
             await self._worker.compute.idle(_STEP_S)  # DeviceLostError where a step of the last membership hangs
@@ -97,6 +118,12 @@ class _StaticWorker:
                 raise
             except LlamaclustError as error:
                 self._search.failed(place, await self._explained(place.address, error))
+
+    def _tell_of_another(self, name: str) -> None:
+        """A cluster of another token, which this worker may be meant for."""
+        if self._search.limit_s is None:
+            what = "in this network, the cluster %s is announced, whose token this worker does not have"
+            _log.warning(f"{what}; copy the token file that its `llamaclust up` names", name)
 
     async def _explained(self, address: str, error: LlamaclustError) -> LlamaclustError:
         if self._token is None and self._search.limit_s is None and await speaks_tls(*split_address(address)):

@@ -30,6 +30,10 @@ class LargestTerm:
     value: int = 0
     proof: TermProof = field(default_factory=TermProof)
 
+    def forget(self) -> None:
+        """The cluster has ended; another one counts its own terms."""
+        self.value, self.proof = 0, TermProof()
+
     def see(self, term: int, proof: TermProof | None = None) -> None:
         """WorkerError for a smaller one."""
         if term < self.value:

@@ -10,7 +10,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.arrivals import Arrivals, Awaited, Shortfall
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launcher
 from llamaclust.cluster.launchers.restarts import RestartPolicy
-from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.authority import Authority, trust_folder
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
@@ -22,7 +22,6 @@ from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
 from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.settings import WorkerSettings
 
-_TRUST = "trust"
 _STARTING_S = 60.0
 _MOST_HOSTS = 4
 """Of this machine's addresses in the printed command."""
@@ -43,7 +42,8 @@ class StaticLauncher(Launcher):
         self.listen = config.join.listen
         self.coordinator_s = config.timeouts.coordinator
         if not config.insecure:
-            self.authority = Authority.open(config.join.trust_dir or folder.path / _TRUST)
+            own = trust_folder(folder.path) if config.launcher == "static" else folder.path / "trust"
+            self.authority = Authority.open(config.join.trust_dir or own)
             self.credentials = self.authority.identity()
             self.certify = self.authority.certify
             self.listen = config.join.members

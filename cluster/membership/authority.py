@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,8 +33,16 @@ _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
 
 _log = logging.getLogger(__name__)
 
+_SHARED = ".trust"
 _CA_KEY, _CA_CERTIFICATE, _TOKEN = "ca.key", "ca.crt", "token"
 _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+def trust_folder(cluster: Path) -> Path:
+    """The folder for the authority of a static cluster whose file names none: its own, where there is one, else the one
+    that all static clusters of the state directory share, so that workers need one token."""
+    own = cluster / "trust"
+    return own if own.exists() else cluster.parent / _SHARED
 
 
 class Authority:
@@ -175,14 +187,29 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _create(folder: Path) -> None:
-    """All at once: a start that is cut short leaves no half of it. The caller holds the cluster's lock."""
+    """All at once: a start that is cut short leaves no half of it; of two clusters that start at once, one makes it."""
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(mode=0o700)
-    write_private(new / _CA_KEY, private_pem(key).decode())
-    write_private(new / _CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM).decode())
-    write_private(new / _TOKEN, token.text + "\n")
-    new.rename(folder)
-    sync_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent):
+        if folder.exists():
+            return
+        new = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        write_private(new / _CA_KEY, private_pem(key).decode())
+        write_private(new / _CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM).decode())
+        write_private(new / _TOKEN, token.text + "\n")
+        new.rename(folder)
+        sync_folder(folder.parent)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Among processes that make something in this folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

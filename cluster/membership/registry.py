@@ -102,7 +102,7 @@ class Registry(Members):
         finally:
             if record.term > former:
                 await self._prove_term()
-        is_proven = is_term_proven(self._credentials, seen, register.term_proof)
+        is_proven = is_term_proven(self._credentials, seen, register.term_proof, self._settings.cluster)
         terms = f"term {seen}{'' if is_proven else ', which none has signed'}, this one: {record.term}"
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
         if is_proven and name in self.workers and self.workers[name].stages:
@@ -155,7 +155,7 @@ class Registry(Members):
 
     def _admitted(self) -> messages.Admitted:
         settings, term = self._settings, self._settings.record.term
-        proof = prove_term(self._credentials, term)
+        proof = prove_term(self._credentials, term, settings.cluster)
         return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=term, term_proof=proof)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:

@@ -62,9 +62,9 @@ async def announced_by_another(
 
 async def test_a_cluster_is_found_before_and_after_it_is_announced() -> None:
     early, late = Found(), Found()
-    async with browsing(CLUSTER, early), announced("tiny", CLUSTER, "0.0.0.0:7100"):
+    async with browsing(CLUSTER, early, Found()), announced("tiny", CLUSTER, "0.0.0.0:7100"):
         await early.until("127.0.0.1:7100")
-        async with browsing(CLUSTER, late):
+        async with browsing(CLUSTER, late, Found()):
             await late.until("127.0.0.1:7100")
 
 
@@ -74,7 +74,7 @@ async def test_clusters_with_the_same_id_are_all_found() -> None:
     async with (
         announced("tiny", CLUSTER, "127.0.0.1:7100"),
         announced("tiny", CLUSTER, "127.0.0.1:7200"),
-        browsing(CLUSTER, found),
+        browsing(CLUSTER, found, Found()),
     ):
         await found.until("127.0.0.1:7100")
         await found.until("127.0.0.1:7200")
@@ -87,7 +87,7 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
         announced_by_another(f"no id {CLUSTER}", 7102, {}),
         announced_by_another(f"no port {CLUSTER}", 0, {"cluster": CLUSTER}),
         announced_by_another(f"another id {CLUSTER}", 7103, {"cluster": CLUSTER.upper()}),
-        browsing(CLUSTER, found),
+        browsing(CLUSTER, found, Found()),
         announced("tiny", CLUSTER, "127.0.0.1:7100"),
     ):
         await found.until("127.0.0.1:7100")
@@ -95,10 +95,12 @@ async def test_other_clusters_and_strange_announcements_are_left_out() -> None:
 
 
 @asynccontextmanager
-async def browser(found: Found) -> AsyncIterator[Callable[[str], None]]:
+async def browser(
+    found: Found, other: Callable[[str], None] = lambda name: None
+) -> AsyncIterator[Callable[[str], None]]:
     """A browser's handler, for names of services."""
     async with discovery._multicast(["127.0.0.1"]) as service:
-        browser = discovery._Browser(service.zeroconf, CLUSTER, found)
+        browser = discovery._Browser(service.zeroconf, CLUSTER, found, other)
         try:
             yield lambda name: browser.changed(service.zeroconf, SERVICE, name, ServiceStateChange.Added)
         finally:
@@ -127,7 +129,10 @@ async def test_a_cluster_is_found_among_many_others() -> None:
 
 async def test_all_addresses_of_a_machine_with_many_networks_are_found() -> None:
     found, hosts = Found(), [f"10.0.{number}.1" for number in range(24)]
-    async with announced_by_another(f"tiny-{CLUSTER}", 7100, {"cluster": CLUSTER}, hosts), browsing(CLUSTER, found):
+    async with (
+        announced_by_another(f"tiny-{CLUSTER}", 7100, {"cluster": CLUSTER}, hosts),
+        browsing(CLUSTER, found, Found()),
+    ):
         for host in hosts:
             await found.until(f"{host}:7100")
 
@@ -147,7 +152,7 @@ async def test_the_end_does_not_wait_for_ever(
     monkeypatch.setattr(discovery, "_END_S", 2.0)
     async with asyncio.timeout(WITHIN_S):
         with pytest.raises(UsageError, match="why it ends"):
-            async with browsing(CLUSTER, Found()):
+            async with browsing(CLUSTER, Found(), Found()):
                 raise UsageError("why it ends")
     assert caplog.messages == ["the end of multicast DNS: not within 2 s"]
 
@@ -165,5 +170,20 @@ async def test_where_multicast_is_not_possible_the_error_says_what_to_do(monkeyp
 
     monkeypatch.setattr(discovery, "AsyncZeroconf", refuse)
     with pytest.raises(UsageError, match="Network is unreachable; start workers with --join HOST:PORT"):
-        async with browsing(CLUSTER, Found()):
+        async with browsing(CLUSTER, Found(), Found()):
             pass
+
+
+async def test_clusters_of_other_tokens_are_named_once_and_not_without_end() -> None:
+    found, others = Found(), list[str]()
+    foreign = CLUSTER[::-1]
+    async with browser(found, others.append) as changed:
+        for name in ("home", "home", "qwen3-8b", "a.b_c", "home"):
+            changed(f"{name}-{foreign}.{SERVICE}")
+        changed(f"\N{ESCAPE}[31mred-{foreign}.{SERVICE}")
+        changed(f"no-id.{SERVICE}")
+        assert others == ["home", "qwen3-8b", "a.b_c"]
+        for number in range(100):
+            changed(f"flood-{number}-{foreign}.{SERVICE}")
+    assert len(others) == discovery._MOST_OTHERS
+    assert found.addresses == []

@@ -17,24 +17,24 @@ class TermProof:
     signature: Annotated[bytes, Size(0, 128)] = b""
 
 
-def prove_term(credentials: Credentials, term: int) -> TermProof:
-    """Of the coordinator that has these credentials."""
+def prove_term(credentials: Credentials, term: int, name: str = "") -> TermProof:
+    """The term of the coordinator that has these credentials, for the cluster of that name: clusters may share a CA."""
     if not isinstance(credentials, Identity):
         return TermProof()
     from llamaclust.wire.security.certificates import sign
 
-    return TermProof(credentials.pair.certificate, sign(credentials.pair, _statement(credentials.cluster, term)))
+    return TermProof(credentials.pair.certificate, sign(credentials.pair, _statement(credentials.cluster, term, name)))
 
 
-def is_term_proven(credentials: Credentials, term: int, proof: TermProof) -> bool:
+def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str = "") -> bool:
     """Whether a coordinator of this cluster had the term. Where there are no certificates, every member is trusted."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import has_signed
 
-    host, statement = COORDINATOR.host(credentials.cluster), _statement(credentials.cluster, term)
+    host, statement = COORDINATOR.host(credentials.cluster), _statement(credentials.cluster, term, name)
     return has_signed(host, proof.certificate, statement, proof.signature, credentials.ca)
 
 
-def _statement(cluster: str, term: int) -> bytes:
-    return f"llamaclust 1: a coordinator of cluster {cluster} has term {term}".encode()
+def _statement(cluster: str, term: int, name: str) -> bytes:
+    return f"llamaclust 1: a coordinator of cluster {cluster} {name} has term {term}".encode()

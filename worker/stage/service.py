@@ -79,6 +79,12 @@ class StageService:
         self._kept += self._stages.values()
         self._stages.clear()
 
+    async def free(self) -> None:
+        """Of all models, also what was kept."""
+        self.keep()
+        while self._kept:
+            await self._close(self._kept.pop())
+
     @property
     def kept_bytes(self) -> Counter[str]:
         """By device."""

@@ -287,7 +287,7 @@ def test_what_the_authority_leaves_is_private(line: CommandLine, model: Path) ->
     join_port(coordinator)
     folder = token_file(line).parent
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
-    assert modes == {"trust": 0o700, "ca.key": 0o600, "ca.crt": 0o600, "token": 0o600}
+    assert modes == {".trust": 0o700, "ca.key": 0o600, "ca.crt": 0o600, "token": 0o600}
     before = token_file(line).read_text()
     coordinator.process.send_signal(signal.SIGTERM)
     coordinator.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -35,6 +36,22 @@ def test_a_start_that_was_cut_short_leaves_no_half_of_an_authority(tmp_path: Pat
     (tmp_path / ".trust.new" / "ca.key").write_text("half")
     authority(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["trust"]
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_static_clusters_share_an_authority_unless_one_has_its_own(tmp_path: Path, *, has_own: bool) -> None:
+    """A cluster of an earlier version keeps its own."""
+    if has_own:
+        (tmp_path / "first" / "trust").mkdir(parents=True)
+    first, second = (module.trust_folder(tmp_path / name) for name in ("first", "second"))
+    assert first == (tmp_path / "first" / "trust" if has_own else second)
+    assert second == tmp_path / ".trust"
+
+
+def test_clusters_that_start_at_once_make_one_authority(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        made = [*threads.map(lambda _: module.Authority.open(tmp_path / "state" / ".trust").token.text, range(8))]
+    assert len(set(made)) == 1
 
 
 class Clock(datetime):

@@ -114,7 +114,7 @@ def test_the_token_of_the_only_running_cluster_is_rotated_without_its_name(
     def rotated() -> Result:
         return CliRunner().invoke(app, ["token", "rotate"])
 
-    assert f"{tmp_path}/default/trust: no such folder" in str(rotated().exception)
+    assert f"{tmp_path}/.trust: no such folder" in str(rotated().exception)
     with folder.locked():
         folder.write_record(ClusterRecord("brain", os.getpid(), "http://127.0.0.1:1", "m"))
         assert str(trust.token_file) in rotated().output and trust.token_file.read_text() != before

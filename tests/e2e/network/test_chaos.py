@@ -150,7 +150,7 @@ def test_workers_on_the_same_machine_change_no_answer(model: Path, line: Command
     with Box(("all",)) as box:
         inside = box["all"].namespace
         coordinator = line.start("up", file, network=inside)
-        token = line.cluster_dir("tiny") / "trust" / "token"
+        token = line.state_dir / ".trust" / "token"
         eventually(token.is_file, 30.0, "the join token")
         for port, name in enumerate("ab", 7102):
             own = ("--name", name, "--listen", f"127.0.0.1:{port}", "--threads", "1", "--token-file", token)

@@ -62,7 +62,7 @@ def printed(line: CommandLine, coordinator: Running) -> list[list[str]]:
         joins = re.search(rf"{ADVICE_WITHOUT_MULTICAST}, (.*) instead of --discover", text)
         assert joins is not None, text
         commands.append(found[1].replace("--discover", joins[1]))
-    token = str(line.cluster_dir("distant") / "trust" / "token")
+    token = str(line.state_dir / ".trust" / "token")
     return [command.replace("FILE", token).split() for command in commands]
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.authority import Authority, trust_folder
 from support.clusters.command_line import Cluster, CommandLine, Running, eventually
 
 ANY_PORT = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0"}
@@ -42,7 +42,7 @@ def join_port(coordinator: Running) -> int:
 
 
 def token_file(line: CommandLine, name: str = "tiny") -> Path:
-    return line.cluster_dir(name) / "trust" / "token"
+    return trust_folder(line.cluster_dir(name)) / "token"
 
 
 def new_trust(line: CommandLine, name: str = "tiny") -> Authority:

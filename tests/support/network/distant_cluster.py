@@ -114,7 +114,7 @@ class DistantCluster:
 
 def start_worker(box: Box, line: CommandLine, name: str, *options: str) -> Running:
     """`options`: how it joins and where it listens; without any, at fixed addresses."""
-    token = line.cluster_dir("distant") / "trust" / "token"
+    token = line.state_dir / ".trust" / "token"
     eventually(token.is_file, 30.0, "the join token")
     fixed = ("--join", f"{box[COORDINATOR].address}:7100", "--listen", f"{box[name].address}:7102")
     own = ("--name", name, "--threads", "1", *(options or fixed))

@@ -28,6 +28,8 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _MAX_PIECES = 1 << 16
+_BLOCKING_CHARACTERS = 2048
+"""Longer texts are tokenized on a thread."""
 
 
 class LlamaCppEndpoints:
@@ -54,14 +56,19 @@ class LlamaCppEndpoints:
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody, TEXT_ONLY, self._settings)
-        tokenizing = self._service.tokenize(body.content, body.add_special, body.parse_special)
-        ids = await unless_disconnected(request, tokenizing)
-        if body.with_pieces:
-            if len(ids) > _MAX_PIECES:
-                reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
-                raise ParameterError("with_pieces", reason)
-            return JsonResponse({"tokens": [_piece_entry(self._service.tokenizer, token) for token in ids]})
-        return JsonResponse({"tokens": ids})
+        if len(body.content) <= _BLOCKING_CHARACTERS:
+            return self._tokenized(body)
+        return await unless_disconnected(request, run_on(TOKENIZING, self._tokenized, body))
+
+    def _tokenized(self, body: TokenizeBody) -> Response:
+        """The whole reply: its ids take ten times as much memory as their JSON, and waiting replies keep the latter."""
+        ids = self._service.tokenizer.encode(body.content, body.add_special, body.parse_special)
+        if not body.with_pieces:
+            return JsonResponse({"tokens": ids})
+        if len(ids) > _MAX_PIECES:
+            reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
+            raise ParameterError("with_pieces", reason)
+        return JsonResponse({"tokens": [_piece_entry(self._service.tokenizer, token) for token in ids]})
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, TEXT_ONLY, self._settings)

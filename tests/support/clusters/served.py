@@ -147,6 +147,9 @@ class ScriptedEngine:
     def __post_init__(self) -> None:
         self.gate.set()
 
+    def prepare_matchers(self) -> None:
+        """No worker has matchers."""
+
     def submit(self, generation: GenerationRequest) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal

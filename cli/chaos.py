@@ -29,7 +29,8 @@ def chaos(
         str | None,
         Option(
             metavar="KIND,...",
-            help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, slow-link.",
+            help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, slow-link, fails, "
+            "mute.",
         ),
     ] = None,
     streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Requests at a time.")] = 8,

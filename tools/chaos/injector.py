@@ -21,6 +21,7 @@ from llamaclust.tools.chaos.links import Disturbance
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import Fault, FaultKind
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
+from llamaclust.tools.chaos.worker_faults import FAILING, MUTE
 
 _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
@@ -42,12 +43,13 @@ class Injector:
         self._show = show
         self._stops, self._disks, self._drains = Stops(), FullDisks(), Drains(state_dir, name)
         self._links = DisturbedLinks(firewall)
+        self._failing: set[str] = set()  # workers whose faults end by themselves
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def held(self) -> frozenset[str]:
         """Targets of faults that last now: workers, and the cluster while its coordinator's disk is full."""
-        return self._stops.names | self._disks.names | self._drains.names | self._links.names
+        return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
         """LlamaclustError while no coordinator answers."""
@@ -70,6 +72,10 @@ class Injector:
                 self._drains.add(fault.target)
                 self._hold(self._drain(fault))
                 return True
+            case FaultKind.FAILS:
+                return self._begin_within(fault, targets.workers[fault.target], FAILING)
+            case FaultKind.MUTE:
+                return self._begin_within(fault, targets.workers[fault.target], MUTE)
             case FaultKind.PARTITION:
                 return self._disturb_link(fault, targets, Disturbance.CUT)
             case FaultKind.SLOW_LINK:
@@ -114,6 +120,18 @@ class Injector:
         if is_stopped:
             self._hold(self._continue_later(fault))
         return is_stopped
+
+    def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
+        """A fault within the process. One that was replaced since it was found may not know it."""
+        if not process.catches(number) or not process.send(number):
+            return False
+        self._failing.add(fault.target)
+        self._hold(self._end_later(fault))
+        return True
+
+    async def _end_later(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.hold_s)
+        self._failing.discard(fault.target)
 
     async def _stop_coordinator(self, fault: Fault, process: Process) -> bool:
         is_stopped = self._stops.begin(fault.target, process)

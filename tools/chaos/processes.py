@@ -44,6 +44,14 @@ class Process:
                 os.close(descriptor)
         return False
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether it has a handler of the signal: it ends without one."""
+        with suppress(OSError):
+            lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
+            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
+            return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+        return False
+
     def limit_files(self, most_bytes: int) -> int | None:
         """Writes beyond this place of a file fail from now on, or beyond the hard limit where that is less; children
         that it starts inherit it. Gives the limit so far, None where the process is not there."""

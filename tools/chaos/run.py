@@ -24,12 +24,17 @@ from llamaclust.tools.chaos.received import Received
 from llamaclust.tools.chaos.schedule import FaultKind, Schedule
 from llamaclust.tools.chaos.tally import Tally
 from llamaclust.tools.chaos.targets import Permissions, Targets, find_targets
+from llamaclust.tools.chaos.worker_faults import PRELOAD
 
 _SHOW_S = 1.0
 _FINISH_S = 180.0
 """For the last answers, after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
 _NO_LINKS = "has no worker with a network link to this machine (those of `launcher: local` have Unix sockets)"
+_NOT_PRELOADED = (
+    f"has no worker on this machine with these faults, beside which another one serves; start workers with "
+    f"PYTHONPATH={PRELOAD}"
+)
 _IMPOSSIBLE = {
     FaultKind.KILL: "has no workers on this machine that it starts again itself; --kill-joined: something else does",
     FaultKind.STOP: "has no worker on this machine beside which another one serves",
@@ -39,6 +44,8 @@ _IMPOSSIBLE = {
     FaultKind.DISK_FULL: _NOT_HERE,
     FaultKind.PARTITION: f"{_NO_LINKS} beside which another one serves",
     FaultKind.SLOW_LINK: _NO_LINKS,
+    FaultKind.FAILS: _NOT_PRELOADED,
+    FaultKind.MUTE: _NOT_PRELOADED,
 }
 
 

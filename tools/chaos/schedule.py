@@ -13,6 +13,7 @@ from enum import StrEnum
 from random import Random
 
 from llamaclust.core.errors import UsageError
+from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
@@ -36,6 +37,8 @@ class FaultKind(StrEnum):
     DISK_FULL = "full disk of the coordinator"
     PARTITION = "partition of a worker"
     SLOW_LINK = "slow link of a worker"
+    FAILS = "failing steps of a worker"
+    MUTE = "silence of a worker"
 
     @property
     def option(self) -> str:
@@ -53,12 +56,12 @@ class FaultKind(StrEnum):
     @property
     def needs_another_worker(self) -> bool:
         """Its worker is left alone while no other one serves."""
-        return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION)
+        return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.FAILS, FaultKind.MUTE)
 
     @property
     def is_loss(self) -> bool:
         """Its worker may be lost."""
-        return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION)
+        return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION, FaultKind.MUTE)
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
@@ -79,8 +82,12 @@ _WEIGHTS = {
     FaultKind.DISK_FULL: 1,
     FaultKind.PARTITION: 2,
     FaultKind.SLOW_LINK: 2,
+    FaultKind.FAILS: 2,
+    FaultKind.MUTE: 2,
 }
 _HOLDS_S = {
+    FaultKind.FAILS: (FAILING_S, FAILING_S),
+    FaultKind.MUTE: (MUTE_S, MUTE_S),
     FaultKind.DRAIN: _DRAINED_S,
     FaultKind.COORDINATOR_STOP: _COORDINATOR_STOPPED_S,
     FaultKind.DISK_FULL: _FULL_S,

@@ -11,6 +11,7 @@ from llamaclust.tools.chaos import processes
 from llamaclust.tools.chaos.links import WorkerLink, worker_links
 from llamaclust.tools.chaos.processes import Process
 from llamaclust.tools.chaos.schedule import FaultKind
+from llamaclust.tools.chaos.worker_faults import FAILING, MUTE
 
 _GONE = ("left", "lost")
 
@@ -62,6 +63,8 @@ def find_targets(
         FaultKind.DISK_FULL: cluster,
         FaultKind.PARTITION: tuple(links),
         FaultKind.SLOW_LINK: tuple(links),
+        FaultKind.FAILS: tuple(name for name, process in own.items() if process.catches(FAILING)),
+        FaultKind.MUTE: tuple(name for name, process in own.items() if process.catches(MUTE)),
     }
     allowed = {kind: found if kind in permissions.kinds else () for kind, found in names.items()}
     return Targets(allowed, own, coordinator, links, len(workers))

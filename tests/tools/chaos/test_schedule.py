@@ -42,6 +42,13 @@ def test_kinds_have_names() -> None:
         fault_kinds("kill,clock")
 
 
+def test_faults_within_a_worker_leave_another_one_and_end_by_themselves() -> None:
+    found = [fault for fault in faults(1, 500) if fault and fault.kind in (FaultKind.FAILS, FaultKind.MUTE)]
+    assert {(fault.kind, fault.hold_s) for fault in found} == {(FaultKind.FAILS, 2.0), (FaultKind.MUTE, 6.0)}
+    alone = {FaultKind.FAILS: ("a",), FaultKind.MUTE: ("a",)}
+    assert Schedule(1).next_fault(0.0, alone) is None
+
+
 def test_draws_do_not_depend_on_targets() -> None:
     some, none = Schedule(9), Schedule(9)
     some.next_fault(0.0, ALL)

@@ -1,0 +1,8 @@
+"""Python runs this at the start of each process whose PYTHONPATH has this folder; it concerns workers alone."""
+
+import sys
+
+if "--name" in sys.orig_argv:
+    from llamaclust.tools.chaos.worker_faults import WorkerFaults
+
+    WorkerFaults().install()

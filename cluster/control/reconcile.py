@@ -152,9 +152,11 @@ def _recover(state: ClusterState) -> Action | None:
         late = f"no plan could be loaded within {state.wait_s:g} s (timeouts.recovery): {loading.error}"
         if late != loss.failed_because:
             return FailRequests(late)
-    if now_s < loading.retry_at_s:
-        return Wait(_earliest(loading.retry_at_s, state.deadline_s if now_s < state.deadline_s else None))
     assert planning.plan is not None
+    workers = [stage.worker for stage in planning.plan.stages]
+    retry_at_s = max(loading.retry_at_s, state.pool.quarantine.retry_at_s(workers))
+    if now_s < retry_at_s:
+        return Wait(_earliest(retry_at_s, state.deadline_s if now_s < state.deadline_s else None))
     return LoadEpoch(planning.plan, is_exclusive=True)
 
 

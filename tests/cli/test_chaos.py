@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,9 @@ import pytest
 from llamaclust.cli.main import main
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.tools.chaos import load, received
+from llamaclust.tools.chaos.worker_faults import PRELOAD
 from support.clusters.command_line import Cluster, CommandLine, command_line, eventually
+from support.clusters.static_cluster import named
 from support.models.hostile_models import tiny
 
 OF_WORKERS = ("--faults", "kill,stop,drain")
@@ -169,3 +173,21 @@ def test_the_coordinator_is_killed_where_a_standby_waits(line: CommandLine) -> N
         assert cluster.command.process.wait(10) == -signal.SIGKILL
         record = json.loads((line.cluster_dir("tiny") / "cluster.json").read_text())
         assert record["pid"] == standby.process.pid
+
+
+def test_faults_within_workers_change_no_answer(line: CommandLine) -> None:
+    """They end by themselves; a failing worker is quarantined and requests go on."""
+    line.set_variables(PYTHONPATH=os.pathsep.join((str(PRELOAD), *filter(None, sys.path))))
+    workers = named("a", "b", "c")
+    with line.cluster("good.gguf", context_length=256, objective="throughput", workers=workers) as cluster:
+        before = cluster.answer()
+        done = line.start("chaos", "--faults", "fails,mute", "--seed", "5", "--minutes", "0.15").wait(150)
+        assert done.code == 0, (done.out, done.err)
+        assert done.out.startswith("nothing lost, nothing changed: "), done.out
+        assert "failing steps " in done.err and "silence " in done.err
+        assert cluster.answer() == before
+
+
+def test_faults_within_workers_need_workers_that_have_them(line: CommandLine, cluster: Cluster) -> None:
+    done = line.run("chaos", "--faults", "kill,mute")
+    assert f"start workers with PYTHONPATH={PRELOAD}" in done.error and done.code == 2

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from llamaclust.core.backoff import Backoff
 
 _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
+_RETRY = Backoff(first_s=0.5, max_s=5.0)
 _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
 """Failures before the first exclusion."""
@@ -35,6 +36,13 @@ class FailureRecord:
     end_s: float
     reason: str  # of the last one
     requests: frozenset[int] = frozenset()
+    failures_within: int = 0  # its quarantine, where it was used all the same
+    retry_at_s: float = 0.0  # until then requests wait for others to take its place
+
+    def failed_within(self, now_s: float) -> FailureRecord:
+        """After a failure in its quarantine, which does not extend that."""
+        retry_at_s = now_s + _RETRY.pause_s(self.failures_within)
+        return replace(self, failures_within=self.failures_within + 1, retry_at_s=retry_at_s)
 
     def is_forgotten(self, now_s: float) -> bool:
         return now_s > self.end_s + max(_REMEMBERED_S, _PAUSES_REMEMBERED * self.pause_s)
@@ -62,12 +70,11 @@ class Quarantine:
         return self._add(name, reason, frozenset(), now_s, least=_FREE + 1)
 
     def _add(self, name: str, reason: str, requests: frozenset[int], now_s: float, *, least: int) -> Quarantine:
-        """What a worker does in its quarantine, because the others do not suffice, does not extend it."""
         before = self.records.get(name)
         if before is not None and before.is_forgotten(now_s):
             before = None
         if before is not None and now_s < before.end_s:
-            return self
+            return replace(self, records={**self.records, name: before.failed_within(now_s)})
         failures = max(least, 1 if before is None else before.failures + 1)
         pause_s = 0.0 if failures <= _FREE else _BACKOFF.pause_s(failures - _FREE - 1)
         suspected = requests if before is None else before.requests & requests
@@ -97,6 +104,11 @@ class Quarantine:
     def names(self, now_s: float) -> frozenset[str]:
         """The workers that are excluded now."""
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
+
+    def retry_at_s(self, names: Collection[str]) -> float:
+        """When a plan of these workers may be loaded: one that fails again and again, and that no other one can
+        replace, would use up what a request may fail within a moment."""
+        return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:
         """By their failures."""

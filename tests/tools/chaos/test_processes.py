@@ -102,3 +102,16 @@ def test_a_joined_worker_listens_on_its_port(tmp_path: Path) -> None:
         for address in ("/run/worker.sock", f"127.0.0.1:{port + 1}", *(f"{host}:{port}" for host in elsewhere)):
             assert processes.joined_worker({"name": "a", "pid": process.pid, "address": address}) is None
         process.kill()
+
+
+def test_signals_without_a_handler_are_known() -> None:
+    own = processes._own_process(os.getpid())
+    assert own is not None
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    try:
+        assert own.catches(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        assert not own.catches(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not replace(own, pid=1 << 30).catches(signal.SIGUSR2)

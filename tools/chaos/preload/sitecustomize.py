@@ -2,7 +2,7 @@
 
 import sys
 
-if "--name" in sys.orig_argv:
+if not {"llamaclust.worker", "worker"}.isdisjoint(sys.orig_argv):
     from llamaclust.tools.chaos.worker_faults import WorkerFaults
 
     WorkerFaults().install()

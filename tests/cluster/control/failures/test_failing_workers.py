@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan, Wait
-from support.plans.observed_cluster import ALL, BOTH, ONLY_A, Cluster, fault_of, plan_of
+from support.plans.observed_cluster import ALL, BOTH, ONLY_A, ONLY_B, Cluster, fault_of, plan_of
 
 
 def test_a_worker_that_fails_twice_is_left_out_and_tried_again_after_growing_pauses() -> None:
@@ -63,3 +63,20 @@ def test_a_worker_that_is_lost_in_each_load_is_left_out_like_one_that_is_lost_la
         lost = fault_of("c", "worker c is lost")
         cluster.see(seen.EpochLoadFailed(lost, False, (Suspect("c", lost),)))
     assert cluster.state.pool.quarantine.names(0.0) == {"c"}
+
+
+def test_requests_wait_where_a_failing_worker_is_the_only_one_until_another_is_there() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerLost("a"))
+    cluster.plan(ONLY_B)
+    for _ in range(2):
+        cluster.lose_pipeline(fault_of("b"))
+        cluster.see(seen.Signal.WORKERS_EXPELLED)
+        assert cluster.plan(ONLY_B) == LoadEpoch(ONLY_B, is_exclusive=True)
+        cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    assert cluster.lose_pipeline(fault_of("b")) == Wait(0.5)
+    assert cluster.at(0.5) == LoadEpoch(ONLY_B, is_exclusive=True)
+    cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
+    assert cluster.lose_pipeline(fault_of("b")) == Wait(1.5)
+    cluster.see(seen.WorkerSeen("a", 3))
+    assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=True), "at once"

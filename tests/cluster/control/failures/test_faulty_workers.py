@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.control.failures import quarantine
 from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError, WorkerError
 from support.clusters.faults.worker_faults import (
     DEFERS,
@@ -87,6 +89,7 @@ async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_can_repla
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They may be sent again: the fault is the server's."""
+    monkeypatch.setattr(quarantine, "_RETRY", Backoff(first_s=0.01, max_s=0.01))
     break_worker(monkeypatch, tmp_path, "b", FAULTS[what])
     async with recovering(config(model, tmp_path, workers=2, plan=_HALVES)) as run:
         outcomes = await asyncio.gather(*run.start(requests[:2]), return_exceptions=True)

@@ -37,8 +37,19 @@ def test_one_failure_after_the_quarantine_begins_the_next_and_those_within_it_do
     """A worker that others cannot replace is used meanwhile, and may fail as often as it is asked."""
     quarantine = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1)
     for now_s in (1.1, 2.0, 10.9):
-        assert failing(quarantine, "b", now_s, 2) == quarantine
+        quarantine = failing(quarantine, "b", now_s, 2)
+        assert quarantine.records["b"].end_s == 11.0 and quarantine.records["b"].failures == 2
     assert failing(quarantine, "b", 11.0, 2).records["b"].pause_s == 20.0
+
+
+def test_a_worker_that_no_other_one_can_replace_is_used_again_after_growing_pauses() -> None:
+    quarantine = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1)
+    assert quarantine.retry_at_s(["a", "b"]) == 0.0
+    pauses = []
+    for _ in range(6):
+        quarantine = failing(quarantine, "b", 2.0, 1)
+        pauses.append(quarantine.retry_at_s(["a", "b"]) - 2.0)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0] and quarantine.retry_at_s(["a"]) == 0.0
 
 
 def test_failures_are_forgotten_where_the_worker_serves_for_long_enough() -> None:

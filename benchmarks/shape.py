@@ -40,6 +40,7 @@ class Shape:
     context: int = 8192
     experts: int = 0
     experts_used: int = 2
+    tied: int = 0  # 1: its head is the embedding
 
     @property
     def head_dim(self) -> int:
@@ -185,7 +186,8 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False)
         yield norm(f"{layer}.ffn_norm")
         yield from feed_forward(layer)
     yield norm("output_norm")
-    yield matrix("output", shape.vocabulary, shape.hidden)
+    if not shape.tied:
+        yield matrix("output", shape.vocabulary, shape.hidden)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
@@ -236,7 +238,7 @@ def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
 
 def check(shape: Shape, quant_type: QuantType) -> None:
     """UsageError where a model of that shape and type cannot be."""
-    sizes = [getattr(shape, field.name) for field in fields(shape) if field.name != "experts"]
+    sizes = [getattr(shape, field.name) for field in fields(shape) if field.name not in ("experts", "tied")]
     if min(sizes) < 1 or shape.vocabulary < 286:
         raise UsageError("sizes must be at least 1, the vocabulary at least 286")
     if shape.experts < 0 or 0 < shape.experts < shape.experts_used:

@@ -198,11 +198,14 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):
         table.add_column(title)
-    for title in ("reserved MiB", "busy", "tok/s", "ms/token", "predicted"):
+    for title in ("MiB now", "at most", "busy", "tok/s", "ms/token", "predicted"):
         table.add_column(title, justify="right")
     for worker in workers:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
-        figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
+        heartbeat = worker["heartbeat"]
+        now = "?" if heartbeat is None else f"{heartbeat['resident_bytes'] / MIB:.0f}"
+        memory = now, f"{worker['memory_bytes'] / MIB:.0f}"
+        figures = (*memory, f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
         times = (_number(worker["decode_ms"]), _number(worker["predicted_decode_ms"]))
         marks = [mark for mark, is_set in _marks(worker) if is_set]
         what = ", ".join((worker["state"], *marks))

@@ -205,7 +205,8 @@ JOINED = LayerCost(0, 0, 0, is_joined=True)
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The first stage holds the embedding, the last one the head, which may be the same tensor (counted in both)."""
+    """The first stage holds the embedding, the last one the head. They may share tensors, counted in both: a stage that
+    has embedding and head holds these `tied_bytes` once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -219,6 +220,7 @@ class ModelCosts:
     nextn_bytes: int = 0  # of an MTP head, what the last stage holds beside its layer
     nextn_embedding_bytes: int = 0  # likewise, where it is not the first stage too
     head_weights: tuple[TypedWeights, ...] = ()
+    tied_bytes: int = 0
 
     @property
     def quant_types(self) -> tuple[QuantType, ...]:

@@ -49,6 +49,7 @@ from llamaclust.model.program import (
     AddRow,
     Embed,
     Program,
+    weights_of,
 )
 from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
@@ -220,6 +221,7 @@ class Model:
             cut_bytes=max((4 * part.hidden.width for _, *others in parts for part in others), default=0),
             expert_shards=expert_shards,
             head_weights=typed_weights(tensors, head, experts=False),
+            tied_bytes=sum(tensors[name].resident_bytes for name in {*weights_of(embedding)} & {*weights_of(head)}),
         )
 
     def _parts(self, layer: Program, shards: int) -> Iterator[Program]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.limits import kv_tokens, max_batch_tokens, stage_limits
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
@@ -18,15 +20,10 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 
-_ROWS: Final = 512
-_SEQUENCES: Final = 1
-_OUTPUTS: Final = 256
-_CONTEXT: Final = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes in memory for one sequence on a CPU, and what of the model `available_bytes` hold."""
+    """Bytes in memory of one worker on a CPU, and what of the model `available_bytes` hold."""
 
     available_bytes: int
     weight_bytes: int  # packed for the kernels: not those of the file
@@ -34,36 +31,45 @@ class Fit:
     kv_bytes_per_token: dict[str, int]  # by KV type, over all layers
     state_bytes: int  # of a state of the sequence, over all layers
     workspace_bytes: int
-    context_length: int  # the model's own, 4096 at most; what the next two reckon with
-    total_bytes: int
+    context_length: int  # the model's own, 4096 at most; what the following reckon with
+    total_bytes: int  # as a plan has it where memory suffices, with KV memory for `kv_tokens`
+    kv_tokens: int
+    least_bytes: int  # with KV memory for one sequence
     layers: int  # from the first on, with the embedding; all of them: with the head too
     most_context: int  # with all layers; 0 where they do not fit
 
     @property
     def is_whole(self) -> bool:
-        return self.total_bytes <= self.available_bytes
+        return self.least_bytes <= self.available_bytes
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "fits": self.is_whole}
 
 
-def fit(path: Path, available_bytes: int, threads: int) -> Fit:
-    """ModelFileError for a model that cannot be run here. Reads headers only."""
+def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
+    """As a plan of one worker with all defaults of a cluster file has it. `context_length`: in place of the default;
+    not above the model's. ModelFileError for a model that cannot be run here. Reads headers only."""
     with closing(Model.open(path)) as model:
-        trained = model.hyperparameters.context_length
-        context, count = min(trained, _CONTEXT), model.layer_count
+        config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
+        trained, count = model.hyperparameters.context_length, model.layer_count
+        context = min(context_length or config.context_length, trained)
         costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
+        def limits(tokens: int) -> StageLimits:
+            return stage_limits(config, tokens, -(-tokens // KV_BLOCK_TOKENS))
+
         def weights(layers: int) -> int:
-            tensors = model.tensors_for(model_program(model, 0, layers, _limits(KV_BLOCK_TOKENS)))
+            tensors = model.tensors_for(model_program(model, 0, layers, limits(KV_BLOCK_TOKENS)))
             return sum(tensor.resident_bytes for tensor in tensors.values())
 
         def workspace(layers: int, tokens: int) -> int:
-            return planned_workspace_bytes(model, 0, layers, _limits(tokens), threads)
+            return planned_workspace_bytes(model, 0, layers, limits(tokens), threads)
 
-        def needed(layers: int, tokens: int) -> int:
-            return weights(layers) + workspace(layers, tokens) + _kv_bytes(costs[KvType.F16], layers, tokens)
+        def needed(layers: int, tokens: int, kv_tokens: int) -> int:
+            kv_bytes = _kv_bytes(config, costs[KvType.F16], layers, tokens, kv_tokens)
+            return weights(layers) + workspace(layers, tokens) + kv_bytes
 
+        usual = min(config.max_sequences * context, max(context, kv_tokens(config) or 0))
         return Fit(
             available_bytes=available_bytes,
             weight_bytes=weights(count),
@@ -72,36 +78,26 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
             state_bytes=costs[KvType.F16].state_bytes,
             workspace_bytes=workspace(count, context),
             context_length=context,
-            total_bytes=needed(count, context),
-            layers=_most(count, lambda layers: needed(layers, context) > available_bytes),
-            most_context=_most(trained, lambda tokens: needed(count, tokens) > available_bytes),
+            total_bytes=needed(count, context, usual),
+            kv_tokens=usual,
+            least_bytes=needed(count, context, context),
+            layers=_most(count, lambda layers: needed(layers, context, context) > available_bytes),
+            most_context=_most(trained, lambda tokens: needed(count, tokens, tokens) > available_bytes),
         )
 
 
-def _kv_bytes(costs: ModelCosts, layers: int, tokens: int) -> int:
-    """Of the first layers, for one sequence of so many tokens: as a plan of a cluster has it for one context, and a
-    model in one process for one."""
+def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: int, kv_tokens: int) -> int:
+    """Of the first layers, for so many tokens in sequences of `context` each: as a plan has it."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),
         window_token_bytes=sum(layer.window_bytes_per_token for layer in first),
         state_bytes=sum(layer.state_bytes for layer in first),
     )
-    groups = KvGroups.of(costs, tokens, _SEQUENCES, _ROWS + _SEQUENCES)
-    return groups.kv_bytes(sizes, -(-tokens // KV_BLOCK_TOKENS))
+    groups = KvGroups.of(costs, context, config.max_sequences, max_batch_tokens(config))
+    return groups.kv_bytes(sizes, -(-kv_tokens // KV_BLOCK_TOKENS))
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:
     """The greatest number up to `count` that does not exceed the memory."""
     return bisect_left(range(1, count + 1), True, key=exceeds)
-
-
-def _limits(tokens: int) -> StageLimits:
-    return StageLimits(
-        max_batch_tokens=_ROWS + _SEQUENCES,
-        max_outputs=_OUTPUTS,
-        max_sequences=_SEQUENCES,
-        max_context_tokens=tokens,
-        kv_blocks=-(-tokens // KV_BLOCK_TOKENS),
-        kv_type=KvType.F16.value,
-    )

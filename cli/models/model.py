@@ -220,7 +220,10 @@ def _print_fit(fit: Fit) -> None:
     print(f"  weights    {_mib(fit.weight_bytes)}, a layer {_mib(min(each)).strip()} to {_mib(max(each)).strip()}")
     states = f"; a state of the sequence {_mib(fit.state_bytes).strip()}" if fit.state_bytes else ""
     print(f"  a token of context: {kv}{states}; workspace {_mib(fit.workspace_bytes).strip()}")
-    print(f"  one sequence of {fit.context_length} tokens: {_mib(fit.total_bytes).strip()} in all")
+    print(
+        f"  sequences of {fit.context_length} tokens: {_mib(fit.least_bytes).strip()} in all for one, "
+        f"{_mib(fit.total_bytes).strip()} with the usual KV memory for {fit.kv_tokens} tokens"
+    )
     room = _mib(fit.available_bytes).strip()
     if fit.is_whole:
         print(f"  fits in {room}, with a context of up to {fit.most_context} tokens")

@@ -27,6 +27,7 @@ from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
 _ROWS = 512
 _OUTPUTS = 64
+_KV_TOKENS = 8192
 
 
 def context_length(config: ClusterConfig, model: Model) -> int:
@@ -151,6 +152,12 @@ def manual_shards(config: ClusterConfig) -> int:
 def max_batch_tokens(config: ClusterConfig) -> int:
     """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
     return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
+
+
+def kv_tokens(config: ClusterConfig) -> int | None:
+    """For so many tokens there is KV memory at most, or for one whole context: enough for one or two users. None, for
+    all sequences, where the user says how many these are."""
+    return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
 def max_outputs(config: ClusterConfig) -> int:

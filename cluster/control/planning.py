@@ -14,6 +14,7 @@ from llamaclust.cluster.control.limits import (
     check_division,
     check_parts_on_gpus,
     context_length,
+    kv_tokens,
     manual_plan,
     manual_shards,
     max_batch_tokens,
@@ -177,6 +178,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
         experts_cache_bytes=config.experts_cache,
+        kv_tokens=kv_tokens(config),
         max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})

@@ -85,6 +85,7 @@ class StageCosts:
             held_bytes=read
             + last * (costs.head_bytes + costs.nextn_bytes)
             + first * costs.embedding_bytes
+            - first * last * costs.tied_bytes
             + last * (1 - first) * costs.nextn_embedding_bytes
             - _saved_bytes(costs),
             kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),

@@ -63,11 +63,13 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     unused_gpus = (f"  {gpu.device} of {gpu.worker} is unused: {gpu.reason}" for gpu in plan.unused_gpus)
-    kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
+    tokens = plan.kv_blocks * KV_BLOCK_TOKENS
+    kv = f"  KV memory for {tokens} tokens, {plan.context_length} per sequence at most"
     if plan.window_blocks:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     if plan.state_blocks:
         kv += f"; {plan.state_blocks} states of sequences"
+    kv += f"; for more than {_requests(tokens // plan.context_length)} of this length together set kv_memory"
     tiles = ["  some weights in wider tiles: more memory, less time (wide_tiles)"] if plan.wide_tiles else []
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
     predicted = f"  predicted: {', '.join(expected)}"
@@ -120,6 +122,10 @@ def _sizes(held: HeldLayers) -> str:
         sizes = sizes.replace("weights", f"weights ({held.touched_bytes / MIB:.0f} read a token)")
     room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"
     return f"{sizes} = {held.bytes / MIB:.0f}{room}"
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _number(value: float | None) -> str:

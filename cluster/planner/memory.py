@@ -58,6 +58,15 @@ class PlanRequest:
     rest_rounding: Rounding = lambda device: 0  # of layers without their experts
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
     max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
+    kv_tokens: int | None = None  # for so many there is KV memory at most where it is not given; None: all sequences
+
+    @property
+    def most_blocks(self) -> int:
+        """KV blocks of a plan where KV memory is not given, at most."""
+        most = self.context_blocks * self.max_sequences
+        if self.kv_tokens is None:
+            return most
+        return min(most, max(self.context_blocks, -(-self.kv_tokens // KV_BLOCK_TOKENS)))
 
     @property
     def context_blocks(self) -> int:
@@ -145,9 +154,8 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Split) -> int:
-        """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
-        is given."""
-        most = self.request.context_blocks * self.request.max_sequences
+        """Blocks that every stage has room for: `most_blocks` at most, unless the KV memory is given."""
+        most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
             if held.is_experts:

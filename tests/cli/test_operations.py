@@ -42,7 +42,7 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     shown = line.run("status").out
     assert re.search(r"^measured:  \S+ ms/token, first token of a \d+-token prompt after", shown, re.MULTILINE)
     assert re.search(r"^predicted: \S+ ms/token, .* bottleneck: [ab]$", shown, re.MULTILINE)
-    assert max(map(len, shown.splitlines()[-3:])) < 100 and "reserved MiB" in shown  # the table
+    assert max(map(len, shown.splitlines()[-3:])) < 100 and "MiB now  at most" in shown  # the table
 
 
 def test_status_of_a_cluster_at_an_address(line: CommandLine, cluster: Cluster) -> None:

@@ -13,15 +13,18 @@ import pytest
 
 from llamaclust.cli.main import main
 from llamaclust.cluster.client.local import LocalSettings, _scheduler_settings
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.limits import stage_limits
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.tools.model_fit import Fit, _limits, fit
+from llamaclust.tools.model_fit import Fit, fit
 from llamaclust.worker.stage.stage_runner import plan_memory
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
@@ -33,6 +36,12 @@ VOCABULARY = DATA / "tokenizers" / "ggml-vocab-gpt-2.gguf"
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("fit") / "tiny.gguf", layers=5, hidden=64, heads=4, ffn=96)
+
+
+def _limits(tokens: int) -> StageLimits:
+    """Of a cluster with all defaults, and KV memory for one sequence."""
+    config = ClusterConfig.model_validate({"model": "m", "workers": [{"name": "a"}]})
+    return stage_limits(config, tokens, -(-tokens // KV_BLOCK_TOKENS))
 
 
 def planned(model: Model, layers: int, context: int) -> int:
@@ -47,7 +56,8 @@ def test_figures_are_those_of_a_stage(tied: bool, tmp_path: Path) -> None:
         memory = plan_memory(CpuBackend(1, "generic"), model, 0, 2, _limits(2048))
         layer = model.costs(KvType.F16).layers[0]
     assert (found.weight_bytes, found.workspace_bytes) == (memory.weight_bytes, memory.workspace_bytes)
-    assert (found.context_length, found.total_bytes) == (2048, memory.total_bytes)
+    assert (found.context_length, found.least_bytes) == (2048, memory.total_bytes)
+    assert (found.kv_tokens, found.total_bytes) == (8192, memory.total_bytes + 3 * memory.kv_bytes)
     assert found.kv_bytes_per_token["f16"] * 2048 == memory.kv_bytes
     assert found.kv_bytes_per_token["q8_0"] < found.kv_bytes_per_token["f16"]
     assert found.layer_bytes == (layer.weight_bytes, layer.weight_bytes)
@@ -76,16 +86,16 @@ def test_plans_and_models_in_one_process_reserve_the_same(name: str, tmp_path: P
     blocks = -(-found.context_length // KV_BLOCK_TOKENS)
     with Model.open(path) as model:
         costs, context = model.costs(KvType.F16), found.context_length
-        request = PlanRequest(context, 1, lambda place: 0, max_batch_tokens=513)
+        request = PlanRequest(context, 32, lambda place: 0, max_batch_tokens=544, kv_tokens=context)
         plan = make_plan(costs, [WorkerFacts("a", 1 << 40, None)], request)
         scheduling = _scheduler_settings(
-            model, LocalSettings(context_length=context, max_sequences=1, kv_blocks=blocks)
+            model, LocalSettings(context_length=context, max_sequences=32, kv_blocks=blocks)
         )
         limits = replace(_limits(context), window_blocks=plan.window_blocks, state_blocks=plan.state_blocks)
         reserved = kv_bytes(model.program(0, model.layer_count, KvType.F16, context), limits)
-    assert plan.kv_blocks == limits.kv_blocks == blocks and scheduling.max_batch_tokens == 513
+    assert plan.kv_blocks == limits.kv_blocks == blocks and scheduling.max_batch_tokens == 544
     assert (scheduling.window_blocks, scheduling.state_blocks) == (plan.window_blocks, plan.state_blocks)
-    told = found.total_bytes - found.weight_bytes - found.workspace_bytes
+    told = found.least_bytes - found.weight_bytes - found.workspace_bytes
     assert told == plan.stages[0].kv_bytes == reserved
     assert (found.state_bytes > 0) == (plan.state_blocks > 0) == (name not in ("qwen3", "gemma3"))
 

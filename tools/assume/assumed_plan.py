@@ -57,7 +57,7 @@ class AssumedPlan:
         )
         yield from plan_lines(self.plan, self.acceptances)
         if self.alone is not None:
-            yield f"  {self.alone.machine} alone: {_speeds(self.alone.prediction)}"
+            yield f"  {_alone_text(self.alone, prediction)}"
         yield from (f"  what would help: {text}" for text in self.helps)
         yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
 
@@ -71,6 +71,13 @@ class AssumedPlan:
             "ttft_ms": 1e3 * prediction.ttft_s,
             "tokens_per_s": prediction.tokens_per_s,
         }
+
+
+def _alone_text(alone: Alone, together: Prediction) -> str:
+    speeds = f"{alone.machine} alone: {_speeds(alone.prediction)}"
+    if not alone.is_better(together):
+        return speeds
+    return f"for one request at a time use {speeds}; all of them are for long prompts and many requests"
 
 
 def _speeds(prediction: Prediction) -> str:
@@ -111,7 +118,12 @@ class ShapePlan:
     plan: Plan | None
     problem: str
     helps: tuple[str, ...]
-    fits_alone: bool  # one of the machines would do
+    alone: Alone | None = None  # the fastest machine that would do by itself, where the plan has several
+
+    @property
+    def fits_alone(self) -> bool:
+        """Whether one of the machines would do."""
+        return self.alone is not None or (self.plan is not None and len(self.plan.stages) == 1)
 
     def cells(self) -> tuple[str, ...]:
         """By _HEADINGS."""
@@ -125,7 +137,9 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """One that makes tokens faster, if any does."""
+        """What makes tokens of one request faster, if anything does."""
+        if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
+            return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
 
     def json(self) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str]
             plans.append(_shape_plan(cluster, name, model))
         except UsageError as error:  # of this model, unless all have it
             errors.append(error)
-            plans.append(ShapePlan(name, model, None, "no", (str(error),), fits_alone=False))
+            plans.append(ShapePlan(name, model, None, "no", (str(error),)))
     if len(errors) == len(plans):
         raise errors[0]
     return Survey(cluster.assumed, tuple(plans))
@@ -195,9 +209,9 @@ def _shape_plan(cluster: AssumedCluster, name: str, model: AssumedModel) -> Shap
     except InsufficientMemoryError as error:
         missing = "" if error.missing_bytes is None else f": {mib(error.missing_bytes)} MiB missing"
         helps = tuple(what_fits(cluster, model, error))
-        return ShapePlan(name, model, None, f"no{missing}", helps, fits_alone=False)
-    fits_alone = len(plan.stages) == 1 or fastest_alone(cluster, model) is not None
-    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, plan)), fits_alone)
+        return ShapePlan(name, model, None, f"no{missing}", helps)
+    alone = fastest_alone(cluster, model) if len(plan.stages) > 1 else None
+    return ShapePlan(name, model, plan, "", tuple(what_helps(cluster, model, plan)), alone)
 
 
 def _named(model: AssumedModel) -> str:

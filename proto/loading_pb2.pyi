@@ -473,27 +473,29 @@ Global___WeightSources: _TypeAlias = WeightSources  # noqa: Y015
 
 @_typing.final
 class WeightSource(_message.Message):
-    """A worker that may have weights."""
+    """A process that may have weights."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     address: _builtins.str
-    """gRPC target of its Weights service."""
+    """gRPC target of its Weights service; empty for the coordinator, which is asked where the worker has joined it."""
     worker: _builtins.str
-    """Its name; its certificate must say so."""
+    """The worker's name; its certificate must say so. None: the coordinator."""
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
-        worker: _builtins.str = ...,
+        worker: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_worker", b"_worker", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_worker", b"_worker", "address", b"address", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__worker: _TypeAlias = _typing.Literal["worker"]  # noqa: Y015
+    _WhichOneofArgType__worker: _TypeAlias = _typing.Literal["_worker", b"_worker"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worker) -> _WhichOneofReturnType__worker | None: ...
 
 Global___WeightSource: _TypeAlias = WeightSource  # noqa: Y015
 

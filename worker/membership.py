@@ -116,7 +116,8 @@ class Member:
 
     async def serve(self) -> str:
         """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost."""
-        session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send)
+        coordinator = "" if self._stream is None else self._stream.address
+        session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads, requests = Loads(session), Requests(session)
         self._tasks.start(self._send_heartbeats(session))
         self._tasks.start(self._worker.readiness.follow(self._worker.exclusive, self._worker.service))
@@ -140,7 +141,7 @@ class Member:
             case messages.Unload():
                 self._tasks.start(loads.unload(message))
             case messages.AddWeightSource():
-                self._worker.weights.add_source(message, session.peer)
+                self._worker.weights.add_source(message, session.source)
             case messages.CertificateRenewed() | messages.RenewalFailed() if self._renewal is not None:
                 self._renewal.receive(message)
             case _ if isinstance(message, messages.WorkerRequest):
@@ -166,7 +167,7 @@ class Member:
                     free_memory_bytes=device.free_memory_bytes,
                     received_bytes=counters.received_bytes,
                     sent_bytes=counters.sent_bytes,
-                    weight_bytes_sent=weights.sent_bytes,
+                    weight_bytes_sent=weights.giver.sent_bytes,
                     weight_bytes_received=weights.received_bytes,
                     last_error=last_trouble(),
                     gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeviceLostError, LlamaclustError
-from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WeightSource, WorkerMessage
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Principal
 from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 
@@ -27,6 +27,7 @@ class Session:
     deadlines: Deadlines
     counters: Counters
     send: Callable[[WorkerMessage], Awaitable[None]]
+    coordinator: str = ""  # where it was joined
 
     async def answer(
         self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
@@ -51,3 +52,9 @@ class Session:
         """Another worker, which must show this name where one is given."""
         principal = None if worker is None else Principal(worker)
         return Peer(address, self.credentials, principal, self.deadlines.peer_s)
+
+    def source(self, source: WeightSource) -> Peer:
+        """A process that may have weights."""
+        if source.worker is None:
+            return Peer(self.coordinator, self.credentials, COORDINATOR, self.deadlines.peer_s)
+        return self.peer(source.address, source.worker)

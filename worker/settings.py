@@ -48,6 +48,7 @@ class WorkerSettings:
     cluster: str = ""  # its name, for the log; "": unknown
     ready_file: Path | None = None  # exists while the worker has settled; None: not wanted
     model_dir: Path | None = None  # folder of model files that are not where the coordinator has them
+    models_dir: Path | None = None  # where this machine's downloaded models are, each in a folder of its own
     gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as fit
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 

@@ -64,12 +64,12 @@ class Worker:
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):
             _log.info("%s", line)
-        weights = Weights(weight_cache(settings), settings.model_dir)
+        weights = Weights(weight_cache(settings), settings.model_dir, settings.models_dir)
         return cls(settings.name, device, service, Compute(), weights, Readiness(settings.ready_file), kv_disk=kv_disk)
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {**self.service.handlers, **self.weights.handlers}
+        return {**self.service.handlers, **self.weights.giver.handlers}
 
 
 def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:

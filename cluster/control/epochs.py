@@ -277,8 +277,15 @@ class Epochs:
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
 
     @property
+    def _own_copy(self) -> OwnCopy | None:
+        """None where the coordinator's file was changed or is gone."""
+        file = self._model.file
+        return OwnCopy(file, self._manifests, self._registry.giver) if file.is_current else None
+
+    @property
     def file_is_absent(self) -> bool:
-        return is_file_absent(self._registry.present, self._model.model_id)
+        own = self._own_copy
+        return (own is None or not own.can_give) and is_file_absent(self._registry.present, self._model.model_id)
 
     async def announce(self, worker: WorkerHandle) -> None:
         """A worker has joined: those that fetch weights may fetch them there."""
@@ -305,7 +312,7 @@ class Epochs:
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,
-            own=OwnCopy(self._model.file, self._manifests) if self._model.file.is_current else None,
+            own=self._own_copy,
         )
         workers = await load_stages(loads, self._registry.workers, report)
         try:

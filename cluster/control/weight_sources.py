@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, log
@@ -82,9 +82,15 @@ async def weight_sources(
         if report is not None:
             report(Notice(text))
     sources = {name: weights for name, weights in found.items() if weights.gives and weights.manifest == chosen.content}
-    able = [name for name in loading if sources or (name in found and found[name].has_file)]
+    is_own = own is not None and own.content == chosen.content
+    gives = wanted.own is not None and is_own and await wanted.own.gives(chosen.content)
+    able = [name for name in loading if sources or gives or (name in found and found[name].has_file)]
+    here = [WeightSource()] if gives else []
     return {
-        name: _sources(members[name], place, members, sources, chosen, wanted.links) for place, name in enumerate(able)
+        name: WeightSources(
+            chosen.content, chosen.n_bytes, _sources(members[name], place, members, sources, here, wanted.links)
+        )
+        for place, name in enumerate(able)
     }
 
 
@@ -174,17 +180,17 @@ def _sources(
     place: int,
     members: Mapping[str, WorkerHandle],
     described: Mapping[str, WeightsFound],
-    chosen: FileManifest,
+    coordinator: Sequence[WeightSource],
     links: Links,
-) -> WeightSources:
-    """Workers with the file first, then the others, which may have fetched it; both nearest first. Each fetcher begins
-    with another one of equal sources."""
+) -> tuple[WeightSource, ...]:
+    """Workers with the file first, then the coordinator if it gives its own, then the other workers, which may have
+    fetched it; workers nearest first. Each fetcher begins with another one of equal sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
-    others = [name for name in members if name not in with_file] if described else []
-    ordered = [
-        *nearest_first(fetcher.name, with_file, machines, links, place),
-        *nearest_first(fetcher.name, others, machines, links, place),
-    ]
-    sources = tuple(WeightSource(members[name].registration.address, name) for name in ordered)
-    return WeightSources(chosen.content, chosen.n_bytes, sources)
+    others = [name for name in members if name not in with_file] if described or coordinator else []
+    first, last = (nearest_first(fetcher.name, names, machines, links, place) for names in (with_file, others))
+
+    def source(name: str) -> WeightSource:
+        return WeightSource(members[name].registration.address, name)
+
+    return (*map(source, first), *coordinator, *map(source, last))

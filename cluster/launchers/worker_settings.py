@@ -63,5 +63,6 @@ def with_caches(settings: WorkerSettings) -> WorkerSettings:
         weights_dir=variables.weights_dir if variables.weights_bytes else None,
         weights_bytes=variables.weights_bytes,
         kernels_dir=variables.kernels_dir,
+        models_dir=variables.models_dir,
         kv_disk_dir=variables.kv_disk_dir,
     )

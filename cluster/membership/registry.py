@@ -20,6 +20,7 @@ from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Credentials, Principal
 from llamaclust.wire.security.terms import is_term_proven, prove_term
+from llamaclust.worker.weights.giver import WeightGiver
 
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
@@ -33,12 +34,19 @@ class Registry(Members):
     """Serves the Coordinator service while it is entered."""
 
     def __init__(
-        self, listen: str, credentials: Credentials, read_last_error: Callable[[str], str], settings: JoinSettings
+        self,
+        listen: str,
+        credentials: Credentials,
+        read_last_error: Callable[[str], str],
+        settings: JoinSettings,
+        giver: WeightGiver | None = None,
     ) -> None:
+        """`giver`: of weights of the coordinator's files."""
         super().__init__(read_last_error)
         self._listen = listen
         self._credentials = credentials
         self._settings = settings
+        self.giver = giver
         self._rules = JoinRules(self, settings, credentials)
         self._refusals = RefusalLog(_log)
         self._server: Server | None = None
@@ -53,7 +61,8 @@ class Registry(Members):
         return self._server.address
 
     async def __aenter__(self) -> Registry:
-        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
+        given = {} if self.giver is None else self.giver.handlers
+        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join, **given})
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -51,6 +51,7 @@ from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.rpc.sched_slice import short_slices
+from llamaclust.worker.weights.giver import WeightGiver
 
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
@@ -225,7 +226,8 @@ async def _served(
     """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
-    epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record, manifests=_manifests())
+    manifests = FileManifests(_weight_cache())
+    epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record, manifests=manifests)
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
     loaded = 1 if config.load_on_demand else 0
     plans = [*[None] * loaded, *[await _planned(planner, present) for planner in planners[loaded:]]]
@@ -249,10 +251,9 @@ async def _served(
     return tuple(served)
 
 
-def _manifests() -> FileManifests:
+def _weight_cache() -> WeightCache | None:
     variables = environment()
-    cache = WeightCache(variables.weights_dir, variables.weights_bytes) if variables.weights_bytes else None
-    return FileManifests(cache)
+    return WeightCache(variables.weights_dir, variables.weights_bytes) if variables.weights_bytes else None
 
 
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
@@ -332,7 +333,8 @@ def _registry(config: ClusterConfig, launcher: Launcher, record: ControlRecord) 
         certify=launcher.certify,
         record=record,
     )
-    return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings)
+    giver = WeightGiver(_weight_cache())
+    return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings, giver)
 
 
 def _link_meter(

@@ -122,10 +122,10 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A worker that may have weights."""
+    """A worker that may have weights, or the coordinator, which is asked where the worker has joined it."""
 
-    address: Address
-    worker: WorkerName
+    address: Address = ""
+    worker: WorkerName | None = None  # None: the coordinator
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class Loads:
             if runner is not None:
                 _log.info("layers %s: its weights were kept", _span(order))
             else:
-                runner = await load_stage(order, self._worker.device, session.send, weights, session.peer)
+                runner = await load_stage(order, self._worker.device, session.send, weights, session.source)
         finally:
             held.clear()
         context = StageContext(self._worker.name, self._worker.compute, session.counters)

@@ -49,7 +49,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes
         return await _in_thread(order, device, model, progress)
     assert order.weights is not None
-    sources = {source.worker: reach(source.address, source.worker) for source in order.weights.sources}
+    sources = {source.worker: reach(source) for source in order.weights.sources}
     async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
         outline = _in_tiles(order, await remote.outline())
         planned = await asyncio.to_thread(_planned, order, device, outline)
@@ -83,12 +83,12 @@ def _open(order: Load, weights: Weights, progress: Progress) -> Model | None:
     except ModelFileError as error:
         if order.weights is None or not order.weights.sources:
             raise
-        _log.error("%s; its layers are fetched from other workers", error)
+        _log.error("%s; its layers are fetched from others", error)
         return None
     if model is None and order.weights is None:
         paths = (order.model_path, *filter(None, order.adapter_paths))
         where = " and ".join(str(place) for path in paths for place in weights.places(path))
-        what = "no such file on this machine, and no other worker has it or may give it"
+        what = "no such file on this machine, and neither the coordinator nor another worker may give it"
         raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
     return model
 

@@ -14,7 +14,7 @@ from llamaclust.model.gguf.tensors import FileIdentity
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
-from llamaclust.wire.control.messages import WeightSources
+from llamaclust.wire.control.messages import WeightSource, WeightSources
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
 from llamaclust.worker.weights.weights import Weights, key_of
@@ -30,10 +30,10 @@ class RemoteModel:
         model_id: str,
         known: WeightSources,
         weights: Weights,
-        sources: Mapping[str, Peer],
+        sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`model_path`: where it would be, for messages. `sources`: by worker, best first."""
+        """`model_path`: where it would be, for messages. `sources`: by worker, best first; None: the coordinator."""
         if weights.cache is None:
             raise LlamaclustError(f"{model_path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
         self._cache: WeightCache = weights.cache
@@ -59,13 +59,14 @@ class RemoteModel:
         peers = (*self._sources.values(), *self._left)
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
 
-    def renew(self, worker: str, peer: Peer) -> None:
-        """From now on this worker is asked there."""
+    def renew(self, source: WeightSource, peer: Peer) -> None:
+        """From now on this source is asked there."""
+        worker = source.worker
         if worker in self._sources:
             self._left.append(self._sources[worker])
         self._sources[worker] = peer
         if self._fetch_now is not None:
-            self._fetch_now.renew(f"worker {worker}", peer)
+            self._fetch_now.renew(_shown(worker), peer)
 
     async def outline(self) -> Model:
         """The model, with those of its weights that are here."""
@@ -108,7 +109,7 @@ class RemoteModel:
         missing = await asyncio.to_thread(self._missing, wanted)
         if missing:
             await asyncio.to_thread(self._cache.make_room, self._missing_bytes(missing))
-            sources = [(f"worker {worker}", peer) for worker, peer in self._sources.items()]
+            sources = [(_shown(worker), peer) for worker, peer in self._sources.items()]
             self._fetch_now = WeightFetch(self._cache, sources, self._count, self._on_bytes)
             try:
                 await self._fetch_now.run(missing)
@@ -127,3 +128,8 @@ class RemoteModel:
             if found is not None:
                 held[record.content] = self._cache.place(record.content), found
         return Model(self._manifest.file(self._path, held))
+
+
+def _shown(worker: str | None) -> str:
+    """A source's name in messages."""
+    return "the coordinator" if worker is None else f"worker {worker}"

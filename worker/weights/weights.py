@@ -1,10 +1,10 @@
-"""What a worker has of models' weights: files, and what it fetched from other workers. It gives both to others."""
+"""What a worker has of models' weights: files, and what it fetched from others. It gives both to other workers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import product
@@ -12,21 +12,18 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from llamaclust.core.errors import LlamaclustError, LoadCancelledError, ModelFileError
+from llamaclust.core.errors import LoadCancelledError, ModelFileError
 from llamaclust.model.adapters import adapted_identity, is_adapter, read_adapter, with_adapters
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
-from llamaclust.model.weights.manifest import MANIFEST_VERSION, read_manifest
-from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound
+from llamaclust.model.weights.manifest import MANIFEST_VERSION
+from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound, WeightSource
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.methods import FETCH
-from llamaclust.wire.rpc.server import Handler, ServerStream
-from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
+from llamaclust.wire.weight_stream import FRAME_BYTES
 from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.weights.giver import WeightGiver
 
 if TYPE_CHECKING:
     from llamaclust.worker.weights.remote_model import RemoteModel
@@ -74,31 +71,30 @@ class Progress:
         return working.result()
 
 
-Reach = Callable[[str, str], Peer]
-"""A channel to a worker, by address and name."""
+Reach = Callable[[WeightSource], Peer]
+"""A channel to a source."""
 
 
 class Weights:
     """Of one worker. Without a `cache` it neither fetches nor gives any."""
 
-    def __init__(self, cache: WeightCache | None = None, model_dir: Path | None = None) -> None:
-        """`model_dir`: where files are that are not where the coordinator has them."""
+    def __init__(
+        self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
+    ) -> None:
+        """`model_dir`: where files are that are not where the coordinator has them. `models_dir`: where downloaded ones
+        are, each in a folder of its own."""
         self.cache = cache
-        self.sent_bytes = 0
         self.received_bytes = 0
         self._model_dir = model_dir
-        self._given: dict[str, Tensor] = {}  # of files, by SHA-256
+        self._models_dir = models_dir
+        self.giver = WeightGiver(cache)
         self._manifests = FileManifests(cache)
         self.fetching: list[RemoteModel] = []  # which new sources are reported to
-
-    @property
-    def handlers(self) -> Mapping[str, Handler]:
-        return {FETCH: self._serve}
 
     def add_source(self, update: AddWeightSource, reach: Reach) -> None:
         for model in self.fetching:
             if model.known.manifest == update.manifest:
-                model.renew(update.source.worker, reach(update.source.address, update.source.worker))
+                model.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str, adapter_paths: Sequence[str] = ()) -> Model | None:
         """The file of that identity with its adapters by their numbers, each at its path or under its name in
@@ -126,7 +122,9 @@ class Weights:
     def places(self, model_path: str) -> list[Path]:
         """Where the file is looked for."""
         path = Path(model_path)
-        return [path] if self._model_dir is None else [*dict.fromkeys((path, self._model_dir / path.name))]
+        own = [] if self._model_dir is None else [self._model_dir / path.name]
+        downloaded = [place for place in _downloaded(self._models_dir, path.name) if place.is_file()]
+        return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
         """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
@@ -143,11 +141,9 @@ class Weights:
             if not wanted.describe:
                 return WeightsFound(True, file=version)
             manifest = self.manifest_of(model, progress or Progress())
-            if self.cache is not None:
-                for record in read_manifest(self.cache.place(manifest.content)).tensors:
-                    self._given[record.content] = model.file.tensor(record.name)
-            gives = self.cache is not None
-            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=gives, file=version)
+            if self.giver.gives:
+                self.giver.add(model.file, manifest.content)
+            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=version)
 
     def manifest_of(self, model: Model, progress: Progress) -> FileManifest:
         """Of the file as it is now; see `FileManifests.of`."""
@@ -171,43 +167,14 @@ class Weights:
             return WeightsFound(False)
         return WeightsFound(False, content, self.cache.place(content).stat().st_size, gives=True)
 
-    async def _serve(self, stream: ServerStream) -> None:
-        await stream.accept()
-        while True:
-            async with deadline("the next range of weights that is asked for", _IDLE_S):
-                data = await stream.read()
-            if data is None:
-                return
-            await self._give(stream, decode_range(data))
 
-    async def _give(self, stream: ServerStream, wanted: WeightRange) -> None:
-        for start in range(wanted.start, wanted.end, _READ_BYTES):
-            end = min(start + _READ_BYTES, wanted.end)
-            try:
-                data = await asyncio.to_thread(self._read, wanted.content, start, end)
-            except LlamaclustError as error:
-                await _write(stream, encode_missing(str(error)))
-                return
-            for frame in frames_of(memoryview(data)):
-                await _write(stream, frame)
-                self.sent_bytes += len(frame) - 1
-
-    def _read(self, content: str, start: int, end: int) -> bytearray:
-        """ModelFileError where it is not there, or no longer."""
-        data = bytearray(end - start)
-        tensor = self._given.get(content)
-        if tensor is not None:
-            _check_end(content, end, tensor.n_bytes)
-            tensor.read_into(data, start)
-            return data
-        found = None if self.cache is None else self.cache.find(content)
-        if self.cache is None or found is None:
-            raise ModelFileError(f"no weights with SHA-256 {content} are here")
-        _check_end(content, end, found.size_bytes)
-        path = self.cache.place(content)
-        with open_regular(path) as descriptor:
-            read_exactly(descriptor, path, start, memoryview(data))
-        return data
+def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
+    """Places of a file of that name among downloaded models."""
+    try:
+        folders = [] if models_dir is None else sorted(models_dir.iterdir())
+    except OSError:  # nothing was downloaded
+        return []
+    return [folder / name for folder in folders]
 
 
 def _readable(read: Callable[[Path], _Value], places: Sequence[Path]) -> list[_Value]:
@@ -232,13 +199,3 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 def key_of(model_id: str) -> str:
     """By what a model's manifest is remembered where its file is not."""
     return sha256(f"model {model_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()
-
-
-def _check_end(content: str, end: int, n_bytes: int) -> None:
-    if end > n_bytes:
-        raise ModelFileError(f"weights with SHA-256 {content} are {n_bytes} bytes, asked for up to {end}")
-
-
-async def _write(stream: ServerStream, frame: bytes) -> None:
-    async with deadline("sending weights", _FRAME_S):
-        await stream.write(frame)

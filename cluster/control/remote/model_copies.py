@@ -12,6 +12,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
 from llamaclust.wire.control.messages import WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.weights.giver import WeightGiver
 
 _READ_S = 3600.0
 """For a large file on a slow disk."""
@@ -19,15 +20,28 @@ _READ_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OwnCopy:
-    """The coordinator's file."""
+    """The coordinator's file. `giver` serves it to workers without one."""
 
     file: ModelFile
     manifests: FileManifests = field(default_factory=FileManifests)
+    giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
         """Reads the file, where that was not done before. ModelFileError."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
+
+    @property
+    def can_give(self) -> bool:
+        return self.giver is not None and self.giver.gives
+
+    async def gives(self, manifest: str) -> bool:
+        """Whether workers without the file may fetch it here from now on."""
+        if self.giver is None or not self.can_give:
+            return False
+        async with deadline(f"reading the manifest of {self.file.path}", _READ_S):
+            await asyncio.to_thread(self.giver.add, self.file, manifest)
+        return True
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:

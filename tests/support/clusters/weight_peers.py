@@ -50,7 +50,7 @@ async def holder(model: Path, folder: Path, answer: Answer | None = None) -> Asy
         await stream.accept()
         while (data := await stream.read()) is not None:
             asked.append(decode_range(data))
-            await (weights._give if answer is None else answer)(stream, asked[-1])
+            await (weights.giver._give if answer is None else answer)(stream, asked[-1])
 
     server = await Server.start("127.0.0.1:0", INSECURE, {FETCH: serve})
     try:

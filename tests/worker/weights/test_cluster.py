@@ -197,7 +197,7 @@ async def test_without_a_worker_that_has_it_the_error_says_so(model: Path, tmp_p
     async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
         lives = [cluster.start("b"), cluster.start("c")]
         await cluster.registry.wait_for(("b", "c"), 20)
-        with pytest.raises(ModelFileError, match=r"/nowhere/m.gguf: no such file on this machine, and no other"):
+        with pytest.raises(ModelFileError, match=r"/nowhere/m.gguf: no such file on this machine, and neither"):
             await cluster.load(model, ("b", "c"), (0, 3, 6))
     await asyncio.gather(*lives, return_exceptions=True)
 

@@ -44,7 +44,7 @@ async def test_all_tensors_come_once_from_several_peers(model: Path, tmp_path_fa
     async with holder(model, folder / "a") as a, holder(model, folder / "b") as b:
         what = wanted(manifest_of(a, model))
         assert await fetch(cache, [a, b], what) == sum(tensor.n_bytes for tensor in what)
-        assert a.weights.sent_bytes > 0 and b.weights.sent_bytes > 0
+        assert a.weights.giver.sent_bytes > 0 and b.weights.giver.sent_bytes > 0
         assert await fetch(cache, [a, b], what) == 0
     check(cache)
     opened = Model.open(model).file
@@ -65,10 +65,10 @@ async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
             """A frame, and the link breaks: once for each tensor that has more."""
             if asked.end - asked.start > FRAME_BYTES and asked.content not in cuts:
                 cuts[asked.content] = asked.start + FRAME_BYTES
-                data = good.weights._read(asked.content, asked.start, asked.start + FRAME_BYTES)
+                data = good.weights.giver._read(asked.content, asked.start, asked.start + FRAME_BYTES)
                 await stream.write(next(iter(frames_of(memoryview(data)))))
                 raise LlamaclustError("cut")
-            await good.weights._give(stream, asked)
+            await good.weights.giver._give(stream, asked)
 
         async with holder(model, folder / "bad", cut) as bad:
             came = await fetch(cache, [bad], what)
@@ -89,7 +89,7 @@ async def test_a_peer_that_ends_in_the_middle_is_resumed_at_another(
         what = wanted(manifest_of(good, model), "blk.0.ffn_down")
 
         async def stall(stream: ServerStream, asked: WeightRange) -> None:
-            data = good.weights._read(asked.content, asked.start, asked.start + FRAME_BYTES)
+            data = good.weights.giver._read(asked.content, asked.start, asked.start + FRAME_BYTES)
             await stream.write(next(iter(frames_of(memoryview(data)))))
             first.set()
             await asyncio.sleep(60)
@@ -120,7 +120,7 @@ async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
         what = wanted(manifest_of(good, model))
 
         async def flip(stream: ServerStream, asked: WeightRange) -> None:
-            await _flip(good.weights._read, stream, asked)
+            await _flip(good.weights.giver._read, stream, asked)
 
         async with holder(model, folder / "bad", flip) as bad:
             await fetch(cache, [bad, good], what)
@@ -208,7 +208,7 @@ async def test_a_peer_refuses_ranges_that_it_does_not_have(
         with pytest.raises(WorkerError, match=r"nowhere .holder 0: does not have it"):
             too_long = type(tensor)(tensor.content, tensor.n_bytes + 1, "x")
             await fetch(WeightCache(folder / "c", ROOM), [a], [too_long])
-        assert a.weights.sent_bytes == 0
+        assert a.weights.giver.sent_bytes == 0
 
 
 async def test_two_fetches_share_a_folder_and_each_tensor_comes_once(

@@ -19,6 +19,7 @@ from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.static import run_static_worker
 from llamaclust.worker.weights.fetch import Patience, WeightFetch
+from llamaclust.worker.weights.giver import WeightGiver
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
 from support.clusters.recovering import Answer, answer_of, generations, undisturbed
@@ -59,9 +60,9 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
 
 def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:
     """The sender of weights stops after so many frames; set when that is so."""
-    stalled, give, left = asyncio.Event(), Weights._give, frames
+    stalled, give, left = asyncio.Event(), WeightGiver._give, frames
 
-    async def stall(weights: Weights, stream: ServerStream, wanted: WeightRange) -> None:
+    async def stall(weights: WeightGiver, stream: ServerStream, wanted: WeightRange) -> None:
         nonlocal left
         if wanted.end - wanted.start <= FRAME_BYTES:
             await give(weights, stream, wanted)
@@ -74,7 +75,7 @@ def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:
             data = weights._read(wanted.content, start, min(start + FRAME_BYTES, wanted.end))
             await stream.write(next(iter(frames_of(memoryview(data)))))
 
-    monkeypatch.setattr(Weights, "_give", stall)
+    monkeypatch.setattr(WeightGiver, "_give", stall)
     return stalled
 
 

@@ -1,0 +1,93 @@
+"""Gives weights to workers without the model's file: tensors of files and what a cache has, by their SHA-256, read in
+pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from llamaclust.core.errors import LlamaclustError, ModelFileError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import read_manifest
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.methods import FETCH
+from llamaclust.wire.rpc.server import Handler, ServerStream
+from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
+
+_READ_BYTES = 8 * FRAME_BYTES
+_IDLE_S = 120.0
+_FRAME_S = 30.0
+
+
+class WeightGiver:
+    """The Weights service of one process. Of a file, it holds no more than a piece for each stream in memory."""
+
+    def __init__(self, cache: WeightCache | None) -> None:
+        self.sent_bytes = 0
+        self._cache = cache
+        self._tensors: dict[str, Tensor] = {}  # of files, by SHA-256
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {FETCH: self._serve}
+
+    @property
+    def gives(self) -> bool:
+        """Whether it has a cache, without which it has no manifests to give."""
+        return self._cache is not None
+
+    def add(self, file: ModelFile, manifest: str) -> None:
+        """From now on it gives the tensors of a file, whose manifest with this SHA-256 is in the cache."""
+        assert self._cache is not None
+        for record in read_manifest(self._cache.place(manifest)).tensors:
+            self._tensors[record.content] = file.tensor(record.name)
+
+    async def _serve(self, stream: ServerStream) -> None:
+        await stream.accept()
+        while True:
+            async with deadline("the next range of weights that is asked for", _IDLE_S):
+                data = await stream.read()
+            if data is None:
+                return
+            await self._give(stream, decode_range(data))
+
+    async def _give(self, stream: ServerStream, wanted: WeightRange) -> None:
+        for start in range(wanted.start, wanted.end, _READ_BYTES):
+            end = min(start + _READ_BYTES, wanted.end)
+            try:
+                data = await asyncio.to_thread(self._read, wanted.content, start, end)
+            except LlamaclustError as error:
+                await _write(stream, encode_missing(str(error)))
+                return
+            for frame in frames_of(memoryview(data)):
+                await _write(stream, frame)
+                self.sent_bytes += len(frame) - 1
+
+    def _read(self, content: str, start: int, end: int) -> bytearray:
+        """ModelFileError where it is not there, or no longer."""
+        data = bytearray(end - start)
+        tensor = self._tensors.get(content)
+        if tensor is not None:
+            _check_end(content, end, tensor.n_bytes)
+            tensor.read_into(data, start)
+            return data
+        found = None if self._cache is None else self._cache.find(content)
+        if self._cache is None or found is None:
+            raise ModelFileError(f"no weights with SHA-256 {content} are here")
+        _check_end(content, end, found.size_bytes)
+        path = self._cache.place(content)
+        with open_regular(path) as descriptor:
+            read_exactly(descriptor, path, start, memoryview(data))
+        return data
+
+
+def _check_end(content: str, end: int, n_bytes: int) -> None:
+    if end > n_bytes:
+        raise ModelFileError(f"weights with SHA-256 {content} are {n_bytes} bytes, asked for up to {end}")
+
+
+async def _write(stream: ServerStream, frame: bytes) -> None:
+    async with deadline("sending weights", _FRAME_S):
+        await stream.write(frame)

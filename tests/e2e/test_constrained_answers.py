@@ -21,6 +21,7 @@ from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from support.chat.constrained_requests import grammar_requests, reasoning_requests
+from support.chat.large_vocabulary import build_large_vocabulary_model
 from support.clusters.recovering import CONTEXT, Answer, answer_of, config, model_in, recovering, undisturbed
 from support.models.tiny_architectures import build_architecture
 from support.seed import SEED
@@ -82,6 +83,16 @@ async def test_any_cut_gives_the_same_answers(
         assert await asyncio.gather(*run.start(case.requests)) == expected, f"seed {SEED}"
         (again,) = run.start([case.requests[case.repeated]])
         assert await again == expected[case.repeated], "with its prompt in the prefix cache"
+
+
+async def test_a_large_vocabulary_that_is_prepared_before_changes_nothing(tmp_path: Path) -> None:
+    model = build_large_vocabulary_model(tmp_path / "large.gguf")
+    requests = grammar_requests(SEED)[:4]
+    expected = await asyncio.to_thread(undisturbed, model, requests)
+    settings = config(model, tmp_path, 1, timeouts={"worker": "10s"})  # its vocabulary holds the interpreter at first
+    async with recovering(settings) as run:
+        run.cluster.engine.prepare_matchers()
+        assert await asyncio.gather(*run.start(requests)) == expected, f"seed {SEED}"
 
 
 @pytest.mark.parametrize("victim", ["a", "c"])

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 _TOKEN = "join-token"
 _JOIN_S = 15.0
+_JOIN_PORT = 7100
+"""Of `join.listen`, by default."""
 
 
 def worker(
     join: Annotated[
         list[str],
-        Option("--join", metavar="HOST:PORT", help="`join.listen` of the coordinator; repeatable, for its standbys."),
+        Option("--join", metavar="HOST[:PORT]", help="`join.listen` of the coordinator; repeatable, for its standbys."),
     ] = [],  # noqa: B006  typer reads the default
     discover: Annotated[
         bool, Option("--discover", help="Find the coordinator of the token's cluster by multicast DNS.")
@@ -139,7 +141,14 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
     if not values and not discover:
         what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
         raise UsageError(f"--join: needed, {what}. With `up --discover`, --discover does without")
-    return tuple(dict.fromkeys(option_value(name, _address, value) for value in values))
+    return tuple(dict.fromkeys(option_value(name, _address, _with_port(value)) for value in values))
+
+
+def _with_port(value: str) -> str:
+    """HOST alone means the usual enrolment port there; an address of IPv6 may be without brackets then."""
+    if value.count(":") > 1 and not value.startswith("["):
+        value = f"[{value}]"
+    return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{_JOIN_PORT}"
 
 
 def _address(value: str) -> str:

@@ -17,6 +17,26 @@ _REPEAT_S = 0.01
 """After a discarded exception: the destructor has returned by then."""
 
 
+_FIRST_PROCESS = 1
+
+
+def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
+    """The handler of signals that end the process. The kernel ignores signals without one to the first process of a
+    container."""
+    return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
+
+
+def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def obey_signals() -> None:
+    """For the first process of a container: SIGTERM and SIGHUP end it from now on, before anything slow is imported."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, unhandled())
+
+
 @contextmanager
 def ends_at_once() -> Iterator[None]:
     """For imports and the like: Ctrl-C ends the process, where the exception that it usually is would be a traceback,
@@ -24,7 +44,7 @@ def ends_at_once() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, unhandled())
     try:
         yield
     finally:
@@ -48,7 +68,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
     """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so.
 
     A handler that raises is repeated where its exception was discarded, as within a destructor."""
-    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
 
@@ -74,7 +94,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
         sys.unraisablehook = usual_hook
         if not received:  # else the process ends, and another signal must not change its code
             for number in handled:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, unhandled())
 
 
 @contextmanager

@@ -6,10 +6,11 @@ import os
 import sys
 from typing import Any
 
-from llamaclust.cli.interrupts import end_at_once, ends_at_once
+from llamaclust.cli.interrupts import end_at_once, ends_at_once, obey_signals
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.interpreter import collect_rarely
+from llamaclust.core.standard_streams import open_standard_streams
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""
@@ -17,6 +18,8 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit, 130 interrupted."""
+    obey_signals()
+    open_standard_streams()
     collect_rarely()
     with ends_at_once():
         from llamaclust.cli.app import app
@@ -47,8 +50,7 @@ def main() -> None:
 
 def _end_output() -> None:
     """What is still buffered goes nowhere: to write it at the end of the process might fail again."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Any) -> None:

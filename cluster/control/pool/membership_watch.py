@@ -84,10 +84,16 @@ class MembershipWatch:
         worker, following = epoch.workers[stage], [*epoch.workers, None][stage + 1]
         link = runner.planner.links.between(worker.name, COORDINATOR if following is None else following.name)
         hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
-        limit_s = sum(self._limits_s(worker)) + link_limit_s(link, hidden_bytes)
+        limit_s = self._turns_s(worker) + link_limit_s(link, hidden_bytes)
         waited_s = self._overdue.waited_s(Owed(epoch.number, number, stage), now_s)
         if waited_s > limit_s and worker.loss is None:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
+
+    def _turns_s(self, worker: WorkerHandle) -> float:
+        """For a step of each of the worker's epochs that has one in flight: one may wait for the others."""
+        due = (served for runner in self._runners for served in _due(runner))
+        stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
+        return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
 
     def _limits_s(self, worker: WorkerHandle) -> list[float]:
         """For a step of each of the worker's epochs."""

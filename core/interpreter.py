@@ -1,8 +1,9 @@
-"""How threads of one process share Python's interpreter, how often it looks for garbage, how many files it may open."""
+"""Settings of a process: standard streams, shares of Python's interpreter, garbage collection, open files."""
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 
@@ -10,6 +11,23 @@ _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _MANY_FILES = 1 << 16
+_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def open_standard_streams() -> None:
+    """Puts /dev/null in the place of each closed one. Otherwise the next file opened gets its descriptor, and what is
+    printed is written into that file."""
+    for descriptor, (name, mode) in enumerate(_STREAMS):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, descriptor)
+            if null != descriptor:
+                os.close(null)
+            os.set_inheritable(descriptor, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def share_interpreter() -> None:

@@ -36,8 +36,8 @@ from llamaclust.cluster.client.types import (
     Options,
     join_chunks,
 )
+from llamaclust.cluster.client.web_access import web_options
 from llamaclust.cluster.text.answer import Answer, TextChunk
-from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
@@ -284,8 +284,7 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
         "base_url": url,
         "headers": headers,
         "timeout": _limits(timeout, timeout),
-        "trust_env": not is_loopback(url.host),
-        "verify": trust(url, verify),
+        **web_options(url, trust(url, verify)),
     }
 
 

@@ -28,7 +28,7 @@ class ClusterApi:
         certificates in the files."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
-        self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file) | {"trust_env": False})
+        self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
 
     @classmethod
     def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from llamaclust.cluster.config.environment import trust_variables
 from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
@@ -19,6 +20,7 @@ Verify = str | PathLike[str] | ssl.SSLContext | None
 """A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
 runs here its own."""
 
+_KEY_LOG = "SSLKEYLOGFILE"
 _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the environment variable SSL_CERT_FILE"
 
 
@@ -29,21 +31,41 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
     if isinstance(verify, ssl.SSLContext):
         return verify
     if verify is not None:
-        return _of_file(Path(verify))
+        return file_trust(Path(verify))
     own = _own_certificates(url)
     if own:
         return _pinned(own)
-    context = httpx.create_ssl_context()
-    context.load_default_certs()
+    return default_trust()
+
+
+def default_trust() -> ssl.SSLContext:
+    """Those that this machine trusts. UsageError names the environment variable that cannot be used."""
+    try:
+        context = httpx.create_ssl_context()
+        context.load_default_certs()
+    except OSError as error:
+        variables = trust_variables()
+        name = next((name for name, value in variables.items() if value == error.filename), None)
+        name = name or next((name for name in variables if name != _KEY_LOG), None)
+        if name is None:
+            raise
+        raise UsageError(f"{name}={variables[name]}: {_reason(error)}; correct or unset this variable") from error
     return context
 
 
-def _of_file(path: Path) -> ssl.SSLContext:
+def file_trust(path: Path) -> ssl.SSLContext:
+    """Those in a PEM file, and no others. UsageError where it cannot be read."""
     try:
         return ssl.create_default_context(cafile=path)
-    except OSError as error:  # ssl.SSLError is one
-        reason = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
-        raise UsageError(f"{path}: cannot read the certificates to trust: {reason}") from error
+    except OSError as error:
+        log = trust_variables().get(_KEY_LOG)
+        if log is not None and error.filename == log:
+            raise UsageError(f"{_KEY_LOG}={log}: {_reason(error)}; correct or unset this variable") from error
+        raise UsageError(f"{path}: cannot read the certificates to trust: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str | None:
+    return "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:

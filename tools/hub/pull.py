@@ -16,6 +16,7 @@ from typing import IO
 
 import httpx
 
+from llamaclust.cluster.client.web_access import web_options
 from llamaclust.cluster.config.catalog import WantedFile, locate
 from llamaclust.cluster.config.environment import hub_settings
 from llamaclust.cluster.config.model_sources import HubFile, PackageFile, WebFile
@@ -106,7 +107,7 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
             leftover.unlink(missing_ok=True)
         return
     progress(f"looking up {wanted.spec}", 0, None)
-    with _client(True) as client:
+    with _client(None) as client:
         remotes = [_remote(client, part, len(parts) > 1, patience) for part in parts]
         known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]
         here = sum(_hidden(part.path).stat().st_size for part in parts if _hidden(part.path).is_file())
@@ -141,12 +142,8 @@ def _numbered(progress: Progress, number: int, count: int) -> Progress:
     return lambda what, done_bytes, total_bytes: progress(f"part {number} of {count}: {what}", done_bytes, total_bytes)
 
 
-def _client(verify: ssl.SSLContext | bool) -> WebClient:
-    """An HTTP client that obeys the proxy variables of the environment; DownloadError where those cannot be used."""
-    try:
-        return WebClient(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
-    except (ImportError, ValueError) as error:
-        raise DownloadError(f"the proxy that the environment names cannot be used: {error}") from error
+def _client(verify: ssl.SSLContext | None) -> WebClient:
+    return WebClient(timeout=_TIMEOUT, follow_redirects=True, **web_options(None, verify))
 
 
 def _hidden(path: Path, suffix: str = ".part") -> Path:

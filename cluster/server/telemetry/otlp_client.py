@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import logging
-import ssl
 from enum import Enum, auto
 from http import HTTPStatus
+from pathlib import Path
 from threading import Event
 from typing import Final
 
 import httpx
 
+from llamaclust.cluster.client.trust import file_trust
+from llamaclust.cluster.client.web_access import web_options
 from llamaclust.cluster.server.telemetry.settings import Target
 from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
@@ -39,11 +41,17 @@ class OtlpClient:
         self._stopping = stopping
         self._is_known_absent = False
         self._error = ""  # of the last attempt that failed
-        trusted = True if target.certificate is None else _trusting(target.certificate)
+        trusted = None if target.certificate is None else file_trust(Path(target.certificate))
+        try:
+            url = httpx.URL(target.url)
+        except httpx.InvalidURL as error:
+            raise UsageError(f"telemetry: {target.url}: {error}") from error
         fixed = {"content-type": "application/x-protobuf", "user-agent": f"llamaclust/{VERSION}"}
         encoding = {"content-encoding": "gzip"} if target.is_compressed else {}
         self._client = httpx.Client(
-            headers={**target.headers, **fixed, **encoding}, timeout=target.timeout_s, verify=trusted
+            headers={**target.headers, **fixed, **encoding},
+            timeout=target.timeout_s,
+            **web_options(url, trusted),
         )
 
     def close(self) -> None:
@@ -85,10 +93,3 @@ class OtlpClient:
             _log.warning("telemetry: %s does not take messages: %s; they are dropped", self._target.url, self._error)
         else:
             _log.info("telemetry: %s takes messages again", self._target.url)
-
-
-def _trusting(certificate: str) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=certificate)
-    except OSError as error:
-        raise UsageError(f"telemetry: {certificate}: not a PEM file of certificates: {error}") from error

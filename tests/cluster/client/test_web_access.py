@@ -1,0 +1,92 @@
+"""Variables of the environment that HTTP clients read: what cannot be used is named; this machine has no proxy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import certifi
+import httpx
+import pytest
+
+from llamaclust import Client
+from llamaclust.cluster.client.web_access import web_options
+from llamaclust.core.errors import UsageError
+from llamaclust.core.this_machine import own_addresses
+
+ELSEWHERE = "https://192.0.2.1:9"
+VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1"),
+        ("all_proxy", "socks5h://127.0.0.1:1"),
+        ("HTTPS_PROXY", "http://[::1"),
+        ("https_proxy", "http://proxy:99999"),
+        ("HTTP_PROXY", "ftp://proxy:21"),
+        ("http_proxy", "http://"),
+        ("HTTPS_PROXY", "proxy:port"),
+        ("NO_PROXY", "localhost, [::1"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+        ("SSL_CERT_FILE", os.devnull),
+        ("SSL_CERT_FILE", __file__),
+        ("SSLKEYLOGFILE", "/no/such/folder/keys"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{name}=") as refused:
+        Client(ELSEWHERE)
+    assert "\n" not in str(refused.value) and value in str(refused.value)
+    with pytest.raises(UsageError, match=f"^{name}="):
+        web_options(None)
+    Client("http://127.0.0.1:9").close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTPS_PROXY", "http://user:word@proxy.example:3128"),
+        ("HTTP_PROXY", "proxy.example:3128"),
+        ("ALL_PROXY", "http://[::1]:3128"),
+        ("NO_PROXY", "localhost,127.0.0.1,::1,10.0.0.0/8,.example,*"),
+        ("no_proxy", "https://inside.example"),
+        ("HTTPS_PROXY", ""),
+    ],
+)
+def test_variables_that_can_be_used(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with httpx.Client(**web_options(httpx.URL(ELSEWHERE))):
+        pass
+
+
+def test_small_letters_count_before_capital_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "ftp://unused")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    web_options(None)
+
+
+def test_this_machine_has_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://proxy.example:3128")
+    own = [f"[{host}]" if ":" in host else host for host in own_addresses()]
+    for host in ("127.0.0.1", "127.8.7.6", "localhost", "[::1]", "0.0.0.0", *own):
+        assert web_options(httpx.URL(f"http://{host}:9"))["trust_env"] is False, host
+    with httpx.Client(**web_options(None)) as client:
+        for host in ("127.0.0.1", "localhost", "[::1]"):
+            assert client._transport_for_url(httpx.URL(f"http://{host}:9")) is client._transport
+        assert client._transport_for_url(httpx.URL(ELSEWHERE)) is not client._transport
+
+
+def test_a_log_of_keys_is_not_taken_for_the_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"^SSLKEYLOGFILE="):
+        Client(ELSEWHERE, verify=certifi.where())

@@ -160,10 +160,11 @@ def _check_adjacency(ring: Sequence[str], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
-    """Without workers that are not measured, where the others suffice."""
-    measured = [worker for worker in workers if _is_measured([worker])]
+    """Workers without any measurement hold no layers where the others suffice. A worker that lacks only measurements of
+    its GPUs is used."""
+    measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
-        with suppress(InsufficientMemoryError):
+        with suppress(InsufficientMemoryError, NetworkPartitionError):
             return _automatic(sizes, measured)
     objective, partitions = sizes.request.objective, sizes.request.partitions
     if not _is_measured(workers):

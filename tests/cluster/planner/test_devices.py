@@ -162,8 +162,16 @@ def test_nothing_is_predicted_of_a_device_that_is_absent_or_was_not_measured() -
 def test_a_worker_with_a_gpu_takes_what_slower_ones_would() -> None:
     plan = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast")], GPU_REQUEST)
     assert [stage.worker for stage in plan.stages] == ["fast"]
-    unmeasured = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast", read=None)], GPU_REQUEST)
-    assert [stage.worker for stage in unmeasured.stages] == ["fast"] and unmeasured.prediction is None
+
+
+@pytest.mark.parametrize("memory_mib", [(1000,), (500, 1000), (0, 1000)], ids=str)
+def test_a_worker_that_lacks_only_measurements_of_its_gpus_is_used(memory_mib: tuple[int, ...]) -> None:
+    """Speeds in the cluster file are of processors, and new GPUs are not measured yet."""
+    partly = with_gpus(*memory_mib, name="fast", read=None)
+    plan = make_plan(SMALL, [worker("slow"), partly], GPU_REQUEST)
+    assert [stage.worker for stage in plan.stages] == ["fast"] and plan.prediction is None
+    plan = make_plan(SMALL, [worker("slow"), replace(partly, profile=None)], GPU_REQUEST)
+    assert [stage.worker for stage in plan.stages] == ["slow"] and plan.prediction is not None
 
 
 def test_the_plan_says_what_is_where() -> None:

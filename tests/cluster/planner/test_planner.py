@@ -283,6 +283,17 @@ def test_workers_that_are_not_measured_are_used_where_the_others_do_not_suffice(
     assert used(least) & {*unmeasured}
 
 
+@pytest.mark.parametrize("unmeasured", "abc")
+def test_workers_that_are_not_measured_are_used_where_the_others_cannot_reach_each_other(unmeasured: str) -> None:
+    """Two of three hold the model."""
+    measured = {*"abc"} - {unmeasured}
+    workers = [worker(name, 130, read=None if name == unmeasured else 20) for name in "abc"]
+    assert {stage.worker for stage in make_plan(SMALL, workers, REQUEST).stages} == measured
+    apart = replace(REQUEST, partitions=frozenset({frozenset(measured)}))
+    stages = make_plan(SMALL, workers, apart).stages
+    assert unmeasured in {stage.worker for stage in stages} and len(stages) == 2
+
+
 def _fits(used: Callable[[int], set[str]], memory_mib: int) -> bool:
     try:
         return bool(used(memory_mib))

@@ -32,9 +32,9 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 def obey_signals() -> None:
     """For the first process of a container: SIGTERM and SIGHUP end it from now on, before anything slow is imported."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, unhandled())
+            signal.signal(number, _end_by_signal)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import decode_text
 
 if TYPE_CHECKING:
     from llamaclust.model.kv_type import KvType
@@ -271,11 +272,11 @@ _OPTIONS = {
 def text_of(path: Path) -> str:
     """ValueError for a file that cannot be read as text."""
     try:
-        return path.read_text("utf-8")
+        return decode_text(path.read_bytes()).replace("\r\n", "\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _json_of(path: Path) -> Any:

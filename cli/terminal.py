@@ -7,6 +7,7 @@ import sys
 from enum import StrEnum
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
@@ -54,8 +55,8 @@ def argument(text: str) -> str:
 
 
 def piped() -> str:
-    """Standard input to its end. UsageError where it is not UTF-8."""
+    """Standard input to its end. UsageError where it is no text."""
     try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8: {error}") from error
+        return decode_text(sys.stdin.buffer.read())
+    except ValueError as error:
+        raise UsageError(f"standard input: {error}") from error

@@ -1,12 +1,31 @@
-"""Files that are read with care: a pipe would block for ever."""
+"""Files of users, read with care: a pipe would block for ever, and text has several encodings."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+
+def decode_text(data: bytes) -> str:
+    """The text in a user's file: UTF-8, or UTF-16 with a byte-order mark, which is no part of it. ValueError with the
+    place of what is no text."""
+    mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object.count("\n".encode(encoding), 0, error.start) + 1
+        place = f"byte {len(mark) + error.start}, line {line}"
+        raise ValueError(f"not {encoding.upper()} text at {place}; save it as UTF-8") from None
+    if (zero := text.find("\0")) >= 0:
+        place = f"byte {len(mark) + len(text[:zero].encode(encoding))}, line {text.count(chr(10), 0, zero) + 1}"
+        raise ValueError(f"not text: a zero byte at {place}; save it as UTF-8")
+    return text
 
 
 def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.state.adapters import ServedAdapters
+from llamaclust.cluster.state.regular_file import read_text
 from llamaclust.core.errors import UsageError
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
-_MOST_KEY_CHARACTERS = 1 << 20
+_MOST_KEY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,11 @@ def _keys_of(path: Path) -> list[str]:
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path}: cannot read the API keys: not a regular file")
-        with path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read(_MOST_KEY_CHARACTERS).splitlines()]
+        lines = [line.strip() for line in read_text(path, _MOST_KEY_BYTES).splitlines()]
     except OSError as error:
         raise UsageError(f"{path}: cannot read the API keys: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: cannot read the API keys: not UTF-8 text") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"{path}: holds no API key; put one a line")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import decode_text
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
@@ -132,9 +133,9 @@ def read_document(path: Path) -> Document:
     if len(data) > MAX_FILE_BYTES:
         raise UsageError(f"{path}: larger than {MAX_FILE_BYTES >> 10} KiB; this is not a cluster file")
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); this is not a cluster file") from error
+        text = decode_text(data)
+    except ValueError as error:
+        raise UsageError(f"{path}: not a cluster file: {error}") from error
     values, lines = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: not a cluster file; it must be a mapping of keys like `model:` and `workers:`")

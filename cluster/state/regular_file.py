@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llamaclust.core.regular_file import open_regular
+from llamaclust.core.regular_file import decode_text, open_regular
 from llamaclust.model.gguf.atomic_file import sync_folder
 
 _MOST_BYTES = 16 << 20
@@ -19,20 +19,14 @@ _MOST_BYTES = 16 << 20
 def read_json(path: Path) -> Any:
     """OSError where the file cannot be read, ValueError where it holds no JSON."""
     try:
-        return json.loads(read_bytes(path, _MOST_BYTES))
+        return json.loads(read_text(path, _MOST_BYTES))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """OSError where the file cannot be read, ValueError where it is larger than so many bytes or no text in UTF-8."""
-    try:
-        text = read_bytes(path, most_bytes).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not text in UTF-8 at byte {error.start}") from None
-    if "\0" in text:
-        raise ValueError("not text: it has a zero byte")
-    return text
+    """OSError where the file cannot be read, ValueError where it is larger than so many bytes or no text."""
+    return decode_text(read_bytes(path, most_bytes))
 
 
 def write_regular(path: Path, text: str, *, is_synced: bool = True) -> None:

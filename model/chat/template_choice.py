@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import open_regular
+from llamaclust.core.regular_file import decode_text, open_regular
 from llamaclust.model.chat.turn_formats import OTHER_NAMES, TURN_FORMATS
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -66,10 +66,10 @@ def chosen_template(choice: str) -> str:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
             raise UsageError(f"chat template {choice}: more than {_MOST_BYTES} bytes; it is no template")
-        return text.decode()
+        return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)
-        why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no file that can be read"
+        why = error if isinstance(error, ValueError) else "no file that can be read"
         raise UsageError(f"chat template {choice}: {why}, and not one of {listed}") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.regular_file import decode_text
 from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exactly
 from llamaclust.model.gguf.values import shown
 
@@ -30,7 +31,7 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     """A JSON object; duplicate keys are an error. NaN and infinities, which some configurations hold in unused settings
     of theirs, become such floats: whoever reads the setting refuses them."""
     try:
-        found = json.loads(data, object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
+        found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ModelFileError(f"{origin}: not usable as JSON: {what[:120]}") from None

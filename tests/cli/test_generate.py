@@ -296,7 +296,7 @@ def test_mistakes_get_one_line(here: Here, arguments: Sequence[str], code: int, 
     ("content", "words"),
     [
         (b"{", "is not JSON: Expecting property name"),
-        (b'"\xff"', "is not UTF-8 text (byte 1)"),
+        (b'"\xff"', "not UTF-8 text at byte 1, line 1"),
         (b"[" * 100_000, "is nested too deeply"),
     ],
 )

@@ -74,7 +74,7 @@ def test_workers_of_a_ray_that_starts_here_are_planned_as_local_ones(line: Comma
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xff", "not UTF-8"),
         (b"a: " + b"[" * 100_000, "nested deeper"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import decode_text
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 OnChunk = Callable[["Perplexity"], None]
@@ -59,15 +60,15 @@ class Accumulator:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file without its last line break. UsageError where it cannot be read."""
+    """A text file without its last line break. UsageError where it cannot be read."""
     if path.exists() and not (path.is_file() or path.is_fifo()):
         raise UsageError(f"{path}: no file of text; give the name of one")
     try:
-        return path.read_bytes().decode().removesuffix("\n")
+        return decode_text(path.read_bytes()).removesuffix("\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:

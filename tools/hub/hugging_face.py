@@ -16,6 +16,7 @@ from llamaclust.cluster.config.environment import HubSettings
 from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.core.addresses import is_loopback
 from llamaclust.core.errors import DownloadError, UsageError
+from llamaclust.core.regular_file import decode_text
 from llamaclust.tools.hub.download import RETRY_STATUSES, Patience, byte_count
 from llamaclust.tools.hub.web_client import failure
 
@@ -67,12 +68,12 @@ def _token_of_file(settings: HubSettings) -> str | None:
     path = settings.token_file
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        token = path.read_text(encoding="utf-8").strip()
+        token = decode_text(path.read_bytes()).strip()
     except FileNotFoundError as error:
         if settings.token_file_named:
             raise UsageError(f"HF_TOKEN_PATH={path}: no such file") from error
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot read the token in it: {error}") from error
     if mode & 0o077:
         raise UsageError(f"{path}: others may read this token (mode {mode:04o}): chmod 600 {path}")

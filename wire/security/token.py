@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import open_regular
+from llamaclust.core.regular_file import decode_text, open_regular
 
 _LEAST_CHARACTERS = 32
 _MOST_CHARACTERS = 1024
+_MOST_BYTES = 2 * _MOST_CHARACTERS + 2  # in UTF-16
 _JOIN_TOKEN = re.compile(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{32,128})")
 
 
@@ -86,12 +87,13 @@ def read_private(path: Path) -> str:
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode
-            value = file.read(_MOST_CHARACTERS + 1).decode().strip()
+            data = file.read(_MOST_BYTES + 1)
+        value = decode_text(data).strip()
     except OSError as error:
         what = f"token file {path}: cannot be read: {error.strerror}"
         raise UsageError(f"{what}; give a readable copy of the file that `llamaclust up` names") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"token file {path}: holds no text; copy it again") from error
+    except ValueError as error:
+        raise UsageError(f"token file {path}: {error}, or copy it again") from error
     if stat.S_IMODE(mode) & 0o077:
         raise UsageError(f"token file {path}: other users can read it; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:

@@ -151,7 +151,7 @@ TOP_KEYS = {
     f"plan: {'[' * 100_000}": "not valid YAML: nested deeper than 16 levels",
     "name: !!python/object:os.system {}": "not valid YAML: tags (!name) are not accepted",
     "name: !!bool x": "not valid YAML: tags (!name) are not accepted",
-    'name: "\0"': "not valid YAML: unacceptable character #x0000: special characters are not allowed",
+    'name: "\1"': "not valid YAML: unacceptable character #x0001: special characters are not allowed",
     f"context_length: {'1' * 5000}": (f"not valid YAML: '{'1' * 60}' is no number or date; put it in quotes"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.regular_file import decode_text
 from llamaclust.model.checkpoints.json_file import read_json
 from llamaclust.model.checkpoints.source_file import SourceFile
 from llamaclust.tools.convert.formats.source_files import SourceFiles
@@ -132,11 +133,11 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
             raise ModelFileError(f"{path}: {path.stat().st_size >> 20} MiB of template")
         try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelFileError(f"{path}: not UTF-8 ({error.reason})") from None
+            return decode_text(path.read_bytes())
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from None
     template = said.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]

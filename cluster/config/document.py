@@ -41,6 +41,14 @@ class Document:
         return self.origins[place] if place else self.name
 
 
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""How JSON escapes a character above U+FFFF; YAML makes two characters of it."""
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[0].encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML without aliases (they multiply), tags (they build other things), double keys (one is lost), deep
     nesting (it recurses) or very many values."""
@@ -61,6 +69,8 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode):
+            node.value = _SURROGATES.sub(_joined, node.value)
         return node
 
     def _refusal(self, why: str) -> yaml.MarkedYAMLError:

@@ -101,3 +101,9 @@ def test_only_workers_with_a_token_discover_a_cluster(tmp_path: Path, keys: str)
     file.write_text(f"name: home\nmodel: smollm2-135m-instruct\n{keys}\n")
     with pytest.raises(UsageError, match=r"join\.discover: is for launcher: static without insecure"):
         described(str(file), discover=True)
+
+
+@pytest.mark.parametrize("name", ["\U0001f999.gguf", "\U00020bb7 \U0001f600.gguf", 'a"\U0010ffff\\.gguf'])
+def test_a_models_path_may_have_any_characters(name: str, tmp_path: Path) -> None:
+    tiny(tmp_path / name)
+    assert described(str(tmp_path / name)).model == str(tmp_path / name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, json_schema, load_config
+from llamaclust.cluster.config.document import read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_duration, parse_size
 from llamaclust.core.addresses import is_loopback, split_address
@@ -315,3 +317,10 @@ def test_a_silence_too_short_to_tell_a_lost_worker_is_refused(tmp_path: Path) ->
     assert "--set timeouts.worker=400ms: timeouts.worker: 0.4 s is too short" in failure(
         tmp_path, SMALL, "timeouts.worker=400ms"
     )
+
+
+@pytest.mark.parametrize("text", ["\U0001f999", "a\U00020bb7b\U0010ffff", "\U0001f1e9\U0001f1ea/x"])
+def test_characters_of_json_above_u_ffff(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({"name": "x", text: text}))
+    assert read_document(path).values == {"name": "x", text: text}

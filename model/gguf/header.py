@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.other_files import START_BYTES, other_kind
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
 from llamaclust.model.gguf.values import LENGTH, LazyStrings, MetadataValue, fail_at, kind_of, padded, shown
 from llamaclust.model.quant_types import QuantType
@@ -102,6 +103,12 @@ class _Cursor:
         start = self.position
         self.position = start + count
         return bytes(memoryview(self._buffer)[start : self.position])
+
+    def peek(self, count: int) -> bytes:
+        """The next bytes, fewer at the end of the file; they are not consumed."""
+        count = min(count, self.remaining_bytes)
+        self.need(count)
+        return bytes(self._buffer[self.position : self.position + count])
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -223,8 +230,11 @@ def raw_metadata(path: Path) -> dict[str, bytes]:
 
 
 def _read_start(cursor: _Cursor) -> tuple[int, int]:
-    if cursor.remaining_bytes < 24 or cursor.take(4) != MAGIC:
-        raise cursor.error("not a GGUF file", "give the path of a .gguf file")
+    start = cursor.peek(START_BYTES)
+    if not start.startswith(MAGIC):
+        what, advice = other_kind(start)
+        raise cursor.error(f"not a GGUF file: {what}", advice)
+    cursor.take(len(MAGIC))
     version = cursor.u32()
     if version not in VERSIONS:
         big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS)

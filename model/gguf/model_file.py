@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.gguf.header import Header, read_header
-from llamaclust.model.gguf.tensors import FileIdentity, Tensor
+from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, MAGIC, Header, read_header
+from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at, kind_of, shown
 
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -145,6 +145,7 @@ def _other_parts(first: Header) -> list[Header]:
             said = count if "split.count" in first.metadata else "missing"
             raise fail_at(first.path, "split.count", f"{said}, but the name says {name['count']} parts", _RENAME)
         return []
+    _check_alone(first, count)
     if not name or int(name["count"]) != count:
         wanted = f"-00001-of-{count:05}.gguf"
         raise fail_at(first.path, "split.count", f"one part of {count}, but the name does not end in {wanted}", _RENAME)
@@ -156,6 +157,21 @@ def _other_parts(first: Header) -> list[Header]:
     return [
         _part(first, f"{name['stem']}-{part + 1:05}-of-{count:05}.gguf", part, count, seen) for part in range(1, count)
     ]
+
+
+def _check_alone(part: Header, count: int) -> None:
+    """ModelFileError where another part follows in the same file, as after `cat`: each has a header of its own."""
+    end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
+    size_bytes = part.file_identity.size_bytes
+    follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))
+    with open_regular(part.path) as descriptor:
+        read_exactly(descriptor, part.path, end, memoryview(follows))
+    if end and MAGIC in follows:
+        what = f"one part of {count} ends at byte {end}, another begins there: parts of a split model were joined"
+        advice = (
+            "get the parts as they were published and give the first; `llamaclust model merge` makes one file of them"
+        )
+        raise fail_at(part.path, "split model", what, advice)
 
 
 _RENAME = "give the file back the name it was published with"

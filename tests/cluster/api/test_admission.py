@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.owner import current_owner
+from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import (
     ScriptedEngine,
     ScriptedStream,
@@ -42,16 +43,17 @@ STOPPING = "the cluster is stopping and takes no more requests"
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
 
-@dataclass
-class SlowTemplate:
+class SlowTemplate(ChatTemplate):
     """Renders once it may."""
 
-    may: asyncio.Event = field(default_factory=asyncio.Event)
-    waiting: int = 0
-    given_up: int = 0
-    source: str = ""
+    def __init__(self) -> None:
+        super().__init__("", "", "")
+        self.may = asyncio.Event()
+        self.waiting, self.given_up = 0, 0
 
-    async def render_async(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+    async def render_async(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any
+    ) -> str:
         self.waiting += 1
         try:
             await self.may.wait()
@@ -79,7 +81,7 @@ class Stopping:
 async def stoppable(engine: Any) -> AsyncIterator[Stopping]:
     admission, template = Admission(ApiSettings()), SlowTemplate()
     async with (
-        serving(make_app(engine, template, admission)) as address,  # type: ignore[arg-type]
+        serving(make_app(engine, template, admission)) as address,
         httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
     ):
         yield Stopping(admission, template, http)
@@ -145,9 +147,8 @@ async def test_a_request_that_is_refused_may_be_sent_to_its_end() -> None:
 
 async def test_chats_in_preparation_count_as_requests_that_are_left() -> None:
     template = SlowTemplate()
-    service = make_service(ScriptedEngine(says("Hi")))
-    service.chat_template = template  # type: ignore[assignment]
-    preparing = asyncio.create_task(service.chat(ChatRequest(tuple(CHAT["messages"]))))  # type: ignore[arg-type]
+    service = make_service(ScriptedEngine(says("Hi")), template)
+    preparing = asyncio.create_task(service.chat(ChatRequest(tuple(CHAT["messages"]))))
     await until(lambda: template.waiting == 1)
     assert service.active_requests == 1
     template.may.set()

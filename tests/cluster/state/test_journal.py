@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,10 +260,23 @@ async def test_a_request_that_could_not_be_read_again_is_refused(
 ) -> None:
     monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", 600)
     async with journal(tmp_path / "journal") as writing:
-        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, at most 600 are possible"):
+        with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, at most 599 are possible"):
             await writing.admit(admission(1, body))
         await writing.admit(admission(2, b"a"))
         assert [request.admission.id for request in read_journal(tmp_path / "journal", NOW)] == ["id2"]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+async def test_what_is_admitted_at_the_limit_is_read_again(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = admission(1, b"a" * 300)
+    monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", len(admission_line(longest)) + room)
+    async with journal(tmp_path / "journal") as writing:
+        with nullcontext() if room else pytest.raises(RequestError, match="send less at once"):
+            await writing.admit(longest)
+        found = [request.admission.id for request in read_journal(tmp_path / "journal", NOW)]
+    assert found == (["id1"] if room else [])
 
 
 def test_long_lines_are_not_held_as_a_whole(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def read_tools(value: Any, context: object) -> ToolSet:
             raise ValueError(f"[{place}]: {error}") from error
         client += own
         shown += [_shown(tool, own)] if own else []
+        if len(client) > MAX_TOOLS:
+            raise ValueError(f"[{place}]: more than {MAX_TOOLS} tools, those in namespaces included")
     return ToolSet(tuple(client), tuple(shown))
 
 
@@ -103,7 +105,9 @@ def _tools(tool: Any, namespace: str | None, context: object) -> Iterator[Client
         name, tools = tool.get("name"), tool.get("tools")
         if not isinstance(name, str) or not isinstance(tools, list):
             raise ValueError("a namespace must have a 'name' and a list of 'tools'")
-        for each in tools[:MAX_TOOLS]:
+        if len(tools) > MAX_TOOLS:
+            raise ValueError(f"{len(tools)} tools in a namespace, at most {MAX_TOOLS} are taken")
+        for each in tools:
             yield from _tools(each, name, context)
     elif kind == "function":
         nested = tool.get("function")

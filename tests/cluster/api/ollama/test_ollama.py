@@ -276,3 +276,12 @@ async def test_format_binds_the_answer() -> None:
     assert first is not None and second is not None and '"integer"' in second.definition and third is None
     status, message = error_of(await post("/api/generate", {"model": MODEL, "prompt": "a", "format": {"not": {}}}))
     assert status == 400 and "format" in message
+
+
+@pytest.mark.parametrize("content", [5, ["a"], {"a": 1}, True])
+async def test_a_message_with_pictures_has_a_text_or_none(content: Any) -> None:
+    message = {"role": "user", "content": content, "images": ["aGk="]}
+    status, text = error_of(await post("/api/chat", {"model": MODEL, "messages": [message]}))
+    assert status == 400 and "content" in text
+    message["content"] = None
+    assert (await post("/api/chat", {"model": MODEL, "messages": [message]})).status_code == 200

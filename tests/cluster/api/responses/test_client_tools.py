@@ -128,6 +128,7 @@ def test_grammars_of_custom_tools() -> None:
         {"type": "namespace", "name": "a"},
         {"type": "custom"},
         {"type": "custom", "name": "a", "format": {"type": "grammar"}},
+        {"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "b"}] * 1025},
         {},
     ],
 )
@@ -135,6 +136,13 @@ async def test_tools_of_a_wrong_form_are_refused(tool: dict[str, Any]) -> None:
     async with served(ScriptedEngine(says("a"))) as http:
         reply = await http.post(PATH, json={"input": "Hi", "tools": [tool]})
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "tools"
+
+
+async def test_tools_of_all_namespaces_count_together() -> None:
+    tools = [{"type": "namespace", "name": f"n{n}", "tools": [{"type": "custom", "name": "b"}] * 600} for n in range(2)]
+    async with served(ScriptedEngine(says("a"))) as http:
+        reply = await http.post(PATH, json={"input": "Hi", "tools": tools})
+    assert reply.status_code == 400 and "more than 1024 tools" in reply.json()["error"]["message"]
 
 
 async def test_a_call_that_was_cut_has_the_text_so_far() -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from threading import Lock
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin
 
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -24,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 
 _UNKNOWN = "unknown_field"
@@ -31,6 +33,7 @@ _MOST_OF_A_NAME = 200
 _MOST_IGNORED = 16
 
 MAX_PROMPTS = 64
+_LARGEST_NUMBER = (1 << 64) - 1
 
 _building = Lock()
 
@@ -91,7 +94,7 @@ class Body(DocumentedModel):
             info.context.ignore(str(name))
         if unknown:
             fields = {name: value for name, value in fields.items() if name in known}
-        return {name: _whole(known[name], value) for name, value in fields.items()}
+        return {name: _as_declared(known[name], value) for name, value in fields.items()}
 
 
 def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
@@ -100,11 +103,21 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
     return PydanticCustomError(_UNKNOWN, "{text}", {"name": name, "text": text})
 
 
-def _whole(field_info: FieldInfo, value: Any) -> Any:
-    """5.0 as 5 where a field is a whole number."""
+def _as_declared(field_info: FieldInfo, value: Any) -> Any:
+    """5.0 as 5 where a field is a whole number, [] as {} where it is an object: PHP has one empty array for both."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
-    return value
+    return {} if value == [] and _is_object(field_info) else value
+
+
+def _is_object(field_info: FieldInfo) -> bool:
+    shown = next((part.json_schema for part in field_info.metadata if isinstance(part, WithJsonSchema)), None)
+    if shown is not None:
+        return shown.get("type") == "object"
+    kinds = get_args(field_info.annotation) or (field_info.annotation,)
+    return get_origin(field_info.annotation) is dict or any(
+        isinstance(kind, type) and issubclass(kind, Body) for kind in kinds
+    )
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -193,7 +206,13 @@ def is_int(value: Any) -> bool:
 
 
 def _limit(value: Any) -> Any:
-    return None if value in (-1, -2) and not isinstance(value, bool) else value
+    return None if _without_end(value) in (-1, -2) else value
+
+
+def _without_end(value: Any) -> Any:
+    """-1 for a limit that no context reaches, which programs write for none (2147483647)."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return -1 if is_number and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
 def _seed(value: Any) -> Any:
@@ -267,6 +286,8 @@ _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"any
 
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
 """Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
+WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
+"""The same where -1 is the default."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
 """None: drawn, which llama.cpp writes -1."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]

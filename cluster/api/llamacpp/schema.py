@@ -11,7 +11,15 @@ from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.openai.schema import ChatFields
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import MAX_PROMPTS, Body, StopField, is_int, is_token_id, prompt_string
+from llamaclust.cluster.api.schema import (
+    MAX_PROMPTS,
+    Body,
+    StopField,
+    WholeLimitField,
+    is_int,
+    is_token_id,
+    prompt_string,
+)
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.fill_in import Gap, OtherFile
@@ -91,7 +99,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """The name of an adapter; any other name is the served model's, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
     """Text, token ids, both mixed, or a list of several."""
-    n_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
+    n_predict: WholeLimitField = -1
     """Tokens at most; -1: what the context leaves."""
     temperature: float = 0.8
     """0 chooses the likeliest token."""

@@ -12,7 +12,7 @@ from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.tools import CallField, ToolsField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
-from llamaclust.cluster.api.schema import Body, SeedField, StopField, read_part
+from llamaclust.cluster.api.schema import Body, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import ParameterError
@@ -30,7 +30,7 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields):
 
     takes_recommended: ClassVar = True
 
-    num_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
+    num_predict: WholeLimitField = -1
     """Tokens at most; 0 or less: what the context leaves."""
     temperature: float = 0.8
     """0 chooses the likeliest token."""

@@ -16,6 +16,9 @@ TEXT_ARGUMENT: Final = "input"
 _BETWEEN: Final = "__"
 _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
+_OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_VALUES: Final = frozenset({"default", "const", "enum", "examples"})
+"""Keys of a JSON schema whose values are objects, or any values."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
@@ -29,7 +32,23 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
     if not isinstance(function.get("description") or "", str):
         raise ValueError(f"{place}description: must be a string")
     made = {"name": function["name"], "description": function.get("description") or ""}
-    return {"type": "function", "function": {**made, "parameters": function.get(parameters) or _NO_PARAMETERS}}
+    return {
+        "type": "function",
+        "function": {**made, "parameters": with_objects(function.get(parameters)) or _NO_PARAMETERS},
+    }
+
+
+def with_objects(schema: Any) -> Any:
+    """A JSON schema with {} for each [] in the place of an object."""
+    if isinstance(schema, list):
+        return [with_objects(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: value if key in _VALUES else with_objects(value) for key, value in schema.items()}
+    for key in _OBJECTS & made.keys():
+        if isinstance(of_names := made[key] or {}, dict):
+            made[key] = {name: {} if part == [] else part for name, part in of_names.items()}
+    return made
 
 
 def present(tools: list[Any]) -> list[Any]:

@@ -82,7 +82,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
     message = read_part(Message, value, MESSAGE, info.context)
-    if "content" not in message.model_fields_set and message.role != "assistant":
+    if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":
         raise ValueError(f"tool_calls: a message of role {message.role!r} has none")

@@ -37,6 +37,7 @@ def _call(value: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a call must be an object with a 'function', which has a 'name'")
     arguments = function.get("arguments") or "{}"
+    arguments = "{}" if arguments == "[]" else arguments
     if not isinstance(arguments, str | dict):
         raise ValueError("function.arguments: must be a string of JSON")
     call_id = value.get("id") or ""

@@ -93,7 +93,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": "Hi"}, "messages"),
         ({"messages": ["Hi"]}, "messages[0]"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0]"),
-        ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0]"),
+        ({"messages": [{"role": "system", "name": "a"}]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "txt", "text": "a"}]}]}, "messages[0]"),

@@ -102,7 +102,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
     for arguments, text in (
-        (("tokenize", str(VOCABULARY)), b"\xff\xfe"),
+        (("tokenize", str(VOCABULARY)), b"\xff\xff"),
         (("tokenize", str(broken), "x"), None),
         (("tokenize", "nowhere.gguf", "x"), None),
         (("info", str(broken)), None),

@@ -186,10 +186,10 @@ def _call(kind: str, value: dict[str, Any], context: object) -> Item:
 
 def _output(kind: str, value: dict[str, Any], context: object) -> str | list[Item]:
     """The result of a call: text, or parts of which those that are no text are replaced."""
-    output = value.get("output")
+    is_text = kind in ("function_call_output", "custom_tool_call_output")
+    output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
         return output
-    is_text = kind in ("function_call_output", "custom_tool_call_output")
     if is_text or (isinstance(output, list) and all(_is_part(part) for part in output)):
         return _parts(output, _TEXT_PARTS, context)
     inner = output.get("type") if isinstance(output, dict) else None

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llamaclust.cli import bench, cache, chaos, cluster, generate, why, worker
+from llamaclust.cli import cache, chaos, cluster, generate, why, worker
 from llamaclust.cli.models import convert, model, quantize
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
+from llamaclust.cli.speed import bench, measure
 from llamaclust.core.version import VERSION
 
 
@@ -45,7 +46,7 @@ def _group(name: str, text: str, commands: dict[str, Callable[..., None]], epilo
         pretty_exceptions_enable=False,
     )
     for word, command in commands.items():
-        group.command(word, cls=FileCommand if word in ("up", "plan") else PlainCommand)(command)
+        group.command(word, cls=FileCommand if word in ("up", "plan", "measure") else PlainCommand)(command)
     return group
 
 
@@ -75,7 +76,7 @@ _model = _group(
 _model.add_typer(_cache)
 _commands = (
     *(cluster.up, cluster.down, cluster.status, cluster.plan, cluster.drain, cluster.undrain, cluster.logs),
-    *(why.why, worker.worker, generate.generate, generate.chat, bench.bench, chaos.chaos),
+    *(why.why, worker.worker, generate.generate, generate.chat, bench.bench, measure.measure, chaos.chaos),
 )
 app = _group(
     "llamaclust",

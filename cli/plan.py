@@ -23,9 +23,9 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.cluster.server.drafting import DraftModelMemory, draft_model_memory
-from llamaclust.cluster.state.directory import read_profiles
+from llamaclust.cluster.state.directory import read_other_loads, read_profiles
+from llamaclust.cluster.state.other_load import OtherLoad, disturbance
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from llamaclust.model.placement import RuleEffect, rule_effects
@@ -67,6 +67,8 @@ class PlannedStart:
     draft_model: DraftModelMemory | None
     unused_mtp: str | None
     """A line on an MTP head that could draft."""
+    other_loads: Mapping[str, OtherLoad]
+    """By worker: load of other programs while it was measured."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -76,7 +78,8 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
     ]
     start = planned(config)
     drafting = None if start.draft_model is None else asdict(start.draft_model)
-    beside = {"kv_disk_bytes": _on_disk(config), "placement": rules, "draft_model": drafting}
+    loads = {name: asdict(load) for name, load in start.other_loads.items()}
+    beside = {"kv_disk_bytes": _on_disk(config), "placement": rules, "draft_model": drafting, "other_loads": loads}
     return plan_json(start.plan, acceptances) | beside
 
 
@@ -102,7 +105,8 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    hints = () if start.unused_mtp is None else (f"  {start.unused_mtp}",)
+    found = (start.unused_mtp, disturbance(start.other_loads.values()))
+    hints = tuple(f"  {hint}" for hint in found if hint is not None)
     print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside, *hints)))
 
 
@@ -132,7 +136,11 @@ def planned(config: ClusterConfig) -> PlannedStart:
             spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, gpus[spec.name], spec.numa_node)
             for spec in specs
         }
-        profiles = _profiles(config, model.model_id, fingerprints, sum(spec.threads or 0 for spec in specs))
+        keys = _measurement_keys(model.model_id, fingerprints, sum(spec.threads or 0 for spec in specs))
+        known, loads = read_profiles(config.state_dir), read_other_loads(config.state_dir)
+        stated = stated_speeds(config)
+        used = {name: key for name, of in keys.items() if (key := next(filter(known.__contains__, of), None))}
+        profiles = {name: known[key] for name, key in used.items()} | stated
         check_devices(((spec.device, spec.feature_level) for spec in specs), model)
         links = kept_links(fingerprints, config.state_dir) if hops_matter(profiles) else Links()
         workers = {  # as they would register; without a cap a worker may take all that is free
@@ -153,7 +161,8 @@ def planned(config: ClusterConfig) -> PlannedStart:
         except InsufficientMemoryError as error:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
-        return PlannedStart(plan, own_bytes, draft_model, unused_mtp(config, model))
+        other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
+        return PlannedStart(plan, own_bytes, draft_model, unused_mtp(config, model), other_loads)
 
 
 def _opened(config: ClusterConfig) -> closing[Model]:
@@ -184,14 +193,10 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
         yield f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it"
 
 
-def _profiles(
-    config: ClusterConfig, model_id: str, fingerprints: Mapping[str, str], threads: int
-) -> dict[str, Profile]:
-    """The file's own figures first, then those of a start with the same workers on the same hardware: with this model,
-    or else with another. `threads`: of all workers."""
-    known, found = read_profiles(config.state_dir), dict[str, Profile]()
-    for profiled in ("", model_id):
-        for name, text in fingerprints.items():
-            key = measurement_key(text, len(fingerprints), threads, profiled)
-            found |= {name: known[key]} if key in known else {}
-    return found | stated_speeds(config)
+def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
+    """Keys of measurements by worker, the best ones first: with this model, or else with another. `threads`: of all
+    workers."""
+    return {
+        name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
+        for name, text in fingerprints.items()
+    }

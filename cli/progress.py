@@ -144,10 +144,10 @@ class ClusterView:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._measuring = self._console.status("measuring this machine with this model")
+        self._measuring = self._console.status("measuring")
         self._bars: dict[str, TaskID] = {}
         self._is_draining = False
-        self._is_measuring = False  # for one model after the other
+        self._measured: events.Measuring | None = None  # the event before; of several models there are equal ones
 
     def __enter__(self) -> Self:
         return self
@@ -162,15 +162,15 @@ class ClusterView:
             self._show(event)
 
     def _show(self, event: events.Event) -> None:
-        was_measuring, self._is_measuring = self._is_measuring, isinstance(event, events.Measuring)
+        before, self._measured = self._measured, event if isinstance(event, events.Measuring) else None
         match event:
             case events.WorkerLoading():
                 self._bar(f"worker {event.worker}, layers {event.start}-{event.end - 1}", "loading", event)
             case events.WorkerReading():
                 self._bar(f"worker {event.worker} reads the model for others", "reading", event)
             case events.Measuring():
-                if not was_measuring:
-                    self._measure()
+                if event != before:
+                    self._measure(event)
             case events.StartFailed():
                 self._clear()
             case events.PlanMade() | events.AwaitingWorkers():
@@ -195,11 +195,13 @@ class ClusterView:
         self._measuring.stop()
         self._progress.stop()
 
-    def _measure(self) -> None:
+    def _measure(self, event: events.Measuring) -> None:
+        """In place on a terminal."""
         if self._console.is_terminal:
+            self._measuring.update(f"measuring {', '.join(event.workers)}: {event.what}")
             self._measuring.start()
         else:
-            print(f"{self._measuring.status}: some seconds", file=sys.stderr)
+            print("\n".join(f"measuring worker {worker}: {event.what}" for worker in event.workers), file=sys.stderr)
 
     def _bar(self, label: str, doing: str, event: events.WorkerLoading | events.WorkerReading) -> None:
         bar = self._bars.get(label)
@@ -221,7 +223,7 @@ def _log_event(event: events.Event) -> None:
         ):  # the command itself says how it failed
             pass
         case events.Measuring():
-            _log.info("workers measure their machine: %s", ", ".join(event.workers))
+            _log.info("workers measure %s: %s", event.what, ", ".join(event.workers))
         case events.PlanMade() | events.AwaitingWorkers():
             for line in event.lines:
                 _log.info("%s", line.strip())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -13,25 +13,21 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import check_distinct, check_plan, scheduler_settings
+from llamaclust.cluster.control.limits import scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
-from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
+from llamaclust.cluster.control.resources.link_profiling import MeasureLinks
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import NoPipeline
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.launchers.local import LocalLauncher
-from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_settings import worker_settings
-from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
@@ -39,23 +35,24 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel, fixed_names
 from llamaclust.cluster.server.drafting import drafting
+from llamaclust.cluster.server.start import (
+    check_models,
+    launching,
+    link_meter,
+    named_errors,
+    open_model,
+    registry_of,
+    weight_cache,
+)
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
-from llamaclust.core.profile import Profile
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
-from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifests
-from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.rpc.sched_slice import short_slices
-from llamaclust.worker.weights.giver import WeightGiver
-
-_HEARTBEAT_S = 1.0
-_HEARTBEATS = 5
-"""In the heartbeat timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +128,12 @@ async def open_cluster(
     running."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
-        launcher = stack.enter_context(_launching(config, folder, report))
+        launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
-        registry = _registry(config, launcher, record)
-        models = [await _opened(stack, *of) for of in zip(config.of_each_model(), (model_path, *further), strict=True)]
-        _check_models(config, models, launcher)
+        registry = registry_of(config, launcher, record)
+        paths = (model_path, *further)
+        models = [await open_model(stack, *of) for of in zip(config.of_each_model(), paths, strict=True)]
+        check_models(config, models, launcher)
         drafts = await drafting(stack, models, report)  # workers' memory is what this leaves
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
@@ -165,22 +163,6 @@ async def open_cluster(
         yield Cluster(config, registry, launcher, pool, record, served, residency, metrics)
 
 
-async def _opened(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
-    adapters = [adapter.path for adapter in config.adapters]
-    model = await asyncio.to_thread(Model.open, path, config.chat_template, adapters)
-    stack.callback(model.close)
-    return config, model
-
-
-def _check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
-    """UsageError for what no worker can mend."""
-    for own, model in models:
-        with _named(own):
-            check_plan(own, model)
-            launcher.check(worker_settings(config), model)
-    check_distinct((own.model_name, model.model_id) for own, model in models)
-
-
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord
 ) -> None:
@@ -204,7 +186,7 @@ async def _measured(
         if not (folder.has_requests and planner.profiles.estimate(workers)):
             await planner.profiles.measure(workers, workers)  # else requests wait for the cluster
     first, free_bytes = planners[0], launcher.free_memory_bytes()
-    meter = _link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
+    meter = link_meter(first.config, first.profiles.of(workers), launcher, folder, report)
     links = None if meter is None else await meter(registry.present)
     for planner in planners:
         planner.free_bytes = None if free_bytes is None else max(0, free_bytes - unused_bytes)
@@ -226,7 +208,7 @@ async def _served(
     """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
-    manifests = FileManifests(_weight_cache())
+    manifests = FileManifests(weight_cache())
     epoch_workers = EpochWorkers(workers.registry, workers.launcher.credentials, workers.record, manifests=manifests)
     present = {name: worker for name, worker in workers.registry.present.items() if name not in workers.record.drained}
     loaded = 1 if config.load_on_demand else 0
@@ -249,11 +231,6 @@ async def _served(
         engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
         served.append(ServedModel(of.config, of.plain, supervisor, engine, loader))
     return tuple(served)
-
-
-def _weight_cache() -> WeightCache | None:
-    variables = environment()
-    return WeightCache(variables.weights_dir, variables.weights_bytes) if variables.weights_bytes else None
 
 
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
@@ -285,65 +262,8 @@ async def _shortfall(
 
 
 async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle]) -> Plan:
-    with _named(planner.config):
+    with named_errors(planner.config):
         return await planner.plan(workers)
-
-
-@contextmanager
-def _named(config: ClusterConfig) -> Iterator[None]:
-    """Errors say which of several models they are about."""
-    try:
-        yield
-    except (UsageError, InsufficientMemoryError) as error:
-        if config.models:
-            error.args = (f"models: {config.model_name!r}: {error}",)
-        raise
-
-
-@contextmanager
-def _launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """The launcher of a cluster file; what it needs on disk is there meanwhile. The caller holds `folder`'s lock."""
-    match config.launcher:
-        case "local":
-            with run_directory(folder.path) as run:
-                yield LocalLauncher(run, folder.logs)
-        case "static":
-            from llamaclust.cluster.launchers.static import StaticLauncher
-
-            yield StaticLauncher(config, folder, report)
-        case "ray":
-            from llamaclust.cluster.launchers.ray import RayLauncher
-
-            yield RayLauncher(config, folder, report)
-        case "mpi":
-            from llamaclust.cluster.launchers.mpi import MpiLauncher
-
-            yield MpiLauncher(config, folder, report)
-
-
-def _registry(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
-    """Workers send so many heartbeats that a few may be late."""
-    timeout_s = config.timeouts.worker
-    heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
-    settings = JoinSettings(
-        heartbeat_timeout_s=timeout_s,
-        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launcher.coordinator_s, peer_s=timeout_s),
-        cluster=config.name,
-        refusal=launcher.refusal,
-        certify=launcher.certify,
-        record=record,
-    )
-    giver = WeightGiver(_weight_cache())
-    return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings, giver)
-
-
-def _link_meter(
-    config: ClusterConfig, measured: Mapping[str, Profile], launcher: Launcher, folder: ClusterDir, report: Report
-) -> MeasureLinks | None:
-    """None where links are taken to be the usual ones."""
-    if config.launcher == "local" and not hops_matter(measured):
-        return None
-    return partial(measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report)
 
 
 @asynccontextmanager
@@ -363,7 +283,7 @@ async def _engine(
     not loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
-        with _named(config):
+        with named_errors(config):
             first = await supervisor.start() if sleeping is None else None
         try:
             pipeline, settings = (NoPipeline(), sleeping) if first is None else (first.pipeline, first.settings)

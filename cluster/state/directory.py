@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
+from llamaclust.cluster.state.other_load import OtherLoad
 from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
 from llamaclust.cluster.state.regular_file import read_json, write_regular
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -30,6 +31,7 @@ from llamaclust.core.profile import Profile, read_profile
 Value = TypeVar("Value")
 
 _PROFILES = ".profiles.json"  # no cluster's name begins with a dot
+_OTHER_LOAD = "other_load"  # beside the fields of a profile
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
@@ -63,6 +65,7 @@ class ClusterRecord:
 
 
 _RECORD = TypeAdapter(ClusterRecord)
+_LOAD = TypeAdapter(OtherLoad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,14 +327,30 @@ def _check_owner(user: int, path: Path) -> None:
         raise UsageError(f"{what}: set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
 
 
-def write_profiles(state_dir: Path, profiles: dict[str, Profile]) -> None:
-    """Adds to what is known already."""
-    write_values(state_dir / _PROFILES, read_profiles(state_dir) | profiles)
+def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
+    """Adds to what is known already. `load`: of other programs, while these profiles were measured."""
+    loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
+    loads |= {} if load is None else dict.fromkeys(profiles, load)
+    values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
+    for key, other in loads.items():
+        values[key][_OTHER_LOAD] = asdict(other)
+    write_private(state_dir / _PROFILES, json.dumps(values), is_synced=False)
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
     """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
     return read_values(state_dir / _PROFILES, read_profile)
+
+
+def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
+    """Load of other programs during measurements, by the keys of profiles; without those where it is unknown."""
+    found = read_values(state_dir / _PROFILES, _read_other_load)
+    return {key: load for key, load in found.items() if load is not None}
+
+
+def _read_other_load(profile: Mapping[str, Any]) -> OtherLoad | None:
+    value = profile.get(_OTHER_LOAD)
+    return None if value is None else _LOAD.validate_python(value)
 
 
 def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:

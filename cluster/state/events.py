@@ -41,6 +41,7 @@ class Measuring:
     """Workers measure their machine, which takes some seconds; the next start knows the figures."""
 
     workers: tuple[str, ...]
+    what: str  # is measured
 
 
 @dataclass(frozen=True, slots=True)

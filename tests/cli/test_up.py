@@ -38,7 +38,9 @@ def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
     with line.cluster("good.gguf", workers=workers) as cluster:
         said = cluster.command.err.read_text()
-        assert said.index("measuring this machine with this model") < said.index("plan:")
+        for worker in "ab":
+            assert said.index(f"measuring worker {worker}: memory bandwidth") < said.index("plan:")
+        assert said.count("while workers beside it are idle") == 1, "of equal workers, one"
     with line.cluster("good.gguf", workers=workers) as cluster:
         assert "measuring" not in cluster.command.err.read_text()
 

@@ -32,7 +32,7 @@ from llamaclust.core.this_machine import own_addresses
 
 MIB = 1 << 20
 EVENTS: tuple[Event, ...] = (
-    Measuring(("a", "b")),
+    Measuring(("a", "b"), "bandwidth"),
     PlanMade(("plan:",)),
     WorkerReading("a", 1, 3 * MIB),
     WorkerLoading("a", 0, 2, 1, 2 * MIB),
@@ -58,8 +58,9 @@ def shown(capsys: pytest.CaptureFixture[str], *events: Event) -> list[str]:
 
 def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, *EVENTS)
-    assert lines[:5] == [
-        "measuring this machine with this model: some seconds",
+    assert lines[:6] == [
+        "measuring worker a: bandwidth",
+        "measuring worker b: bandwidth",
         "plan:",
         "worker a reads the model for others: reading 3.0 MiB",
         "worker a, layers 0-1: loading 2.0 MiB",
@@ -186,9 +187,16 @@ def test_an_encoder_is_announced_with_what_it_can_do(use: ModelUse, path: str) -
     assert "--cacert /s/api.crt -H 'Authorization: Bearer KEY'" in ready_text(signed)
 
 
-def test_measurements_of_several_models_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(shown(capsys, Measuring(("a",)), Measuring(("a",)))) == 1
-    assert len(shown(capsys, Measuring(("a",)), Notice("worker b is here"), Measuring(("b",)))) == 3
+def test_each_worker_that_measures_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal measurements of several models are one."""
+    one, both = Measuring(("a",), "links"), Measuring(("a", "b"), "bandwidth")
+    assert shown(capsys, one, one) == ["measuring worker a: links"]
+    assert shown(capsys, both, one) == [
+        "measuring worker a: bandwidth",
+        "measuring worker b: bandwidth",
+        "measuring worker a: links",
+    ]
+    assert len(shown(capsys, one, Notice("worker b is here"), one)) == 3
 
 
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +209,7 @@ def test_on_a_terminal_the_measurement_is_shown_too(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     text = "\n".join(shown(capsys, *EVENTS))
-    assert "measuring this machine with this model" in text and "some seconds" not in text
+    assert "measuring a, b: bandwidth" in text and "measuring worker" not in text
     assert "layers 0-1" in text and "is ready" in text
 
 

@@ -18,16 +18,15 @@ from typing import Any
 import pytest
 
 from llamaclust.cli.main import main
+from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.bench import load as load_module
 from llamaclust.tools.bench.bench import BenchTask, Work, run_bench
 from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
-from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.worker.devices.cores import physical_cores
 from llamaclust.worker.stage.stage_runner import StageOptions
@@ -289,29 +288,6 @@ def test_what_others_take_of_the_processor_is_told(
     monkeypatch.setattr(LoadMeter, "measure", lambda self: OtherLoad(2, 0.5, 0.1))
     _, _, err = bench(capsys, str(tiny), "-t", "1", "-p", "8", "-n", "2", "-r", "1")
     assert "note: other programs used 0.5 of 2 cores, other virtual machines 0.1 meanwhile" in err
-
-
-def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stat, core, ticks = tmp_path / "stat", min(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
-
-    def says(user_s: int, steal_s: int) -> None:
-        """What the system counts in its own unit; the sum over all cores and foreign cores are no matter."""
-        lines = [f"{name} {user_s * ticks} 0 0 999 0 0 0 {steal_s * ticks} 0 0" for name in ("cpu", f"cpu{core}")]
-        stat.write_text("\n".join([*lines, "cpu4095 9999 9 9 9 9 9 9 9 9 9", "intr 1 2 3"]))
-
-    own = os.times()
-    monkeypatch.setattr(load_module, "_STAT", stat)
-    monkeypatch.setattr(load_module, "perf_counter", iter([10.0, 20.0]).__next__)
-    times = iter(
-        [own, os.times_result((own.user + 4.0, own.system + 1.0, own.children_user, own.children_system, 0.0))]
-    )
-    monkeypatch.setattr(os, "times", lambda: next(times))
-    says(100, 7)
-    meter = LoadMeter()
-    says(108, 8)
-    load = meter.measure()
-    assert load is not None and (load.others, load.stolen) == pytest.approx((0.3, 0.1))
-    assert OtherLoad(2, 0.1, 0.11).is_much and not OtherLoad(2, 0.1, 0.09).is_much
 
 
 @pytest.mark.parametrize(

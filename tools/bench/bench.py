@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -20,7 +21,6 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import SequenceState
 from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
-from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu

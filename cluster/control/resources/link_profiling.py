@@ -47,9 +47,15 @@ def hops_matter(measured: Mapping[str, Profile]) -> bool:
 
 
 async def measure_links(
-    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, report: Report
+    workers: Mapping[str, WorkerHandle],
+    credentials: Credentials,
+    state_dir: Path,
+    report: Report,
+    *,
+    anew: bool = False,
 ) -> Links:
-    """Between all of them and the coordinator. What cannot be measured is reported, and unknown to the plan."""
+    """Between all of them and the coordinator; known ones are measured again if `anew`. What cannot be measured is
+    reported, and unknown to the plan."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
@@ -57,6 +63,8 @@ async def measure_links(
     keys = _keys(_places(registered))
     known, attempted = _read(state_dir), set[Pair]()
     wanted = _wanted(keys, sorted(workers))
+    if anew:
+        known = {key: link for key, link in known.items() if key not in {keys[pair] for pair in wanted}}
     while missing := [pair for pair in wanted if keys[pair] not in known and pair not in attempted]:
         concurrent = _disjoint(missing, keys)
         attempted.update(concurrent)
@@ -97,6 +105,11 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
     here = _Place(machine_id(), socket.gethostname(), _UNIX)
     places = {name: here.text(fingerprint) for name, fingerprint in fingerprints.items()}
     return _links(_keys(places), _read(state_dir))
+
+
+def stored_links(workers: Mapping[str, WorkerHandle], state_dir: Path) -> Links:
+    """What the state directory has now."""
+    return _links(_keys(_places({name: worker.registration for name, worker in workers.items()})), _read(state_dir))
 
 
 def _read(state_dir: Path) -> dict[str, Link]:

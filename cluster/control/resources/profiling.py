@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
-from llamaclust.cluster.state.directory import read_profiles, write_profiles
+from llamaclust.cluster.state.directory import read_other_loads, read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, Notice, Report
+from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad, disturbance
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.profile import DeviceProfile, Profile, mean_profile
 from llamaclust.model.loader import Model
@@ -22,16 +23,20 @@ from llamaclust.wire.control.profiles import ProfileWorker
 class WorkerProfiles:
     """Profiles of a cluster's workers: from the cluster file, or else of their hardware, whatever their names are."""
 
-    def __init__(self, config: ClusterConfig, model: Model, state_dir: Path, report: Report) -> None:
-        """With what earlier starts measured."""
-        self._stated = stated_speeds(config)
+    def __init__(
+        self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
+    ) -> None:
+        """With what earlier starts measured, unless all is measured anew."""
+        self.stated = stated_speeds(config)
         self._model_id = model.model_id
         types = tuple(map(int, sorted({*model.quant_types, *model.widened.quant_types})))
         self._order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load
-        self._known = read_profiles(state_dir)  # by `measurement_key`
+        self._has_own_processes = config.launcher == "local"  # else workers would count as other programs
+        self._known = {} if anew else read_profiles(state_dir)  # by `measurement_key`
+        self._loads = {} if anew else read_other_loads(state_dir)  # likewise
         self._used: dict[tuple[str, str], Profile] = {}  # by machine and fingerprint: they stay as others come and go
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
@@ -39,14 +44,29 @@ class WorkerProfiles:
         found = {name: self._profile(worker, workers) for name, worker in workers.items()}
         return {name: profile for name, profile in found.items() if profile is not None}
 
-    async def measure(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> None:
+    async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
         """Those of these workers whose profiles are not known, all concurrently; they should be idle. A worker that is
         lost meanwhile has none, unless an equal one was measured."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
-            self._report(Measuring(tuple(missing)))
             await self._measure(missing, workers)
+        if note := disturbance(self.other_loads(names, workers).values()):
+            self._report(Notice(note))
+
+    def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
+        """By worker: load of other programs while it was measured."""
+        keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}
+        return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
+
+    def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
+        """What the state directory has now, by worker: with this model, or else with another."""
+        known = read_profiles(self._state_dir)
+        keys = {
+            name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
+            for name, worker in workers.items()
+        }
+        return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
         """Takes measurements of the same hardware with more or fewer workers on its machine, too: they are there at
@@ -58,8 +78,8 @@ class WorkerProfiles:
         return bool(self.of(workers))
 
     def _profile(self, worker: WorkerHandle, workers: Mapping[str, WorkerHandle]) -> Profile | None:
-        if worker.name in self._stated:
-            return self._stated[worker.name]
+        if worker.name in self.stated:
+            return self.stated[worker.name]
         hardware = _hardware(worker)
         if hardware not in self._used:
             if (known := self._known.get(_key(worker, workers, self._model_id))) is None:
@@ -70,8 +90,11 @@ class WorkerProfiles:
     async def _measure(self, names: list[str], workers: Mapping[str, WorkerHandle]) -> None:
         keys = {name: _key(workers[name], workers, self._model_id) for name in names}
         measuring = _Measuring({name: workers[name] for name in names}, keys, self._order, self._report, self._limit_s)
+        meter = LoadMeter()
         new = await measuring.profiles()
+        load = meter.measure() if self._has_own_processes else None
         self._known |= new
+        self._loads |= {} if load is None else dict.fromkeys(new, load)
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
         measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
         hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
@@ -79,7 +102,7 @@ class WorkerProfiles:
         hardware = {key: profile.with_other_products(known.get(key, profile)) for key, profile in hardware.items()}
         busy = {worker.registration.machine for worker in workers.values() if worker.stages}
         if not any(workers[name].registration.machine in busy for name in measured):
-            write_profiles(self._state_dir, hardware | kept)
+            write_profiles(self._state_dir, hardware | kept, load)
 
 
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
@@ -116,6 +139,8 @@ class _Measuring:
 
     async def profiles(self) -> dict[str, Profile]:
         """By key. All concurrently first; then, of workers with equal keys on a shared machine, one isolated."""
+        what = "memory bandwidth, matrix products, steps of the model"
+        self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()
         found = _mean_profiles([self._keys[name] for name in concurrent], [*concurrent.values()])
         machines: dict[str, list[str]] = {}
@@ -161,6 +186,7 @@ class _Measuring:
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
+            self._report(Measuring((worker.name,), "the same, while workers beside it are idle"))
             profile = None if key in self.failed else await self._profile(worker)
             if (profile := await self._or_hardware(worker, profile)) is not None:
                 isolated[key] = profile.cpu

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.bench import _table
+from llamaclust.cli.speed.bench import _table
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.limits import StageLimits

@@ -85,9 +85,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
         _note(f"{threads} threads shared {physical_cores()} cores: a thread a core is faster")
     load = report.other_load
     if load is not None and load.is_much and not as_json:
-        stolen = f", other virtual machines {load.stolen:.1f}" if load.stolen >= 0.05 else ""
-        busy = f"other programs used {load.others:.1f} of {load.cores} cores{stolen}"
-        _note(f"{busy} meanwhile: on an idle machine the figures are higher")
+        _note(f"{load.text} meanwhile: on an idle machine the figures are higher")
 
 
 def _note(text: str) -> None:

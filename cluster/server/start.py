@@ -1,0 +1,119 @@
+"""Parts of a start up to the workers' membership: files of models, launcher, registry, measurement of links."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.control.limits import check_distinct, check_plan
+from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.launchers.worker_settings import worker_settings
+from llamaclust.cluster.membership.join_rules import JoinSettings
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Report
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
+from llamaclust.core.profile import Profile
+from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.worker.weights.giver import WeightGiver
+
+_HEARTBEAT_S = 1.0
+_HEARTBEATS = 5
+"""In the heartbeat timeout."""
+
+
+async def open_model(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
+    adapters = [adapter.path for adapter in config.adapters]
+    model = await asyncio.to_thread(Model.open, path, config.chat_template, adapters)
+    stack.callback(model.close)
+    return config, model
+
+
+def check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
+    """UsageError for what no worker can mend."""
+    for own, model in models:
+        with named_errors(own):
+            check_plan(own, model)
+            launcher.check(worker_settings(config), model)
+    check_distinct((own.model_name, model.model_id) for own, model in models)
+
+
+@contextmanager
+def named_errors(config: ClusterConfig) -> Iterator[None]:
+    """Errors say which of several models they are about."""
+    try:
+        yield
+    except (UsageError, InsufficientMemoryError) as error:
+        if config.models:
+            error.args = (f"models: {config.model_name!r}: {error}",)
+        raise
+
+
+@contextmanager
+def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
+    """The launcher of a cluster file; what it needs on disk is there meanwhile. The caller holds `folder`'s lock."""
+    match config.launcher:
+        case "local":
+            with run_directory(folder.path) as run:
+                yield LocalLauncher(run, folder.logs)
+        case "static":
+            from llamaclust.cluster.launchers.static import StaticLauncher
+
+            yield StaticLauncher(config, folder, report)
+        case "ray":
+            from llamaclust.cluster.launchers.ray import RayLauncher
+
+            yield RayLauncher(config, folder, report)
+        case "mpi":
+            from llamaclust.cluster.launchers.mpi import MpiLauncher
+
+            yield MpiLauncher(config, folder, report)
+
+
+def registry_of(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
+    """Workers send so many heartbeats that a few may be late."""
+    timeout_s = config.timeouts.worker
+    heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
+    settings = JoinSettings(
+        heartbeat_timeout_s=timeout_s,
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launcher.coordinator_s, peer_s=timeout_s),
+        cluster=config.name,
+        refusal=launcher.refusal,
+        certify=launcher.certify,
+        record=record,
+    )
+    giver = WeightGiver(weight_cache())
+    return Registry(launcher.listen, launcher.credentials, launcher.last_error, settings, giver)
+
+
+def link_meter(
+    config: ClusterConfig,
+    measured: Mapping[str, Profile],
+    launcher: Launcher,
+    folder: ClusterDir,
+    report: Report,
+    *,
+    anew: bool = False,
+) -> MeasureLinks | None:
+    """None where links are taken to be the usual ones. `anew`: known links are measured again."""
+    if config.launcher == "local" and not hops_matter(measured):
+        return None
+    return partial(
+        measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report, anew=anew
+    )
+
+
+def weight_cache() -> WeightCache | None:
+    variables = environment()
+    return WeightCache(variables.weights_dir, variables.weights_bytes) if variables.weights_bytes else None

@@ -1,0 +1,111 @@
+"""Processor load of other programs during a measurement, which much of it makes meaningless."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+_STAT = Path("/proc/stat")
+_PROC = Path("/proc")
+_LEAST_S = 0.1
+"""Shorter measurements are a few ticks of the kernel's counters."""
+_CPU_TIMES = slice(11, 15)
+"""Of /proc/PID/stat after the name: user and system time, its own and that of children that have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLoad:
+    """In cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
+
+    cores: int
+    others: float
+    stolen: float
+
+    @property
+    def is_much(self) -> bool:
+        """More than a tenth of the processor."""
+        return self.others + self.stolen > 0.1 * self.cores
+
+    @property
+    def text(self) -> str:
+        stolen = f", other virtual machines {self.stolen:.1f}" if self.stolen >= 0.05 else ""
+        return f"other programs used {self.others:.1f} of {self.cores} cores{stolen}"
+
+
+def disturbance(loads: Iterable[OtherLoad]) -> str | None:
+    """A line about stored measurements; None where other programs used little of the machine."""
+    worst = max(loads, key=lambda load: load.others + load.stolen, default=None)
+    if worst is None or not worst.is_much:
+        return None
+    return f"speeds were measured while {worst.text}: run `llamaclust measure` on an idle machine"
+
+
+class CpuSeconds(NamedTuple):
+    """Processor time on the cores of this process since the machine started, and the time of the reading."""
+
+    busy: float
+    stolen: float
+    own: float  # of this process and all processes below it
+    at: float
+
+
+def other_load(before: CpuSeconds, after: CpuSeconds, cores: int) -> OtherLoad | None:
+    """The load between two readings; None where they are less than 0.1 s apart."""
+    busy, stolen, own, elapsed = (end - start for start, end in zip(before, after, strict=True))
+    if elapsed < _LEAST_S:
+        return None
+    return OtherLoad(cores, max(0.0, busy - own) / elapsed, max(0.0, stolen) / elapsed)
+
+
+class LoadMeter:
+    """From its start to each call of `measure`."""
+
+    def __init__(self) -> None:
+        self._started = _read()
+
+    def measure(self) -> OtherLoad | None:
+        """None where /proc/stat is unavailable, or after less than 0.1 s."""
+        before, after = self._started, _read()
+        if before is None or after is None:
+            return None
+        return other_load(before, after, len(os.sched_getaffinity(0)))
+
+
+def _read() -> CpuSeconds | None:
+    try:
+        lines = _STAT.read_text().splitlines()
+    except OSError:
+        return None
+    names, tick = {f"cpu{core}" for core in os.sched_getaffinity(0)}, os.sysconf("SC_CLK_TCK")
+    busy = stolen = 0
+    for name, *values in map(str.split, lines):
+        if name in names and len(values) >= 8:
+            user, nice, system, _idle, _wait, interrupts, soft, steal = map(int, values[:8])
+            busy, stolen = busy + user + nice + system + interrupts + soft, stolen + steal
+    own = os.times()
+    mine = own.user + own.system + own.children_user + own.children_system
+    below = sum(map(_ticks, _descendants(str(os.getpid()))))
+    return CpuSeconds(busy / tick, stolen / tick, mine + below / tick, perf_counter())
+
+
+def _descendants(pid: str) -> Iterator[str]:
+    """All processes below this one that have not ended."""
+    for children in (_PROC / pid / "task").glob("*/children"):
+        found: list[str] = []
+        with suppress(OSError):
+            found = children.read_text().split()
+        for child in found:
+            yield child
+            yield from _descendants(child)
+
+
+def _ticks(pid: str) -> int:
+    try:
+        return sum(map(int, (_PROC / pid / "stat").read_text().rpartition(")")[2].split()[_CPU_TIMES]))
+    except (OSError, ValueError):
+        return 0  # it has ended meanwhile

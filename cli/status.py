@@ -132,11 +132,8 @@ def _head(state: State) -> Iterator[str]:
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
-    if drafted := measured.get("drafted_tokens"):
-        yield f"drafts:    {accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
-    if drafts := measured.get("drafts"):
-        kinds = (f"{kind} {each['accepted_tokens']} of {each['drafted_tokens']}" for kind, each in drafts.items())
-        yield f"           since the start: {', '.join(kinds)}"
+    for head, line in zip(("drafts:", ""), _drafts(measured), strict=False):
+        yield f"{head:<10} {line}"
     if predicted["prompt_tokens"] is not None:  # the model has had a plan
         bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
         yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
@@ -219,3 +216,12 @@ def _marks(worker: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
 
 def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _drafts(measured: dict[str, Any]) -> Iterator[str]:
+    """Drafted tokens: lately, if there were any, and by kind since the start."""
+    if drafted := measured.get("drafted_tokens"):
+        yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
+    if drafts := measured.get("drafts"):
+        kinds = (f"{kind} {each['accepted_tokens']} of {each['drafted_tokens']}" for kind, each in drafts.items())
+        yield f"since the start: {', '.join(kinds)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
+from threading import Lock, Timer
 
 _TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
 _FIELD = re.compile(r'(?P<key>[a-z_]+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)(?: |$)')
@@ -77,6 +79,36 @@ class _Memory(logging.Handler):
             self.handleError(record)
 
 
+class FileShortage(logging.Filter):
+    """Counts errors that mean that no more files may be open, and logs a line for all of `wait_s`: asyncio has a
+    traceback for each connection that it cannot accept."""
+
+    def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
+        super().__init__()
+        self._log = log
+        self._wait_s = wait_s
+        self._lock = Lock()
+        self._count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            return True
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                timer = Timer(self._wait_s, self._report, (error.strerror,))
+                timer.daemon = True
+                timer.start()
+        return False
+
+    def _report(self, why: str) -> None:
+        with self._lock:
+            count, self._count = self._count, 0
+        advice = "close connections, or raise the limit of open files (ulimit -n)"
+        self._log.error("%s: %d failures in %g s; %s", why, count, self._wait_s, advice)
+
+
 _memory = _Memory()
 
 
@@ -88,6 +120,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
     _memory.setFormatter(handler.formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+    logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger("llamaclust")))
 
 
 def name_cluster(name: str) -> None:

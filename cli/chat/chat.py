@@ -62,7 +62,7 @@ class Chat:
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session
         self._settings = settings
-        self._timings: Timings | None = None  # of the last answer
+        self._timings: Timings | None = None  # of the last answer, once it is complete
         self._commands: dict[str, Callable[[str], None]] = {
             "/again": lambda rest: self._show(session.regenerate(stream=True)),
             "/undo": lambda rest: self._undo(),
@@ -124,6 +124,7 @@ class Chat:
             raise UsageError(f"unknown command {name}; try /help, or put a space before the line to send it as it is")
 
     def _show(self, chunks: ChunkStream) -> None:
+        self._timings = None
         dropped = self._session.dropped_messages
         screen = AnswerScreen(is_colored=self._settings.is_colored, renders_markdown=self._settings.renders_markdown)
         try:
@@ -157,7 +158,7 @@ class Chat:
 
     def _print_stats(self) -> None:
         if self._timings is None:
-            raise UsageError("/stats: no answer has been completed yet")
+            raise UsageError("/stats: no answer has been completed since the last message")
         timings = self._timings
         prompt = (
             f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"

@@ -6,6 +6,8 @@ import json
 import signal
 import stat
 import sys
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from llamaclust.cli.chat.chat import Chat, ChatSettings
 from llamaclust.cli.chat.entries import Entry
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.chat.line_history import LineHistory
+from llamaclust.cluster.client.types import ChunkStream
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters import served
@@ -25,6 +30,8 @@ THINKS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
     "{% endif %}{{ m.content }}{% endfor %}<assistant>"
 )
+
+TIMINGS = Timings(1.0, 2.0, 3.0, 4.0, 5, 0, 6)
 
 
 def prompts(engine: ScriptedEngine) -> list[str]:
@@ -340,3 +347,30 @@ def test_colors_are_off_where_the_user_or_the_terminal_wants_none(monkeypatch: p
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
     assert not uses_color(Color.AUTO)
+
+
+@pytest.mark.parametrize("command", ["Hello", "/again", " /literal"])
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, LlamaclustError("the connection broke")])
+def test_stats_are_not_those_of_the_answer_before(
+    command: str, ends: BaseException | type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*chunks: TextChunk, ends: BaseException | type[BaseException] | None = None) -> ChunkStream:
+        def given() -> Generator[TextChunk, None, None]:
+            yield from chunks
+            if ends is not None:
+                raise ends
+
+        return ChunkStream(given())
+
+    with Client("http://127.0.0.1:9") as client:
+        session = ChatSession(client)
+        chat = Chat(session, ChatSettings())
+        monkeypatch.setattr(session, "send", lambda *_, **__: answer(TextChunk(text="Hi", timings=TIMINGS)))
+        chat.take(Entry("First"))
+        chat.take(Entry("/stats"))
+        for name in ("send", "regenerate"):
+            monkeypatch.setattr(session, name, lambda *_, **__: answer(TextChunk(text="H"), ends=ends))
+        with suppress(LlamaclustError):
+            chat.take(Entry(command.strip(), is_literal=command.startswith(" ")))
+        with pytest.raises(UsageError, match="no answer has been completed since the last message"):
+            chat.take(Entry("/stats"))

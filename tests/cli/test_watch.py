@@ -174,6 +174,16 @@ def test_the_head_of_several_models_is_of_all_of_them() -> None:
     drafting = {"predicted": speed | {"bottleneck": None}, "measured": speed | counts}
     shown = "\n".join(_head(state | {"speed": drafting}))
     assert "drafts:    80 of 96 drafted tokens accepted in the last 10 s" in shown
+    kinds = {"drafts": {"ngram": counts, "mtp": counts}}
+    since = "since the start: ngram 80 of 96, mtp 80 of 96"
+    for measured, lines in (
+        (speed | kinds, [f"drafts:    {since}"]),
+        (speed | counts | kinds, ["drafts:    80 of 96 drafted tokens accepted in the last 10 s", f"{'':<11}{since}"]),
+        (speed | {"drafted_tokens": 0, "accepted_tokens": 0} | kinds, [f"drafts:    {since}"]),
+        (speed, []),
+    ):
+        head = list(_head(state | {"speed": {"predicted": speed | {"bottleneck": None}, "measured": measured}}))
+        assert [line for line in head if "drafts" in line or "since" in line] == lines
     unplanned = {"predicted": dict.fromkeys((*speed, "bottleneck")), "measured": speed}  # no model was ever loaded
     assert "predicted" not in "\n".join(_head(state | {"speed": unplanned}))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +19,15 @@ import pytest
 
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.logs import LogFormat, last_lines, last_trouble, name_cluster, read_line, start_logging
+from llamaclust.core.logs import (
+    FileShortage,
+    LogFormat,
+    last_lines,
+    last_trouble,
+    name_cluster,
+    read_line,
+    start_logging,
+)
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
 from support.clusters.command_line import CommandLine, command_line, eventually
 from support.models.hostile_models import tiny
@@ -166,3 +178,45 @@ def test_another_format_is_refused_by_name(line: CommandLine) -> None:
     with line.logging("xml"):
         done = line.run("up", line.cluster_file("good.gguf", "other"))
     assert done.code == 2 and "LLAMACLUST_LOG=xml: not one of text, logfmt, json" in done.error
+
+
+SHORTAGE = """
+import asyncio, logging, resource, socket, sys
+from llamaclust.core import logs
+
+logs.start_logging(logs.LogFormat.TEXT)
+
+async def main():
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, backlog=int(sys.argv[1]))
+    address = server.sockets[0].getsockname()
+    callers = [socket.socket() for _ in range(20)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (callers[-1].fileno() + 3,) * 2)
+    for caller in callers:
+        caller.setblocking(False)
+        caller.connect_ex(address)
+    while not logs.last_trouble():
+        await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("backlog", [50, 500, 2000])
+def test_a_burst_over_the_limit_of_open_files_is_one_line(backlog: int) -> None:
+    command = [sys.executable, "-c", SHORTAGE, str(backlog)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert re.fullmatch(r"\S+ \S+ ERROR Too many open files: \d+ failures in 5 s; close connections, .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_shortages_are_counted_and_other_errors_stay(number: int, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("test.shortage")
+    shortage = FileShortage(logging.getLogger("test.counts"), wait_s=0.2)
+    log.addFilter(shortage)
+    for code in (number, number, errno.ECONNRESET, number):
+        try:
+            raise OSError(code, os.strerror(code))
+        except OSError:
+            log.exception("failed")
+    eventually(lambda: len(caplog.records) == 2, 20.0, "the line of the shortages")
+    assert caplog.records[0].exc_info is not None and "3 failures" in caplog.records[1].getMessage()

@@ -34,15 +34,19 @@ def cluster_source(
 
 
 def _is_model(source: str) -> bool:
-    if _has_model_form(source):
+    if _has_model_form(source) or _is_folder(source):
         return True
     return "/" not in source and Path(source).suffix not in _FILES and not _is_there(Path(source))
+
+
+def _is_folder(source: str) -> bool:
+    return source != "" and _is_there(Path(source)) and Path(source).is_dir()
 
 
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long
+    except (OSError, ValueError):  # a name that is too long, or none
         return False
 
 
@@ -59,7 +63,7 @@ def _served(spec: str) -> list[str]:
     found = locate(spec)
     path = found.path if isinstance(found, WantedFile) else found
     model = spec if isinstance(found, WantedFile) else str(found.absolute())
-    name = path.stem if _has_model_form(spec) else spec
+    name = path.stem if _has_model_form(spec) or _is_folder(spec) else spec
     return [f"name={_cluster_name(name)}", f"model={json.dumps(model)}"]
 
 

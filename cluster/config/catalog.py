@@ -20,6 +20,7 @@ from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
 
 _NEAREST = 3
+_LISTED = 10
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -238,23 +239,41 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
     try:
         if path.is_file():
             return path
-        is_there = path.exists()
+        is_there, is_folder = path.exists(), path.is_dir()
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
-        is_there = False
-    if "/" in spec or spec.endswith(".gguf"):
-        if is_there:
-            what = "a folder" if path.is_dir() else "not a regular file"
-            raise UsageError(f"{name}: {what}; give the path of a .gguf file")
-        raise UsageError(f"{name}: no such file{_repository_hint(spec)}")
+        is_there = is_folder = False
     stored = {model.name: model.path for model in stored_models(models_dir)}
     if spec in stored:
         return stored[spec]
+    if is_folder and spec:
+        return _only_model(name, path)
+    if "/" in spec or spec.endswith(".gguf"):
+        if is_there:
+            raise UsageError(f"{name}: not a regular file; give the path of a .gguf file")
+        raise UsageError(f"{name}: no such file{_repository_hint(spec)}")
     if not spec:
         raise UsageError("the model's name is empty; `llamaclust model list` shows those that are known")
     hint = nearest_names(spec, [*catalog_names(), *stored])
     raise UsageError(f"{name}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+
+
+def _only_model(name: str, folder: Path) -> Path:
+    """The model in a folder that has one, in one file or in parts."""
+    try:
+        models = list(_models(folder))
+        has_checkpoint = any(folder.glob("*.safetensors"))
+    except OSError as error:
+        raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
+    if len(models) == 1:
+        return models[0]
+    if models:
+        more = f" and {len(models) - _LISTED} more" if len(models) > _LISTED else ""
+        listed = ", ".join(path.name for path in models[:_LISTED])
+        raise UsageError(f"{name}: a folder with {len(models)} models; give one of {listed}{more}")
+    advice = f"run: llamaclust model convert {name}" if has_checkpoint else "give the path of a .gguf file"
+    raise UsageError(f"{name}: a folder without a .gguf file that begins a model; {advice}")
 
 
 def _repository_hint(spec: str) -> str:

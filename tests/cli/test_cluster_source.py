@@ -107,3 +107,40 @@ def test_only_workers_with_a_token_discover_a_cluster(tmp_path: Path, keys: str)
 def test_a_models_path_may_have_any_characters(name: str, tmp_path: Path) -> None:
     tiny(tmp_path / name)
     assert described(str(tmp_path / name)).model == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "names", [["m.gguf"], ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], [".n.gguf", "m.gguf"]]
+)
+def test_a_folder_with_one_model_is_that_model(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (*names, "README.md"):
+        (folder / name).touch()
+    first = folder / next(name for name in names if name.startswith("m"))
+    monkeypatch.chdir(tmp_path)
+    for source in (str(folder), "folder", "./folder/"):
+        found = described(source)
+        assert (found.model, found.name) == (str(first), first.stem)
+    monkeypatch.chdir(folder)
+    assert described(".").model == str(first)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "a folder without a .gguf file that begins a model; give the path"),
+        (["m-00002-of-00002.gguf"], "a folder without a .gguf file that begins a model; give the path"),
+        (["config.json", "model.safetensors"], "run: llamaclust model convert "),
+        (["a.gguf", "b.gguf"], "a folder with 2 models; give one of a.gguf, b.gguf"),
+        ([f"{number:02}.gguf" for number in range(12)], "09.gguf and 2 more"),
+    ],
+)
+def test_a_folder_without_a_model_or_with_several(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError) as refused:
+        described(str(tmp_path))
+    assert message in str(refused.value) and str(tmp_path) in str(refused.value)

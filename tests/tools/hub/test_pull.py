@@ -361,7 +361,7 @@ def test_a_killed_pull_leaves_no_model_and_is_gone_on_with(server: Server, tmp_p
         ("smollm", "did you mean smollm2-135m-instruct or "),
         ("/nowhere/m.gguf", "no such file"),
         ("/dev/null", "/dev/null: not a regular file; give the path of a .gguf file"),
-        ("/dev", "/dev: a folder; give the path of a .gguf file"),
+        ("/dev", "/dev: a folder without a .gguf file that begins a model; give the path of a .gguf file"),
         ("nowhere.gguf", "no such file"),
         ("hf:a/b", "not of the form hf:OWNER/NAME/FILE"),
         ("pypi:a/b", "not of the form pypi:PACKAGE==VERSION/FILE"),

@@ -16,7 +16,7 @@ from llamaclust.cluster.api.browser.assets import assets
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.owner import current_owner
-from llamaclust.core.addresses import is_loopback
+from llamaclust.core.addresses import bounded_host, is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})
 """Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
@@ -92,7 +92,7 @@ class KeyGate:
                 return
             scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
             client = scope.get("client")
-            current_owner.set(owner(headers, self._api_keys) or (client[0] if client else ""))
+            current_owner.set(owner(headers, self._api_keys) or (bounded_host(client[0]) if client else ""))
         await self._app(scope, receive, send)
 
 

@@ -11,6 +11,8 @@ _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _MANY_FILES = 1 << 16
+_SERVERS = 2
+"""Servers that a process may have at once: the API's and the members'."""
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -47,7 +49,8 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES if hard == resource.RLIM_INFINITY else hard, hard))
 
 
-def most_open_files() -> int:
-    """How many may be open at once."""
+def connections_of_server() -> int:
+    """The bound on the connections of each server of this process: all of them together leave a quarter of the files
+    that it may have open to models, pipes and connections that it opens itself."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _MANY_FILES if files == resource.RLIM_INFINITY else files
+    return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS

@@ -24,14 +24,12 @@ from llamaclust.cluster.api.port.http_connection import HttpConnection, canonica
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
-from llamaclust.core.interpreter import most_open_files
+from llamaclust.core.interpreter import connections_of_server
 
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""
 _GRACE_S = 1
 """For what is still being written to clients at the end; the server takes whole seconds."""
-_SHARE_OF_FILES = 2
-"""Connections may be one in so many of the files that this process may open."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _READ_S = 5.0
@@ -74,7 +72,7 @@ class _Room:
     """The places for connections of one server, and those that are idle, the longest first."""
 
     def __init__(self, settings: ApiSettings) -> None:
-        self.places = min(settings.max_connections, most_open_files() // _SHARE_OF_FILES)
+        self.places = min(settings.max_connections, connections_of_server())
         self.settings = settings
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 

@@ -1,5 +1,5 @@
-"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk. Also of
-connections that end before they show a certificate, which gRPC refuses silently."""
+"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk.
+Connections that end before they show a certificate are counted here, for gRPC refuses them silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RefusalLog:
 
 
 class Handshakes:
-    """Of one server. A connection whose handshake began and from which no call came in time was refused."""
+    """The handshakes of one server. A connection from which no call came in time was refused."""
 
     def __init__(self, address: str, limit_s: float, refusals: RefusalLog) -> None:
         self._address = address
@@ -67,17 +67,21 @@ class Handshakes:
 
     @property
     def _is_crowded(self) -> bool:
-        """Whether more handshakes may be under way than one host may have."""
+        """True while more handshakes may be under way than one host may have."""
         return self._begun - max(self._answered, self._due) > MAX_SILENT_OF_HOST
 
     async def _close_silent(self) -> None:
-        """While many are under way."""
+        """Looks at the connections again and again while many handshakes are under way."""
         closed = left = 0
-        while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
-            await asyncio.sleep(_LOOK_S)
-            count, left = await asyncio.to_thread(self._silent.close_excess, self.port, frozenset(self._callers))
-            closed += count
-        self._closing = None
+        try:
+            while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
+                await asyncio.sleep(_LOOK_S)
+                with contextlib.suppress(OSError):  # no descriptor was free: the next look may find one
+                    callers = frozenset(self._callers)
+                    count, left = await asyncio.to_thread(self._silent.close_excess, self.port, callers)
+                    closed += count
+        finally:
+            self._closing = None
         if closed:
             self._refusals.tell(f"{closed} connections to {self._address}: too many that showed no certificate")
 

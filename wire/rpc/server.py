@@ -14,7 +14,7 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.core.interpreter import most_open_files
+from llamaclust.core.interpreter import connections_of_server
 from llamaclust.wire.rpc.client import (
     ACCEPTED_KEY,
     EPOCH_KEY,
@@ -267,7 +267,7 @@ class Server:
             limits = {
                 "grpc.server_handshake_timeout_ms": int(1000 * handshake_s),
                 "grpc.max_receive_message_length": served_bytes(handlers),
-                "grpc.max_allowed_incoming_connections": most_open_files() // 2,
+                "grpc.max_allowed_incoming_connections": connections_of_server(),
             }
             server = aio.server(options=tuple((dict(OPTIONS) | limits).items()))
             for method, serve in guarded.items():

@@ -5,14 +5,17 @@ gRPC accepts connections itself and has no bound for these; it sees the end of o
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 from collections import Counter
 from collections.abc import Container, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from llamaclust.core.addresses import bounded_host
 
 MAX_SILENT = 64
 MAX_SILENT_OF_HOST = 32
@@ -26,13 +29,18 @@ _Caller = tuple[str, int]
 class _Silent:
     """An open connection; `looks`: how often it was seen without a call."""
 
-    descriptor: int  # a copy
+    descriptor: int  # another file's by now, where the connection has ended
     caller: _Caller
     looks: int
 
+    @property
+    def host(self) -> str:
+        """The unit in which connections are counted: a host may have any address of its IPv6 network."""
+        return bounded_host(self.caller[0])
+
 
 class SilentConnections:
-    """Of the port of one server."""
+    """Closes connections to the port of one server."""
 
     def __init__(self) -> None:
         self._looks: dict[_Caller, int] = {}
@@ -40,52 +48,58 @@ class SilentConnections:
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
         """Closes those beyond the bounds that an earlier look has seen too, so that a new one has time to show its
         certificate. `callers`: the other ends of connections with calls, as gRPC names them. Returns how many were
-        closed, and how many are left."""
+        closed, and how many are left. OSError where this process has no free descriptor: two are needed."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
-        of_host, closed = Counter(connection.caller[0] for connection in silent), 0
+        of_host, closed = Counter(connection.host for connection in silent), 0
         for connection in silent:
-            host = connection.caller[0]
+            host = connection.host
             crowded = len(silent) - closed > MAX_SILENT and of_host[host] == max(of_host.values())
             if connection.looks > 1 and (of_host[host] > MAX_SILENT_OF_HOST or crowded):
                 of_host[host] -= 1
                 closed += 1
-                _shut_down(connection.descriptor)
-            os.close(connection.descriptor)
+                _shut_down(connection, port)
         return closed, len(silent) - closed
 
     def _silent(self, port: int, callers: Container[str]) -> Iterator[_Silent]:
-        for descriptor, caller in _connections(port):
-            if any(name in callers for name in _names(*caller)):
-                os.close(descriptor)
-            else:
+        for path in tuple(_FILES.iterdir()):
+            descriptor = int(path.name)
+            with _connection(descriptor) as connection:
+                caller = None if connection is None else _caller_of(connection, port)
+            if caller is not None and not any(name in callers for name in _names(*caller)):
                 yield _Silent(descriptor, caller, self._looks.get(caller, 0) + 1)
 
 
-def _connections(port: int) -> Iterator[tuple[int, _Caller]]:
-    """Copies of this process's connections at one of its ports, which the receiver closes."""
-    for path in tuple(_FILES.iterdir()):
-        with suppress(OSError):
-            descriptor = int(path.name)
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            connection = socket.socket(fileno=os.dup(descriptor))
-            try:
-                is_ours = connection.family in (socket.AF_INET, socket.AF_INET6)
-                if is_ours and connection.getsockname()[1] == port:
-                    host, from_port = connection.getpeername()[:2]
-                    yield connection.detach(), (str(host).removeprefix("::ffff:"), from_port)
-            finally:
-                connection.close()
+@contextmanager
+def _connection(descriptor: int) -> Iterator[socket.socket | None]:
+    """A copy of the socket that this process has at a descriptor; None where it has none there."""
+    try:
+        copy = os.dup(descriptor) if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        copy = None  # the descriptor was closed meanwhile
+    if copy is None:
+        yield None
+        return
+    with socket.socket(fileno=copy) as connection:
+        yield connection
 
 
-def _shut_down(descriptor: int) -> None:
-    with suppress(OSError):  # it has ended
-        connection = socket.socket(fileno=descriptor)
-        try:
+def _caller_of(connection: socket.socket, port: int) -> _Caller | None:
+    """The other end of a connection to this port; None for other sockets."""
+    with suppress(OSError):  # not connected
+        is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
+        if is_ours:
+            host, from_port = connection.getpeername()[:2]
+            return str(host).removeprefix("::ffff:"), from_port
+    return None
+
+
+def _shut_down(silent: _Silent, port: int) -> None:
+    with _connection(silent.descriptor) as connection, suppress(OSError):  # it has ended
+        if connection is not None and _caller_of(connection, port) == silent.caller:
             connection.shutdown(socket.SHUT_RDWR)
-        finally:
-            connection.detach()
 
 
 def _names(host: str, port: int) -> tuple[str, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import multiprocessing
+import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,10 +18,14 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.interpreter import allow_many_files
+from llamaclust.core.interpreter import allow_many_files, connections_of_server
+from llamaclust.wire.rpc import rejections, silent_connections
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.rejections import Handshakes, RefusalLog
+from llamaclust.wire.rpc.silent_connections import MAX_SILENT_OF_HOST, SilentConnections
 from llamaclust.wire.security.credentials import COORDINATOR, Identity
+from support.clusters.served import until
 from support.wire.trust import A, answers, authority, echo
 
 FILES = 512
@@ -135,3 +142,73 @@ def _open_ones(connections: list[socket.socket]) -> int:
         except OSError:
             pass
     return count
+
+
+class _Looks:
+    """Looks at silent connections; the first ones find no free descriptor."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.made = 0
+
+    def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
+        self.made += 1
+        if self.made <= self.failures:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return 3, 0
+
+
+@pytest.mark.parametrize("failures", [1, 2, 5])
+async def test_looks_that_find_no_free_descriptor_are_repeated(
+    failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rejections, "_LOOK_S", 0.001)
+    handshakes, looks = Handshakes("here:1", 60.0, RefusalLog(logging.getLogger("looks"))), _Looks(failures)
+    monkeypatch.setattr(handshakes, "_silent", looks)
+    for _ in range(MAX_SILENT_OF_HOST + 1):
+        handshakes.begun()
+    async with asyncio.timeout(20):
+        await until(lambda: looks.made > failures + 1)
+        for number in range(MAX_SILENT_OF_HOST + 1):
+            handshakes.done(f"ipv4:127.0.0.1:{number}")
+        await until(lambda: handshakes._closing is None)
+    assert "connections to here:1: too many that showed no certificate" in caplog.text
+    handshakes.close()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "of_host"),
+    [
+        ([f"2001:db8:1:2::{number:x}" for number in range(1, 51)], 32),  # one network
+        ([f"2001:db8:{number % 2}::{number:x}" for number in range(1, 51)], 50),  # two networks
+        ([f"192.0.2.{number}" for number in range(1, 51)], 50),
+    ],
+    ids=["one /64", "two /64", "IPv4"],
+)
+def test_the_addresses_of_one_network_count_as_one_host(
+    hosts: list[str], of_host: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [socket.socketpair() for _ in hosts]
+    callers = {ours.fileno(): (host, 1) for (ours, _), host in zip(pairs, hosts, strict=True)}
+    inodes = {os.fstat(descriptor).st_ino: caller for descriptor, caller in callers.items()}
+
+    def caller_of(connection: socket.socket, port: int) -> tuple[str, int] | None:
+        return inodes.get(os.fstat(connection.fileno()).st_ino)
+
+    monkeypatch.setattr(silent_connections, "_caller_of", caller_of)
+    connections = SilentConnections()
+    assert connections.close_excess(1, ()) == (0, len(hosts)), "a new one has time"
+    assert connections.close_excess(1, ()) == (len(hosts) - of_host, of_host)
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+def test_the_servers_of_a_process_leave_descriptors_to_files() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for files in (256, 1000, 1024):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, before[1]))
+            assert files // 5 < files - 2 * connections_of_server() < files // 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

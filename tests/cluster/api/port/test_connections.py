@@ -256,7 +256,7 @@ async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None
 
 async def test_a_full_server_answers_503_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process may open few files."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (8, 8))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (11, 11))
     async with served(max_requests=4, head_s=FOR_LONG) as server:
         for peer in await server.connect(4):  # their bodies are still to come
             peer.writer.write(b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n")
@@ -286,7 +286,7 @@ async def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
         config = server_config(make_app(ScriptedEngine(says("Hi"))), ApiSettings(), PORT)
         config.load()
         connection: Any = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[call-arg]
-        assert connection.room.places == 100
+        assert connection.room.places == 75
         allow_many_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
     finally:

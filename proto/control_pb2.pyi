@@ -288,6 +288,8 @@ class Register(_message.Message):
     MEMORY_GROUP_FIELD_NUMBER: _builtins.int
     KV_DISK_BYTES_FIELD_NUMBER: _builtins.int
     TERM_PROOF_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    IS_AWAITED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -319,7 +321,7 @@ class Register(_message.Message):
     gpu_layers: _builtins.int
     """How many layers of a stage they hold, as its user wants it; not set: as many as fit."""
     largest_term: _builtins.int
-    """The largest term of a coordinator that its process has seen; 0: none."""
+    """The largest term of a coordinator that its process has seen of `cluster`; 0: none."""
     machine: _builtins.str
     """Boot id of its machine's kernel: equal for workers on one machine. Host names may be equal on several."""
     memory_group: _builtins.str
@@ -328,13 +330,17 @@ class Register(_message.Message):
     """
     kv_disk_bytes: _builtins.int
     """What KV memory may take on its disk, in bytes; 0: none is kept there."""
+    cluster: _builtins.str
+    """Name of the cluster that its process was a member of last; empty: of none."""
+    is_awaited: _builtins.bool
+    """The worker waits for a coordinator of `cluster`, and may not join another one."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
 
     @_builtins.property
     def term_proof(self) -> Global___TermProof:
-        """That a coordinator of this cluster had the largest term."""
+        """That a coordinator of `cluster` had the largest term."""
 
     def __init__(
         self,
@@ -360,10 +366,12 @@ class Register(_message.Message):
         memory_group: _builtins.str = ...,
         kv_disk_bytes: _builtins.int = ...,
         term_proof: Global___TermProof | None = ...,
+        cluster: _builtins.str = ...,
+        is_awaited: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers", "term_proof", b"term_proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cluster", b"cluster", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "is_awaited", b"is_awaited", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015

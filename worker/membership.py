@@ -23,6 +23,7 @@ from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.devices.system_info import resident_bytes
 from llamaclust.worker.requests import Requests
+from llamaclust.worker.seen_terms import ClusterKey
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.stage.loop import Counters
@@ -94,8 +95,7 @@ class Member:
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
-            seen = self._worker.largest_term
-            await self.send(replace(registration, largest_term=seen.value, term_proof=seen.proof))
+            await self.send(self._with_terms(registration))
             answer = await self._receive()
         if isinstance(answer, messages.Rejected):
             raise RefusedError(f"the coordinator refused: {answer.reason}")
@@ -104,10 +104,23 @@ class Member:
         if answer.protocol_version != PROTOCOL_VERSION:
             versions = f"{answer.protocol_version}, this worker {PROTOCOL_VERSION}"
             raise UsageError(f"the coordinator speaks protocol {versions}")
-        seen.see(answer.term, answer.term_proof)
+        cluster = ClusterKey(self._authority, answer.cluster)
+        self._worker.terms.enter(cluster, answer.term, answer.term_proof)
         self._deadlines = answer.deadlines
         if answer.cluster:
             name_cluster(answer.cluster)
+
+    @property
+    def _authority(self) -> str:
+        return self._credentials.cluster if isinstance(self._credentials, Identity) else ""
+
+    def _with_terms(self, registration: messages.Register) -> messages.Register:
+        """The registration with what this process knows of coordinators, unless another authority has certified it."""
+        terms = self._worker.terms
+        if terms.last.authority != self._authority:
+            return registration
+        term, proof, name = terms.largest.value, terms.largest.proof, terms.last.name
+        return replace(registration, largest_term=term, term_proof=proof, cluster=name, is_awaited=terms.is_awaited)
 
     @property
     def coordinator_s(self) -> float:
@@ -135,7 +148,7 @@ class Member:
     ) -> None:
         match message:
             case messages.Admitted():  # again: its term has grown
-                self._worker.largest_term.see(message.term, message.term_proof)
+                self._worker.terms.see(message.term, message.term_proof)
             case messages.Load():
                 self._tasks.start(loads.load(message))
             case messages.Unload():

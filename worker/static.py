@@ -93,17 +93,18 @@ class _StaticWorker:
         while True:
             try:
                 reason = await self._run_cluster()
+                self._worker.terms.end()
             except DeviceLostError:
                 raise
             except WorkerError as error:  # the coordinator has not come back
                 if not self._settings.stays:
                     raise
                 reason = str(error)
+                self._worker.terms.give_up()
             if not self._settings.stays:
                 return reason
             _log.info("%s; this worker waits for the next one", reason)
             await self._worker.service.free()
-            self._worker.largest_term.forget()
             self._search.begin_anew()
             release_freed_memory()
 

@@ -7,40 +7,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llamaclust.core.errors import UsageError, WorkerError
+from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.server import Handler
-from llamaclust.wire.security.terms import TermProof
 from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
 from llamaclust.worker.readiness import Readiness
+from llamaclust.worker.seen_terms import SeenTerms
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class LargestTerm:
-    """Of all coordinators that this process has seen: a smaller one's orders are refused."""
-
-    value: int = 0
-    proof: TermProof = field(default_factory=TermProof)
-
-    def forget(self) -> None:
-        """The cluster has ended; another one counts its own terms."""
-        self.value, self.proof = 0, TermProof()
-
-    def see(self, term: int, proof: TermProof | None = None) -> None:
-        """WorkerError for a smaller one."""
-        if term < self.value:
-            seen = f"this worker has seen a newer one (term {self.value})"
-            raise WorkerError(f"the coordinator of term {term} is superseded: {seen}")
-        if proof is not None or term > self.value:
-            self.value, self.proof = term, proof or TermProof()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +33,7 @@ class Worker:
     compute: Compute
     weights: Weights
     readiness: Readiness = field(default_factory=Readiness)
-    largest_term: LargestTerm = field(default_factory=LargestTerm)
+    terms: SeenTerms = field(default_factory=SeenTerms)
     kv_disk: KvDisk | None = None  # None: KV memory is not kept on disk
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by what needs the machine for itself
 

@@ -103,7 +103,11 @@ class Registry(Members):
     async def _newer_coordinator(self, register: Register) -> str | None:
         """The cluster's end, where a worker that held its layers was another coordinator's meanwhile, which has signed
         its term: no member's word alone ends a cluster, nor does a worker that never held layers."""
-        record, name, seen = self._settings.record, register.name, register.largest_term
+        record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
+        if register.is_awaited and not is_ours:
+            here = f"this is one of {self._settings.cluster!r}"
+            return f"worker {name} waits for a coordinator of cluster {register.cluster!r}, {here}"
+        seen = register.largest_term if is_ours else 0
         former = record.term
         try:
             if await record.admits(seen):

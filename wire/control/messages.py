@@ -66,11 +66,13 @@ class Register:
     log: Annotated[str, Line(4096)] = ""  # path of its log on its machine, for people; "": the launcher knows
     gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # beside its processor
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as fit
-    largest_term: Term = 0  # that its process has seen
+    largest_term: Term = 0  # that its process has seen of `cluster`
     machine: Annotated[str, Line(64)] = ""  # boot id of its kernel: host names may be equal on several machines
     memory_group: Annotated[str, Line(64)] = ""  # the control group that limits its memory most; "": none does
     kv_disk_bytes: MemoryBytes = 0  # what KV memory may take on its disk; 0: none is kept there
     term_proof: TermProof = field(default_factory=TermProof)  # that a coordinator had the largest term
+    cluster: Annotated[str, Line(255)] = ""  # that its process was a member of last; "": of none
+    is_awaited: bool = False  # it waits for a coordinator of `cluster`, and may not join another one
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 

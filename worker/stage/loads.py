@@ -80,7 +80,7 @@ class Loads:
 
     async def _load_alone(self, order: Load) -> Loaded:
         session, service, weights = self._session, self._worker.service, self._worker.weights
-        self._worker.largest_term.see(term_of(order.epoch))
+        self._worker.terms.see(term_of(order.epoch))
         if order.epoch in service:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
         received_bytes = weights.received_bytes

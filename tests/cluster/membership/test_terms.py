@@ -114,15 +114,15 @@ async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Autho
     async with registry_of(trust.identity(), JoinSettings(record=ControlRecord(term=1))) as there:
         member, peer = Member(early, trust.identity(A)), Peer(there.address, trust.identity(A), COORDINATOR)
         await member.join(peer, REGISTER, 10.0)
-        assert early.largest_term.value == 1
+        assert early.terms.largest.value == 1
         late = replace(REGISTER, name="b", largest_term=7, term_proof=prove_term(trust.identity(), 7))
         await join(there, trust.identity(B), late)
         async with asyncio.timeout(10):
             message = await member._receive()
         member._dispatch(message, nothing, nothing, nothing)
         await peer.close()
-        assert early.largest_term.value == 8
-        assert is_term_proven(trust.identity(), 8, early.largest_term.proof)
+        assert early.terms.largest.value == 8
+        assert is_term_proven(trust.identity(), 8, early.terms.largest.proof)
 
 
 async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_nothing(
@@ -187,6 +187,47 @@ async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
     with caplog.at_level(logging.ERROR):
         await loads.load(replace(LOAD, epoch=epoch_number(3, 9)))
     assert isinstance(answers[0], LoadFailed) and "of term 3 is superseded" in answers[0].failure.message
+
+
+@pytest.mark.parametrize("seen", [1, 5, MAX_TERM])
+async def test_a_worker_of_another_cluster_brings_no_term_with_it(seen: int, trust: Authority) -> None:
+    for is_begun in (False, True):
+        record = ControlRecord(term=2)
+        if is_begun:
+            record.next_epoch()
+        async with registry_of(trust.identity(), JoinSettings(record=record, cluster="beta")) as there:
+            proof = prove_term(trust.identity(), seen, "alpha")
+            foreign = replace(REGISTER, largest_term=seen, term_proof=proof, cluster="alpha")
+            _, refused = await join(there, trust.identity(A), replace(foreign, is_awaited=True))
+            assert isinstance(refused, Rejected)
+            assert "waits for a coordinator of cluster 'alpha', this is one of 'beta'" in refused.reason
+            _, welcome = await join(there, trust.identity(A), foreign)
+            assert isinstance(welcome, Admitted) and welcome.term == record.term == 2
+
+
+async def test_a_worker_proves_a_term_to_the_superseded_coordinator_that_comes_back(trust: Authority) -> None:
+    """It was given up for lost, and the worker was a member of another cluster meanwhile."""
+    nothing: Any = SimpleNamespace()
+    worker = Worker("a", nothing, nothing, nothing, nothing)
+    for name, term, error in (
+        ("alpha", 5, None),
+        ("beta", 2, None),
+        ("alpha", 4, "superseded"),
+        ("alpha", 4, r"newer coordinator of this cluster \(term 5, this one: 4\)"),
+        ("beta", 3, None),
+    ):
+        record = ControlRecord(term=term)
+        record.next_epoch()
+        async with registry_of(trust.identity(), JoinSettings(record=record, cluster=name)) as there:
+            peer = Peer(there.address, trust.identity(A), COORDINATOR)
+            joining = Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
+            if error is None:
+                await joining
+            else:
+                with pytest.raises(LlamaclustError, match=error):
+                    await joining
+            worker.terms.give_up()
+            await peer.close()
 
 
 async def test_a_coordinator_ends_where_the_state_directory_has_a_larger_term(path: Path, trust: Authority) -> None:

@@ -1,0 +1,68 @@
+"""The terms of coordinators that a worker's process has seen, by cluster: one token may admit it to several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.core.errors import WorkerError
+from llamaclust.wire.security.terms import TermProof
+
+_MOST_CLUSTERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterKey:
+    authority: str  # the id of its certificate authority; "": it is insecure
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTerm:
+    value: int = 0
+    proof: TermProof = field(default_factory=TermProof)
+
+
+@dataclass(slots=True)
+class SeenTerms:
+    """Keeps the largest term of each cluster; the orders of a smaller one are refused."""
+
+    last: ClusterKey = ClusterKey("", "")
+    """The cluster of the last coordinator that this process has seen."""
+    is_awaited: bool = False  # only a coordinator of `last` may admit the worker
+    _largest: dict[ClusterKey, SeenTerm] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> SeenTerm:
+        """The largest term of the last cluster."""
+        return self._largest.get(self.last, SeenTerm())
+
+    def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
+        """A coordinator of this term admits the worker. WorkerError for a smaller term than one seen before, and for
+        another cluster while a coordinator is awaited."""
+        if self.is_awaited and cluster != self.last:
+            raise WorkerError(f"a coordinator of cluster {self.last.name!r} is awaited, not one of {cluster.name!r}")
+        self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
+        self.see(term, proof)
+        self.is_awaited = True
+
+    def see(self, term: int, proof: TermProof | None = None) -> None:
+        """The coordinator of the last cluster has this term. WorkerError for a smaller one than before."""
+        largest = self.largest
+        if term < largest.value:
+            seen = f"this worker has seen a newer one (term {largest.value})"
+            raise WorkerError(f"the coordinator of term {term} is superseded: {seen}")
+        if proof is not None or term > largest.value:
+            self._largest.pop(self.last, None)  # the newest are kept
+            self._largest[self.last] = SeenTerm(term, proof or TermProof())
+        while len(self._largest) > _MOST_CLUSTERS:
+            del self._largest[next(iter(self._largest))]
+
+    def give_up(self) -> None:
+        """The coordinator has not come back: one of any cluster may admit the worker. A superseded one is still
+        refused."""
+        self.is_awaited = False
+
+    def end(self) -> None:
+        """The coordinator has ended the cluster: one of its name counts its own terms from now on."""
+        self.is_awaited = False
+        self._largest.pop(self.last, None)

@@ -207,5 +207,6 @@ async def _served(member: Member, own: OwnAddress) -> str:
             raise watching.result()
         return await serving
     finally:
-        watching.cancel()
-        serving.cancel()
+        for task in (serving, watching):
+            task.cancel()
+        await asyncio.gather(serving, watching, return_exceptions=True)  # what serves ends before weights are kept

@@ -51,7 +51,7 @@ class InFlight:
         self._vocabulary = settings.vocabulary
         self._row_bytes = 4 * settings.embedding_length  # of a hidden state that comes back
         self._may_draft = settings.speculation is not None and settings.max_drafted > 0
-        self._epoch = epoch
+        self.epoch = epoch
         self._times = times
         self._next_number = 0
         self._sent: deque[_Sent] = deque()
@@ -83,7 +83,7 @@ class InFlight:
     @property
     def due(self) -> tuple[int, int] | None:
         """Epoch and number of the microbatch whose result comes next; None where none is in flight."""
-        return (self._epoch, self._sent[0].number) if self._sent else None
+        return (self.epoch, self._sent[0].number) if self._sent else None
 
     @property
     def newest(self) -> int | None:
@@ -121,15 +121,15 @@ class InFlight:
         others = (taken.sequence for taken in slices if not taken.sequence.samples_plainly)
         matchers = (matcher_start(sequence, may_draft=self._may_draft) for sequence in others)
         starts = tuple(start for start in matchers if start is not None)
-        microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
-        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks, released, starts))
+        microbatch = Microbatch(self._model_id, self.epoch, number, chunks)
+        return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
         """The slices that a result is for. `now_ns`: when it was there, or would have been if it had come alone.
         ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
-        if due is None or (result.epoch, result.number) != (self._epoch, due.number):
-            expected = f"microbatch {due.number} of epoch {epoch_text(self._epoch)}" if due else "nothing"
+        if due is None or (result.epoch, result.number) != (self.epoch, due.number):
+            expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"
             given = f"microbatch {result.number} of epoch {epoch_text(result.epoch)}"
             raise ProtocolError(f"a result for {given}, but {expected} is due")
         outputs = sum(len(taken.tasks) for taken in due.slices)

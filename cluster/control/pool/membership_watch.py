@@ -116,21 +116,28 @@ def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
     return runner.engine.counts.running + runner.engine.counts.waiting
 
 
+def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
+    """The model's open epochs, each with its scheduler. An engine that ends takes no epoch any more."""
+    schedulers = () if runner.engine is None else runner.engine.schedulers
+    by_epoch = {scheduler.in_flight.epoch: scheduler for scheduler in schedulers}
+    for epoch in runner.open_epochs:
+        if epoch.number in by_epoch:
+            yield epoch, by_epoch[epoch.number]
+
+
 def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
     """The model's epochs with a microbatch in flight, and the number of the next result."""
     if runner.engine is None or not runner.engine.is_running:
         return
-    for scheduler, epoch in zip(runner.engine.schedulers, runner.open_epochs, strict=False):
+    for epoch, scheduler in _served(runner):
         due = scheduler.in_flight.due
         if due is not None and due[0] == epoch.number:
             yield epoch, scheduler, due[1]
 
 
 def _limits_s(runner: ActionRunner, worker: WorkerHandle) -> list[float]:
-    """For a step of each of a model's epochs that the worker has a stage of."""
-    assert runner.engine is not None
-    served = zip(runner.engine.schedulers, runner.open_epochs, strict=False)
-    stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for scheduler, epoch in served]
+    """The limits of a step on each of a model's epochs of which the worker has a stage."""
+    stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler in _served(runner)]
     return [stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None]
 
 

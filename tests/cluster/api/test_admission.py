@@ -148,7 +148,8 @@ async def test_a_request_that_is_refused_may_be_sent_to_its_end() -> None:
 async def test_chats_in_preparation_count_as_requests_that_are_left() -> None:
     template = SlowTemplate()
     service = make_service(ScriptedEngine(says("Hi")), template)
-    preparing = asyncio.create_task(service.chat(ChatRequest(tuple(CHAT["messages"]))))
+    messages = ({"role": "user", "content": "Hi"},)
+    preparing = asyncio.create_task(service.chat(ChatRequest(messages)))
     await until(lambda: template.waiting == 1)
     assert service.active_requests == 1
     template.may.set()

@@ -18,7 +18,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.core.sampling import Grammar, RowResult, RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.state_tables import batch_states
@@ -63,7 +63,7 @@ class StatefulModel(FakeModel):
             yield row
 
     def _deferred(self, task: SampleTask, row: RowResult) -> RowResult:
-        if self.deferring is None:
+        if self.deferring is None or task.matcher is None:
             return row
         is_behind = self.due.get(task.seed, task.position) != task.position
         if not is_behind and self.deferring.random() < 0.8:
@@ -144,7 +144,9 @@ def _rows_find_the_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         start, length = source.randint(0, 1), source.choice([2, 15, 16, 17, 48, 97, 150])
         prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
         tokens = source.choice([1, 3, 30, 90])
-        request = GenerationRequest("r", prompt, tokens, seed=number, score_from=source.choice([None, 5]))
+        grammar = Grammar("{}") if source.random() < 0.5 else None  # rows without one are never deferred
+        first = None if grammar else source.choice([None, 5])
+        request = GenerationRequest("r", prompt, tokens, seed=number, score_from=first, grammar=grammar)
         answer = expected(request, run.scheduler.settings.max_sequence_tokens)[0]
         texts.append([*prompt, *(row.token for row in answer)])
         requests[run.add(request)] = request

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llamaclust.cli import cache, chaos, cluster, generate, why, worker
+from llamaclust.cli import cache, chaos, cluster, generate, keys, why, worker
 from llamaclust.cli.models import convert, model, quantize
 from llamaclust.cli.options import FileCommand, PlainCommand, PlainGroup
 from llamaclust.cli.speed import bench, measure
@@ -86,4 +86,5 @@ app = _group(
 )
 app.callback(cls=PlainGroup)(_options)
 app.add_typer(_group("token", "The join token of a static cluster.", {"rotate": worker.rotate}))
+app.add_typer(_group("keys", "Keys of the HTTP API.", {"add": keys.add, "list": keys.list_keys, "rm": keys.remove}))
 app.add_typer(_model)

@@ -346,8 +346,8 @@ class Target:
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
     """A client of an address, with the first key of a file. UsageError where there is none in it."""
-    from llamaclust.cluster.api.settings import first_key
     from llamaclust.cluster.client.http import Client
+    from llamaclust.cluster.state.api_keys import first_key
 
     key = None if api_key_file is None else first_key(api_key_file)
     return Client(endpoint, key, verify=ca_file, model=model)

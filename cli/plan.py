@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llamaclust.cluster.api.settings import read_api_keys
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
@@ -23,6 +22,7 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.cluster.server.drafting import DraftModelMemory, draft_model_memory
+from llamaclust.cluster.state.api_keys import read_api_keys
 from llamaclust.cluster.state.directory import read_other_loads, read_profiles
 from llamaclust.cluster.state.other_load import OtherLoad, disturbance
 from llamaclust.core.errors import InsufficientMemoryError, UsageError

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.state.regular_file import read_text
-from llamaclust.core.errors import UsageError
-
-_KEY = re.compile(r"[\x21-\x7e]{8,512}")
-_MOST_KEY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,43 +55,3 @@ class ApiSettings:
     def max_connections(self) -> int:
         """Open at once; idle ones give their places to others."""
         return 3 * self.max_requests
-
-
-def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file, one a line; empty lines and lines that begin with # are skipped. None without a file.
-
-    Raises UsageError where it cannot be read, others may read it, or it holds no key or a bad one.
-    """
-    if path is None:
-        return ()
-    keys = _keys_of(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise UsageError(f"{path}: others may read these API keys (mode {mode:04o}): chmod 600 {path}")
-    bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
-    if bad is not None:
-        raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
-    return tuple(keys)
-
-
-def first_key(path: Path) -> str:
-    """The key that a client shows, from a file as `read_api_keys` takes it; others may read this one.
-
-    Raises UsageError where it cannot be read or holds no key.
-    """
-    return _keys_of(path)[0]
-
-
-def _keys_of(path: Path) -> list[str]:
-    try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: cannot read the API keys: not a regular file")
-        lines = [line.strip() for line in read_text(path, _MOST_KEY_BYTES).splitlines()]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the API keys: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise UsageError(f"{path}: holds no API key; put one a line")
-    return keys

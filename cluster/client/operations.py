@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 import httpx
 
-from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import http_options
 from llamaclust.cluster.client.http_codec import reply_error
 from llamaclust.cluster.client.trust import explain_refusal
+from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError
 

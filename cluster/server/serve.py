@@ -21,7 +21,7 @@ import uvicorn
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.port.api_port import ApiPort, listening
 from llamaclust.cluster.api.server import StartingReplies, server_config
-from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
+from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
@@ -33,6 +33,7 @@ from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
+from llamaclust.cluster.state.api_keys import read_api_keys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, ModelUse, Notice, Ready, Report
 from llamaclust.cluster.state.instants import Instant

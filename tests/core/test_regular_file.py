@@ -11,8 +11,8 @@ import pytest
 
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.options import _json_of, text_of
-from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.config.document import read_document
+from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.regular_file import decode_text
 from llamaclust.model.chat.template_choice import chosen_template

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
+from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError

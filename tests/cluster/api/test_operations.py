@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.api import early_replies
 from llamaclust.cluster.api.operations.controls import Controls
-from llamaclust.cluster.api.settings import first_key, read_api_keys
+from llamaclust.cluster.state.api_keys import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.logs import LogTail
 from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, says

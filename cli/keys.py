@@ -1,0 +1,61 @@
+"""`keys`: the file of API keys."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from llamaclust.cli.options import option_value
+from llamaclust.cli.terminal import printable
+
+File = Annotated[
+    Path | None,
+    Option("--file", metavar="FILE", help="`api_keys_file` of the cluster file. Default: api-keys in the state dir."),
+]
+_NEXT_START = "a cluster that runs reads its keys again at its next start"
+
+
+def add(
+    name: Annotated[str | None, Argument(metavar="NAME", help="Of whom or what the key is for.")] = None,
+    file: File = None,
+) -> None:
+    """Make an API key and print it."""
+    from llamaclust.cluster.config.values import parse_name
+    from llamaclust.cluster.state.api_keys import add_key
+
+    path = key_file(file)
+    added = add_key(path, None if name is None else option_value("NAME", parse_name, name))
+    print(added.key)
+    print(f"key {added.name} is in {path}: set `api_keys_file` to it; {_NEXT_START}", file=sys.stderr)
+
+
+def list_keys(file: File = None) -> None:
+    """List the names of API keys, without the keys; the first one may do more than the others."""
+    from llamaclust.cluster.state.api_keys import named_keys
+
+    path = key_file(file)
+    keys = named_keys(path)
+    for each in keys:
+        print(printable(each.name))
+    if not keys:
+        print(f"no API keys in {path}; `llamaclust keys add` makes one")
+
+
+def remove(name: Annotated[str, Argument(metavar="NAME", help="As `list` shows it.")], file: File = None) -> None:
+    """Remove an API key."""
+    from llamaclust.cluster.state.api_keys import remove_key
+
+    path = key_file(file)
+    remove_key(path, name)
+    print(f"key {name} is removed from {path}; {_NEXT_START}", file=sys.stderr)
+
+
+def key_file(given: Path | None = None) -> Path:
+    """The file that is given, or that of the state directory."""
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.api_keys import FILE_NAME
+
+    return given.expanduser().absolute() if given else environment().state_dir / FILE_NAME

@@ -1,0 +1,119 @@
+"""The file of the HTTP API's keys: read, and changed by the names of keys."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaclust.cluster.state.regular_file import read_text, write_regular
+from llamaclust.core.errors import UsageError
+
+FILE_NAME = "api-keys"
+"""In the state directory, unless another file is named."""
+_KEY = re.compile(r"[\x21-\x7e]{8,512}")
+_MOST_KEY_BYTES = 1 << 20
+_RANDOM_BYTES = 24
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKey:
+    """A key with the name in the comment above it, or with its number where there is none."""
+
+    name: str
+    key: str = field(repr=False)
+    start: int
+    end: int
+    """Lines of the file, the comment's included."""
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line; empty lines and lines that begin with # are skipped. None without a file.
+
+    Raises UsageError where it cannot be read, others may read it, or it holds no key or a bad one.
+    """
+    if path is None:
+        return ()
+    keys = _keys_of(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise UsageError(f"{path}: others may read these API keys (mode {mode:04o}): chmod 600 {path}")
+    bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
+    if bad is not None:
+        raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
+    return tuple(keys)
+
+
+def first_key(path: Path) -> str:
+    """The key that a client shows, from a file as `read_api_keys` takes it; others may read this one.
+
+    Raises UsageError where it cannot be read or holds no key.
+    """
+    return _keys_of(path)[0]
+
+
+def named_keys(path: Path) -> list[NamedKey]:
+    """The keys of a file in their order; none without a file. UsageError where it cannot be read."""
+    return _named(_lines_of(path)) if path.exists() else []
+
+
+def add_key(path: Path, name: str | None = None) -> NamedKey:
+    """Writes a new key at the end of a file, which is made with mode 0600 if need be. UsageError for a name that is
+    taken."""
+    lines = _lines_of(path) if path.exists() else []
+    keys = _named(lines)
+    names = {each.name for each in keys}
+    if name in names:
+        raise UsageError(f"{path}: has a key named {name}; choose another name, or `llamaclust keys rm {name}` first")
+    chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
+    added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
+    _write(path, [*lines, f"# {chosen}", added.key])
+    return added
+
+
+def remove_key(path: Path, name: str) -> None:
+    """UsageError where the file has no key of that name, or no other one."""
+    lines = _lines_of(path)
+    keys = _named(lines)
+    found = next((each for each in keys if each.name == name), None)
+    if found is None:
+        raise UsageError(f"{path}: has no key named {name}; it has {', '.join(each.name for each in keys) or 'none'}")
+    if len(keys) == 1:
+        raise UsageError(f"{path}: {name} is its only key; add another one first, or delete the file")
+    _write(path, [*lines[: found.start], *lines[found.end :]])
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_regular(path.resolve(), "".join(f"{line}\n" for line in lines))
+
+
+def _named(lines: list[str]) -> list[NamedKey]:
+    keys: list[NamedKey] = []
+    for number, line in enumerate(lines):
+        if not line or line.startswith("#"):
+            continue
+        above = lines[number - 1] if number else ""
+        name = above.lstrip("# ") if above.startswith("#") else ""
+        keys.append(NamedKey(name or str(len(keys) + 1), line, number - bool(name), number + 1))
+    return keys
+
+
+def _keys_of(path: Path) -> list[str]:
+    keys = [each.key for each in _named(_lines_of(path))]
+    if not keys:
+        raise UsageError(f"{path}: holds no API key; put one a line")
+    return keys
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: cannot read the API keys: not a regular file")
+        return [line.strip() for line in read_text(path, _MOST_KEY_BYTES).splitlines()]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error}") from error

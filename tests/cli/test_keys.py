@@ -1,0 +1,68 @@
+"""`keys`: a file of API keys that is changed by the names of its keys."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llamaclust.cli.app import app
+from llamaclust.cluster.state.api_keys import first_key, named_keys, read_api_keys
+from llamaclust.core.errors import UsageError
+
+
+def run(*words: str) -> tuple[str, str]:
+    done = CliRunner().invoke(app, ["keys", *words], catch_exceptions=False)
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(autouse=True)
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "new" / "state"))
+    return tmp_path / "new" / "state" / "api-keys"
+
+
+def test_keys_are_made_listed_and_removed(path: Path) -> None:
+    made = [run("add", *words) for words in ((), ("phone",), (), ("tv.living-room",))]
+    keys = tuple(out.strip() for out, _ in made)
+    assert read_api_keys(path) == keys and len(set(keys)) == 4 and first_key(path) == keys[0]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not any(key in said for key in keys for _, said in made)  # once, on standard output
+    assert run("list")[0].split() == ["key-1", "phone", "key-2", "tv.living-room"]
+    for name in ("phone", "key-1", "tv.living-room"):
+        run("rm", name)
+    assert read_api_keys(path) == (keys[2],) and path.read_text() == f"# key-2\n{keys[2]}\n"
+    with pytest.raises(UsageError, match="key-2 is its only key"):
+        run("rm", "key-2")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("plain-key-1\nplain-key-2\n", ["1", "2"]),
+        ("# for all machines\n\nfirst-key\n#laptop\nsecond-key", ["1", "laptop"]),
+        ("\ufeff# größer\r\nfirst-key\r\n", ["größer"]),
+    ],
+)
+def test_files_that_people_wrote_keep_their_other_lines(text: str, names: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text(text)
+    own.chmod(0o600)
+    before = read_api_keys(own)
+    assert [each.name for each in named_keys(own)] == names
+    out, _ = run("add", "more", "--file", str(own))
+    assert read_api_keys(own) == (*before, out.strip())
+    run("rm", names[0], "--file", str(own))
+    assert read_api_keys(own) == (*before[1:], out.strip())
+    assert ("# for all machines" in own.read_text()) == ("for all" in text)
+
+
+@pytest.mark.parametrize("words", [("add", "a b"), ("add", "two\nlines"), ("add", ""), ("rm", "nobody"), ("add", "tv")])
+def test_names_that_cannot_be(words: tuple[str, ...], path: Path) -> None:
+    run("add", "tv")
+    before = path.read_bytes()
+    with pytest.raises(UsageError):
+        run(*words)
+    assert path.read_bytes() == before

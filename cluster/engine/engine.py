@@ -219,7 +219,8 @@ class Engine:
         )
         updated = lane.scheduler.complete(result, done_ns)
         for key, updates in updated if is_suspicious else ():
-            if self._owner is not None and isinstance(updates[-1], Failed):
+            last = updates[-1]
+            if self._owner is not None and isinstance(last, Failed) and not last.is_request_fault:
                 self._owner.rows_failed(key)
         self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, done_ns))
         if self.retirement is not None:

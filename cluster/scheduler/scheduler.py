@@ -134,6 +134,7 @@ class Scheduler:
         self._split = DecodeSplit(self.times)
         self.lookahead = Lookahead(self.times, has_states=settings.has_states)
         self.in_flight = InFlight(settings, epoch, self.times)
+        self.retries.take_fault()  # one of the lost pipeline, whose failure came with it, says nothing about this one
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     # -- sequences of other pipelines ------------------------------------------------------------------------------

@@ -63,8 +63,10 @@ class Dependencies:
         they cannot any more."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
-            await self._wait("the tokens", number, self.tokens, _TOKENS_S)
-            self.awaits_tokens = False
+            try:
+                await self._wait("the tokens", number, self.tokens, _TOKENS_S)
+            finally:
+                self.awaits_tokens = False
 
     def done(self, number: int) -> None:
         """Forgets the sampling inputs of that microbatch, be they here or on their way."""

@@ -14,6 +14,7 @@ from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
+from llamaclust.core.sampling import NOT_FINITE, RowResult
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, linear, tokens_of
 
@@ -260,3 +261,15 @@ async def test_metrics_and_stage_report() -> None:
         assert (first.worker, first.layers, second.worker) == ("w0", (0, 2), "w1")
         assert first.microbatches == second.microbatches > 29
         assert 0 < first.utilization <= 1 and first.compute_ms > 0.1 and first.tokens_per_s > 0
+
+
+@pytest.mark.parametrize("is_request_fault", [True, False])
+async def test_only_rows_that_no_worker_gives_speak_for_the_workers(is_request_fault: bool) -> None:
+    """An answer that breaks its own grammar says nothing about a worker that was suspected before."""
+    pipeline, owner = FakePipeline(SETTINGS.kv_blocks), Losses()
+    broken = RowResult(-1, float("nan"), failure=NOT_FINITE, is_request_fault=is_request_fault)
+    pipeline._answer = lambda result: replace(result, rows=(broken,) * len(result.rows))  # type: ignore[method-assign]
+    async with Engine(pipeline, SETTINGS, owner=owner) as engine:
+        with pytest.raises(LlamaclustError):
+            await collect(engine.submit(generation()))
+    assert len(owner.ended_rows) == (0 if is_request_fault else 1)

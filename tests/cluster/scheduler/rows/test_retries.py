@@ -53,6 +53,17 @@ def test_a_grammar_that_cannot_be_followed_is_no_workers_fault() -> None:
     assert failures(PLAIN, "out of order", suspects_workers=True) == (3, [False, True, True], ["out of order"])
 
 
+def test_a_fault_that_came_with_the_loss_of_a_pipeline_is_not_one_of_the_next() -> None:
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(PLAIN, 0)
+    scheduler.retries.suspects_workers = True
+    for number in range(2):
+        assert scheduler.next_microbatch(number) is not None
+        assert not scheduler.complete(Result(1, number, (RowResult(-1, NAN, failure=NOT_FINITE),)), number)
+    scheduler.restart(SETTINGS, 2, 1)
+    assert scheduler.retries.take_fault() is None
+
+
 def test_a_result_between_two_failures_begins_anew_without_checks() -> None:
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(PLAIN, 0)

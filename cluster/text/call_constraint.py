@@ -18,7 +18,7 @@ from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
 from llamaclust.model.chat.tools.constraint.arguments_schema import ANY_ARGUMENTS, arguments_schema
 from llamaclust.model.chat.tools.constraint.call_grammar import CallStart, call_grammar
-from llamaclust.model.grammars.checker import GrammarChecker
+from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError
 from llamaclust.model.grammars.definitions import either, lazy, of_lark
 from llamaclust.model.grammars.normal_schema import NormalSchema
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -103,6 +103,7 @@ class _Checked:
         self._calls = calls
         self._checker = checker
         self._checks = 0
+        self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
         """The grammar of calls of all tools, and the names of those that are free in their arguments."""
@@ -116,11 +117,12 @@ class _Checked:
             except ParameterError:
                 if len(free) == len(tools):
                     raise
-                free |= _largest_half({name: schema for name, schema in tools.items() if name not in free})
+                bound = {name: schema for name, schema in tools.items() if name not in free}
+                free |= {*bound} if self._is_over else _largest_half(bound)
 
     async def _refused(self, tools: Tools) -> set[str]:
         """The tools that no grammar obeys alone; halves are checked, then halves of these."""
-        if self._checks >= _MOST_CHECKS:
+        if self._checks >= _MOST_CHECKS or self._is_over:
             return {*tools}
         try:
             await self._check(tools)
@@ -136,7 +138,11 @@ class _Checked:
     async def _check(self, tools: Tools) -> Grammar | None:
         self._checks += 1
         grammar = await run_on(TOKENIZING, self._calls.grammar, tools)
-        return None if grammar is None else await self._checker.check(grammar, current_owner.get())
+        try:
+            return None if grammar is None else await self._checker.check(grammar, current_owner.get())
+        except GuardedGrammarError:
+            self._is_over = True
+            raise
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:

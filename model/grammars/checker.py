@@ -21,6 +21,10 @@ _KEPT_VERDICTS: Final = 256
 _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
+class GuardedGrammarError(ParameterError):
+    """A grammar whose check met the guard against hostile ones: a check of a part of it may take as long."""
+
+
 class GrammarChecker:
     """Of one model, until `close`."""
 
@@ -39,7 +43,7 @@ class GrammarChecker:
         try:
             verdict = await self._verdict(grammar.definition, owner)
         except CheckGuardError as error:  # no verdict: it is not kept
-            raise ParameterError(grammar.origin, str(error)) from None
+            raise GuardedGrammarError(grammar.origin, str(error)) from None
         if verdict.reason:
             raise ParameterError(grammar.origin, verdict.reason)
         return replace(grammar, definition=verdict.definition or grammar.definition)

@@ -268,7 +268,12 @@ async def test_only_rows_that_no_worker_gives_speak_for_the_workers(is_request_f
     """An answer that breaks its own grammar says nothing about a worker that was suspected before."""
     pipeline, owner = FakePipeline(SETTINGS.kv_blocks), Losses()
     broken = RowResult(-1, float("nan"), failure=NOT_FINITE, is_request_fault=is_request_fault)
-    pipeline._answer = lambda result: replace(result, rows=(broken,) * len(result.rows))  # type: ignore[method-assign]
+
+    def answer(result: Result | Exception) -> Result:
+        assert isinstance(result, Result)
+        return replace(result, rows=(broken,) * len(result.rows))
+
+    pipeline._answer = answer  # type: ignore[method-assign]
     async with Engine(pipeline, SETTINGS, owner=owner) as engine:
         with pytest.raises(LlamaclustError):
             await collect(engine.submit(generation()))

@@ -12,9 +12,10 @@ from llamaclust.cluster.text import call_constraint as module
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode
 from llamaclust.cluster.text.chat_format import PLAIN, AnswerReading
 from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar
 from llamaclust.model.grammars import definitions
-from llamaclust.model.grammars.checker import GrammarChecker
+from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError
 from llamaclust.model.grammars.checker_process import CheckLimits
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
 
@@ -48,6 +49,27 @@ async def test_one_tool_whose_schema_cannot_be_obeyed_is_free_in_its_arguments(
     assert allows(grammar, *calls) == [True, False, False]
     for name in ("first", "last"):
         assert allows(grammar, call(name, '{"n": 1}'), call(name, '{"n": "1"}')) == [True, False]
+
+
+class Guarded(GrammarChecker):
+    """Its guard is met by the first grammar."""
+
+    checks = 0
+
+    async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
+        self.checks += 1
+        if self.checks == 1:
+            raise GuardedGrammarError("tools", "the grammar needs too much")
+        return grammar
+
+
+@pytest.mark.parametrize("count", [1, 8, 64])
+async def test_a_grammar_that_meets_the_guard_costs_no_more_than_two_checks(count: int) -> None:
+    guarded = Guarded(TOKENIZER)
+    tools = {f"f{number}": BOUND for number in range(count)}
+    _, named = await bound(guarded, tools, ToolMode.AUTO)
+    assert sorted(named) == sorted(f"tools.{name}" for name in tools) and guarded.checks == 2
+    guarded.close()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What is assumed of machines that nobody measured: shares of their limits that kernels reach, and what is not given.
 
 Times of products on a processor follow from its limits and quant types (cluster/planner/product_times.py). Shares of
-GPUs are those of docs/gpu.md; what a hop costs beside the network is in docs/roadmap.md."""
+GPUs are those of docs/gpu.md; what a hop costs beside the network is in benchmarks/notebook.md."""
 
 from __future__ import annotations
 

@@ -202,10 +202,12 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("backlog", [50, 500, 2000])
-def test_a_burst_over_the_limit_of_open_files_is_one_line(backlog: int) -> None:
+def test_a_burst_over_the_limit_of_open_files_is_a_line_for_each_few_seconds(backlog: int) -> None:
+    """One where the machine is fast enough; there is no line for a single connection."""
     command = [sys.executable, "-c", SHORTAGE, str(backlog)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert re.fullmatch(r"\S+ \S+ ERROR Too many open files: \d+ failures in 5 s; close connections, .*\n", done.stderr)
+    line = r"\S+ \S+ ERROR Too many open files: \d+ failures in 5 s; close connections, .*\n"
+    assert re.fullmatch(f"(?:{line}){{1,6}}", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])

@@ -132,7 +132,8 @@ TOP_KEYS = {
     "state_dir: ~no-such-user/x": f"state_dir: '~no-such-user/x' {NO_HOME}",
     "api_keys_file: ''": "api_keys_file: '' is not possible; give text",
     "timeouts: 5s": (
-        "timeouts: '5s' is not possible; give keys with values: request, worker, load, recovery, resume, coordinator"
+        "timeouts: '5s' is not possible; "
+        "give keys with values: request, worker, load, recovery, resume, idle, coordinator"
     ),
     "timeouts: {request: soon}": "timeouts.request: 'soon' is not a duration; write it like 600s, 10min or 250ms",
     "timeouts: {request: null}": (

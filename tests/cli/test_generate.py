@@ -311,7 +311,7 @@ def test_a_schema_that_cannot_be_read_is_named_by_its_file(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("-n", "99999999999"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")]
+    "arguments", [("-n", "99999999999999999999"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")]
 )
 def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) -> None:
     ended = here("generate", "x", *arguments, "--model", str(tiny))

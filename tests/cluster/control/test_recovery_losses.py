@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from random import Random
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
@@ -37,10 +38,10 @@ async def test_a_worker_that_is_killed_while_the_start_measures_is_planned_aroun
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def profiled(worker: WorkerHandle, request: ProfileWorker) -> Profile:
+    async def profiled(worker: WorkerHandle, request: ProfileWorker, *more: Any) -> Profile:
         if worker.name == "c" and worker.loss is None:
             os.kill(worker.registration.pid, signal.SIGKILL)
-        return await profile_worker(worker, request)
+        return await profile_worker(worker, request, *more)
 
     monkeypatch.setattr(profiling, "profile_worker", profiled)
     unmeasured = [{"name": name, "threads": 1} for name in "abc"]

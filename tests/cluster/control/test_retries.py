@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
@@ -95,7 +95,7 @@ def test_a_request_that_fails_again_ends_alone() -> None:
     keys = [run.add(request) for request in good]
     bad = run.add(GenerationRequest("bad", (1, 2, 99), 30))
     run.finish()
-    assert [str(update) for update in run.updates[bad]] == [f"Failed(message='{NONE.failure}')"]
+    assert NONE.failure is not None and run.updates[bad] == [Failed(NONE.failure)]
     counts = run.scheduler.counts
     assert counts.retries >= 1 and counts.preemptions == 0 and counts.kv_blocks_held == 0
     assert [len(run.updates[key]) > 1 for key in keys] == [True] * 3

@@ -56,6 +56,10 @@ def one_line(message: str, most: int = 400) -> str:
     return folded if len(folded) <= most else f"{folded[: most - 3]}..."
 
 
+class TokenRefusedError(RequestError):
+    """A token that the grammar does not allow here. The state may be at fault: computed again, the answer may go on."""
+
+
 class LexerUsedUpError(RequestError):
     """The state is lost; a costly matcher can be brought to it."""
 
@@ -100,7 +104,7 @@ class GrammarMatcher:
                 self.allowed()  # where it fails, this says why
                 if not self._consumes(token):
                     self._check(_TOO_COMPLEX)
-                    raise RequestError(f"token {token} breaks the grammar")
+                    raise TokenRefusedError(f"token {token} breaks the grammar")
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:

@@ -11,7 +11,7 @@ from typing import Final
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, MatcherStart, RowResult
-from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
+from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError, TokenRefusedError
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
@@ -170,8 +170,10 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced)) if forced else result
 
     def fail(self, error: Exception) -> None:
-        """The grammar's fault where it is a RequestError: the same tokens fail so on every machine."""
-        message, is_fault = str(error), isinstance(error, RequestError)
+        """The grammar's fault where it is a RequestError, but for a token that is refused: the same tokens fail so on
+        every machine."""
+        message = str(error)
+        is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):
             _log.error("%s failed", self.rule, exc_info=error)
             message = f"{self.rule} failed: {type(error).__name__}: {error}"

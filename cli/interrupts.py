@@ -31,7 +31,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """For the first process of a container: SIGTERM and SIGHUP end it from now on, before anything slow is imported."""
+    """Lets SIGTERM and SIGHUP end the first process of a container, before anything slow is imported."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)

@@ -68,7 +68,7 @@ class PlannedStart:
     unused_mtp: str | None
     """A line on an MTP head that could draft."""
     other_loads: Mapping[str, OtherLoad]
-    """By worker: load of other programs while it was measured."""
+    """The load of other programs while each worker was measured, by worker."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:

@@ -196,7 +196,7 @@ class ClusterView:
         self._progress.stop()
 
     def _measure(self, event: events.Measuring) -> None:
-        """In place on a terminal."""
+        """Replaces the line before on a terminal."""
         if self._console.is_terminal:
             self._measuring.update(f"measuring {', '.join(event.workers)}: {event.what}")
             self._measuring.start()

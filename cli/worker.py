@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TOKEN = "join-token"
 _JOIN_S = 15.0
 _JOIN_PORT = 7100
-"""Of `join.listen`, by default."""
+"""The default port of `join.listen`."""
 
 
 def worker(

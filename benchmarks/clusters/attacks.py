@@ -183,7 +183,7 @@ FLOODS: Final[Mapping[str, tuple[Callable[[], Body], int]]] = {
 
 
 class Live:
-    """How long `/live` takes."""
+    """The seconds that `/live` takes."""
 
     def __init__(self, api: str) -> None:
         self._api = api

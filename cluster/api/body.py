@@ -68,7 +68,7 @@ async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, s
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """What `make` makes of a body. With many values that takes long, as of a large schema, and is done on a thread."""
+    """Calls `make` with a body, on a thread where the body has many values, such as a large schema."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_reading, make, *given, **named)

@@ -16,7 +16,7 @@ from llamaclust.model.child_process import (
     ChildProgram,
     ChildUnusableError,
 )
-from llamaclust.model.grammars.vocabulary import grammar_word
+from llamaclust.model.grammars.vocabulary import grammar_words
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _CHILD: Final = "llamaclust.model.grammars.checker_child"
@@ -72,9 +72,8 @@ class CheckerProcess:
         return Verdict(reply["error"], reply["definition"])
 
     def _first(self) -> dict[str, Any]:
-        tokens = range(self._tokenizer.vocabulary_size)
         return {
-            "words": [grammar_word(self._tokenizer, token).decode("latin-1") for token in tokens],
+            "words": [word.decode("latin-1") for word in grammar_words(self._tokenizer)],
             "ends": sorted(self._tokenizer.end_of_generation),
             "memory": self._limits.memory_bytes,
             "guard_cpu_s": self._limits.guard_cpu_s,

@@ -29,9 +29,9 @@ class GrammarWalk:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._vocabulary = vocabulary
-        single = {word: token for token, word in reversed([*enumerate(vocabulary.words)]) if len(word) == 1}
+        words = [*vocabulary.words]
         self._first, self._preferred = (
-            [single[bytes([byte])] for byte in preferred if bytes([byte]) in single]
+            [words.index(word) for byte in preferred if (word := bytes([byte])) in words]
             for preferred in (_FIRST, _PREFERRED)
         )
         self._ends = np.array(vocabulary.end_ids)

@@ -28,6 +28,10 @@ def stand_ins() -> dict[str, bytes]:
 
 
 _BYTE_OF: Final = stand_ins()
+_LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
+    ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
+}
+"""Maps a word to the text that Latin-1 encodes as its bytes; other letters of Latin-1 to one that it cannot encode."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -50,7 +54,10 @@ class BytePairTokenizer(Tokenizer):
         return encode_with(self._tokenizer, text)
 
     def word_bytes(self, word: str) -> bytes:
-        return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
+        try:
+            return word.translate(_LATIN_1).encode("latin-1")
+        except UnicodeEncodeError:  # letters that stand for no byte
+            return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
 
 
 def encode_with(tokenizer: Any, text: str) -> list[int]:
@@ -74,14 +81,16 @@ def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> m
     merges of words that are not there."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
-    # The library does not refuse a merge of words that are missing: it panics.
-    known = [pair for pair in _pairs(merges) if pair[0] in words and pair[1] in words and pair[0] + pair[1] in words]
-    return models.BPE(vocab=words, merges=known, **options)
+    return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)
 
 
-def _pairs(merges: list[str]) -> list[tuple[str, str]]:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    bad = next((merge for merge, pair in zip(merges, pairs, strict=True) if not (pair[0] and pair[1])), None)
-    if bad is not None:
-        raise ModelFileError(f"{key('merges')}: {ascii(bad)[:66]} is not two words with a space between")
-    return pairs
+def _known_pairs(merges: list[str], words: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The library does not refuse a merge of words that are missing: it panics."""
+    known: list[tuple[str, str]] = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if left in words and right in words and left + right in words:
+            known.append((left, right))
+        elif not (left and right):
+            raise ModelFileError(f"{key('merges')}: {ascii(merge)[:66]} is not two words with a space between")
+    return known

@@ -16,8 +16,6 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, r
 
 _SPACE: Final = "▁"
 _PROTO: Any = sentencepiece_model_pb2
-_PIECE_TYPES: Final = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
-"""GGUF's type numbers are SentencePiece's own; only one unknown piece is allowed, so a second one never matches."""
 _CHARSMAP: Final = key("precompiled_charsmap")
 _LEAF_BIT: Final = 1 << 8
 _VALUE_BIT: Final = 1 << 31
@@ -101,21 +99,23 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
     first_unknown = vocabulary.types.find(TokenType.UNKNOWN)
     unknown = vocabulary.unknown_id if vocabulary.unknown_id is not None else first_unknown
     scores = vocabulary.scores or [0.0] * len(vocabulary)
-    for index, (word, score) in enumerate(zip(vocabulary.words, scores, strict=True)):
-        kind = _piece_type(vocabulary, index, unknown, model.trainer_spec.byte_fallback)
-        model.pieces.add(piece=word, score=score, type=kind)
+    kinds, add = _piece_types(vocabulary, unknown, model.trainer_spec.byte_fallback), model.pieces.add
+    for word, score, kind in zip(vocabulary.words, scores, kinds, strict=True):
+        add(piece=word, score=score, type=kind)
     if unknown < 0:
         model.pieces.add(piece="\ufdd0unknown", score=0.0, type=TokenType.UNKNOWN)
     return model
 
 
-def _piece_type(vocabulary: Vocabulary, index: int, unknown: int, byte_fallback: bool) -> int:
-    kind = TokenType(vocabulary.types[index])
-    if index == unknown:
-        return TokenType.UNKNOWN
-    if kind == TokenType.BYTE and not byte_fallback:
-        return TokenType.CONTROL
-    return _PIECE_TYPES.get(kind, kind)
+def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
+    """GGUF's type numbers are SentencePiece's own; only one unknown piece is allowed, so a second one never matches."""
+    changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
+    if not byte_fallback:
+        changed[TokenType.BYTE] = TokenType.CONTROL
+    kinds = bytearray(vocabulary.types.translate(bytes.maketrans(bytes(changed), bytes(changed.values()))))
+    if unknown >= 0:
+        kinds[unknown] = TokenType.UNKNOWN
+    return bytes(kinds)
 
 
 def check_charsmap(data: bytes, origin: str) -> None:

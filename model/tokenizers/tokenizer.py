@@ -10,6 +10,8 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
+_NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
+"""Types whose words do not say their bytes in the alphabet of the vocabulary."""
 
 
 class Tokenizer(ABC):
@@ -37,6 +39,11 @@ class Tokenizer(ABC):
     def control_texts(self) -> Sequence[str]:
         """Texts that mean a control token where special tokens are parsed, the longest first."""
         return [text for text, token_id in self._special if self.is_control(token_id)]
+
+    @property
+    def control_ids(self) -> Sequence[int]:
+        """Control and unknown tokens."""
+        return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
         """Whether a token stands for no text of its own (control and unknown tokens)."""
@@ -88,6 +95,14 @@ class Tokenizer(ABC):
             data = self._bytes[token_id] = self._bytes_of(token_id)
         return data
 
+    def all_bytes(self) -> list[bytes]:
+        """As `token_bytes`, of each token."""
+        words, types = self.vocabulary.words, self.vocabulary.types
+        return [
+            self._bytes_of(token_id) if kind in _NOT_SPELLED else self.word_bytes(word)
+            for token_id, (word, kind) in enumerate(zip(words, types, strict=True))
+        ]
+
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
         """Ids of text without special tokens; `after_special`: it stands first or behind a special token."""
@@ -101,7 +116,7 @@ class Tokenizer(ABC):
         word = self.vocabulary.words[token_id]
         if kind == TokenType.BYTE:
             return bytes([int(word[3:5], 16)])
-        if kind in (*_CONTROL, TokenType.USER_DEFINED):
+        if kind in _NOT_SPELLED:
             return word.encode()
         return self.word_bytes(word)
 

@@ -9,6 +9,8 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.fill_in import FillInTokens, find_fill_in
 
@@ -135,11 +137,11 @@ def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[An
     value = metadata.get(key(name))
     if value is None:
         return None
-    numbers = value.tolist() if hasattr(value, "tolist") else value
+    numbers = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < count:
         raise ModelFileError(f"{key(name)} is not an array of {count} numbers, one a token")
     numbers = list(numbers[:count])
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not isinstance(value, np.ndarray) and not all(isinstance(number, int | float) for number in numbers):
         raise ModelFileError(f"{key(name)} is not an array of numbers")
     return numbers
 
@@ -179,6 +181,7 @@ def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | 
 
 
 def _check_byte_words(words: list[str], types: bytearray) -> None:
-    for index in (i for i, kind in enumerate(types) if kind == TokenType.BYTE):
+    index = -1
+    while (index := types.find(TokenType.BYTE, index + 1)) >= 0:
         if not _BYTE_TEXT.fullmatch(words[index]):
             raise ModelFileError(f"{key('tokens')}: byte token {index} is {ascii(words[index])[:66]}, not <0xNN>")

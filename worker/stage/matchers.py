@@ -64,7 +64,7 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self) -> None:
-        """Reads the vocabulary, which takes about a second where it is large, before an answer needs it."""
+        """Reads the vocabulary, which takes most of a second where it is large, before an answer needs it."""
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: SamplingInputs) -> None:

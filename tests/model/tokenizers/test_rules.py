@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ModelFileError, RequestError
-from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF
+from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF, stand_ins
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import _BY_NAME
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType
+from support.models.tiny_tokenizers import byte_level, spaced_byte_pairs, word_pieces
 
 CONTROL, USER_DEFINED, BYTE = TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE
 
@@ -180,6 +181,37 @@ def test_vocabularies_that_lack_the_usual_still_work() -> None:
     lone_byte = {"tokenizer.ggml.tokens": ["<unk>", "a", "<0x41>"], "tokenizer.ggml.token_type": np.array([2, 1, 6])}
     tokenizer = load_tokenizer(bare | lone_byte)
     assert tokenizer.token_bytes(2) == b"A"
+
+
+OUTSIDE = {
+    "Ġ世界": 1,
+    "\x7f\x80\xa0\xad": 1,
+    "é\u0143": 1,
+    "\uffff": 1,
+    "": 1,
+    "▁a": 5,
+    "<é>": 3,
+    "<ü>": 4,
+    "ª\u0100Ġ": 0,
+}
+"""Words with letters of no byte, of Latin-1 and others, and of types that are written as they are."""
+
+
+@pytest.mark.parametrize(
+    "metadata", [spm(OUTSIDE), bpe(["a b", "Ġ é"], OUTSIDE), spaced_byte_pairs(400), word_pieces(300), byte_level(600)]
+)
+def test_bytes_of_all_tokens_are_those_of_each(metadata: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(metadata)
+    words = tokenizer.all_bytes()
+    assert words == [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocabulary_size)]
+    letters = stand_ins()
+    if metadata["tokenizer.ggml.model"] == "gpt2":
+        spelled = [
+            b"".join(letters.get(letter) or letter.encode() for letter in word) for word in tokenizer.vocabulary.words
+        ]
+        assert [word for word, kind in zip(words, tokenizer.vocabulary.types, strict=True) if kind in (0, 1, 5)] == [
+            word for word, kind in zip(spelled, tokenizer.vocabulary.types, strict=True) if kind in (0, 1, 5)
+        ]
 
 
 def test_merges_of_words_that_are_missing_are_left_out() -> None:

@@ -12,8 +12,9 @@ from collections import Counter
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import RefusalReason
-from llamaclust.core.addresses import ANYWHERE, bounded_host, split_address
-from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
+from llamaclust.core.addresses import bounded_host, split_address
+from llamaclust.core.errors import LlamaclustError, ProtocolError
+from llamaclust.core.this_machine import listener
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
@@ -30,7 +31,6 @@ _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
 """After the system had no room for a connection."""
-_BACKLOG = 128
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +60,7 @@ class EnrolmentServer:
         return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
 
     async def __aenter__(self) -> EnrolmentServer:
-        self._socket = _listening(self._listen)
+        self._socket = listener(*split_address(self._listen), "choose another: `join.listen`")
         self._accepting.start(self._accept(self._socket))
         return self
 
@@ -70,11 +70,11 @@ class EnrolmentServer:
         await self._connections.close()
         self._socket.close()
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self, port: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, peer = await loop.sock_accept(listener)
+                connection, peer = await loop.sock_accept(port)
             except OSError:
                 await asyncio.sleep(_REST_S)
                 continue
@@ -140,27 +140,6 @@ class EnrolmentServer:
             context.num_tickets = 0
             self._tls = (pair.certificate, context)
         return self._tls[1]
-
-
-def _listening(address: str) -> socket.socket:
-    """At all addresses of this machine, also those of IPv6, for either way to write these: gRPC does the same."""
-    host, port = split_address(address)
-    both = host in ANYWHERE and socket.has_dualstack_ipv6()
-    host = "::" if both else host
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        if both:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        what = f"cannot listen on {host} port {port}: {error.strerror}"
-        raise UsageError(f"{what}; choose another: `join.listen`") from error
-    listener.setblocking(False)
-    return listener
 
 
 async def _secured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import ifaddr
@@ -9,7 +10,15 @@ import pytest
 
 from llamaclust.core import this_machine
 from llamaclust.core.addresses import bounded_host
-from llamaclust.core.this_machine import network_addresses, one_of_each_interface, own_addresses, reachable_host
+from llamaclust.core.errors import UsageError
+from llamaclust.core.this_machine import (
+    listener,
+    listening_host,
+    network_addresses,
+    one_of_each_interface,
+    own_addresses,
+    reachable_host,
+)
 
 LOOPBACK = ("lo", "127.0.0.1", "::1")
 
@@ -47,7 +56,7 @@ def test_the_default_route_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ipv6_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, LOOPBACK, ("docker0", "172.17.0.1"), ("eth0", "fe80::1", "fd00::7"), default=("fd00::7",))
     assert one_of_each_interface() == ["fd00::7"]
-    assert reachable_host("::") == "fd00::7"
+    assert reachable_host("::") == reachable_host("0.0.0.0") == "fd00::7"
     assert reachable_host("10.1.2.3") == "10.1.2.3"
 
 
@@ -82,3 +91,23 @@ def test_addresses_that_the_system_replaces_are_left_out(monkeypatch: pytest.Mon
 )
 def test_a_host_with_many_addresses_of_ipv6_counts_once(host: str, bounded: str) -> None:
     assert bounded_host(host) == bounded
+
+
+@pytest.mark.parametrize(
+    ("host", "reached", "shown"),
+    [
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2", "::1"], "0.0.0.0"),
+        ("::", ["127.0.0.1", "127.0.0.2", "::1"], "0.0.0.0"),
+        ("::1", ["::1"], "::1"),
+        ("127.0.0.2", ["127.0.0.2"], "127.0.0.2"),
+    ],
+)
+def test_a_listener_at_all_addresses_takes_both_families(host: str, reached: list[str], shown: str) -> None:
+    with listener(host, 0, "") as opened:
+        port = opened.getsockname()[1]
+        for each in ("127.0.0.1", "127.0.0.2", "::1"):
+            with socket.socket(socket.AF_INET6 if ":" in each else socket.AF_INET) as client:
+                assert (client.connect_ex((each, port)) == 0) == (each in reached), each
+        assert listening_host(opened) == shown
+        with pytest.raises(UsageError, match=f"cannot listen on {host} port {port}: Address already in use; choose"):
+            listener(host, port, "choose another")

@@ -43,6 +43,17 @@ async def test_every_address_answers() -> None:
             await task
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+async def test_clients_of_both_families_are_answered_at_all_addresses(host: str) -> None:
+    settings = ApiSettings(listen_host=host, api_keys=("some-api-key",))
+    with listening([(host, 0)], None) as port:
+        number = port.listener.getsockname()[1]
+        assert port.url == f"http://0.0.0.0:{number}"  # which a machine without IPv6 has as well
+        async with StartingReplies(port, settings, lambda event: None), httpx.AsyncClient(trust_env=False) as http:
+            urls = [f"http://{each}:{number}/v1/models" for each in ("127.0.0.1", "127.0.0.2", "[::1]", "0.0.0.0")]
+            assert [(await http.get(url)).status_code for url in urls] == [503] * 4
+
+
 def test_an_address_that_is_taken_frees_the_others() -> None:
     with socket.create_server((HERE[1], 0)) as taken:
         number = taken.getsockname()[1]

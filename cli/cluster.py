@@ -49,6 +49,9 @@ def up(
     port: Annotated[
         int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
     ] = None,
+    lan: Annotated[
+        bool, Option("--lan", help="Serve phones and computers of this network too, which need the printed API key.")
+    ] = False,
     chat_template: Annotated[
         str | None, Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template.")
     ] = None,
@@ -70,7 +73,7 @@ def up(
     file, overrides = cluster_source(source, workers, overrides, discover=discover)
     if chat_template is not None:
         overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
-    run_cluster(file, overrides, port, detach=detach, standby=standby, notify=notify, ranked=ranked)
+    run_cluster(file, overrides, port, lan=lan, detach=detach, standby=standby, notify=notify, ranked=ranked)
 
 
 def down(cluster: Cluster = None) -> None:
@@ -191,13 +194,13 @@ def plan(
     """Show the split, its memory and its predicted speed, without starting anything."""
     acceptances = _acceptances(acceptance)
     if assume is not None or model is not None:
-        from llamaclust.cli.assumed_plan import show_assumed_plan
+        from llamaclust.cli.plans.assumed_plan import show_assumed_plan
 
         if source is not None or workers is not None:
             raise UsageError("--assume: describes the machines: leave out FILE and --workers")
         show_assumed_plan(assume, model, overrides, as_json, acceptances)
         return
-    from llamaclust.cli.plan import show_plan
+    from llamaclust.cli.plans.plan import show_plan
 
     file, overrides = cluster_source(source, workers, overrides)
     show_plan(file, overrides, as_json, acceptances)

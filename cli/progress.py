@@ -29,7 +29,7 @@ from llamaclust.cli.terminal import printable
 from llamaclust.cluster.config.catalog import WantedFile, find_entry, locate
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
-from llamaclust.core.addresses import joined_address, split_address
+from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
 from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.core.sizes import MIB
 from llamaclust.core.this_machine import reachable_host
@@ -131,10 +131,11 @@ _UNNAMED = ("default", "demo")
 class ClusterView:
     """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was.
 
-    Where stderr is no terminal there are lines instead of bars.
+    Where stderr is no terminal there are lines instead of bars. `lan_key`: see `ready_text`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lan_key: str | None = None) -> None:
+        self._lan_key = lan_key
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -180,7 +181,7 @@ class ClusterView:
             case events.Waiting():
                 self._print(f"waiting for {printable(event.text)}")
             case events.Ready():
-                self._print(ready_text(event))
+                self._print(ready_text(event, self._lan_key))
             case events.Notice():
                 self._print(printable(event.text))
             case events.Draining():
@@ -240,11 +241,12 @@ def _log_event(event: events.Event) -> None:
 
 
 @contextmanager
-def cluster_view(cluster: str) -> Iterator[events.Report]:
-    """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines."""
+def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
+    """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines.
+    `lan_key`: see `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
-        with _shown_by_thread() as show:
+        with _shown_by_thread(ClusterView(lan_key)) as show:
             yield show
     else:
         start_logging(form, cluster=cluster)
@@ -252,13 +254,13 @@ def cluster_view(cluster: str) -> Iterator[events.Report]:
 
 
 @contextmanager
-def _shown_by_thread() -> Iterator[events.Report]:
-    """A `ClusterView` on a thread of its own: a terminal that was stopped stops no event loop. Of the events that come
+def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
+    """Shows events on a thread of its own: a terminal that was stopped stops no event loop. Of the events that come
     while it is, only the first are kept."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
-        with ClusterView() as view:
+        with view:
             while (event := waiting.get()) is not None:
                 view.show(event)
 
@@ -282,8 +284,9 @@ def joined_text(joined: events.WorkerJoined) -> str:
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
-def ready_text(ready: events.Ready) -> str:
-    """How to try a cluster that is ready: a command a line, to be copied."""
+def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
+    """How to try a cluster that is ready: a command a line, to be copied. `lan_key`: the API key for other machines or
+    its place, where `--lan` was given."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -293,7 +296,17 @@ def ready_text(ready: events.Ready) -> str:
   llamaclust status{name}
   llamaclust down{name}
   OpenAI clients: base_url={api}/v1{key}
-{_collector_text(ready)}{_certificate_text(ready)}"""
+{_lan_text(api, lan_key)}{_collector_text(ready)}{_certificate_text(ready)}"""
+
+
+def _lan_text(api: str, lan_key: str | None) -> str:
+    """What to type on a phone, where `--lan` was given."""
+    if lan_key is None:
+        return ""
+    host = split_address(api.partition("://")[2])[0]
+    is_reached = host not in ANYWHERE and not is_loopback(host)
+    place = f"{api}/" if is_reached else "none reaches this machine, which has no address of a network"
+    return f"  phones and other computers of this network: {place}\n  API key: {lan_key}\n"
 
 
 def _others_text(ready: events.Ready) -> str:

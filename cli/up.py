@@ -14,6 +14,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 from llamaclust.cli.interrupts import ends_at_once, exits_on_signals
+from llamaclust.cli.listening import lan_key, listen_overrides
 from llamaclust.cli.progress import ClusterView, announce, cluster_view, shown_progress
 from llamaclust.cluster.config.catalog import stored_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
@@ -30,14 +31,15 @@ def run_cluster(
     overrides: list[str],
     port: int | None,
     *,
+    lan: bool,
     detach: bool,
     standby: bool,
     notify: int | None,
     ranked: bool,
 ) -> None:
     """Runs a cluster to its end, or returns when a detached one is ready."""
-    if port is not None:
-        overrides = [*overrides, f"listen={load_config(file, overrides).host}:{port}"]
+    if port is not None or lan:
+        overrides = [*overrides, *listen_overrides(file, overrides, port, lan=lan)]
     config = load_config(file, overrides)
     if notify is not None:
         _run_notifying(config, Starter(notify))
@@ -50,15 +52,16 @@ def run_cluster(
 
         if detach:
             raise UsageError("--detach: a cluster of launcher mpi ends with mpirun; put that into the background")
-        raise SystemExit(run_ranks(config, _arguments(file, overrides)))
+        raise SystemExit(run_ranks(config, [*_arguments(file, overrides), *(["--lan"] if lan else [])]))
+    key = lan_key(config.api_keys_file) if lan and config.api_keys_file else None
     for own in config.of_each_model():
         announce(own.model)
     with shown_progress() as progress:
         models = [_model(own.model, progress) for own in config.of_each_model()]
     if detach:
-        run_detached(config, _arguments(file, overrides))
+        run_detached(config, _arguments(file, overrides), key)
         return
-    with ends_at_once(), cluster_view(config.name) as show:  # until the cluster handles signals itself
+    with ends_at_once(), cluster_view(config.name, key) as show:  # until the cluster handles signals itself
         _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
@@ -147,8 +150,8 @@ class Starter:
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
-    """Runs `up` with these arguments as a process of its own and returns when its cluster is ready.
+def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
+    """Runs `up` with these arguments as a process of its own and returns when its cluster is ready; see `ready_text`.
 
     LlamaclustError where it is not to be; then, and where this process is told to end, nothing is left running.
     """
@@ -161,7 +164,8 @@ def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
             reading, process = _spawn(arguments, log)
             events = undo.enter_context(os.fdopen(reading))  # the pipe outlives the end: one signal is enough
             undo.callback(_end, process)
-        _watch_start(map(from_line, events), log)
+        with ClusterView(lan_key) as view:
+            _watch_start(map(from_line, events), view, log)
         undo.pop_all()
         events.close()
 
@@ -195,15 +199,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _watch_start(events: Iterator[Event], log: Path) -> None:
+def _watch_start(events: Iterator[Event], view: ClusterView, log: Path) -> None:
     """Shows the events; returns when the cluster is ready. LlamaclustError where it is not to be."""
-    with ClusterView() as view:
-        for event in events:
-            view.show(event)
-            if isinstance(event, Ready):
-                return
-            if isinstance(event, StartFailed):
-                failure = LlamaclustError(event.message)
-                failure.exit_code = event.exit_code
-                raise failure
+    for event in events:
+        view.show(event)
+        if isinstance(event, Ready):
+            return
+        if isinstance(event, StartFailed):
+            failure = LlamaclustError(event.message)
+            failure.exit_code = event.exit_code
+            raise failure
     raise LlamaclustError(f"the coordinator ended before the cluster was ready: see {log}")

@@ -345,13 +345,18 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
     return f"--{key.replace('_', '-')} {'auto' if value is None else value}"
 
 
+def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
+    """What `load_config` checks. UsageError where the file cannot be read or an override cannot be applied."""
+    document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
+    return override(document, overrides)
+
+
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
     """The cluster that a file and KEY=VALUE overrides describe; without a file, the demo's.
 
     Relative paths in the file are relative to its folder. UsageError names the place, what is wrong and what to do.
     """
-    document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
-    document = override(document, overrides)
+    document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)
     except ValidationError as error:

@@ -206,7 +206,7 @@ from pathlib import Path
 from llamaclust.cli import up
 serve = lambda *given, **more: print("grpc" in sys.modules, os.environ.get("GRPC_VERBOSITY"))
 sys.modules["llamaclust.cluster.server.serve"] = types.SimpleNamespace(serve=serve)
-up.run_cluster(Path(sys.argv[1]), [], None, detach=False, standby=False, notify=None, ranked=False)
+up.run_cluster(Path(sys.argv[1]), [], None, lan=False, detach=False, standby=False, notify=None, ranked=False)
 """
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from llamaclust.cli.plan import planned
+from llamaclust.cli.plans.plan import planned
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
 from llamaclust.cluster.control.limits import check_plan

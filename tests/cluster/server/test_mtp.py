@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cli.plan import show_plan
+from llamaclust.cli.plans.plan import show_plan
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import check_plan, plan_limits, speculation_settings, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster

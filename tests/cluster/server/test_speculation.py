@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.plan import planned, show_plan
+from llamaclust.cli.plans.plan import planned, show_plan
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.limits import speculation_settings
 from llamaclust.cluster.launchers.draft_model import plan_draft_model
@@ -78,7 +78,7 @@ def test_a_plan_counts_the_draft_model(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
-    monkeypatch.setattr("llamaclust.cli.plan.available_memory_bytes", lambda: FREE_BYTES)
+    monkeypatch.setattr("llamaclust.cli.plans.plan.available_memory_bytes", lambda: FREE_BYTES)
     given = [f"model={model}", "context_length=64", "workers=[{name: a}]"]
     drafting = [*given, f"speculative={{model: {model}, threads: 1}}"]
     plain, beside = planned(load_config(None, given)), planned(load_config(None, drafting))
@@ -95,7 +95,7 @@ def test_a_plan_counts_the_draft_model(
     remarks = shown.pop("remarks")
     assert len(remarks) == 1 and remarks[0].startswith(f"draft model {model.name} is not small: ")
     assert shown == {"name": model.name, "bytes": taken, "models": [model.stem], "others": []}
-    monkeypatch.setattr("llamaclust.cli.plan.available_memory_bytes", lambda: taken + after.bytes // 2)
+    monkeypatch.setattr("llamaclust.cli.plans.plan.available_memory_bytes", lambda: taken + after.bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=f"; draft model {model.name}: {mib(taken)} MiB of this machine"):
         planned(load_config(None, drafting))
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from llamaclust.cli.plan import planned, show_plan
+from llamaclust.cli.plans.plan import planned, show_plan
 from llamaclust.cli.status import gpu_lines
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.membership.worker_handle import WorkerHandle

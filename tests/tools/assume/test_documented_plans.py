@@ -127,7 +127,7 @@ def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatc
     def planned(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
         return survey(machines, tuple(overrides))
 
-    monkeypatch.setattr("llamaclust.cli.assumed_plan.plan_shapes", planned)
+    monkeypatch.setattr("llamaclust.cli.plans.assumed_plan.plan_shapes", planned)
     example = ["plan", "--assume", "16GB@40GB/s"]
     assert "leave out FILE and --workers" in output([*example, "--model", "8b", "--workers", "2"])
     assert "leave out FILE and --workers" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])

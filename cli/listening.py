@@ -1,0 +1,40 @@
+"""`up --port` and `up --lan`: where the API listens, and the key for phones and other computers of the network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from llamaclust.cli.keys import key_file
+from llamaclust.cli.terminal import printable
+from llamaclust.cluster.config.cluster_config import ClusterConfig, cluster_document
+from llamaclust.cluster.state.api_keys import add_key, named_keys
+from llamaclust.core.addresses import ANYWHERE, AddressError, is_loopback, joined_address, split_address
+
+_KEY_NAME = "lan"
+
+
+def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
+    """`--port` and `--lan` as overrides of a cluster file: another port; all addresses in place of one at loopback, and
+    the file of keys of the state directory where the cluster has none."""
+    values = cluster_document(file, overrides).values
+    listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
+    more = []
+    with suppress(AddressError):  # the check of the whole file names its place
+        host, given = split_address(listen)
+        wanted = joined_address(ANYWHERE[0] if lan and is_loopback(host) else host, given if port is None else port)
+        more.append(f"listen={json.dumps(wanted)}")
+    if lan and values.get("api_keys_file") is None:
+        more.append(f"api_keys_file={json.dumps(str(key_file()))}")
+    return more
+
+
+def lan_key(path: Path) -> str:
+    """The key named lan, made where the file has no key at all: on a terminal the key itself, else its place."""
+    keys = named_keys(path) or [add_key(path, _KEY_NAME)]
+    own = next((each for each in keys if each.name == _KEY_NAME), None)
+    if own is None:
+        return f"a line of {printable(str(path))}"
+    return own.key if sys.stderr.isatty() else f"the line below `# {_KEY_NAME}` in {printable(str(path))}"

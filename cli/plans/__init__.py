@@ -1,0 +1,1 @@
+"""`llamaclust plan`: plans of clusters and of assumed machines."""

@@ -76,14 +76,37 @@ def up(
     run_cluster(file, overrides, port, lan=lan, detach=detach, standby=standby, notify=notify, ranked=ranked)
 
 
-def down(cluster: Cluster = None) -> None:
+def down(
+    cluster: Cluster = None,
+    every: Annotated[bool, Option("--all", help="Stop all clusters that run on this machine.")] = False,
+) -> None:
     """Stop a running cluster. Running requests get up to 30 seconds to finish; a second `down` stops it at once."""
+    if every and cluster is not None:
+        raise UsageError("--all and --cluster: choose one")
+    clusters = _all_running() if every else [_running(cluster)]
+    failures: list[LlamaclustError] = []
+    for step in (_ask_to_end, _await_end):  # all are asked before the first one is waited for
+        for each in [*clusters]:
+            try:
+                step(*each)
+            except LlamaclustError as error:
+                failures.append(error)
+                clusters.remove(each)
+    if failures:
+        raise LlamaclustError("; ".join(map(str, failures)))
+
+
+def _ask_to_end(_: ClusterDir, record: ClusterRecord) -> None:
+    record.signal(signal.SIGTERM)
+
+
+def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
+    """Kills a cluster that does not end in time."""
     from llamaclust.cluster.state.unanswered import left_unanswered
 
-    folder, record = _running(cluster)
-    record.signal(signal.SIGTERM)
     if not folder.ends_within(_IDLE_S):
-        print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
+        what = "running requests are finished first; `llamaclust down` again stops at once"
+        print(f"{record.name}: {what}", file=sys.stderr)
     if not folder.ends_within(_STOP_S):
         print(f"{record.name} has not ended within {_STOP_S:.0f} s: it is killed now", file=sys.stderr)
         folder.mark_stopped()  # else a standby would take over
@@ -105,9 +128,13 @@ def status(
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
 ) -> None:
-    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed."""
-    from llamaclust.cli.status import Watched, show_status
+    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed; of several, a line
+    each."""
+    from llamaclust.cli.status import Watched, show_clusters, show_status
 
+    if not (cluster or endpoint or api_key_file or ca_file or watch) and len(several := _all_running()) > 1:
+        show_clusters(several, as_json)
+        return
     show_status(Watched.find(cluster, endpoint, api_key_file, ca_file), as_json, watch)
 
 
@@ -227,6 +254,14 @@ def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
     from llamaclust.cluster.state.clusters import find_running
 
     return find_running(environment().state_dir, name)
+
+
+def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
+    """UsageError where none runs."""
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.clusters import running_clusters
+
+    return [*running_clusters(environment().state_dir).values()] or [_running(None)]
 
 
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:

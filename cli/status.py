@@ -21,7 +21,7 @@ from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.clusters import find_running
-from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.gpus import DeviceLayers, placed
 from llamaclust.core.sizes import MIB
@@ -90,6 +90,28 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
     print(f"{cluster.name} is stopped", file=sys.stderr)
 
 
+def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
+    """Prints a line for each of several clusters; one that does not answer has its error there."""
+    states = [_state_or_error(record) for _, record in clusters]
+    if as_json:
+        print(json.dumps({"clusters": states}))
+        return
+    for state in states:
+        if "error" in state:
+            print(terminal.printable(state["error"]))
+        else:
+            print(f"{next(_head(state))}; {_requests_text(state)}, workers: {len(state['workers'])}")
+    print("one of them: --cluster NAME; all end: `llamaclust down --all`", file=sys.stderr)
+
+
+def _state_or_error(record: ClusterRecord) -> State:
+    try:
+        with ClusterApi.of(record) as api:
+            return api.status()
+    except LlamaclustError as error:
+        return {"name": record.name, "api": record.api, "pid": record.pid, "error": str(error)}
+
+
 def _line(state: State) -> str:
     """A cluster in one line."""
     requests, speed = state["requests"], state["speed"]["measured"]
@@ -119,14 +141,12 @@ def _head(state: State) -> Iterator[str]:
     """All but the workers."""
     model, models = terminal.printable(state["model"]), state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
-    requests = [each["requests"] for each in models] or [state["requests"]]
     yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
     if state["insecure"]:
         yield "INSECURE: links between machines are neither encrypted nor authenticated"
     if state["reason"] is not None:
         yield terminal.printable(state["reason"])
-    running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
-    yield f"requests: {running} running, {waiting} waiting"
+    yield f"requests: {_requests_text(state)}"
     if len(models) > 1:
         yield f"models: {', '.join(map(_model, models))}"
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
@@ -140,6 +160,13 @@ def _head(state: State) -> Iterator[str]:
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"
+
+
+def _requests_text(state: State) -> str:
+    """Requests of all models together."""
+    requests = [each["requests"] for each in state.get("models", ())] or [state["requests"]]
+    running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
+    return f"{running} running, {waiting} waiting"
 
 
 def _model(model: State) -> str:

@@ -37,7 +37,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
         raise UsageError(f"no cluster is running: start one with `llamaclust up`{last}")
     choose = f"choose one of {', '.join(running)} with --cluster"
     if name is None:
-        raise UsageError(f"several clusters are running: {choose}")
+        raise UsageError(f"several clusters are running: {choose}; `llamaclust status` lists them")
     raise UsageError(f"no cluster named {name!r} is running: {choose}{last}")
 
 

@@ -15,6 +15,7 @@ from typer import Argument, BadParameter, Option
 from typer.core import TyperCommand, TyperGroup
 
 from llamaclust.cli.cluster_source import MAX_WORKERS
+from llamaclust.cli.foreign_commands import WITHOUT_ARGUMENT, instead_of, without_argument
 from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import decode_text
@@ -35,6 +36,7 @@ class PlainCommand(TyperCommand):
         return _without_types(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = ctx.command.name in WITHOUT_ARGUMENT
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except BadUsage as error:
@@ -43,6 +45,8 @@ class PlainCommand(TyperCommand):
                 hidden = {name for param in self.params if getattr(param, "hidden", False) for name in param.opts}
                 error.possibilities = [name for name in possible if name not in hidden]
             raise
+        if rest:
+            raise UsageError(without_argument(ctx.command.name, rest[0]))
         return rest
 
 
@@ -51,6 +55,13 @@ class PlainGroup(TyperGroup):
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """UsageError for a command of another program that has one here in its place."""
+        is_known = args[0] in self.commands or ctx.resilient_parsing
+        if not is_known and (told := instead_of(ctx.command_path, args, self.commands)) is not None:
+            raise UsageError(told)
+        return super().resolve_command(ctx, args)
 
 
 def _without_types(params: list[Any]) -> list[Any]:

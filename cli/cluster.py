@@ -85,7 +85,7 @@ def down(
         raise UsageError("--all and --cluster: choose one")
     clusters = _all_running() if every else [_running(cluster)]
     failures: list[LlamaclustError] = []
-    for step in (_ask_to_end, _await_end):  # all are asked before the first one is waited for
+    for step in (_signal_end, _await_end):  # all get the signal before the first one is waited for
         for each in [*clusters]:
             try:
                 step(*each)
@@ -96,7 +96,7 @@ def down(
         raise LlamaclustError("; ".join(map(str, failures)))
 
 
-def _ask_to_end(_: ClusterDir, record: ClusterRecord) -> None:
+def _signal_end(_: ClusterDir, record: ClusterRecord) -> None:
     record.signal(signal.SIGTERM)
 
 

@@ -15,9 +15,7 @@ import pytest
 import llamaclust
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
-from llamaclust.cluster.client.http_codec import reply_error
 from llamaclust.cluster.client.in_process import ServiceClient
-from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.client.resuming import unreachable
 from llamaclust.cluster.client.types import AnswerOptions, CompletionOptions, Options
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -276,48 +274,6 @@ async def test_a_failure_in_the_middle_of_an_answer_is_raised() -> None:
         with pytest.raises(WorkerError, match=r"worker b \(layers 3-5\) ended: killed"):
             await with_client(url, read)
     assert 0 < len("".join(seen)) < len("Hello")
-
-
-async def test_api_keys() -> None:
-    async with serving(served.make_app(ScriptedEngine(says("Hi")), api_keys=("secret-key",))) as url:
-        assert (await with_client(url, lambda client: client.generate("x"), api_key="secret-key")).text == "Hi"
-
-
-REFUSED: dict[str, Callable[[Client], object]] = {
-    "a stream": lambda client: client.generate("x"),
-    "a chat": lambda client: client.chat(CHAT),
-    "a request": lambda client: client.tokenize("x"),
-    "embeddings": lambda client: client.embed(["x"]),
-}
-
-
-@pytest.mark.parametrize(("key", "what"), [(None, "this API needs a key"), ("other-key", "unknown API key")])
-@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
-async def test_a_refused_client_is_told_how_to_give_the_key(
-    call: Callable[[Client], object], key: str | None, what: str
-) -> None:
-    advice = f"{what}; give the API key by --api-key-file FILE, in Python by `api_key=`"
-    async with serving(served.make_app(ScriptedEngine(says("Hi")), api_keys=("secret-key",))) as url:
-        with pytest.raises(RequestError) as caught:
-            await with_client(url, call, api_key=key)
-        assert str(caught.value) == advice and caught.value.http_status == 401
-        async with AsyncClient(url, key) as client:
-            with pytest.raises(RequestError, match="--api-key-file FILE"):
-                await client.generate("x")
-        with pytest.raises(RequestError, match="the cluster: this API needs a key; give the API key by --api-key-file"):
-            await asyncio.to_thread(lambda: ClusterApi("the cluster", url, None).requests())
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b'{"error": {"message": "Invalid API Key", "code": 401}}', "Invalid API Key; give the"),
-        (b'{"error": "Incorrect API key provided."}', "Incorrect API key provided; give the"),
-        (b"<html>sign in", "HTTP 401 of something else than llamaclust: <html>sign in; give the"),
-    ],
-)
-def test_other_servers_that_want_a_key(body: bytes, message: str) -> None:
-    assert str(reply_error(401, None, body)).startswith(message)
 
 
 async def test_no_server() -> None:

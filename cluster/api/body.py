@@ -41,6 +41,8 @@ _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
 """One: Python parses one body at a time anyway, and streams go on beside it."""
+_converting = Threads(1, "convert-body")
+"""Bodies that were read go on before others are read: fewer of them are held at once."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -71,7 +73,7 @@ async def converted(
     """Calls `make` with a body, on a thread where the body has many values, such as a large schema."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
-    return await run_on(_reading, make, *given, **named)
+    return await run_on(_converting, make, *given, **named)
 
 
 def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSettings) -> ForeignFields:

@@ -3,17 +3,22 @@ request is admitted."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import ParameterError, QueueFullError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
+from llamaclust.core.sharing.shares import fits
 
 MAX_REPLY_ENTRIES = 1 << 21
 """Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
-MAX_HELD_ENTRIES = 1 << 22
-"""Of all replies with logprobs or embeddings, and prompts that are ranked, together."""
+MAX_HELD_ENTRIES = 1 << 21
+"""Of an owner's replies with logprobs or embeddings, and prompts that are ranked; all owners together have less than
+twice as many."""
 _ENTRY_NUMBERS = 5
 """Numbers of an embedding, or tokens of prompts, that take as much as an entry."""
 _RETRY_S = 5.0
@@ -43,16 +48,32 @@ class ReplySize:
         return self.rows * (1 + self.top_logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Entries that a request has taken."""
+
+    owner: str
+    entries: int
+
+
+NOTHING: Final = Reservation("", 0)
+
+
 class EntryBudget:
     """What all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as long as
     they may be."""
 
     def __init__(self) -> None:
-        self.held = 0
+        self._held: Counter[str] = Counter()  # by owner
 
-    def reserve(self, sizes: Sequence[ReplySize]) -> int:
+    @property
+    def held(self) -> int:
+        """Of all owners."""
+        return self._held.total()
+
+    def reserve(self, sizes: Sequence[ReplySize]) -> Reservation:
         """Takes what a request needs, to be `release`d. ParameterError where it is more than any request may have,
-        QueueFullError where others hold too much at present."""
+        QueueFullError where the current owner's other requests, or those of all, hold too much at present."""
         entries = sum(size.entries for size in sizes)
         if entries > MAX_REPLY_ENTRIES:
             rows, top = sum(size.rows for size in sizes), max(size.top_logprobs for size in sizes)
@@ -63,7 +84,7 @@ class EntryBudget:
             raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
         return self._take(sum(size.entries for size in sizes if size.has_logprobs))
 
-    def reserve_numbers(self, count: int) -> int:
+    def reserve_numbers(self, count: int) -> Reservation:
         """Likewise for the numbers of embeddings."""
         most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
         if count > most:
@@ -71,7 +92,7 @@ class EntryBudget:
             raise ParameterError("input", reason, "reply_too_large")
         return self._take(-(-count // _ENTRY_NUMBERS))
 
-    def reserve_pairs(self, tokens: int) -> int:
+    def reserve_pairs(self, tokens: int) -> Reservation:
         """Likewise for the tokens of all prompts of one query."""
         most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
         if tokens > most:
@@ -81,11 +102,14 @@ class EntryBudget:
             raise ParameterError("documents", reason, "reply_too_large")
         return self._take(-(-tokens // _ENTRY_NUMBERS))
 
-    def release(self, reserved: int) -> None:
-        self.held -= reserved
+    def release(self, reserved: Reservation) -> None:
+        self._held[reserved.owner] -= reserved.entries
+        if not self._held[reserved.owner]:
+            del self._held[reserved.owner]
 
-    def _take(self, entries: int) -> int:
-        if entries and self.held + entries > MAX_HELD_ENTRIES:
+    def _take(self, entries: int) -> Reservation:
+        owner = current_owner.get()
+        if entries and not fits(self._held[owner], self.held, MAX_HELD_ENTRIES, entries):
             raise QueueFullError(f"replies of {self.held} entries are under way; try again", _RETRY_S)
-        self.held += entries
-        return entries
+        self._held[owner] += entries
+        return Reservation(owner, entries)

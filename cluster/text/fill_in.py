@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from llamaclust.cluster.text.threads import TOKENIZING, run_on
+from llamaclust.cluster.text.threads import run_on, tokenizing
 from llamaclust.core.errors import ContextLengthError
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ async def fill_in_prompt(
         has = f"has {characters} characters, more than {context_length} tokens can hold"
         raise ContextLengthError(has, least, context_length, "input_prefix")
     room = context_length - (context_length // _ANSWER_SHARE if max_new_tokens is None else max_new_tokens)
-    return tuple(await run_on(TOKENIZING, _encoded, tokenizer, tokens, gap, room))
+    return tuple(await run_on(tokenizing(characters), _encoded, tokenizer, tokens, gap, room))
 
 
 def _encoded(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:

@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.text.budget import EntryBudget
+from llamaclust.cluster.text.budget import NOTHING, EntryBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.text.chat_format import ChatFormat
@@ -25,7 +25,7 @@ from llamaclust.cluster.text.reasoning import answer_reasoning
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.slots import Slots
 from llamaclust.cluster.text.stream import CompletionStream, Record
-from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on
+from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on, tokenizing
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -209,7 +209,7 @@ class TextService:
         try:
             pairs = [await prompt(document, "documents") for document in documents]
             self.budget.release(reserved)
-            reserved = 0
+            reserved = NOTHING
             reserved = self.budget.reserve_pairs(sum(map(len, pairs)))
             return await self._embedder.rank(pairs, ranking)
         finally:
@@ -234,7 +234,7 @@ class TextService:
         """Token ids of a text."""
         if len(text) <= _BLOCKING_CHARACTERS:
             return self.tokenizer.encode(text, add_special, parse_special)
-        return await run_on(TOKENIZING, self.tokenizer.encode, text, add_special, parse_special)
+        return await run_on(tokenizing(len(text)), self.tokenizer.encode, text, add_special, parse_special)
 
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
@@ -243,8 +243,9 @@ class TextService:
         part. ParameterError, before any work, where the parts are more than so many tokens, by default the context's,
         can hold."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
-        self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), param, most_tokens)
-        return await run_on(TOKENIZING, self._encode_all, parts, add_special)
+        characters = sum(len(part) for part in parts if isinstance(part, str))
+        self._check_characters(characters, param, most_tokens)
+        return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
         """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
@@ -267,7 +268,7 @@ class TextService:
             chat_format = self._format_of(chat)
             rendered = await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)
             self._check_characters(len(unguarded(rendered.prompt)))
-            prompt = await run_on(TOKENIZING, encode_chat, self.tokenizer, rendered.prompt)
+            prompt = await run_on(tokenizing(len(rendered.prompt)), encode_chat, self.tokenizer, rendered.prompt)
         reading = rendered.reading and replace(rendered.reading, shown_control_ids=chat_format.control_ids)
         return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
 

@@ -46,11 +46,19 @@ class Threads(Places):
 
 
 TOKENIZING = Threads(2, "tokenize")
+_LONG_TEXTS = Threads(1, "tokenize-long")
+_LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
 """Few: they compute in Python, one at a time, and the event loop waits for its turn beside them."""
 TEMPLATES = Places(2)
 """Processes that render a chat template."""
+
+
+def tokenizing(characters: int) -> Threads:
+    """The threads that tokenize texts of so many characters: long ones one after another, since a tokenizer uses up to
+    150 bytes for a character, and short ones beside them."""
+    return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
 async def run_on(

@@ -23,7 +23,7 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.threads import TOKENIZING, run_on
+from llamaclust.cluster.text.threads import TOKENIZING, run_on, tokenizing
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class LlamaCppEndpoints:
         body = await read_body(request, TokenizeBody, TEXT_ONLY, self._settings)
         if len(body.content) <= _BLOCKING_CHARACTERS:
             return self._tokenized(body)
-        return await unless_disconnected(request, run_on(TOKENIZING, self._tokenized, body))
+        return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
         """The whole reply: its ids take ten times as much memory as their JSON, and waiting replies keep the latter."""

@@ -8,7 +8,7 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.text.answer import TextChunk
-from llamaclust.cluster.text.budget import ReplySize
+from llamaclust.cluster.text.budget import NOTHING, ReplySize
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
@@ -24,7 +24,7 @@ class PromptStreams:
         self._service = service
         self._ticket = ticket
         self._is_read_at_once = is_read_at_once
-        self._reserved = 0
+        self._reserved = NOTHING
 
     async def submit(self, prompts: Sequence[CompletionRequest]) -> None:
         """Submits all prompts, with one seed; where one is refused, none runs."""
@@ -65,7 +65,7 @@ class PromptStreams:
             await stream.aclose()
         self.streams.clear()
         self._service.budget.release(self._reserved)
-        self._reserved = 0
+        self._reserved = NOTHING
 
     async def chunks(self, keepalive_s: float) -> AsyncIterator[tuple[int, TextChunk | None]]:
         """All prompts' chunks, prompt by prompt; None where nothing came for a while."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -12,6 +13,8 @@ from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.text.owner import current_owner
+from llamaclust.core.sharing.shares import fits
 from llamaclust.wire.rpc.task_set import TaskSet
 
 
@@ -25,6 +28,7 @@ class _Name(Enum):
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
+    owner: str  # whose share it is in
     path: str  # of its endpoint
     digest: bytes  # of its request
     body_bytes: int
@@ -43,18 +47,21 @@ class ReplyCache:
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
         self._ids: dict[tuple[str, _Name, str], str] = {}  # by owner and name
-        self._held_bytes = 0
+        self._held_bytes: Counter[str] = Counter()  # by owner
+        self._replies: Counter[str] = Counter()  # likewise
         self._ending = TaskSet()
 
     def add(
         self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool, is_background: bool = False
     ) -> KeptReply:
-        """HttpError where there is no room."""
+        """HttpError where the current owner has no room."""
+        owner = current_owner.get()
         body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
-        self._make_room(body_bytes)
+        self._make_room(owner, body_bytes)
         kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed, is_background=is_background)
-        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
-        self._held_bytes += body_bytes
+        self._entries[ticket.id] = _Entry(kept, owner, path, _digest(path, body), body_bytes)
+        self._held_bytes[owner] += body_bytes
+        self._replies[owner] += 1
         for name in _names(ticket):
             self._ids[name] = ticket.id
         return kept
@@ -67,7 +74,10 @@ class ReplyCache:
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket
         if (entry := self._entries.pop(ticket.id, None)) is not None:
-            self._held_bytes -= entry.held_bytes
+            self._held_bytes[entry.owner] -= entry.held_bytes
+            self._replies[entry.owner] -= 1
+            if not self._replies[entry.owner]:
+                del self._replies[entry.owner], self._held_bytes[entry.owner]
         for name in _names(ticket):
             if self._ids.get(name) == ticket.id:
                 del self._ids[name]
@@ -104,15 +114,14 @@ class ReplyCache:
             self._journal.completed(kept.ticket.id)
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """See `ReplyOwner`. Where all together are too much, complete ones that are not read give way, then the largest
-        that run fail, first those that are not read."""
-        if kept.ticket.id not in self._entries:
+        """See `ReplyOwner`. Where an owner's are too much, its complete ones that are not read give way; then the
+        largest fail of those that run, first those that are not read, of the owner with the most."""
+        if (entry := self._entries.get(kept.ticket.id)) is None:
             return
-        self._held_bytes += more_bytes
-        self._evict()
-        while self._is_full():
-            kept_ones = [entry.kept for entry in self._entries.values()]
-            running = [other for other in kept_ones if other.is_running and other.held_bytes]
+        self._held_bytes[entry.owner] += more_bytes
+        self._evict(entry.owner)
+        while (owner := self._largest_owner()) is not None:
+            running = [other for other in self._of(owner) if other.is_running and other.held_bytes]
             largest = max(running, key=lambda other: (not other.is_read, other.held_bytes), default=None)
             if largest is None:
                 return
@@ -145,26 +154,42 @@ class ReplyCache:
             raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
         return entry.kept
 
-    def _make_room(self, body_bytes: int) -> None:
+    def _make_room(self, owner: str, body_bytes: int) -> None:
         """For one more. HttpError where those that do not give way are too much."""
-        self._evict(body_bytes, 1)
-        if self._is_full(body_bytes, 1):
-            what = f"{len(self._entries)} kept replies of {self._held_bytes >> 20} MiB"
+        self._evict(owner, body_bytes, 1)
+        if not self._has_room(owner, body_bytes, 1):
+            what = f"{self._replies[owner]} kept replies of {self._held_bytes[owner] >> 20} MiB"
             raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
 
-    def _evict(self, more_bytes: int = 0, more_replies: int = 0) -> None:
-        """Replies that are complete or postponed, and not read, give way as needed, the oldest first."""
-        if self._is_full(more_bytes, more_replies):
-            for entry in list(self._entries.values()):
-                if entry.kept.gives_way:
-                    self.remove(entry.kept)
-                    self._ending.start(entry.kept.aclose())  # its timer would hold it for as long as it is kept
-                    if not self._is_full(more_bytes, more_replies):
-                        return
+    def _evict(self, owner: str, more_bytes: int = 0, more_replies: int = 0) -> None:
+        """Replies of the owner that are complete or postponed, and not read, give way as needed, the oldest first."""
+        if self._has_room(owner, more_bytes, more_replies):
+            return
+        for kept in self._of(owner):
+            if kept.gives_way:
+                self.remove(kept)
+                self._ending.start(kept.aclose())  # its timer would hold it for as long as it is kept
+                if self._has_room(owner, more_bytes, more_replies):
+                    return
 
-    def _is_full(self, more_bytes: int = 0, more_replies: int = 0) -> bool:
-        held_bytes, replies = self._held_bytes + more_bytes, len(self._entries) + more_replies
-        return held_bytes > self._settings.max_kept_bytes or replies > self._settings.max_kept_replies
+    def _has_room(self, owner: str, more_bytes: int = 0, more_replies: int = 0) -> bool:
+        """What one owner keeps takes no room from others, see `fits`."""
+        settings = self._settings
+        own_bytes, held_bytes = self._held_bytes[owner], self._held_bytes.total()
+        own, held = self._replies[owner], len(self._entries)
+        return fits(own_bytes, held_bytes, settings.max_kept_bytes, more_bytes) and fits(
+            own, held, settings.max_kept_replies, more_replies
+        )
+
+    def _largest_owner(self) -> str | None:
+        """The owner with the most bytes, where these, or those of all owners together, are too many."""
+        most = self._settings.max_kept_bytes
+        owner = max(self._held_bytes, key=self._held_bytes.__getitem__, default="")
+        return owner if self._held_bytes[owner] > most or self._held_bytes.total() > 2 * most else None
+
+    def _of(self, owner: str) -> list[KeptReply]:
+        """The oldest first."""
+        return [entry.kept for entry in self._entries.values() if entry.owner == owner]
 
 
 def _names(ticket: Ticket) -> list[tuple[str, _Name, str]]:

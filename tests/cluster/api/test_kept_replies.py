@@ -22,6 +22,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
@@ -215,6 +216,51 @@ async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None
     kept_in(cache, "b")
     await until(lambda: gc.collect() >= 0 and held() is None)
     await cache.aclose()
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"max_kept_replies": 4}, {"max_kept_bytes": 8_000}, {"max_kept_replies": 7, "max_kept_bytes": 9_000}]
+)
+async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, Any]) -> None:
+    """However many an owner keeps, what others have stays, and a newcomer finds room."""
+    cache = ReplyCache(ApiSettings(**bounds), None)
+
+    async def keep(owner: str, name: str) -> KeptReply:
+        current_owner.set(owner)
+        kept = kept_in(cache, name)
+        reply = CompleteReply(1)
+        await kept.begin(reply)
+        await until(lambda: kept.gives_way)
+        return kept
+
+    first = await keep("quiet", "mine")
+    for number in range(12):
+        await keep("busy", f"busy{number}")
+    assert cache.named("", "mine") is first
+    assert cache.named("", "busy0") is None and cache.named("", "busy11") is not None
+    late = await keep("newcomer", "late")
+    for number in range(12):
+        await keep("busy", f"more{number}")
+    assert (cache.named("", "mine"), cache.named("", "late")) == (first, late)
+    await cache.aclose()
+
+
+async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    sizes = {"a20": 20, "b12": 12, "c5": 5, "d3": 3, "a4": 4, "b15": 15, "c15": 15, "d20": 20}
+    for name in sizes:
+        current_owner.set(name[0])
+        kept[name] = kept_in(cache, name)
+    for name, events in sizes.items():
+        reply = kept[name]
+        await reply.begin(LongReply(events))
+        await until(partial(_has_grown, reply, events))
+    assert [name for name, reply in kept.items() if not reply.is_running] == ["a20", "b15"]
+    await cache.aclose()
+
+
+def _has_grown(reply: KeptReply, events: int) -> bool:
+    return reply.held_bytes >= events * 1000 or not reply.is_running
 
 
 async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:

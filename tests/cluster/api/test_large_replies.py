@@ -6,6 +6,8 @@ import asyncio
 import json
 import sys
 import threading
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from llamaclust.cluster.api.openai.shapes import completion_logprobs
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
+from llamaclust.cluster.text.owner import current_owner
+from llamaclust.core.errors import QueueFullError
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
@@ -60,6 +64,23 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
         engine.gate.set()
         assert (await first).status_code == 200
         assert (await http.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
+def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one releases is its own, whoever releases it."""
+    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 40)
+    shared, reserved = budget.EntryBudget(), []
+    for owner in owners:
+        current_owner.set(owner)
+        with suppress(QueueFullError):
+            reserved.append(shared.reserve_numbers(5 * 20 if owner == "a" else 5))
+    assert Counter(each.owner for each in reserved) == Counter("aa" + owners.lstrip("a"))
+    for each in reserved:
+        shared.release(each)
+    assert shared.held == 0
+    current_owner.set("a")
+    shared.release(shared.reserve_numbers(5 * 40))
 
 
 @pytest.mark.parametrize(

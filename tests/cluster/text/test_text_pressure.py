@@ -15,7 +15,7 @@ from llamaclust.cluster.text import threads
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.threads import BREAKERS, Threads, run_on
+from llamaclust.cluster.text.threads import BREAKERS, Threads, run_on, tokenizing
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
@@ -145,3 +145,25 @@ async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> 
     held.set()
     pool.executor.shutdown()
     assert ran == []
+
+
+@pytest.mark.parametrize("characters", [1 << 17, 1 << 20])
+async def test_long_texts_are_tokenized_one_at_a_time_and_short_ones_beside_them(characters: int) -> None:
+    """Each long one needs much memory."""
+    at_work: list[int] = []
+    most, gate = [0], Event()
+
+    def work(size: int) -> None:
+        at_work.append(size)
+        most[0] = max(most[0], at_work.count(characters))
+        if size == characters:
+            gate.wait(5)
+        at_work.remove(size)
+
+    long = [asyncio.create_task(run_on(tokenizing(characters), work, characters)) for _ in range(3)]
+    await until(lambda: characters in at_work)
+    for size in (1, 5000, 30_000):
+        await run_on(tokenizing(size), work, size)
+    gate.set()
+    await asyncio.gather(*long)
+    assert most == [1]

@@ -69,7 +69,7 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class RowsFailed:
-    """A request ended since rows of it had no result, wherever they were computed."""
+    """A request ended since rows of it had no result, on the worker that was suspected for them and elsewhere."""
 
     key: int
 

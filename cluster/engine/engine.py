@@ -19,8 +19,8 @@ from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, TokenSampled, Update
-from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
+from llamaclust.cluster.scheduler.scheduler import Completed, Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import (
     ClusterStoppingError,
@@ -33,10 +33,6 @@ from llamaclust.wire.microbatch.messages import Result
 _STOPPING = "the cluster is stopping"
 
 _log = logging.getLogger(__name__)
-
-
-_Updated = tuple[int, list[Update]]
-"""A sequence's key, and its updates."""
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
@@ -189,47 +185,44 @@ class Engine:
 
     def completed(self, lane: Lane, results: Sequence[Result]) -> None:
         """See `LaneOwner`."""
-        now_ns, drafts, updated = monotonic_ns(), lane.scheduler.drafts, list[_Updated]()
+        now_ns, drafts, completed = monotonic_ns(), lane.scheduler.drafts, list[Completed]()
         try:
             for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
                 if result.failure is not None:
                     break
-                updated += self._complete(lane, result, done_ns)
+                completed.append(self._complete(lane, result, done_ns))
             else:
                 lane.launch()
         finally:  # what came before a result that breaks the protocol counts
-            tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
+            tokens = sum(self.requests.deliver(key, updates) for each in completed for key, updates in each.updated)
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if result.failure is not None:
             self._lose(lane, stage_error(result, lane.pipeline.stages), result.number)
-        elif (fault := lane.scheduler.retries.take_fault()) is not None:
-            failure = row_failure(fault, lane.pipeline.stages)
+        elif faults := [each.fault for each in completed if each.fault is not None]:
+            failure = row_failure(faults[-1], lane.pipeline.stages)
             if lane is self._lane:
                 self._interrupt(failure)
             else:
                 self._end_retirement(failure.error)
 
-    def _complete(self, lane: Lane, result: Result, done_ns: int) -> list[_Updated]:
+    def _complete(self, lane: Lane, result: Result, done_ns: int) -> Completed:
         in_flight = lane.scheduler.in_flight
         slices, sent_ns = in_flight.slices(result.number), in_flight.oldest_ns or done_ns
         is_suspicious = bool(result.embeddings) or any(row.failure for row in result.rows)
-        lane.scheduler.retries.suspects_workers = (
-            is_suspicious and self._owner is not None and self._owner.may_suspect_workers
-        )
-        updated = lane.scheduler.complete(result, done_ns)
-        for key, updates in updated if is_suspicious else ():
-            last = updates[-1]
-            if self._owner is not None and isinstance(last, Failed) and not last.is_request_fault:
+        suspects_workers = is_suspicious and self._owner is not None and self._owner.may_suspect_workers
+        completed = lane.scheduler.complete(result, done_ns, suspects_workers=suspects_workers)
+        for key in completed.failed_elsewhere:
+            if self._owner is not None:
                 self._owner.rows_failed(key)
         self.waterfalls.computed(slices, ComputedMicrobatch.of(lane.pipeline.stages, result.timings, sent_ns, done_ns))
         if self.retirement is not None:
-            updated = self.retirement.receive(updated)
+            completed.updated = self.retirement.receive(completed.updated)
             self._advance_retirement()
-        lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in updated]))
+        lane.kv_disk.completed(result.number, map(self.requests.sequence, [key for key, _ in completed.updated]))
         if lane is self._lane:
             self.metrics.completed(result, done_ns)
-        return updated
+        return completed
 
     def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
         """Ends a request: cancelled, or failed with an error."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from operator import attrgetter
 
@@ -22,7 +22,7 @@ from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRe
 from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
-from llamaclust.cluster.scheduler.rows.retries import Retries
+from llamaclust.cluster.scheduler.rows.retries import Retries, Retry, RowFault
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.rows.taking import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
@@ -48,6 +48,15 @@ since little is measured yet, and one is in flight: the other pipeline's decode 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
 _next_rows = attrgetter("next_rows")
+
+
+@dataclass(slots=True)
+class Completed:
+    """What a result changed."""
+
+    updated: list[tuple[int, list[Update]]] = field(default_factory=list)  # a sequence's key, and its updates
+    fault: RowFault | None = None  # of the last stage
+    failed_elsewhere: list[int] = field(default_factory=list)  # keys of sequences that end, whose fault was no worker's
 
 
 class Scheduler:
@@ -134,7 +143,6 @@ class Scheduler:
         self._split = DecodeSplit(self.times)
         self.lookahead = Lookahead(self.times, has_states=settings.has_states)
         self.in_flight = InFlight(settings, epoch, self.times)
-        self.retries.take_fault()  # one of the lost pipeline, whose failure came with it, says nothing about this one
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     # -- sequences of other pipelines ------------------------------------------------------------------------------
@@ -207,19 +215,19 @@ class Scheduler:
         slices = (*map(take_token, ready), *prefill)
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
-    def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
-        """Takes in a result without a failure: the updates of each sequence that has any, by its key. ProtocolError
-        where it is not the result of the microbatch that is due."""
-        updated: list[tuple[int, list[Update]]] = []
+    def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
+        """Takes in a result without a failure. ProtocolError where it is not the result of the microbatch that is due.
+        `suspects_workers`: whether another worker may take the last stage, for rows without a result."""
+        completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
         row_bytes = len(result.embeddings) // max(1, sum(taken.chunk.embedded_rows for taken in slices))
         for taken in slices:
             row_end, end = row + len(taken.tasks), at + row_bytes * taken.chunk.embedded_rows
             if updates := self._complete_slice(taken, result.rows[row:row_end], result.embeddings[at:end], now_ns):
-                updated.append((taken.sequence.key, updates))
+                self._end(taken.sequence, updates, completed, suspects_workers=suspects_workers)
             row, at = row_end, end
-        return updated
+        return completed
 
     def _complete_slice(
         self, taken: SequenceSlice, rows: tuple[RowResult, ...], embeddings: bytes, now_ns: int
@@ -237,28 +245,35 @@ class Scheduler:
             return []
         accepted = sequence.accepted_rows
         updates = sequence.received(taken, embeddings, now_ns) if embeddings else answer(sequence, taken, rows, now_ns)
-        self.strikes.computed(sequence, sequence.computed)
+        is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
+        if not is_deferred and not (updates and isinstance(updates[-1], Failed)):
+            self.strikes.computed(sequence, sequence.computed)
         if taken.drafted:
             right = sequence.accepted_rows - accepted
             self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, right)
             self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
-        is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
         if is_deferred and not self.settings.may_repeat_rows:
             self.queues.recompute(sequence)
-        return self._ended(sequence, updates) if updates else []
+        return updates
 
-    def _ended(self, sequence: Sequence, updates: list[Update]) -> list[Update]:
-        """The updates, of a sequence that may end with them; none where it is tried again."""
-        if isinstance(last := updates[-1], Failed) and self.retries.is_tried_again(sequence, last):
-            self.queues.discard(sequence)
-            return []
+    def _end(self, sequence: Sequence, updates: list[Update], completed: Completed, *, suspects_workers: bool) -> None:
+        """Takes the updates of a sequence that may end with them; none where it is tried again."""
+        if isinstance(last := updates[-1], Failed):
+            retry = self.retries.failed(sequence, last, suspects_workers=suspects_workers)
+            if retry is Retry.ELSEWHERE:
+                completed.fault = RowFault(sequence.key, last.message)
+            if retry in (Retry.AGAIN, Retry.ELSEWHERE):
+                self.queues.discard(sequence)
+                return
+            if retry is Retry.FAILED_ELSEWHERE:
+                completed.failed_elsewhere.append(sequence.key)
         if isinstance(last, Finished):
             self.queues.memory.finished(sequence)
             if self.speculation is not None:
                 self.speculation.ended(sequence)
         if isinstance(last, Finished | Failed):
             self.abort(sequence.key)
-        return updates
+        completed.updated.append((sequence.key, updates))
 
     # -- decode ----------------------------------------------------------------------------------------------------
 

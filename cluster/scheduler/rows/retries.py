@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from llamaclust.cluster.scheduler.requests import Failed
 from llamaclust.cluster.scheduler.sequences import Sequence
@@ -17,29 +18,36 @@ class RowFault:
     failure: str
 
 
+class Retry(Enum):
+    """The next step for a sequence whose row has no result."""
+
+    AGAIN = auto()  # it is computed again by the same workers
+    ELSEWHERE = auto()  # it is computed again, and another worker should take the last stage
+    NEVER = auto()  # it ends
+    FAILED_ELSEWHERE = auto()  # it ends: the worker that was suspected for it is not at fault
+
+
 @dataclass(slots=True)
 class Retries:
     """A sequence is computed again in other KV blocks; a second failure is the last stage's, where another worker may
     take its place; a third one ends the sequence. A grammar that an answer breaks is no worker's fault."""
 
-    suspects_workers: bool = False
     count: int = 0
-    fault: RowFault | None = None
 
-    def is_tried_again(self, sequence: Sequence, failed: Failed) -> bool:
-        if failed.is_request_fault:
-            return False
+    def failed(self, sequence: Sequence, failed: Failed, *, suspects_workers: bool) -> Retry:
+        """`suspects_workers`: whether another worker may take the last stage."""
         may_be_worker = not sequence.request.needs_matcher or failed.message.startswith(NOT_FINITE)
-        is_suspicious = self.suspects_workers and may_be_worker
-        if sequence.failures > (1 if is_suspicious else 0):
-            return False
-        if sequence.failures:
-            self.fault = RowFault(sequence.key, failed.message)
-        sequence.failures += 1
-        sequence.is_checked = is_suspicious
-        self.count += 1
-        return True
+        if failed.is_request_fault or not may_be_worker:
+            return Retry.NEVER if failed.is_request_fault or sequence.failures else self._again(sequence)
+        if sequence.failures > 1:
+            return Retry.FAILED_ELSEWHERE
+        if sequence.failures and not suspects_workers:
+            return Retry.NEVER
+        return self._again(sequence, is_checked=suspects_workers)
 
-    def take_fault(self) -> RowFault | None:
-        fault, self.fault = self.fault, None
-        return fault
+    def _again(self, sequence: Sequence, *, is_checked: bool = False) -> Retry:
+        retry = Retry.ELSEWHERE if sequence.failures else Retry.AGAIN
+        sequence.failures += 1
+        sequence.is_checked = is_checked
+        self.count += 1
+        return retry

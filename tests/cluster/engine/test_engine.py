@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,12 +12,14 @@ import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState, _done_ns
 from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
-from llamaclust.core.sampling import NOT_FINITE, RowResult
+from llamaclust.core.sampling import NOT_FINITE, Grammar, RowResult
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, linear, tokens_of
+from support.clusters.served import until
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
 COMPLETIONS = '{operation="text_completion"}'
@@ -263,18 +266,40 @@ async def test_metrics_and_stage_report() -> None:
         assert 0 < first.utilization <= 1 and first.compute_ms > 0.1 and first.tokens_per_s > 0
 
 
-@pytest.mark.parametrize("is_request_fault", [True, False])
-async def test_only_rows_that_no_worker_gives_speak_for_the_workers(is_request_fault: bool) -> None:
-    """An answer that breaks its own grammar says nothing about a worker that was suspected before."""
-    pipeline, owner = FakePipeline(SETTINGS.kv_blocks), Losses()
-    broken = RowResult(-1, float("nan"), failure=NOT_FINITE, is_request_fault=is_request_fault)
+@pytest.mark.parametrize(
+    ("row", "speaks"),
+    [
+        (RowResult(-1, math.nan, failure=NOT_FINITE), True),
+        (RowResult(-1, math.nan, failure=NOT_FINITE, is_request_fault=True), False),
+        (RowResult(-1, math.nan, failure="the grammar was not ready in 60 s"), False),
+    ],
+    ids=["not finite", "the request's fault", "a matcher that was not ready"],
+)
+async def test_only_rows_that_no_worker_gives_speak_for_the_one_that_was_suspected(
+    row: RowResult, *, speaks: bool
+) -> None:
+    """Two failures suspect the last stage's worker; the third one comes from another worker."""
+    owner, broken = Losses(may_suspect_workers=True), RowResult(-1, math.nan, failure=NOT_FINITE)
+    first, second = AnsweringPipeline(broken), AnsweringPipeline(row)
+    grammar = Grammar("{}") if row.failure != NOT_FINITE else None
+    async with Engine(first, SETTINGS, owner=owner) as engine:
+        reading = asyncio.create_task(collect(engine.submit(generation(grammar=grammar))))
+        await until(lambda: bool(owner.failures))
+        assert [failure.error.worker for failure in owner.failures] == ["w1"] and not owner.ended_rows
+        engine.resume(second, SETTINGS)
+        with pytest.raises(LlamaclustError, match=str(row.failure)):
+            await reading
+    assert len(owner.failures) == 1 and len(owner.ended_rows) == speaks
 
-    def answer(result: Result | Exception) -> Result:
-        assert isinstance(result, Result)
-        return replace(result, rows=(broken,) * len(result.rows))
 
-    pipeline._answer = answer  # type: ignore[method-assign]
-    async with Engine(pipeline, SETTINGS, owner=owner) as engine:
-        with pytest.raises(LlamaclustError):
-            await collect(engine.submit(generation()))
-    assert len(owner.ended_rows) == (0 if is_request_fault else 1)
+class AnsweringPipeline(FakePipeline):
+    """One whose rows all have this result."""
+
+    def __init__(self, row: RowResult) -> None:
+        super().__init__(SETTINGS.kv_blocks)
+        self._row = row
+
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
+        for each in scheduled:
+            rows = (self._row,) * len(each.inputs.tasks)
+            self._results.put_nowait(Result(self.epoch, each.microbatch.number, rows))

@@ -17,7 +17,8 @@ from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason,
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling import NOT_FINITE, RowResult, SamplingParams
+from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses, expected, tokens_of
 from support.clusters.served import until
 from support.seed import SEED
@@ -31,9 +32,13 @@ class Lanes:
     engine: Engine
     pipelines: list[FakePipeline]
     settings: SchedulerSettings
-    lost: list[PipelineFailure]
+    owner: Losses
     _streams: list[tuple[GenerationRequest, asyncio.Task[list[Event]]]] = field(default_factory=list)
     _tokens: int = 0
+
+    @property
+    def lost(self) -> list[PipelineFailure]:
+        return self.owner.failures
 
     def start(self, *requests: GenerationRequest) -> None:
         for request in requests:
@@ -72,7 +77,7 @@ async def lanes(settings: SchedulerSettings = SETTINGS, **deadlines: float) -> A
     pipeline, owner = FakePipeline(settings.kv_blocks), Losses()
     engine = Engine(pipeline, settings, EngineSettings(**deadlines), owner=owner)
     async with asyncio.timeout(60), engine:
-        run = Lanes(engine, [pipeline], settings, owner.failures)
+        run = Lanes(engine, [pipeline], settings, owner)
         yield run
         await run.check()
         counts = engine.counts
@@ -263,3 +268,23 @@ async def test_a_request_that_fails_on_the_old_pipeline_keeps_its_strikes() -> N
         records = run.engine.scheduler.strikes._records
         assert [record.strikes for record in records.values()] == [1]
         new.gate.set()
+
+
+@pytest.mark.parametrize("last", ["a row alone", "a failed result", "a protocol break"])
+async def test_a_row_fault_beside_another_failure_is_not_blamed_on_the_next_pipeline(last: str) -> None:
+    """Both results come together: the pipeline fails for the other one, and the next pipeline's workers for none."""
+    async with lanes() as run:
+        engine, scheduler = run.engine, run.engine.scheduler
+        run.owner.may_suspect_workers = True
+        run.pipelines[0].gate.clear()
+        run.start(request(0, tokens=20), request(1, tokens=20))
+        await until(lambda: scheduler.in_flight.due is not None)
+        scheduler.sequences[0].failures = 1
+        broken = RowResult(-1, float("nan"), failure=NOT_FINITE)
+        rows = tuple(broken for taken in scheduler.in_flight.slices(0) for _ in taken.tasks)
+        others = {"a failed result": [Result(1, 1, failure="it broke")], "a protocol break": [Result(1, 7)]}
+        engine._lane._take([Result(1, 0, rows), *others.get(last, ())])
+        assert [failure.is_repeated for failure in run.lost] == [last == "a row alone"]
+        run.move()
+        await run.check()
+        assert len(run.lost) == 1

@@ -77,9 +77,9 @@ def test_few_grammars_start_in_one_microbatch() -> None:
 def answer(scheduler: Scheduler, token: int, forced: tuple[int, ...] = ()) -> list[RowResult]:
     """The result of the microbatch that is due, which has one output row; the tokens that are new with it."""
     sent = scheduler.in_flight._sent[0]
-    ((_, updates),) = scheduler.complete(Result(1, sent.number, (RowResult(token, -1.0, forced=forced),)), 1) or [
-        (0, [])
-    ]
+    ((_, updates),) = scheduler.complete(
+        Result(1, sent.number, (RowResult(token, -1.0, forced=forced),)), 1
+    ).updated or [(0, [])]
     return [update.row for update in updates if isinstance(update, TokenSampled)]
 
 
@@ -165,7 +165,7 @@ def test_forced_tokens_end_where_the_request_does() -> None:
     sent = scheduler.next_microbatch(1)
     assert sent is not None and len(sent.inputs.tasks) == 2
     rows = (RowResult(5, -1.0, forced=(8, 9, 10)), RowResult(5, -1.0, forced=(6, 7)))
-    updated = scheduler.complete(Result(1, 0, rows), 1)
+    updated = scheduler.complete(Result(1, 0, rows), 1).updated
     tokens = [[update.row.token for update in updates if isinstance(update, TokenSampled)] for _, updates in updated]
     assert tokens == [[5, 8], [5, 6]] and not scheduler.sequences
 
@@ -192,5 +192,5 @@ def test_a_failure_that_is_the_requests_fault_ends_it_at_once_and_another_is_tri
     sent = scheduler.next_microbatch(1)
     assert sent is not None and len(sent.inputs.tasks) == 2
     rows = tuple(RowResult(-1, nan, failure="no end", is_request_fault=is_fault) for is_fault in (True, False))
-    assert scheduler.complete(Result(1, 0, rows), 1) == [(fault.key, [Failed("no end", is_request_fault=True)])]
+    assert scheduler.complete(Result(1, 0, rows), 1).updated == [(fault.key, [Failed("no end", is_request_fault=True)])]
     assert [*scheduler.sequences] == [other]

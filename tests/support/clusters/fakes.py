@@ -239,7 +239,7 @@ class Simulation:
         if not self.sent:
             return False
         self.now_ns, result = self.sent.popleft()
-        for key, updates in self.scheduler.complete(result, self.now_ns):
+        for key, updates in self.scheduler.complete(result, self.now_ns).updated:
             self.updates[key].extend(updates)
         return True
 

@@ -25,18 +25,19 @@ def failures(request: GenerationRequest, text: str, *, suspects_workers: bool) -
     """How often a row fails until its sequence does, whether its chunks were checked, and the faults of the stage."""
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(request, 0)
-    scheduler.retries.suspects_workers = suspects_workers
     checked, faults = list[bool](), list[str]()
     for number in range(5):
         scheduled = scheduler.next_microbatch(number)
         assert scheduled is not None
         assert decode_microbatch(encode_microbatch(scheduled.microbatch)) == scheduled.microbatch
         checked.append(scheduled.microbatch.chunks[0].checked)
-        updated = scheduler.complete(Result(1, number, (RowResult(-1, NAN, failure=text),)), number)
-        if (fault := scheduler.retries.take_fault()) is not None:
-            faults.append(fault.failure)
-        if updated:
-            assert updated == [(1, [Failed(text)])]
+        result = Result(1, number, (RowResult(-1, NAN, failure=text),))
+        completed = scheduler.complete(result, number, suspects_workers=suspects_workers)
+        if completed.fault is not None:
+            faults.append(completed.fault.failure)
+        if completed.updated:
+            assert completed.updated == [(1, [Failed(text)])]
+            assert completed.failed_elsewhere == [1] * len(faults), "only where a worker was suspected before"
             return number + 1, checked, faults
     raise AssertionError("it never ends")
 
@@ -53,29 +54,40 @@ def test_a_grammar_that_cannot_be_followed_is_no_workers_fault() -> None:
     assert failures(PLAIN, "out of order", suspects_workers=True) == (3, [False, True, True], ["out of order"])
 
 
-def test_a_fault_that_came_with_the_loss_of_a_pipeline_is_not_one_of_the_next() -> None:
-    scheduler = Scheduler(SETTINGS, 1, 1)
-    scheduler.add(PLAIN, 0)
-    scheduler.retries.suspects_workers = True
-    for number in range(2):
-        assert scheduler.next_microbatch(number) is not None
-        assert not scheduler.complete(Result(1, number, (RowResult(-1, NAN, failure=NOT_FINITE),)), number)
-    scheduler.restart(SETTINGS, 2, 1)
-    assert scheduler.retries.take_fault() is None
-
-
 def test_a_result_between_two_failures_begins_anew_without_checks() -> None:
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(PLAIN, 0)
-    scheduler.retries.suspects_workers = True
     rows = [RowResult(-1, NAN, failure=NOT_FINITE), RowResult(8, -1.0), RowResult(9, -1.0)]
     checked = []
     for number, row in enumerate(rows):
         scheduled = scheduler.next_microbatch(number)
         assert scheduled is not None
         checked.append(scheduled.microbatch.chunks[0].checked)
-        scheduler.complete(Result(1, number, (row,)), number)
-    assert checked == [False, True, False] and scheduler.retries.take_fault() is None
+        assert scheduler.complete(Result(1, number, (row,)), number, suspects_workers=True).fault is None
+    assert checked == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("request_", "row"),
+    [
+        (GRAMMAR, RowResult(-1, NAN, failure="the grammar is too complex")),
+        (GRAMMAR, RowResult(-1, NAN, failure="no end", is_request_fault=True)),
+        (PLAIN, RowResult(-1, NAN, failure=NOT_FINITE, is_request_fault=True)),
+    ],
+)
+def test_a_request_that_fails_by_itself_frees_no_worker_even_after_one_was_suspected(
+    request_: GenerationRequest, row: RowResult
+) -> None:
+    for others in range(3):
+        scheduler = Scheduler(SETTINGS, 1, 1)
+        scheduler.add(request_, 0)
+        rows = [*[RowResult(-1, NAN, failure=NOT_FINITE)] * others, *[row] * 2]
+        for number, each in enumerate(rows):
+            if scheduler.next_microbatch(number) is None:
+                break
+            completed = scheduler.complete(Result(1, number, (each,)), number, suspects_workers=True)
+            assert not completed.failed_elsewhere
+        assert not scheduler.sequences
 
 
 def test_the_samplers_failure_begins_as_the_scheduler_knows_it() -> None:

@@ -9,8 +9,11 @@ class LlamaclustError(Exception):
     exit_code = 1
     http_status = 500
     code = "internal_error"
-    worker: str | None = None
-    """Name of the worker that is the root cause, where that is known."""
+
+    def __init__(self, *message: str, worker: str | None = None) -> None:
+        """`worker`: name of the worker that is the root cause, where that is known."""
+        super().__init__(*message)
+        self.worker = worker
 
 
 class UsageError(LlamaclustError):

@@ -25,7 +25,7 @@ class EngineOwner(Protocol):
         ...
 
     def rows_failed(self, key: int) -> None:
-        """A request ends since rows of it have no result."""
+        """A request ends since rows of it have no result, on the worker that was suspected for them and elsewhere."""
         ...
 
 
@@ -47,9 +47,7 @@ class PipelineFailure:
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
     """Of a microbatch that a stage could not compute: only those before it have timings."""
     assert result.failure is not None
-    error = WorkerError(result.failure)
-    error.worker = stages[min(len(result.timings), len(stages) - 1)].worker
-    return error
+    return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
 
 def failure_of(
@@ -67,8 +65,8 @@ def failure_of(
 
 def row_failure(fault: RowFault, stages: Sequence[StageInfo]) -> PipelineFailure:
     """Of rows that the last stage gave no result for."""
-    error = WorkerError(f"worker {stages[-1].worker}: {fault.failure}")
-    error.worker = stages[-1].worker
+    worker = stages[-1].worker
+    error = WorkerError(f"worker {worker}: {fault.failure}", worker=worker)
     return PipelineFailure(error, frozenset({fault.key}), is_repeated=True)
 
 

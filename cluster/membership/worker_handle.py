@@ -216,9 +216,8 @@ class WorkerHandle:
         if self.registration.log:
             text += f"; look at {self.registration.log} on {self.registration.host}"
         why = self.loss or "no reason is known"
-        error = WorkerError(f"worker {self.name}{layers} is lost: {why}{text or '; its log has no error'}")
-        error.worker = self.name
-        return error
+        message = f"worker {self.name}{layers} is lost: {why}{text or '; its log has no error'}"
+        return WorkerError(message, worker=self.name)
 
     @property
     def _layers_text(self) -> str:

@@ -53,10 +53,6 @@ _LEAST_ANSWER_S = 1.0  # a lossy link, or a crowded machine, may need so long fo
 class StreamBrokenError(WorkerError):
     """A stream that ended otherwise than by agreement."""
 
-    def __init__(self, message: str, worker: str | None = None) -> None:
-        super().__init__(message)
-        self.worker = worker
-
 
 class UnreachableError(StreamBrokenError):
     """A stream whose connection cannot be made, broke or stands still, whatever the other side does."""
@@ -134,7 +130,7 @@ class ClientStream:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker) from None
+            raise StreamBrokenError(f"the stream to {self.address} was cancelled", worker=self._worker) from None
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -144,11 +140,12 @@ class ClientStream:
         details = line("details", (await self._call.details() or "")[:2000])
         if code in _TRANSPORT:
             kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
-            return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
+            return kind(f"connection to {self.address} lost ({details or code.name})", worker=self._worker)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC refused a message of the peer before it was received
-            return StreamBrokenError(f"{self.address}: {details}", self._worker)
+            return StreamBrokenError(f"{self.address}: {details}", worker=self._worker)
         named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
-        return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
+        worker = self._worker if named is None else str(named)[:_LONGEST_NAME]
+        return StreamBrokenError(details or code.name, worker=worker)
 
 
 class UnixClientStream(ClientStream):
@@ -238,7 +235,7 @@ class Peer:
                 while (state := channel.get_state(try_to_connect=True)) in _TRYING:
                     await channel.wait_for_state_change(state)
         except DeadlineError as error:
-            raise UnreachableError(str(error), self.worker) from error
+            raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
         """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""

@@ -9,11 +9,13 @@ from llamaclust.core.errors import DeadlineError
 
 
 class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
-    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`."""
+    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`, and
+    the worker that it waits for, if given."""
 
-    __slots__ = ("_limit", "_seconds", "_what")
+    __slots__ = ("_limit", "_seconds", "_what", "_worker")
 
-    def __init__(self, what: str, seconds: float) -> None:
+    def __init__(self, what: str, seconds: float, worker: str | None = None) -> None:
+        self._worker = worker
         self._what = what
         self._seconds = seconds
         self._limit = asyncio.timeout(seconds)
@@ -33,7 +35,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         try:
             await self._limit.__aexit__(*error)
         except TimeoutError as late:
-            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s") from late
+            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s", worker=self._worker) from late
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines, StageProgress
 from llamaclust.wire.microbatch.codec import PREPARE_MATCHERS
 from llamaclust.wire.microbatch.frames import most_frame_bytes
@@ -166,12 +166,8 @@ class StageStreams:
             stream.cancel()
 
     async def _opened(self, stream: ClientStream, stage: Peer, which: str) -> None:
-        try:
-            async with deadline(f"opening the {which} stage at {stage.address}", self._forward_s):
-                await stream.opened()
-        except DeadlineError as error:
-            error.worker = stage.worker
-            raise
+        async with deadline(f"opening the {which} stage at {stage.address}", self._forward_s, stage.worker):
+            await stream.opened()
 
     async def release(self) -> StageRunner:
         """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""

@@ -44,9 +44,8 @@ async def attribute_failure(
         return cause.error
     stages = (stage_of(epoch, worker) for worker in workers)
     names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
-    error = WorkerError(f"the pipeline of workers {names} broke: {ended}")
-    error.worker = None if ended is None else ended.worker
-    return error
+    worker = None if ended is None else ended.worker
+    return WorkerError(f"the pipeline of workers {names} broke: {ended}", worker=worker)
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:

@@ -98,7 +98,6 @@ class RemotePipeline:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
             if isinstance(ended, ProtocolError):
-                ended.worker = self._workers[-1].name  # of the last stage, which alone answers here
                 raise ended
             raise await attribute_failure(self.epoch, self._workers, ended)
         finally:
@@ -141,9 +140,7 @@ def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:
     try:
         return Peer(worker.registration.address, credentials, Principal(worker.name))
     except UsageError as error:
-        failure = WorkerError(f"worker {worker.name}: {error}")
-        failure.worker = worker.name
-        raise failure from error
+        raise WorkerError(f"worker {worker.name}: {error}", worker=worker.name) from error
 
 
 def _most_bytes(scheduled: ScheduledMicrobatch) -> int:

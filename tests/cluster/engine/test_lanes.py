@@ -285,6 +285,7 @@ async def test_a_row_fault_beside_another_failure_is_not_blamed_on_the_next_pipe
         others = {"a failed result": [Result(1, 1, failure="it broke")], "a protocol break": [Result(1, 7)]}
         engine._lane._take([Result(1, 0, rows), *others.get(last, ())])
         assert [failure.is_repeated for failure in run.lost] == [last == "a row alone"]
+        assert run.lost[0].error.worker == ("w0" if last == "a failed result" else "w1")
         run.move()
         await run.check()
         assert len(run.lost) == 1

@@ -29,9 +29,7 @@ BOTH, ONLY_A, ONLY_B, ALL = plan_of("a", "b"), plan_of("a"), plan_of("b"), plan_
 
 def fault_of(name: str, text: str = "broken", kind: type[WorkerError | ProtocolError] = WorkerError) -> LlamaclustError:
     """An error that names the worker at fault."""
-    error = kind(text)
-    error.worker = name
-    return error
+    return kind(text, worker=name)
 
 
 @dataclass

@@ -34,9 +34,7 @@ async def test_why_a_stream_ended_is_known_also_where_a_write_fails_first(addres
         await stream.accept()
         await stream.read()
         await stream.write(b"last")
-        gone = WorkerError("worker c has gone")
-        gone.worker = "c"
-        raise gone
+        raise WorkerError("worker c has gone", worker="c")
 
     server = await Server.start(address, TOKEN, {SAMPLE: refusing})
     ended = threading.Event()

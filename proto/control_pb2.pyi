@@ -684,22 +684,26 @@ class StageProgress(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     RECEIVED_FIELD_NUMBER: _builtins.int
     AWAITS_TOKENS_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the stage."""
     received: _builtins.int
     """Microbatches that it has received."""
     awaits_tokens: _builtins.bool
     """Whether the last of these waits for sampled tokens, which the last stage sends."""
+    sent: _builtins.int
+    """Microbatches whose answers it has sent, at least in part."""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         received: _builtins.int = ...,
         awaits_tokens: _builtins.bool = ...,
+        sent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_tokens", b"awaits_tokens", "epoch", b"epoch", "received", b"received"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_tokens", b"awaits_tokens", "epoch", b"epoch", "received", b"received", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -275,6 +275,7 @@ class StageProgress:
 
     epoch: int
     received: int  # microbatches
+    sent: int = 0  # of these, their answers, at least in part
     awaits_tokens: bool = False  # the last of these waits for sampled tokens, which the last stage sends
 
 

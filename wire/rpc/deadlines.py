@@ -42,14 +42,15 @@ class recurring_deadline:  # noqa: N801  reads as a statement
     """A deadline for what is done again and again, at next to no cost each time.
 
     An async context manager around all of it; within, `with` around each time. Its task is cancelled when one takes
-    longer than `seconds` (looked at now and then, so up to an eighth more), and a DeadlineError names `what`.
+    longer than `seconds` (looked at now and then, so up to an eighth more), and a DeadlineError names `what`, and the
+    worker that it waits for, if given.
     """
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 
-    def __init__(self, what: str, seconds: float) -> None:
+    def __init__(self, what: str, seconds: float, worker: str | None = None) -> None:
         self._seconds = seconds
-        self._deadline = deadline(what, seconds)
+        self._deadline = deadline(what, seconds, worker)
         self._loop = asyncio.get_running_loop()
         self._begun_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None

@@ -112,12 +112,14 @@ class StageLoop:
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
         self._last_result_ns = 0
-        self._received = 0
+        self._received = self._sent = 0
         self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
-    async def run(self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None) -> None:
+    async def run(
+        self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
+    ) -> None:
         """Until the stream, which is accepted, ends: while one microbatch is computed, the next is received and the one
-        before is sent.
+        before is sent. `receiver`: the worker that takes what is sent, if no other one does.
 
         Where they are far apart, none waits until the next one's receipt is prepared.
         """
@@ -126,7 +128,7 @@ class StageLoop:
         sending.set_result(None)
         waiting: deque[asyncio.Future[Answer]] = deque()
         try:
-            async with recurring_deadline("handing on a microbatch", self._forward_s) as limit:
+            async with recurring_deadline("handing on a microbatch", self._forward_s, receiver) as limit:
                 send = partial(self._send, outlet, to_first, limit)
                 is_local = stream.is_local
                 for number in count():
@@ -169,7 +171,7 @@ class StageLoop:
 
     @property
     def progress(self) -> StageProgress:
-        return StageProgress(self._epoch, self._received, self.dependencies.awaits_tokens)
+        return StageProgress(self._epoch, self._received, self._sent, self.dependencies.awaits_tokens)
 
     def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn."""
@@ -320,6 +322,7 @@ class StageLoop:
 
     async def _send_answers(self, outlet: Writable, limit: recurring_deadline, answers: list[Answer]) -> None:
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
+        self._sent += len(answers)
         with limit:
             await outlet.write(*[answer.data for answer in answers])
         self._counters.sent_bytes += sum(len(answer.data) for answer in answers)

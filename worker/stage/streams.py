@@ -140,7 +140,7 @@ class StageStreams:
         self._forwarding = asyncio.current_task()
         first, results = self._neighbours.first, self._results
         if self._neighbours.next is not None:
-            use: _Use = partial(self._loop.run, stream)
+            use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker)
             await self._with_stream_to(self._neighbours.next, FORWARD, "next", stream, use)
         elif results is None:
             raise ProtocolError("microbatches for a last stage before its sampling stream")

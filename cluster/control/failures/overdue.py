@@ -21,11 +21,13 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """The stage at which a microbatch is whose result is due, by what the stages have received: the last one that has
-    it, and the first one where none has. A first stage that waits for sampled tokens waits for the last one."""
-    holders = [stage for stage, at in enumerate(progress) if at is not None and at.received > number]
-    stage, first = max(holders, default=0), progress[0]
-    return len(progress) - 1 if stage == 0 and first is not None and first.awaits_tokens else stage
+    """The stage at which a microbatch is whose result is due: the last one that has received it, or to which the one
+    before has sent it, and the first one where none has. A first stage that waits for sampled tokens waits for the last
+    one."""
+    last, first = len(progress) - 1, progress[0]
+    stages = [(stage, at) for stage, at in enumerate(progress) if at is not None and at.received > number]
+    stage = max((min(stage + (at.sent > number), last) for stage, at in stages), default=0)
+    return last if stage == 0 and first is not None and first.awaits_tokens else stage
 
 
 @dataclass(slots=True)

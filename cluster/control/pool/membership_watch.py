@@ -81,10 +81,10 @@ class MembershipWatch:
 
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
         stage = owing_stage(number, [worker.progress(epoch.number) for worker in epoch.workers])
-        worker, following = epoch.workers[stage], [*epoch.workers, None][stage + 1]
-        link = runner.planner.links.between(worker.name, COORDINATOR if following is None else following.name)
+        worker, names = epoch.workers[stage], [COORDINATOR, *(worker.name for worker in epoch.workers), COORDINATOR]
+        links = (runner.planner.links.between(*names[end : end + 2]) for end in (stage, stage + 1))
         hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
-        limit_s = self._turns_s(worker) + link_limit_s(link, hidden_bytes)
+        limit_s = self._turns_s(worker) + sum(link_limit_s(link, hidden_bytes) for link in links)
         waited_s = self._overdue.waited_s(Owed(epoch.number, number, stage), now_s)
         if waited_s > limit_s and worker.loss is None:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))

@@ -99,7 +99,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40, last_error="something went wrong"),
     Heartbeat(0.5, 10, 20, 30, 40, gpu_free_bytes=(7, 0)),
     Heartbeat(0.5, 10, 20, 30, 40, computing_s=2.5),
-    Heartbeat(0.5, 10, 20, 30, 40, stages=(StageProgress(3, 7), StageProgress(4, 8, awaits_tokens=True))),
+    Heartbeat(0.5, 10, 20, 30, 40, stages=(StageProgress(3, 7, 6), StageProgress(4, 8, awaits_tokens=True))),
     Heartbeat(0.5, 10, 20, 30, 40, experts_cache_hits=7, experts_cache_misses=8, experts_cache_copied_bytes=9),
     Heartbeat(0.5, 10, 20, 30, 40, experts_cache_used_bytes=7),
     Heartbeat(0.5, 10, 20, 30, 40, kv_disk_written_bytes=7, kv_disk_read_bytes=8, kv_disk_used_bytes=9),

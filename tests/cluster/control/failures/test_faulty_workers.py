@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError, WorkerError
 from support.clusters.faults.worker_faults import (
+    DEAF,
     DEFERS,
     MUTE,
     MUTE_TO_FIRST,
@@ -104,6 +105,9 @@ LOST = {
     "first is mute": ("a", MUTE, "it does not answer: microbatch"),
     "middle is mute": ("b", MUTE, "it does not answer: microbatch"),
     "last is mute": ("c", MUTE, "it does not answer: microbatch"),
+    "first is deaf": ("a", DEAF, "it does not answer: microbatch"),
+    "middle is deaf": ("b", DEAF, "it does not answer: microbatch"),
+    "last is deaf": ("c", DEAF, "it does not answer: microbatch"),
     "last is mute to the first": ("c", MUTE_TO_FIRST, "it does not answer: microbatch"),
     "last defers for ever": ("c", DEFERS, "a deferred row that has no matcher"),
 }

@@ -25,8 +25,32 @@ def progress(*received: int | None, awaits_tokens: bool = False) -> list[StagePr
         ((9, None, 8), 2),
     ],
 )
-def test_the_last_stage_that_has_a_microbatch_owes_it(received: tuple[int | None, ...], stage: int) -> None:
+def test_the_last_stage_that_has_a_microbatch_owes_it_until_it_sends_it(
+    received: tuple[int | None, ...], stage: int
+) -> None:
     assert owing_stage(7, progress(*received)) == stage
+
+
+@pytest.mark.parametrize(
+    ("received", "sent", "stage"),
+    [
+        ((8, 7, 7), (7, 7, 7), 0),  # the first one sends nothing
+        ((8, 7, 7), (8, 7, 7), 1),  # the middle one reads nothing
+        ((9, 8, 7), (9, 8, 7), 2),  # the last one reads nothing
+        ((9, 8, 7), (9, 7, 7), 1),
+        ((9, 9, 8), (9, 9, 8), 2),  # its result is on its way to the coordinator, or lost
+        ((9, None, 7), (8, None, 7), 1),
+        ((8,), (8,), 0),
+    ],
+)
+def test_a_stage_owes_a_microbatch_that_was_sent_to_it(
+    received: tuple[int | None, ...], sent: tuple[int | None, ...], stage: int
+) -> None:
+    stages = [
+        None if count is None or handed is None else StageProgress(1, count, handed)
+        for count, handed in zip(received, sent, strict=True)
+    ]
+    assert owing_stage(7, stages) == stage
 
 
 def test_a_first_stage_that_waits_for_sampled_tokens_waits_for_the_last_one() -> None:

@@ -50,6 +50,15 @@ async def sends_nothing(loop, *given):
 
 StageLoop._send_answers = sends_nothing
 """
+DEAF = """
+import asyncio
+from llamaclust.worker.stage.incoming import Incoming
+
+async def reads_nothing(incoming, sending):
+    await asyncio.Event().wait()
+
+Incoming.next = reads_nothing
+"""
 MUTE_TO_FIRST = """
 async def sends_nothing(loop, *given):
     pass

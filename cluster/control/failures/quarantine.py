@@ -22,6 +22,7 @@ _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
 """Failures before the first exclusion."""
 _REMEMBERED_S = 600.0
+_MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
 """Without a failure for so many times its last pause, and at least `_REMEMBERED_S`, a worker starts anew."""
 
@@ -39,10 +40,15 @@ class FailureRecord:
     failures_within: int = 0  # its quarantine, where it was used all the same
     retry_at_s: float = 0.0  # until then requests wait for others to take its place
 
-    def failed_within(self, now_s: float) -> FailureRecord:
+    def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
         """After a failure in its quarantine, which does not extend that."""
-        retry_at_s = now_s + _RETRY.pause_s(self.failures_within)
-        return replace(self, failures_within=self.failures_within + 1, retry_at_s=retry_at_s)
+        return replace(
+            self,
+            reason=reason,
+            requests=self.requests & requests,
+            failures_within=self.failures_within + 1,
+            retry_at_s=now_s + _RETRY.pause_s(self.failures_within),
+        )
 
     def is_forgotten(self, now_s: float) -> bool:
         return now_s > self.end_s + max(_REMEMBERED_S, _PAUSES_REMEMBERED * self.pause_s)
@@ -54,7 +60,7 @@ class FailureRecord:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    records: Mapping[str, FailureRecord] = field(default_factory=dict)  # by the worker's name
+    records: Mapping[str, FailureRecord] = field(default_factory=dict)  # by the worker's name, the newest last
     ignored: int = 0  # requests whose rows have no result on any worker
     ignored_until_s: float = 0.0
 
@@ -70,16 +76,21 @@ class Quarantine:
         return self._add(name, reason, frozenset(), now_s, least=_FREE + 1)
 
     def _add(self, name: str, reason: str, requests: frozenset[int], now_s: float, *, least: int) -> Quarantine:
-        before = self.records.get(name)
-        if before is not None and before.is_forgotten(now_s):
-            before = None
+        records = self._kept(now_s)
+        before = records.pop(name, None)
         if before is not None and now_s < before.end_s:
-            return replace(self, records={**self.records, name: before.failed_within(now_s)})
+            return replace(self, records={**records, name: before.failed_within(reason, requests, now_s)})
         failures = max(least, 1 if before is None else before.failures + 1)
         pause_s = 0.0 if failures <= _FREE else _BACKOFF.pause_s(failures - _FREE - 1)
         suspected = requests if before is None else before.requests & requests
         record = FailureRecord(failures, pause_s, now_s + pause_s, reason, suspected)
-        return replace(self, records={**self.records, name: record})
+        return replace(self, records={**records, name: record})
+
+    def _kept(self, now_s: float) -> dict[str, FailureRecord]:
+        """The records that still count: of too many, such as those of workers that join under ever new names, the ones
+        that failed last."""
+        kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
+        return dict(kept[-(_MOST_RECORDS - 1) :])
 
     def release(self, names: Collection[str]) -> Quarantine:
         """Workers that an operator makes available again."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from llamaclust.cluster.control.cluster_state import PoolState
+from llamaclust.cluster.control.failures import quarantine as quarantine_module
 from llamaclust.cluster.control.failures.quarantine import Quarantine
 
 NONE = frozenset[str]()
@@ -40,6 +43,31 @@ def test_one_failure_after_the_quarantine_begins_the_next_and_those_within_it_do
         quarantine = failing(quarantine, "b", now_s, 2)
         assert quarantine.records["b"].end_s == 11.0 and quarantine.records["b"].failures == 2
     assert failing(quarantine, "b", 11.0, 2).records["b"].pause_s == 20.0
+
+
+@pytest.mark.parametrize(
+    ("within", "released"),
+    [((7,), {7}), ((7, 8), {7}), ((8,), set()), ((), set())],
+    ids=["the same", "with another", "another", "none"],
+)
+def test_a_failure_within_the_quarantine_says_why_and_which_requests_were_there(
+    within: tuple[int, ...], released: set[int]
+) -> None:
+    quarantine = failing(failing(Quarantine(), "b", 0.0, 7, 9), "b", 1.0, 7)
+    quarantine = quarantine.failed("b", "its rows are not finite", frozenset(within), 2.0)
+    assert quarantine.records["b"].text == "it failed 2 times, last: its rows are not finite"
+    for request in (7, 8, 9):
+        assert (not quarantine.exonerate(frozenset({request})).records) == (request in released)
+
+
+def test_records_of_workers_that_fail_no_more_are_not_kept_for_ever() -> None:
+    quarantine = Quarantine()
+    for number in range(5000):
+        quarantine = failing(quarantine, f"worker-{number}", number / 100, 1)
+        assert len(quarantine.records) <= quarantine_module._MOST_RECORDS
+    assert [*quarantine.records][-3:] == ["worker-4997", "worker-4998", "worker-4999"]
+    assert failing(quarantine, "worker-4500", 51.0, 2).names(51.0) == {"worker-4500"}
+    assert [*failing(quarantine, "new", 700.0, 1).records] == ["new"]
 
 
 def test_a_worker_that_no_other_one_can_replace_is_used_again_after_growing_pauses() -> None:

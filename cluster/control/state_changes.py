@@ -20,7 +20,7 @@ from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ProtocolError, StalledError
+from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
 
 _MAX_LOADS = 3
 """That fail before their workers are expelled."""
@@ -159,6 +159,8 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
         return state if state.loss else _move_failed(state, planning, failed)
     if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
         return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
+    if state.is_start and (damaged := _damaged(state, failed)):
+        return _expel(state, planning.inputs, damaged, stays=True)
     failures = state.loading.failures + 1
     retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
     is_short = any(isinstance(suspect.error, InsufficientMemoryError) for suspect in failed.suspects)
@@ -167,6 +169,15 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
     if is_short:
         return replace(state, planning=None)
     return state if state.is_start else _exclude(state, planning.inputs, _unfit(state, failed))
+
+
+def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
+    """Workers with a damaged copy of the model, and the notice of each: plans are made without them, unless all have
+    one or the others do not suffice."""
+    errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
+    excluded = state.inputs.quarantined
+    has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)
+    return {name: error for name, error in errors.items() if name not in excluded} if has_others else {}
 
 
 def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
@@ -212,8 +223,10 @@ def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str], 
 
 
 def _serving(state: ClusterState) -> ClusterState:
-    planning = state.planning
+    planning, loss = state.planning, state.loss
     assert planning is not None and planning.plan is not None
+    if loss is not None and loss.error is not None and not loss.is_closed:  # the new plan was loaded before that
+        state = _attribute(state)
     names = [stage.worker for stage in planning.plan.stages]
     joins = dict(planning.inputs.workers)
     return replace(

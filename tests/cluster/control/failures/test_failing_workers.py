@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Suspect
-from llamaclust.cluster.control.reconcile import Expel, LoadEpoch, MakePlan, Wait
+from llamaclust.cluster.control.reconcile import Abort, Expel, LoadEpoch, MakePlan, Serve, Wait
+from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError, UsageError
 from support.plans.observed_cluster import ALL, BOTH, ONLY_A, ONLY_B, Cluster, fault_of, plan_of
 
 
@@ -30,6 +33,28 @@ def test_a_worker_that_fails_twice_is_left_out_and_tried_again_after_growing_pau
     assert pauses == [10, 20, 40, 80]
 
 
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (fault_of("b", "worker b is lost"), True),
+        (fault_of("b"), False),
+        (fault_of("b", "a result of 9 bytes", ProtocolError), False),
+    ],
+    ids=["a loss", "a failed step", "a broken protocol"],
+)
+def test_a_failure_counts_also_where_the_next_plan_is_loaded_already(error: LlamaclustError, *, is_lost: bool) -> None:
+    """A worker is lost, or a better plan is there, and its load ends before the report of the pipeline is looked at."""
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerLost("b") if is_lost else seen.WorkerSeen("c", 3))
+    plan = ONLY_A if is_lost else plan_of("a", "c")
+    cluster.plan(plan)
+    cluster.see(seen.PipelineLost(error))
+    assert cluster.see(seen.Signal.EPOCH_LOADED) == Serve()
+    cluster.see(seen.Signal.EPOCH_SERVING)
+    assert [*cluster.state.pool.quarantine.records] == ["b"]
+    assert bool(cluster.state.expulsions) == isinstance(error, ProtocolError)
+
+
 def test_requests_that_break_workers_release_them_when_they_end() -> None:
     cluster = Cluster.serving()
     for _ in range(2):
@@ -52,6 +77,47 @@ def test_a_quarantined_worker_that_serves_is_left_as_soon_as_others_suffice() ->
     cluster.see(seen.WorkerSeen("c", 3))
     with_c = plan_of("a", "c")
     assert cluster.plan(with_c) == LoadEpoch(with_c, is_exclusive=False), "no faster, but it does not fail"
+
+
+DAMAGED = ModelFileError("b.gguf: it is damaged: replace it by a good copy")
+
+
+def starting() -> Cluster:
+    cluster = Cluster.starting()
+    cluster.see(seen.WorkerSeen("a", 1), seen.WorkerSeen("b", 2))
+    assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
+    return cluster
+
+
+def test_a_start_does_without_a_worker_whose_copy_of_the_model_is_damaged() -> None:
+    cluster = starting()
+    action = cluster.load_failed(DAMAGED, Suspect("b", DAMAGED))
+    assert isinstance(action, Expel)
+    (excluded,) = action.expulsions
+    assert excluded.stays and excluded.worker == ("b", 2) and "replace it" in excluded.reason
+    assert cluster.see(seen.Signal.WORKERS_EXPELLED) == MakePlan(cluster.state.inputs)
+    assert cluster.state.inputs.quarantined == {"b"}
+    assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=True)
+    until_s = cluster.state.tick.now_s + excluded.pause_s
+    assert cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING) == Wait(until_s, is_settled=True)
+    assert cluster.at(until_s) == MakePlan(cluster.state.inputs), "a good copy may be there by then"
+
+
+def test_a_start_fails_where_a_damaged_copy_cannot_be_done_without() -> None:
+    both = starting()
+    assert both.load_failed(DAMAGED, Suspect("a", DAMAGED), Suspect("b", DAMAGED)) == Abort(DAMAGED)
+    alone = Cluster.starting()
+    alone.see(seen.WorkerSeen("b", 2))
+    alone.plan(ONLY_B)
+    assert alone.load_failed(DAMAGED, Suspect("b", DAMAGED)) == Abort(DAMAGED)
+    needed = starting()
+    needed.load_failed(DAMAGED, Suspect("b", DAMAGED))
+    needed.see(seen.Signal.WORKERS_EXPELLED)
+    needed.plan(BOTH)
+    assert needed.load_failed(DAMAGED, Suspect("b", DAMAGED)) == Abort(DAMAGED), "the others do not suffice"
+    other = starting()
+    error = UsageError("kv_disk: not for this model")
+    assert other.see(seen.EpochLoadFailed(error, True, (Suspect("b", error),))) == Abort(error)
 
 
 def test_a_worker_that_is_lost_in_each_load_is_left_out_like_one_that_is_lost_later() -> None:

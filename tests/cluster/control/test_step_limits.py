@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
 
-from llamaclust.cluster.control.pool.membership_watch import stage_limit_s
+import pytest
+
+from llamaclust.cluster.control.pool.membership_watch import MembershipWatch, stage_limit_s
+from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan, Prediction, StagePrediction
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
+from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
 SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6, prefill_chunk=50)
@@ -30,3 +38,75 @@ def test_a_step_may_take_ten_times_its_prediction_and_not_less_than_four_seconds
     assert scheduler.next_microbatch(0) is not None
     measured = [stage_limit_s(scheduler, UNMEASURED, stage) for stage in (0, 1)]
     assert 4.0 < measured[0] < 30.0 and measured[1] == 4.0, "one row"
+
+
+@dataclass(eq=False)
+class Held:
+    """A worker whose heartbeats come, and which passes nothing on."""
+
+    name: str
+    received: int = 0
+    loss: str | None = None
+
+    def progress(self, epoch: int) -> StageProgress:
+        return StageProgress(epoch, self.received)
+
+
+def scheduler_of(epoch: int, *, is_busy: bool) -> Scheduler:
+    scheduler = Scheduler(SETTINGS, epoch, 2)
+    if is_busy:
+        scheduler.add(GenerationRequest("r", (5, 6), 5), 0)
+        assert scheduler.next_microbatch(0) is not None
+    return scheduler
+
+
+def runner_of(*held: tuple[Scheduler, list[Held]]) -> Any:
+    """What the watch reads of a model, with these epochs."""
+
+    def epoch_of(number: int, workers: list[Held]) -> Any:
+        stage_of: Callable[[Held], int | None] = lambda worker: workers.index(worker) if worker in workers else None  # noqa: E731
+        return SimpleNamespace(number=number, workers=workers, plan=MEASURED, stage_of=stage_of)
+
+    schedulers = tuple(scheduler for scheduler, _ in held)
+    model = SimpleNamespace(hyperparameters=SimpleNamespace(embedding_length=4))
+    return SimpleNamespace(
+        engine=SimpleNamespace(is_running=True, schedulers=schedulers),
+        open_epochs=[epoch_of(scheduler.in_flight.epoch, workers) for scheduler, workers in held],
+        planner=SimpleNamespace(links=UNKNOWN, model=model),
+    )
+
+
+A, B, C = Held("a", received=1), Held("b"), Held("c")
+BUSY, IDLE, OTHER = ([A, B], True), ([A, B], False), ([C, B], True)
+
+
+@pytest.mark.parametrize(
+    ("models", "looks"),
+    [
+        ([[BUSY]], 5),
+        ([[BUSY, IDLE]], 5),
+        ([[BUSY], [IDLE]], 5),
+        ([[BUSY, IDLE], [IDLE]], 5),
+        ([[BUSY, OTHER]], 5),
+        ([[BUSY, BUSY]], 9),
+        ([[BUSY], [BUSY]], 9),
+        ([[BUSY, IDLE], [BUSY]], 9),
+    ],
+)
+def test_silence_is_a_loss_after_the_steps_that_its_worker_has_to_compute(
+    models: list[list[tuple[list[Held], bool]]], looks: int
+) -> None:
+    """A look a second; an epoch with nothing in flight has none."""
+    numbers, fenced = count(1), list[Held]()
+    runners = [
+        runner_of(*((scheduler_of(next(numbers), is_busy=is_busy), workers) for workers, is_busy in epochs))
+        for epochs in models
+    ]
+    registry: Any = SimpleNamespace(fence=lambda worker, reason: fenced.append(worker))
+    nothing: Any = None
+    watch = MembershipWatch(registry, nothing, runners, nothing, nothing, nothing, nothing)
+    for look in range(100):
+        watch._check_result(runners[0], runners[0].open_epochs[0], 0, 2, float(look))
+        if fenced:
+            break
+    assert fenced == [A] and look == looks

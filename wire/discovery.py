@@ -204,10 +204,10 @@ async def _follow(
     known = hosts()
     while True:
         await asyncio.sleep(_LOOK_S)
-        now = hosts()
-        if not now or set(now) == set(known):
-            continue
         try:
+            now = hosts()
+            if not now or set(now) == set(known):
+                continue
             async with deadline("multicast DNS at changed addresses", _BEGIN_S):
                 await service.zeroconf.async_update_interfaces(now, _version(now))
                 if renew is not None:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from zeroconf import IPVersion, ServiceStateChange
@@ -187,3 +189,27 @@ async def test_clusters_of_other_tokens_are_named_once_and_not_without_end() -> 
             changed(f"flood-{number}-{foreign}.{SERVICE}")
     assert len(others) == discovery._MOST_OTHERS
     assert found.addresses == []
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), RuntimeError("no adapters"), OSError(12, "memory")])
+async def test_addresses_that_cannot_be_read_for_once_are_read_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(discovery, "_LOOK_S", 0.001)
+    answers: list[list[str] | Exception] = [["10.0.0.1"], error, ["10.0.0.1"], ["10.0.0.2"]]
+    changed, used = asyncio.Event(), list[list[str]]()
+
+    def hosts() -> list[str]:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def update(hosts: list[str], version: IPVersion) -> None:
+        used.append(hosts)
+        changed.set()
+
+    service: Any = SimpleNamespace(zeroconf=SimpleNamespace(async_update_interfaces=update))
+    async with deadline("other addresses", WITHIN_S), discovery._following(service, hosts):
+        await changed.wait()
+    assert used == [["10.0.0.2"]] and str(error) in caplog.text

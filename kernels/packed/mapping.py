@@ -1,4 +1,4 @@
-"""Which files of the cache may be mapped, which maps are quick, and how much memory is in huge pages."""
+"""Which maps of the cache's files are quick, and how much memory is in huge pages."""
 
 from __future__ import annotations
 
@@ -13,39 +13,11 @@ from llamaclust.kernels._native import Memory
 
 _log = logging.getLogger(__name__)
 
-_REMOTE = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
-    | {"ceph", "lustre", "glusterfs", "beegfs", "gpfs", "gfs2", "ocfs2", "orangefs", "pvfs2"}
-)
-"""FUSE is among them, as what its process does with a file is not known, but for block devices (`fuseblk`)."""
-
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
 """Of the weights that fill huge pages."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
-
-
-def is_remote(path: Path) -> bool:
-    """Whether it is on a remote file system, also if the system does not report that: reading a map of a remote file
-    crashes if its server goes away."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    except OSError:
-        return True
-    kind = file_system(path.resolve(), mounts.splitlines())
-    return kind.partition(".")[0] in _REMOTE or not kind
-
-
-def file_system(path: Path, mounts: Iterable[str]) -> str:
-    """Type of what a path without links lies on, such as "fuse.sshfs", by the lines of /proc/PID/mountinfo."""
-    depth, kind = 0, ""
-    for line in mounts:
-        before, _, after = line.partition(" - ")
-        point = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4]))
-        if path.is_relative_to(point) and len(point.parts) >= depth:  # what is mounted later lies over it
-            depth, kind = len(point.parts), after.split()[0]
-    return kind
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.file_systems import is_remote
+from llamaclust.core.this_machine import machine_id
 from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, MAGIC, Header, read_header
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at, kind_of, shown
@@ -44,9 +46,16 @@ class ModelFile:
     @property
     def version(self) -> str:
         """SHA-256 in hex over the identity and what the system says of the files: their bytes cannot be changed without
-        another one, as far as times of changes tell. Equal on all machines with the same file of a network."""
+        another one, as far as times of changes tell. Equal on machines with copies of one disk."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
+
+    @property
+    def copy_id(self) -> str:
+        """The version with the machine of the files: another one of each copy. Equal on all machines that read the same
+        file of a remote file system."""
+        machine = "" if is_remote(self.path) else machine_id()
+        return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
     @property
     def changed_ns(self) -> int:

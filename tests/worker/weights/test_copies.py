@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from llamaclust.cluster.control.remote.model_copies import OwnCopy, chosen_manifest, other_copies
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf import model_file
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
@@ -110,6 +112,43 @@ async def test_one_file_of_all_machines_is_not_read_to_be_compared(
         await cluster.registry.wait_for("ab", 20)
         handles = await cluster.load(model, "ab", (0, 3, 6), own=own_copy(model))
         assert all(handle.stages[1][0].weights is None for handle in handles)
+    await asyncio.gather(*lives, return_exceptions=True)
+
+
+MACHINE = ContextVar("MACHINE", default="first")
+
+
+@pytest.mark.parametrize(
+    ("machines", "remote", "compared"),
+    [
+        (("first", "second"), False, True),
+        (("second", "second"), False, True),
+        (("first", "second"), True, False),
+        (("first", "first"), False, False),
+    ],
+    ids=["clones", "clones of the coordinator's", "one of a network", "one machine"],
+)
+async def test_files_of_cloned_disks_are_copies(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machines: tuple[str, str],
+    *,
+    remote: bool,
+    compared: bool,
+) -> None:
+    """Their inodes, sizes and times are equal."""
+    monkeypatch.setattr(model_file, "machine_id", MACHINE.get)
+    monkeypatch.setattr(model_file, "is_remote", lambda path: remote)
+    async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
+        own, lives = own_copy(model), []
+        for name, machine in zip("ab", machines, strict=True):
+            token = MACHINE.set(machine)
+            lives.append(cluster.start(name, model_dir=model.parent))
+            MACHINE.reset(token)
+        await cluster.registry.wait_for("ab", 20)
+        handles = await cluster.load(model, "ab", (0, 3, 6), own=own)
+        assert [handle.stages[1][0].weights is not None for handle in handles] == [compared] * 2
     await asyncio.gather(*lives, return_exceptions=True)
 
 

@@ -36,10 +36,9 @@ from llamaclust.wire.control.messages import (
     WeightsFound,
 )
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.security.credentials import Credentials, Insecure
+from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
 
-INSECURE = Insecure()
 PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
@@ -112,7 +111,7 @@ class WorkerHandle:
         registration: messages.Register,
         send: Send,
         read_last_error: Callable[[], str],
-        credentials: Credentials = INSECURE,
+        credentials: Credentials,
     ) -> None:
         """`credentials`: the coordinator's."""
         self.registration = registration

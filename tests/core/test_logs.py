@@ -29,6 +29,7 @@ from llamaclust.core.logs import (
     start_logging,
 )
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
+from llamaclust.wire.security.credentials import Insecure
 from support.clusters.command_line import CommandLine, command_line, eventually
 from support.models.hostile_models import tiny
 from support.wire.control_messages import REGISTER
@@ -101,7 +102,7 @@ def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life
     async def say(message: CoordinatorMessage) -> None:
         """Drops it."""
 
-    handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
+    handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "", Insecure())
     assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
     handle.receive(Heartbeat(0.5, 1, 2, 3, 4, last_error="the disk is full"))
     handle.lose("its connection broke")

@@ -17,7 +17,7 @@ class TermProof:
     signature: Annotated[bytes, Size(0, 128)] = b""
 
 
-def prove_term(credentials: Credentials, term: int, name: str = "") -> TermProof:
+def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
     """The term of the coordinator that has these credentials, for the cluster of that name: clusters may share a CA."""
     if not isinstance(credentials, Identity):
         return TermProof()
@@ -26,7 +26,7 @@ def prove_term(credentials: Credentials, term: int, name: str = "") -> TermProof
     return TermProof(credentials.pair.certificate, sign(credentials.pair, _statement(credentials.cluster, term, name)))
 
 
-def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str = "") -> bool:
+def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str) -> bool:
     """Whether a coordinator of this cluster had the term. Where there are no certificates, every member is trusted."""
     if not isinstance(credentials, Identity):
         return True

@@ -21,7 +21,6 @@ from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
 from llamaclust.model.weights.manifest import MANIFEST_VERSION
 from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound, WeightSource
 from llamaclust.wire.rpc.client import Peer
-from llamaclust.wire.weight_stream import FRAME_BYTES
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.weights.giver import WeightGiver
 
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from llamaclust.worker.weights.remote_model import RemoteModel
 
 _log = logging.getLogger(__name__)
-
-_READ_BYTES = 8 * FRAME_BYTES
-_IDLE_S = 120.0
-_FRAME_S = 30.0
 
 _Value = TypeVar("_Value")
 
@@ -137,13 +132,13 @@ class Weights:
         if model is None:
             return self._in_cache(wanted.model_id)
         with model:
-            version = model.file.version
+            copy_id = model.file.copy_id
             if not wanted.describe:
-                return WeightsFound(True, file=version)
+                return WeightsFound(True, file=copy_id)
             manifest = self.manifest_of(model, progress or Progress())
             if self.giver.gives:
                 self.giver.add(model.file, manifest.content)
-            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=version)
+            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=copy_id)
 
     def manifest_of(self, model: Model, progress: Progress) -> FileManifest:
         """Of the file as it is now; see `FileManifests.of`."""

@@ -44,6 +44,7 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WeightsFound,
 )
+from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import ANYTHING, action_runner, observed_cluster
 from support.wire.control_messages import LOAD, REGISTER
@@ -69,7 +70,7 @@ def worker_handle(name: str, *, loads: bool = True, unload_failure: Failure | No
             case Unload(epoch) if unload_failure is not None:
                 handle.receive(UnloadFailed(epoch, unload_failure))
 
-    handle = WorkerHandle(replace(REGISTER, name=name), send, lambda: "")
+    handle = WorkerHandle(replace(REGISTER, name=name), send, lambda: "", Insecure())
     return handle
 
 

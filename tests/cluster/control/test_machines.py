@@ -9,6 +9,7 @@ from llamaclust.cluster.control.resources.profiling import _key
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources, machine_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
+from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.settings import WorkerSettings
 from support.wire.control_messages import REGISTER
@@ -26,7 +27,7 @@ def _of(name: str, machine: str, group: str = "", host: str = "raspberrypi") -> 
 
 def _shares(*workers: Register) -> list[int]:
     shares = machine_shares(
-        {worker.name: WorkerResources.of(WorkerHandle(worker, _nothing, lambda: "")) for worker in workers}
+        {worker.name: WorkerResources.of(WorkerHandle(worker, _nothing, lambda: "", Insecure())) for worker in workers}
     )
     return [shares[worker.name] // _GIB for worker in workers]
 
@@ -34,7 +35,7 @@ def _shares(*workers: Register) -> list[int]:
 def test_machines_with_the_same_name_share_nothing() -> None:
     workers = [_of(name, machine=f"boot {name}") for name in "abc"]
     assert _shares(*workers) == [8, 8, 8], "not 2 each"
-    handles = {worker.name: WorkerHandle(worker, _nothing, lambda: "") for worker in workers}
+    handles = {worker.name: WorkerHandle(worker, _nothing, lambda: "", Insecure()) for worker in workers}
     assert "one of 1 workers" in _key(handles["a"], handles)
 
 

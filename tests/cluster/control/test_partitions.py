@@ -21,6 +21,7 @@ from llamaclust.wire.control.messages import (
     ProbePeer,
     ProbeResult,
 )
+from llamaclust.wire.security.credentials import Insecure
 from support.wire.control_messages import LOAD, REGISTER
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
@@ -55,7 +56,7 @@ class Members:
                 ProbeResult(message.worker, "no answer" if way in self.cut else "", message.request_id)
             )
 
-        worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
+        worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "", Insecure())
         worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))
         return worker
 

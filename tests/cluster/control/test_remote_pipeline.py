@@ -14,6 +14,7 @@ from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load, Loaded, Register
+from llamaclust.wire.security.credentials import Insecure
 from support.clusters.real_cluster import microbatches
 
 
@@ -52,7 +53,7 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     order = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
     stages = {1: (order, Loaded(1, 1, 1, 1))}
     nothing: Any = None
-    worker = WorkerHandle(register, nothing, lambda: "")
+    worker = WorkerHandle(register, nothing, lambda: "", Insecure())
     worker.stages |= stages
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
     ends: Any = (forward, sample)

@@ -27,6 +27,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import Insecure
 from support.clusters.recovering import config, generations, recovering, undisturbed
 from support.seed import SEED
 from support.wire.control_messages import LOAD, REGISTER
@@ -104,7 +105,7 @@ async def _answered(send: Asked, messages: list[WorkerMessage]) -> object:
     async def say(message: CoordinatorMessage) -> None:
         said.append(message)
 
-    handle = WorkerHandle(REGISTER, say, lambda: "")
+    handle = WorkerHandle(REGISTER, say, lambda: "", Insecure())
     asking = asyncio.ensure_future(send(handle))
     for message in messages:
         await asyncio.sleep(PROGRESS_TIMEOUT_S / 2)

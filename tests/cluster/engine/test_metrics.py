@@ -22,6 +22,7 @@ from llamaclust.cluster.server.telemetry.exporter import ExportCounts
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.wire.control.messages import Heartbeat, Register
 from llamaclust.wire.microbatch.messages import Result, StageTiming
+from llamaclust.wire.security.credentials import Insecure
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS
 from support.paths import ROOT
@@ -38,7 +39,7 @@ def handle(name: str, beat: Heartbeat | None = BEAT) -> WorkerHandle:
     async def say(message: object) -> None:
         raise AssertionError
 
-    worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
+    worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "", Insecure())
     worker.heartbeat = beat
     return worker
 

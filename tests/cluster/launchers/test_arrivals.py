@@ -13,6 +13,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.events import Event, Notice, Waiting, WorkerJoined
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage
+from llamaclust.wire.security.credentials import Insecure
 from support.wire.control_messages import REGISTER
 
 SHORT = InsufficientMemoryError("12 MiB are missing")
@@ -33,7 +34,7 @@ class Start:
         async def nothing(_: CoordinatorMessage) -> None: ...
 
         for name in names:
-            handle = WorkerHandle(replace(REGISTER, name=name), nothing, lambda: "")
+            handle = WorkerHandle(replace(REGISTER, name=name), nothing, lambda: "", Insecure())
             self.registry.admit(handle)
             self.registry.announce(handle)
 

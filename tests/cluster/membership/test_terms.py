@@ -94,7 +94,7 @@ async def test_a_worker_of_a_newer_coordinator_is_refused_and_ends_the_cluster_t
         superseded = asyncio.create_task(there.superseded())
         _, welcome = await join(there, trust.identity(A), REGISTER)
         assert isinstance(welcome, Admitted) and welcome.term == 3
-        proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4))
+        proven = replace(REGISTER, largest_term=4, term_proof=prove_term(trust.identity(), 4, ""))
         _, refused = await join(there, trust.identity(B), replace(proven, name="b"))
         assert isinstance(refused, Rejected) and not superseded.done(), "b held no layers: its word ends nothing"
         assert "worker b has seen a newer coordinator of this cluster (term 4, this one: 3)" in refused.reason
@@ -115,14 +115,14 @@ async def test_a_term_that_grows_is_proven_to_the_members_of_before(trust: Autho
         member, peer = Member(early, trust.identity(A)), Peer(there.address, trust.identity(A), COORDINATOR)
         await member.join(peer, REGISTER, 10.0)
         assert early.terms.largest.value == 1
-        late = replace(REGISTER, name="b", largest_term=7, term_proof=prove_term(trust.identity(), 7))
+        late = replace(REGISTER, name="b", largest_term=7, term_proof=prove_term(trust.identity(), 7, ""))
         await join(there, trust.identity(B), late)
         async with asyncio.timeout(10):
             message = await member._receive()
         member._dispatch(message, nothing, nothing, nothing)
         await peer.close()
         assert early.terms.largest.value == 8
-        assert is_term_proven(trust.identity(), 8, early.terms.largest.proof)
+        assert is_term_proven(trust.identity(), 8, early.terms.largest.proof, "")
 
 
 async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_nothing(
@@ -132,14 +132,14 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
     record = ControlRecord(term=3)
     record.next_epoch()
     own, other = trust.identity(A), Authority.open(tmp_path / "other")
-    signed = prove_term(own, 4)
+    signed = prove_term(own, 4, "")
     proofs = (
         TermProof(),
         signed,
         TermProof(trust.identity().pair.certificate, signed.signature),
-        prove_term(trust.identity(), 3),  # as every member got it
-        prove_term(other.identity(), 4),
-        prove_term(with_pair(own, other.identity().pair), 4),
+        prove_term(trust.identity(), 3, ""),  # as every member got it
+        prove_term(other.identity(), 4, ""),
+        prove_term(with_pair(own, other.identity().pair), 4, ""),
         TermProof(b"no certificate", b"no signature"),
     )
     async with registry_of(trust.identity(), JoinSettings(record=record)) as there:
@@ -169,7 +169,7 @@ async def test_a_worker_refuses_memberships_and_loads_of_smaller_terms(
         reported.append((register.largest_term, register.term_proof))
         await stream.write(encode_coordinator_message(Admitted(Deadlines(), term=next(terms), term_proof=proof)))
 
-    terms, proof = iter((4, 2)), prove_term(trust.identity(), 4)
+    terms, proof = iter((4, 2)), prove_term(trust.identity(), 4, "")
     server = await Server.start(ANY, trust.identity(), {JOIN: admit})
     peer = Peer(server.address, trust.identity(A), COORDINATOR)
     await Member(worker, trust.identity(A)).join(peer, REGISTER, 10.0)
@@ -300,7 +300,7 @@ def test_a_proof_that_cannot_be_read_is_none(old: str, new: str, tmp_path: Path)
     changed = certificate.replace(bytes.fromhex(old), bytes.fromhex(new))
     assert changed != certificate
     proof = TermProof(DER_cert_to_PEM_cert(changed).encode(), b"signature")
-    assert not is_term_proven(identity, 7, proof)
+    assert not is_term_proven(identity, 7, proof, "")
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 3])

@@ -50,7 +50,7 @@ async def _nothing(message: CoordinatorMessage) -> None: ...
 
 def three() -> dict[str, WorkerHandle]:
     """Workers a, b and c that hold stages of epoch 3."""
-    workers = {name: WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "") for name in "abc"}
+    workers = {name: WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "", Insecure()) for name in "abc"}
     for worker in workers.values():
         worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))
     return workers

@@ -24,6 +24,7 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.sizes import MIB
 from llamaclust.wire.control.messages import Heartbeat, Loaded
+from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import action_runner, observed_cluster
 from support.wire.control_messages import LOAD, REGISTER
@@ -140,7 +141,7 @@ async def test_a_drain_is_refused_where_the_others_suffice_for_each_model_but_no
 async def test_what_is_free_beside_stages_of_other_models_is_of_their_devices() -> None:
     """A plan subtracts what other models hold, so it is added to what a worker reports, on the same device."""
     gpu = Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33)
-    handle = WorkerHandle(replace(REGISTER, device="cuda:0", gpus=(gpu,)), nothing, lambda: "")
+    handle = WorkerHandle(replace(REGISTER, device="cuda:0", gpus=(gpu,)), nothing, lambda: "", Insecure())
     figures = {"touched_bytes": 0, "kv_bytes": 0, "workspace_bytes": 0, "memory_bytes": None}
     parts = [
         DevicePlan(device="cpu", start=0, end=2, weight_bytes=5, **figures),  # type: ignore[arg-type]

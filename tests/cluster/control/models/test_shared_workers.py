@@ -20,6 +20,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, StalledError, WorkerError
 from llamaclust.wire.control.messages import CoordinatorMessage, FindWeights, Loaded, Unload, Unloaded, WeightsFound
+from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
 
@@ -138,7 +139,7 @@ async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
                     handle.receive(Unloaded(epoch))
 
     monkeypatch.setattr(WorkerHandle, "unload", partialmethod(WorkerHandle.unload, deadline_s=0.05))
-    handle = WorkerHandle(REGISTER, send, lambda: "")
+    handle = WorkerHandle(REGISTER, send, lambda: "", Insecure())
     if holds_others:
         handle.stages[1] = (replace(LOAD, epoch=1, model_id="cd" * 32), Loaded(1, 1, 2, 3))
     reference = ModelReference(LOAD.model_path, LOAD.model_id, ())

@@ -18,6 +18,7 @@ from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingPar
 from llamaclust.wire.control.messages import CoordinatorMessage, Loaded
 from llamaclust.wire.microbatch.codec import encode_result, most_result_bytes
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.security.credentials import Insecure
 from support.wire.control_messages import LOAD, REGISTER
 
 MIB = 1 << 20
@@ -50,7 +51,7 @@ async def _nothing(message: CoordinatorMessage) -> None: ...
 
 def pipeline_of(answers: Sequence[int | bytes]) -> RemotePipeline:
     """Of workers a and b, the last of which answers so."""
-    workers = [WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "") for name in "ab"]
+    workers = [WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "", Insecure()) for name in "ab"]
     for worker in workers:
         worker.stages[1] = (replace(LOAD, epoch=1), Loaded(1, 1, 1, 1))
     streams: Any = ScriptedStream(), ScriptedStream(answers)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from llamaclust.core.errors import DeviceLostError, ProtocolError, RefusedError, UsageError, WorkerError
+from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, RefusedError, UsageError, WorkerError
 from llamaclust.core.logs import last_trouble, name_cluster
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RENEW_AGAIN_S = 60.0
 _AT_MOST_EVERY_S = 1.0
+_END_S = 5.0
 
 
 class Renewal:
@@ -141,7 +142,9 @@ class Member:
                 self._dispatch(message, session, loads, requests)
             return message.reason
         finally:
-            self._tasks.cancel()
+            with contextlib.suppress(DeadlineError):
+                async with deadline("the end of a membership", _END_S):
+                    await self._tasks.close()
 
     def _dispatch(
         self, message: messages.CoordinatorMessage, session: Session, loads: Loads, requests: Requests

@@ -12,7 +12,7 @@ from typer import Option
 from llamaclust.cli.interrupts import ends_at_once
 from llamaclust.cli.options import Devices, GpuLayers, Gpus, option_value
 from llamaclust.cli.terminal import print_error
-from llamaclust.core.addresses import split_address
+from llamaclust.core.addresses import JOIN_PORT, split_address
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _TOKEN = "join-token"
 _JOIN_S = 15.0
-_JOIN_PORT = 7100
-"""The default port of `join.listen`."""
 
 
 def worker(
@@ -148,7 +146,7 @@ def _with_port(value: str) -> str:
     """HOST alone means the usual enrolment port there; an address of IPv6 may be without brackets then."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
-    return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{_JOIN_PORT}"
+    return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
 
 
 def _address(value: str) -> str:

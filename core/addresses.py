@@ -10,8 +10,11 @@ from llamaclust.core.errors import UsageError
 ANYWHERE = ("0.0.0.0", "::")
 """Hosts of a listener that takes connections to any address of its machine."""
 
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
+JOIN_PORT = 7100
+"""Where workers enrol, unless another port is given."""
+LASTING = "give a host name, an address of IPv4, or one of IPv6 that does not begin with fe80"
 
 
 class AddressError(UsageError, ValueError):
@@ -19,12 +22,16 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError, with the example."""
+    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError, with the example; also for a link-local
+    address of IPv6, which means something else on each machine that is told of it."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
         raise AddressError(f"{shown} is not an address; write it like {example}")
-    return match[1].strip("[]"), int(match[2])
+    host = match[1].strip("[]")
+    if is_link_local(host):
+        raise AddressError(f"{host} is an address of one link, which other machines cannot use: {LASTING}")
+    return host, int(match[2])
 
 
 def joined_address(host: str, port: int) -> str:
@@ -42,6 +49,15 @@ def bounded_host(host: str) -> str:
     if address.version == 4:
         return str(address)
     return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+
+
+def is_link_local(host: str) -> bool:
+    """Whether it is an address of IPv6 that means something within one link only, with or without its interface."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "%" in host
+    return address.version == 6 and (address.is_link_local or "%" in host)
 
 
 def is_loopback(host: str) -> bool:

@@ -9,14 +9,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.core.addresses import ANYWHERE, is_loopback
+from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 from llamaclust.core.errors import UsageError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of an IPv6 address that does not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
-_LINK_LOCAL = ("fe8", "fe9", "fea", "feb")
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
 """Addresses of documentation (RFC 5737, RFC 3849), which lie behind the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
@@ -55,7 +54,7 @@ def interface_addresses() -> list[InterfaceAddress]:
         InterfaceAddress(adapter.name, host, host in default)
         for adapter in sorted(ifaddr.get_adapters(), key=lambda adapter: adapter.index or 0)
         for host in (each.ip if isinstance(each.ip, str) else each.ip[0] for each in adapter.ips)
-        if not host.startswith(_LINK_LOCAL) and host not in passing
+        if not is_link_local(host) and host not in passing
     ]
     return sorted(found, key=lambda address: address.rank)
 

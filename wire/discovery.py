@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from zeroconf import Error, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.addresses import ANYWHERE, is_link_local, joined_address, split_address
 from llamaclust.core.errors import DeadlineError, UsageError
 from llamaclust.core.this_machine import network_addresses, own_addresses
 from llamaclust.wire.rpc.deadlines import deadline
@@ -135,7 +135,8 @@ class _Browser:
         if info.properties.get(_CLUSTER.encode()) != self._cluster.encode() or not info.port:
             return
         for host in info.parsed_scoped_addresses()[:_MOST_ADDRESSES]:
-            self._found(joined_address(host, info.port))
+            if not is_link_local(host):
+                self._found(joined_address(host, info.port))
 
     async def close(self) -> None:
         await self._look_ups.close()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from llamaclust.core.addresses import joined_address
+from llamaclust.core.addresses import JOIN_PORT, joined_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError, RefusedError, UsageError, WorkerError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
@@ -31,13 +31,13 @@ class Enrolled:
     """The worker's identity, and where the Coordinator service is."""
 
     identity: Identity
-    target: str  # the address that enrolled: a name may stand for a coordinator and its standby
+    reached: tuple[str, int]  # the IP address that enrolled, and the port of its service
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
     """Raises UsageError where token and coordinator do not go together or it refuses, which another try will not mend;
     WorkerError, ProtocolError or DeadlineError where it cannot be reached or breaks off."""
-    where = f"{host}:{port}"
+    where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
         cluster = cluster_id(token.ca_hash)
@@ -53,7 +53,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
             raise UsageError(f"the coordinator at {where} does not know this token's secret: copy the token file again")
         pair = key.with_certificate(grant.certificate)
         identity = Identity(pem(authority), cluster, Principal(name), pair)
-        return Enrolled(identity, joined_address(reached, grant.port))
+        return Enrolled(identity, (str(reached), grant.port))
 
 
 async def is_open(host: str, port: int, within_s: float) -> bool:
@@ -93,7 +93,7 @@ async def _challenge(reader: asyncio.StreamReader) -> enrolment.Challenge:
     data = await enrolment.read_message(reader)
     message = None if data is None else enrolment.decode_server_message(data)
     if not isinstance(message, enrolment.Challenge):
-        raise ProtocolError("no challenge came: is this the enrolment port of a coordinator (7100 by default)?")
+        raise ProtocolError(f"no challenge came: is this the enrolment port of a coordinator ({JOIN_PORT} by default)?")
     return message
 
 
@@ -135,9 +135,9 @@ async def _connected(
     host: str, port: int, authority: bytes | None, name: str
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """`name`: what the other side's certificate must say, where it is verified."""
-    context, limit = _context(authority), enrolment.MAX_ENROLMENT_BYTES
+    context, limit, where = _context(authority), enrolment.MAX_ENROLMENT_BYTES, joined_address(host, port)
     try:
-        async with deadline(f"connecting to {host}:{port}", _CONNECT_S):
+        async with deadline(f"connecting to {where}", _CONNECT_S):
             reader, writer = await asyncio.open_connection(
                 host,
                 port,
@@ -149,14 +149,14 @@ async def _connected(
             )
     except ssl.SSLCertVerificationError as error:
         why = f"{error.verify_message}; are the clocks of both machines right?"
-        raise WorkerError(f"the certificate that {host}:{port} shows is refused: {why}") from error
+        raise WorkerError(f"the certificate that {where} shows is refused: {why}") from error
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
             advice = "it is not the join port of the cluster whose token this is; check the address and the port"
-            raise UsageError(f"{host}:{port} does not use TLS: {advice}") from error
-        raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
+            raise UsageError(f"{where} does not use TLS: {advice}") from error
+        raise WorkerError(f"{where} cannot be reached: {_reason(error)}") from error
     except OSError as error:
-        raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
+        raise WorkerError(f"{where} cannot be reached: {_reason(error)}") from error
     try:
         yield reader, writer
     finally:

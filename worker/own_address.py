@@ -6,7 +6,7 @@ import asyncio
 import socket
 from dataclasses import dataclass
 
-from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.addresses import ANYWHERE, LASTING, is_link_local, joined_address, split_address
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.this_machine import source_host
 from llamaclust.wire.rpc.deadlines import deadline
@@ -28,15 +28,18 @@ class Route:
 
     @classmethod
     async def to(cls, host: str, port: int) -> Route:
-        """WorkerError where the host's name leads nowhere."""
+        """WorkerError where the host's name is not found, or has only addresses of one link."""
         loop = asyncio.get_running_loop()
         try:
             async with deadline(f"looking up {host}", _RESOLVE_S):
                 found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         except OSError as error:
-            raise WorkerError(f"{host} cannot be reached: {error.strerror or error}") from error
-        family, _, _, _, address = found[0]
-        return cls(str(address[0]), family, port)
+            reason = error.strerror or error
+            raise WorkerError(f"{host} is not found: {reason}; check the name, or give an address instead") from error
+        lasting = [(str(address[0]), family) for family, *_, address in found if not is_link_local(str(address[0]))]
+        if not lasting:
+            raise WorkerError(f"{host} has only addresses of one link, which other machines cannot use: {LASTING}")
+        return cls(*lasting[0], port)
 
     def own_host(self) -> str:
         """The address of this machine from which the coordinator is reached. WorkerError without a route."""

@@ -8,7 +8,7 @@ import contextlib
 import logging
 from dataclasses import dataclass, replace
 
-from llamaclust.core.addresses import split_address
+from llamaclust.core.addresses import is_link_local, joined_address, split_address
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import (
     DeadlineError,
@@ -29,7 +29,7 @@ from llamaclust.worker.coordinator_search import CoordinatorSearch
 from llamaclust.worker.devices.system_info import log_place, release_freed_memory
 from llamaclust.worker.enrolment import enrol, is_open, speaks_tls
 from llamaclust.worker.membership import Member
-from llamaclust.worker.own_address import OwnAddress
+from llamaclust.worker.own_address import OwnAddress, Route
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
 
@@ -79,6 +79,7 @@ class _StaticWorker:
         if self._token is None:
             _log.warning("insecure: links are neither encrypted nor authenticated")
         if self._token is None or not self._settings.discover:
+            _log.info("joining the coordinator at %s", " or ".join((self._settings.join, *self._settings.standbys)))
             return await self._run()
         from llamaclust.wire.discovery import browsing
 
@@ -134,14 +135,18 @@ class _StaticWorker:
 
     async def _reach(self, address: str) -> _Reached:
         """The coordinator whose enrolment port, or without certificates whose service, is at an address."""
+        host, port = split_address(address)
+        route = await Route.to(host, port)  # before anything else: a name that is not found is said so
         if self._token is None:
-            if self._settings.standbys and not await is_open(*split_address(address), _OPEN_S):
+            if self._settings.standbys and not await is_open(host, port, _OPEN_S):
                 raise WorkerError(f"{address} cannot be reached")
             return _Reached(address, Insecure())
         if (given := self._settings.token_file) is not None and given.is_file():  # it may hold another one by now
             self._token = JoinToken.read(given)
-        enrolled = await enrol(*split_address(address), self._token, self._settings.name)
-        return _Reached(enrolled.target, enrolled.identity)
+        enrolled = await enrol(host, port, self._token, self._settings.name)
+        reached, service_port = enrolled.reached  # a name may stand for a coordinator and its standby
+        target = joined_address(route.host if is_link_local(reached) else reached, service_port)
+        return _Reached(target, enrolled.identity)
 
     async def _run_membership(self, address: str, reached: _Reached) -> str:
         """One membership, until the coordinator ends the cluster."""

@@ -25,6 +25,7 @@ from llamaclust.cluster.config.values import (
     parse_ray_address,
 )
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.core.addresses import JOIN_PORT
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_TOKENS
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
@@ -93,7 +94,7 @@ class AnyWorker(WorkerConfig):
 class Join(Section):
     """Where the workers of a cluster over machines come in."""
 
-    listen: Address = "0.0.0.0:7100"
+    listen: Address = f"0.0.0.0:{JOIN_PORT}"
     """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
     members: Address = "0.0.0.0:7101"
     """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""

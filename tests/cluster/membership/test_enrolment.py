@@ -59,7 +59,7 @@ async def told(caplog: pytest.LogCaptureFixture, times: int) -> list[str]:
 async def test_who_has_the_token_becomes_a_member(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust, port=7101) as (host, port):
         enrolled = await enrol(host, port, trust.token, "b")
-        assert enrolled.target == "127.0.0.1:7101"
+        assert enrolled.reached == ("127.0.0.1", 7101)
         identity = enrolled.identity
         assert (identity.cluster, identity.principal) == (trust.cluster, Principal("b"))
         assert 23 * 3600 < identity.pair.life_s <= 24 * 3600 and identity.pair.renewal_in_s > 15 * 3600

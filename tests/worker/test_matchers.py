@@ -108,19 +108,19 @@ def test_a_grammar_that_cannot_be_followed_fails_its_answer_alone(stage: StageMa
 def test_an_answer_whose_tokens_keep_taking_too_long_fails_alone(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes long now and then goes on; the fault is the request's, whatever worker computes it."""
+    """One that takes long now and then goes on. A clock says nothing about the request."""
     step(stage, 0, task(1, 0, ABC), task(2, 0, ABC), says="aa")
     stage._answers[1]._excess_ns = module._GUARD_NS + 2 * module._TOKEN_NS
     stage._answers[2]._excess_ns = module._GUARD_NS // 2
     _, (row, other) = step(stage, 1, task(1, 1), task(2, 1), says="cc")
-    assert row.failure is not None and row.failure.startswith("the grammar is too ambiguous") and row.is_request_fault
+    assert row.failure is not None and row.failure.startswith("the grammar is too slow") and not row.is_request_fault
     assert other == sampled("c")
     _, (again,) = step(stage, 2, task(1, 2), says="d")
     assert again == row, "for good"
 
 
 def test_a_grammar_that_breaks_within_an_answer_is_the_requests_fault(stage: StageMatchers) -> None:
-    """After the first letter; three kinds: a rule without an end, too many items of a row, a lexer without an end."""
+    """After the first letter: a rule without an end, too many items of a row, a lexer without an end."""
     optional = {f"p{i}": {"type": "string"} for i in range(900)}
     dead = definitions.of_lark('start: "a" rule | "b"\nrule: rule', "grammar")
     wide = definitions.of_schema({"type": "array", "items": {"type": "object", "properties": optional}}, "json_schema")
@@ -137,6 +137,29 @@ def test_a_grammar_that_breaks_within_an_answer_is_the_requests_fault(stage: Sta
                 break
         assert row.failure is not None and row.is_request_fault, grammar.origin
         assert "nothing may follow" in row.failure or "became too complex" in row.failure
+
+
+AMBIGUOUS = {
+    "pairs": 'start: s\ns: s s | "a"',
+    "triples": 'start: s\ns: s s s | s s | "a" | "ab"',
+    "operators": 'start: e\ne: e "a" e | e "aa" e | "a"',
+    "runs": 'start: (x | y)*\nx: "a" x | "a"\ny: "a" y "a" | "a"',
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_a_count_ends_ambiguous_grammars_before_the_clock(stage: StageMatchers, name: str) -> None:
+    """The same token of every machine's answer, and none near the guard."""
+    grammar, number, row = definitions.of_lark(AMBIGUOUS[name], "grammar"), 0, sampled("a")
+    for place in range(2000):
+        row = DEFERRED
+        while row is DEFERRED:
+            _, (row,) = step(stage, number, task(1, place, *((grammar,) if number == 0 else ())), says="a")
+            number += 1
+        if row.failure is not None:
+            break
+    assert row.failure is not None and "became too complex" in row.failure and row.is_request_fault
+    assert "max is 800" in row.failure
 
 
 def test_an_answer_goes_on_after_its_lexer_is_used_up(stage: StageMatchers) -> None:
@@ -162,7 +185,7 @@ def test_an_answer_goes_on_after_its_lexer_is_used_up(stage: StageMatchers) -> N
 def test_a_start_that_takes_too_long_fails_its_answer(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GUARD_NS", -1)
     _, (bad, good) = step(stage, 0, task(1, 2, ABC, "ac"), task(2, 0, ABC), says="da")
-    assert bad.failure is not None and bad.failure.startswith("the grammar is too ambiguous")
+    assert bad.failure is not None and bad.failure.startswith("the grammar is too slow")
     assert good.failure is not None, "at its first token"
 
 

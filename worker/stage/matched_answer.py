@@ -9,7 +9,7 @@ from math import nan
 from time import monotonic, thread_time_ns
 from typing import Final
 
-from llamaclust.core.errors import LlamaclustError, ProtocolError, RequestError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, RequestError
 from llamaclust.core.sampling import AllowedTokens, MatcherRow, MatcherStart, RowResult
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError, TokenRefusedError
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
@@ -22,8 +22,8 @@ _READY_S: Final = 60.0
 _TOKEN_NS: Final = 50_000_000
 """Of a processor, for each token; large schemas take a tenth of that at most."""
 _GUARD_NS: Final = 2_000_000_000
-"""Beyond that, for an answer: counts bound what a grammar takes (see matcher.py), this bounds ambiguous grammars whose
-counts do not tell their cost."""
+"""Beyond that, for an answer. Counts decide about a grammar (see matcher.py); this guards the stage's other answers
+where counts do not tell the cost. It is no verdict on the request: a faster machine may answer it."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -171,7 +171,7 @@ class MatchedAnswer:
 
     def fail(self, error: Exception) -> None:
         """The grammar's fault where it is a RequestError, but for a token that is refused: the same tokens fail so on
-        every machine."""
+        every machine. A DeadlineError is this machine's."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):
@@ -197,7 +197,7 @@ class MatchedAnswer:
         self._excess_ns = max(0, self._excess_ns + taken_ns - tokens * _TOKEN_NS)
         if self._excess_ns > _GUARD_NS:
             most = f"{_ms(_TOKEN_NS)} ms of a processor a token"
-            raise RequestError(f"{self.rule} is too ambiguous: its tokens take more than {most}")
+            raise DeadlineError(f"{self.rule} is too slow to follow here: its tokens take more than {most}; try again")
 
     def _take(self, token: int) -> AllowedTokens | None:
         matcher = self._matcher

@@ -50,9 +50,9 @@ def gbnf(count: int) -> Grammar:
 def grid() -> list[Grammar]:
     return [
         *map(optional, (30, 200, *range(499, 509, 2), 600)),
-        *map(choice, range(1986, 2016, 2)),
-        *map(absent, (10, 100, 300, *range(667, 680))),
-        *map(rules, range(1986, 2010, 2)),
+        *map(choice, (1, 2, 1000, 2002, 5000, 20_000)),
+        *map(absent, (10, 100, *range(252, 284), 300)),
+        *map(rules, range(780, 820, 2)),
         *map(words, (1, 5, 10, 20, 40, 80, 160, 320)),
         *map(gbnf, (10, 100, 200, 3000)),
     ]

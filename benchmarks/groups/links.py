@@ -27,12 +27,12 @@ _HEADER = Path("/usr/include/openssl/ssl.h")
 
 def missing() -> str | None:
     """Why the links cannot be built here."""
-    if _compiler() is None:
+    if compiler() is None:
         return "no C++ compiler found"
     return None if _HEADER.exists() else "OpenSSL's headers are not here (Debian, Ubuntu: libssl-dev)"
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
@@ -40,10 +40,10 @@ def build(folder: Path) -> Path:
     """The library; UsageError where it cannot be built."""
     if (reason := missing()) is not None:
         raise UsageError(reason)
-    library, compiler = folder / "exchange.so", _compiler()
-    assert compiler is not None
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(library), "-lssl", "-lcrypto"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    library, command = folder / "exchange.so", compiler()
+    assert command is not None
+    arguments = [command, *_FLAGS, str(_SOURCE), "-o", str(library), "-lssl", "-lcrypto"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UsageError(f"{_SOURCE}: {done.stderr.strip()}")
     return library

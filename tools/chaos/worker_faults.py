@@ -6,13 +6,10 @@ Workers have them only where they are started with `PRELOAD` in PYTHONPATH.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llamaclust.worker.stage.loop import StageLoop
+from typing import Any
 
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
@@ -20,38 +17,48 @@ FAILING_S, MUTE_S = 2.0, 6.0
 """Several failures; longer than a step may take before its worker counts as lost."""
 
 
-class WorkerFaults:
-    """Ends each fault by itself, whatever becomes of the program that began it."""
+Active = Callable[[], bool]
 
-    def __init__(self) -> None:
-        self._failing_until_s = self._mute_until_s = 0.0
 
-    def install(self) -> None:
-        from llamaclust.worker.stage.loop import StageLoop  # not where faults are only begun
+def break_steps(is_active: Active) -> None:
+    """Steps of this process's stages fail meanwhile."""
+    from llamaclust.worker.stage.loop import StageLoop  # not where faults are only begun
 
-        run_layers, send_answers = StageLoop._run_layers, StageLoop._send_answers
-        StageLoop._run_layers = self._failing(run_layers)  # type: ignore[method-assign]
-        StageLoop._send_answers = self._mute(send_answers)  # type: ignore[method-assign]
-        signal.signal(FAILING, lambda *_: self._begin_failing())
-        signal.signal(MUTE, lambda *_: self._begin_mute())
+    run_layers = StageLoop._run_layers
 
-    def _begin_failing(self) -> None:
-        self._failing_until_s = monotonic() + FAILING_S
+    def fails(loop: StageLoop, *given: Any) -> Any:
+        if is_active():
+            raise RuntimeError("a fault of `llamaclust chaos`")
+        return run_layers(loop, *given)
 
-    def _begin_mute(self) -> None:
-        self._mute_until_s = monotonic() + MUTE_S
+    StageLoop._run_layers = fails  # type: ignore[method-assign, assignment]
 
-    def _failing(self, run_layers: Callable[..., Any]) -> Callable[..., Any]:
-        def run(loop: StageLoop, *given: Any) -> Any:
-            if monotonic() < self._failing_until_s:
-                raise RuntimeError("a fault of `llamaclust chaos`")
-            return run_layers(loop, *given)
 
-        return run
+def silence(is_active: Active) -> None:
+    """Stages of this process pass nothing on meanwhile."""
+    from llamaclust.worker.stage.loop import StageLoop
 
-    def _mute(self, send_answers: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Coroutine[Any, Any, None]]:
-        async def send(loop: StageLoop, *given: Any) -> None:
-            if monotonic() >= self._mute_until_s:
-                await send_answers(loop, *given)
+    send_answers = StageLoop._send_answers
 
-        return send
+    async def sends_nothing(loop: StageLoop, *given: Any) -> None:
+        if not is_active():
+            await send_answers(loop, *given)
+
+    StageLoop._send_answers = sends_nothing  # type: ignore[method-assign, assignment]
+
+
+def install() -> None:
+    """Each fault begins at its signal and ends by itself, whatever becomes of the program that began it."""
+    _at_signal(FAILING, FAILING_S, break_steps)
+    _at_signal(MUTE, MUTE_S, silence)
+
+
+def _at_signal(number: signal.Signals, lasts_s: float, fault: Callable[[Active], None]) -> None:
+    until_s = 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal until_s
+        until_s = monotonic() + lasts_s
+
+    fault(lambda: monotonic() < until_s)
+    signal.signal(number, begin)

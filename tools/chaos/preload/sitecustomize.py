@@ -3,6 +3,6 @@
 import sys
 
 if not {"llamaclust.worker", "worker"}.isdisjoint(sys.orig_argv):
-    from llamaclust.tools.chaos.worker_faults import WorkerFaults
+    from llamaclust.tools.chaos.worker_faults import install
 
-    WorkerFaults().install()
+    install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,42 @@ from llamaclust.cluster.planner import step_limits
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import RequestFailedError, WorkerError
-from support.clusters.faults.worker_faults import (
-    DEAF,
-    DEFERS,
-    MUTE,
-    MUTE_TO_FIRST,
-    NOT_FINITE,
-    NOT_FINITE_FOR_ONE,
-    NOT_FINITE_SEED,
-    RAISES,
-    SOME_ROWS,
-    break_worker,
-)
+from support.clusters.faults.worker_faults import NOT_FINITE_SEED, break_worker
 from support.clusters.recovering import Answer, Recovering, config, recovering
 
 TOKENS = 60
+SILENT = "it does not answer: microbatch"
+POSITIONS = {"first": "a", "middle": "b", "last": "c"}
+_THIRDS = [{"worker": name, "layers": [start, start + 2]} for name, start in (("a", 0), ("b", 2), ("c", 4))]
 
-FAULTS = {"raises": RAISES, "raises for some rows": SOME_ROWS}
-RECOVERIES = {"raises": 2, "raises for some rows": 2, "not finite": 1}
-_HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A fault, and what it takes until its worker is excluded. `loss`: the worker counts as lost for that reason each
+    time, and joins again; "": it stays."""
+
+    fault: str
+    recoveries: int = 2
+    loss: str = ""
+    positions: tuple[str, ...] = ("first", "middle", "last")
+    manual: str = "failed 6 times, each time at worker {worker}, and no other one could take its layers"
+    """The end of requests where the plan is the user's, and no other worker may take the layers; "": there is none, as
+    each recovery gives some tokens."""
+
+
+KINDS = (
+    Kind("raises"),
+    Kind("raises for some rows"),
+    Kind("not finite", 1, manual="the logits are not finite numbers"),
+    Kind("mute", loss=SILENT),
+    Kind("deaf", loss=SILENT),
+    Kind("mute to the first", loss=SILENT, positions=("last",), manual=""),
+    Kind("defers", loss="a deferred row that has no matcher", positions=("last",)),
+)
+SCENARIOS = [pytest.param(kind, place, id=f"{place}, {kind.fault}") for kind in KINDS for place in kind.positions]
+MANUAL = [
+    pytest.param(kind, place, id=f"{place}, {kind.fault}") for kind in KINDS for place in kind.positions if kind.manual
+]
 
 
 def notices(run: Recovering) -> list[str]:
@@ -43,24 +61,54 @@ def quarantined(run: Recovering, name: str) -> None:
     assert notice.startswith(f"worker {name} gets no layers for 10 s where the others suffice: it failed 2 times")
 
 
-@pytest.mark.parametrize("worker", ["a", "b", "c"], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("what", RECOVERIES)
+@pytest.mark.parametrize(("kind", "place"), SCENARIOS)
 async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
-    what: str,
-    worker: str,
+    kind: Kind,
+    place: str,
     model: Path,
     requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    break_worker(monkeypatch, tmp_path, worker, {**FAULTS, "not finite": NOT_FINITE}[what])
+    """Heartbeats come all the while."""
+    worker = POSITIONS[place]
+    monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
+    break_worker(monkeypatch, tmp_path, worker, kind.fault)
     async with recovering(config(model, tmp_path)) as run:
         assert await asyncio.gather(*run.start(requests)) == expected
+        if kind.loss:
+            await run.until("its return", lambda: run.is_whole or bool(notices(run)))
+            assert await asyncio.gather(*run.start(requests)) == expected
         quarantined(run, worker)
+        lost = [text for text in run.told if "is lost" in text and text not in notices(run)]
+        assert [text.startswith(f"worker {worker} (layers") and kind.loss in text for text in lost] == (
+            [True] * kind.recoveries if kind.loss else []
+        )
+        assert run.cluster.supervisor.recoveries == kind.recoveries
         assert not run.cluster.supervisor.epoch.holds(worker)
-        assert run.cluster.supervisor.recoveries == RECOVERIES[what]
-        assert run.worker(worker).loss is None, "it is alive, and tried again later"
+
+
+@pytest.mark.parametrize(("kind", "place"), MANUAL)
+async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_may_replace(
+    kind: Kind,
+    place: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may be sent again: the fault is the server's."""
+    worker = POSITIONS[place]
+    monkeypatch.setattr(step_limits, "_LEAST_S", 0.5)
+    monkeypatch.setattr(quarantine, "_RETRY", Backoff(first_s=0.01, max_s=0.01))
+    break_worker(monkeypatch, tmp_path, worker, kind.fault)
+    async with recovering(config(model, tmp_path, plan=_THIRDS)) as run:
+        for outcome in await asyncio.gather(*run.start(requests[:2]), return_exceptions=True):
+            assert isinstance(outcome, WorkerError) and not isinstance(outcome, RequestFailedError)
+            assert outcome.http_status == 503
+            assert kind.manual.format(worker=worker) in str(outcome)
+        assert {text.split()[1] for text in notices(run)} <= {worker}, "no other one is suspected"
 
 
 async def test_a_worker_that_holds_the_whole_model_and_fails_is_replaced(
@@ -70,7 +118,7 @@ async def test_a_worker_that_holds_the_whole_model_and_fails_is_replaced(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    break_worker(monkeypatch, tmp_path, "b", RAISES)
+    break_worker(monkeypatch, tmp_path, "b", "raises")
     workers = [
         {"name": name, "threads": 1, "memory_bandwidth_gb_s": speed, "int8_gmac_s": 300.0}
         for name, speed in (("a", 10.0), ("b", 20.0))
@@ -79,60 +127,6 @@ async def test_a_worker_that_holds_the_whole_model_and_fails_is_replaced(
         assert [stage.worker for stage in run.cluster.supervisor.epoch.plan.stages] == ["b"]
         assert await asyncio.gather(*run.start(requests)) == expected
         quarantined(run, "b")
-
-
-@pytest.mark.parametrize("what", FAULTS)
-async def test_requests_fail_by_the_name_of_a_worker_that_no_other_one_can_replace(
-    what: str,
-    model: Path,
-    requests: tuple[GenerationRequest, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """They may be sent again: the fault is the server's."""
-    monkeypatch.setattr(quarantine, "_RETRY", Backoff(first_s=0.01, max_s=0.01))
-    break_worker(monkeypatch, tmp_path, "b", FAULTS[what])
-    async with recovering(config(model, tmp_path, workers=2, plan=_HALVES)) as run:
-        outcomes = await asyncio.gather(*run.start(requests[:2]), return_exceptions=True)
-        for outcome in outcomes:
-            assert isinstance(outcome, WorkerError) and not isinstance(outcome, RequestFailedError)
-            assert outcome.http_status == 503
-            assert "failed 6 times, each time at worker b, and no other one could take its layers" in str(outcome)
-        quarantined(run, "b")
-
-
-LOST = {
-    "first is mute": ("a", MUTE, "it does not answer: microbatch"),
-    "middle is mute": ("b", MUTE, "it does not answer: microbatch"),
-    "last is mute": ("c", MUTE, "it does not answer: microbatch"),
-    "first is deaf": ("a", DEAF, "it does not answer: microbatch"),
-    "middle is deaf": ("b", DEAF, "it does not answer: microbatch"),
-    "last is deaf": ("c", DEAF, "it does not answer: microbatch"),
-    "last is mute to the first": ("c", MUTE_TO_FIRST, "it does not answer: microbatch"),
-    "last defers for ever": ("c", DEFERS, "a deferred row that has no matcher"),
-}
-
-
-@pytest.mark.parametrize("what", LOST)
-async def test_a_worker_whose_answers_do_not_come_counts_as_lost_until_it_is_left_out(
-    what: str,
-    model: Path,
-    requests: tuple[GenerationRequest, ...],
-    expected: list[Answer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It joins again each time, and heartbeats come all the while."""
-    worker, fault, says = LOST[what]
-    monkeypatch.setattr(step_limits, "_LEAST_S", 1.0)
-    break_worker(monkeypatch, tmp_path, worker, fault)
-    async with recovering(config(model, tmp_path)) as run:
-        assert await asyncio.gather(*run.start(requests)) == expected
-        await run.until("its return", lambda: run.is_whole or bool(notices(run)))
-        assert await asyncio.gather(*run.start(requests)) == expected
-        quarantined(run, worker)
-        lost = [text for text in run.told if "is lost" in text and text not in notices(run)]
-        assert [text.startswith(f"worker {worker} (layers") and says in text for text in lost] == [True, True]
 
 
 async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_others_each_time(
@@ -165,7 +159,7 @@ async def test_a_request_whose_rows_have_no_result_on_any_worker_ends_and_releas
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The next one like it interrupts nothing."""
-    break_worker(monkeypatch, tmp_path, "", NOT_FINITE_FOR_ONE)
+    break_worker(monkeypatch, tmp_path, "", "not finite for one")
     async with recovering(config(model, tmp_path)) as run:
         others = run.start(requests)
         for recoveries in (1, 1):

@@ -1,104 +1,116 @@
-"""Workers that fail without dying: what their processes run at their start, for one worker by name."""
+"""Workers that fail without dying: what their processes do from their start on, for one worker by name.
+
+Failing steps and silence are those of `llamaclust chaos`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from textwrap import dedent, indent
+from typing import Any
 
+import numpy as np
 import pytest
 
-_PROGRAM = dedent(
-    """
-    # Runs in every process that the test starts.
-    import sys
+from llamaclust.kernels.backend import Logits
+from llamaclust.tools.chaos.worker_faults import break_steps, silence
+from llamaclust.wire.microbatch.codec import decode_result, encode_result
+from llamaclust.worker.stage.incoming import Incoming
+from llamaclust.worker.stage.loop import StageLoop
+from llamaclust.worker.stage.outputs import NativeOutputs
 
-    if "--name" in sys.orig_argv and {worker!r} in ("", sys.orig_argv[sys.orig_argv.index("--name") + 1]):
-        from llamaclust.worker.stage.loop import StageLoop
+_ROW = 31
+"""Whose steps fail under `raises for some rows`."""
+NOT_FINITE_SEED = 666
+_PROGRAM = """
+import sys  # in every process that the test starts
 
-        run_layers = StageLoop._run_layers
-    """
-)
+if "--name" in sys.orig_argv and {worker!r} in ("", sys.orig_argv[sys.orig_argv.index("--name") + 1]):
+    from support.clusters.faults.worker_faults import FAULTS
 
-RAISES = """
-def fails(loop, arrival):
-    raise ValueError("broken")
-
-StageLoop._run_layers = fails
-"""
-SOME_ROWS = """
-def fails(loop, arrival):
-    chunks = arrival.microbatch.chunks
-    if any(chunk.position <= 31 < chunk.position + len(chunk.tokens) for chunk in chunks):
-        raise ValueError("broken")
-    return run_layers(loop, arrival)
-
-StageLoop._run_layers = fails
+    FAULTS[{fault!r}]()
 """
 
 
 def break_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, worker: str, fault: str) -> None:
     """Of clusters that are started from now on. Without a name, each worker."""
-    (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker) + indent(fault, "    "))
+    (folder / "sitecustomize.py").write_text(_PROGRAM.format(worker=worker, fault=fault))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), *filter(None, sys.path))))
 
 
-MUTE = """
-async def sends_nothing(loop, *given):
-    pass
+def _always() -> bool:
+    return True
 
-StageLoop._send_answers = sends_nothing
-"""
-DEAF = """
-import asyncio
-from llamaclust.worker.stage.incoming import Incoming
 
-async def reads_nothing(incoming, sending):
-    await asyncio.Event().wait()
+def _break_some_rows() -> None:
+    run_layers = StageLoop._run_layers
 
-Incoming.next = reads_nothing
-"""
-MUTE_TO_FIRST = """
-async def sends_nothing(loop, *given):
-    pass
+    def fails(loop: StageLoop, arrival: Any) -> Any:
+        if any(chunk.position <= _ROW < chunk.position + len(chunk.tokens) for chunk in arrival.microbatch.chunks):
+            raise ValueError("broken")
+        return run_layers(loop, arrival)
 
-StageLoop._send_tokens = sends_nothing
-"""
-DEFERS = """
-from dataclasses import replace
-from llamaclust.wire.microbatch.codec import decode_result, encode_result
-from llamaclust.worker.stage.outputs import NativeOutputs
+    StageLoop._run_layers = fails  # type: ignore[method-assign, assignment]
 
-encode = NativeOutputs.encode
 
-def defers(outputs, *given):
-    result = decode_result(encode(outputs, *given))
-    rows = tuple(replace(row, token=-1, logprob=float("nan"), is_deferred=True) for row in result.rows)
-    return encode_result(replace(result, rows=rows))
+def _spoil_numbers() -> None:
+    run_layers = StageLoop._run_layers
 
-NativeOutputs.encode = defers
-"""
-NOT_FINITE = """
-import numpy as np
+    def not_finite(loop: StageLoop, arrival: Any) -> Any:
+        return np.full_like(np.asarray(run_layers(loop, arrival)), np.nan)
 
-def not_finite(loop, arrival):
-    return np.full_like(np.asarray(run_layers(loop, arrival)), np.nan)
+    StageLoop._run_layers = not_finite  # type: ignore[method-assign, assignment]
 
-StageLoop._run_layers = not_finite
-"""
-NOT_FINITE_SEED = 666
-NOT_FINITE_FOR_ONE = f"""
-import numpy as np
 
-finish = StageLoop._finish
+def _spoil_numbers_of_one() -> None:
+    finish = StageLoop._finish
 
-def not_finite(loop, arrival, logits, received):
-    rows = [row for row, task in enumerate(received.inputs.tasks) if getattr(task, "seed", 0) == {NOT_FINITE_SEED}]
-    if rows:
-        logits = np.array(logits)
-        logits[rows] = np.nan
-    return finish(loop, arrival, logits, received)
+    def not_finite(loop: StageLoop, arrival: Any, logits: Logits, received: Any) -> Any:
+        tasks = enumerate(received.inputs.tasks)
+        if rows := [row for row, task in tasks if getattr(task, "seed", 0) == NOT_FINITE_SEED]:
+            logits = np.array(logits)
+            logits[rows] = np.nan
+        return finish(loop, arrival, logits, received)
 
-StageLoop._finish = not_finite
-"""
+    StageLoop._finish = not_finite  # type: ignore[method-assign, assignment]
+
+
+def _read_nothing() -> None:
+    async def reads_nothing(incoming: Incoming, sending: Any) -> None:
+        await asyncio.Event().wait()
+
+    Incoming.next = reads_nothing  # type: ignore[method-assign, assignment]
+
+
+def _silence_to_first() -> None:
+    async def sends_nothing(loop: StageLoop, *given: Any) -> None: ...
+
+    StageLoop._send_tokens = sends_nothing  # type: ignore[method-assign, assignment]
+
+
+def _defer() -> None:
+    encode = NativeOutputs.encode
+
+    def defers(outputs: NativeOutputs, *given: Any) -> bytes:
+        result = decode_result(encode(outputs, *given))
+        rows = tuple(replace(row, token=-1, logprob=float("nan"), is_deferred=True) for row in result.rows)
+        return encode_result(replace(result, rows=rows))
+
+    NativeOutputs.encode = defers  # type: ignore[method-assign, assignment]
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "raises": partial(break_steps, _always),
+    "raises for some rows": _break_some_rows,
+    "not finite": _spoil_numbers,
+    "not finite for one": _spoil_numbers_of_one,
+    "mute": partial(silence, _always),
+    "mute to the first": _silence_to_first,
+    "deaf": _read_nothing,
+    "defers": _defer,
+}

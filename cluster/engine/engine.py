@@ -20,7 +20,8 @@ from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
-from llamaclust.cluster.scheduler.scheduler import Completed, Scheduler
+from llamaclust.cluster.scheduler.rows.completed import Completed
+from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import (
     ClusterStoppingError,

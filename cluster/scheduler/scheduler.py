@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate, islice
 from operator import attrgetter
 
@@ -21,6 +21,7 @@ from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
 from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
+from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.retries import Retries, Retry, RowFault
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
@@ -48,15 +49,6 @@ since little is measured yet, and one is in flight: the other pipeline's decode 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
 _next_rows = attrgetter("next_rows")
-
-
-@dataclass(slots=True)
-class Completed:
-    """What a result changed."""
-
-    updated: list[tuple[int, list[Update]]] = field(default_factory=list)  # a sequence's key, and its updates
-    fault: RowFault | None = None  # of the last stage
-    failed_elsewhere: list[int] = field(default_factory=list)  # keys of sequences that end, whose fault was no worker's
 
 
 class Scheduler:

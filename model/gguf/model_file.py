@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.core.file_systems import is_remote
 from llamaclust.core.this_machine import machine_id
+from llamaclust.model.gguf.file_systems import is_remote
 from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, MAGIC, Header, read_header
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor, open_regular, read_exactly
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at, kind_of, shown

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
-from llamaclust.core.file_systems import file_system, is_remote
 from llamaclust.kernels.packed import cache_files
 from llamaclust.kernels.packed.cache_files import BusyError, Writing
 from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
+from llamaclust.model.gguf.file_systems import file_system, is_remote
 
 DATA = memoryview(bytes(range(256)) * 16)
 

@@ -1,0 +1,17 @@
+"""The changes of all sequences by one result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.scheduler.requests import Update
+from llamaclust.cluster.scheduler.rows.retries import RowFault
+
+
+@dataclass(slots=True)
+class Completed:
+    """A result may update sequences, and show that the last stage's worker is at fault, or is not."""
+
+    updated: list[tuple[int, list[Update]]] = field(default_factory=list)  # a sequence's key, and its updates
+    fault: RowFault | None = None  # of the last stage
+    failed_elsewhere: list[int] = field(default_factory=list)  # keys of sequences that end, whose fault was no worker's

@@ -18,6 +18,7 @@ _TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<
 _FIELD = re.compile(r'(?P<key>[a-z_]+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)(?: |$)')
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]+")
 
+_OWN = "llamaclust"
 _KEPT_LINES = 1000
 _KEPT_CHARACTERS = 2000  # of each
 
@@ -60,7 +61,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last warning or error."""
+    """Keeps the last lines, and the last warning or error; of other programs' loggers, such as Ray's, the last error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +71,8 @@ class _Memory(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if record.levelno >= logging.WARNING:
+            is_own = record.name.partition(".")[0] == _OWN
+            if record.levelno >= (logging.WARNING if is_own else logging.ERROR):
                 self.trouble = record.getMessage()
             for line in self.format(record).splitlines():
                 self.lines.append(line[:_KEPT_CHARACTERS])
@@ -120,7 +122,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
     _memory.setFormatter(handler.formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
-    logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger("llamaclust")))
+    logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger(_OWN)))
 
 
 def name_cluster(name: str) -> None:

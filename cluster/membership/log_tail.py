@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from llamaclust.core.bounds import line, one_line
@@ -10,18 +12,30 @@ from llamaclust.core.logs import read_line
 
 _READ_BYTES = 1 << 16
 _HARMLESS = ("DEBUG", "INFO")
+_PYTHON_WARNING = re.compile(r"\S.*:\d+: [A-Z]\w*Warning: ")
+_MOST_WARNING_LINES = 8
+_TRACEBACK = "Traceback (most recent call last):"
+_OTHER_LOGGERS = (
+    re.compile(r"(?P<level>[IWEF])\d{4}(?:\d{4})? \d\d:\d\d:\d\d\S* +(?:\S+ +)?\S+:\d+\] (?P<message>.*)"),
+    re.compile(r"\[\d{4}-\d\d-\d\d [\d:,.]+ (?P<level>[DIWEFC]) \d+ \d+\] (?:\(\w+\) )?(?P<message>.*)"),
+    re.compile(
+        r"(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t)?(?P<level>[DIWEC])[A-Z]{3,7}(?: \S+:\d+ -- |: )(?P<message>.*)"
+    ),
+)
+"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`: the level by its letter."""
+_OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """The last line that tells of trouble: a warning, an error, or what a traceback or the C library ends with. Empty
-    where there is none from byte `start` on."""
+    """The last line that tells of trouble: a warning or an error of the worker, an error of a library, or what a
+    traceback or the C library ends with. Empty where there is none from byte `start` on."""
     try:
         with log.open("rb") as file:
             file.seek(max(start, os.fstat(file.fileno()).st_size - _READ_BYTES))
             lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    words = next(filter(None, map(_trouble, reversed(lines))), "")
+    words = next(filter(None, map(_trouble, reversed([*_without_warnings(lines)]))), "")
     return line("last error", one_line(words))
 
 
@@ -31,4 +45,27 @@ def _trouble(text: str) -> str:
     if record is not None:
         level, message = record
         return "" if level in _HARMLESS else message
+    if found := next(filter(None, (form.match(text) for form in _OTHER_LOGGERS)), None):
+        return found["message"].strip() if found["level"] in _OF_ERRORS else ""
     return "" if text.startswith((" ", "\t")) else text.strip()
+
+
+def _without_warnings(lines: list[str]) -> Iterator[str]:
+    """All lines but Python's warnings: a line with the place, perhaps more lines of the text, the line of source."""
+    at = 0
+    while at < len(lines):
+        if _PYTHON_WARNING.match(lines[at]):
+            at = _end_of_warning(lines, at)
+        else:
+            yield lines[at]
+            at += 1
+
+
+def _end_of_warning(lines: list[str], start: int) -> int:
+    """Behind its line of source, which is indented; where it has none, behind its first line."""
+    for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
+        if lines[at].startswith((" ", "\t")):
+            return at + 1
+        if read_line(lines[at]) is not None or lines[at] == _TRACEBACK:
+            break
+    return start + 1

@@ -46,7 +46,7 @@ def logging_as(form: LogFormat, **where: str) -> Iterator[logging.Logger]:
     root.handlers[:] = []
     try:
         start_logging(form, **where)
-        yield logging.getLogger("x")
+        yield logging.getLogger("llamaclust.x")
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
@@ -84,6 +84,16 @@ def test_a_worker_that_joins_names_its_cluster_from_then_on(
     before, after, _ = capsys.readouterr().err.splitlines()
     assert "cluster" not in before and "home" in after and "worker" in after
     assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
+
+
+@pytest.mark.parametrize("name", ["ray._private.worker", "py.warnings", "llamaclusters", "absl"])
+def test_warnings_of_other_programs_loggers_are_no_last_error(name: str) -> None:
+    with logging_as(LogFormat.TEXT) as log:
+        log.warning("ours")
+        logging.getLogger(name).warning("Tip: In future versions ...")
+        assert last_trouble() == "ours"
+        logging.getLogger(name).error("no memory")
+        assert last_trouble() == "no memory"
 
 
 def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:

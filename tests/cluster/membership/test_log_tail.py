@@ -1,0 +1,72 @@
+"""The last error of a worker's log, among the lines of libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.membership.log_tail import last_error
+
+OWN = "2026-01-01 10:00:01,123 ERROR layer 7 does not fit"
+TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nValueError: seven'
+RAY = (
+    "/usr/lib/python3.11/site-packages/ray/_private/worker.py:2062: FutureWarning: Tip: In future versions of Ray, Ray "
+    "will no longer override accelerator visible devices env var if num_gpus=0 or num_gpus=None (default). To enable "
+    "this behavior and turn off this error message, set RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0\n  warnings.warn("
+)
+HARMLESS = {
+    "Ray's notice": RAY,
+    "a warning without its source": "<string>:1: DeprecationWarning: old",
+    "a warning of the interpreter": "sys:1: ResourceWarning: unclosed file <_io.BufferedReader name=3>",
+    "a warning of several lines": "/a/numpy/core.py:9: RuntimeWarning: overflow\nin a product\nof two\n  return x * y",
+    "a class of a library's own": "/a b/c.py:12: CuPyWarning: no CUDA\n\twarnings.warn(text)",
+    "Abseil before its start": "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+    "Abseil": "I0000 00:00:1700000000.123456    4321 chttp2_transport.cc:1182] GOAWAY received",
+    "Abseil's warning": "W0000 00:00:1700000000.123456 4321 fork.cc:63] Other threads are running",
+    "glog": "W1126 11:09:34.123456  4321 file.cc:77] retrying",
+    "glog with a year": "I20261126 11:09:34.123456  4321 file.cc:77] retrying",
+    "Ray's processes": "[2026-11-26 11:09:34,123 W 4321 4321] (raylet) core_worker.cc:1: slow",
+    "Ray in Python": "2026-11-26 11:09:34,123\tINFO worker.py:1843 -- Started a local Ray instance.",
+    "plain": "INFO: loaded",
+}
+ERRORS = {
+    "E0000 00:00:1700000000.123456 4321 chttp2.cc:1] bind failed": "bind failed",
+    "F1126 11:09:34.123456  4321 file.cc:77] Check failed: x == y": "Check failed: x == y",
+    "[2026-11-26 11:09:34,123 C 4321 4321] core_worker.cc:9: no memory": "core_worker.cc:9: no memory",
+    "2026-11-26 11:09:34,123\tERROR worker.py:409 -- the actor died": "the actor died",
+    "free(): invalid pointer": "free(): invalid pointer",
+    "Warning: something that no form knows": "Warning: something that no form knows",
+}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "a.log"
+
+
+@pytest.mark.parametrize("noise", HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_libraries_say_besides_is_no_trouble(log: Path, noise: str) -> None:
+    log.write_text(f"{noise}\n")
+    assert last_error(log) == ""
+    for before, words in ((OWN, "layer 7 does not fit"), (TRACE, "ValueError: seven")):
+        log.write_text(f"{noise}\n{before}\n{noise}\n{noise}\n")
+        assert last_error(log) == words
+
+
+@pytest.mark.parametrize(("error", "words"), ERRORS.items(), ids=range(len(ERRORS)))
+def test_errors_of_libraries_are(log: Path, error: str, words: str) -> None:
+    log.write_text(f"{OWN}\n{error}\n{RAY}\n")
+    assert last_error(log) == words
+
+
+@pytest.mark.parametrize("end", [OWN, TRACE])
+def test_a_warning_without_its_source_hides_nothing_behind_it(log: Path, end: str) -> None:
+    log.write_text(f"/a.py:1: UserWarning: odd\n{end}\n")
+    assert last_error(log) == {OWN: "layer 7 does not fit", TRACE: "ValueError: seven"}[end]
+
+
+def test_a_very_long_warning_hides_nothing(log: Path) -> None:
+    lines = [f"line {number}" for number in range(20)]
+    log.write_text("\n".join(["/a.py:1: UserWarning: odd", *lines, "  warn()"]))
+    assert last_error(log) == "line 19"

@@ -18,7 +18,7 @@ from llamaclust.cli.cluster_source import MAX_WORKERS
 from llamaclust.cli.foreign_commands import WITHOUT_ARGUMENT, instead_of, without_argument
 from llamaclust.core.bounds import MAX_LAYERS
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import decode_text
+from llamaclust.core.regular_file import decode_text, read_given
 
 if TYPE_CHECKING:
     from llamaclust.model.kv_type import KvType
@@ -290,10 +290,16 @@ _OPTIONS = {
 """Those that are not named as their field."""
 
 
+_MOST_TEXT_BYTES = 64 << 20
+
+
 def text_of(path: Path) -> str:
     """ValueError for a file that cannot be read as text."""
     try:
-        return decode_text(path.read_bytes()).replace("\r\n", "\n")
+        data = read_given(path, _MOST_TEXT_BYTES + 1)
+        if len(data) > _MOST_TEXT_BYTES:
+            raise ValueError(f"larger than {_MOST_TEXT_BYTES >> 20} MiB")
+        return decode_text(data).replace("\r\n", "\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValueError as error:

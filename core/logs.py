@@ -61,7 +61,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last warning or error; of other programs' loggers, such as Ray's, the last error."""
+    """Keeps the last lines, and the last warning or error; of loggers of other programs, the last error."""
 
     def __init__(self) -> None:
         super().__init__()

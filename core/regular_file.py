@@ -6,6 +6,7 @@ import codecs
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,20 @@ def decode_text(data: bytes) -> str:
         place = f"byte {len(mark) + len(text[:zero].encode(encoding))}, line {text.count(chr(10), 0, zero) + 1}"
         raise ValueError(f"not text: a zero byte at {place}; save it as UTF-8")
     return text
+
+
+def read_given(path: Path, most_bytes: int) -> bytes:
+    """The first bytes of a file, or of a pipe such as a shell's `<(...)`, that a user names. OSError, also for a pipe
+    that no process writes to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        first = b""
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            with suppress(BlockingIOError):  # a process has it open, and writes later
+                if not (first := os.read(descriptor, most_bytes)):
+                    raise OSError(errno.EPIPE, "a pipe that no process writes to")
+        os.set_blocking(descriptor, True)
+        return first + file.read(most_bytes - len(first))
 
 
 def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:

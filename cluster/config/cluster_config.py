@@ -45,6 +45,7 @@ from llamaclust.cluster.config.values import (
     Size,
     check_wire_type,
     expand_home,
+    tagged,
 )
 from llamaclust.core.addresses import is_loopback, joined_address, split_address
 from llamaclust.core.errors import UsageError
@@ -205,10 +206,10 @@ class ClusterConfig(Section):
         named: set[str] = set()
         for index, config in enumerate(self.of_each_model() if self.models else ()):
             for name in (config.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)):
-                if name in named:
+                if tagged(name) in named:
                     what = f"two models or adapters are named {name!r}; give each a name of its own"
                     raise PlaceError(("models", index), what)
-                named.add(name)
+                named.add(tagged(name))
         return self
 
     @model_validator(mode="after")
@@ -300,9 +301,10 @@ class ClusterConfig(Section):
     def _check_adapters(self) -> Self:
         with_gpu = next((worker for worker in self.workers if worker.device != "cpu"), None)
         for place, config in self._places_of_models():
-            names = [config.api.model_name, *config.api.aliases, *(adapter.name for adapter in config.adapters)]
+            adapters = (adapter.name for adapter in config.adapters)
+            names = [tagged(name) for name in (config.model_name, *config.api.aliases, *adapters)]
             for index, adapter in enumerate(config.adapters):
-                if names.count(adapter.name) > 1:
+                if names.count(tagged(adapter.name)) > 1:
                     why = f"{adapter.name!r} is also the name of another adapter or of the model; give it its own name"
                     raise PlaceError((*place, "adapters", index, "name"), why)
             if config.adapters and with_gpu is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import decode_text
+from llamaclust.core.regular_file import decode_text, read_given
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
@@ -136,8 +136,7 @@ def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
 def read_document(path: Path) -> Document:
     """Reads a cluster file. Raises UsageError where it is missing, too large or not a YAML mapping."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_given(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: cannot read the cluster file: {error.strerror or error}") from error
     if len(data) > MAX_FILE_BYTES:

@@ -16,6 +16,8 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
+TAG = ":latest"
+"""That Ollama's clients add to names of models without a tag."""
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
@@ -49,6 +51,11 @@ def shown(value: object) -> str:
             return f"a list of {len(value)} items"
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
+def tagged(name: str) -> str:
+    """The name of a model as Ollama's clients write it: two that are equal with their tags are one name."""
+    return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
 def parse_name(value: object) -> str:

@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.ollama.names import tagged
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.values import tagged
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.events import Notice, Report

@@ -292,10 +292,7 @@ class _Server(uvicorn.Server):
 
 
 def _api_settings(config: ClusterConfig) -> ApiSettings:
-    """UsageError for API keys or defaults that cannot be used, and for an adapter with the model's name."""
-    served = config.model_name
-    if served in [adapter.name for adapter in config.adapters]:
-        raise UsageError(f"adapters: {served!r} is also the name of the model; set api.model_name")
+    """UsageError for API keys or defaults that cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from llamaclust.cli.options import _json_of, text_of
 from llamaclust.cluster.config.document import read_document
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.regular_file import decode_text
+from llamaclust.core.regular_file import decode_text, read_given
 from llamaclust.model.chat.template_choice import chosen_template
 from llamaclust.model.checkpoints.json_file import read_json
 from llamaclust.tools.evaluate.perplexity import read_text
@@ -77,3 +79,22 @@ def test_every_reader_refuses_what_is_no_text_and_says_where(reader: str, data: 
 
 def test_a_mark_inside_a_text_stays() -> None:
     assert decode_text(codecs.BOM_UTF8 + "a\ufeffb".encode()) == "a\ufeffb"
+
+
+@pytest.mark.parametrize("most", [4, 100])
+def test_given_files_and_pipes(tmp_path: Path, most: int) -> None:
+    plain, pipe = tmp_path / "plain", tmp_path / "pipe"
+    plain.write_bytes(b"some text")
+    assert read_given(plain, most) == b"some text"[:most]
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="a pipe that no process writes to"):
+        read_given(pipe, most)
+    with pytest.raises(OSError):
+        read_given(tmp_path, most)
+    reading, writing = os.pipe()  # as `<(...)` of a shell: it is read before all is written
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0) as writer, ThreadPoolExecutor() as pool:
+        found = pool.submit(read_given, Path(f"/dev/fd/{reading}"), most)
+        for part in (b"some", b" text"):
+            writer.write(part)
+        writer.close()
+        assert found.result(60) == b"some text"[:most]

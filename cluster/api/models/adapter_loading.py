@@ -14,13 +14,13 @@ from starlette.responses import PlainTextResponse, Response
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.errors import unsupported
 from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
-from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.operations.controls import AdapterControl
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config.values import TAG
 from llamaclust.core.errors import ParameterError
 
 _OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"

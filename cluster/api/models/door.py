@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
-from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config.values import TAG
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 

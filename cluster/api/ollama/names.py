@@ -8,11 +8,10 @@ from typing import Final
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config.values import TAG, tagged
 from llamaclust.core.limits import AdapterScales
 
 MAX_COPIES: Final = 64
-TAG: Final = ":latest"
-"""That clients add to names without a tag."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 
@@ -94,8 +93,3 @@ class OllamaNames:
             message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
             raise HttpError(403, "model_in_use", message, param="model")
         self._copies.remove(name.removesuffix(TAG))
-
-
-def tagged(name: str) -> str:
-    """Ollama's models have a tag."""
-    return name if ":" in name.rpartition("/")[2] else name + TAG

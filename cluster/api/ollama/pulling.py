@@ -13,10 +13,10 @@ from typing import Any
 from starlette.requests import Request
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.ollama.names import TAG
 from llamaclust.cluster.api.security import require_first_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.catalog import CatalogEntry, catalog_names, find_entry, nearest_names
+from llamaclust.cluster.config.values import TAG
 from llamaclust.core.errors import UsageError
 
 _NO_PULL = "pull_not_allowed"

@@ -324,3 +324,19 @@ def test_characters_of_json_above_u_ffff(text: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.json"
     path.write_text(json.dumps({"name": "x", text: text}))
     assert read_document(path).values == {"name": "x", text: text}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("m:latest", ""),
+        ("org/m:latest", "api: {model_name: org/m}"),
+        ("poet", "api: {aliases: ['poet:latest']}"),
+        ("poet:latest", "api: {aliases: [poet]}"),
+        ("m", "api: {model_name: 'm:latest'}"),
+    ],
+)
+def test_names_that_are_one_for_clients_of_ollama(tmp_path: Path, name: str, others: str) -> None:
+    text = f"model: m.gguf\nworkers: [{{name: a}}]\n{others}\nadapters: [{{name: '%s', path: a.gguf}}]\n"
+    assert "is also the name of another adapter or of the model" in failure(tmp_path, text % name)
+    load(tmp_path, text % "m:v2")

@@ -62,7 +62,7 @@ class Chat:
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session
         self._settings = settings
-        self._timings: Timings | None = None  # of the last answer, once it is complete
+        self._timings: Timings | None = None  # of the last answer in the conversation, once it is complete
         self._commands: dict[str, Callable[[str], None]] = {
             "/again": lambda rest: self._show(session.regenerate(stream=True)),
             "/undo": lambda rest: self._undo(),
@@ -71,7 +71,7 @@ class Chat:
             "/stats": lambda rest: self._print_stats(),
             "/save": self._save,
             "/load": self._load,
-            "/clear": lambda rest: session.clear(),
+            "/clear": lambda rest: self._clear(),
             "/help": lambda rest: _print_notice(_HELP),
             "/?": lambda rest: _print_notice(_HELP),
         }
@@ -149,7 +149,12 @@ class Chat:
 
     def _undo(self) -> None:
         removed = self._session.undo()
+        self._timings = None
         _print_notice(f"took back {len(removed)} messages; {len(self._session.messages)} are left")
+
+    def _clear(self) -> None:
+        self._session.clear()
+        self._timings = None
 
     def _print_history(self) -> None:
         for message in self._session.messages:
@@ -158,7 +163,7 @@ class Chat:
 
     def _print_stats(self) -> None:
         if self._timings is None:
-            raise UsageError("/stats: no answer has been completed since the last message")
+            raise UsageError("/stats: the last answer of the conversation was not completed, or not here")
         timings = self._timings
         prompt = (
             f"{timings.prompt_tokens} tokens, {timings.cached_tokens} of them cached, {timings.prefill_tok_s:.0f} tok/s"
@@ -177,6 +182,7 @@ class Chat:
 
     def _load(self, name: str) -> None:
         self._session.load(_given(name, "/load"))
+        self._timings = None
         _print_notice(f"loaded {len(self._session.messages)} messages from {name}")
 
 

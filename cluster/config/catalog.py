@@ -7,6 +7,7 @@ import errno
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -14,13 +15,15 @@ from typing import Final
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.model_sources import RemoteSource, WebFile, parse_source, shortened
 from llamaclust.cluster.config.public_models import public_models, terms_of
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.model.gguf.atomic_file import part_paths
 from llamaclust.model.gguf.model_file import PART_NAME
 
 _NEAREST = 3
 _LISTED = 10
+_ENCODER = "mmproj"
+"""In names of files of vision encoders."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -266,6 +269,8 @@ def _only_model(name: str, folder: Path) -> Path:
         has_checkpoint = any(folder.glob("*.safetensors"))
     except OSError as error:
         raise UsageError(f"{name}: cannot read it: {error.strerror}") from error
+    if len(models) > 1:
+        models = [path for path in models if not _is_beside_a_model(path)] or models
     if len(models) == 1:
         return models[0]
     if models:
@@ -274,6 +279,20 @@ def _only_model(name: str, folder: Path) -> Path:
         raise UsageError(f"{name}: a folder with {len(models)} models; give one of {listed}{more}")
     advice = f"run: llamaclust model convert {name}" if has_checkpoint else "give the path of a .gguf file"
     raise UsageError(f"{name}: a folder without a .gguf file that begins a model; {advice}")
+
+
+def _is_beside_a_model(path: Path) -> bool:
+    """Whether a GGUF file is what repositories have beside models: a vision encoder, an adapter, an importance
+    matrix."""
+    from llamaclust.model.gguf.header import read_header
+
+    if _ENCODER in path.name.lower():
+        return True
+    with suppress(ModelFileError, OSError):
+        metadata = read_header(path).metadata
+        is_encoder = metadata.get("general.architecture") == "clip"
+        return is_encoder or metadata.get("general.type") in ("adapter", "imatrix", "mmproj")
+    return False
 
 
 def _repository_hint(spec: str) -> str:

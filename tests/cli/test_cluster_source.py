@@ -10,6 +10,7 @@ import pytest
 from llamaclust.cli.cluster_source import cluster_source
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.writer import write_gguf
 from support.clusters.command_line import CommandLine, command_line
 from support.models.hostile_models import tiny
 
@@ -144,3 +145,29 @@ def test_a_folder_without_a_model_or_with_several(names: list[str], message: str
     with pytest.raises(UsageError) as refused:
         described(str(tmp_path))
     assert message in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("mmproj-F16.gguf", None),
+        ("gemma-3-4b-MMPROJ.gguf", None),
+        ("vision.gguf", {"general.architecture": "clip"}),
+        ("a-projector.gguf", {"general.architecture": "llama", "general.type": "mmproj"}),
+        ("poet.gguf", {"general.architecture": "llama", "general.type": "adapter"}),
+        ("imatrix.gguf", {"general.type": "imatrix"}),
+    ],
+)
+def test_files_beside_the_model_of_a_folder_are_no_models(
+    name: str, metadata: dict[str, str] | None, tmp_path: Path
+) -> None:
+    for model in ("m.gguf", "n.gguf"):
+        write_gguf(tmp_path / model, {"general.architecture": "llama"}, ())
+    if metadata is None:
+        (tmp_path / name).touch()
+    else:
+        write_gguf(tmp_path / name, metadata, ())
+    with pytest.raises(UsageError, match=r"a folder with 2 models; give one of m\.gguf, n\.gguf$"):
+        described(str(tmp_path))
+    (tmp_path / "n.gguf").unlink()
+    assert described(str(tmp_path)).model == str(tmp_path / "m.gguf")

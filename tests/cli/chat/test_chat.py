@@ -204,7 +204,7 @@ async def test_stats_have_drafted_tokens() -> None:
     [
         ("/again", "no message of the user"),
         ("/undo", "no message of the user"),
-        ("/stats", "no answer has been completed"),
+        ("/stats", "the last answer of the conversation was not completed"),
         ("/sing", "unknown command /sing"),
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
@@ -372,5 +372,23 @@ def test_stats_are_not_those_of_the_answer_before(
             monkeypatch.setattr(session, name, lambda *_, **__: answer(TextChunk(text="H"), ends=ends))
         with suppress(LlamaclustError):
             chat.take(Entry(command.strip(), is_literal=command.startswith(" ")))
-        with pytest.raises(UsageError, match="no answer has been completed since the last message"):
+        with pytest.raises(UsageError, match="the last answer of the conversation was not completed, or not here"):
+            chat.take(Entry("/stats"))
+
+
+@pytest.mark.parametrize("command", ["/undo", "/clear", "/load FILE"])
+def test_stats_are_of_an_answer_in_the_conversation(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Client("http://127.0.0.1:9") as client:
+        session = ChatSession(client)
+        session.save(tmp_path / "other")
+        chat = Chat(session, ChatSettings())
+        chunks = ChunkStream(chunk for chunk in [TextChunk(text="Hi", timings=TIMINGS)])
+        monkeypatch.setattr(session, "send", lambda *_, **__: chunks)
+        monkeypatch.setattr(session, "undo", lambda: [])
+        chat.take(Entry("First"))
+        chat.take(Entry("/stats"))
+        chat.take(Entry(command.replace("FILE", str(tmp_path / "other"))))
+        with pytest.raises(UsageError, match="the last answer of the conversation was not completed, or not here"):
             chat.take(Entry("/stats"))

@@ -169,3 +169,21 @@ async def test_a_request_whose_rows_have_no_result_on_any_worker_ends_and_releas
             assert run.cluster.supervisor.recoveries == recoveries
             await run.until("the release", lambda: not run.cluster.supervisor.observed.state.inputs.quarantined)
         assert await asyncio.gather(*others) == expected
+
+
+@pytest.mark.parametrize("worker", POSITIONS.values(), ids=POSITIONS)
+async def test_a_start_goes_on_without_a_worker_whose_file_is_damaged(
+    worker: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_worker(monkeypatch, tmp_path, worker, "damaged file")
+    async with recovering(config(model, tmp_path)) as run:
+        assert await asyncio.gather(*run.start(requests)) == expected
+        (notice,) = notices(run)
+        assert notice.startswith(f"worker {worker} gets no layers for 10 s where the others suffice: ")
+        assert notice.endswith(f"{model}: it is damaged")
+        assert not run.cluster.supervisor.epoch.holds(worker) and run.cluster.supervisor.recoveries == 0

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.backend import Logits
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.wire.microbatch.codec import decode_result, encode_result
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.loop import StageLoop
 from llamaclust.worker.stage.outputs import NativeOutputs
+from llamaclust.worker.weights.weights import Weights
 
 _ROW = 31
 """Whose steps fail under `raises for some rows`."""
@@ -104,6 +106,13 @@ def _defer() -> None:
     NativeOutputs.encode = defers  # type: ignore[method-assign, assignment]
 
 
+def _damage_file() -> None:
+    def is_damaged(weights: Weights, model_path: str, *given: Any) -> None:
+        raise ModelFileError(f"{model_path}: it is damaged")
+
+    Weights.open_file = is_damaged  # type: ignore[method-assign, assignment]
+
+
 FAULTS: Mapping[str, Callable[[], None]] = {
     "raises": partial(break_steps, _always),
     "raises for some rows": _break_some_rows,
@@ -113,4 +122,5 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "mute to the first": _silence_to_first,
     "deaf": _read_nothing,
     "defers": _defer,
+    "damaged file": _damage_file,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import ProtocolError
+from llamaclust.core.errors import DeadlineError, ProtocolError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.model.loader import Model
@@ -96,6 +97,39 @@ async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(mo
     assert (len(sent["tokens"]), len(sent["result"]), waits) == (2, 2, int(is_local))
     assert all(after > before for before, after in zip(sent["tokens"], sent["result"], strict=True))
     assert not is_local or sent["result"][1] - sent["tokens"][1] >= 0.001
+
+
+@pytest.mark.parametrize(("start", "end", "receiver"), [(0, 1, "b"), (1, 2, "c"), (1, 3, None)])
+async def test_a_stage_that_takes_nothing_is_named_and_heartbeats_say_what_was_sent(
+    model: Model, start: int, end: int, receiver: str | None
+) -> None:
+    hidden = None if start == 0 else np.zeros((1, 64), np.float32)
+    frame = encode_hidden(
+        encode_microbatch(Microbatch(model.model_id, 1, 0, (Chunk((7,), 0, (0, 16), 0),))), (), hidden
+    )
+    frames, never = [frame], asyncio.Event()
+
+    async def read() -> bytes:
+        if not frames:
+            await never.wait()
+        return frames.pop()
+
+    async def write(*_: bytes) -> None:
+        assert loop.progress.sent == 1
+        await never.wait()
+
+    compute = Compute()
+    deadlines = replace(DEADLINES, forward_s=0.05)
+    loop = StageLoop(1, runner_of(model, start, end), StageContext("a", compute, Counters()), deadlines)
+    if end == 3:
+        loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, 0, ()))))
+    assert (loop.progress.received, loop.progress.sent) == (0, 0)
+    stream: Any = SimpleNamespace(read=read, is_local=False, has_message=False)
+    async with asyncio.timeout(10):
+        with pytest.raises(DeadlineError, match="handing on a microbatch") as caught:
+            await loop.run(stream, SimpleNamespace(write=write), receiver=receiver)
+    compute.close()
+    assert caught.value.worker == receiver
 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:

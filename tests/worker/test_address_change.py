@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import pytest
 
 from llamaclust.core.errors import WorkerError
+from llamaclust.wire.control.messages import Shutdown
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import Route
 from llamaclust.worker.static import _served
 
@@ -107,3 +112,38 @@ async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch, code: i
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(WorkerError, match=f"^laptopp is not found: {reason}; check the name, or give an address"):
         await Route.to("laptopp", 7100)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 5])
+@pytest.mark.parametrize(
+    "end", [Shutdown("stopped"), WorkerError("it is lost"), None], ids=["end", "loss", "cancelled"]
+)
+async def test_tasks_of_a_membership_end_with_it(turns: int, end: Shutdown | WorkerError | None) -> None:
+    running = asyncio.Event()
+    ended = False
+
+    async def follow(*_: object) -> None:
+        nonlocal ended
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _turn in range(turns):
+                await asyncio.sleep(0)
+            ended = True
+
+    async def receive() -> Shutdown:
+        await running.wait()
+        if isinstance(end, Shutdown):
+            return end
+        if end is not None:
+            raise end
+        raise asyncio.CancelledError
+
+    parts: Any = MagicMock()
+    parts.readiness.follow = follow
+    member = Member(parts, Insecure())
+    async with asyncio.timeout(20):
+        with patch.object(member, "_receive", receive), suppress(WorkerError, asyncio.CancelledError):
+            assert await member.serve() == "stopped"
+    assert ended and not len(member._tasks)

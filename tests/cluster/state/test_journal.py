@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,36 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
         writing.end("id1")
         await writing.admit(admission(2))
         assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+
+
+@pytest.mark.parametrize("attempts", [0, 1, 3])
+@pytest.mark.parametrize("last", ["an admission", "an end", "an answer"])
+async def test_what_could_not_be_written_is_written_although_nothing_comes(
+    attempts: int, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that is killed while its requests wait for workers would lose them. `attempts`: that fail, too."""
+    folder, failures = tmp_path / "away", count()
+    path, rewrite = folder / "journal", JournalFile.rewrite
+
+    def counted(self: JournalFile, data: bytes) -> None:
+        if next(failures) == attempts:
+            folder.mkdir()
+        rewrite(self, data)
+
+    monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.01)
+    async with asyncio.timeout(20), journal(path) as writing:
+        await writing.admit(admission(0))
+        await writing.admit(admission(1))
+        if last == "an end":
+            writing.end("id1")
+        elif last == "an answer":
+            writing.answer("id0", (0, 0), 0, [row(5)])
+        await until(lambda: not writing._writer._pending and writing._writer._writing is None)
+        monkeypatch.setattr(JournalFile, "rewrite", counted)
+        await until(path.exists)
+        await until(lambda: writing._writer._failed_s is None)
+        open_requests = ["id0"] if last == "an end" else ["id0", "id1"]
+        assert [request.admission.id for request in read_journal(path, NOW)] == open_requests
 
 
 @pytest.mark.parametrize("is_away_for_ever", [False, True])

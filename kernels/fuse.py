@@ -48,6 +48,7 @@ FusedStep = (
     | ir.Moe
     | ir.MixtureStep
     | ir.Exchange
+    | ir.Gather
     | ir.SelectRows
     | ir.RowStep
 )

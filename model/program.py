@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llamaclust.model.delta_rule import Decay, DeltaRule
+from llamaclust.model.groups.gather import Gather
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.mixtures.exchange import Exchange
 from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards, ExpertSum, Moe
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertChoice",
     "ExpertShards",
     "ExpertSum",
+    "Gather",
     "GaussianTopK",
     "Join",
     "MatchMagnitude",
@@ -285,7 +287,10 @@ StateStep = Convolution | DeltaRule | Scan
 MixtureStep = ExpertChoice | ExpertShards | ExpertSum
 """Steps of a mixture whose experts are on several stages."""
 
-Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Exchange | SelectRows | RowStep
+Across = Exchange | Gather
+"""Steps of which another device, or another member of a group, computes a part."""
+
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
 """What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""

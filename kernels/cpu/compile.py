@@ -134,6 +134,8 @@ class Compiler:
                 self.plan.select_rows(x, buffers.write(step.out, private=True))
             case ir.Exchange():
                 raise AssertionError("a processor computes its experts itself")
+            case ir.Gather():
+                raise AssertionError("programs of a group are for the reference backend")
             case _:
                 self._emit_rows(step)
 

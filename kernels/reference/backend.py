@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
 from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.groups.gather import Gather
 from llamaclust.model.program import Buffer, Program
 
 
@@ -21,7 +22,7 @@ class ReferenceStage:
     """A loaded program; see `kernels.backend.Stage`. What it returns is not overwritten."""
 
     def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
-        self._program = program
+        self.program = program
         self.weights = weights
         self._limits = limits
         self._normed: Float32 | None = None
@@ -36,15 +37,24 @@ class ReferenceStage:
         self.workspace_bytes = _workspace_bytes(program, limits)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        state = self.begin(batch, hidden)
+        for step in self.program.steps:
+            run_step(step, state)
+        return self.end(state)
+
+    def begin(self, batch: Batch, hidden: Float32 | None) -> State:
+        """What the program's steps are to run on."""
         self._check(batch)
         state = State(self.weights, self._kv, batch, self._states)
-        assert (hidden is None) == self._program.is_first
+        assert (hidden is None) == self.program.is_first
         if hidden is not None:
-            state[self._program.hidden] = hidden
-        for step in self._program.steps:
-            run_step(step, state)
-        self._normed = None if self._program.normed is None else state[self._program.normed]
-        return state[self._program.out]
+            state[self.program.hidden] = hidden
+        return state
+
+    def end(self, state: State) -> Float32:
+        """The result, when all steps have run."""
+        self._normed = None if self.program.normed is None else state[self.program.normed]
+        return state[self.program.out]
 
     def normed(self, rows: Int32) -> Float32:
         assert self._normed is not None, "only a last stage that ran has it"
@@ -67,6 +77,32 @@ class ReferenceStage:
             assert int(batch.window_tables.max()) < limits.window_blocks, batch.window_tables.max()
         if self._states and limits.state_blocks:
             assert batch.states is not None and int(batch.states.blocks.max()) < limits.state_blocks
+
+
+class ReferenceGroup:
+    """All members of a group in one process, step by step: the oracle of divided programs."""
+
+    def __init__(self, members: Sequence[ReferenceStage]) -> None:
+        self.members = members
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
+        """Each member's result; all have the whole rows."""
+        states = [member.begin(batch, hidden) for member in self.members]
+        for steps in zip(*(member.program.steps for member in self.members), strict=True):
+            gathers = [step for step in steps if isinstance(step, Gather)]
+            if gathers:
+                _gather(gathers, states)
+                continue
+            for step, state in zip(steps, states, strict=True):
+                run_step(step, state)
+        return [member.end(state) for member, state in zip(self.members, states, strict=True)]
+
+
+def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
+    assert len(gathers) == len(states) and len({(step.out, step.borders) for step in gathers}) == 1
+    whole = np.concatenate([state[step.x] for step, state in zip(gathers, states, strict=True)], axis=1)
+    for step, state in zip(gathers, states, strict=True):
+        state[step.out] = whole
 
 
 class ReferenceBackend:

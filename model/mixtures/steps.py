@@ -135,9 +135,13 @@ class ExpertSum:
         return ()
 
 
-def shard_name(name: str, experts: range) -> str:
-    """Of a part of a tensor that has a matrix, or a row of a bias, for each expert."""
-    return f"{name}[{experts.start}:{experts.stop}]"
+def shard_name(name: str, part: range) -> str:
+    """Of a part of a tensor, or of a part of one, in its slowest dimension: experts, or rows of a matrix."""
+    found = _SHARD.fullmatch(name)
+    if found is not None:
+        name, start = found["whole"], int(found["start"])
+        part = range(start + part.start, start + part.stop)
+    return f"{name}[{part.start}:{part.stop}]"
 
 
 def whole_name(name: str) -> str:

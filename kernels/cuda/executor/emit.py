@@ -86,6 +86,8 @@ class Emitter:
                 yield from ExpertsEmitter(self.ops, step).launches()
             case ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
                 raise AssertionError("programs with a part of the experts of a layer are refused")
+            case ir.Gather():
+                raise AssertionError("programs of a group are for the reference backend")
             case ir.Exchange():
                 self.ops.out(step.out)
                 yield step

@@ -1,0 +1,16 @@
+"""Where the members of a group put a row together that each of them has computed a portion of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.model.row_steps import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """out = the columns of all members; this one's are `x`. Member i has [borders[i], borders[i + 1]) of out."""
+
+    x: Buffer
+    out: Buffer
+    borders: tuple[int, ...]

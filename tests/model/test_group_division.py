@@ -1,0 +1,140 @@
+"""Programs of a group's members: together they have the bits of the whole program, in every family."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup, ReferenceStage
+from llamaclust.model.groups.division import borders, divide
+from llamaclust.model.groups.gather import Gather
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program
+from support.arithmetic.batches import LIMITS, batch_of
+from support.models.tiny_architectures import MODELS, build_architecture
+
+REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
+DENSE = (
+    *("llama-yarn", "internlm2", "qwen3", "phi3-short", "chatglm", "gpt2", "starcoder2", "gemma2", "gemma3", "smollm3"),
+    *("mistral3", "seed_oss", "ernie4_5", "hunyuan-dense", "exaone4", "granite", "cohere2", "qwen3vl"),
+)
+SHARES = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0, 1.0))
+
+
+def batches() -> Iterator[Batch]:
+    """A prompt, two tokens behind it, and another sequence beside the second."""
+    yield batch_of([([1, 5, 9, 7, 3], range(5), range(4))])
+    yield batch_of([([2], [5], range(4))])
+    yield batch_of([([11], [6], range(4)), ([4, 8], range(2), range(4, 6))])
+
+
+def load(model: Model, program: Program) -> ReferenceStage:
+    return ReferenceBackend().load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
+
+
+def whole(model: Model) -> Program:
+    return model.program(0, model.layer_count, KvType.F16, LIMITS.max_context_tokens, 1)
+
+
+def members(program: Program, shares: tuple[float, ...]) -> list[Program]:
+    return [divide(program, shares, member) for member in range(len(shares))]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
+def test_members_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        one = load(model, program)
+        groups = [ReferenceGroup([load(model, part) for part in members(program, shares)]) for shares in SHARES]
+        for batch in batches():
+            expected = one.run(batch, None).tobytes()
+            assert [out.tobytes() for group in groups for out in group.run(batch, None)] == [expected] * 7
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_layer_has_four_gathers_and_all_of_its_attention_is_divided(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        parts = members(program, (1.0, 1.0))
+        for part in parts:
+            gathers = [step for step in part.steps if isinstance(step, Gather)]
+            assert len(gathers) <= 4 * model.layer_count + 1  # the head's
+        heads = [[step.kv_heads for step in part.kv_layers] for part in parts]
+        assert [sum(each) for each in zip(*heads, strict=True)] == [step.kv_heads for step in program.kv_layers]
+
+
+def test_stages_are_divided_too(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        programs = [model.program(a, b, KvType.F16, LIMITS.max_context_tokens, 1) for a, b in ((0, 1), (1, 3))]
+        one = load(model, whole(model))
+        first, second = (ReferenceGroup([load(model, part) for part in members(p, (2.0, 1.0))]) for p in programs)
+        for batch in batches():
+            hidden, *others = first.run(batch, None)
+            assert all(other.tobytes() == hidden.tobytes() for other in others)
+            assert second.run(batch, hidden)[1].tobytes() == one.run(batch, None).tobytes()
+
+
+def test_members_in_another_order_are_noticed(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "internlm2")) as model:
+        program = whole(model)
+        batch = next(batches())
+        group = ReferenceGroup([load(model, part) for part in reversed(members(program, (1.0, 1.0)))])
+        assert group.run(batch, None)[0].tobytes() != load(model, program).run(batch, None).tobytes()
+
+
+def test_every_row_is_computed_by_one_member(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "baichuan-13b")) as model:
+        program = whole(model)
+        parts = members(program, (5.0, 3.0, 2.0))
+    for steps in zip(*([step for step in part.steps if isinstance(step, MatMul)] for part in parts), strict=True):
+        name = steps[0].weight.partition("[")[0]
+        (product,) = (step for step in program.steps if isinstance(step, MatMul) and step.weight == name)
+        ends = [[int(end) for end in step.weight.partition("[")[2].rstrip("]").split(":")] for step in steps]
+        assert [ends[0][0], *(end for _, end in ends)] == [*(begin for begin, _ in ends), product.out.width]
+        assert [end - begin for begin, end in ends] == [step.out.width for step in steps]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_layers_that_read_others_keys_are_refused(tmp_path: Path, name: str) -> None:
+    refused = pytest.raises(UsageError, match="keys and values of others cannot be divided in a group")
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model, refused:
+        divide(whole(model), (1.0, 1.0), 0)
+
+
+def test_adapters_are_refused() -> None:
+    x, out = Buffer("x", 32), Buffer("out", 32)
+    program = Program(0, 1, 1, x, out, (Adapt(x, out, 0, "down", "up", 4, 1.0),))
+    with pytest.raises(UsageError, match="adapters cannot be divided in a group"):
+        divide(program, (1.0, 1.0), 0)
+
+
+def test_one_kv_head_is_not_divided(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "gemma")) as model:
+        found = divide(whole(model), (1.0, 1.0), 1)
+    assert [step.kv_heads for step in found.steps if isinstance(step, Attention)] == [1] * 3
+
+
+def test_borders_are_near_the_shares_and_leave_nobody_without() -> None:
+    assert borders(8, (1.0, 1.0)) == (0, 4, 8)
+    assert borders(8, (5.0, 3.0, 2.0)) == (0, 4, 6, 8)
+    assert borders(3, (100.0, 1.0, 1.0)) == (0, 1, 2, 3)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    source = random.Random(seed)
+    for _ in range(300):
+        shares = tuple(source.uniform(0.01, 10) for _ in range(source.randint(1, 8)))
+        units = source.randint(len(shares), 300)
+        found = borders(units, shares)
+        assert (found[0], found[-1], len(found)) == (0, units, len(shares) + 1)
+        sizes = np.array([end - begin for begin, end in pairwise(found)])
+        assert sizes.min() >= 1
+        if (np.array(shares) * units / sum(shares)).min() >= 1:
+            assert np.abs(sizes - np.array(shares) * units / sum(shares)).max() <= 1.001

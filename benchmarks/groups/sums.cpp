@@ -135,7 +135,7 @@ void multiply(Task& task, Way way, int blocks, int tokens, Prefetch prefetch, co
   product.tiles = tiles;
   const Blocked blocked = sums_of(task, product, blocks);
   if (way == Way::Product) return multiply_slice(task, product, tokens, 0, product.segments, task.out);
-  if (way == Way::TwoPasses) {  // all rows over the first half of k, then over the second
+  if (way == Way::TwoPasses) {  // all rows over the first half of k, then over the second; for its time, sums stay apart
     multiply_slice(task, product, tokens, 0, blocked.borders[blocks / 2], task.part);
     return multiply_slice(task, product, tokens, blocked.borders[blocks / 2], product.segments, task.out);
   }

@@ -35,7 +35,11 @@ CALLS = {
 
 @cache
 def recorded(name: str) -> list[dict[str, Any]]:
-    requests: list[dict[str, Any]] = json.loads((DATA / f"agents/{name}.json").read_text())["requests"]
+    """Its requests; a file has each tool once."""
+    record = json.loads((DATA / f"agents/{name}.json").read_text())
+    requests: list[dict[str, Any]] = record["requests"]
+    for body in (request["body"] for request in requests):
+        body |= {"tools": [record["tools"][tool] for tool in body["tools"]]} if "tools" in body else {}
     return requests
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
-The shapes are those of `llamaclust plan --assume`. With fewer layers than its own a model fits into less memory; a
-layer's speed does not depend on how many there are. Layers have the same bytes: the files are written quickly.
+The shapes are those of `llamaclust plan --assume`, with the models of the catalog. With fewer layers than its own a
+model fits into less memory; a layer's speed does not depend on how many there are. Layers have the same bytes: the
+files are written quickly.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.assume.assumed_model import shape_model
+from llamaclust.tools.assume.public_shapes import public_shapes
 from llamaclust.tools.assume.shapes import SHAPES
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES
 
@@ -36,9 +38,10 @@ SIZES = ("layers", "experts", "vocabulary")
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
     """A model without bytes of NAME[:MIX], with these SIZES instead of its own; UsageError for unknown ones."""
     name, _, mix = spec.lower().partition(":")
-    if name not in SHAPES:
-        raise UsageError(f"{name!r} is none of the shapes {', '.join(SHAPES)}")
-    shape = replace(SHAPES[name], **sizes)  # type: ignore[arg-type]
+    known = {**public_shapes(), **SHAPES}
+    if name not in known:
+        raise UsageError(f"{name!r} is none of the shapes {', '.join(known)}")
+    shape = replace(known[name], **sizes)  # type: ignore[arg-type]
     if shape.layers <= shape.leading_layers:
         raise UsageError(f"{shape.layers} layers; {name} has {shape.leading_layers} without experts before the others")
     chosen = ALIASES.get(mix.upper(), mix.upper())
@@ -85,7 +88,7 @@ def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write random weights in the shape of a public model.")
-    parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a name of {', '.join(SHAPES)}")
+    parser.add_argument("shape", help=f"NAME[:QUANTIZATION], a model of the catalog or one of {', '.join(SHAPES)}")
     parser.add_argument("path", type=Path)
     for size in ("--layers", "--experts", "--vocabulary"):
         parser.add_argument(size, type=int, help="instead of the shape's own number")

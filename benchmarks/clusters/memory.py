@@ -1,6 +1,6 @@
 """Memory of stages as `plan`, `model info` and a loaded stage (as `status` has it) name it, beside what is resident.
 
-    python benchmarks/public_shape.py gemma-3-4b:q4_k_m /tmp/gemma.gguf --layers 6
+    python benchmarks/public_shape.py gemma-3-4b-it:q4_k_m /tmp/gemma.gguf --layers 6
     python benchmarks/clusters/memory.py /tmp/gemma.gguf
 
 The model is planned for one worker and for two with half of the layers each. Each stage is loaded in a process of its

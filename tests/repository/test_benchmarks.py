@@ -29,6 +29,7 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 from compare import their_answers, their_speed
+from public_shape import public_shape
 
 FOLDER = ROOT / "benchmarks"
 
@@ -304,6 +305,17 @@ def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
     done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {program}")
+
+
+def test_documented_shapes_are_known() -> None:
+    """Each command in the docs and in the programs names a shape that can be written."""
+    places = [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *FOLDER.rglob("*.py")]
+    specs = {spec for path in places for spec in re.findall(r"public_shape\.py ([a-z0-9.:_-]+)", path.read_text())}
+    assert len(specs) > 2
+    for spec in specs | {"gemma-3-1b-it:q8_0", "smollm2-1.7b-instruct:q4_k_m", "ernie-4.5-21b-a3b"}:
+        assert public_shape(spec, {"layers": 3}).tensors
+    with pytest.raises(UsageError, match="gemma-3-4b-it"):
+        public_shape("gemma-3-4b", {})
 
 
 def test_shape_of_a_public_model(tmp_path: Path) -> None:

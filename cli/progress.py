@@ -30,7 +30,7 @@ from llamaclust.cluster.config.catalog import WantedFile, find_entry, locate
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state import events
 from llamaclust.core.addresses import ANYWHERE, is_loopback, joined_address, split_address
-from llamaclust.core.logs import LogFormat, start_logging
+from llamaclust.core.logs import LogFormat, count_file_shortages, start_logging
 from llamaclust.core.sizes import MIB
 from llamaclust.core.this_machine import reachable_host
 
@@ -246,6 +246,7 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
     `lan_key`: see `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
+        count_file_shortages()
         with _shown_by_thread(ClusterView(lan_key)) as show:
             yield show
     else:

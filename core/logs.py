@@ -122,6 +122,11 @@ def start_logging(form: LogFormat, **where: str) -> None:
     _memory.setFormatter(handler.formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler, _memory])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+    count_file_shortages()
+
+
+def count_file_shortages() -> None:
+    """Replaces asyncio's tracebacks of connections for which no file is left by a line for each few seconds."""
     logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger(_OWN)))
 
 

@@ -192,33 +192,41 @@ def test_another_format_is_refused_by_name(line: CommandLine) -> None:
 
 
 SHORTAGE = """
-import asyncio, logging, resource, socket, sys
+import asyncio, io, resource, socket, sys
+from contextlib import nullcontext
+from llamaclust.cli.progress import cluster_view
 from llamaclust.core import logs
 
-logs.start_logging(logs.LogFormat.TEXT)
-
-async def main():
-    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, backlog=int(sys.argv[1]))
+async def main(backlog):
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, backlog=backlog)
     address = server.sockets[0].getsockname()
     callers = [socket.socket() for _ in range(20)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (callers[-1].fileno() + 3,) * 2)
     for caller in callers:
         caller.setblocking(False)
         caller.connect_ex(address)
-    while not logs.last_trouble():
+    while "failures in" not in sys.stderr.getvalue():
         await asyncio.sleep(0.01)
 
-asyncio.run(main())
+sys.stderr = io.StringIO()
+with cluster_view("tiny") if sys.argv[2] == "up" else nullcontext(logs.start_logging(logs.LogFormat(sys.argv[3]))):
+    asyncio.run(main(int(sys.argv[1])))
+print(sys.stderr.getvalue(), end="")
 """
 
 
-@pytest.mark.parametrize("backlog", [50, 500, 2000])
-def test_a_burst_over_the_limit_of_open_files_is_a_line_for_each_few_seconds(backlog: int) -> None:
+@pytest.mark.parametrize("form", ["text", "logfmt", "json"])
+@pytest.mark.parametrize("command", ["up", "worker"])
+@pytest.mark.parametrize("backlog", [50, 2000])
+def test_a_burst_over_the_limit_of_open_files_is_a_line_for_each_few_seconds(
+    backlog: int, command: str, form: str
+) -> None:
     """One where the machine is fast enough; there is no line for a single connection."""
-    command = [sys.executable, "-c", SHORTAGE, str(backlog)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    line = r"\S+ \S+ ERROR Too many open files: \d+ failures in 5 s; close connections, .*\n"
-    assert re.fullmatch(f"(?:{line}){{1,6}}", done.stderr), done.stderr
+    program = [sys.executable, "-c", SHORTAGE, str(backlog), command, form]
+    variables = {**os.environ, "LLAMACLUST_LOG": form}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True, env=variables)
+    line = r".*Too many open files: \d+ failures in 5 s; close connections, .*\n"
+    assert re.fullmatch(f"(?:{line}){{1,6}}", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])

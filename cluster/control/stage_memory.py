@@ -26,22 +26,31 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Of stages that are loaded with these limits, whatever their context. A stage is taken to hold all layers: weights
-    of several types may make it take a little more than it will. Where layers are divided, it is the largest of that
-    and of stages that begin or end inside a layer."""
+    """The workspace of stages that are loaded with these limits, whatever their context. A stage whose layers are not
+    chosen yet is taken to hold all layers: weights of several types, or a few layers without experts, may make it take
+    more than it will. If layers are divided, it is the largest of that and of stages that begin or end inside a layer.
+    """
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
         if (limits, place) not in known:
-            end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
             at = replace(limits, max_context_tokens=place.context_length)
-            ways = _divided_stages(model, limits.expert_shards, place) if limits.expert_shards > 1 else ()
-            whole = planned_workspace_bytes(model, 0, end, replace(at, expert_shards=1), place.threads, place.device)
-            divided = (planned_workspace_bytes(model, *parts, at, place.threads, place.device) for parts in ways)
-            known[limits, place] = max((whole, *divided))
+            stages = _largest_stages(model, at, place) if place.layers is None else [(*place.layers, at)]
+            known[limits, place] = max(
+                planned_workspace_bytes(model, start, end, limit, place.threads, place.device)
+                for start, end, limit in stages
+            )
         return known[limits, place]
 
     return bytes_at
+
+
+def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
+    """Stages of which one takes as much as any at such a place, with their limits."""
+    yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
+    if limits.expert_shards > 1:
+        for parts in _divided_stages(model, limits.expert_shards, place):
+            yield *parts, limits
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:

@@ -28,6 +28,7 @@ class StagePlace:
     context_length: int
     is_last: bool  # it has the head
     device: str = "cpu"
+    layers: tuple[int, int] | None = None  # which it holds; None: whichever of its kind take most
 
 
 Workspace = Callable[[StagePlace], int]
@@ -86,6 +87,16 @@ class MemoryModel:
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
+
+    def workspace_of(self, held: Held) -> int:
+        """What a chosen stage takes: no more than `workspace_bytes`, that of the largest stage in its place."""
+        device, start, end = held.device, held.start, held.end
+        if held.is_experts or held.cpu_moe or device.device != "cpu":
+            return self.parts(held, 0)["workspace"]
+        is_last = end == self.stages.layers
+        return self.request.workspace(
+            StagePlace(device.threads, self.request.context_length, is_last, layers=(start, end))
+        )
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
         """Rounding that experts on a device add to that of their layer, by layer."""

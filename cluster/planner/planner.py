@@ -108,7 +108,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
             weight_bytes=sizes.weight_bytes(part),
             touched_bytes=_touched_bytes(sizes.stages, part),
             kv_bytes=0 if part.is_experts else sizes.kv_bytes(part.start, part.end, kv_blocks),
-            workspace_bytes=sizes.parts(part, 0)["workspace"],
+            workspace_bytes=sizes.workspace_of(part),
             memory_bytes=part.device.memory_bytes,
         )
         for part in stage.parts

@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import stage_memory
+from llamaclust.cluster.control.limits import plan_limits
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.control.stage_memory import workspace_of
 from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.errors import ModelFileError
@@ -25,6 +29,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, Program, Slice
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
+from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
 LAYERS = 3
@@ -110,6 +115,34 @@ def test_layers_of_other_types_make_the_promise_a_little_larger(tmp_path: Path) 
         promised = workspace_of(model, limits)(StagePlace(2, 1024, False))
         stages = [taken(model, start, start + 1, limits, 2) for start in (0, 1)]
     assert stages[1] < stages[0] <= promised <= 1.1 * stages[1]
+
+
+PLANNED = ("ernie4_5-moe", "glm4moe", "bailingmoe2", "deepseek2", "cohere2", "types")
+"""Models whose layers differ: some have experts, a window or other types."""
+
+
+def differing_layers(path: Path, name: str) -> Path:
+    if name == "types":
+        return build_tiny_model(path, quant_type=QuantType.Q4_K, other_types={"blk.0.": QuantType.F16}, layers=4)
+    return build_architecture(path, name)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_names_what_each_stage_takes(tmp_path: Path, name: str) -> None:
+    path, names = differing_layers(tmp_path / "m.gguf", name), ("a", "b")
+    resources = ClusterResources({name: WorkerResources("m", 1 << 40, threads=2) for name in names}, {})
+    with Model.open(path) as model:
+        for cut in range(1, model.layer_count):
+            bounds = ((0, cut), (cut, model.layer_count))
+            entries = [{"worker": worker, "layers": span} for worker, span in zip(names, bounds, strict=True)]
+            keys = {"model": str(path), "workers": [{"name": worker} for worker in names], "plan": entries}
+            config = ClusterConfig.model_validate(keys | {"context_length": 512})
+            plan = plan_cluster(config, model, resources)
+            limits = plan_limits(config, plan)
+            for stage in plan.stages:
+                runner = StageRunner(CpuBackend(2), model, stage.start, stage.end, limits)
+                runner.close()
+                assert stage.bytes == runner.memory.total_bytes, (cut, stage.start)
 
 
 def test_a_model_that_cannot_be_computed_is_named(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
 
@@ -121,12 +123,14 @@ def chunks_of(limits: StageLimits, window: int | None, *, is_last: bool) -> Iter
     """Sequences that together use all KV blocks, in chunks as large as limits allow."""
     from llamaclust.wire.microbatch.messages import Chunk
 
+    states = count()
     for first in range(0, limits.kv_blocks, blocks := limits.max_context_tokens // 16):
         for position in range(0, limits.max_context_tokens, limits.max_batch_tokens):
             end = min(position + limits.max_batch_tokens, limits.max_context_tokens)
             reach = max(0, position - (window or 0)) // 16
             held = -(-end // 16) - reach
             at = first // blocks * held % max(limits.window_blocks - held + 1, 1)
+            state = next(states) % limits.state_blocks if limits.state_blocks else None
             yield Chunk(
                 (1,) * (end - position),
                 position,
@@ -134,6 +138,8 @@ def chunks_of(limits: StageLimits, window: int | None, *, is_last: bool) -> Iter
                 min(end - position, limits.max_outputs) if is_last else 0,
                 window_table=(at, held) if limits.window_blocks else (),
                 window_start=reach if limits.window_blocks else 0,
+                state_from=None if state is None or not position else (state - 1) % limits.state_blocks,
+                state_to=() if state is None else (end - position, state),
             )
 
 
@@ -162,4 +168,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_in_one_line():
+        sys.exit(main())

@@ -77,7 +77,7 @@ def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object])
 
 
 def without_argument(command: str, word: str) -> str:
-    """What to type in place of one of `WITHOUT_ARGUMENT` with this argument."""
+    """Returns the command to type in place of one of `WITHOUT_ARGUMENT` with this argument."""
     shown = _shown(word)
     return f"{command} does not take {shown}: {WITHOUT_ARGUMENT[command].format(shown)}"
 

@@ -301,7 +301,7 @@ def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
 
 
 def _lan_text(api: str, lan_key: str | None) -> str:
-    """What to type on a phone, where `--lan` was given."""
+    """Returns the lines that tell a phone's user what to type, where `--lan` was given."""
     if lan_key is None:
         return ""
     host = split_address(api.partition("://")[2])[0]

@@ -176,7 +176,7 @@ def _model(model: State) -> str:
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """One for each worker that plans exclude because it failed."""
+    """Yields a line for each worker that plans exclude because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"

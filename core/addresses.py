@@ -13,7 +13,7 @@ ANYWHERE = ("0.0.0.0", "::")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
 JOIN_PORT = 7100
-"""Where workers enrol, unless another port is given."""
+"""The port where workers enrol, unless another one is given."""
 LASTING = "give a host name, an address of IPv4, or one of IPv6 that does not begin with fe80"
 
 
@@ -52,7 +52,7 @@ def bounded_host(host: str) -> str:
 
 
 def is_link_local(host: str) -> bool:
-    """Whether it is an address of IPv6 that means something within one link only, with or without its interface."""
+    """Returns whether it is an address of IPv6 that is valid within one link only, with or without its interface."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

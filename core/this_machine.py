@@ -36,7 +36,7 @@ class InterfaceAddress:
 
     @property
     def is_virtual(self) -> bool:
-        """Whether its interface is a bridge to containers or a tunnel, by its name."""
+        """True if its interface is a bridge to containers or a tunnel, by its name."""
         return _VIRTUAL.fullmatch(self.interface) is not None
 
     @property
@@ -78,7 +78,7 @@ def one_of_each_interface() -> list[str]:
 
 
 def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
-    """Those without loopback and virtual interfaces, or the best kind that is there."""
+    """Returns the addresses without loopback and virtual interfaces, or the best kind that is there."""
     best = addresses[0].rank[:2] if addresses else None
     return [address for address in addresses if address.rank[:2] == best]
 

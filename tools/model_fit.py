@@ -47,8 +47,8 @@ class Fit:
 
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
-    """As a plan of one worker with all defaults of a cluster file has it. `context_length`: in place of the default;
-    not above the model's. ModelFileError for a model that cannot be run here. Reads headers only."""
+    """Plans one worker with all defaults of a cluster file, from headers alone. `context_length` replaces the default
+    and is cut to the model's. ModelFileError for a model that cannot be run here."""
     with closing(Model.open(path)) as model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
@@ -87,7 +87,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
 
 
 def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: int, kv_tokens: int) -> int:
-    """Of the first layers, for so many tokens in sequences of `context` each: as a plan has it."""
+    """Returns a plan's KV memory of the first layers, for `kv_tokens` in sequences of `context` each."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),

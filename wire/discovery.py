@@ -38,18 +38,16 @@ _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 _END_S = 5.0
 _LOOK_S = 2.0
-"""Between two looks at the addresses of this machine."""
+"""The pause between two looks at the addresses of this machine."""
 _NO_MULTICAST = "::1"
 """Loopback has multicast over IPv4 only."""
 
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """While it lasts, machines of the local network find the cluster of this name and id at `address` (HOST:PORT); with
-    a host for all addresses, at those that this machine has at the time.
-
-    UsageError where the host is a name, or multicast is not possible.
-    """
+    """Announces the cluster of this name and id to the local network at `address` (HOST:PORT); with a host for all
+    addresses, at those that this machine has at the time. UsageError if the host is a name, or multicast is not
+    possible."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
     def info() -> AsyncServiceInfo:
@@ -77,11 +75,8 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """While it lasts, `found` is called with the addresses (HOST:PORT) at which a cluster of this id is announced, and
-    `other` with the names of clusters of other ids, each once.
-
-    UsageError where multicast is not possible.
-    """
+    """Calls `found` with the addresses (HOST:PORT) at which a cluster of this id is announced, and `other` with the
+    names of clusters of other ids, each once. UsageError if multicast is not possible."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
@@ -119,7 +114,7 @@ class _Browser:
             self._look_ups.start(self._look_up(service_type, name))
 
     def _tell_of_another(self, name: str) -> None:
-        """Of a few, for anyone may announce many."""
+        """Reports another cluster, of a few at most, for anyone may announce many."""
         match = _OTHER_NAME.match(name)
         if match is not None and match[1] not in self._others and len(self._others) < _MOST_OTHERS:
             self._others.add(match[1])
@@ -147,7 +142,7 @@ def _announced() -> list[str]:
 
 
 def _browsed() -> list[str]:
-    """Loopback as well: a coordinator of this machine may be announced there alone."""
+    """Returns the addresses to listen at, with loopback: a coordinator of this machine may be announced there alone."""
     return [host for host in own_addresses() if host != _NO_MULTICAST]
 
 

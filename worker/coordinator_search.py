@@ -18,7 +18,7 @@ _STAGGER_S = 0.25
 """Between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
-"""For a worker that waits for the next cluster, days perhaps."""
+"""The pause between log lines of a worker that waits for the next cluster, for days perhaps."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
@@ -43,11 +43,9 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Of one worker, from its start on. An address that does not answer delays no other one.
-
+    """A worker's search for a coordinator, from its start on. An address that does not answer delays no other one.
     `discovers`: further addresses may be added at any time, so that a refusal at all known ones ends nothing. `stays`:
-    no refusal ends anything, for the next coordinator may be another one.
-    """
+    no refusal ends anything, for the next coordinator may be another one."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
@@ -73,7 +71,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def begin_anew(self) -> None:
-        """As if the worker were never a member."""
+        """Forgets that the worker was a member."""
         self.limit_s, self._begun_s, self._error, self._logged = None, None, None, {}
         for place in self._places:
             place.failures, place.is_refused = 0, False

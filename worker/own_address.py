@@ -15,7 +15,7 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""So many looks in a row must show the same new address: interfaces come and go while a machine wakes."""
+"""The looks in a row that must show the same new address: interfaces come and go while a machine wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """Where a worker listens, and what it tells the other members, for the way to one coordinator."""
+    """The address at which a worker listens, and the one that it tells other members, for the route to one
+    coordinator."""
 
     listen: str
     advertised: str  # HOST, or HOST:PORT
@@ -87,11 +88,12 @@ class OwnAddress:
                 return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
 
     def _host_now(self) -> str | None:
-        """Without a route, and where nothing depends on it, the address stays as it is."""
+        """Returns this machine's address on the route now; without a route, or if nothing depends on it, it stays as it
+        is."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 
 
 def _host_of(address: str) -> str:
-    """As it is written, with the brackets of IPv6."""
+    """Returns the host of HOST:PORT, with the brackets of IPv6."""
     return address.rpartition(":")[0]

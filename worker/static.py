@@ -43,10 +43,9 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Until the coordinator ends the cluster; returns its reason. A worker that stays waits for the next cluster then.
-
-    UsageError where the coordinator refuses the worker at first, or
-    no address is a coordinator's that could take it, WorkerError where it was gone for longer than it said to wait."""
+    """Serves until the coordinator ends the cluster; returns its reason. A worker that stays waits for the next cluster
+    then. UsageError if the coordinator refuses the worker at first, or no address is a coordinator's that could take
+    it, WorkerError if it was gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -203,7 +202,7 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost, or where the others
+    """Serves until the coordinator ends the membership; returns its reason. WorkerError if it is lost, or if the others
     cannot reach this worker at the address that it has told."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:

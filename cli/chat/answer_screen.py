@@ -79,7 +79,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """None where standard output is no terminal that can render."""
+    """Returns None where standard output is no terminal that can render."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

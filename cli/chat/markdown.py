@@ -15,7 +15,7 @@ from rich.text import Text
 
 _FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-"""Without HTML, which rich would leave out: tags of an answer stay text."""
+"""The parser knows no HTML, which rich would leave out: tags of an answer stay text."""
 _CODE_THEME: Final = "ansi_dark"  # the terminal's own colours
 
 

@@ -87,7 +87,7 @@ def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSetting
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Whether a body has a field. Raises what `parse_object` raises, unless the body is large."""
+    """Returns whether a body has a field. Raises what `parse_object` raises, unless the body is large."""
     if len(data) <= LARGE_BYTES:
         return name in parse_object(data)
     return any(member.name == name for member in (await run_on(_reading, outline, data)).members)
@@ -179,7 +179,7 @@ def _not_finite(value: Any) -> str | None:
 
 
 async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
-    """At most so many, or as many as a body may have. Raises HttpError (413, 408, 415)."""
+    """Reads a body of at most `most_bytes`, or of the general limit. Raises HttpError (413, 408, 415)."""
     most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":

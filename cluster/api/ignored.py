@@ -30,7 +30,7 @@ _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
 
 
 def is_strict_request() -> bool:
-    """Whether the request that this task answers is to be refused where a part of it has no effect."""
+    """Returns whether this task's request is to be refused if a part of it has no effect."""
     return _is_strict.get()
 
 

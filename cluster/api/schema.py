@@ -287,7 +287,7 @@ _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"any
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
 """Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
 WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
-"""The same where -1 is the default."""
+"""Tokens of an answer, where the default is -1."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
 """None: drawn, which llama.cpp writes -1."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]

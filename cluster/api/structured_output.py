@@ -58,13 +58,13 @@ class GrammarFields(Body):
     guided_choice: _Any = None
     """The answer is one of these texts."""
     guided_grammar: str | None = None
-    """As `grammar`."""
+    """SGLang's name of `grammar`."""
     guided_json_object: bool = False
     """The answer is a JSON object."""
     regex: str | None = None
-    """As `guided_regex` (SGLang's field, as the next one)."""
+    """SGLang's name of `guided_regex`."""
     ebnf: str | None = None
-    """As `grammar`."""
+    """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
         """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""

@@ -39,7 +39,8 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def default_trust() -> ssl.SSLContext:
-    """Those that this machine trusts. UsageError names the environment variable that cannot be used."""
+    """Trusts the authorities that this machine trusts. UsageError names the environment variable that cannot be
+    used."""
     try:
         context = httpx.create_ssl_context()
         context.load_default_certs()
@@ -54,7 +55,7 @@ def default_trust() -> ssl.SSLContext:
 
 
 def file_trust(path: Path) -> ssl.SSLContext:
-    """Those in a PEM file, and no others. UsageError where it cannot be read."""
+    """Trusts the authorities of a PEM file alone. UsageError if it cannot be read."""
     try:
         return ssl.create_default_context(cafile=path)
     except OSError as error:

@@ -62,7 +62,7 @@ def _wrong_proxy(value: str) -> str:
 
 
 def _wrong_hosts(value: str) -> str:
-    """The same of a list of hosts that are reached without a proxy."""
+    """Returns the reason why httpx would fail with this list of hosts without a proxy; empty if there is none."""
     for host in filter(None, map(str.strip, value.split(","))):
         try:
             if not _is_ip(host) and "/" not in host:

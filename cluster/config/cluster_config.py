@@ -348,7 +348,8 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
 
 
 def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
-    """What `load_config` checks. UsageError where the file cannot be read or an override cannot be applied."""
+    """Reads the document that `load_config` checks. UsageError if the file cannot be read or an override cannot be
+    applied."""
     document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     return override(document, overrides)
 

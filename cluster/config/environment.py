@@ -106,14 +106,15 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Those that name proxies, or hosts without one, and have an effect: small letters count before capital ones."""
+    """Returns the variables that set proxies, or hosts without one, and have an effect: lower case wins over upper
+    case."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}
 
 
 def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Those that OpenSSL and httpx read when certificates are loaded."""
+    """Returns the variables that OpenSSL and httpx read when they load certificates."""
     variables = os.environ if variables is None else variables
     return {name: variables[name] for name in _TRUST_VARIABLES if variables.get(name)}
 

@@ -104,7 +104,7 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Without the quarantined workers where the others suffice; else without those that failed most often."""
+        """Plans without the quarantined workers if the others suffice; else without those that failed most often."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())

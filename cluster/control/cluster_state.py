@@ -36,7 +36,7 @@ class PoolState:
         )
 
     def may_exclude_more(self, now_s: float) -> bool:
-        """Whether another worker may be excluded for rows without a result, and one is left."""
+        """Returns whether another worker may be excluded for rows without a result, and one is left."""
         excluded = self.quarantine.names(now_s)
         others = [name for name, _ in self.usable if name not in excluded]
         return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
@@ -200,7 +200,7 @@ class ClusterState:
 
     @property
     def has_failing_workers(self) -> bool:
-        """Whether the serving epoch has a quarantined worker that the newest plan does without."""
+        """True if the serving epoch has a quarantined worker that the newest plan does without."""
         planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
         serving = () if self.serving is None else self.serving.workers
         return any(name in self.inputs.quarantined and name not in planned for name, _ in serving)

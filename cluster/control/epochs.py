@@ -278,7 +278,7 @@ class Epochs:
 
     @property
     def _own_copy(self) -> OwnCopy | None:
-        """None where the coordinator's file was changed or is gone."""
+        """Returns the coordinator's copy of the file; None if the file was changed or is gone."""
         file = self._model.file
         return OwnCopy(file, self._manifests, self._registry.giver) if file.is_current else None
 

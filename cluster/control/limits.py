@@ -155,8 +155,8 @@ def max_batch_tokens(config: ClusterConfig) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """For so many tokens there is KV memory at most, or for one whole context: enough for one or two users. None, for
-    all sequences, where the user says how many these are."""
+    """Returns the tokens that KV memory is planned for: 8,192 or one whole context, enough for one or two users. It is
+    None, for all sequences, if the user says how many there are."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

@@ -117,7 +117,7 @@ class EpochLoadFailed:
     file_is_absent: bool = False
 
     def error_of(self, name: str) -> LlamaclustError | None:
-        """Of a worker; None where it is no suspect."""
+        """Returns the error of a worker; None if it is no suspect."""
         return next((suspect.error for suspect in self.suspects if suspect.name == name), None)
 
 

@@ -23,7 +23,7 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
 
 _MAX_LOADS = 3
-"""That fail before their workers are expelled."""
+"""The number of loads that fail before their workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 
@@ -109,8 +109,8 @@ def _awake(state: ClusterState) -> ClusterState:
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Which worker, or which request, made the pipeline fail. A worker that breaks the protocol is expelled, unless one
-    that is lost is the cause."""
+    """Finds the worker, or the request, that made the pipeline fail. A worker that breaks the protocol is expelled,
+    unless one that is lost is the cause."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -141,9 +141,9 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
-    workers that fail again and again, or do not answer, are expelled. One whose memory was less than it had
-    reported is not at fault: another plan is made from what it reports now."""
+    """An outdated plan is replaced. Else the load is repeated after a pause, and workers that fail again and again, or
+    do not answer, are expelled. One whose memory was less than it had reported is not at fault: another plan is made
+    from what it reports now."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -187,7 +187,7 @@ def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoad
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Whether the plan is useless, or another worker joined."""
+    """Returns whether the plan is useless, or another worker joined."""
     return is_useless(plan, inputs, pool) or not set(pool.usable) <= set(inputs.workers)
 
 
@@ -201,7 +201,8 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Of a model alone, they are expelled. A model that does not load is no reason to take others from a worker."""
+    """Expels the workers of a model that is alone. A model that does not load is no reason to take others from a
+    worker."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

@@ -95,13 +95,13 @@ async def weight_sources(
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
-    """Whether a worker lacks the file or has a copy of its own."""
+    """Returns whether a worker lacks the file or has a copy of its own."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
     return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
 
 
 async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) -> FileManifest | None:
-    """None where a worker describes the same file, or the coordinator's cannot be read."""
+    """Returns None if a worker describes the same file, or the coordinator's cannot be read."""
     if own is None or any(weights.file == own.file.copy_id for weights in found.values()):
         return None
     try:

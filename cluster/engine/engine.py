@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has a pipeline that works."""
+        """True while there is a pipeline that works."""
         return self._phase is _Phase.RUNNING
 
     @property

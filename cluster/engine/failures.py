@@ -21,7 +21,7 @@ class EngineOwner(Protocol):
 
     @property
     def may_suspect_workers(self) -> bool:
-        """Whether rows without a result may be the fault of a worker that others may replace."""
+        """True if rows without a result may be the fault of a worker that others can replace."""
         ...
 
     def rows_failed(self, key: int) -> None:
@@ -45,7 +45,7 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Of a microbatch that a stage could not compute: only those before it have timings."""
+    """Returns the error of a microbatch that a stage could not compute: only the stages before it have timings."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -53,7 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Of a microbatch, or of all in flight. Results that break the protocol come from the last stage."""
+    """Returns the failure of a microbatch, or of all in flight. Results that break the protocol come from the last
+    stage."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -64,7 +65,7 @@ def failure_of(
 
 
 def row_failure(fault: RowFault, stages: Sequence[StageInfo]) -> PipelineFailure:
-    """Of rows that the last stage gave no result for."""
+    """Returns the failure of rows for which the last stage gave no result."""
     worker = stages[-1].worker
     error = WorkerError(f"worker {worker}: {fault.failure}", worker=worker)
     return PipelineFailure(error, frozenset({fault.key}), is_repeated=True)

@@ -24,7 +24,7 @@ from llamaclust.worker.settings import WorkerSettings
 
 _STARTING_S = 60.0
 _MOST_HOSTS = 4
-"""Of this machine's addresses in the printed command."""
+"""The most addresses of this machine in the printed command."""
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
 
 INSECURE = (

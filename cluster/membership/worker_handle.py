@@ -131,7 +131,7 @@ class WorkerHandle:
         self._unreachable: dict[int, UnreachablePeer] = {}  # by epoch
 
     def forget_files(self) -> None:
-        """Those that it had may have been changed since it was asked for them."""
+        """Forgets which files the worker has: they may have been changed since."""
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
 
     @property
@@ -139,7 +139,7 @@ class WorkerHandle:
         return self.registration.name
 
     def permit(self, other: str) -> str:
-        """For this worker, to measure its link to another one."""
+        """Returns a permit for this worker to measure its link to another one."""
         return permit(self._credentials, self.name, other)
 
     @property
@@ -225,7 +225,7 @@ class WorkerHandle:
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def progress(self, epoch: int) -> StageProgress | None:
-        """Of its stage, as its last heartbeat has it; None where that has none."""
+        """Returns the progress of its stage in its last heartbeat; None if that has none."""
         stages = () if self.heartbeat is None else self.heartbeat.stages
         return next((stage for stage in stages if stage.epoch == epoch), None)
 

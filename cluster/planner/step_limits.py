@@ -31,7 +31,7 @@ def link_limit_s(link: Link, message_bytes: int) -> float:
 
 
 def silence_text(number: int, waited_s: float, limit_s: float) -> str:
-    """Of a worker whose stage passes on nothing, although its heartbeats come."""
+    """Describes a worker whose stage passes nothing on although its heartbeats come."""
     rule = f"the limits of its step and of the ways to it and on: {limit_s:.3g} s"
     return f"it does not answer: microbatch {number} has been at it for {waited_s:.1f} s, longer than {rule}"
 

@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Of the same row, without a result: the last stage itself gives an answer up whose matcher takes 60 s."""
+"""The longest time that a row may be deferred: the last stage itself gives an answer up whose matcher takes 60 s."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ class Failed:
 
     message: str
     is_request_fault: bool = False
-    """To compute it again is of no use."""
+    """True if the request fails however often it is computed."""
 
 
 Update = Event | Failed

@@ -1,4 +1,4 @@
-"""Whose turn it is: owners take turns, and so do the requests of each with their prompts and choices. Pure."""
+"""Turns of owners, and within each of its requests with their prompts and choices. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 _LARGE_GRAMMAR = 1 << 12
 """Characters from which a grammar's matcher may take tens of milliseconds; the last stage makes one at a time."""
 _MOST_MATCHERS = 2
-"""That are made for one owner at a time: as many keep the last stage busy, and others wait for no more."""
+"""The matchers that are made for one owner at a time: as many keep the last stage busy, and others wait for no more."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -45,7 +45,7 @@ class Running:
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Those that wait but the ones with large grammars whose owner awaits some matchers of such grammars."""
+    """Leaves out sequences with large grammars whose owner awaits some matchers of such grammars."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -63,18 +63,20 @@ def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Se
 
 
 def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
-    """Of those that wait: the first one of the owner, and of its requests the one, with the fewest that run."""
+    """Returns the first waiting sequence of the owner with the fewest running ones, and of its request with the
+    fewest."""
     return min(waiting, key=running.rank)
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Of those that run, oldest first: the youngest one of the owner, and of its requests the one, with the most."""
+    """Returns the youngest running sequence of the owner with the most, and of its request with the most. `running` is
+    sorted, oldest first."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """Whether others give way to it: nothing of its owner runs, and several of another one; or nothing of its request
-    runs, and several of another one, whose owner has no less."""
+    """Returns whether others give way to it: nothing of its owner runs, and several of another one; or nothing of its
+    request runs, and several of another one, whose owner has no less."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

@@ -27,7 +27,7 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 _PROMPT_ROWS = 128
 _Values = Mapping[tuple[str, str], float]
-"""By name and unit."""
+"""Measured values by name and unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Of the measured value to the stored one."""
+        """The measured value divided by the stored one."""
         return self.measured / self.stored if self.stored else None
 
 

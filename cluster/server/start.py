@@ -30,7 +30,7 @@ from llamaclust.worker.weights.giver import WeightGiver
 
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
-"""In the heartbeat timeout."""
+"""The number of heartbeats in the heartbeat timeout."""
 
 
 async def open_model(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
@@ -106,7 +106,7 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """None where links are taken to be the usual ones. `anew`: known links are measured again."""
+    """Returns None if the usual links are assumed. `anew`: known links are measured again."""
     if config.launcher == "local" and not hops_matter(measured):
         return None
     return partial(

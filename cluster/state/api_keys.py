@@ -12,7 +12,7 @@ from llamaclust.cluster.state.regular_file import read_text, write_regular
 from llamaclust.core.errors import UsageError
 
 FILE_NAME = "api-keys"
-"""In the state directory, unless another file is named."""
+"""The file in the state directory, unless another one is named."""
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24

@@ -15,12 +15,12 @@ _PROC = Path("/proc")
 _LEAST_S = 0.1
 """Shorter measurements are a few ticks of the kernel's counters."""
 _CPU_TIMES = slice(11, 15)
-"""Of /proc/PID/stat after the name: user and system time, its own and that of children that have ended."""
+"""The fields of /proc/PID/stat after the name with user and system time, also that of children that have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """In cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
+    """Load in cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
 
     cores: int
     others: float
@@ -63,13 +63,13 @@ def other_load(before: CpuSeconds, after: CpuSeconds, cores: int) -> OtherLoad |
 
 
 class LoadMeter:
-    """From its start to each call of `measure`."""
+    """Measures the load from its start to each call of `measure`."""
 
     def __init__(self) -> None:
         self._started = _read()
 
     def measure(self) -> OtherLoad | None:
-        """None where /proc/stat is unavailable, or after less than 0.1 s."""
+        """Returns None if /proc/stat is unavailable, and in the first 0.1 s."""
         before, after = self._started, _read()
         if before is None or after is None:
             return None

@@ -17,8 +17,8 @@ from llamaclust.core.sharing.shares import fits
 MAX_REPLY_ENTRIES = 1 << 21
 """Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
 MAX_HELD_ENTRIES = 1 << 21
-"""Of an owner's replies with logprobs or embeddings, and prompts that are ranked; all owners together have less than
-twice as many."""
+"""The most entries of an owner's replies with logprobs or embeddings, and of prompts that are ranked; all owners
+together have less than twice as many."""
 _ENTRY_NUMBERS = 5
 """Numbers of an embedding, or tokens of prompts, that take as much as an entry."""
 _RETRY_S = 5.0
@@ -68,7 +68,7 @@ class EntryBudget:
 
     @property
     def held(self) -> int:
-        """Of all owners."""
+        """Entries that all owners hold."""
         return self._held.total()
 
     def reserve(self, sizes: Sequence[ReplySize]) -> Reservation:

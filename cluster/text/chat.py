@@ -99,7 +99,7 @@ class ChatRequest:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether it offers tools, or its messages have calls or results."""
+        """True if it offers tools, or its messages have calls or results."""
         return bool(self.offered_tools) or any(
             message.get("tool_calls") or message.get("role") == "tool" for message in self.messages
         )

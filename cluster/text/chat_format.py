@@ -49,7 +49,7 @@ class AnswerReading:
 
     @property
     def _has_begun_text(self) -> bool:
-        """Whether the prompt has written some of the answer behind its reasoning."""
+        """True if the prompt has some of the answer behind its reasoning."""
         tags = self.form.reasoning
         return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
 

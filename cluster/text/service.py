@@ -278,7 +278,7 @@ class TextService:
         return unguarded((await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)).prompt)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Of the template for such a chat. ParameterError for documents that it would not show."""
+        """Returns the format of the template for such a chat. ParameterError for documents that it would not show."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError("documents", "the model's chat template shows none; write them into a message")

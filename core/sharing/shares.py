@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """Whether an owner with `own` of all `held` may have `more`: as much as is free then, and `room` at most. One alone
-    has all of `room`, several divide less than twice as much, and a newcomer always finds some."""
+    """Returns whether an owner with `own` of all `held` may have `more`: as much as is free then, and `room` at most.
+    One alone has all of `room`, several divide less than twice as much, and a newcomer always finds some."""
     return own + more <= min(room, 2 * room - held)

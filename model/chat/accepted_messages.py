@@ -27,7 +27,7 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Whether a rendered template lacks a system message: some templates skip what others refuse."""
+    """Returns whether a rendered template lacks a system message: some templates skip what others refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 

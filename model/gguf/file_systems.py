@@ -14,8 +14,8 @@ _REMOTE = frozenset(
 
 
 def is_remote(path: Path) -> bool:
-    """Whether it is on a remote file system, which other machines may have too; also if the system does not report
-    that."""
+    """Returns whether it is on a remote file system, which other machines may have too; True if the system does not
+    tell."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:

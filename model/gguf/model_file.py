@@ -36,7 +36,7 @@ class ModelFile:
 
     @property
     def is_current(self) -> bool:
-        """Whether the files are there and have not been changed since they were opened."""
+        """True while the files are there and unchanged since they were opened."""
         try:
             there = {path: FileIdentity.from_status(path.stat()) for path, _ in self._files}
         except OSError:

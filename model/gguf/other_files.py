@@ -31,7 +31,7 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """For a file whose first bytes (`START_BYTES`, or all of them) are not those of GGUF: what it is, what to do."""
+    """Returns the kind of a file whose first bytes (`START_BYTES`, or all) are not those of GGUF, and what to do."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

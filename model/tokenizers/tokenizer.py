@@ -96,7 +96,7 @@ class Tokenizer(ABC):
         return data
 
     def all_bytes(self) -> list[bytes]:
-        """As `token_bytes`, of each token."""
+        """Returns `token_bytes` of each token."""
         words, types = self.vocabulary.words, self.vocabulary.types
         return [
             self._bytes_of(token_id) if kind in _NOT_SPELLED else self.word_bytes(word)

@@ -28,7 +28,7 @@ class FileManifest:
 
 
 class FileManifests:
-    """Of one process. Without a cache, manifests are made again by each process, and their bytes are not kept."""
+    """Manifests of one process. If there is no cache, each process makes them again, and their bytes are not kept."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache

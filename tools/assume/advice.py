@@ -32,7 +32,7 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """Whether one request at a time is as fast there as on the machines together, but for a twentieth."""
+        """Returns whether one request at a time has at least 0.95 of the speed that the machines have together."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 

@@ -122,7 +122,7 @@ class ShapePlan:
 
     @property
     def fits_alone(self) -> bool:
-        """Whether one of the machines would do."""
+        """True if one of the machines can hold the model."""
         return self.alone is not None or (self.plan is not None and len(self.plan.stages) == 1)
 
     def cells(self) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """What makes tokens of one request faster, if anything does."""
+        """Names the change that would make tokens of one request faster, if any would."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))

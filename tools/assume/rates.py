@@ -1,7 +1,6 @@
-"""What is assumed of machines that nobody measured: shares of their limits that kernels reach, and what is not given.
-
-Times of products on a processor follow from its limits and quant types (cluster/planner/product_times.py). Shares of
-GPUs are those of docs/gpu.md; what a hop costs beside the network is in benchmarks/notebook.md."""
+"""Assumptions about machines that nobody measured: shares of their limits that kernels reach, and values that are not
+given. Times of products on a processor follow from its limits and quant types (cluster/planner/product_times.py).
+Shares of GPUs are those of docs/gpu.md; costs of a hop beside the network are in benchmarks/notebook.md."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """Whether it has a handler of the signal: it ends without one."""
+        """Returns whether it has a handler of the signal: it ends without one."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")

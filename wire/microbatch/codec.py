@@ -116,7 +116,8 @@ def decode_sampled_tokens(data: bytes) -> SampledTokens:
 
 
 PREPARE_MATCHERS: Final = b""
-"""In place of sampling inputs: answers with a matcher are about to come. An empty message belongs to no epoch."""
+"""The message that answers with a matcher are about to come, in place of sampling inputs. It is empty and belongs to no
+epoch."""
 
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:
@@ -279,7 +280,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Of a result with so many output rows, with so many likeliest tokens in all."""
+    """Returns the largest size of a result with `rows` output rows and `top_logprobs` likeliest tokens in all."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP_LOGPROB_BYTES + MAX_STAGES * _TIMING_BYTES + embedded
 

@@ -32,7 +32,7 @@ _TIMING = struct.Struct("<4Q")
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Of a frame with at most so many rows of hidden state; `width` 0: before the first stage."""
+    """Returns the largest size of a frame with `rows` rows of hidden state; `width` is 0 before the first stage."""
     return _PREFIX.size + MAX_STAGES * _TIMING.size + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 

@@ -13,7 +13,7 @@ MAX_PERMIT = 4096
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:
-    """For `caller`, from the coordinator that has these credentials; empty where members have no certificates."""
+    """Signs a permit for `caller` with the coordinator's credentials; empty if members have no certificates."""
     if not isinstance(credentials, Identity):
         return ""
     from llamaclust.wire.security.certificates import sign
@@ -23,7 +23,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """Whether the coordinator has permitted `caller` to measure its link to the worker that has these credentials. A
+    """Returns whether the coordinator permits `caller` to measure its link to the worker that has these credentials. A
     permit ends with the certificate that signed it."""
     if not isinstance(credentials, Identity):
         return True

@@ -57,7 +57,7 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """None where the folder cannot be used, which is logged once, and where the bytes of the weights were not
+        """Returns None if the folder cannot be used, which is logged once, and if the bytes of the weights were not
         compared: nothing would tell what was computed with others."""
         if runner.kv_content is None:
             return None

@@ -118,11 +118,9 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Until the stream, which is accepted, ends: while one microbatch is computed, the next is received and the one
-        before is sent. `receiver`: the worker that takes what is sent, if no other one does.
-
-        Where they are far apart, none waits until the next one's receipt is prepared.
-        """
+        """Serves an accepted stream to its end: while one microbatch is computed, the next is received and the one
+        before is sent. `receiver`: the worker that takes what is sent, if no other one does. Stages that are far apart
+        do not wait until the next one's receipt is prepared."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)

@@ -16,14 +16,14 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 STEP_NS: Final = 200_000_000
-"""Of a processor, for the drafted rows of a step: behind that, they are computed in a later one."""
+"""Processor time for the drafted rows of a step; the rest of them are computed in a later one."""
 _READY_S: Final = 60.0
-"""From the begin of its making, which takes a fraction of a second: this is for a machine that is very busy."""
+"""The deadline of making a matcher, which takes a fraction of a second: this is for a machine that is very busy."""
 _TOKEN_NS: Final = 50_000_000
-"""Of a processor, for each token; large schemas take a tenth of that at most."""
+"""Processor time for each token; large schemas take a tenth of that at most."""
 _GUARD_NS: Final = 2_000_000_000
-"""Beyond that, for an answer. Counts decide about a grammar (see matcher.py); this guards the stage's other answers
-where counts do not tell the cost. It is no verdict on the request: a faster machine may answer it."""
+"""Further processor time for an answer. Counts decide about a grammar (see matcher.py); this guards the stage's other
+answers if counts do not tell the cost. It is no verdict on the request: a faster machine may answer it."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MatcherTime:
-    """What the drafted rows of one step may still use."""
+    """The processor time that is left for the drafted rows of one step."""
 
     left_ns: int = STEP_NS
 

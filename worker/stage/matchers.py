@@ -191,7 +191,7 @@ class StageMatchers:
         answer.ready = self._thread.submit(self._make_now, answer)
 
     def _make_now(self, answer: MatchedAnswer) -> None:
-        """In the thread."""
+        """Runs in a thread."""
         if not answer.begin_making():
             return
         try:

@@ -65,7 +65,7 @@ class StageService:
 
     @property
     def progress(self) -> tuple[StageProgress, ...]:
-        """Of all stages."""
+        """The progress of all stages."""
         return tuple(streams.progress for streams in self._stages.values())
 
     def runner(self, epoch: int) -> StageRunner:
@@ -80,7 +80,7 @@ class StageService:
         self._stages.clear()
 
     async def free(self) -> None:
-        """Of all models, also what was kept."""
+        """Frees the stages of all models, also kept ones."""
         self.keep()
         while self._kept:
             await self._close(self._kept.pop())

@@ -35,11 +35,11 @@ class WeightGiver:
 
     @property
     def gives(self) -> bool:
-        """Whether it has a cache, without which it has no manifests to give."""
+        """True if there is a cache, which has the manifests."""
         return self._cache is not None
 
     def add(self, file: ModelFile, manifest: str) -> None:
-        """From now on it gives the tensors of a file, whose manifest with this SHA-256 is in the cache."""
+        """Adds a file, whose manifest with this SHA-256 is in the cache, to those whose tensors are given."""
         assert self._cache is not None
         for record in read_manifest(self._cache.place(manifest)).tensors:
             self._tensors[record.content] = file.tensor(record.name)

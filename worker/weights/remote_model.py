@@ -60,7 +60,7 @@ class RemoteModel:
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
 
     def renew(self, source: WeightSource, peer: Peer) -> None:
-        """From now on this source is asked there."""
+        """Replaces the address of a source."""
         worker = source.worker
         if worker in self._sources:
             self._left.append(self._sources[worker])

@@ -1,4 +1,4 @@
-"""What a worker has of models' weights: files, and what it fetched from others. It gives both to other workers."""
+"""A worker's weights of models: files, and tensors fetched from others. It gives both to other workers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Weights:
             return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=copy_id)
 
     def manifest_of(self, model: Model, progress: Progress) -> FileManifest:
-        """Of the file as it is now; see `FileManifests.of`."""
+        """Returns the manifest of the file as it is now; see `FileManifests.of`."""
 
         def begin(total_bytes: int) -> None:
             progress.done_bytes, progress.total_bytes = 0, total_bytes

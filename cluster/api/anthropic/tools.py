@@ -104,7 +104,7 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """None for one that Anthropic's servers would run."""
+    """Checks one tool; it is None if Anthropic's servers would run it."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")

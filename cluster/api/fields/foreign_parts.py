@@ -17,7 +17,7 @@ _MOST_CHARACTERS: Final = 4000
 
 
 def is_media(kind: str) -> bool:
-    """Whether parts of this type are pictures, sound or files."""
+    """Returns whether parts of this type are pictures, sound or files."""
     return any(word in kind for word in _MEDIA)
 
 
@@ -38,7 +38,7 @@ def leave_out(place: str, kind: str, context: object) -> None:
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """What a tool of another server was asked or found, without what only that server can read."""
+    """Returns a text of what another server's tool was asked or found, without what only that server can read."""
     return f"[{kind}: {readable(fields)}]"
 
 

@@ -23,7 +23,7 @@ from llamaclust.model.chat.tools.events import (
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """None for one that another server would run."""
+    """Checks one tool; it is None if another server would run it."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "function":
         return leave_out("tools", kind, info.context)

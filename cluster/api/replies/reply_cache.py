@@ -173,7 +173,7 @@ class ReplyCache:
                     return
 
     def _has_room(self, owner: str, more_bytes: int = 0, more_replies: int = 0) -> bool:
-        """What one owner keeps takes no room from others, see `fits`."""
+        """Kept replies of one owner take no room from others, see `fits`."""
         settings = self._settings
         own_bytes, held_bytes = self._held_bytes[owner], self._held_bytes.total()
         own, held = self._replies[owner], len(self._entries)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""Between two heartbeats, at most."""
+"""The longest time between two heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)

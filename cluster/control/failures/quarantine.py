@@ -24,7 +24,7 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Without a failure for so many times its last pause, and at least `_REMEMBERED_S`, a worker starts anew."""
+"""A worker starts anew after so many times its last pause without a failure, and at least `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Quarantine:
         return replace(released, ignored=self.ignored + 1, ignored_until_s=now_s + _IGNORED.pause_s(self.ignored))
 
     def ignores_rows(self, now_s: float) -> bool:
-        """Whether rows without a result are no evidence against a worker now."""
+        """True while rows without a result are no evidence against a worker."""
         return now_s < self.ignored_until_s
 
     def names(self, now_s: float) -> frozenset[str]:
@@ -117,12 +117,12 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """When a plan of these workers may be loaded: one that fails again and again, and that no other one can
-        replace, would use up what a request may fail within a moment."""
+        """Returns the time from which a plan of these workers may be loaded: a worker that fails again and again, and
+        that no other one can replace, would use up a request's retries within a moment."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:
-        """By their failures."""
+        """Sorts workers by their failures, the most first."""
         return sorted(names, key=lambda name: (-self.records[name].failures, name))
 
     def next_end_s(self, now_s: float) -> float | None:

@@ -90,13 +90,14 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """For a step of each of the worker's epochs that has one in flight: one may wait for the others."""
+        """Returns the sum of the limits of steps in flight, one for each epoch of the worker: one may wait for the
+        others."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
 
     def _limits_s(self, worker: WorkerHandle) -> list[float]:
-        """For a step of each of the worker's epochs."""
+        """Returns the limit of a step for each served epoch of the worker."""
         served = (runner for runner in self._runners if runner.engine is not None)
         return [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
 

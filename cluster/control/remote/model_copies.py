@@ -15,7 +15,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.weights.giver import WeightGiver
 
 _READ_S = 3600.0
-"""For a large file on a slow disk."""
+"""The deadline is for a large file on a slow disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class OwnCopy:
         return self.giver is not None and self.giver.gives
 
     async def gives(self, manifest: str) -> bool:
-        """Whether workers without the file may fetch it here from now on."""
+        """Returns whether workers without the file may fetch it here from now on."""
         if self.giver is None or not self.can_give:
             return False
         async with deadline(f"reading the manifest of {self.file.path}", _READ_S):

@@ -144,19 +144,19 @@ def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:
 
 
 def _most_bytes(scheduled: ScheduledMicrobatch) -> int:
-    """Of the result of a microbatch."""
+    """Returns the largest size of a microbatch's result."""
     tasks, embeds = scheduled.inputs.tasks, scheduled.microbatch.embedded_rows > 0
     return most_result_bytes(len(tasks), sum(task.top_logprobs for task in tasks), embeds=embeds)
 
 
 def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
-    """Of any result of a last stage."""
+    """Returns the largest size of any result of a last stage."""
     rows = worker.stages[epoch][0].limits.max_outputs
     return most_result_bytes(rows, rows * MAX_TOP_LOGPROBS, embeds=True)
 
 
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:
-    """What one part of the work ended with, in order or not; without the messages that its frames hold."""
+    """Returns the error that a task ended with, without the messages that its frames hold."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
     if (error := task.exception()) is not None:

@@ -54,8 +54,8 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Between all of them and the coordinator; known ones are measured again if `anew`. What cannot be measured is
-    reported, and unknown to the plan."""
+    """Measures links among all workers and the coordinator; known ones again if `anew`. A link that cannot be measured
+    is reported, and unknown to the plan."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
@@ -108,7 +108,7 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
 
 
 def stored_links(workers: Mapping[str, WorkerHandle], state_dir: Path) -> Links:
-    """What the state directory has now."""
+    """Reads the links that the state directory has now."""
     return _links(_keys(_places({name: worker.registration for name, worker in workers.items()})), _read(state_dir))
 
 

@@ -26,7 +26,7 @@ class WorkerProfiles:
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
     ) -> None:
-        """With what earlier starts measured, unless all is measured anew."""
+        """Reads the measurements of earlier starts, unless `anew`."""
         self.stated = stated_speeds(config)
         self._model_id = model.model_id
         types = tuple(map(int, sorted({*model.quant_types, *model.widened.quant_types})))
@@ -55,12 +55,12 @@ class WorkerProfiles:
             self._report(Notice(note))
 
     def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
-        """By worker: load of other programs while it was measured."""
+        """Returns the load of other programs while each worker was measured, by worker."""
         keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """What the state directory has now, by worker: with this model, or else with another."""
+        """Reads the profiles that the state directory has now, by worker: with this model, or else with another."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]

@@ -37,9 +37,10 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Without tools, nothing is a call. Without `splits_reasoning`, reasoning stays in the content, with its
-        markers. `begun` is what the prompt has written of the answer, which makes no events, unless a call is open
-        at its end. `reads_unmarked`: an answer that is nothing but calls without their markers is read as calls."""
+        """Nothing is a call if there are no tools. Reasoning stays in the content, with its markers, unless
+        `splits_reasoning`. `begun` is the part of the answer that the prompt has, which makes no events, unless a call
+        is open at its end. `reads_unmarked`: an answer that is nothing but calls without their markers is read as
+        calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -111,7 +112,7 @@ class AnswerParser:
         return True
 
     def _unmarked_calls(self) -> Reading[bool]:
-        """Whether all that is left of the answer is calls."""
+        """Reads calls to the end of the answer; True if there is nothing else."""
         if self._unmarked is None or self._content.has_begun or self._sink.calls:
             return False
         calls = yield from self._unmarked.read()

@@ -40,8 +40,8 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """The same calls and results with ids of so many letters and digits. A result without an id is that of the first
-    call that has none, by the function's name where it is given."""
+    """Returns the messages with ids of `length` letters and digits. A result without an id is that of the first call
+    that has none, by the function's name if it is given."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0

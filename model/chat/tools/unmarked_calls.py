@@ -22,7 +22,7 @@ _TYPES: Final = ("function",)
 
 
 class _NoCallError(Exception):
-    """What was read is no call."""
+    """The text so far is no call."""
 
 
 class UnmarkedReader:
@@ -120,7 +120,7 @@ class UnmarkedReader:
         return arguments
 
     def _text(self, allowed: Iterable[str]) -> Reading[str]:
-        """One of some texts, as a string."""
+        """Reads a string that is one of some texts."""
         _require((yield from self._source.ahead()) == '"')
         pieces: list[str] = []
 

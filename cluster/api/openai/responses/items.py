@@ -143,7 +143,7 @@ def _other_message(item: Item) -> dict[str, Any]:
 
 
 def _items(value: Any, context: object) -> list[Item]:
-    """One, or none of a type that says nothing to a model."""
+    """Reads one item of the input; the list is empty if its type says nothing to a model."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)

@@ -29,7 +29,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What a response shows beside the answer, and its tools, by which calls are shown."""
+    """Fields that a response shows beside the answer, and the tools whose calls it shows."""
 
     logprobs: bool = False
     timings: bool = False  # llama.cpp's, in the events of a stream

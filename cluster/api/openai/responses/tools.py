@@ -62,11 +62,11 @@ class ClientTool:
 
     @property
     def function_name(self) -> str:
-        """As the model knows it."""
+        """The function's name in the prompt and in calls of the model."""
         return str(self.function["function"]["name"])
 
     def is_named_by(self, choice: Mapping[str, Any]) -> bool:
-        """Whether a choice means this tool."""
+        """Returns whether `tool_choice` names this tool."""
         if choice["type"] != self.kind:
             return False
         return self.kind in BUILT_IN or (choice.get("name"), choice.get("namespace")) == (self.name, self.namespace)

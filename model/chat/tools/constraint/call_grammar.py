@@ -34,7 +34,7 @@ _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
 
 
 class CallStart(Enum):
-    """Where calls begin."""
+    """The place of an answer where calls begin."""
 
     TRIGGER = auto()  # where the model writes their first marker
     ANSWER = auto()  # with the answer, behind reasoning at most
@@ -53,7 +53,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """None where nothing marks the beginning of calls. `tools`: with normal schemas (`arguments_schema`)."""
+    """Returns None if nothing marks the beginning of calls. `tools` have normal schemas (`arguments_schema`)."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:

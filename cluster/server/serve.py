@@ -5,56 +5,42 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
-from llamaclust.cluster.api.port.api_port import ApiPort, listening
 from llamaclust.cluster.api.server import StartingReplies, server_config
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
-from llamaclust.cluster.server.default_fields import check_defaults
+from llamaclust.cluster.server.front import Front, api_settings, cluster_record, open_port, ready_event
 from llamaclust.cluster.server.model_apis import ModelApi, cluster_app, model_apis, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
-from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
-from llamaclust.cluster.state.api_keys import read_api_keys
-from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.cluster.state.events import Draining, ModelUse, Notice, Ready, Report
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Draining, Notice, Report
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError, UsageError
+from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
 from llamaclust.core.interpreter import allow_many_files, collect_rarely, share_interpreter
-from llamaclust.model.loader import Model
-from llamaclust.model.pooling import Pooling
-
-if TYPE_CHECKING:
-    from llamaclust.cluster.api.port.certificate import ServerCertificate
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2
 _START_S = 10.0
 _END_S = 5.0
-_MORE_REQUESTS = 64
-"""Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,13 +55,13 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
     raises.
     """
     folder = ClusterDir(config.state_dir / config.name)
-    settings, telemetry = _api_settings(config), resolve_telemetry(config)
+    settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
         from llamaclust.cluster.server.leadership import leading  # only here, for its HTTP client
 
-        with _open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
+        with open_port(config, folder) as port, leading(config.lease, port, settings, report) as is_leader:
             if is_leader:
-                front = _Front(port, _record(config, folder, port), settings, telemetry, report)
+                front = Front(port, cluster_record(config, folder, port), settings, telemetry, report)
                 with folder.kept():
                     return _run(config, model_paths, folder, front)
         return 0
@@ -87,35 +73,24 @@ def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *,
             return 0
         if is_standby:
             report(Notice(f"{config.name}: no coordinator runs, so this standby serves"))
-        with _open_port(config, folder) as port:
-            front = _Front(port, _record(config, folder, port), settings, telemetry, report)
+        with open_port(config, folder) as port:
+            front = Front(port, cluster_record(config, folder, port), settings, telemetry, report)
             return _run(config, model_paths, folder, front)
 
 
-@dataclass(frozen=True, slots=True)
-class _Front:
-    """The public side of a cluster: its port, its record, its API settings, telemetry, the receiver of its events."""
-
-    port: ApiPort
-    record: ClusterRecord
-    settings: ApiSettings
-    telemetry: TelemetrySettings | None
-    report: Report
-
-
-def _run(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> int:
+def _run(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: Front) -> int:
     share_interpreter()
     is_interrupted = asyncio.run(_until_signal(config, model_paths, folder, front))
     _report_line(front, left_unanswered(folder.journal))
     return 128 + signal.SIGINT if is_interrupted else 0
 
 
-def _report_line(front: _Front, line: str) -> None:
+def _report_line(front: Front, line: str) -> None:
     if line:
         front.report(Notice(f"{front.record.name}: {line}"))
 
 
-async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: _Front) -> bool:
+async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: Front) -> bool:
     """Whether Ctrl-C ended the start."""
     signals = Signals()
     try:
@@ -139,7 +114,7 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
     return signals.has_interrupted_start
 
 
-def _starting_replies(config: ClusterConfig, front: _Front) -> StartingReplies:
+def _starting_replies(config: ClusterConfig, front: Front) -> StartingReplies:
     """Who waits for a lease was alive before, and stays so."""
     is_live = config.lease is not None
     return StartingReplies(front.port, front.settings, front.report, is_live=is_live)
@@ -152,7 +127,7 @@ def _settle_memory() -> None:
     collect_rarely()
 
 
-async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: Signals) -> None:
+async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
     config, admission = cluster.config, Admission(front.settings)
     allow_many_files()
@@ -170,7 +145,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
             try:
                 await asyncio.wait_for(server.answers.wait(), _START_S)
                 signals.ready = True
-                front.report(_ready(cluster, front))
+                front.report(ready_event(cluster, front))
                 await first_of(_asked(signals), cluster.registry.superseded())
                 left = _Inheritance(journal, None if config.lease is None else cluster.registry)
                 engines, services = [api.served.engine for api in apis], [api.service for api in apis]
@@ -183,7 +158,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
 
 
 @asynccontextmanager
-async def _telemetry(cluster: Cluster, front: _Front) -> AsyncIterator[Telemetry | None]:
+async def _telemetry(cluster: Cluster, front: Front) -> AsyncIterator[Telemetry | None]:
     if front.telemetry is None:
         yield None
         return
@@ -202,7 +177,7 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
         raise
 
 
-async def _restorable(folder: ClusterDir, apis: Sequence[ModelApi], front: _Front) -> list[OpenRequest]:
+async def _restorable(folder: ClusterDir, apis: Sequence[ModelApi], front: Front) -> list[OpenRequest]:
     """What an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
     restorable = [request for request in left if any(api.continues(request) for api in apis)]
@@ -289,109 +264,3 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.answers.set()
-
-
-def _api_settings(config: ClusterConfig) -> ApiSettings:
-    """UsageError for API keys or defaults that cannot be used."""
-    check_defaults(config.api.defaults)
-    return ApiSettings(
-        listen_host=config.host,
-        further_hosts=tuple(host for host, _ in config.addresses[1:]),
-        api_keys=read_api_keys(config.api_keys_file),
-        prefix=config.api.prefix,
-        is_strict=config.api.strict,
-        strict_model=config.api.strict_model,
-        max_loaded_models=config.max_loaded_models,
-        load_on_demand=config.load_on_demand,
-        aliases=config.api.aliases,
-        tags=config.api.tags,
-        adapter_folder=_existing(config.api.adapter_folder, "api.adapter_folder"),
-        disabled=config.api.disabled,
-        allows_pull=config.api.pull,
-        slot_folder=_existing(config.api.slot_folder, "api.slot_folder"),
-        defaults=config.api.defaults,
-        allowed_hosts=config.allowed_hosts,
-        allowed_origins=config.allowed_origins,
-        resume_s=config.timeouts.resume,
-        idle_s=config.timeouts.idle,
-        max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
-    )
-
-
-def _existing(folder: Path | None, key: str) -> Path | None:
-    """UsageError where a folder of the cluster file does not exist."""
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: the folder of {key} does not exist; make it first")
-    return folder
-
-
-@contextmanager
-def _open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
-    """The API's port with its certificate, taken before anything is started."""
-    certificate = _certificate(config, folder)
-    with (
-        nullcontext() if certificate is None else certificate.watched(),
-        listening(config.addresses, certificate) as port,
-    ):
-        yield port
-
-
-def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate | None:
-    """UsageError for files that cannot be used."""
-    if config.listen_tls is None:
-        return None
-    from llamaclust.cluster.api.port.certificate import CertificateFiles, ServerCertificate
-    from llamaclust.cluster.api.port.self_signed import certificate_names, keep_self_signed
-
-    given, own = config.listen_tls, folder.api_pem
-    if given.certificate is not None and given.key is not None:
-        return ServerCertificate(CertificateFiles(given.certificate, given.key))
-    folder.create()
-    keep_self_signed(own, certificate_names([host for host, _ in config.addresses], config.allowed_hosts))
-    return ServerCertificate(CertificateFiles(own, own))
-
-
-def _record(config: ClusterConfig, folder: ClusterDir, port: ApiPort) -> ClusterRecord:
-    keys = config.api_keys_file
-    return ClusterRecord(
-        name=config.name,
-        pid=os.getpid(),
-        api=port.url,
-        model=config.of_each_model()[0].model_name,
-        api_keys_file=None if keys is None else str(keys),
-        launcher=config.launcher,
-        api_certificate=None if port.certificate is None else str(folder.api_certificate),
-    )
-
-
-def _ready(cluster: Cluster, front: _Front) -> Ready:
-    config, record, certificate = cluster.config, front.record, front.port.certificate
-    others = [served.name for served in cluster.models[1:] if served.model.generates]
-    is_own = config.listen_tls is not None and config.listen_tls.certificate is None
-    return Ready(
-        record.name,
-        record.api,
-        record.model,
-        record.api_keys_file,
-        fingerprint=None if certificate is None else certificate.fingerprint,
-        ca_file=record.api_certificate if is_own else None,
-        use=_use(cluster.model),
-        others=(*others, *(name for served in cluster.models for name in served.adapters.names)),
-        collector=_collector(front.telemetry),
-        loads_on_demand=config.load_on_demand,
-    )
-
-
-def _collector(telemetry: TelemetrySettings | None) -> str | None:
-    """Scheme, host and port of its URL, which may hold a secret besides."""
-    target = None if telemetry is None else telemetry.traces or telemetry.metrics
-    if target is None:
-        return None
-    url = urlsplit(target.url)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
-
-
-def _use(model: Model) -> ModelUse:
-    if model.pooling is Pooling.RANK:
-        return ModelUse.RANKS
-    return ModelUse.TEXT if model.generates else ModelUse.EMBEDDINGS

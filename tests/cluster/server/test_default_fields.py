@@ -14,8 +14,8 @@ from llamaclust.cluster.api.models.adapter_loading import LoadAdapterBody, Unloa
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
 from llamaclust.cluster.api.openapi import ApiRoute
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
+from llamaclust.cluster.server.front import api_settings
 from llamaclust.core.errors import UsageError
 from support.clusters.served import ScriptedEngine, make_app, says
 
@@ -68,5 +68,5 @@ def test_fields_of_any_endpoint_are_taken(defaults: dict[str, Any]) -> None:
 def test_others_are_refused_at_the_start(defaults: dict[str, Any], message: str) -> None:
     values = {"model": "m", "workers": [{"name": "a"}], "api": {"defaults": defaults}}
     with pytest.raises(UsageError) as caught:
-        serve._api_settings(ClusterConfig.model_validate(values))
+        api_settings(ClusterConfig.model_validate(values))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

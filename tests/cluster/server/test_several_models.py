@@ -19,7 +19,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.residency import Resident
-from llamaclust.cluster.server import serve
+from llamaclust.cluster.server.front import api_settings
 from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
@@ -85,11 +85,11 @@ async def test_requests_reach_the_model_that_they_name(files: list[Path], tmp_pa
 
 def test_requests_that_wait_for_a_model_keep_out_none_of_another() -> None:
     values = {"model": "m", "workers": [{"name": "w"}], "max_sequences": 4, "max_waiting": 8}
-    of_one = serve._api_settings(ClusterConfig.model_validate(values)).max_requests
+    of_one = api_settings(ClusterConfig.model_validate(values)).max_requests
     assert of_one > 4 + 8
     several = {**values, "models": [{"model": "m"}, {"model": "n"}, {"model": "o"}]}
     del several["model"]
-    assert serve._api_settings(ClusterConfig.model_validate(several)).max_requests == 3 * of_one
+    assert api_settings(ClusterConfig.model_validate(several)).max_requests == 3 * of_one
 
 
 async def test_a_stream_waits_for_its_model(files: list[Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.server import serve
+from llamaclust.cluster.server.front import Front
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.cluster.state.instants import Instant
@@ -69,7 +70,7 @@ async def test_a_start_restores_what_it_can_answer_and_counts_it(
     await leave(folder, *served, sent=1)
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
     with socket.socket() as listener:
-        front = serve._Front(ApiPort(listener), record, ApiSettings(), None, events.append)
+        front = Front(ApiPort(listener), record, ApiSettings(), None, events.append)
         api: Any = SimpleNamespace(continues=lambda request: request.admission.served == "ours")
         requests = await serve._restorable(folder, [api], front)
     assert [request.admission.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-from llamaclust.cluster.client.local import LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService

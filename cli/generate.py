@@ -278,7 +278,7 @@ class Target:
 
         self._check()
         if self.model is not None:
-            from llamaclust.cluster.client.local import LocalSettings
+            from llamaclust.cluster.client.local_settings import LocalSettings
             from llamaclust.cluster.config.catalog import resolve_model
 
             device, gpu_layers, _ = self.gpus.parsed

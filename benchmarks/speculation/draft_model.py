@@ -33,7 +33,8 @@ from shape import LAYOUTS, SHAPES, Shape, metadata, random_matrix, tensors
 from turns import Pair, Served, check_same, pair, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.requests import GenerationRequest

@@ -91,7 +91,8 @@ class Source:
         if self.endpoint is not None or self.workers > 1:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
         self._check_no_endpoint()
-        from llamaclust.cluster.client.local import LocalClient, LocalSettings
+        from llamaclust.cluster.client.local import LocalClient
+        from llamaclust.cluster.client.local_settings import LocalSettings
 
         device, gpu_layers, _ = self.gpus.parsed
         settings = LocalSettings(

@@ -41,7 +41,8 @@ from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.client.local import LocalClient, LocalSettings
+    from llamaclust.cluster.client.local import LocalClient
+    from llamaclust.cluster.client.local_settings import LocalSettings
     from llamaclust.cluster.text.pooler import Vector
 
 __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from time import perf_counter_ns
@@ -14,28 +14,32 @@ from time import perf_counter_ns
 import numpy as np
 
 from llamaclust.cluster.client.in_process import ServiceClient
+from llamaclust.cluster.client.local_settings import (
+    OUTPUTS,
+    ROWS,
+    LocalSettings,
+    blocks_of,
+    of_experts,
+    scheduler_settings,
+    stage_limits,
+)
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
-from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
-from llamaclust.cluster.scheduler.kv.groups import KvGroups
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits, max_embedded_rows
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
-from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
-from llamaclust.model.placement import PlacementRule, placement_of
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.placement import placement_of
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers
@@ -43,34 +47,9 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
-_CONTEXT_TOKENS = 4096
 _EPOCH = 1
-_ROWS = 512
-_OUTPUTS = 256
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 """No worker can be lost here, and a large model may take its time."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSettings:
-    """Settings of a model in this process."""
-
-    context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
-    max_sequences: int = 8  # together; more wait
-    prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
-    prefix_cache: bool = True
-    kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
-    kv_type: KvType = KvType.F16  # of keys and values
-    chat_template: str | None = None  # name of a built-in one or a file; None: the model's
-    speculation: bool = True  # several tokens a step where drafts of them pay
-    draft_model: Path | None = None  # a small model with the same tokens that drafts
-    mtp: bool = False  # the model's own head for multi-token prediction drafts
-    device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
-    gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
-    gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
-    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
-    placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
-    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
 
 
 class LocalClient(ServiceClient):
@@ -121,15 +100,15 @@ class LocalStage:
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
-        self.scheduling = _scheduler_settings(self.model, settings)
+        self.scheduling = scheduler_settings(self.model, settings)
         if not self.model.hyperparameters.expert_count:
-            for name in _of_experts(settings):
+            for name in of_experts(settings):
                 raise UsageError(f"{name}: {path} has no experts; leave it out")
         placement = placement_of(self.model, settings.placement, settings.cpu_moe)
         device = _open_device(threads, feature_level, settings)
         self.feature_level = device.backend.feature_level
-        own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
-        limits = _limits(self.scheduling, own)
+        own = (self.scheduling.kv_blocks, blocks_of(self.scheduling.context_length))
+        limits = stage_limits(self.scheduling, own)
         if settings.mtp:
             _check_mtp(self.model, limits)
         with ExitStack() as opened:
@@ -236,7 +215,7 @@ class LocalStage:
         computed.result()
 
     def _logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        for start, end in (*_pieces(0, first, _ROWS), *_pieces(first, len(tokens), _OUTPUTS)):
+        for start, end in (*_pieces(0, first, ROWS), *_pieces(first, len(tokens), OUTPUTS)):
             outputs = end - start if start >= first else 0
             chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
             if own := self.scheduling.state_blocks:  # the block behind the scheduler's
@@ -251,7 +230,7 @@ class LocalStage:
         if group is None:
             return (), 0
         first, size = group.first_seen(start), group.sequence_blocks + group.row_blocks
-        ring = (scheduling.window_blocks + block % size for block in range(first, _blocks(end)))
+        ring = (scheduling.window_blocks + block % size for block in range(first, blocks_of(end)))
         return tuple(number for block in ring for number in (block, 1)), first
 
 
@@ -297,7 +276,7 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         raise UsageError(f"device: {error}") from error
     if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
         raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
-    for name in _of_experts(settings) if kind == "cpu" else ():
+    for name in of_experts(settings) if kind == "cpu" else ():
         raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
     if kind == "cpu" and settings.placement:
         raise UsageError("placement is for GPUs: set device to cuda:0 as well")
@@ -319,63 +298,8 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
     return Device.open(with_caches(own))
 
 
-def _of_experts(settings: LocalSettings) -> Iterator[str]:
-    """Names of settings that are for experts in RAM beside a GPU, of those that are given."""
-    if settings.cpu_moe is not None:
-        yield "cpu_moe"
-    if settings.experts_cache_bytes:
-        yield "experts_cache_bytes"
-
-
-def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
-    trained = model.hyperparameters.context_length
-    context = settings.context_length or min(trained, _CONTEXT_TOKENS)
-    chunk = settings.prefill_chunk
-    if not 0 < context <= trained:
-        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
-    for name, value, most in (
-        ("max_sequences", settings.max_sequences, _OUTPUTS),
-        ("prefill_chunk", chunk, MAX_BATCH_TOKENS - settings.max_sequences),
-        ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - _blocks(context)),
-    ):
-        if value is not None and not 0 < value <= most:
-            raise UsageError(f"{name}: {value}: set 1 to {most}")
-    if settings.kv_type not in set(KvType):
-        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
-    kv_blocks = settings.kv_blocks or 2 * _blocks(context)
-    max_batch_tokens = max(_ROWS, chunk or 0) + settings.max_sequences
-    costs = model.costs(KvType(settings.kv_type))
-    groups = KvGroups.of(costs, context, settings.max_sequences, max_batch_tokens)
-    return SchedulerSettings(
-        model_id=model.model_id,
-        vocabulary=model.hyperparameters.vocabulary_size,
-        context_length=context,
-        kv_blocks=kv_blocks,
-        kv_type=KvType(settings.kv_type),
-        max_sequences=settings.max_sequences,
-        max_batch_tokens=max_batch_tokens,
-        max_outputs=_OUTPUTS,
-        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
-        embedding_length=model.embedding_width,
-        prefill_chunk=chunk,
-        prefix_cache=settings.prefix_cache and model.is_causal,
-        whole_prompts=not model.is_causal,
-        generates=model.generates,
-        speculation=SpeculationSettings(NgramDrafters(), mtp=settings.mtp) if settings.speculation else None,
-        window=None if groups.window is None else groups.window.window,
-        window_blocks=groups.window_blocks(kv_blocks),
-        has_states=model.has_states,
-        state_blocks=groups.state_blocks(kv_blocks),
-        state_span=groups.state_span,
-    )
-
-
 def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(at, min(at + most, end)) for at in range(start, end, most)]
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // KV_BLOCK_TOKENS)
 
 
 def _check_mtp(model: Model, limits: StageLimits) -> None:
@@ -383,18 +307,3 @@ def _check_mtp(model: Model, limits: StageLimits) -> None:
     check_nextn(model)
     if not limits.nextn:
         raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
-
-
-def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
-    group = scheduling.window_group
-    return StageLimits(
-        max_batch_tokens=scheduling.max_batch_tokens,
-        max_outputs=scheduling.max_outputs,
-        max_sequences=scheduling.max_sequences,
-        max_context_tokens=scheduling.context_length,
-        kv_blocks=scheduling.kv_blocks + own[1],
-        kv_type=scheduling.kv_type.value,
-        window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
-        state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
-        nextn=scheduling.has_mtp,
-    )

@@ -14,7 +14,8 @@ from time import sleep
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampling import AllowedTokens, MatcherRow
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError

@@ -14,7 +14,8 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster

@@ -12,7 +12,8 @@ import httpx
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.text.slots import Slots
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model

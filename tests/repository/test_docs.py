@@ -22,7 +22,8 @@ from llamaclust.cli.app import app
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalPipeline, LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings

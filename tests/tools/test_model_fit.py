@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cli.main import main
-from llamaclust.cluster.client.local import LocalSettings, _scheduler_settings
+from llamaclust.cluster.client.local_settings import LocalSettings, scheduler_settings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import stage_limits
 from llamaclust.cluster.planner.costs import WorkerFacts
@@ -88,7 +88,7 @@ def test_plans_and_models_in_one_process_reserve_the_same(name: str, tmp_path: P
         costs, context = model.costs(KvType.F16), found.context_length
         request = PlanRequest(context, 32, lambda place: 0, max_batch_tokens=544, kv_tokens=context)
         plan = make_plan(costs, [WorkerFacts("a", 1 << 40, None)], request)
-        scheduling = _scheduler_settings(
+        scheduling = scheduler_settings(
             model, LocalSettings(context_length=context, max_sequences=32, kv_blocks=blocks)
         )
         limits = replace(_limits(context), window_blocks=plan.window_blocks, state_blocks=plan.state_blocks)

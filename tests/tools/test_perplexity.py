@@ -16,7 +16,8 @@ from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalPipeline, LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, UsageError

@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel, open_draft_model, plan_draft_model
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReply
 from llamaclust.core.errors import UsageError

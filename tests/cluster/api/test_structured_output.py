@@ -16,7 +16,8 @@ from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.structured_output import GrammarFields
-from llamaclust.cluster.client.local import LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions

@@ -18,7 +18,8 @@ from llamaclust import Client
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.answer import Answer, TextChunk, join

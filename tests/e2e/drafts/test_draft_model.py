@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import model_drafts, speculation

@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.sampling import SamplingParams

@@ -14,7 +14,8 @@ import pytest
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.client.local import LocalSettings, LocalStage
+from llamaclust.cluster.client.local import LocalStage
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.writer import WritableValue

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.scheduler.kv import groups
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.core.errors import ProtocolError

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cli.main import main
-from llamaclust.cluster.client.local import LocalSettings
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.core.errors import RequestError, UsageError
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local import LocalSettings, _limits, _scheduler_settings
+from llamaclust.cluster.client.local_settings import LocalSettings, scheduler_settings, stage_limits
 from llamaclust.cluster.scheduler.kv.groups import window_group
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
@@ -50,7 +50,7 @@ class CutModel(FakeModel):
         self, backend: Backend, model: Model, cuts: Iterable[int], settings: SchedulerSettings, shards: int = 1
     ) -> None:
         super().__init__(settings.kv_blocks)
-        limits = replace(_limits(settings, (settings.kv_blocks, 0)), expert_shards=shards)
+        limits = replace(stage_limits(settings, (settings.kv_blocks, 0)), expert_shards=shards)
         bounds = (0, *possible_cuts(model, cuts, shards), model.layer_count * shards)
         self.runners = [StageRunner(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 
@@ -165,7 +165,7 @@ def _disturbed(
 
 def _settings(model: Model, context: int, kv_blocks: int, local: LocalSettings) -> SchedulerSettings:
     """Layers with a window give up the blocks behind it."""
-    settings = _scheduler_settings(model, replace(local, kv_blocks=kv_blocks))
+    settings = scheduler_settings(model, replace(local, kv_blocks=kv_blocks))
     rows = 24 if local.prefill_chunk else 64
     group = window_group(model.window, context, rows)
     return replace(

@@ -15,7 +15,8 @@ from random import Random
 
 import psutil
 
-from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.membership.worker_handle import WorkerHandle

@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from llamaclust.model.grammars.schema_parts import DEFINED, parts
-
-_MISSING = object()
+from llamaclust.model.grammars.schema_references import MISSING, SchemaReferences
 
 
 def endless_reference(schema: Any) -> str | None:
-    """The first reference in use that no finite value obeys. Others than local ones are not followed."""
+    """The first reference in use that no finite value obeys. Those to other documents are not followed."""
     targets = _targets(schema)
     ending = _ending(targets)
     return next((reference for reference in targets if reference not in ending), None)
@@ -34,13 +32,14 @@ def property_names(schema: Any) -> Iterator[str]:
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """What each local reference in use stands for, in the order in which they are met."""
+    """What each reference in use stands for, in the order in which they are met."""
     found: dict[str, Any] = {}
+    references = SchemaReferences(schema)
     pending = [schema]
     while pending:
         for reference in _references(pending.pop()):
-            target = _MISSING if reference in found else _resolved(schema, reference)
-            if target is not _MISSING:
+            target = MISSING if reference in found else references.target(reference)
+            if target is not MISSING:
                 found[reference] = target
                 pending.append(target)
     return found
@@ -58,20 +57,6 @@ def _references(schema: Any) -> Iterator[str]:
                 yield reference
             used = {key: value for key, value in part.items() if key == "properties" or key not in DEFINED}
             pending += reversed([*parts(used)])
-
-
-def _resolved(schema: Any, reference: str) -> Any:
-    if reference != "#" and not reference.startswith("#/"):
-        return _MISSING
-    for name in reference.split("/")[1:]:
-        name = unquote(name).replace("~1", "/").replace("~0", "~")
-        if isinstance(schema, Mapping):
-            schema = schema.get(name, _MISSING)
-        elif isinstance(schema, list) and name.isdecimal() and int(name) < len(schema):
-            schema = schema[int(name)]
-        else:
-            return _MISSING
-    return schema
 
 
 def _ending(targets: Mapping[str, Any]) -> set[str]:

@@ -26,14 +26,15 @@ class SchemaReferences:
         seen: set[str] = set()
         while reference not in seen:
             seen.add(reference)
-            found = self._find(reference)
+            found = self.target(reference)
             following = found.get("$ref") if isinstance(found, Mapping) and len(found) == 1 else None
             if not isinstance(following, str):
                 return found
             reference = following
         return MISSING
 
-    def _find(self, reference: str) -> Any:
+    def target(self, reference: str) -> Any:
+        """Likewise, but a reference where it names one."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

@@ -24,6 +24,7 @@ from llamaclust.model.grammars import checker_child, definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.checker_process import CheckLimits
 from llamaclust.model.grammars.recursion import endless_reference
+from llamaclust.model.grammars.schema_references import MISSING, SchemaReferences
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.model.grammars.walk import GrammarWalk
 from llamaclust.model.tokenizers.loading import load_tokenizer
@@ -177,6 +178,20 @@ def test_references_are_followed_in_linear_time() -> None:
     chain: dict[str, Any] = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(5000)}
     assert endless_reference({"$ref": "#/$defs/a0", "$defs": {**chain, "a5000": {}}}) is None
     assert endless_reference({"$ref": "#/$defs/a0", "$defs": {**chain, "a5000": {"$ref": "#/$defs/a2500"}}}) is not None
+
+
+@pytest.mark.parametrize(
+    ("reference", "named"),
+    [("#/$defs/a~1b%25", {}), ("#here", {"$anchor": "here"}), ("https://x/y", {"$id": "https://x/y"}), ("#", {})],
+)
+def test_references_by_pointer_anchor_and_identifier_are_found_alike(reference: str, named: dict[str, str]) -> None:
+    """What ends is found as well as what does not, and `find` agrees with what recursion follows."""
+    for part, is_endless in (({"$ref": reference}, True), ({"type": "array", "items": {"$ref": reference}}, False)):
+        schema: dict[str, Any] = {"$defs": {"a/b%": {**named, **part}}, "$ref": reference}
+        if reference == "#":
+            schema = {"allOf": [part]}
+        assert (endless_reference(schema) == reference) is is_endless
+        assert is_endless or SchemaReferences(schema).find(reference) is not MISSING
 
 
 _OPTIONAL = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(800)}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -11,12 +13,16 @@ import pytest
 
 from llamaclust.cluster.text.chat import ToolMode
 from llamaclust.model.grammars.checker import GrammarChecker
+from support.busy_machine import busy_machine
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
 from support.chat.library_schemas import LIBRARIES, Part, tool_schema
+from support.paths import DATA
 from support.seed import SEED
 
 TOOLS = 1000
 AT_ONCE = 20
+UNOBEYED = {"pattern": 16, "uniqueItems": 5}
+"""Look-around, and that no two parts of a list are equal."""
 
 
 @pytest.fixture
@@ -51,6 +57,54 @@ async def test_a_thousand_tools_of_libraries(checker: GrammarChecker) -> None:
             is_free = "tool" in part.unobeyed and value == part.bad is not None
             assert is_allowed is (value == part.good or is_free), (part, value)
     assert named == {name for name, part in parts.items() if part.unobeyed}, "the others are obeyed"
+
+
+def recorded() -> list[tuple[str, str, Any]]:
+    """Source, name and schema of each, see the file's README."""
+    lines = (DATA / "schemas" / "tools.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(source, name, schema) for source, name, schema in map(json.loads, lines)]
+
+
+def kind_of(source: str) -> str:
+    if source.startswith(("@", "mcp-server")):
+        return "MCP"
+    return "pydantic" if source.endswith("pydantic") else "zod" if source.startswith("zod") else "C# and PHP"
+
+
+async def unobeyed(checker: GrammarChecker, schemas: list[Any]) -> list[str]:
+    """What is named of tools that are offered twenty at a time; no arguments but objects are allowed."""
+    named: list[str] = []
+    for start in range(0, len(schemas), AT_ONCE):
+        some = {f"tool{start + place}": schema for place, schema in enumerate(schemas[start : start + AT_ONCE])}
+        grammar, ignored = await bound(checker, some, ToolMode.AUTO)
+        assert grammar is not None, f"refused as a whole: {some}"
+        assert not any(allows(grammar, *(call(name, wrong) for name in some for wrong in ("[]", "1", '{"": }'))))
+        named += ignored
+    return named
+
+
+async def test_a_thousand_recorded_tools(checker: GrammarChecker) -> None:
+    """None is refused, and none is free in its arguments: places are named within these alone."""
+    found = recorded()
+    counts = Counter(kind_of(source) for source, *_ in found)
+    assert len(found) >= 1000 and counts["pydantic"] >= 400 and counts["zod"] >= 300
+    assert counts["MCP"] >= 150 and counts["C# and PHP"] >= 70
+    named = await unobeyed(checker, [schema for *_, schema in found])
+    keywords = Counter(place.rpartition(".")[2] for place in named)
+    assert all(place.count(".") > 1 for place in named), "none as a whole"
+    assert keywords == UNOBEYED
+
+
+async def test_verdicts_on_recorded_tools_are_the_same_on_a_busy_machine() -> None:
+    schemas, found = [schema for *_, schema in recorded()][::4], []
+    for is_busy in (False, True):
+        checker = GrammarChecker(TOKENIZER)
+        try:
+            with busy_machine() if is_busy else nullcontext():
+                found.append(await unobeyed(checker, schemas))
+        finally:
+            checker.close()
+    assert found[0] == found[1]
 
 
 async def test_a_thousand_tools_in_one_request(checker: GrammarChecker) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from support.busy_machine import busy_machine
 from support.models.tiny_tokenizers import byte_level
-
-_BUSY = 8
 
 
 def optional(count: int) -> Grammar:
@@ -66,17 +61,6 @@ async def verdicts(checker: GrammarChecker, grammars: list[Grammar]) -> list[str
             return f"refused: {error}"
 
     return [await verdict(grammar) for grammar in grammars]
-
-
-@contextmanager
-def busy_machine() -> Iterator[None]:
-    spinning = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(_BUSY)]
-    try:
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
 
 
 def test_verdicts_near_the_limits_are_the_same_on_a_busy_machine() -> None:

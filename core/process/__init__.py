@@ -1,0 +1,1 @@
+"""Settings of a process that its main function makes once."""

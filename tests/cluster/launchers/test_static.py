@@ -319,7 +319,7 @@ def test_keys_of_static_clusters_are_refused_elsewhere(text: str, tmp_path: Path
 
 
 BAD_OPTIONS = {
-    ("--join", "nowhere"): "--join: 'nowhere' is not an address",
+    ("--join", "nowhere:x"): "--join: 'nowhere:x' is not an address",
     ("--join", "h:1", "--name", "a/b"): "--name: 'a/b' is not a name",
     ("--join", "h:1", "--memory", "lots"): "--memory: 'lots' is not a size",
     ("--join", "h:1", "--listen", "h"): "--listen: 'h' is not an address",
@@ -338,7 +338,7 @@ BAD_OPTIONS = {
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
     ("--join", "h:1"): "--token-file: needed, since there is no",
     (): "--join: needed, the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well",
-    ("--join", "h:1", "--join", "elsewhere"): "--join: 'elsewhere' is not an address",
+    ("--join", "h:1", "--join", "elsewhere:x"): "--join: 'elsewhere:x' is not an address",
 }
 
 

@@ -19,9 +19,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _CONTEXT_TOKENS = 4096
 ROWS = 512
-"""Of a microbatch, but for larger chunks of prompts."""
+"""Rows of a microbatch, unless chunks of prompts are larger."""
 OUTPUTS = 256
-"""Of a microbatch, at most."""
+"""The most outputs of a microbatch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from llamaclust.model.gguf.model_file import PART_NAME
 _NEAREST = 3
 _LISTED = 10
 _ENCODER = "mmproj"
-"""In names of files of vision encoders."""
+"""The word in names of files of vision encoders."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -282,8 +282,8 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """Whether a GGUF file is what repositories have beside models: a vision encoder, an adapter, an importance
-    matrix."""
+    """Returns whether a GGUF file is one that repositories have beside models: a vision encoder, an adapter, an
+    importance matrix."""
     from llamaclust.model.gguf.header import read_header
 
     if _ENCODER in path.name.lower():

@@ -17,7 +17,7 @@ from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 TAG = ":latest"
-"""That Ollama's clients add to names of models without a tag."""
+"""The tag that Ollama's clients add to names of models without one."""
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 

@@ -62,7 +62,7 @@ def _without_warnings(lines: list[str]) -> Iterator[str]:
 
 
 def _end_of_warning(lines: list[str], start: int) -> int:
-    """Behind its line of source, which is indented; where it has none, behind its first line."""
+    """Returns the line after its line of source, which is indented; if it has none, after its first line."""
     for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
         if lines[at].startswith((" ", "\t")):
             return at + 1

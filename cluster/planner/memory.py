@@ -89,7 +89,7 @@ class MemoryModel:
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """What a chosen stage takes: no more than `workspace_bytes`, that of the largest stage in its place."""
+        """Returns the workspace of a chosen stage: no more than `workspace_bytes`, that of the largest in its place."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]

@@ -202,7 +202,7 @@ class StageMatchers:
         answer.make_matcher(vocabulary)
 
     def _prepare(self) -> GrammarVocabulary:
-        """In the thread."""
+        """Runs in a thread."""
         if self._vocabulary is None:
             self._vocabulary = self._read_vocabulary()
             self._vocabulary.native  # noqa: B018  builds it

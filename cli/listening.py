@@ -13,7 +13,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig, cluster_docu
 from llamaclust.cluster.state.api_keys import add_key, named_keys
 from llamaclust.core.addresses import ANYWHERE, AddressError, is_loopback, joined_address, split_address
 
-_KEY_NAME = "lan"
+_OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
@@ -32,8 +32,9 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def lan_key(path: Path) -> str:
-    """The key named lan, made where the file has no key at all: on a terminal the key itself, else its place."""
-    keys = named_keys(path) or [add_key(path, _KEY_NAME)]
+    """The key named lan, made where the file has no key at all: on a terminal the key itself, else its place. It comes
+    behind a key of the owner, since the first key of a file may do more than the others."""
+    keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:
         return f"a line of {printable(str(path))}"

@@ -64,10 +64,10 @@ def test_a_wrong_address_is_told_with_its_line(tmp_path: Path, listen: str) -> N
 
 def test_one_key_is_made_and_shown_on_a_terminal_alone(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lan_key(keys) == f"the line below `# lan` in {keys}"
-    (key,) = read_api_keys(keys)
+    owner, key = read_api_keys(keys)
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert lan_key(keys) == key and read_api_keys(keys) == (key,)  # the same at each start
+    assert lan_key(keys) == key and read_api_keys(keys) == (owner, key)  # the same at each start
 
 
 @pytest.mark.parametrize("text", ["# laptop\nsome-api-key\n", "some-api-key\nanother-key\n", "#lan\n\nsome-api-key\n"])
@@ -83,7 +83,7 @@ def test_a_file_without_keys_gets_one(keys: Path, text: str) -> None:
     keys.parent.mkdir()
     keys.write_text(text)
     lan_key(keys)
-    assert [each.name for each in named_keys(keys)] == ["lan"]
+    assert [each.name for each in named_keys(keys)] == ["owner", "lan"]
 
 
 @pytest.mark.parametrize(

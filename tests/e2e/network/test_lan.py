@@ -68,7 +68,7 @@ def test_a_phone_uses_what_is_printed(
         said = up.err.read_text()
         url = re.search(r"phones and other computers of this network: (\S+)", said)
         assert url is not None, said
-        (key,) = named_keys(line.state_dir / "api-keys")
+        _, key = named_keys(line.state_dir / "api-keys")
         assert key.name == "lan" and key.key not in said  # it is a file, not a terminal
         assert f"the line below `# lan` in {line.state_dir}/api-keys" in said
         page = on_the_phone(box, url[1], "/", headers={"Accept": "text/html"})

@@ -122,19 +122,25 @@ def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
 
 def status(
     cluster: Cluster = None,
+    every: Annotated[bool, Option("--all", help="All clusters that run on this machine, a line each.")] = False,
     as_json: Json = False,
     watch: Annotated[bool, Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
 ) -> None:
-    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed; of several, a line
-    each."""
+    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed; of several, or
+    with --all, a line each."""
     from llamaclust.cli.status import Watched, show_clusters, show_status
 
-    if not (cluster or endpoint or api_key_file or ca_file or watch) and len(several := _all_running()) > 1:
-        show_clusters(several, as_json)
-        return
+    one = cluster or endpoint or api_key_file or ca_file or watch
+    if every and one:
+        raise UsageError("--all: shows all clusters once; leave out the other options but --json")
+    if every or not (one or as_json):
+        several = _all_running()
+        if every or len(several) > 1:
+            show_clusters(several, as_json)
+            return
     show_status(Watched.find(cluster, endpoint, api_key_file, ca_file), as_json, watch)
 
 

@@ -25,19 +25,21 @@ def several(line: CommandLine) -> Iterator[CommandLine]:
 
 def test_all_are_listed_and_stopped(several: CommandLine) -> None:
     listed = several.run("status")
+    assert several.run("status", "--all").out == listed.out
     lines = listed.out.splitlines()
     assert listed.code == 0 and [text.partition(": ")[0] for text in lines] == [*NAMES]
     for name, text in zip(NAMES, lines, strict=True):
         state = several.run("status", "--cluster", name, "--json").json
         assert text.startswith(f"{name}: ready, good at {state['api']} (pid {state['pid']})")
         assert text.endswith("; 0 running, 0 waiting, workers: 1")
-    states = several.run("status", "--json").json["clusters"]
+    states = several.run("status", "--all", "--json").json["clusters"]
     assert [(state["name"], state["state"]) for state in states] == [(name, "ready") for name in NAMES]
-    for command in (("down",), ("status", "--watch"), ("generate", "x"), ("logs", "a")):
+    for command in (("down",), ("status", "--watch"), ("status", "--json"), ("generate", "x"), ("logs", "a")):
         refused = several.run(*command)
         assert refused.code == 2 and "choose one of attic, cellar, hall with --cluster" in refused.error
-    both = several.run("down", "--all", "--cluster", "hall")
-    assert both.code == 2 and "--all and --cluster" in both.error
+    for name in ("down", "status"):
+        both = several.run(name, "--all", "--cluster", "hall")
+        assert both.code == 2 and "--all" in both.error
     assert sorted(several.run("down", "--all").err.splitlines()) == [f"{name} is stopped" for name in NAMES]
     for command in (("down", "--all"), ("status",)):
         assert "no cluster is running" in several.run(*command).error
@@ -50,7 +52,7 @@ def test_one_that_cannot_be_reached_keeps_no_other_from_being_listed_and_stopped
         listed = several.run("status")
         assert [text.partition(": ")[0] for text in listed.out.splitlines() if "ready" in text] == [*NAMES]
         assert "cluster barn at http://127.0.0.1:9 does not answer" in listed.out
-        broken = several.run("status", "--json").json["clusters"][1]
+        broken = several.run("status", "--all", "--json").json["clusters"][1]
         assert broken.keys() == {"name", "api", "pid", "error"} and broken["name"] == "barn"
         stopped = several.run("down", "--all")
         assert stopped.code == 1 and "cluster barn: pid" in stopped.err.splitlines()[-1]

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
 _UNAUTHORIZED = 401
-_HEADER_ADVICE = ": send the header"
-_KEY_ADVICE = "give the API key by --api-key-file FILE, in Python by `api_key=`"
+_KEY_ADVICE = "the commands take a key by --api-key-file FILE, the Python client by `api_key=`"
 _SERVER_ERRORS = 500
 _KINDS: dict[Any, type[LlamaclustError]] = {
     kind.code: kind
@@ -231,7 +230,7 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
     report = report if isinstance(report, dict) else {"message": str(report)}
     message, code = str(report.get("message") or "no message"), report.get("code")
     if status == _UNAUTHORIZED:
-        message = f"{message.partition(_HEADER_ADVICE)[0].rstrip('.')}; {_KEY_ADVICE}"
+        message = f"{message.rstrip('.')}; {_KEY_ADVICE}"
     is_refusal = status < _SERVER_ERRORS if status else report.get("type") == "invalid_request_error"
     kind = _KINDS.get(code, RequestError if is_refusal else LlamaclustError)
     error = kind(message)

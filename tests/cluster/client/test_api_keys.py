@@ -28,6 +28,7 @@ async def test_api_keys() -> None:
         assert text == "Hi"
 
 
+NEEDED = "this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY"
 REFUSED: dict[str, Callable[[Client], object]] = {
     "a stream": lambda client: client.generate("x"),
     "a chat": lambda client: client.chat(CHAT),
@@ -36,12 +37,12 @@ REFUSED: dict[str, Callable[[Client], object]] = {
 }
 
 
-@pytest.mark.parametrize(("key", "what"), [(None, "this API needs a key"), ("other-key", "unknown API key")])
+@pytest.mark.parametrize(("key", "what"), [(None, NEEDED), ("other-key", "unknown API key")])
 @pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
 async def test_a_refused_client_is_told_how_to_give_the_key(
     call: Callable[[Client], object], key: str | None, what: str
 ) -> None:
-    advice = f"{what}; give the API key by --api-key-file FILE, in Python by `api_key=`"
+    advice = f"{what}; the commands take a key by --api-key-file FILE, the Python client by `api_key=`"
     async with serving(served.make_app(ScriptedEngine(says("Hi")), api_keys=("secret-key",))) as url:
         with pytest.raises(RequestError) as caught:
             await asyncio.to_thread(call_with, url, key, call)
@@ -49,16 +50,16 @@ async def test_a_refused_client_is_told_how_to_give_the_key(
         async with AsyncClient(url, key) as client:
             with pytest.raises(RequestError, match="--api-key-file FILE"):
                 await client.generate("x")
-        with pytest.raises(RequestError, match="the cluster: this API needs a key; give the API key by --api-key-file"):
+        with pytest.raises(RequestError, match=f"the cluster: {NEEDED}; the commands take a key by --api-key-file"):
             await asyncio.to_thread(lambda: ClusterApi("the cluster", url, None).requests())
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"error": {"message": "Invalid API Key", "code": 401}}', "Invalid API Key; give the"),
-        (b'{"error": "Incorrect API key provided."}', "Incorrect API key provided; give the"),
-        (b"<html>sign in", "HTTP 401 of something else than llamaclust: <html>sign in; give the"),
+        (b'{"error": {"message": "Invalid API Key", "code": 401}}', "Invalid API Key; the commands"),
+        (b'{"error": "Incorrect API key provided."}', "Incorrect API key provided; the commands"),
+        (b"<html>sign in", "HTTP 401 of something else than llamaclust: <html>sign in; the commands"),
     ],
 )
 def test_other_servers_that_want_a_key(body: bytes, message: str) -> None:

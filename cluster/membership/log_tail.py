@@ -19,10 +19,12 @@ _OTHER_LOGGERS = (
     re.compile(r"(?P<level>[IWEF])\d{4}(?:\d{4})? \d\d:\d\d:\d\d\S* +(?:\S+ +)?\S+:\d+\] (?P<message>.*)"),
     re.compile(r"\[\d{4}-\d\d-\d\d [\d:,.]+ (?P<level>[DIWEFC]) \d+ \d+\] (?:\(\w+\) )?(?P<message>.*)"),
     re.compile(
-        r"(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t)?(?P<level>[DIWEC])[A-Z]{3,7}(?: \S+:\d+ -- |: )(?P<message>.*)"
+        r"(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t)?(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL)"
+        r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`: the level by its letter."""
+"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`. The first letter of the
+level says which it is."""
 _OF_ERRORS = "EFC"
 
 
@@ -46,7 +48,7 @@ def _trouble(text: str) -> str:
         level, message = record
         return "" if level in _HARMLESS else message
     if found := next(filter(None, (form.match(text) for form in _OTHER_LOGGERS)), None):
-        return found["message"].strip() if found["level"] in _OF_ERRORS else ""
+        return found["message"].strip() if found["level"][0] in _OF_ERRORS else ""
     return "" if text.startswith((" ", "\t")) else text.strip()
 
 

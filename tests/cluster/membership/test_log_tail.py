@@ -36,6 +36,9 @@ ERRORS = {
     "[2026-11-26 11:09:34,123 C 4321 4321] core_worker.cc:9: no memory": "core_worker.cc:9: no memory",
     "2026-11-26 11:09:34,123\tERROR worker.py:409 -- the actor died": "the actor died",
     "free(): invalid pointer": "free(): invalid pointer",
+    "CUDA: out of memory": "CUDA: out of memory",
+    "IOERROR: the disk is gone": "IOERROR: the disk is gone",
+    "DISK: full": "DISK: full",
     "Warning: something that no form knows": "Warning: something that no form knows",
 }
 

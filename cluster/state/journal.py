@@ -220,7 +220,7 @@ class _Writer:
             self._writing = None
             if self._waiting or self._pending:
                 self._write_at(self._begun_s + (_PAUSE_S if self._waiting else _LATER_S))
-            elif self._failed_s is not None:  # although nothing may come: the file lacks open requests
+            elif self._failed_s is not None and not self.is_sealed:  # the file lacks open requests, and none may come
                 self._write_at(self._failed_s + _RETRY_S)
 
     async def _try(self, pending: list[bytes], *, is_synced: bool) -> None:

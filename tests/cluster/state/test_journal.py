@@ -181,6 +181,22 @@ async def test_what_could_not_be_written_is_written_although_nothing_comes(
         assert [request.admission.id for request in read_journal(path, NOW)] == open_requests
 
 
+async def test_a_journal_that_another_coordinator_has_taken_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [OSError(28, "No space left on device"), SupersededError("taken over")]
+
+    def failing(self: JournalFile, data: bytes) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.01)
+    monkeypatch.setattr(JournalFile, "rewrite", failing)
+    async with asyncio.timeout(20), journal(tmp_path / "journal") as writing:
+        await writing.admit(admission(0))
+        await until(lambda: writing._writer.is_sealed and writing._writer._writing is None)
+        assert not errors and writing._writer._due is None
+
+
 @pytest.mark.parametrize("is_away_for_ever", [False, True])
 async def test_a_disk_that_hangs_stops_no_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_away_for_ever: bool

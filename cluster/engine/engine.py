@@ -200,8 +200,8 @@ class Engine:
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
         if result.failure is not None:
             self._lose(lane, stage_error(result, lane.pipeline.stages), result.number)
-        elif faults := [each.fault for each in completed if each.fault is not None]:
-            failure = row_failure(faults[-1], lane.pipeline.stages)
+        elif faults := [fault for each in completed for fault in each.faults]:
+            failure = row_failure(faults, lane.pipeline.stages)
             if lane is self._lane:
                 self._interrupt(failure)
             else:

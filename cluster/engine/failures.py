@@ -64,11 +64,11 @@ def failure_of(
     return PipelineFailure(error, frozenset(taken.sequence.key for taken in slices), is_repeated, ended)
 
 
-def row_failure(fault: RowFault, stages: Sequence[StageInfo]) -> PipelineFailure:
-    """Returns the failure of rows for which the last stage gave no result."""
+def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> PipelineFailure:
+    """The failure of rows, at least one, for which the last stage gave no result."""
     worker = stages[-1].worker
-    error = WorkerError(f"worker {worker}: {fault.failure}", worker=worker)
-    return PipelineFailure(error, frozenset({fault.key}), is_repeated=True)
+    error = WorkerError(f"worker {worker}: {faults[-1].failure}", worker=worker)
+    return PipelineFailure(error, frozenset(fault.key for fault in faults), is_repeated=True)
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:

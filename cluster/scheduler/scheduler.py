@@ -253,7 +253,7 @@ class Scheduler:
         if isinstance(last := updates[-1], Failed):
             retry = self.retries.failed(sequence, last, suspects_workers=suspects_workers)
             if retry is Retry.ELSEWHERE:
-                completed.fault = RowFault(sequence.key, last.message)
+                completed.faults.append(RowFault(sequence.key, last.message))
             if retry in (Retry.AGAIN, Retry.ELSEWHERE):
                 self.queues.discard(sequence)
                 return

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llamaclust.cluster.engine.failures import row_failure
+from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.requests import Failed, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -33,8 +35,7 @@ def failures(request: GenerationRequest, text: str, *, suspects_workers: bool) -
         checked.append(scheduled.microbatch.chunks[0].checked)
         result = Result(1, number, (RowResult(-1, NAN, failure=text),))
         completed = scheduler.complete(result, number, suspects_workers=suspects_workers)
-        if completed.fault is not None:
-            faults.append(completed.fault.failure)
+        faults += [fault.failure for fault in completed.faults]
         if completed.updated:
             assert completed.updated == [(1, [Failed(text)])]
             assert completed.failed_elsewhere == [1] * len(faults), "only where a worker was suspected before"
@@ -54,6 +55,19 @@ def test_a_grammar_that_cannot_be_followed_is_no_workers_fault() -> None:
     assert failures(PLAIN, "out of order", suspects_workers=True) == (3, [False, True, True], ["out of order"])
 
 
+def test_each_sequence_that_a_stage_fails_again_is_evidence() -> None:
+    scheduler = Scheduler(SETTINGS, 1, 1)
+    scheduler.add(PLAIN, 0)
+    scheduler.add(replace(PLAIN, prompt=(8, 9)), 0)
+    for sequence in scheduler.sequences:
+        sequence.failures = 1
+    scheduled = scheduler.next_microbatch(0)
+    assert scheduled is not None
+    rows = (RowResult(-1, NAN, failure=NOT_FINITE),) * 2
+    faults = scheduler.complete(Result(1, 0, rows), 0, suspects_workers=True).faults
+    assert row_failure(faults, [StageInfo("a", 0, 1), StageInfo("b", 1, 2)]).requests == {1, 2}
+
+
 def test_a_result_between_two_failures_begins_anew_without_checks() -> None:
     scheduler = Scheduler(SETTINGS, 1, 1)
     scheduler.add(PLAIN, 0)
@@ -63,7 +77,7 @@ def test_a_result_between_two_failures_begins_anew_without_checks() -> None:
         scheduled = scheduler.next_microbatch(number)
         assert scheduled is not None
         checked.append(scheduled.microbatch.chunks[0].checked)
-        assert scheduler.complete(Result(1, number, (row,)), number, suspects_workers=True).fault is None
+        assert scheduler.complete(Result(1, number, (row,)), number, suspects_workers=True).faults == []
     assert checked == [False, True, False]
 
 

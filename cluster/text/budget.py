@@ -18,7 +18,7 @@ MAX_REPLY_ENTRIES = 1 << 21
 """Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
 MAX_HELD_ENTRIES = 1 << 21
 """The most entries of an owner's replies with logprobs or embeddings, and of prompts that are ranked; all owners
-together have less than twice as many."""
+together have at most twice as many, see `fits`."""
 _ENTRY_NUMBERS = 5
 """Numbers of an embedding, or tokens of prompts, that take as much as an entry."""
 _RETRY_S = 5.0
@@ -109,7 +109,7 @@ class EntryBudget:
 
     def _take(self, entries: int) -> Reservation:
         owner = current_owner.get()
-        if entries and not fits(self._held[owner], self.held, MAX_HELD_ENTRIES, entries):
+        if not fits(self._held[owner], self.held, MAX_HELD_ENTRIES, entries):
             raise QueueFullError(f"replies of {self.held} entries are under way; try again", _RETRY_S)
         self._held[owner] += entries
         return Reservation(owner, entries)

@@ -66,6 +66,24 @@ async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypat
         assert (await http.post(path, json=body)).status_code == 200
 
 
+@pytest.mark.parametrize("large", [40, 39, 30, 21])
+@pytest.mark.parametrize("owners", ["abc", "abcdef", "aabbcc"])
+def test_large_requests_of_owners_leave_others_some_of_the_budget(
+    owners: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large each request of the others is, of the largest size as well."""
+    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 40)
+    shared = budget.EntryBudget()
+    for owner in owners:
+        current_owner.set(owner)
+        for entries in (large, 1):
+            with suppress(QueueFullError):
+                shared.reserve_numbers(5 * entries)
+    current_owner.set("newcomer")
+    shared.reserve_numbers(5)
+    assert shared.held <= 2 * 40
+
+
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one releases is its own, whoever releases it."""

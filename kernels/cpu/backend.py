@@ -75,6 +75,11 @@ class CpuStage:
         )
         return self._result[:lines]
 
+    def gather_by(self, gatherer: _native.Gatherer) -> None:
+        """Sets what puts rows together in the next runs of a group's member, which an error there ends."""
+        assert self._native is not None, "the stage was closed"
+        self._native.set_gatherer(gatherer)
+
     def run_frame(self, frame: _native.MicrobatchFrame) -> Float32:
         """See `kernels.backend.RunsFrames`."""
         assert self._native is not None, "the stage was closed"

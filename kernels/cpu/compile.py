@@ -135,9 +135,14 @@ class Compiler:
             case ir.Exchange():
                 raise AssertionError("a processor computes its experts itself")
             case ir.Gather():
-                raise AssertionError("programs of a group are for the reference backend")
+                self._gather(step)
             case _:
                 self._emit_rows(step)
+
+    def _gather(self, step: ir.Gather) -> None:
+        x = self._buffers.read(step.x)
+        own = x if self._buffers.is_shared(step.x) else self._copy(x, step.x.width)
+        self.plan.gather(own, self._buffers.write(step.out), step.borders)
 
     def _emit_rows(self, step: ir.RowStep) -> None:
         plan = self.plan

@@ -87,7 +87,7 @@ class Emitter:
             case ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
                 raise AssertionError("programs with a part of the experts of a layer are refused")
             case ir.Gather():
-                raise AssertionError("programs of a group are for the reference backend")
+                raise AssertionError("programs of a group's members are refused")
             case ir.Exchange():
                 self.ops.out(step.out)
                 yield step

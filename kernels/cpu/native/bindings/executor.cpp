@@ -102,7 +102,13 @@ struct NativeStage {
     executor.prepare();
   }
 
+  void set_gatherer(nb::object given) {
+    executor.set_gatherer(&nb::cast<Gatherer&>(given));
+    gatherer = std::move(given);
+  }
+
   std::vector<nb::object> kept;
+  nb::object gatherer;
   nb::object pool;
   const Level level;
   Executor executor;
@@ -148,6 +154,10 @@ void add_placed(PlanBuilder& builder, int choice, int x, std::optional<std::pair
   require(!given || given->first >= 0, "unknown buffer");
   builder.plan.add(PlaceExpertsStep{choice, x, given ? given->first : -1, out, given ? given->second : 0, out_start,
                                     used, experts.first, experts.second - experts.first});
+}
+
+void add_gather(PlanBuilder& builder, int x, int out, std::vector<int> borders) {
+  builder.plan.add(GatherStep{x, out, builder.plan.gathers, std::move(borders)});
 }
 
 void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int out, int slot) {
@@ -324,6 +334,7 @@ void bind_executor(nb::module_& module) {
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a,
            "first"_a.none() = nb::none())
+      .def("gather", &add_gather, "x"_a, "out"_a, "borders"_a)
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
       .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
@@ -344,6 +355,7 @@ void bind_executor(nb::module_& module) {
       .def(
           "set_part", [](NativeStage& stage, int part) { stage.executor.set_part(part); }, "part"_a,
           "The part of the plan that the next runs compute.")
+      .def("set_gatherer", &NativeStage::set_gatherer, "gatherer"_a, "Gathers in the next runs.")
       .def("prepare", &NativeStage::prepare,
            "Takes memory from the system that the first runs use, and finds how weights are best prefetched; to be called "
            "before them.")

@@ -21,6 +21,7 @@ NB_MODULE(_native, module) {
   bind_memory(module);
   bind_matmul(module);
   bind_sampler(module);
+  bind_gatherer(module);
   bind_executor(module);
   bind_quantize(module);
 }

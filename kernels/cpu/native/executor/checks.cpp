@@ -381,6 +381,18 @@ struct Plan::Checks {
     check_state(step.layer, static_cast<int64_t>(width) * step.state_size);
     return {{step.x, step.dt}, {step.out}, false};
   }
+
+  Access operator()(const GatherStep& step) const {
+    const std::vector<int>& borders = step.borders;
+    require(is_line(step.x) && is_line(step.out) && !buffer(step.x).private_copy, "gathered rows that all threads share");
+    require(borders.size() > 1 && borders[0] == 0 && std::ranges::adjacent_find(borders, std::ranges::greater_equal()) ==
+                borders.end(), "columns of members one after the other");
+    bool is_own = false;
+    for (size_t i = 1; i < borders.size(); i++) is_own |= borders[i] - borders[i - 1] == buffer(step.x).width;
+    require(is_own && borders.back() == buffer(step.out).width, "as many columns as those of a member, and of all");
+    require(step.number == plan.gathers++, "gathers in their order");
+    return {{step.x}, {step.out}, false};
+  }
 };
 
 Access Plan::check(const Step& step) { return std::visit(Checks{*this}, step); }

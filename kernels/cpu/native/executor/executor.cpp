@@ -72,10 +72,24 @@ void Worker::work() {
     const Sync before = steps[at].before;
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, fixed_begin(fixed_tiles(next->tiles()), 1, thread_));
-    if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
+    if (before == Sync::Always || (before == Sync::IfShared && !alone_))
+      synchronize(at > begin && std::holds_alternative<GatherStep>(steps[at - 1].step));
+    if (at >= stage_.ends_at.load(std::memory_order_relaxed)) return;
     for (end = at + 1; end < last && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
     compute(at, end);
+    if (thread_ == 0 && stage_.failure) stage_.ends_at.store(end, std::memory_order_relaxed);
+  }
+}
+
+// By the caller of run(); the others wait before the next step, and fetch its weights.
+void Worker::execute(const GatherStep& step) {
+  if (thread_ != 0 || rows_ == 0) return;
+  try {
+    stage_.gatherer->gather({step.number, rows_, step.borders, line_width(step.x), stage_.workspace.shared(step.x),
+                             stage_.workspace.shared(step.out)});
+  } catch (...) {
+    stage_.failure = std::current_exception();
   }
 }
 
@@ -114,10 +128,14 @@ void Executor::prepare() const {
 
 int Executor::run(const Batch& batch) {
   check_batch(batch, stage_.plan);
+  if (stage_.plan.gathers > 0 && stage_.gatherer == nullptr)
+    throw std::invalid_argument("batch: a group's member that was given no gatherer");
   for (Tiling& tiling : stage_.tilings) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : stage_.shares.counters) counter.taken.store(0, std::memory_order_relaxed);
   const auto work = [&](int thread) { Worker(stage_, batch, pool_, thread).work(); };
+  stage_.ends_at.store(std::numeric_limits<size_t>::max(), std::memory_order_relaxed);
   pool_.run(work, batch.rows());
+  if (stage_.failure) std::rethrow_exception(std::exchange(stage_.failure, nullptr));
   return stage_.plan.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }
 

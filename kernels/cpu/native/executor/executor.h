@@ -2,9 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
+#include <limits>
 #include <span>
 #include <vector>
 
+#include "executor/gatherer.h"
 #include "executor/workspace.h"
 #include "level/level.h"
 #include "runtime/float_mode.h"
@@ -108,6 +111,9 @@ struct Stage {
   Shares shares;
   uint32_t adapters = 0;  // that runs compute, one bit each
   int part = 0;           // that runs compute, of a plan in parts
+  Gatherer* gatherer = nullptr;
+  std::exception_ptr failure;  // of a gather in this run, which ends before the step `ends_at`
+  std::atomic<size_t> ends_at{std::numeric_limits<size_t>::max()};
 };
 
 class Executor {
@@ -121,7 +127,11 @@ class Executor {
   void prepare() const;
 
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
+  // What a gatherer throws ends the run.
   int run(const Batch& batch);
+
+  // Of the runs that follow; it has to outlive them. Null: none.
+  void set_gatherer(Gatherer* gatherer) { stage_.gatherer = gatherer; }
 
   // Adapters of the runs that follow, one bit each; steps of others are skipped.
   void set_adapters(uint32_t adapters) { stage_.adapters = adapters; }

@@ -276,12 +276,18 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
   int heads() const { return static_cast<int>(bias.size()); }
 };
 
+struct GatherStep {  // out = the columns of all members of a group, of which x has this one's; see Gathering
+  BufferId x, out;
+  int number;
+  std::vector<int> borders;
+};
+
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
                           MixStep, MagnitudeStep, TopKStep, ChannelScaleStep,
                           DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, PlaceExpertsStep, WeighStep, CombineStep,
                           SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep,
-                          DeltaRuleStep, ScanStep>;
+                          DeltaRuleStep, ScanStep, GatherStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };
@@ -346,6 +352,7 @@ class Plan {
   int vocabulary = 0;    // > 0: an embed step reads token ids below it
   int hidden_width = 0;  // > 0: an input step reads a hidden state of that width
   int window = 0;        // the largest one of windowed layers
+  int gathers = 0;       // > 0: it is a group's member, which needs a gatherer
   bool has_states = false;
   bool selects = false;  // the result has lines for the wanted rows only
 

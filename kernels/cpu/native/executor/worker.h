@@ -72,6 +72,7 @@ class Worker {
   void execute(const ConvolveStep& step);
   void execute(const DeltaRuleStep& step);
   void execute(const ScanStep& step);
+  void execute(const GatherStep& step);
 
   void scan_head(const ScanStep& step, int sequence, int head);
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
@@ -106,8 +107,8 @@ class Worker {
     return {static_cast<int>(speeds_.begin(rows_, thread_)), static_cast<int>(speeds_.begin(rows_, thread_ + 1))};
   }
 
-  void synchronize() {
-    barrier_.arrive([this] { return lookahead_.fetch(); });
+  void synchronize(bool after_gather = false) {
+    barrier_.arrive([this] { return lookahead_.fetch(); }, !after_gather);
   }
 
   // Where this thread's, or another's, part of the first `fixed` units begins, all together.

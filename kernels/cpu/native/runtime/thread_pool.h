@@ -36,9 +36,10 @@ class Barrier {
     waited_.store(opening_ << kWaitedBits, std::memory_order_relaxed);
   }
 
-  // `idle` is called again and again while others are waited for, until it returns false.
+  // `idle` is called again and again while others are waited for, until it returns false. `counts`: what the caller
+  // waits here is added to waited_ns().
   template <typename Idle = bool (*)()>
-  void arrive(Idle idle = [] { return false; }) {
+  void arrive(Idle idle = [] { return false; }, bool counts = true) {
     const int threads = threads_;  // before the increment: after it, the next open() may have changed it
     if (threads == 1) return;
     const uint64_t opening = opening_;
@@ -46,7 +47,7 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
       while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
       const int64_t waited_ns = wait_while_equal(phase_, phase);
-      if (waited_ns > 0) add_waited(opening, static_cast<uint64_t>(waited_ns));
+      if (waited_ns > 0 && counts) add_waited(opening, static_cast<uint64_t>(waited_ns));
       return;
     }
     arrived_.store(0, std::memory_order_relaxed);

@@ -1,16 +1,15 @@
-"""A prototype of groups: members that share every product's output rows, in turns with one process that has them all.
+"""Groups: members that share every product's output rows, in turns with one process that has them all.
 
-    python benchmarks/groups/group.py 1.1b IQ2_XXS [--gathers 4,2,1] [--round-trips 0,0.1,0.5,2]
+    python benchmarks/groups/group.py 1.1b IQ2_XXS [--round-trips 0,0.1,0.5,2]
     python benchmarks/groups/group.py 70b IQ1_S --layers 2                           # each layer counts 40 times
     python benchmarks/groups/group.py 70b IQ1_S --layers 2 --shares 2,1 --speeds 1,0.5         # unequal machines
     python benchmarks/groups/group.py 1.1b IQ2_XXS --shares 2,1,1 --cores 0,1,1      # three processes on two cores
 
-Members decode one sequence of a model with random weights, the shape of `shape.py`, each on one thread, and exchange
-activations over mutual TLS on loopback. A gather is complete half a round trip after the last member has sent, and
-later by what its messages take at --gbit. Gathers a layer: 4 divide all products; 3 compute the attention's output, 2
-all of attention, and 1 the last product, too, on every member. Tokens and bits of logits must be those of the one
-process. Medians of pairs; the round trip at which both are as fast is that of the line through all. Links are C++,
-built at the start: a compiler and OpenSSL's headers are needed.
+Members decode one sequence of a model with random weights, the shape of `shape.py`, each on one thread, with the
+programs of `divide`, and exchange activations over mutual TLS on loopback. A gather is complete half a round trip after
+the last member has sent, and later by what its messages take at --gbit. Tokens and bits of logits must be those of the
+one process. Medians of pairs; the round trip at which both are as fast is that of the line through all. The model is
+written to a temporary folder. Links are C++, built at the start: a compiler and OpenSSL's headers are needed.
 """
 
 from __future__ import annotations
@@ -34,11 +33,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from divided import CONTEXT, DIVIDED, Cut
 from links import build, write_keys
 from measuring.options import chosen, listed, positive
-from member import Outcome, Run, Setting
-from shape import LAYOUTS, SHAPES, Shape, check
+from member import CONTEXT, Outcome, Run, Setting
+from shape import LAYOUTS, SHAPES, Shape, check, write_shape
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.errors import LlamaclustError
@@ -46,8 +44,9 @@ from llamaclust.kernels import probes
 from llamaclust.worker.devices.system_info import processor_name
 
 CHECKED_TOKENS = 16
+SEED = 1
 _ANSWER_S, _END_S = 1800.0, 10.0
-_HEADER = "gathers  trip, ms   one, ms group, ms  gathered     tok/s  speedup"
+_HEADER = "  trip, ms   one, ms group, ms  gathered     tok/s  speedup"
 
 
 class Group:
@@ -105,7 +104,6 @@ class Group:
 class Row:
     """Milliseconds of a token of the whole model, and in its layers' gathers: medians, as the speedup of pairs."""
 
-    gathers: int
     round_trip_ms: float
     one_ms: float
     group_ms: float
@@ -114,7 +112,7 @@ class Row:
 
     def __str__(self) -> str:
         values = f"{self.round_trip_ms:10g} {self.one_ms:9.2f} {self.group_ms:9.2f} {self.gathers_ms:9.2f}"
-        return f"{self.gathers:7} {values} {1e3 / self.group_ms:9.2f} {self.speedup:8.2f}"
+        return f"{values} {1e3 / self.group_ms:9.2f} {self.speedup:8.2f}"
 
 
 def break_even_ms(rows: Sequence[Row]) -> float:
@@ -134,18 +132,16 @@ class Task:
     shape: Shape
     layers: int
 
-    def settings(self, folder: str, hosts: list[str], gathers: int) -> list[Setting]:
-        """Of the members, of one where there are no gathers."""
-        given, is_alone = self.given, gathers == 0
+    def settings(self, folder: str, hosts: list[str], model: Path, *, is_alone: bool) -> list[Setting]:
+        """Of the members, or of one process that has all."""
+        given = self.given
         return [
             Setting(
                 folder=folder,
                 hosts=hosts,
                 member=member,
-                shape=asdict(self.shape),
-                quant_type=given.type.name,
+                model=str(model),
                 shares=(1.0,) if is_alone else given.shares,
-                gathers=gathers,
                 int8=given.int8,
                 core=given.cores[member],
                 spins=len(set(given.cores)) == len(given.cores),
@@ -162,39 +158,41 @@ class Task:
         return alone, members[0]
 
     def whole_ms(self, outcome: Outcome) -> float:
-        return (outcome.layers_ns * self.layers / self.shape.layers + outcome.head_ns) / 1e6
+        return self._all_ms(outcome.layers_ns, outcome.last_ns)
 
-    def row(self, one: Group, group: Group, gathers: int, run: Run) -> Row:
+    def _all_ms(self, layers_ns: float, last_ns: float) -> float:
+        return (layers_ns * (self.layers - 1) / (self.shape.layers - 1) + last_ns) / 1e6
+
+    def row(self, one: Group, group: Group, run: Run) -> Row:
         pairs = [self.pair(one, group, run) for _ in range(self.given.pairs)]
         return Row(
-            gathers=gathers,
             round_trip_ms=run.round_trip_ms,
             one_ms=median(self.whole_ms(alone) for alone, _ in pairs),
             group_ms=median(self.whole_ms(member) for _, member in pairs),
-            gathers_ms=median(member.gathers_ns for _, member in pairs) * self.layers / self.shape.layers / 1e6,
+            gathers_ms=median(self._all_ms(each.layers_gathers_ns, each.last_gathers_ns) for _, each in pairs),
             speedup=median(self.whole_ms(alone) / self.whole_ms(member) for alone, member in pairs),
         )
 
 
 def measure(task: Task, folder: str, file: TextIO | None) -> None:
-    given = task.given
+    given, model = task.given, Path(folder) / "shape.gguf"
     build(Path(folder))
+    write_shape(model, given.shape, task.shape, given.type, SEED, alike=True)
     hosts = write_keys(Path(folder), len(given.shares))
-    with Group(task.settings(folder, hosts, 0)) as one:
+    one_setting, settings = (task.settings(folder, hosts, model, is_alone=alone) for alone in (True, False))
+    with Group(one_setting) as one, Group(settings) as group:
         print(_HEADER, flush=True)
-        for gathers in given.gathers:
-            with Group(task.settings(folder, hosts, gathers)) as group:
-                alone, _ = task.pair(one, group, Run(CHECKED_TOKENS, digest=True))
-                rows = []
-                for trip in given.round_trips:
-                    rows.append(task.row(one, group, gathers, Run(given.tokens, trip, given.gbit)))
-                    print(rows[-1], flush=True)
-                parts = ", ".join(f"{n_bytes / one.weight_bytes[0]:.2f}" for n_bytes in group.weight_bytes)
-                pays = f"pays below a round trip of {break_even_ms(rows):.2f} ms"
-                print(f"{gathers:7} same bits ({alone.digest[:16]}); {pays}; members have {parts} of all", flush=True)
-            for row in rows if file is not None else ():
-                options = {name: getattr(given, name) for name in ("shape", "shares", "speeds", "gbit", "int8")}
-                print(json.dumps({**options, "type": given.type.name, **asdict(row)}), file=file, flush=True)
+        alone, _ = task.pair(one, group, Run(CHECKED_TOKENS, digest=True))
+        rows = []
+        for trip in given.round_trips:
+            rows.append(task.row(one, group, Run(given.tokens, trip, given.gbit)))
+            print(rows[-1], flush=True)
+        parts = ", ".join(f"{n_bytes / one.weight_bytes[0]:.2f}" for n_bytes in group.weight_bytes)
+        pays = f"pays below a round trip of {break_even_ms(rows):.2f} ms"
+        print(f"same bits ({alone.digest[:16]}); {pays}; members have {parts} of all", flush=True)
+    for row in rows if file is not None else ():
+        options = {name: getattr(given, name) for name in ("shape", "shares", "speeds", "gbit", "int8")}
+        print(json.dumps({**options, "type": given.type.name, **asdict(row)}), file=file, flush=True)
 
 
 def between(least: float, most: float) -> Callable[[str], float]:
@@ -207,14 +205,13 @@ def between(least: float, most: float) -> Callable[[str], float]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    types, counts = {kind.name: kind for kind in LAYOUTS}, {str(count): count for count in DIVIDED if count}
+    types = {kind.name: kind for kind in LAYOUTS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("shape", choices=SHAPES)
     add("type", type=chosen("type", types), metavar="TYPE")
-    add("--layers", type=positive, help="fewer than the shape has; times are of the whole model")
+    add("--layers", type=positive, help="fewer than the shape has, 2 or more; times are of the whole model")
     add("--hidden", type=positive, help="another width, for tests")
-    add("--gathers", type=listed(chosen("gathers", counts)), default="4,2,1", help="a layer; %(default)s by default")
     add("--shares", type=listed(between(0.01, 100)), default="1,1", help="of the members' work; %(default)s by default")
     add("--speeds", type=listed(between(0.01, 1)), help="of the members, relative to this machine; 1 by default")
     add("--cores", type=listed(int), help="of the members; in turn by default")
@@ -230,6 +227,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given.cores = given.cores or [cpus[member % len(cpus)] for member in range(members)]
     if members < 2 or {len(given.speeds), len(given.cores)} != {members}:
         parser.error("--shares, --speeds and --cores: two or more members, as many of each")
+    if given.layers == 1:
+        parser.error("--layers: 2 or more, of which the last is measured with the head")
     if given.tokens > CONTEXT // 2 or not {*given.cores} <= {*cpus}:
         parser.error(f"--tokens is at most {CONTEXT // 2}, cores are of {cpus}")
     return given
@@ -242,8 +241,6 @@ def main(arguments: list[str]) -> None:
         whole = replace(whole, hidden=given.hidden, ffn=2 * given.hidden, vocabulary=512)
     task = Task(given, replace(whole, layers=given.layers or whole.layers), whole.layers)
     check(task.shape, given.type)
-    for gathers in given.gathers:
-        Cut(task.shape, given.type, given.shares, gathers).check()
     limits = f"reads {probes.ReadProbe(1).measure():.1f} GB/s, {probes.int8_peak(1):.0f} GMAC/s on one thread"
     print(
         f"{processor_name()}, {limits}; {given.shape} {given.type.name}, {task.shape.layers} of {whole.layers} layers"

@@ -19,39 +19,49 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-from divided import CONTEXT, Cut, DividedPlan, Weights
 from links import Links
-from shape import Shape
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.kernels import _native
-from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.model.quant_types import QuantType
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import PythonGatherer
+from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.model.groups.division import divide
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS, Gather, MatMul, Program, Step
+from llamaclust.model.quant_types import ActivationFormat
 
+CONTEXT = 512
 FIRST_TOKEN = 1
 WARM = 2
 """Tokens before those that are measured."""
+_BLOCKS = CONTEXT // KV_BLOCK_TOKENS
+_LIMITS = StageLimits(1, 1, 1, CONTEXT, _BLOCKS)
+_SEGMENTS = {ActivationFormat.Q8_32: 32, ActivationFormat.Q8_256: 256}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`spins`: it has its core for itself; `speed`: below 1, it waits behind each part, as a slower machine would."""
+    """`spins`: it has its core for itself; `speed`: below 1, it waits before each gather, as a slower machine would. A
+    member that is alone computes the whole model."""
 
     folder: str
     hosts: list[str]
     member: int
-    shape: dict[str, int]
-    quant_type: str
+    model: str
     shares: tuple[float, ...]
-    gathers: int
     int8: bool
     core: int
     spins: bool
     speed: float
 
-    @property
-    def cut(self) -> Cut:
-        return Cut(Shape(**self.shape), QuantType[self.quant_type], tuple(self.shares), self.gathers)
+    def programs(self, model: Model) -> list[Program]:
+        """This member's, of all layers but the last and of that one with the head."""
+        bounds = (0, model.layer_count - 1), (model.layer_count - 1, model.layer_count)
+        programs = [model.program(*each, KvType.F16, CONTEXT, 1) for each in bounds]
+        return programs if len(self.shares) == 1 else [divide(each, self.shares, self.member) for each in programs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,67 +76,102 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Mean nanoseconds of a token: in all layers, behind them, and of the layers in gathers."""
+    """Mean nanoseconds of a token: in all layers but the last, and in that one and the head; of either, in gathers."""
 
     ids: list[int]
     digest: str
     layers_ns: float
-    head_ns: float
-    gathers_ns: float
+    last_ns: float
+    layers_gathers_ns: float
+    last_gathers_ns: float
+
+
+class Part:
+    """A stage of a member, which gathers over the links."""
+
+    def __init__(self, stage: CpuStage, links: Links, gathers: list[tuple[Gather, int]], speed: float) -> None:
+        """Each gather with the columns that travel with one scale, or 0."""
+        self.stage = stage
+        self.gathers_ns = 0
+        self._links, self._gathers, self._speed = links, gathers, speed
+        self._rows: list[ctypes.c_int] = []
+        self._began_ns = 0
+        stage.gather_by(PythonGatherer(self._gather))
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> tuple[Float32, int]:
+        """The result, and nanoseconds."""
+        self.gathers_ns, self._began_ns = 0, perf_counter_ns()
+        began_ns = self._began_ns
+        result = self.stage.run(batch, hidden)
+        return result, perf_counter_ns() - began_ns
+
+    def _gather(self, number: int, own: Float32, whole: Float32) -> None:
+        if number == len(self._rows):
+            step, segment = self._gathers[number]
+            self._rows.append(self._links.add(own, whole, step.borders, segment))
+        ends_ns = self._began_ns + (perf_counter_ns() - self._began_ns) / self._speed
+        while self._speed < 1 and perf_counter_ns() < ends_ns:
+            pass
+        self.gathers_ns += self._links.gather(self._rows[number])
+        self._began_ns = perf_counter_ns()
 
 
 class Member:
     def __init__(self, setting: Setting) -> None:
         os.sched_setaffinity(0, {setting.core})
         self.links = Links(Path(setting.folder), setting.member, spins=setting.spins)
-        weights = Weights(setting.cut, setting.member)
-        divided = DividedPlan(setting.cut, weights)
-        self.weight_bytes, self._speed = weights.n_bytes, setting.speed
-        self._stage = _native.Stage(divided.plan, _native.available_levels()[-1], _native.ThreadPool(1, False))
-        self._stage.prepare()
-        self._rows: list[ctypes.c_int | None] = []
-        for gather in divided.gathers:
-            if gather is None:
-                self._rows.append(None)
-                continue
-            own, whole = self._stage.contents(gather.own), self._stage.contents(gather.whole)
-            segment = gather.segment if setting.int8 else 0
-            self._rows.append(self.links.add(own, whole, gather.columns, segment))
-        self._logits = self._stage.contents(divided.logits)[0]
-        self._token, self._position = np.zeros(1, np.int32), np.zeros(1, np.int32)
-        starts, blocks, none = np.array([0, 1], np.int32), CONTEXT // KV_BLOCK_TOKENS, np.empty(0, np.int32)
-        tables = np.array([0, blocks], np.int32), np.arange(blocks, dtype=np.int32)
-        self._batch = self._token, self._position, starts, *tables, none, None
+        backend, self.parts = CpuBackend(1, yields=False), list[Part]()
+        with Model.open(Path(setting.model)) as model:
+            for program in setting.programs(model):
+                stage = backend.load(program, model.tensors_for(program), _LIMITS, lambda done_bytes: None)
+                gathers = [
+                    (step, segment_columns(model, program, at) if setting.int8 else 0)
+                    for at, step in enumerate(program.steps)
+                    if isinstance(step, Gather)
+                ]
+                self.parts.append(Part(stage, self.links, gathers, setting.speed))
+        self.weight_bytes = sum(part.stage.weight_bytes for part in self.parts)
 
     def run(self, run: Run) -> Outcome:
         self.links.set_link(run.round_trip_ms, run.gbit_s)
         token, seen = FIRST_TOKEN, hashlib.sha256()
         ids: list[int] = []
-        times: list[tuple[int, int, int]] = []
+        times: list[list[int]] = []
         for position in range(run.tokens + WARM):
-            self._token[0], self._position[0] = token, position
-            times.append(self._step())
-            token = int(self._logits.argmax())
+            logits, nanoseconds = self._step(token, position)
+            times.append(nanoseconds)
+            token = int(logits.argmax())
             ids.append(token)
             if run.digest:
-                seen.update(self._logits.tobytes())
-        layers, head, gathers = np.mean(times[WARM:], axis=0).tolist()
-        return Outcome(ids, seen.hexdigest(), layers, head, gathers)
+                seen.update(logits.tobytes())
+        return Outcome(ids, seen.hexdigest(), *np.mean(times[WARM:], axis=0).tolist())
 
-    def _step(self) -> tuple[int, int, int]:
-        stage, batch, links, gathers_ns = self._stage, self._batch, self.links, 0
-        began = at = perf_counter_ns()
-        for part, row in enumerate(self._rows):
-            at = perf_counter_ns()
-            stage.set_part(part)
-            stage.run(*batch)
-            if self._speed < 1:
-                ends = at + (perf_counter_ns() - at) / self._speed
-                while perf_counter_ns() < ends:
-                    pass
-            gather_ns = links.gather(row) if row is not None else 0
-            gathers_ns += gather_ns if part < len(self._rows) - 1 else 0
-        return at - began, perf_counter_ns() - at, gathers_ns
+    def _step(self, token: int, position: int) -> tuple[Float32, list[int]]:
+        one, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
+        tables = np.array([0, _BLOCKS], np.int32), np.arange(_BLOCKS, dtype=np.int32)
+        batch, hidden, times = Batch(one + token, one + position, starts, *tables, one), None, list[int]()
+        for part in self.parts:
+            hidden, took_ns = part.run(batch, hidden)
+            times.append(took_ns)
+        assert hidden is not None
+        return hidden[0], times + [part.gathers_ns for part in self.parts]
+
+
+def segment_columns(model: Model, program: Program, at: int) -> int:
+    """How many columns all readers of a gathered row quantize together; 0 where members do not have whole ones."""
+    gather, readers = program.steps[at], list[Step]()
+    assert isinstance(gather, Gather)
+    for step in program.steps[at + 1 :]:
+        readers += [step] if gather.out in reads_of(step) else []
+        if written_by(step).name == gather.out.name:
+            break
+    if program.out == gather.out or not all(isinstance(step, MatMul) for step in readers):
+        return 0
+    tensors = model.tensors_for(program)
+    types = {tensors[step.weight].quant_type for step in readers if isinstance(step, MatMul)}
+    found = {_SEGMENTS.get(kind.info.activation, 0) if kind.info.activation else 0 for kind in types}
+    columns = found.pop() if len(found) == 1 else 0
+    return columns if columns and not any(border % columns for border in gather.borders) else 0
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The prototype of groups in benchmarks/groups: the bits of the product, however the rows of products are divided."""
+"""The benchmark of groups: the bits of the product, however the rows of products are divided."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "benchmarks" / "groups"))
-from divided import SEED, borders
-from group import CHECKED_TOKENS, Group
+from group import CHECKED_TOKENS, SEED, Group
 from links import Links, missing
 from member import FIRST_TOKEN, WARM, Run
 from shape import SHAPES, write_shape
@@ -57,9 +56,9 @@ def digest_of_the_product(folder: Path, quant_type: QuantType) -> str:
 @pytest.mark.parametrize(
     ("quant_type", "shares", "more"),
     [
-        (QuantType.Q8_0, "2,1", ("--gathers", "4,3,2,1")),
-        (QuantType.IQ1_S, "1,1", ("--gathers", "4", "--int8", "--gbit", "10")),
-        (QuantType.Q8_0, "2,1,1", ("--gathers", "4", "--int8", "--speeds", "1,0.9,0.8", "--json", "rows.jsonl")),
+        (QuantType.Q8_0, "2,1", ()),
+        (QuantType.IQ1_S, "1,1", ("--int8", "--gbit", "10")),
+        (QuantType.Q8_0, "2,1,1", ("--int8", "--speeds", "1,0.9,0.8", "--json", "rows.jsonl")),
     ],
 )
 def test_a_group_has_the_bits_of_the_product(
@@ -68,22 +67,12 @@ def test_a_group_has_the_bits_of_the_product(
     if (reason := missing()) is not None:
         pytest.skip(reason)
     text = group(tmp_path, quant_type.name, "--shares", shares, *more)
-    counts = more[1].split(",")
-    bits = re.findall(r"^ +(\d) same bits \((\w+)\)", text, re.MULTILINE)
-    expected = digest_of_the_product(tmp_path, quant_type)[:16]
-    assert bits == [(count, expected) for count in counts]
-    assert len(re.findall(r"^ +\d +0(?:\.1)? +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)) == 2 * len(
-        counts
-    )
+    assert re.findall(r"^same bits \((\w+)\)", text, re.MULTILINE) == [digest_of_the_product(tmp_path, quant_type)[:16]]
+    assert len(re.findall(r"^ +0(?:\.1)? +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)) == 2
     if "--json" in more:
         rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert [row["round_trip_ms"] for row in rows] == [0, 0.1]
         assert all(row["group_ms"] > row["gathers_ms"] > 0 for row in rows)
-
-
-def test_rows_are_divided_in_whole_pieces_by_the_shares() -> None:
-    assert borders(2048, 512, (2, 1, 1), "heads") == (0, 1024, 1536, 2048)
-    assert borders(5632, 256, (1, 1), "channels") == (0, 2816, 5632)
 
 
 def test_a_member_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +99,7 @@ def test_a_member_that_does_not_connect_is_not_waited_for(monkeypatch: pytest.Mo
         (("Q8_0", "--shares", "1"), "two or more members"),
         (("Q8_0", "--speeds", "1"), "as many of each"),
         (("Q8_0", "--speeds", "1,2"), "must be 0.01 to 1"),
-        (("Q8_0", "--gathers", "0"), "choose from 1, 2, 3, 4"),
+        (("Q8_0", "--layers", "1"), "--layers: 2 or more"),
         (("Q8_0", "--round-trips", "-1"), "must be 0 to 1000"),
         (("Q9",), "choose from F32"),
     ],
@@ -118,8 +107,3 @@ def test_a_member_that_does_not_connect_is_not_waited_for(monkeypatch: pytest.Mo
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     done = forked_script(SCRIPT, "1.1b", *arguments, folder=tmp_path)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and done.stdout == ""
-
-
-def test_shares_that_leave_a_member_without_work_are_refused(tmp_path: Path) -> None:
-    done = forked_script(SCRIPT, "1.1b", "Q8_0", "--shares", "9,1", *OPTIONS, folder=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: KV heads: 4 pieces cannot be divided")

@@ -15,7 +15,7 @@ File = Annotated[
     Path | None,
     Option("--file", metavar="FILE", help="`api_keys_file` of the cluster file. Default: api-keys in the state dir."),
 ]
-_NEXT_START = "a cluster that runs reads its keys again at its next start"
+_AT_ONCE = "clusters that run with this file know it at once"
 
 
 def add(
@@ -29,7 +29,7 @@ def add(
     path = key_file(file)
     added = add_key(path, None if name is None else option_value("NAME", parse_name, name))
     print(added.key)
-    print(f"key {added.name} is in {path}: set `api_keys_file` to it; {_NEXT_START}", file=sys.stderr)
+    print(f"key {added.name} is in {path}; {_AT_ONCE}, others need it as `api_keys_file`", file=sys.stderr)
 
 
 def list_keys(file: File = None) -> None:
@@ -50,7 +50,7 @@ def remove(name: Annotated[str, Argument(metavar="NAME", help="As `list` shows i
 
     path = key_file(file)
     remove_key(path, name)
-    print(f"key {name} is removed from {path}; {_NEXT_START}", file=sys.stderr)
+    print(f"key {name} is removed from {path}; {_AT_ONCE}", file=sys.stderr)
 
 
 def key_file(given: Path | None = None) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +15,13 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig, cluster_docu
 from llamaclust.cluster.state.api_keys import add_key, named_keys
 from llamaclust.core.addresses import ANYWHERE, AddressError, is_loopback, joined_address, split_address
 
+_HOST_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
     """`--port` and `--lan` as overrides of a cluster file: another port; all addresses in place of one at loopback, and
-    the file of keys of the state directory where the cluster has none."""
+    where the cluster has none, the file of keys of the state directory and the names of this machine."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -28,7 +31,15 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
         more.append(f"listen={json.dumps(wanted)}")
     if lan and values.get("api_keys_file") is None:
         more.append(f"api_keys_file={json.dumps(str(key_file()))}")
+    if lan and values.get("allowed_hosts") is None and (names := _own_names()):
+        more.append(f"allowed_hosts={json.dumps(names)}")
     return more
+
+
+def _own_names() -> list[str]:
+    """The names by which other machines may find this one: that of the system, and that of multicast DNS."""
+    name = socket.gethostname().partition(".")[0].lower()
+    return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
@@ -37,5 +48,5 @@ def lan_key(path: Path) -> str:
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:
-        return f"a line of {printable(str(path))}"
+        return f"one of {printable(str(path))}; `llamaclust keys add NAME` makes and prints another one"
     return own.key if sys.stderr.isatty() else f"the line below `# {_KEY_NAME}` in {printable(str(path))}"

@@ -101,7 +101,8 @@ def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: boo
             print(terminal.printable(state["error"]))
         else:
             print(f"{next(_head(state))}; {_requests_text(state)}, workers: {len(state['workers'])}")
-    print("one of them: --cluster NAME; all end: `llamaclust down --all`", file=sys.stderr)
+    sys.stdout.flush()
+    print("more of one: `--cluster NAME`; `llamaclust down --all` stops them all", file=sys.stderr)
 
 
 def _state_or_error(record: ClusterRecord) -> State:

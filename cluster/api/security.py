@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -30,20 +31,26 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 class ApiKeys:
-    """The keys of an API; without any, none is asked for."""
+    """The keys of an API, which may change; without any, none is asked for."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = [_digest(key) for key in keys]
+        self._keys = keys
 
     def error(self, key: str) -> HttpError | None:
         """What is wrong with the key that a client sent; "" for none."""
-        if not self._keys:
+        digests = _digests(tuple(self._keys))
+        if not digests:
             return None
         if not key:
             return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY")
         given = _digest(key)
-        is_known = sum(hmac.compare_digest(given, known) for known in self._keys) > 0
+        is_known = sum(hmac.compare_digest(given, known) for known in digests) > 0
         return None if is_known else _unauthorized("unknown API key")
+
+
+@lru_cache(maxsize=2)
+def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(map(_digest, keys))
 
 
 def sent_key(headers: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class ApiSettings:
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
-    api_keys: tuple[str, ...] = ()  # none: no key is asked for
+    api_keys: Sequence[str] = ()  # none: no key is asked for
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
     max_body_bytes: int = 16 << 20

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from llamaclust.cluster.membership.join_rules import HANDSHAKE_S, JoinRules, JoinSettings
 from llamaclust.cluster.membership.members import HeartbeatReceived, Members, PeerReported
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError
+from llamaclust.core.errors import DeadlineError, ProtocolError, SupersededError, UsageError
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import CoordinatorMessage, Register
@@ -62,7 +62,10 @@ class Registry(Members):
 
     async def __aenter__(self) -> Registry:
         given = {} if self.giver is None else self.giver.handlers
-        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join, **given})
+        try:
+            self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join, **given})
+        except UsageError as error:
+            raise UsageError(f"{error}; choose another port: `join.members`") from error
         return self
 
     async def __aexit__(self, *error: object) -> None:

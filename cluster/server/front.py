@@ -16,7 +16,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
-from llamaclust.cluster.state.api_keys import read_api_keys
+from llamaclust.cluster.state.api_keys import LiveKeys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import ModelUse, Ready, Report
 from llamaclust.core.errors import UsageError
@@ -47,7 +47,7 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
     return ApiSettings(
         listen_host=config.host,
         further_hosts=tuple(host for host, _ in config.addresses[1:]),
-        api_keys=read_api_keys(config.api_keys_file),
+        api_keys=() if config.api_keys_file is None else LiveKeys(config.api_keys_file),
         prefix=config.api.prefix,
         is_strict=config.api.strict,
         strict_model=config.api.strict_model,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from llamaclust.cluster.state.regular_file import read_text, write_regular
 from llamaclust.core.errors import UsageError
@@ -16,6 +19,7 @@ FILE_NAME = "api-keys"
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,53 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     if bad is not None:
         raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
     return tuple(keys)
+
+
+class LiveKeys(Sequence[str]):
+    """The keys of a file, as `read_api_keys` takes it, which is read again when it has changed. If it cannot be used
+    any more, the keys that it had stay. A request looks at the file's date alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._version = _version(path)
+        self._keys = read_api_keys(path)
+
+    def _current(self) -> tuple[str, ...]:
+        version = _version(self._path)
+        if version != self._version:
+            self._version = version
+            try:
+                self._keys = read_api_keys(self._path)
+                _log.info("%s: read again, API keys: %d", self._path, len(self._keys))
+            except UsageError as error:
+                _log.warning("%s; the API keys of before stay", error)
+        return self._keys
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return self._current()[index]
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._current())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._current()
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 def first_key(path: Path) -> str:

@@ -51,6 +51,25 @@ def test_where_the_api_listens(
     assert found.api_keys_file == (keys if lan else None) and not keys.exists()
 
 
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [
+        ("Laptop", ("laptop", "laptop.local")),
+        ("pi-4.home.arpa", ("pi-4", "pi-4.local")),
+        ("odd_name", ()),
+        ("", ()),
+    ],
+)
+def test_names_of_this_machine_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: own)
+    assert tuple(config(tmp_path, "", None, lan=True).allowed_hosts) == names
+    assert not config(tmp_path, "", None, lan=False).allowed_hosts
+    given = config(tmp_path, "allowed_hosts: [mine]", None, lan=True)
+    assert tuple(given.allowed_hosts) == ("mine",)
+
+
 def test_a_file_of_keys_that_the_cluster_names_stays(tmp_path: Path) -> None:
     assert config(tmp_path, "api_keys_file: mine", None, lan=True).api_keys_file == tmp_path / "mine"
 
@@ -75,7 +94,10 @@ def test_keys_of_others_are_neither_shown_nor_changed(keys: Path, monkeypatch: p
     keys.parent.mkdir()
     keys.write_text(text)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert lan_key(keys) == f"a line of {keys}" and keys.read_text() == text
+    assert (
+        lan_key(keys) == f"one of {keys}; `llamaclust keys add NAME` makes and prints another one"
+        and keys.read_text() == text
+    )
 
 
 @pytest.mark.parametrize("text", ["", "# my keys\n\n"])

@@ -19,7 +19,7 @@ from llamaclust.model.chat.tools.call_sink import Schema, Tools
 from llamaclust.model.chat.tools.constraint.arguments_schema import ANY_ARGUMENTS, arguments_schema
 from llamaclust.model.chat.tools.constraint.call_grammar import CallStart, call_grammar
 from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError
-from llamaclust.model.grammars.definitions import either, lazy, of_lark
+from llamaclust.model.grammars.definitions import either, lazy, of_calls
 from llamaclust.model.grammars.normal_schema import NormalSchema
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ class _Calls:
             return None
         if self.other is not None:
             return either(found.lark, self.other)
-        grammar = of_lark(found.lark, _ORIGIN)
+        grammar = of_calls(found.lark, _ORIGIN)
         return lazy(grammar, found.triggers) if found.triggers else grammar
 
     @property

@@ -26,6 +26,10 @@ GBNF_START = f'{{"{GBNF}"'
 """How the definition of a grammar in GBNF begins until it is checked, which converts it."""
 
 
+OWN_RULES = "own_rules"
+"""The name of a part whose rules are made here. A user's grammar is a text within its part and cannot name it."""
+
+
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
     """A JSON text that a schema allows. `closes_objects`: as OpenAI's strict mode. ParameterError for a keyword that
     cannot be obeyed, with its place."""
@@ -56,6 +60,11 @@ def of_lark(text: str, origin: str) -> Grammar:
     return _grammar({"lark_grammar": text}, origin)
 
 
+def of_calls(rules: str, origin: str) -> Grammar:
+    """Our own rules of calls, in llguidance's dialect of Lark, with the schemas of tools."""
+    return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
+
+
 def of_gbnf(text: str, origin: str) -> Grammar:
     """A grammar in llama.cpp's form, or in Lark's; the check converts it, which may take long."""
     if len(text) > _MAX_GBNF_BYTES:
@@ -71,11 +80,20 @@ def of_choice(texts: Sequence[str], origin: str) -> Grammar:
 
 
 def either(calls: str, other: Grammar) -> Grammar:
-    """What the Lark text allows, or a grammar that was checked."""
+    """Our own rules of calls, or a grammar that was checked."""
     (part,) = json.loads(other.definition)["grammars"]
     lark = calls.replace("start:", "calls:", 1)
-    both = [{"lark_grammar": f"start: calls | @other\n{lark}"}, {**part, "name": "other"}]
+    both = [{"name": OWN_RULES, "lark_grammar": f"start: calls | @other\n{lark}"}, {**part, "name": "other"}]
     return _defined({"grammars": both}, other.origin)
+
+
+def has_schemas_only(definition: str) -> bool:
+    """Returns whether a user wrote none of its rules: it consists of schemas and of our own rules."""
+    try:
+        parts = json.loads(definition)["grammars"]
+        return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # llguidance says what is wrong
+        return False
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:

@@ -10,6 +10,7 @@ import numpy as np
 from llamaclust.core.errors import RequestError
 from llamaclust.core.sampling import AllowedTokens, Grammar
 from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+from llamaclust.model.grammars.definitions import has_schemas_only
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
@@ -25,18 +26,15 @@ _NOT_VERBOSE = "<non-verbose/>"
 """And how it ends by our settings."""
 
 
-_SCHEMA_MARKS = ('"json_schema"', "%json")
-
-
 def _limits(definition: str) -> LLParserLimits:
     """The same for checks and for matching, so that every machine judges alike. Of 1,232 public schemas, the largest
     uses 81 thousand of the lexer's fuel to compile, 373 thousand of it and 7.6 thousand items in a step, and 2,400
-    states in an answer. Steps take milliseconds. Only rules of grammars, not schemas, are ambiguous: their time grows
-    with the square of a row's items or faster, and stays below 50 ms up to 800 of these."""
+    states in an answer. Steps take milliseconds. Only rules that a user wrote, not schemas, are ambiguous: their time
+    grows with the square of a row's items or faster, and stays below 50 ms up to 800 of these."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
-        max_items_in_row=2000 if any(mark in definition for mark in _SCHEMA_MARKS) else 800,
+        max_items_in_row=2000 if has_schemas_only(definition) else 800,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=500_000,
         step_max_items=20_000,

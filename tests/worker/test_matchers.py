@@ -144,6 +144,10 @@ AMBIGUOUS = {
     "triples": 'start: s\ns: s s s | s s | "a" | "ab"',
     "operators": 'start: e\ne: e "a" e | e "aa" e | "a"',
     "runs": 'start: (x | y)*\nx: "a" x | "a"\ny: "a" y "a" | "a"',
+    "a comment on schemas": '// %json\nstart: s\ns: s s | "a"',
+    "a word of schemas": 'start: s\ns: s s | "a" | "\\"json_schema\\""',
+    "a schema beside": 'start: s | schema\ns: s s | "a"\nschema: %json {"type": "integer"}',
+    "the name of our rules": 'start: s\ns: s s | "a" | "own_rules"',
 }
 
 

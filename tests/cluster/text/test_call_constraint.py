@@ -169,3 +169,16 @@ async def test_a_propertys_reference_is_found_where_arguments_are_tagged(checker
         for value in ('{"x": 1}', "null", '{"x": "1"}')
     ]
     assert named == [] and allows(grammar, *texts) == [True, True, False]
+
+
+async def test_rules_of_calls_have_the_limit_of_schemas(checker: GrammarChecker) -> None:
+    """Beside a grammar that a user wrote, this is checked as such a grammar."""
+    many = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(400)}}
+    schema, written = definitions.of_object("json"), definitions.of_gbnf("root ::= [a-z]+", "grammar")
+    for mode, other, names in (
+        (ToolMode.AUTO, None, []),
+        (ToolMode.REQUIRED, None, []),
+        (ToolMode.AUTO, schema, []),
+        (ToolMode.AUTO, written, ["tools.many"]),
+    ):
+        assert (await bound(checker, {"one": BOUND, "many": many}, mode, other=other))[1] == names, (mode, other)

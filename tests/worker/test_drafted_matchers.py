@@ -10,6 +10,7 @@ import pytest
 from llamaclust.core.sampling import AllowedTokens, MatcherRow
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
+from llamaclust.worker.stage import matched_answer
 from llamaclust.worker.stage.matchers import StageMatchers
 from support.chat.matching import ABC, VOCABULARY, Task, begin, inputs_of, sampled, step, taken, task
 
@@ -112,6 +113,33 @@ def test_a_forced_draft_that_cannot_be_computed_changes_nothing(
     monkeypatch.setattr(GrammarMatcher, "peek_forced", use_up)
     assert step(stage, 0, task(1, 0, ABC, drafts_forced=True), says="a") == ([], (sampled("a"),))
     assert step(stage, 1, task(1, 1), says="c", refused="!")[0] == [{"c"}]
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("peek_forced", task(1, 0, ABC, drafts_forced=True)),
+        ("forced", task(1, 0, ABC, may_force=True)),
+        ("allowed", task(1, 0, ABC)),
+        ("try_take", task(1, 0, ABC)),
+    ],
+)
+def test_all_work_of_an_answer_is_charged_to_its_guard(
+    stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, method: str, row: Task
+) -> None:
+    """One call that takes 3 s of a processor."""
+    spent_ns, compute = [0], getattr(GrammarMatcher, method)
+
+    def slow(*arguments: object) -> object:
+        spent_ns[0] += 3_000_000_000
+        return compute(*arguments)
+
+    monkeypatch.setattr(matched_answer, "thread_time_ns", lambda: spent_ns[0])
+    monkeypatch.setattr(GrammarMatcher, method, slow)
+    step(stage, 0, row, says="a")
+    monkeypatch.undo()
+    _, (next_row,) = step(stage, 1, task(1, 1), says="c")
+    assert next_row.failure is not None and next_row.failure.startswith("the grammar is too slow to follow here")
 
 
 def test_a_deferred_row_has_no_forced_draft(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:

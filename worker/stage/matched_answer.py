@@ -84,11 +84,13 @@ class MatchedAnswer:
             self._charge(thread_time_ns() - began_ns, _TOKENS_AT_ONCE)
             if self.is_released or self._failed is not None:  # it was late
                 return
+        began_ns = thread_time_ns()
         if self._start.may_force and not tokens:
             self._forced = matcher.forced()
             self._tokens += self._forced
         if not self._forced:
             matcher.allowed()  # mostly wanted for the first row
+        self._charge(thread_time_ns() - began_ns, len(self._forced) + 1)
         self._matcher = matcher
 
     # -- the stage -------------------------------------------------------------------------------------------------
@@ -161,12 +163,14 @@ class MatchedAnswer:
         began_ns = thread_time_ns()
         try:
             forced = self._matcher.peek_forced()
+            taken_ns = thread_time_ns() - began_ns
+            time.left_ns -= taken_ns
+            self._charge(taken_ns, 0)  # its row's token was counted when it was taken in
         except RequestError:
             return result  # the next row comes upon it, and makes the matcher again
         except Exception as error:  # noqa: BLE001  a border: one answer fails, at its next row
             self.fail(error)
             return result
-        time.left_ns -= thread_time_ns() - began_ns
         return replace(result, forced_draft=tuple(forced)) if forced else result
 
     def fail(self, error: Exception) -> None:

@@ -224,7 +224,7 @@ def _stored_directory(spec: str, root: Path) -> Path:
 
 def _models(directory: Path) -> Iterator[Path]:
     if directory.is_dir():
-        for path in sorted(directory.glob("*.gguf")):
+        for path in sorted(path for path in directory.iterdir() if path.suffix.lower() == ".gguf"):
             part = PART_NAME.fullmatch(path.name)
             if not path.name.startswith(".") and (part is None or int(part["number"]) == 1):
                 yield path

@@ -16,6 +16,7 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import AwaitingWorkers, Report
 from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
+from llamaclust.core.sizes import counted
 from llamaclust.core.this_machine import one_of_each_interface
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
@@ -124,7 +125,9 @@ class StaticLauncher(Launcher):
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
         joins = " ".join(f"--join {address}" for address in addresses)
         command = f"llamaclust worker {'--discover' if self._config.join.discover else joins} --name NAME"
-        which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
+        which = (
+            counted(len(self._config.workers), "worker") if self._names is None else f"workers {', '.join(self._names)}"
+        )
         if self.authority is None:
             return [INSECURE, f"waiting for {which}; on each machine:", f"  {command} --insecure", _GPU]
         copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"

@@ -111,7 +111,7 @@ def test_a_models_path_may_have_any_characters(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "names", [["m.gguf"], ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], [".n.gguf", "m.gguf"]]
+    "names", [["m.gguf"], ["m.GGUF"], ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], [".n.gguf", "m.gguf"]]
 )
 def test_a_folder_with_one_model_is_that_model(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,7 @@ _ADMISSION = [
     str,
     str,
     str,
+    str,
     float,
     float,
     str,
@@ -68,6 +69,7 @@ class RequestIdentity:
     seed: int  # where the body has none
     created: int  # Unix time in seconds, part of replies
     owner: str = ""  # digest of the API key, others may not read the reply; "": no key was needed
+    client: str = ""  # its share of the machine is used: digest of the API key, or an address where keys are not needed
     conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
     idempotency_key: str = ""
     scales: AdapterScales = ()  # where the body chooses no adapters
@@ -118,6 +120,7 @@ def admission_line(admission: Admission) -> bytes:
         identity.seed,
         identity.created,
         identity.owner,
+        identity.client,
         identity.conversation,
         identity.idempotency_key,
         identity.traceparent,
@@ -227,7 +230,7 @@ class _Request:
 def _admission(fields: Sequence[Any], body: bytes) -> Admission:
     if [type(value) for value in fields] != _ADMISSION:
         raise TypeError("other fields than those of an admission")
-    request_id, seed, created, owner, conversation, idempotency_key, traceparent, tracestate, *more = fields
+    request_id, seed, created, owner, client, conversation, idempotency_key, traceparent, tracestate, *more = fields
     endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, has_grammar, *last = more
     earlier, scales, adapters = last
     identity = RequestIdentity(
@@ -235,6 +238,7 @@ def _admission(fields: Sequence[Any], body: bytes) -> Admission:
         seed=seed,
         created=created,
         owner=owner,
+        client=client,
         conversation=conversation,
         idempotency_key=idempotency_key,
         scales=tuple((int(number), float(scale)) for number, scale in scales),

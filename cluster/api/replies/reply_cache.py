@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -13,7 +14,6 @@ from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.sharing.shares import fits
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -28,10 +28,14 @@ class _Name(Enum):
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
-    owner: str  # whose share it is in
     path: str  # of its endpoint
     digest: bytes  # of its request
     body_bytes: int
+
+    @property
+    def client(self) -> str:
+        """Has the share that it is in."""
+        return self.kept.ticket.identity.client
 
     @property
     def held_bytes(self) -> int:
@@ -47,21 +51,21 @@ class ReplyCache:
         self._journal = journal
         self._entries: dict[str, _Entry] = {}
         self._ids: dict[tuple[str, _Name, str], str] = {}  # by owner and name
-        self._held_bytes: Counter[str] = Counter()  # by owner
+        self._held_bytes: Counter[str] = Counter()  # by client
         self._replies: Counter[str] = Counter()  # likewise
         self._ending = TaskSet()
 
     def add(
         self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool, is_background: bool = False
     ) -> KeptReply:
-        """HttpError where the current owner has no room."""
-        owner = current_owner.get()
+        """HttpError where the client has no room."""
+        client = ticket.identity.client
         body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
-        self._make_room(owner, body_bytes)
+        self._make_room(client, body_bytes)
         kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed, is_background=is_background)
-        self._entries[ticket.id] = _Entry(kept, owner, path, _digest(path, body), body_bytes)
-        self._held_bytes[owner] += body_bytes
-        self._replies[owner] += 1
+        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
+        self._held_bytes[client] += body_bytes
+        self._replies[client] += 1
         for name in _names(ticket):
             self._ids[name] = ticket.id
         return kept
@@ -74,10 +78,10 @@ class ReplyCache:
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket
         if (entry := self._entries.pop(ticket.id, None)) is not None:
-            self._held_bytes[entry.owner] -= entry.held_bytes
-            self._replies[entry.owner] -= 1
-            if not self._replies[entry.owner]:
-                del self._replies[entry.owner], self._held_bytes[entry.owner]
+            self._held_bytes[entry.client] -= entry.held_bytes
+            self._replies[entry.client] -= 1
+            if not self._replies[entry.client]:
+                del self._replies[entry.client], self._held_bytes[entry.client]
         for name in _names(ticket):
             if self._ids.get(name) == ticket.id:
                 del self._ids[name]
@@ -114,20 +118,52 @@ class ReplyCache:
             self._journal.completed(kept.ticket.id)
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """See `ReplyOwner`. Where an owner's are too much, its complete ones that are not read give way; then the
-        largest fail of those that run, first those that are not read, of the owner with the most."""
+        """See `ReplyOwner`. Where a client's replies, or those of all, are too much, complete ones that are not read
+        give way; then the largest fail of those that run, first those that are not read. Of all clients' replies, those
+        of the client with the most go first."""
         if (entry := self._entries.get(kept.ticket.id)) is None:
             return
-        self._held_bytes[entry.owner] += more_bytes
-        self._evict(entry.owner)
-        while (owner := self._largest_owner()) is not None:
-            running = [other for other in self._of(owner) if other.is_running and other.held_bytes]
-            largest = max(running, key=lambda other: (not other.is_read, other.held_bytes), default=None)
-            if largest is None:
-                return
+        self._held_bytes[entry.client] += more_bytes
+        if more_bytes > 0:
+            while (large := self._too_large(entry.client)) and (
+                self._evict(large, self._held_bytes) or self._fail(large)
+            ):
+                pass
+
+    def _too_large(self, client: str) -> list[_Entry]:
+        """The replies of which some have to go: the client's, or all."""
+        most = self._settings.max_kept_bytes
+        if self._held_bytes[client] > most:
+            clients: Collection[str] = (client,)
+        elif self._held_bytes.total() > 2 * most:
+            clients = self._held_bytes
+        else:
+            return []
+        return [entry for entry in self._of(clients) if entry.held_bytes]
+
+    def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
+        """Removes the first that gives way, of the client for which most is held; False where none does."""
+        giving = (entry for entry in entries if entry.kept.gives_way)
+        entry = max(giving, key=lambda entry: held[entry.client], default=None)
+        if entry is not None:
+            self.remove(entry.kept)
+            self._ending.start(entry.kept.aclose())  # its timer would hold it for as long as it is kept
+        return entry is not None
+
+    def _fail(self, entries: Iterable[_Entry]) -> bool:
+        """Ends one that runs; False where none does."""
+        running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
+        largest = max(running, key=self._failure_rank, default=None)
+        if largest is not None:
             most = self._settings.max_kept_bytes >> 20
             what = f"kept replies are larger than {most} MiB together, and this one was large and not read"
-            largest.fail(HttpError(500, "reply_too_large", f"{what}; read replies sooner, or ask for less at once"))
+            error = HttpError(500, "reply_too_large", f"{what}; read replies sooner, or ask for less at once")
+            largest.kept.fail(error)
+        return largest is not None
+
+    def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
+        """The highest fails first."""
+        return self._held_bytes[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     def named(self, owner: str, name: str) -> KeptReply | None:
         """By its id, the id with a prefix as in a reply, or its client's name for it."""
@@ -154,42 +190,25 @@ class ReplyCache:
             raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
         return entry.kept
 
-    def _make_room(self, owner: str, body_bytes: int) -> None:
-        """For one more. HttpError where those that do not give way are too much."""
-        self._evict(owner, body_bytes, 1)
-        if not self._has_room(owner, body_bytes, 1):
-            what = f"{self._replies[owner]} kept replies of {self._held_bytes[owner] >> 20} MiB"
-            raise HttpError(503, "server_busy", f"the server is busy with {what}; try again", {"Retry-After": "5"})
-
-    def _evict(self, owner: str, more_bytes: int = 0, more_replies: int = 0) -> None:
-        """Replies of the owner that are complete or postponed, and not read, give way as needed, the oldest first."""
-        if self._has_room(owner, more_bytes, more_replies):
-            return
-        for kept in self._of(owner):
-            if kept.gives_way:
-                self.remove(kept)
-                self._ending.start(kept.aclose())  # its timer would hold it for as long as it is kept
-                if self._has_room(owner, more_bytes, more_replies):
-                    return
-
-    def _has_room(self, owner: str, more_bytes: int = 0, more_replies: int = 0) -> bool:
-        """Kept replies of one owner take no room from others, see `fits`."""
+    def _make_room(self, client: str, body_bytes: int) -> None:
+        """For one more reply, see `fits`. Complete ones of the client give way as needed, or of one that has more;
+        HttpError where that is not enough."""
         settings = self._settings
-        own_bytes, held_bytes = self._held_bytes[owner], self._held_bytes.total()
-        own, held = self._replies[owner], len(self._entries)
-        return fits(own_bytes, held_bytes, settings.max_kept_bytes, more_bytes) and fits(
-            own, held, settings.max_kept_replies, more_replies
-        )
+        for held, room, more in (
+            (self._held_bytes, settings.max_kept_bytes, body_bytes),
+            (self._replies, settings.max_kept_replies, 1),
+        ):
+            while not fits(own := held[client], held.total(), room, more):
+                takes_own = own + more > room
+                larger = {other for other, count in held.items() if count > own and not takes_own}
+                if not self._evict(self._of({client, *larger}), held):
+                    what = f"{self._replies[client]} kept replies of {self._held_bytes[client] >> 20} MiB"
+                    busy = f"the server is busy with {what}; try again"
+                    raise HttpError(503, "server_busy", busy, {"Retry-After": "5"})
 
-    def _largest_owner(self) -> str | None:
-        """The owner with the most bytes, where these, or those of all owners together, are too many."""
-        most = self._settings.max_kept_bytes
-        owner = max(self._held_bytes, key=self._held_bytes.__getitem__, default="")
-        return owner if self._held_bytes[owner] > most or self._held_bytes.total() > 2 * most else None
-
-    def _of(self, owner: str) -> list[KeptReply]:
+    def _of(self, clients: Collection[str]) -> list[_Entry]:
         """The oldest first."""
-        return [entry.kept for entry in self._entries.values() if entry.owner == owner]
+        return [entry for entry in self._entries.values() if entry.client in clients]
 
 
 def _names(ticket: Ticket) -> list[tuple[str, _Name, str]]:

@@ -135,7 +135,7 @@ class Restoring:
         """In a task of its own: its sequences belong to the trace of the request that was admitted."""
         kept, admission = restored.kept, restored.request.admission
         identity = admission.identity
-        current_owner.set(identity.owner)
+        current_owner.set(identity.client)
         current_trace.set(TraceContext.parse([identity.traceparent], [identity.tracestate]))
         endpoint = self._endpoints.get(admission.endpoint)
         if endpoint is None:

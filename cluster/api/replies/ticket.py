@@ -16,6 +16,7 @@ from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
+from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.text.stream import Record
 from llamaclust.core.errors import WorkerError
@@ -79,6 +80,7 @@ class Ticket:
             seed=draw_seed(),
             created=int(time.time()),
             owner=owner(headers, api_keys),
+            client=current_owner.get(),
             conversation=_name(headers, "x-conversation-id"),
             idempotency_key=_name(headers, "idempotency-key"),
             scales=scales,

@@ -22,7 +22,6 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
-from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
@@ -149,8 +148,8 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         await until(lambda: [request.is_sent for request in left()] == [True])
 
 
-def kept_in(cache: ReplyCache, name: str) -> KeptReply:
-    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1))
+def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
+    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1, client=client))
     return cache.add(ticket, PATHS[0], b"", is_streamed=True)
 
 
@@ -226,8 +225,7 @@ async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, A
     cache = ReplyCache(ApiSettings(**bounds), None)
 
     async def keep(owner: str, name: str) -> KeptReply:
-        current_owner.set(owner)
-        kept = kept_in(cache, name)
+        kept = kept_in(cache, name, owner)
         reply = CompleteReply(1)
         await kept.begin(reply)
         await until(lambda: kept.gives_way)
@@ -249,8 +247,7 @@ async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
     cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
     sizes = {"a20": 20, "b12": 12, "c5": 5, "d3": 3, "a4": 4, "b15": 15, "c15": 15, "d20": 20}
     for name in sizes:
-        current_owner.set(name[0])
-        kept[name] = kept_in(cache, name)
+        kept[name] = kept_in(cache, name, name[0])
     for name, events in sizes.items():
         reply = kept[name]
         await reply.begin(LongReply(events))
@@ -261,6 +258,56 @@ async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
 
 def _has_grown(reply: KeptReply, events: int) -> bool:
     return reply.held_bytes >= events * 1000 or not reply.is_running
+
+
+async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> None:
+    """Of the client with the most first, the oldest first; together they have at most twice the room of one."""
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    for number in range(8):
+        for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
+            kept[name] = kept_in(cache, name, f"client {number}")
+            await kept[name].begin(CompleteReply(events))
+            await until(lambda name=name: kept[name].gives_way)  # type: ignore[misc]
+    running = kept_in(cache, "running", "running")
+    await running.begin(LongReply(30))
+    await until(partial(_has_grown, running, 30))
+    assert running.is_running
+    assert sum(entry.held_bytes for entry in cache._entries.values()) <= 80_000
+    left = {name for name in kept if cache.named("", name) is not None}
+    assert {"0 old", "0 new", "1 old", "1 new"} <= left and not {"7 old", "6 old"} & left
+    await cache.aclose()
+
+
+@pytest.mark.parametrize(("own", "others"), [(37, (20, 20)), (30, (39,)), (20, (19, 19, 19))])
+async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
+    own: int, others: tuple[int, ...]
+) -> None:
+    """They grow to their ends while all together have room."""
+    cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), list[KeptReply]()
+    complete = kept_in(cache, "complete", "a")
+    await complete.begin(CompleteReply(5))
+    await until(lambda: complete.gives_way)
+    each = {f"other {number}": events for number, events in enumerate(others)} | {"a": own - 8}
+    for client, events in each.items():
+        reply = kept_in(cache, client, client)
+        await reply.begin(LongReply(events * 4 // 5))
+        await until(partial(_has_grown, reply, events * 4 // 5))
+        running.append(reply)
+    assert all(reply.is_running for reply in running) and cache.named("", "complete") is complete
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("clients", [2, 3, 7])
+async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room(clients: int) -> None:
+    cache = ReplyCache(ApiSettings(max_kept_bytes=40_000), None)
+    for number in range(200):
+        reply = kept_in(cache, f"id{number}", f"client {number % clients}")
+        await reply.begin(CompleteReply(1))
+        await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
+    ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"))
+    kept = cache.add(ticket, PATHS[0], b"x" * 10_000, is_streamed=True)
+    assert cache.named("", "new") is kept
+    await cache.aclose()
 
 
 async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:

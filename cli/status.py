@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ _END_S = 10.0
 _EVERY_S = 1.0
 _WIDE = 200
 _RECOVERIES = 4
+_ASKED_AT_ONCE = 16
 State = dict[str, Any]
 
 
@@ -78,12 +80,13 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
                 if not watch or not cluster.has_ended:
                     raise
                 break
+            shown = terminal.printable_values(state)
             if live is not None:
-                live.update(_view(state), refresh=True)
+                live.update(_view(shown), refresh=True)
             elif as_json or watch:
-                print(json.dumps(state) if as_json else _line(state), flush=True)
+                print(json.dumps(state) if as_json else _line(shown), flush=True)
             else:
-                console.print(_view(state))
+                console.print(_view(shown))
             if not watch:
                 return
             time.sleep(_EVERY_S)
@@ -92,13 +95,14 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
     """Prints a line for each of several clusters; one that does not answer has its error there."""
-    states = [_state_or_error(record) for _, record in clusters]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
         print(json.dumps({"clusters": states}))
         return
-    for state in states:
+    for state in terminal.printable_values(states):
         if "error" in state:
-            print(terminal.printable(state["error"]))
+            print(state["error"])
         else:
             print(f"{next(_head(state))}; {_requests_text(state)}, workers: {len(state['workers'])}")
     sys.stdout.flush()
@@ -134,19 +138,19 @@ def _view(state: State) -> Group:
     workers = state["workers"]
     lines = (*_quarantine_lines(workers), *gpu_lines(workers), *_kv_disk_lines(workers))
     below = (Text(line) for line in lines)
-    absent = (Text(f"absent: {terminal.printable(', '.join(state['absent']))}") for _ in state["absent"][:1])
+    absent = (Text(f"absent: {', '.join(state['absent'])}") for _ in state["absent"][:1])
     return Group(*(Text(line) for line in _head(state)), _workers(workers), *below, *absent)
 
 
 def _head(state: State) -> Iterator[str]:
     """All but the workers."""
-    model, models = terminal.printable(state["model"]), state.get("models", ())
+    model, models = state["model"], state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
     yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
     if state["insecure"]:
         yield "INSECURE: links between machines are neither encrypted nor authenticated"
     if state["reason"] is not None:
-        yield terminal.printable(state["reason"])
+        yield state["reason"]
     yield f"requests: {_requests_text(state)}"
     if len(models) > 1:
         yield f"models: {', '.join(map(_model, models))}"
@@ -173,7 +177,7 @@ def _requests_text(state: State) -> str:
 def _model(model: State) -> str:
     """Its state, and the requests that it has."""
     counts = ", ".join(f"{count} {what}" for what, count in model["requests"].items() if count)
-    return f"{terminal.printable(model['name'])} {model['state']}{f' ({counts})' if counts else ''}"
+    return f"{model['name']} {model['state']}{f' ({counts})' if counts else ''}"
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
@@ -181,7 +185,7 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"
-            reason = terminal.printable(quarantine["reason"])
+            reason = quarantine["reason"]
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
 
@@ -192,7 +196,7 @@ def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
             held = [_device_layers(part) for part in worker["device_layers"]]
             yield f"{worker['name']}: {placed(held)}"
         for gpu in worker.get("gpus", ()):
-            name = terminal.printable(gpu["name"])
+            name = gpu["name"]
             taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB
             unused = f"; unused: {gpu['unused']}" if gpu.get("unused") else ""
             total = gpu["total_bytes"] / MIB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from enum import StrEnum
+from typing import Any
 
 from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import decode_text
@@ -37,6 +38,15 @@ def printable(text: str) -> str:
     """One line, in which whatever cannot be printed stands as its escape."""
     line = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def printable_values(value: Any) -> Any:
+    """JSON's value with all of its texts `printable`, keys as well."""
+    if isinstance(value, dict):
+        return {printable(key): printable_values(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [printable_values(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def print_error(message: object) -> None:

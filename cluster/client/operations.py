@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from time import monotonic
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from llamaclust.cluster.client.http import http_options
-from llamaclust.cluster.client.http_codec import reply_error
+from llamaclust.cluster.client.http_codec import field_of, reply_error
 from llamaclust.cluster.client.trust import explain_refusal
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError, ProtocolError
 
+_Value = TypeVar("_Value")
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
 """The coordinator gives up a little earlier, and says why."""
+_MOST_BYTES = 16 << 20
+_STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
+"""Fields by which the state of a cluster is told from what another program answers."""
 
 
 class ClusterApi:
@@ -44,13 +49,15 @@ class ClusterApi:
 
     def status(self) -> dict[str, Any]:
         """The `status` part of GET /cluster."""
-        state: dict[str, Any] = self._request("GET", "/cluster")["status"]
+        state: dict[str, Any] = self._field(self._request("GET", "/cluster"), "status", dict)
+        if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
+            raise ProtocolError(f"{self._where}: another program than llamaclust answers there")
         return state
 
     def context_length(self) -> int:
         """Tokens that one sequence may have."""
-        tokens: int = self._request("GET", "/props")["default_generation_settings"]["n_ctx"]
-        return tokens
+        settings: dict[str, Any] = self._field(self._request("GET", "/props"), "default_generation_settings", dict)
+        return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
         """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
@@ -63,26 +70,41 @@ class ClusterApi:
     def log(self, worker: str) -> tuple[int, list[str]]:
         """(how many lines its process wrote before, the last ones)."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
-        return tail["before"], tail["lines"]
+        return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
         """Those that are open and the last ones that ended, the oldest first."""
-        found: list[dict[str, Any]] = self._request("GET", "/cluster/requests")["requests"]
-        return found
+        return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
         """Of each sequence of a request, by its id or the first 4 characters or more of that."""
-        found: list[dict[str, Any]] = self._request("GET", f"/cluster/requests/{quote(request, safe='')}")["requests"]
-        return found
+        return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
-    def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> dict[str, Any]:
+    def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
         try:
-            answer = self._client.request(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s))
+            return field_of(body, name, kind)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self._where}: {error}") from error
+
+    def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> bytes:
+        try:
+            with self._client.stream(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s)) as answer:
+                body = self._body(answer, monotonic() + read_s)
         except httpx.HTTPError as error:
             refusal = explain_refusal(self._where, error)
             raise LlamaclustError(refusal or f"{self._where} does not answer: {error}") from error
         if answer.status_code == httpx.codes.OK:
-            body: dict[str, Any] = answer.json()
             return body
-        failure = reply_error(answer.status_code, None, answer.content)
+        failure = reply_error(answer.status_code, None, body)
         raise type(failure)(f"{self._where}: {failure}")
+
+    def _body(self, answer: httpx.Response, end_s: float) -> bytes:
+        """The whole body. ProtocolError where it is too large, or comes too slowly."""
+        body = bytearray()
+        for part in answer.iter_bytes():
+            body += part
+            if len(body) > _MOST_BYTES:
+                raise ProtocolError(f"{self._where}: an answer of more than {_MOST_BYTES >> 20} MiB")
+            if monotonic() > end_s:
+                raise ProtocolError(f"{self._where}: the rest of an answer does not come")
+        return bytes(body)

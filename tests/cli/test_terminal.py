@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cli.progress import ready_text
-from llamaclust.cli.terminal import print_error, printable
+from llamaclust.cli.terminal import print_error, printable, printable_values
 from llamaclust.cluster.state.events import Ready
 from support.clusters.scripted_command import command, scripted, terminal
 from support.models.tiny_model import build_tiny_model
@@ -102,3 +102,9 @@ async def test_a_name_that_is_too_long_is_bad_usage(arguments: tuple[str, ...]) 
     ended = await command(*(argument.replace("LONG", "x" * 4000) for argument in arguments))
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1 and len(ended.err) < 500
+
+
+def test_texts_of_a_foreign_server_control_no_terminal() -> None:
+    value = {"na\x1bme": ["re\x1b[2Jady\a", {"x": "a\u202eb\x9b5m"}, 7, None, True]}
+    shown = printable_values(value)
+    assert shown == {"na\\x1bme": ["re\\x1b[2Jady\\x07", {"x": "a\\u202eb\\x9b5m"}, 7, None, True]}

@@ -122,7 +122,7 @@ class SequenceQueues:
             return
         if len(self.running) < self.max_running and not self.memory.lacks_blocks(first):
             return
-        self.preempt(gives_way(self.running, running))
+        self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
         """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
@@ -132,7 +132,7 @@ class SequenceQueues:
         if sequence.is_running:
             return
         while len(self.running) >= self.max_running or not self.memory.admit(sequence, 0):
-            self.preempt(self.running[-1])
+            self._preempt_one()
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
@@ -161,14 +161,14 @@ class SequenceQueues:
         return self._admit(sequence)
 
     def grow(self, sequence: Sequence) -> None:
-        """Gives a sequence the block it needs by preempting the youngest, which may be the sequence itself."""
+        """Gives a sequence the block it needs by preempting others or itself, see `gives_way`."""
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
-            self.preempt(self.running[-1])
+            self._preempt_one()
 
     def extend(self, sequence: Sequence) -> None:
         """Likewise the blocks for tokens that its grammar has forced."""
         while sequence.phase is _PREFILL and not self.memory.extend(sequence):
-            self.preempt(self.running[-1])
+            self._preempt_one()
 
     def take_released(self) -> tuple[int, ...]:
         """The keys that were released since the last call."""
@@ -202,6 +202,9 @@ class SequenceQueues:
             self.memory.release(sequence)
             sequence.phase = Phase.WAITING
             self.waiting.appendleft(sequence)
+
+    def _preempt_one(self) -> None:
+        self.preempt(gives_way(self.running, Running.of(self.running)))
 
     def preempt(self, sequence: Sequence) -> None:
         self.put_back(sequence)

@@ -147,6 +147,7 @@ def _rows_find_the_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         grammar = Grammar("{}") if source.random() < 0.5 else None  # rows without one are never deferred
         first = None if grammar else source.choice([None, 5])
         request = GenerationRequest("r", prompt, tokens, seed=number, score_from=first, grammar=grammar)
+        request = replace(request, owner=source.choice("aab"))
         answer = expected(request, run.scheduler.settings.max_sequence_tokens)[0]
         texts.append([*prompt, *(row.token for row in answer)])
         requests[run.add(request)] = request

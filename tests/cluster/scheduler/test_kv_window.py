@@ -173,9 +173,10 @@ def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> No
     assert all_is_given_back(run)
 
 
-def test_growth_preempts_where_window_blocks_are_short() -> None:
+@pytest.mark.parametrize("owners", ["aaaa", "aaab", "abbb", "abab"])
+def test_growth_preempts_where_window_blocks_are_short(owners: str) -> None:
     run = simulation(100, free=3, max_sequences=4)
-    requests = [generation(20, 150, start) for start in range(4)]
+    requests = [replace(generation(20, 150, start), owner=owner) for start, owner in enumerate(owners)]
     keys = [run.add(request) for request in requests]
     run.finish()
     for key, request in zip(keys, requests, strict=True):

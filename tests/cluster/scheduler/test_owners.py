@@ -88,6 +88,34 @@ def test_an_owner_whose_requests_run_displaces_no_others() -> None:
     assert run.scheduler.counts.preemptions == 0
 
 
+@pytest.mark.parametrize("others", [1, 2, 3])
+@pytest.mark.parametrize("group", ["", "choices"])
+@pytest.mark.parametrize("blocks", [24, 30, 40])
+def test_contexts_that_grow_displace_no_other_owner(others: int, group: str, blocks: int) -> None:
+    """The owner with the most gives up its own, also where another one's is younger; all tokens are as if alone."""
+    print(f"seed {SEED}")
+    settings = SchedulerSettings("m", VOCABULARY, CONTEXT, blocks, max_sequences=8, max_waiting=300)
+    run = Simulation(Scheduler(settings, 1, 2), FakeStages(FakeModel(blocks), [linear(100, 10)] * 2, 1000))
+    many = [request(number, "a", 150, group) for number in range(6)]
+    keys = [run.add(one) for one in many]
+    for _ in range(20):
+        run.step()
+    later = [request(number, f"other {number}", 120) for number in range(others)]
+    later_keys = [run.add(one) for one in later]
+    preempted, preempt = list[tuple[str, int]](), run.scheduler.queues.preempt
+
+    def noting(sequence: Sequence) -> None:
+        owners = [other.request.owner for other in run.scheduler.queues.running]
+        preempted.append((sequence.request.owner, owners.count("a")))
+        preempt(sequence)
+
+    run.scheduler.queues.preempt = noting  # type: ignore[method-assign]
+    run.finish()
+    assert preempted and not [owner for owner, most in preempted if owner != "a" and most > 1]
+    for key, one in zip([*keys, *later_keys], [*many, *later], strict=True):
+        assert run.rows(key) == expected(one, CONTEXT)[0]
+
+
 @pytest.mark.parametrize(
     ("running", "free"),
     [

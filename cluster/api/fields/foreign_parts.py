@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from llamaclust.cluster.api.schema import Leniency
 
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
 """Words in the types of parts that are no text."""
-_HOW: Final = ("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature")
-_WHAT: Final = ("data", "result", "image_url", "file_data", "encrypted_content", "encrypted_index")
-_UNREADABLE: Final = frozenset({*_HOW, *_WHAT})
+_OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
+"""Fields of an item that say nothing to a model. What a tool was asked or found may have fields of the same names."""
+_ENCRYPTED: Final = "encrypted_"
+_BYTES: Final = ("data", "result", "image_url", "file_data")
+_BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
 _MOST_CHARACTERS: Final = 4000
 
 
@@ -39,17 +42,36 @@ def leave_out(place: str, kind: str, context: object) -> None:
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
     """Returns a text of what another server's tool was asked or found, without what only that server can read."""
-    return f"[{kind}: {readable(fields)}]"
+    return f"[{kind}: {item_text(fields)}]"
+
+
+def item_text(item: Mapping[str, Any]) -> str:
+    """JSON of an item without its own fields that say nothing to a model, cut where it is long."""
+    kept = {name: _readable(value) for name, value in _without_bytes(item) if name not in _OF_ITEMS}
+    return _cut({name: value for name, value in kept.items() if value not in (None, [], {})})
 
 
 def readable(value: Any) -> str:
-    """JSON of a value, cut where it is long."""
-    text = json.dumps(_readable(value), ensure_ascii=False)
+    """JSON of a value without encrypted texts and the bytes of media, cut where it is long."""
+    return _cut(_readable(value))
+
+
+def _cut(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
 
 
 def _readable(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {name: _readable(item) for name, item in value.items() if name not in _UNREADABLE}
-        return {name: item for name, item in kept.items() if item not in (None, [], {})}
+        return {name: _readable(item) for name, item in _without_bytes(value)}
     return [_readable(item) for item in value] if isinstance(value, list) else value
+
+
+def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Fields of an object that are neither encrypted nor, where it is a picture, sound or a file, base64."""
+    kind = str(fields.get("type"))
+    has_media = kind == "base64" or is_media(kind)
+    for name, value in fields.items():
+        is_base64 = has_media and name in _BYTES and isinstance(value, str) and _BASE64.fullmatch(value)
+        if not is_base64 and not name.startswith(_ENCRYPTED):
+            yield name, value

@@ -7,7 +7,14 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from llamaclust.cluster.api.fields.foreign_parts import is_media, leave_out, media_text, readable, tool_text
+from llamaclust.cluster.api.fields.foreign_parts import (
+    is_media,
+    item_text,
+    leave_out,
+    media_text,
+    readable,
+    tool_text,
+)
 from llamaclust.cluster.api.openai.function_tools import TEXT_ARGUMENT, flat_name
 from llamaclust.cluster.api.openai.responses.tools import BUILT_IN
 
@@ -131,7 +138,7 @@ def _function(item: Item) -> dict[str, str]:
     if built_in is not None:
         given = {key: given[key] for key in built_in.properties if given.get(key) is not None}
         return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
-    return {"name": name, "arguments": readable(given)}
+    return {"name": name, "arguments": item_text(given)}
 
 
 def _other_message(item: Item) -> dict[str, Any]:
@@ -196,7 +203,7 @@ def _output(kind: str, value: dict[str, Any], context: object) -> str | list[Ite
     if isinstance(inner, str) and is_media(inner):
         return media_text(inner, context)
     rest = {name: item for name, item in value.items() if name != "output"}
-    return readable(rest if output is None else output)
+    return item_text(rest) if output is None else readable(output)
 
 
 def _is_part(part: Any) -> bool:

@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -137,7 +138,7 @@ async def test_allowed_tools_may_name_hosted_ones() -> None:
 
 
 ITEMS: list[tuple[dict[str, Any], str]] = [
-    ({"type": "web_search_call", "id": "ws", "action": {"type": "search", "query": "pandas"}}, '{"query": "pandas"}'),
+    ({"type": "web_search_call", "id": "ws", "action": {"type": "search", "query": "pandas"}}, '"query": "pandas"}'),
     ({"type": "file_search_call", "queries": ["bamboo"], "results": None}, '["bamboo"]'),
     ({"type": "code_interpreter_call", "code": "1 + 1", "outputs": []}, "1 + 1"),
     (
@@ -194,3 +195,34 @@ async def test_blocks_with_text(block: dict[str, Any], role: str, text: str) -> 
     messages = [*said({"type": "text", "text": "Hi"}), *said(block, role=role), *said({"type": "text", "text": "And?"})]
     reply, prompt = await post(MESSAGES, messages=messages)
     assert reply.status_code == 200 and text in prompt, reply.text
+
+
+ASKED = {"id": 42, "status": "open", "type": "bug", "data": "YWJj", "result": [1], "title": "t", "none": None}
+
+
+@pytest.mark.parametrize(
+    ("block", "kept"),
+    [
+        ({"type": "mcp_tool_use", "id": "s", "name": "find", "input": ASKED}, ASKED),
+        ({"type": "mcp_tool_result", "tool_use_id": "s", "content": [{"type": "text", "status": "open"}]}, "open"),
+        ({"type": "web_fetch_tool_result", "content": {"source": {"type": "text", "data": "Once"}}}, "Once"),
+        ({"type": "bash_tool_result", "content": {"type": "result", "result": {"call_id": 7}}}, {"call_id": 7}),
+    ],
+)
+async def test_fields_of_what_a_tool_was_asked_or_found_are_kept(block: dict[str, Any], kept: Any) -> None:
+    messages = [*said({"type": "text", "text": "Hi"}), *said(block, role="assistant")]
+    _, prompt = await post(MESSAGES, messages=[*messages, *said({"type": "text", "text": "And?"})])
+    assert json.dumps(kept) in prompt and "tool_use_id" not in prompt
+
+
+async def test_encrypted_texts_and_bytes_of_media_are_left_out_at_any_depth() -> None:
+    found = [
+        {"title": "Zoo", "encrypted_content": "c2VjcmV0", "encrypted_index": "aW5kZXg="},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0K"}},
+        {"type": "input_image", "image_url": "data:image/png;base64,R0lGODlh"},
+    ]
+    block = {"type": "web_search_tool_result", "tool_use_id": "s", "content": found}
+    messages = [*said({"type": "text", "text": "Hi"}), *said(block, role="assistant")]
+    _, prompt = await post(MESSAGES, messages=[*messages, *said({"type": "text", "text": "And?"})])
+    assert "Zoo" in prompt and "image/png" in prompt
+    assert not any(text in prompt for text in ("c2VjcmV0", "aW5kZXg=", "iVBORw0K", "R0lGODlh"))

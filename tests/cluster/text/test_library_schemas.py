@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 
 from llamaclust.cluster.text.chat import ToolMode
 from llamaclust.model.grammars.checker import GrammarChecker
-from support.busy_machine import busy_machine
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
 from support.chat.library_schemas import LIBRARIES, Part, tool_schema
 from support.paths import DATA
@@ -54,8 +52,8 @@ async def test_a_thousand_tools_of_libraries(checker: GrammarChecker) -> None:
         found = allows(grammar, *(call(name, json.dumps(value, ensure_ascii=False)) for name, value in values))
         for (name, value), is_allowed in zip(values, found, strict=True):
             part = parts[name]
-            is_free = "tool" in part.unobeyed and value == part.bad is not None
-            assert is_allowed is (value == part.good or is_free), (part, value)
+            is_free = "tool" in part.unobeyed  # any object is then allowed
+            assert is_allowed is (value == part.good or (is_free and isinstance(value, dict))), (part, value)
     assert named == {name for name, part in parts.items() if part.unobeyed}, "the others are obeyed"
 
 
@@ -93,18 +91,6 @@ async def test_a_thousand_recorded_tools(checker: GrammarChecker) -> None:
     keywords = Counter(place.rpartition(".")[2] for place in named)
     assert all(place.count(".") > 1 for place in named), "none as a whole"
     assert keywords == UNOBEYED
-
-
-async def test_verdicts_on_recorded_tools_are_the_same_on_a_busy_machine() -> None:
-    schemas, found = [schema for *_, schema in recorded()][::4], []
-    for is_busy in (False, True):
-        checker = GrammarChecker(TOKENIZER)
-        try:
-            with busy_machine() if is_busy else nullcontext():
-                found.append(await unobeyed(checker, schemas))
-        finally:
-            checker.close()
-    assert found[0] == found[1]
 
 
 async def test_a_thousand_tools_in_one_request(checker: GrammarChecker) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
@@ -63,6 +65,7 @@ async def verdicts(checker: GrammarChecker, grammars: list[Grammar]) -> list[str
     return [await verdict(grammar) for grammar in grammars]
 
 
+@pytest.mark.alone
 def test_verdicts_near_the_limits_are_the_same_on_a_busy_machine() -> None:
     grammars, found = grid(), []
     assert len(grammars) >= 60

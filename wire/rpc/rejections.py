@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llamaclust.core.bounds import one_line
 from llamaclust.wire.rpc.silent_connections import MAX_SILENT_OF_HOST, SilentConnections
@@ -47,7 +49,8 @@ class Handshakes:
         self._due_s = limit_s + _TOLD_S
         self._refusals = refusals
         self._loop = asyncio.get_running_loop()
-        self._callers: OrderedDict[str, None] = OrderedDict()
+        self._calls = Counter[str]()  # under way, by caller
+        self._callers: OrderedDict[str, None] = OrderedDict()  # without one; the last to end is the last
         self._begun = self._due = self._answered = self._told = 0
         self._is_closed = False
         self._silent = SilentConnections()
@@ -77,7 +80,7 @@ class Handshakes:
             while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
                 await asyncio.sleep(_LOOK_S)
                 with contextlib.suppress(OSError):  # no descriptor was free: the next look may find one
-                    callers = frozenset(self._callers)
+                    callers = frozenset((*self._calls, *self._callers))
                     count, left = await asyncio.to_thread(self._silent.close_excess, self.port, callers)
                     closed += count
         finally:
@@ -85,13 +88,23 @@ class Handshakes:
         if closed:
             self._refusals.tell(f"{closed} connections to {self._address}: too many that showed no certificate")
 
-    def done(self, caller: str) -> None:
-        """A call came from `caller`, as gRPC names the connection's other end."""
-        if caller not in self._callers:
+    @contextmanager
+    def call(self, caller: str) -> Iterator[None]:
+        """A call under way from `caller`, as gRPC names the connection's other end: it is known until the call ends,
+        and then as one of a bounded number."""
+        if caller not in self._calls and caller not in self._callers:
             self._answered += 1
-            self._callers[caller] = None
-            if len(self._callers) > _REMEMBERED:
-                self._callers.popitem(last=False)
+        self._callers.pop(caller, None)
+        self._calls[caller] += 1
+        try:
+            yield
+        finally:
+            self._calls[caller] -= 1
+            if not self._calls[caller]:
+                del self._calls[caller]
+                self._callers[caller] = None
+                if len(self._callers) > _REMEMBERED:
+                    self._callers.popitem(last=False)
 
     def _judge(self) -> None:
         self._due += 1

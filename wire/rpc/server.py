@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -165,13 +165,18 @@ class _Entry:
         self._handshakes = handshakes
         self._refusals = refusals
 
+    @contextmanager
+    def call(self, context: Any) -> Iterator[None]:
+        """A call under way, of whoever it is: its connection has shown a certificate."""
+        with self._handshakes.call(context.peer()) if isinstance(self._credentials, Identity) else nullcontext():
+            yield
+
     async def principal(self, context: Any) -> Principal | None:
         """Ends the call of one whose token or certificate will not do."""
         try:
             if isinstance(self._credentials, Identity):
                 from llamaclust.wire.security.tls import peer_principal
 
-                self._handshakes.done(context.peer())
                 return peer_principal(context.auth_context(), self._credentials)
             shown = dict(context.invocation_metadata()).get(TOKEN_KEY)
             if isinstance(self._credentials, ClusterToken) and not self._credentials.matches(shown):
@@ -198,6 +203,10 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
     method, places = METHODS[name], _Places(name, METHODS[name])
 
     async def serve(_: Any, context: Any) -> None:
+        with entry.call(context):
+            await serve_known(context)
+
+    async def serve_known(context: Any) -> None:
         try:
             principal = await entry.principal(context)
             entry.check(method.callers, principal, context)

@@ -170,7 +170,8 @@ async def test_looks_that_find_no_free_descriptor_are_repeated(
     async with asyncio.timeout(20):
         await until(lambda: looks.made > failures + 1)
         for number in range(MAX_SILENT_OF_HOST + 1):
-            handshakes.done(f"ipv4:127.0.0.1:{number}")
+            with handshakes.call(f"ipv4:127.0.0.1:{number}"):
+                pass
         await until(lambda: handshakes._closing is None)
     assert "connections to here:1: too many that showed no certificate" in caplog.text
     handshakes.close()
@@ -212,3 +213,28 @@ def test_the_servers_of_a_process_leave_descriptors_to_files() -> None:
             assert files // 5 < files - 2 * connections_of_server() < files // 3
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("others", [1, 4096, 10_000])
+async def test_a_caller_is_known_while_its_call_is_under_way(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many callers come after it; when it has ended, it is the newest of those that are remembered."""
+    handshakes = Handshakes("here:1", 60.0, RefusalLog(logging.getLogger("looks")))
+    looks: list[Container[str]] = []
+
+    def close_excess(port: int, callers: Container[str]) -> tuple[int, int]:
+        looks.append(callers)
+        return 0, 0
+
+    monkeypatch.setattr(rejections, "_LOOK_S", 0.001)
+    monkeypatch.setattr(handshakes._silent, "close_excess", close_excess)
+    with handshakes.call("first"):
+        for number in range(others):
+            with handshakes.call(f"other {number}"), handshakes.call(f"other {number}"):
+                pass
+        for _ in range(others + MAX_SILENT_OF_HOST + 2):
+            handshakes.begun()
+        async with asyncio.timeout(20):
+            await until(lambda: bool(looks))
+    assert "first" in looks[0] and "first" in handshakes._callers
+    assert len(handshakes._callers) <= 4096 and not handshakes._calls
+    handshakes.close()

@@ -229,10 +229,11 @@ class TemplateBody(ChatFields):
     """`POST /apply-template`."""
 
     def request(self) -> ChatRequest:
+        self.choice.check()
         return ChatRequest(
             self.variables,
-            tools=tuple(self.tools),
+            tools=self.choice.offered,
             variables=self.template_variables,
             end=self.prompt_end,
-            tool_use=self.tool_use,
+            tool_use=self.choice.use,
         )

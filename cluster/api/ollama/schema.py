@@ -10,7 +10,7 @@ from llamaclust.cluster.api.fields.foreign_parts import media_text
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
-from llamaclust.cluster.api.openai.tools import CallField, ToolsField
+from llamaclust.cluster.api.openai.tools import CallField, FunctionsField
 from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
@@ -230,7 +230,7 @@ class OllamaChatBody(AnswerFields):
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)
     """The chat so far; none: the model is loaded, as it always is."""
-    tools: ToolsField = Field(default_factory=list)
+    tools: FunctionsField = Field(default_factory=list)
     """Functions that the model may call."""
 
     @property

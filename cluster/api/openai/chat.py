@@ -10,11 +10,11 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.foreign_fields import CHAT
+from llamaclust.cluster.api.openai.answer_message import MessageDeltas, message_of
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.cluster.api.openai.shapes import ending, row_entry
-from llamaclust.cluster.api.openai.tools import delta_of, message_of
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
@@ -71,18 +71,19 @@ class _ChatShape:
         self.shows_progress = body.return_progress
         self.shows_prompt = body.verbose
         self._reply_id = reply_id
-        self._calling: set[tuple[int, int]] = set()  # choices with calls
+        self._tools = {tool.function_name: tool for tool in body.tools}
+        self._deltas: dict[tuple[int, int], MessageDeltas] = {}  # by prompt and choice
 
     def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
+        self._deltas[prompt, index] = MessageDeltas(f"{self._reply_id} {prompt} {index}", self._tools)
         ids = {"prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
         delta = {"role": "assistant", "content": None}  # clients of llama.cpp read it from the first chunk on
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ids}
 
     def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
         with_rows = chunk.rows and (self._with_logprobs or self._with_ids)
-        delta = delta_of(chunk.events or (ContentText(chunk.text),), f"{self._reply_id} {prompt} {chunk.index}")
-        if "tool_calls" in delta:
-            self._calling.add((prompt, chunk.index))
+        deltas = self._deltas[prompt, chunk.index]
+        delta = deltas.take(chunk.events or (ContentText(chunk.text),))
         if not (delta or with_rows or chunk.finish_reason):
             return None
         return {
@@ -90,7 +91,7 @@ class _ChatShape:
             "delta": delta,
             "logprobs": self._logprobs(chunk.rows) if chunk.rows else None,
             **({"token_ids": chunk.token_ids} if self._with_ids else {}),
-            **_ending(chunk, has_calls=(prompt, chunk.index) in self._calling),
+            **_ending(chunk, has_calls=deltas.has_calls),
         }
 
     def text(self, chunk: TextChunk) -> tuple[str, str] | None:
@@ -101,7 +102,8 @@ class _ChatShape:
 
     def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
         ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.generation.prompt} if self._with_ids else {}
-        message = message_of(answer.events or (ContentText(answer.text),), f"{self._reply_id} {prompt} {answer.index}")
+        choice_id = f"{self._reply_id} {prompt} {answer.index}"
+        message = message_of(answer.events or (ContentText(answer.text),), choice_id, self._tools)
         return {
             "index": answer.index,
             "message": {"role": "assistant", **message, "refusal": None},

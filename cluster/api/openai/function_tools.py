@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
@@ -20,6 +22,26 @@ _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "defini
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
 """Keys of a JSON schema whose values are objects, or any values."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTool:
+    """A tool that the client runs."""
+
+    kind: str  # function, custom, or one that clients know by its type alone
+    name: str  # as its client knows it
+    function: dict[str, Any]  # OpenAI's definition, for the model
+    namespace: str | None = None
+
+    @property
+    def function_name(self) -> str:
+        """The function's name in the prompt and in calls of the model."""
+        return str(self.function["function"]["name"])
+
+    def is_named_by(self, choice: Mapping[str, Any]) -> bool:
+        """Returns whether `tool_choice` names this tool."""
+        named = choice["type"], choice.get("name", choice["type"]), choice.get("namespace")
+        return named == (self.kind, self.name, self.namespace)
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
@@ -63,15 +85,17 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
     """The fields of a function in place of a custom tool, whose only argument is a text. A regular expression binds the
-    text; a Lark grammar is shown to the model alone, and named as without effect."""
+    text; a Lark grammar is shown to the model alone, and named as without effect. Chats have the grammar in an object
+    of its own."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
     if isinstance(form, dict) and form.get("type") == "grammar":
-        definition = form.get("definition")
-        if form.get("syntax") not in ("lark", "regex") or not isinstance(definition, str):
+        grammar = form.get("grammar", form)
+        syntax, definition = map(grammar.get, ("syntax", "definition")) if isinstance(grammar, dict) else (None, None)
+        if syntax not in ("lark", "regex") or not isinstance(definition, str):
             raise ValueError("format: a grammar must have a 'syntax' of lark or regex and a 'definition'")
-        if form["syntax"] == "regex":
+        if syntax == "regex":
             text["pattern"] = f"^(?:{definition})$"
         else:
             leave_out("tools", "custom.format", context)
@@ -84,6 +108,11 @@ def text_of_call(arguments: str) -> str:
     """The text of a custom tool's call. Arguments of another form, as of an answer that was cut, are the text."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
+
+
+def arguments_of_text(text: str) -> str:
+    """The arguments of the function that stands in place of a custom tool."""
+    return json.dumps({TEXT_ARGUMENT: text}, ensure_ascii=False)
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:

@@ -228,7 +228,7 @@ class ChatBody(_Sampling, ChatFields):
 
     def check(self) -> None:
         super().check()
-        self.check_tools()
+        self.choice.check()
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             reason = f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
@@ -242,10 +242,10 @@ class ChatBody(_Sampling, ChatFields):
         return ChatRequest(
             self.variables,
             self._request((), most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs),
-            tuple(self.tools),
+            self.choice.offered,
             self.template_variables,
             self.prompt_end,
-            self.tool_use,
+            self.choice.use,
             self.reasoning_format != "none",
             self.reasoning_budget != 0,
             self.answer_budget,

@@ -60,9 +60,9 @@ async def test_one_call_without_parallel_calls() -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
 async def test_a_choice_that_asks_for_a_call_gets_one_unless_parallel_calls_are_asked_for(choice: Any) -> None:
     body = {**CHAT, "tools": [TOOL], "tool_choice": choice}
-    assert not ChatBody.model_validate(body).tool_use.is_parallel
-    assert ChatBody.model_validate({**body, "parallel_tool_calls": True}).tool_use.is_parallel
-    assert ChatBody.model_validate({**body, "tool_choice": "auto"}).tool_use.is_parallel
+    assert not ChatBody.model_validate(body).choice.use.is_parallel
+    assert ChatBody.model_validate({**body, "parallel_tool_calls": True}).choice.use.is_parallel
+    assert ChatBody.model_validate({**body, "tool_choice": "auto"}).choice.use.is_parallel
     assert len((await message_of(CALL * 2, tools=[TOOL], tool_choice=choice))["tool_calls"]) == 1
 
 

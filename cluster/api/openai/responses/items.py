@@ -15,7 +15,7 @@ from llamaclust.cluster.api.fields.foreign_parts import (
     readable,
     tool_text,
 )
-from llamaclust.cluster.api.openai.function_tools import TEXT_ARGUMENT, flat_name
+from llamaclust.cluster.api.openai.function_tools import arguments_of_text, flat_name
 from llamaclust.cluster.api.openai.responses.tools import BUILT_IN
 
 Item = dict[str, Any]
@@ -130,7 +130,7 @@ def _function(item: Item) -> dict[str, str]:
         case "function_call":
             return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": item["arguments"]}
         case "custom_tool_call":
-            arguments = json.dumps({TEXT_ARGUMENT: item["input"]}, ensure_ascii=False)
+            arguments = arguments_of_text(item["input"])
             return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": arguments}
     name = str(item["type"]).removesuffix(_CALL)
     built_in = BUILT_IN.get(name)

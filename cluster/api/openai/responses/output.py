@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import call_id_of, text_of_call
+from llamaclust.cluster.api.openai.function_tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.api.openai.responses.response import Status
-from llamaclust.cluster.api.openai.responses.tools import BUILT_IN, ClientTool
+from llamaclust.cluster.api.openai.responses.tools import BUILT_IN
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,

@@ -13,50 +13,17 @@ from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.openai.responses.items import Item, read_items
 from llamaclust.cluster.api.openai.responses.response import Details
-from llamaclust.cluster.api.openai.responses.tools import ClientTool, ToolSet, read_tools
+from llamaclust.cluster.api.openai.responses.tools import ToolSet, read_tools
+from llamaclust.cluster.api.openai.tool_choice import MODES, ToolChoice, read_choice
 from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.api.structured_output import response_format_grammar
-from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables
+from llamaclust.cluster.text.chat import ChatRequest, effort_variables
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 
-_MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 _MAX_METADATA: Final = 16
-_ALLOWED: Final = "allowed_tools"
 _LOGPROBS: Final = "message.output_text.logprobs"
-
-
-def _choice(value: Any) -> Any:
-    if isinstance(value, str) and value in _MODES:
-        return value
-    if isinstance(value, dict) and value.get("type") == _ALLOWED:
-        return {"type": _ALLOWED, "mode": _allowed_mode(value.get("mode")), "tools": _allowed_tools(value.get("tools"))}
-    return _named_tool(
-        value, "must be 'none', 'auto', 'required', {\"type\": \"function\", \"name\": ...} or allowed_tools"
-    )
-
-
-def _named_tool(value: Any, message: str) -> dict[str, str]:
-    """The fields of a choice that name a tool."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    names = {key: value[key] for key in ("type", "name", "namespace") if value.get(key) is not None} if kind else {}
-    needs_name = kind in ("function", "custom")
-    if not names or not all(isinstance(name, str) for name in names.values()) or (needs_name and "name" not in names):
-        raise ValueError(message)
-    return names
-
-
-def _allowed_mode(value: Any) -> str:
-    if value not in ("auto", "required"):
-        raise ValueError("mode: must be 'auto' or 'required'")
-    return str(value)
-
-
-def _allowed_tools(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_TOOLS:
-        raise ValueError(f"tools: must be a list of 1 to {MAX_TOOLS} tools")
-    return [_named_tool(tool, 'tools: each must be {"type": "function", "name": ...}') for tool in value]
 
 
 def _tools(value: Any, info: ValidationInfo) -> ToolSet:
@@ -89,11 +56,11 @@ def _metadata(value: Any) -> Any:
 
 
 _INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
-_CHOICE: Final = {"anyOf": [{"enum": [*_MODES]}, {"type": "object", "required": ["type"]}]}
+_CHOICE: Final = {"anyOf": [{"enum": [*MODES]}, {"type": "object", "required": ["type"]}]}
 _TOOLS: Final = {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["type"]}}
 InputField = Annotated[list[dict[str, Any]], BeforeValidator(_input), WithJsonSchema(_INPUT)]
 _ToolsField = Annotated[ToolSet, PlainValidator(_tools), WithJsonSchema(_TOOLS)]
-_ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
+_ChoiceField = Annotated[Any, BeforeValidator(read_choice), WithJsonSchema(_CHOICE)]
 _IncludeField = Annotated[
     tuple[str, ...], BeforeValidator(_include), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
@@ -173,22 +140,8 @@ class ResponsesBody(AnswerFields, ReasoningFields):
     """A stream begins with events of type response.in_progress that say how far the prompt is computed."""
 
     @property
-    def tool_use(self) -> ToolUse:
-        choice = self.tool_choice
-        if not isinstance(choice, dict):
-            return ToolUse.of(_MODES[choice], None, self.parallel_tool_calls)
-        if choice["type"] == _ALLOWED:
-            return ToolUse.of(_MODES[choice["mode"]], None, self.parallel_tool_calls)
-        named = next(tool for tool in self.tools.client if tool.is_named_by(choice))
-        return ToolUse.of(ToolMode.REQUIRED, named.function_name, self.parallel_tool_calls)
-
-    @property
-    def offered_tools(self) -> tuple[ClientTool, ...]:
-        """The tools that the answer may call."""
-        choice = self.tool_choice
-        if not isinstance(choice, dict) or choice["type"] != _ALLOWED:
-            return self.tools.client
-        return tuple(tool for tool in self.tools.client if any(map(tool.is_named_by, choice["tools"])))
+    def choice(self) -> ToolChoice:
+        return ToolChoice(self.tool_choice, self.tools.client, self.parallel_tool_calls)
 
     @property
     def details(self) -> Details:
@@ -201,7 +154,7 @@ class ResponsesBody(AnswerFields, ReasoningFields):
             "background": self.background,
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
-            "parallel_tool_calls": self.tool_use.is_parallel,
+            "parallel_tool_calls": self.choice.use.is_parallel,
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
             "store": self.store,
@@ -218,8 +171,7 @@ class ResponsesBody(AnswerFields, ReasoningFields):
 
     def check(self) -> None:
         """ParameterError for fields that contradict each other."""
-        self._check_choice()
-        self.tool_use.check([tool.function for tool in self.offered_tools])
+        self.choice.check()
         if self.top_logprobs and _LOGPROBS not in self.include:
             raise ParameterError("top_logprobs", f"only makes sense with include: [{_LOGPROBS!r}]")
         if self.background and not self.store:
@@ -229,19 +181,6 @@ class ResponsesBody(AnswerFields, ReasoningFields):
         if "input" not in self.model_fields_set and self.previous_response_id is None:
             raise ParameterError("input", "is missing")
 
-    def _check_choice(self) -> None:
-        """A tool that is demanded must be there; of those that are only allowed, hosted ones may be missing."""
-        choice: Any = self.tool_choice
-        if not isinstance(choice, dict):
-            return
-        is_allowed = choice["type"] == _ALLOWED
-        for tool in choice["tools"] if is_allowed else [choice]:
-            may_be_missing = is_allowed and tool["type"] not in ("function", "custom")
-            if not may_be_missing and not any(each.is_named_by(tool) for each in self.tools.client):
-                what = repr(tool.get("name", tool["type"])[:60])
-                does = "allows" if is_allowed else "names"
-                raise ParameterError("tool_choice", f"{does} {what}, which is not among the tools that can run here")
-
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The chat that the messages of the input, and those before them, make."""
         grammar = response_format_grammar(self.text.format, "text.format")
@@ -250,9 +189,9 @@ class ResponsesBody(AnswerFields, ReasoningFields):
         return ChatRequest(
             with_one_system_prompt([*instructions, *messages]),
             replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.details.logprobs),
-            tuple(tool.function for tool in self.offered_tools),
+            self.choice.offered,
             effort_variables(self.reasoning.effort),
-            tool_use=self.tool_use,
+            tool_use=self.choice.use,
             may_reason=self.reasoning_budget != 0,
             reasoning_budget=self.answer_budget,
         )

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llamaclust.cluster.api.fields.foreign_parts import leave_out
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, flat_name, function_tool, text_tool
+from llamaclust.cluster.api.openai.function_tools import (
+    MAX_TOOLS,
+    ClientTool,
+    flat_name,
+    function_tool,
+    text_tool,
+)
 
 _TEXT: Final = {"type": "string"}
 _NUMBER: Final = {"type": "integer"}
@@ -49,27 +55,6 @@ BUILT_IN: Final = {
         ("type", "path"),
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ClientTool:
-    """A tool that the client runs."""
-
-    kind: str  # function, custom, or one of BUILT_IN
-    name: str  # as its client knows it
-    function: dict[str, Any]  # OpenAI's definition, for the model
-    namespace: str | None = None
-
-    @property
-    def function_name(self) -> str:
-        """The function's name in the prompt and in calls of the model."""
-        return str(self.function["function"]["name"])
-
-    def is_named_by(self, choice: Mapping[str, Any]) -> bool:
-        """Returns whether `tool_choice` names this tool."""
-        if choice["type"] != self.kind:
-            return False
-        return self.kind in BUILT_IN or (choice.get("name"), choice.get("namespace")) == (self.name, self.namespace)
 
 
 @dataclass(frozen=True, slots=True)

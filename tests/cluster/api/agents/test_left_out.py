@@ -102,7 +102,7 @@ TOOLS: list[tuple[str, dict[str, Any], str]] = [
     (RESPONSES, {"type": "shell", "environment": {"type": "container_auto"}}, "shell"),
     *((MESSAGES, {"type": kind, "name": "a"}, kind) for kind in ("web_fetch_20250910", "computer_20250124")),
     *((MESSAGES, {"type": kind, "name": "a"}, kind) for kind in ("code_execution_20250825", "mcp_toolset")),
-    *((CHAT, {"type": kind}, kind) for kind in ("web_search", "custom", "openrouter:web_search")),
+    *((CHAT, {"type": kind}, kind) for kind in ("web_search", "browser_20260101", "openrouter:web_search")),
 ]
 
 

@@ -68,7 +68,7 @@ def test_empty_lists_in_other_bodies() -> None:
 )
 def test_empty_lists_in_schemas_of_tools(parameters: Any, expected: Any) -> None:
     body = read_fields(ChatBody, {**HELLO, "tools": [tool(parameters)]})
-    assert body.tools[0]["function"]["parameters"] == expected
+    assert body.tools[0].function["function"]["parameters"] == expected
 
 
 @pytest.mark.parametrize("arguments", ["[]", [], "", None, {}])

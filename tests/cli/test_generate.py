@@ -264,7 +264,7 @@ async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeyp
         ended = await command("chat", "--endpoint", url, "--api-key-file", str(keys), piped=b"Hello\n")
         assert ended == Ended(0, "Hi\n", "")
         ended = await command("generate", "x", "--endpoint", url)
-        advice = "this API needs a key; give the API key by --api-key-file FILE"
+        advice = "; the commands take a key by --api-key-file FILE"
         assert ended.code == 2 and advice in ended.err
         for words in (("status", "--endpoint", url), ("why", "--endpoint", url)):
             ended = await command(*words)

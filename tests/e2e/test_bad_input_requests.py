@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "no prompt": ({"prompt": []}, "prompt"),
     "empty prompt": ({"prompt": "", "add_special_tokens": False}, "empty"),
     "unknown token": ({"prompt": [1, 99999]}, "99999"),
-    "too many max_tokens": ({"prompt": "a", "max_tokens": 10**12}, "max_tokens"),
+    "a text for max_tokens": ({"prompt": "a", "max_tokens": "12"}, "max_tokens"),
     "NaN": (b'{"prompt": "a", "temperature": NaN}', "temperature"),
     "infinity": (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
     "long stop": ({"prompt": "a", "stop": "x" * (1 << 20)}, "stop"),

@@ -9,18 +9,19 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """A free place goes to the owner with the fewest places, among these to another than the one that leaves it. Of one
-    event loop."""
+    """A free place goes to the owner with the fewest places, among these to another than the one that leaves it. An
+    owner has `most` places at once, or all. Of one event loop."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places
+        self._most = places if most is None else most
         self._taken: Counter[str] = Counter()  # places, by owner
         self._waiting: dict[str, deque[asyncio.Event]] = {}  # by owner, the next one first
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
         """A place while it is open."""
-        if self._free:
+        if self._free and self._taken[owner] < self._most:
             self._free -= 1
             self._taken[owner] += 1
         else:
@@ -46,7 +47,8 @@ class Turns:
         """Hands the place on. An owner that has no more places and waits for none is forgotten."""
         self._taken[owner] -= 1
         self._taken += Counter()
-        following = min(self._waiting, key=lambda waiting: (self._taken[waiting], waiting == owner), default=None)
+        able = (waiting for waiting in self._waiting if self._taken[waiting] < self._most)
+        following = min(able, key=lambda waiting: (self._taken[waiting], waiting == owner), default=None)
         if following is None:
             self._free += 1
             return

@@ -24,6 +24,9 @@ _DEAD_END = "NoExtensionBias"
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
 """And how it ends by our settings."""
+_MAX_FORCED_BYTES = 1 << 13
+"""Each look at the text that must come next, for forced tokens or for a mask, takes time in proportion to all of it:
+5 ms for so much."""
 
 
 def _limits(definition: str) -> LLParserLimits:
@@ -76,6 +79,7 @@ class GrammarMatcher:
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
+        self.looked_bytes = 0  # the lengths of all texts that had to come next, one for each look
         self._is_costly = is_costly
         self._vocabulary = vocabulary
         self._native = compiled(grammar.definition, vocabulary)
@@ -180,9 +184,16 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computed once a token: a second look would use up more of the lexer."""
+        """Computed once a token: a second look would use up more of the lexer. RequestError where it is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
+            size = sum(len(self._vocabulary.words[token]) for token in self._following)
+            self.looked_bytes += size
+            if size > _MAX_FORCED_BYTES:
+                raise RequestError(
+                    f"the grammar has a text of at least {size} bytes that must come whole, "
+                    f"at most {_MAX_FORCED_BYTES} are taken"
+                )
         return self._following
 
     def _consumes(self, token: int) -> bool:

@@ -17,6 +17,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _CHOICES: Final = 32
 _TOKENS: Final = 512
+_LOOKED_BYTES: Final = 1 << 19
+"""About a third of a second; where short texts must come next, all tokens of a walk look at less."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'
@@ -46,7 +48,7 @@ class GrammarWalk:
             for _ in range(_CHOICES):
                 taken += matcher.forced()
                 following = self._next(matcher, keys, self._preferred if taken else self._first)
-                if not following or matcher.position > _TOKENS:
+                if not following or matcher.position > _TOKENS or matcher.looked_bytes > _LOOKED_BYTES:
                     return
                 matcher.take(following)
                 taken += following

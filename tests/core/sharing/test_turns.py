@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from asyncio import sleep
 
+import pytest
+
 from llamaclust.core.sharing.turns import Turns
 
 
@@ -31,6 +33,20 @@ async def test_a_single_owner_has_all_places() -> None:
         await sleep(0)
         assert order == ["a", "a"] and not any(task.done() for task in tasks)
     assert order == ["a", "a", "a"]
+
+
+@pytest.mark.parametrize(("places", "most"), [(2, 1), (3, 2), (5, 1)])
+async def test_an_owner_at_its_most_leaves_places_free_for_others(places: int, most: int) -> None:
+    turns, order = Turns(places, most), list[str]()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_work(turns, "a", order)) for _ in range(3 * places)]
+        await sleep(0)
+        assert order == ["a"] * most and not any(task.done() for task in tasks)
+        group.create_task(_work(turns, "b", order))
+        await sleep(0)
+        assert order == ["a"] * most + ["b"]
+    assert sorted(order) == ["a"] * 3 * places + ["b"]
+    assert turns._free == places and not turns._waiting and not turns._taken
 
 
 async def test_work_that_is_cancelled_keeps_no_place() -> None:

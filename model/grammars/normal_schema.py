@@ -18,6 +18,7 @@ from llamaclust.model.grammars.schema_keywords import (
     normal_types,
     text_forms,
     texts,
+    unusable_numbers,
 )
 from llamaclust.model.grammars.schema_references import MISSING, SchemaReferences
 
@@ -199,6 +200,8 @@ class _Reader:
         return self._names[id(target)]
 
     def _refuse(self, schema: Mapping[str, Any], place: str) -> None:
+        for key in unusable_numbers(schema):
+            self._leave_out(place, key)
         for key in _REFUSED:
             if schema.get(key) not in (None, False, {}, []):
                 self._leave_out(place, key)

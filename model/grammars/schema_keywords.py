@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
@@ -24,6 +24,10 @@ _OTHER_TYPES: Final = {
 """Names that programs write in place of JSON Schema's."""
 _ANY_TYPE: Final = frozenset(("any", "mixed", "unknown"))
 SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems")
+_NUMBERS: Final = (
+    *SIZES,
+    *("minProperties", "maxProperties", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+)
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
 MOST_OF_AN_INTEGER: Final = 10**16 - 1
@@ -116,4 +120,15 @@ def _bound_digits(made: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def unusable_numbers(schema: Mapping[str, Any]) -> list[str]:
+    """The keywords whose numbers no decimal number holds, and a step that is not above zero."""
+    return [
+        key
+        for key in _NUMBERS
+        if isinstance(value := schema.get(key), int | float)
+        and not isinstance(value, bool)
+        and (not _is_number(value) or (key == "multipleOf" and value <= 0))
+    ]

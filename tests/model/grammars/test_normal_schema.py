@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import compiled
@@ -116,3 +117,16 @@ def test_a_normal_schema_is_its_own_normal_form() -> None:
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
     once = normal_schema(schema, closes_objects=True).schema
     assert normal_schema(json.loads(json.dumps(once)), closes_objects=True).schema == once
+
+
+@pytest.mark.parametrize("value", [10**309, -(10**400), 10**4000])
+@pytest.mark.parametrize("key", ["minimum", "exclusiveMaximum", "multipleOf", "maxLength", "minItems", "maxProperties"])
+def test_numbers_that_no_decimal_number_holds_are_named(key: str, value: int) -> None:
+    with pytest.raises(ParameterError, match=f"no grammar can obey properties.a.{key}:"):
+        definitions.of_schema({"type": "object", "properties": {"a": {key: value}}}, "s")
+
+
+@pytest.mark.parametrize("step", [0, -1, -0.5])
+def test_steps_that_are_not_above_zero_are_named(step: float) -> None:
+    with pytest.raises(ParameterError, match="no grammar can obey multipleOf:"):
+        definitions.of_schema({"type": "number", "multipleOf": step}, "s")

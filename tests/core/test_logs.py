@@ -207,11 +207,11 @@ async def main(backlog):
         caller.connect_ex(address)
     while "failures in" not in sys.stderr.getvalue():
         await asyncio.sleep(0.01)
+    print(sys.stderr.getvalue(), end="")  # without what the end of a loop in such a shortage tells
 
 sys.stderr = io.StringIO()
 with cluster_view("tiny") if sys.argv[2] == "up" else nullcontext(logs.start_logging(logs.LogFormat(sys.argv[3]))):
     asyncio.run(main(int(sys.argv[1])))
-print(sys.stderr.getvalue(), end="")
 """
 
 

@@ -32,9 +32,7 @@ class GrammarChecker:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
         self._processes = [CheckerProcess(tokenizer, self._limits) for _ in range(_PROCESSES)]
-        self._turns = Turns(
-            _PROCESSES, most=_PROCESSES - 1
-        )  # one owner's checks may take long: another's begin at once
+        self._turns = Turns(_PROCESSES, most=_PROCESSES - 1)  # however long one owner's checks take, another's begin
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:

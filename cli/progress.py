@@ -286,8 +286,8 @@ def joined_text(joined: events.WorkerJoined) -> str:
 
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
-    """How to try a cluster that is ready: a command a line, to be copied. `lan_key`: the API key for other machines or
-    its place, where `--lan` was given."""
+    """Lists commands that try a cluster which is ready, one a line, to be copied. `lan_key` is the API key for other
+    machines, or its place, if `--lan` was given."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"

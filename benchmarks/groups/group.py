@@ -133,7 +133,7 @@ class Task:
     layers: int
 
     def settings(self, folder: str, hosts: list[str], model: Path, *, is_alone: bool) -> list[Setting]:
-        """Of the members, or of one process that has all."""
+        """The settings of all members, or of one process that computes alone."""
         given = self.given
         return [
             Setting(

@@ -158,7 +158,7 @@ class Member:
 
 
 def segment_columns(model: Model, program: Program, at: int) -> int:
-    """How many columns all readers of a gathered row quantize together; 0 where members do not have whole ones."""
+    """The number of columns that all readers of a gathered row quantize together; 0 if a member holds parts of such."""
     gather, readers = program.steps[at], list[Step]()
     assert isinstance(gather, Gather)
     for step in program.steps[at + 1 :]:

@@ -209,7 +209,7 @@ def tokens(given: argparse.Namespace, rates: Rates, cost: tuple[float, float]) -
 
 
 def prompt_ms(model: Model, members: int, gbit: float, gmac_s: float, *, by_columns: bool) -> tuple[float, float]:
-    """Of a layer with `PROMPT` rows: computing of a member, and what it sends."""
+    """A member's times in ms for a layer with `PROMPT` rows: computing, and sending its results."""
     hidden, others = model.hidden, members - 1
     macs = PROMPT * (hidden * (2 * hidden + model.kv_width) + 3 * hidden * model.ffn) / members
     row_bytes = others / members * ((hidden + model.ffn) * (1 + 4 / 256) + 2 * 4 * hidden)

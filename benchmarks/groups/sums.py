@@ -58,7 +58,7 @@ def build(folder: Path, optimization: str = "-O3") -> Path:
 
 
 def block_borders(columns: int, blocks: int) -> tuple[int, ...]:
-    """Where blocks of k begin and end: whole 256s, nearly equal. They follow from the number of columns alone."""
+    """The borders of blocks of k: whole 256s, nearly equal, which follow from the number of columns alone."""
     units = -(-columns // BLOCK_UNIT)
     return tuple(min(columns, BLOCK_UNIT * (units * block // blocks)) for block in range(blocks + 1))
 
@@ -125,7 +125,7 @@ class Products:
         return found.copy()
 
     def prefers_near(self) -> bool:
-        """Whether one row is multiplied faster with weights prefetched from near."""
+        """True if one row is multiplied faster with weights prefetched from near."""
         pairs = [[self.seconds(Way.CHAIN, 1, 1, near=near) for near in (False, True)] for _ in range(3)]
         return median(near / far for far, near in pairs) < 0.97
 

@@ -52,7 +52,7 @@ class Link:
 
 
 class Wire:
-    """What a member has sent: messages to all others, one after the other."""
+    """The messages that a member sends to all others, one after the other, and when they arrive."""
 
     def __init__(self, link: Link, others: int) -> None:
         self._link, self._others = link, others
@@ -60,14 +60,14 @@ class Wire:
         self.arrivals: list[float] = []
 
     def send(self, at_us: float, n_bytes: float) -> float:
-        """To each of the others; returns when the processor is free again."""
+        """Sends to each of the others; returns the time in us at which the processor is free again."""
         sent = at_us + self.cost_us(n_bytes)
         self._free_us = max(sent, self._free_us) + self._others * self._link.wire_us(n_bytes)
         self.arrivals.append(self._free_us + self._link.latency_us)
         return sent
 
     def cost_us(self, n_bytes: float) -> float:
-        """Of the processor, for as many messages as go to or come from the others."""
+        """The processor's time for as many messages as go to or come from the others."""
         return self._others * self._link.cost_us(n_bytes)
 
 
@@ -84,7 +84,7 @@ class Pair:
     between_bytes: float
     behind_bytes: float
     most_pieces: int
-    """Of the first: KV heads, or segments that are quantized together, of one member."""
+    """The number of KV heads, or of segments quantized together, that one member has of the first product."""
 
 
 def streamed(wire: Wire, at_us: float, work_us: float, n_bytes: float, pieces: int) -> float:
@@ -104,7 +104,7 @@ class Begun:
 
 
 def begun(wire: Wire, at_us: float, times_us: tuple[float, float], n_bytes: float, early: float) -> Begun:
-    """As little as covers the wait is multiplied before: some of the pieces of `wire` that are there, and `early`, the
+    """Multiplies no more than covers the wait beforehand: some pieces of `wire` that are there, and `early`, the
     share of a member itself if blocks of k may be summed in any order. `times_us`: in one pass over k, and in two."""
     count = len(wire.arrivals)
     piece_us = wire.cost_us(n_bytes)
@@ -171,7 +171,7 @@ def by_reduced_columns(pair: Pair, members: int, link: Link, pieces: int) -> flo
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is computed, on which group: `pair_us` are its times of products by name, for this number of members."""
+    """A model on a group. `pair_us` has the times of its products by name, for this number of members."""
 
     model: Model
     members: int
@@ -261,7 +261,7 @@ class Estimate:
 
     @property
     def plain_gain(self) -> float:
-        """Of columns or rows, whichever is better, over rows; nothing is overlapped."""
+        """The gain of the better of columns and rows over rows, where nothing is overlapped."""
         return self.plain_rows_us / self.plain_columns_us
 
     @property

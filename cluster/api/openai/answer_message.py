@@ -28,7 +28,7 @@ class MessageDeltas:
         self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
 
     def take(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """What events add, in one delta: clients put pieces together by kind, and calls by index."""
+        """Returns one delta of all events. Clients put pieces together by kind, and calls by index."""
         answer = ParsedAnswer()
         calls: dict[int, dict[str, Any]] = {}
         for event in events:

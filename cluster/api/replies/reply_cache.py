@@ -191,8 +191,8 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """For one more reply, see `fits`. Complete ones of the client give way as needed, or of one that has more;
-        HttpError where that is not enough."""
+        """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, give
+        way as needed. HttpError if that is not enough."""
         settings = self._settings
         for held, room, more in (
             (self._held_bytes, settings.max_kept_bytes, body_bytes),

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes a folder with which a machine that has an NVIDIA GPU but no network runs this tree's tests and benchmarks of GPUs:
+#
+#   benchmarks/gpu_support/kit.sh OUT [--python 3.12] [--architecture 90] [--nvrtc 13.0] [--wheel FILE] [PACKAGE ...]
+#
+# There, in a copy of the tree: `. OUT/setup.sh`, in bash. That machine needs Python with CuPy, NVRTC, pytest and what else
+# setup.sh names; small packages travel when they are named here. Python and CUDA sources are those of the tree; compiled
+# C++ is that of the wheel (by default `make wheel` builds one), compiled CUDA that of the sources here, for one architecture
+# and one version of NVRTC: other modules are compiled there. They are kept under build/, so that a second call is quick.
+set -euo pipefail
+root=$(realpath "$(dirname "$0")/../..")
+python=$root/.venv/bin/python
+pip=("$python" -m pip --disable-pip-version-check -q)
+usage="usage: $0 OUT [--python 3.12] [--architecture 90] [--nvrtc 13.0] [--wheel FILE] [PACKAGE ...]"
+version=3.12 architecture=90 nvrtc=13.0 wheel='' out=''
+packages=(annotated-types cffi cryptography cuda-pathfinder ifaddr llguidance nanobind-backend protobuf pydantic pydantic-core
+  pytest-asyncio starlette typer typing-inspection uvicorn zeroconf)
+
+fail() { echo "$usage" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    --python) version=${2-}; shift 2 || fail ;;
+    --architecture) architecture=${2-}; shift 2 || fail ;;
+    --nvrtc) nvrtc=${2-}; shift 2 || fail ;;
+    --wheel) wheel=${2-}; shift 2 || fail ;;
+    -*) fail ;;
+    *) if [ -z "$out" ]; then out=$1; else packages+=("$1"); fi; shift ;;
+  esac
+done
+[ -n "$out" ] || fail
+mkdir -p "$out"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ -z "$wheel" ]; then
+  make -C "$root" wheel
+  wheel=$(echo "$root"/dist/*.whl)
+fi
+"$python" -m zipfile -e "$wheel" "$work/wheel"
+install -D -t "$work/content/native" "$work/wheel/llamaclust/kernels/_native.abi3.so"
+mkdir "$work/content/packages"
+cp -r "$work"/wheel/llamaclust-*.dist-info "$work/content/packages" # benchmarks record the version
+
+# pip matches the names of platforms exactly.
+platforms=(--platform manylinux1_x86_64 --platform manylinux2014_x86_64)
+for minor in $(seq 5 39); do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
+"${pip[@]}" download --no-deps --only-binary=:all: --implementation cp --python-version "$version" "${platforms[@]}" \
+  -c "$root/constraints.txt" -d "$work/wheels" "${packages[@]}"
+for one in "$work"/wheels/*.whl; do "$python" -m zipfile -e "$one" "$work/content/packages"; done
+
+compiler=nvidia-cuda-nvrtc
+[ "${nvrtc%%.*}" != 12 ] || compiler=nvidia-cuda-nvrtc-cu12
+"${pip[@]}" install --no-deps --target "$work/nvrtc" "$compiler==$nvrtc.*"
+"$python" "$root/benchmarks/gpu_support/cubins.py" "$work"/nvrtc/nvidia/*/lib "$architecture" "$work/content/kernels" \
+  --keep "$root/build/gpu-kit-kernels"
+echo "$nvrtc" > "$work/content/nvrtc"
+
+tar -C "$work/content" --sort=name -cf - . | xz -T0 -9 > "$out/content.tar.xz"
+cp "$root"/benchmarks/gpu_support/{setup.sh,unpack.py} "$out"
+du -sh "$out"

@@ -1,0 +1,73 @@
+"""Unpacks what kit.sh packed beside a copy of this, and names packages that are missing or too old. On the machine with
+the GPU, setup.sh runs it in the top folder of the tree; none of our own packages is there yet."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tarfile
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+_TEST_TOOLS = ("pytest", "hypothesis", "psutil")
+
+
+def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
+    """What an earlier kit left goes first, with its state."""
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with tarfile.open(archive) as content:
+        content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
+    shutil.copy(unpacked / "native" / "_native.abi3.so", tree / "src" / "llamaclust" / "kernels")
+    home, program = unpacked / "home", unpacked / "bin" / "llamaclust"
+    home.mkdir()
+    (unpacked / "kernels").rename(home / "kernels")
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llamaclust "$@"\n')
+    program.chmod(0o755)
+
+
+def required(tree: Path) -> Iterator[str]:
+    """What the program on a GPU and its tests there need."""
+    settings = tomllib.loads((tree / "pyproject.toml").read_text())
+    yield from settings["project"]["dependencies"]
+    yield from settings["project"]["optional-dependencies"]["cuda13"]
+    yield from (one for one in settings["dependency-groups"]["test"] if one.startswith(_TEST_TOOLS))
+
+
+def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
+    """A line for each that neither this Python nor the kit fulfils."""
+    travelled = {canonicalize_name(one.name): one.version for one in distributions(path=[str(packages)])}
+    for text in requirements:
+        wanted = Requirement(text)
+        try:
+            found = travelled.get(canonicalize_name(wanted.name)) or version(wanted.name)
+        except PackageNotFoundError:
+            found = "none"
+        if found == "none" or not wanted.specifier.contains(found, prereleases=True):
+            yield f"{text} is needed, there is {found}; a small package travels if kit.sh is given its name"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("unpacked", type=Path, help="folder to make")
+    given, tree = parser.parse_args(), Path.cwd()
+    unpack(Path(__file__).with_name("content.tar.xz"), given.unpacked, tree)
+    for line in shortfalls(required(tree), given.unpacked / "packages"):
+        print(line, file=sys.stderr)
+    made_by = (given.unpacked / "nvrtc").read_text().strip()
+    try:
+        found = ".".join(version("nvidia-cuda-nvrtc").split(".")[:2])
+    except PackageNotFoundError:
+        found = "unknown"
+    if found != made_by:
+        print(f"kernels are compiled here, which takes minutes: NVRTC is {found}, the kit's {made_by}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,9 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """A second, by the smallest work that takes long enough, or all of it."""
+    """A second, by the smallest work that takes long enough, or all of it. The first launch of a kernel loads it, which
+    takes milliseconds."""
+    _taken_s(device, work_at(_SCALES[0])[0], 1)
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = _taken_s(device, work, 1)

@@ -94,6 +94,8 @@ class ExpertCopies:
                 self._is_awake = False
                 self.lock.notify_all()
                 self.lock.wait_for(lambda: self._is_awake or self._is_closed)
+            self._is_busy = False
+            self.lock.notify_all()
             return None
 
     def _bring(self, copy: Copy) -> None:

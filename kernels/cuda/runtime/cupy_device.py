@@ -15,6 +15,7 @@ from llamaclust.core.sizes import MIB, mib
 from llamaclust.kernels.cuda.runtime.cupy_open import gpu_properties, import_cupy
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Event, Launch
 from llamaclust.kernels.cuda.runtime.kernel_loader import KernelLoader
+from llamaclust.kernels.cuda.runtime.overlap import OLDEST, OverlappingLauncher, overlaps
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
@@ -82,6 +83,7 @@ class CupyDevice:
         self.name, self.uuid, self.memory_bytes, self.sms = gpu.name, gpu.uuid, gpu.memory_bytes, gpu.sms
         self.compute_capability, self.shared_bytes = gpu.compute_capability, gpu.shared_bytes
         self._kernels = KernelLoader(self._cupy, gpu.compute_capability, folder)
+        self._overlapping = OverlappingLauncher(self._cupy.cuda.driver.CUDADriverError)
         self._buffers: set[CupyBuffer] = set()
 
     @property
@@ -160,7 +162,10 @@ class CupyDevice:
     def launch(self, launch: Launch) -> None:
         self._select()
         kernel = self._kernels.get(launch.kernel, launch.shared_bytes)
-        kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared_bytes, stream=self._stream)
+        if self._kernels.architecture >= OLDEST and overlaps(launch.kernel):
+            self._overlapping.launch(kernel.kernel.ptr, launch, self._stream.ptr)
+        else:
+            kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared_bytes, stream=self._stream)
 
     def capture(self, work: Callable[[], None]) -> CupyGraph:
         self._select()

@@ -19,8 +19,8 @@ class KernelLoader:
 
     def __init__(self, cupy: Any, compute_capability: tuple[int, int], folder: Path | None) -> None:
         self._cupy = cupy
-        self._architecture = 10 * compute_capability[0] + compute_capability[1]
-        self._nvrtc = usable_nvrtc(cupy, self._architecture)
+        self.architecture = 10 * compute_capability[0] + compute_capability[1]
+        self._nvrtc = usable_nvrtc(cupy, self.architecture)
         self._cubins = CubinCache(folder)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
@@ -53,5 +53,5 @@ class KernelLoader:
 
     def _module(self, name: str, *, anew: bool = False) -> Any:
         """Its file is read at the first function."""
-        path = self._cubins.get(self._nvrtc, name, whole_text(modules()[name]), self._architecture, anew=anew)
+        path = self._cubins.get(self._nvrtc, name, whole_text(modules()[name]), self.architecture, anew=anew)
         return self._cupy.RawModule(path=str(path))

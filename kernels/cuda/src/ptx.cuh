@@ -101,6 +101,20 @@ __device__ __forceinline__ void barrier_arrive() {
   asm volatile("barrier.arrive.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
 }
 
+// Overlap of launches, from compute capability 9.0 on: a kernel that calls `wait_for_earlier_kernels` is launched when all
+// blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it may read weights and
+// arguments alone, and must not write to global memory.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
 // Asks for the 128 bytes around p to be brought near, into the cache that all share.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 

@@ -23,6 +23,7 @@ from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
+from support.cuda.stages import Free
 from support.models.tiny_model import build_tiny_model
 
 
@@ -41,13 +42,13 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
     gpu = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     monkeypatch.setattr(gpu_probe, "_FLUSHED_BYTES", 1 << 20)
-    free = gpu.free_bytes
+    free = Free.of(device)
     tried = replace(ProfiledDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:
         found = try_stages(tried, model)
     assert [one.rows for one in found] == [1, 8, 16]
     assert all(one.stage_s + one.layers_byte_s > 0 <= one.head_s for one in found)
-    assert gpu.free_bytes == free, "all is given back"
+    assert free.taken == 0, "all is given back"
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 1), (1, 3), (3, 4)])

@@ -67,7 +67,8 @@ def cache_of(stage: SplitExpertsStage) -> CudaExpertsCache:
 
 @dataclass(frozen=True, slots=True)
 class SlowCopies:
-    """`copy_in_background` of a device whose memory holds nothing but ones until the copy is waited for."""
+    """`copy_in_background` of a shim whose memory holds nothing but ones until the copy is waited for. A GPU takes its
+    time by itself, and its uploads would disturb a capture of another thread."""
 
     device: Device
 

@@ -71,6 +71,8 @@ struct Fresh {
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     float* stage = scores + TQ * kScoreStride;                                                                        \
     SHARED(Queries<TQ>, queries, );                                                                                   \
+    let_next_kernel_begin();                                                                                          \
+    wait_for_earlier_kernels();                                                                                       \
     const Step step ATTENTION_STEP;                                                                                   \
     const Fresh fresh{k, v, kv, HEAD_TRANSFORM};                                                                      \
     const auto prepare = [&](const Span<Kv, TQ>& span) { fresh.bring(span); };                                        \

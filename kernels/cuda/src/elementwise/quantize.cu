@@ -9,7 +9,10 @@ namespace {
 
 // `load` brings eight values of a row from a column on.
 template <class Activations, class Load>
-DEVICE void quantize_rows(int cols, int rows, uint8_t* out, Load load) {
+DEVICE void quantize_rows(int cols, const int32_t* count, int multiple, uint8_t* out, Load load) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
+  const int rows = *count * multiple;
   const int row = kGroupRows * blockIdx.y + threadIdx.x / kWarp, column = 256 * blockIdx.x + 8 * (threadIdx.x % kWarp);
   if (row >= rows) return;
   Eight values = {};
@@ -19,8 +22,9 @@ DEVICE void quantize_rows(int cols, int rows, uint8_t* out, Load load) {
 
 // Rows of gate and up begin `stride` elements apart.
 template <class Activations, class F>
-DEVICE void quantize_gated(const float* gate, const float* up, int stride, int cols, int rows, uint8_t* out, F f) {
-  quantize_rows<Activations>(cols, rows, out, [=](int row, int column, Eight& values) {
+DEVICE void quantize_gated(const float* gate, const float* up, int stride, int cols, const int32_t* count, int multiple,
+                           uint8_t* out, F f) {
+  quantize_rows<Activations>(cols, count, multiple, out, [=](int row, int column, Eight& values) {
     const size_t at = static_cast<size_t>(row) * stride + column;
     Eight by;
     load_fours(gate + at, values);
@@ -37,13 +41,13 @@ DEVICE void quantize_gated(const float* gate, const float* up, int stride, int c
     const auto load = [x, cols](int row, int column, Eight& values) {                                                 \
       load_fours(x + static_cast<size_t>(row) * cols + column, values);                                               \
     };                                                                                                                \
-    quantize_rows<Activations>(cols, *count * multiple, out, load);                                                   \
+    quantize_rows<Activations>(cols, count, multiple, out, load);                                                   \
   }
 #define QUANTIZE_GATED(name, cols_of_a_segment, Activations, value)                                                   \
   KERNEL(256, name##_##cols_of_a_segment, const float* gate, const float* up, int32_t stride, int32_t cols,           \
          const int32_t* count, int32_t multiple, uint8_t* out) {                                                      \
     const auto f = [](float a, float b) { return value; };                                                            \
-    quantize_gated<Activations>(gate, up, stride, cols, *count * multiple, out, f);                                   \
+    quantize_gated<Activations>(gate, up, stride, cols, count, multiple, out, f);                                   \
   }
 QUANTIZE_KERNELS(32, Activations32)
 QUANTIZE_KERNELS(256, Activations256)

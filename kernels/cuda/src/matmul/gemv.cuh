@@ -165,7 +165,9 @@ DEVICE void gemv(const Products& all) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Pieces<Type> pieces(all, warp, lane, DYNAMIC_SHARED);
   Place now = pieces.next();
+  let_next_kernel_begin();
   if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
+  wait_for_earlier_kernels();
   const Share share = share_of(all, blockIdx.x, kGroupRows);
   if (share.n <= 0) return copy_async_wait<0>();  // none may be under way when the block ends
   if (all.items != nullptr) pieces.start(share.expert);

@@ -72,7 +72,8 @@ def run_alike(cpu: Stage, found: Stage, batches: Iterable[Batch], settle: bool |
 @pytest.fixture
 def slow_copies(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that read an expert before it is there, or while it goes, would find no number."""
-    monkeypatch.setattr(device, "copy_in_background", SlowCopies(device).copy)
+    if isinstance(device, ShimDevice):
+        monkeypatch.setattr(device, "copy_in_background", SlowCopies(device).copy)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

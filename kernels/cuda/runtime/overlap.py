@@ -1,0 +1,74 @@
+"""Launches that begin while the kernel before them still runs (CUDA's programmatic dependent launch, not in CuPy)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from llamaclust.kernels.cuda.runtime.device import Launch
+
+OLDEST = 90
+"""The first architecture that has them."""
+
+_KERNELS = ("gemv_", "add_rms_norm", "rows_32", "rows_256", "few_")
+_MODULES = ("matmul.k", "matmul.simple", "matmul.grid", "elementwise.norms", "elementwise.quantize", "attention.few")
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def overlaps(kernel: str) -> bool:
+    """True for the kernels that call `wait_for_earlier_kernels` (src/ptx.cuh)."""
+    module, _, name = kernel.rpartition(".")
+    return module in _MODULES and (name.startswith(_KERNELS) or module == "elementwise.quantize")
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class OverlappingLauncher:
+    """The driver's `cuLaunchKernelEx` with the attribute of overlapping launches."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        """`error` is raised with the driver's status."""
+        self._error = error
+        self._attribute = _Attribute(_SERIALIZATION, 0, 1)
+
+    @cached_property
+    def _driver(self) -> Any:
+        return ctypes.CDLL("libcuda.so.1")
+
+    def launch(self, function: int, launch: Launch, stream: int) -> None:
+        """`function` is a CUfunction, `stream` a CUstream."""
+        values = [np.array(one) for one in launch.args]
+        config = _Config(
+            (ctypes.c_uint * 3)(*launch.grid),
+            (ctypes.c_uint * 3)(*launch.block),
+            launch.shared_bytes,
+            stream,
+            ctypes.pointer(self._attribute),
+            1,
+        )
+        status = self._driver.cuLaunchKernelEx(
+            ctypes.byref(config), ctypes.c_void_p(function), _addresses(values), None
+        )
+        if status != 0:
+            raise self._error(status)
+
+
+def _addresses(values: Sequence[np.ndarray[Any, Any]]) -> Any:
+    return (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))

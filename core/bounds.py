@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ MAX_GPUS = 16
 MAX_STAGES_HELD = 1024  # by one worker
 MAX_LAYERS = 1 << 16
 UINT64 = (1 << 64) - 1
+_GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 """Of a worker or a cluster: safe as a file name."""
@@ -33,7 +35,7 @@ def bounded(what: str, value: int, low: int, high: int) -> int:
 
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     """A number that is neither NaN nor infinite, within [low, high]."""
-    if not (math.isfinite(value) and low <= value <= high):
+    if not max(low, -_GREATEST) <= value <= min(high, _GREATEST):  # an int may be larger; NaN is within no bounds
         raise ProtocolError(f"{what} is {value}, must be a finite number within {low}..{high}")
     return value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from llamaclust.cluster.scheduler.breakers import check_size
@@ -74,8 +73,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # nor is NaN
         raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {shown(value)}")
 
 

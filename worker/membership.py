@@ -142,9 +142,12 @@ class Member:
                 self._dispatch(message, session, loads, requests)
             return message.reason
         finally:
-            with contextlib.suppress(DeadlineError):
+            loads.end()
+            try:
                 async with deadline("the end of a membership", _END_S):
                     await self._tasks.close()
+            except DeadlineError as late:
+                _log.warning("%s: %d of its tasks still run", late, len(self._tasks))
 
     def _dispatch(
         self, message: messages.CoordinatorMessage, session: Session, loads: Loads, requests: Requests

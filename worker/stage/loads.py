@@ -44,6 +44,13 @@ class Loads:
         self._worker = session.worker
         self._exclusive = session.worker.exclusive
         self._loading: dict[int, asyncio.Task[Loaded]] = {}  # by epoch
+        self._has_ended = False
+
+    def end(self) -> None:
+        """Cancels loads. The service gets no further stage: its epochs are those of the next membership."""
+        self._has_ended = True
+        for loading in self._loading.values():
+            loading.cancel()
 
     async def load(self, order: Load) -> None:
         layers = f"layers {_span(order)} of epoch {epoch_text(order.epoch)}"
@@ -97,6 +104,9 @@ class Loads:
                 runner = await load_stage(order, self._worker.device, session.send, weights, session.source)
         finally:
             held.clear()
+        if self._has_ended:
+            await self._worker.compute.run(runner.close)
+            raise LoadCancelledError("the membership has ended")
         context = StageContext(self._worker.name, self._worker.compute, session.counters)
         neighbours = Neighbours(
             partial(self._report_unreachable, order.epoch),

@@ -1,0 +1,111 @@
+"""The end of a membership while work of it still runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import WorkerError
+from llamaclust.wire.control.codec import encode_coordinator_message
+from llamaclust.wire.control.messages import Deadlines, LoadFailed, Shutdown, Unload, WorkerMessage
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.worker import membership
+from llamaclust.worker.membership import Member
+from llamaclust.worker.session import Session
+from llamaclust.worker.stage import loads
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.stage.loop import Counters
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.worker import Worker
+
+
+class _Stream:
+    """Gives messages of a coordinator, then ends."""
+
+    address = "coordinator:1"
+
+    def __init__(self, *messages: bytes) -> None:
+        self._messages = [*messages]
+
+    async def read(self) -> bytes | None:
+        await asyncio.sleep(0)  # what was begun runs
+        return self._messages.pop(0) if self._messages else None
+
+
+@pytest.mark.parametrize("messages", [(Unload(1), Shutdown("done")), (Unload(1),), (Unload(1), Unload(2), Unload(3))])
+async def test_tasks_that_do_not_end_are_logged(
+    messages: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line, also where the coordinator was lost: that error comes out."""
+    monkeypatch.setattr(membership, "_END_S", 0.05)
+    released = asyncio.Event()
+
+    async def stubborn(*_: Any) -> None:
+        while not released.is_set():
+            with suppress(asyncio.CancelledError):
+                await released.wait()
+
+    async def at_once(*_: Any) -> None:
+        """Ends."""
+
+    monkeypatch.setattr(Loads, "unload", stubborn)
+    monkeypatch.setattr(Member, "_send_heartbeats", at_once)
+    anything: Any = SimpleNamespace()
+    worker = Worker("a", anything, StageService("a"), Compute(), anything, SimpleNamespace(follow=at_once))  # type: ignore[arg-type]
+    member = Member(worker, Insecure())
+    member._stream = _Stream(*map(encode_coordinator_message, messages))  # type: ignore[assignment]
+    try:
+        with caplog.at_level(logging.WARNING):
+            if isinstance(messages[-1], Shutdown):
+                assert await member.serve() == "done"
+            else:
+                with pytest.raises(WorkerError, match="ended the stream"):
+                    await member.serve()
+    finally:
+        released.set()
+        await member._tasks.join()
+    unloads = sum(isinstance(message, Unload) for message in messages)
+    expected = f"the end of a membership: not within 0.05 s: {unloads} of its tasks still run"
+    assert [record.message for record in caplog.records] == [expected]
+
+
+@pytest.mark.parametrize("when", ["before the load", "while it loads", "at its end"])
+async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, loaded, closed = asyncio.Event(), asyncio.Event(), []
+    answers: list[WorkerMessage] = []
+
+    async def load_stage(*_: Any) -> Any:
+        """Cannot be interrupted, like a thread."""
+        begun.set()
+        while not loaded.is_set():
+            with suppress(asyncio.CancelledError):
+                await loaded.wait()
+        return SimpleNamespace(close=lambda: closed.append("stage"))
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    monkeypatch.setattr(loads, "load_stage", load_stage)
+    anything: Any = SimpleNamespace(received_bytes=0)
+    worker = Worker("a", anything, StageService("a"), Compute(), anything)
+    member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
+    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=False, limits=SimpleNamespace(expert_shards=1))
+    if when == "before the load":
+        member.end()
+    loading = asyncio.create_task(member.load(order))
+    await begun.wait()
+    if when == "at its end":
+        loaded.set()
+    if when != "before the load":
+        member.end()
+    loaded.set()
+    await loading
+    worker.service.keep()
+    assert closed == ["stage"] and not worker.service.holds_layers and not worker.service.has_kept
+    assert (isinstance(answers[0], LoadFailed) and "ended" in str(answers)) or "cancelled" in str(answers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
 from llamaclust.core.sampler_chain import SamplerChain
 
@@ -153,13 +156,53 @@ def second_draw(task: RowTask) -> RowTask:
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
+class TopLogprobs(Sequence[tuple[int, float]]):
+    """Tokens with float32 logprobs, best first, in eight bytes each: a long answer has a million of them. Equal to a
+    tuple of the same pairs."""
+
+    __slots__ = ("packed",)
+    _PAIR: Final = struct.Struct("=if")
+
+    def __init__(self, packed: bytes | bytearray) -> None:
+        """`packed`: int32 and float32 in turns."""
+        self.packed = packed
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, float]]) -> TopLogprobs:
+        if isinstance(pairs, TopLogprobs):
+            return pairs
+        return cls(struct.pack("=" + "if" * len(pairs), *chain.from_iterable(pairs)))
+
+    def __len__(self) -> int:
+        return len(self.packed) // self._PAIR.size
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return self._PAIR.iter_unpack(self.packed)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, float]: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[tuple[int, float], ...]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, float] | tuple[tuple[int, float], ...]:
+        return tuple(self)[place]
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, tuple | TopLogprobs) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True, slots=True)
 class RowResult:
     """A chosen or scored token; logprobs are float32 values of the raw logits' log-softmax."""
 
     token: int
     logprob: float
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+    top_logprobs: Sequence[tuple[int, float]] = ()  # (token, logprob), best first
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
     mu: float | None = None  # of Mirostat, for the next token
     forced: tuple[int, ...] = ()  # tokens that must follow it, and are taken in

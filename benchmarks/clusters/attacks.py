@@ -4,7 +4,8 @@
 
 Two API keys: the attacker's requests come with one, streams and short requests of others with the other. Bodies are of
 15 MB with as many elements as fit, `--at-once` of each together. `background`: 300 background responses; `tokenize`: 40
-texts of 1 MiB; `answers`: 128 answers that obey a large schema.
+texts of 1 MiB; `answers`: 128 answers that obey a large schema; `logprobs`: a reply of 32 answers of 1,900 tokens with
+20 logprobs each (of a tiny model, which is fast enough).
 """
 
 from __future__ import annotations
@@ -174,10 +175,16 @@ def _answers() -> Body:
     return "v1/completions", json.dumps(body).encode()
 
 
+def _logprobs() -> Body:
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1900, "n": 32, "ignore_eos": True}
+    return "v1/chat/completions", json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
+
+
 FLOODS: Final[Mapping[str, tuple[Callable[[], Body], int]]] = {
     "tokenize": (_tokenized, 40),
     "background": (_background, 300),
     "answers": (_answers, 1),
+    "logprobs": (_logprobs, 1),
 }
 """Bodies, and how many come at once."""
 

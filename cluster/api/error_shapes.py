@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,6 +21,26 @@ _ANTHROPIC_TYPES: Final = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+class DeferredValue(ABC):
+    """A part of a JSON value that is made each time it is rendered: it takes less memory until then."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """About the numbers and texts in it."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """The memory that it takes."""
+
+    @abstractmethod
+    def made(self) -> Any:
+        """The value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +123,15 @@ def _kind(failure: Failure) -> str:
     return "invalid_request_error" if failure.status < 500 else "server_error"
 
 
-def _items(value: object) -> list[Any]:
+def _made(value: object) -> Any:
+    if isinstance(value, DeferredValue):
+        return value.made()
     if not isinstance(value, Iterator):
         raise TypeError(f"{type(value).__name__} is no JSON")
     return list(value)
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_items)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_made)
 
 
 OPENAI: Final = ErrorShape(_openai)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.api.error_shapes import to_json
+from llamaclust.cluster.api.error_shapes import DeferredValue, to_json
 from llamaclust.cluster.text.threads import Threads, run_on
 
 _LARGE_ENTRIES = 1024
@@ -35,10 +30,12 @@ def is_large(entries: int) -> bool:
     return entries > _LARGE_ENTRIES
 
 
+async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
+    return await run_on(_threads, work) if is_large else work()
+
+
 async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
-    if not is_large(entries):
-        return work()
-    return await run_on(_threads, work)
+    return await off_loop_if(is_large(entries), work)
 
 
 def has_many_values(value: Any) -> bool:
@@ -55,30 +52,36 @@ def has_many_values(value: Any) -> bool:
             left.extend(vars(part).values())
         elif isinstance(part, list | tuple):
             left.extend(part)
+        elif isinstance(part, DeferredValue):
+            count += part.entries
         if is_large(count + len(left)) or isinstance(part, Iterator):
             return True
     return False
 
 
-def json_parts(value: Any) -> list[bytes]:
-    """As `to_json`, in parts; the items of iterators (arrays in JSON) are made as they are rendered."""
-    parts, held = [], bytearray()
+def json_parts(value: Any) -> Generator[bytes, None, None]:
+    """As `to_json`, in parts, which are rendered as they are taken; so are the items of iterators (arrays in JSON)."""
+    held = bytearray()
     for piece in _pieces(value):
         held += piece
         if len(held) >= _PART_BYTES:
-            parts.append(bytes(held))
+            yield bytes(held)
             held.clear()
-    return [*parts, bytes(held)]
+    if held:
+        yield bytes(held)
 
 
 def json_size(value: Any) -> int:
-    """About the bytes of a value's JSON, without rendering it: its texts, and some for each value."""
+    """About the bytes of a value's JSON, without rendering it: its texts, and some for each value. For deferred ones,
+    those that they hold."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
         return sum(len(key) + json_size(item) for key, item in value.items()) + _VALUE_BYTES
     if isinstance(value, list | tuple):
         return sum(map(json_size, value)) + _VALUE_BYTES
+    if isinstance(value, DeferredValue):
+        return value.held_bytes + _VALUE_BYTES
     return _VALUE_BYTES
 
 
@@ -111,33 +114,3 @@ def _array(items: Iterator[Any]) -> Iterator[bytes]:
         yield to_json(group)[1:-1]
         comma = b","
     yield b"[]" if comma == b"[" else b"]"
-
-
-class JsonParts(Response):
-    """A body of JSON whose next part is passed on when the client has taken those before, which are dropped."""
-
-    media_type = "application/json"
-
-    def __init__(self, parts: Sequence[bytes], held: AsyncExitStack | None = None) -> None:
-        """`held`: what the reply takes of a budget; it is closed once the client has the body."""
-        super().__init__(headers={"Content-Length": str(sum(map(len, parts)))})
-        self._parts = deque(parts)
-        self._held = held or AsyncExitStack()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            await self.send_parts(send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def send_parts(self, send: Send) -> None:
-        """All but the end."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while self._parts:
-            await send({"type": "http.response.body", "body": self._parts.popleft(), "more_body": True})
-
-
-async def rendered(value: Any) -> JsonParts:
-    """A value as a body."""
-    if not has_many_values(value):
-        return JsonParts([to_json(value)])
-    return JsonParts(await run_on(_threads, partial(json_parts, value)))

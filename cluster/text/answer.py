@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterable, Iterable
+from array import array
+from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
+from io import StringIO
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.cluster.text.packed_rows import PackedRows
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merged
 
 _LEAST_LOGPROB = -9999.0
+_MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
@@ -28,10 +33,10 @@ class TextChunk:
 
     index: int = 0
     text: str = ""
-    rows: tuple[RowResult, ...] = ()
-    offsets: tuple[int, ...] = ()
+    rows: Sequence[RowResult] = ()
+    offsets: Sequence[int] = ()
     prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
-    prompt_rows: tuple[RowResult, ...] = ()
+    prompt_rows: Sequence[RowResult] = ()
     finish_reason: FinishReason | None = None  # on the last chunk of a choice, with its timings
     stopped_by: str | int | None = None  # the stop string or end token
     timings: Timings | None = None
@@ -47,11 +52,11 @@ class TextChunk:
     @property
     def entries(self) -> int:
         """Tokens and top logprobs of all rows."""
-        return sum(1 + len(row.top_logprobs) for row in (*self.rows, *self.prompt_rows))
+        return _entries(self.rows) + _entries(self.prompt_rows)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(row.token for row in self.rows)
+        return tuple(self.rows.tokens if isinstance(self.rows, PackedRows) else (row.token for row in self.rows))
 
     @property
     def logprobs(self) -> tuple[float, ...]:
@@ -66,7 +71,7 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(TextChunk):
-    """One finished choice: all its chunks as one."""
+    """One finished choice: all its chunks as one, with packed rows."""
 
     finish_reason: FinishReason
     timings: Timings
@@ -74,37 +79,75 @@ class Answer(TextChunk):
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
     """The answers of all choices, by index. Raises what ended a choice early."""
-    by_index: dict[int, list[TextChunk]] = {}
+    by_index: dict[int, _Collected] = {}
     async for chunk in chunks:
-        by_index.setdefault(chunk.index, []).append(chunk)
-    return [join(by_index[index]) for index in sorted(by_index)]
+        if chunk.index not in by_index:
+            by_index[chunk.index] = _Collected(chunk)
+        by_index[chunk.index].add(chunk)
+    return [by_index[index].answer() for index in sorted(by_index)]
 
 
-def release_rows(answers: list[list[Answer]]) -> None:
-    """Frees them row by row: to free millions of logprobs in one go would stop all threads meanwhile."""
-    while answers:
-        rows = [row for answer in answers.pop() for row in (*answer.rows, *answer.prompt_rows)]
-        while rows:
-            rows.pop()
+async def collect_all(streams: Iterable[AsyncIterable[TextChunk]]) -> list[list[Answer]]:
+    """Those of several requests, which are read at the same time: chunks that wait take more memory than answers."""
+    tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:
     """The answer that a choice's chunks, from first to last, make."""
-    parts = list(chunks)
-    first, last = parts[0], parts[-1]
-    assert last.finish_reason is not None and last.timings is not None, "the last chunk of a choice ends it"
-    scored = [part for part in parts if part.prompt_rows]
-    return Answer(
-        index=last.index,
-        text="".join(part.text for part in parts),
-        rows=tuple(row for part in parts for row in part.rows),
-        offsets=tuple(offset for part in parts for offset in part.offsets),
-        prompt_start=scored[0].prompt_start if scored else 0,
-        prompt_rows=tuple(row for part in scored for row in part.prompt_rows),
-        finish_reason=last.finish_reason,
-        stopped_by=last.stopped_by,
-        timings=last.timings,
-        prompt_token_ids=first.prompt_token_ids,
-        seed=first.seed,
-        events=tuple(merged(event for part in parts for event in part.events)),
-    )
+    first, *others = chunks
+    collected = _Collected(first)
+    for chunk in (first, *others):
+        collected.add(chunk)
+    return collected.answer()
+
+
+class _Collected:
+    """A choice so far."""
+
+    def __init__(self, first: TextChunk) -> None:
+        self._first = self._last = first
+        self._text = StringIO()
+        self._rows, self._prompt_rows = PackedRows(), PackedRows()
+        self._offsets = array("q")
+        self._prompt_start = 0
+        self._events: list[AnswerEvent] = []
+
+    def add(self, chunk: TextChunk) -> None:
+        """Takes the chunks in order, the first one included."""
+        if chunk.prompt_rows and not self._prompt_rows:
+            self._prompt_start = chunk.prompt_start
+        self._last = chunk
+        self._text.write(chunk.text)
+        self._rows.extend(chunk.rows)
+        self._prompt_rows.extend(chunk.prompt_rows)
+        self._offsets.extend(chunk.offsets)
+        self._events += chunk.events
+        if len(self._events) > _MOST_EVENTS:
+            self._events = merged(self._events)
+
+    def answer(self) -> Answer:
+        first, last = self._first, self._last
+        assert last.finish_reason is not None and last.timings is not None, "the last chunk of a choice ends it"
+        return Answer(
+            index=last.index,
+            text=self._text.getvalue(),
+            rows=self._rows,
+            offsets=self._offsets,
+            prompt_start=self._prompt_start,
+            prompt_rows=self._prompt_rows,
+            finish_reason=last.finish_reason,
+            stopped_by=last.stopped_by,
+            timings=last.timings,
+            prompt_token_ids=first.prompt_token_ids,
+            seed=first.seed,
+            events=tuple(merged(self._events)),
+        )
+
+
+def _entries(rows: Sequence[RowResult]) -> int:
+    return rows.entries if isinstance(rows, PackedRows) else sum(1 + len(row.top_logprobs) for row in rows)

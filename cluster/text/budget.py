@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -15,13 +16,28 @@ from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sharing.shares import fits
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""Of one reply. An entry is a token or a top logprob; each takes up to 200 bytes while the reply is built."""
-MAX_HELD_ENTRIES = 1 << 21
-"""The most entries of an owner's replies with logprobs or embeddings, and of prompts that are ranked; all owners
-together have at most twice as many, see `fits`."""
-_ENTRY_NUMBERS = 5
-"""Numbers of an embedding, or tokens of prompts, that take as much as an entry."""
+"""Of one reply: tokens and top logprobs."""
+UNIT_BYTES = 200
+MAX_HELD_UNITS = 1 << 21
+"""The most that an owner's replies with logprobs or embeddings take, and prompts that are ranked; all owners together
+have at most twice as much, see `fits`."""
+_UNIT_NUMBERS = 5
+"""Numbers of an embedding, or tokens of prompts, that take a unit."""
+_TOP_BYTES = 8
 _RETRY_S = 5.0
+
+
+class RowStorage(Enum):
+    """How a reply holds rows."""
+
+    STREAMED = auto()  # the first prompt's are dropped as they come, the others wait
+    CHUNKS = auto()
+    PACKED = auto()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes beside its top logprobs."""
+        return 40 if self is RowStorage.PACKED else 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +47,12 @@ class ReplySize:
     rows: int  # scored and sampled tokens of all choices
     top_logprobs: int  # a row
     has_logprobs: bool  # beside the chosen tokens' own
+    storage: RowStorage
 
     @classmethod
-    def of(cls, generation: GenerationRequest, choices: int, unread_rows: int | None = None) -> ReplySize:
+    def of(
+        cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
+    ) -> ReplySize:
         """`unread_rows`: sampled ones that are held at most, where the answer is read while it runs."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
@@ -41,25 +60,29 @@ class ReplySize:
         if unread_rows is not None:
             sampled = min(sampled, unread_rows)
         top = max(0, min(generation.top_logprobs, MAX_TOP_LOGPROBS))  # validated later
-        return cls(choices * scored + sampled, top, top > 0 or scored > 0)
+        return cls(choices * scored + sampled, top, top > 0 or scored > 0, storage)
 
     @property
     def entries(self) -> int:
         return self.rows * (1 + self.top_logprobs)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.rows * (self.storage.row_bytes + self.top_logprobs * _TOP_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Entries that a request has taken."""
+    """Units of the budget that a request has taken."""
 
     owner: str
-    entries: int
+    units: int
 
 
 NOTHING: Final = Reservation("", 0)
 
 
-class EntryBudget:
+class ReplyBudget:
     """What all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as long as
     they may be."""
 
@@ -68,7 +91,7 @@ class EntryBudget:
 
     @property
     def held(self) -> int:
-        """Entries that all owners hold."""
+        """Units that all owners hold."""
         return self._held.total()
 
     def reserve(self, sizes: Sequence[ReplySize]) -> Reservation:
@@ -82,34 +105,36 @@ class EntryBudget:
                 "given in one reply: lower max_tokens, n or logprobs, or send fewer prompts at once"
             )
             raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
-        return self._take(sum(size.entries for size in sizes if size.has_logprobs))
+        held_bytes = sum(size.held_bytes for size in sizes if size.has_logprobs)
+        return self._take(min(-(-held_bytes // UNIT_BYTES), MAX_HELD_UNITS))
 
     def reserve_numbers(self, count: int) -> Reservation:
         """Likewise for the numbers of embeddings."""
-        most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+        most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             reason = f"embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
             raise ParameterError("input", reason, "reply_too_large")
-        return self._take(-(-count // _ENTRY_NUMBERS))
+        return self._take(-(-count // _UNIT_NUMBERS))
 
     def reserve_pairs(self, tokens: int) -> Reservation:
         """Likewise for the tokens of all prompts of one query."""
-        most = MAX_REPLY_ENTRIES * _ENTRY_NUMBERS
+        most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if tokens > most:
             reason = (
                 f"with the query before each these are {tokens} tokens, at most {most} are ranked: send fewer at once"
             )
             raise ParameterError("documents", reason, "reply_too_large")
-        return self._take(-(-tokens // _ENTRY_NUMBERS))
+        return self._take(-(-tokens // _UNIT_NUMBERS))
 
     def release(self, reserved: Reservation) -> None:
-        self._held[reserved.owner] -= reserved.entries
+        self._held[reserved.owner] -= reserved.units
         if not self._held[reserved.owner]:
             del self._held[reserved.owner]
 
-    def _take(self, entries: int) -> Reservation:
+    def _take(self, units: int) -> Reservation:
         owner = current_owner.get()
-        if not fits(self._held[owner], self.held, MAX_HELD_ENTRIES, entries):
-            raise QueueFullError(f"replies of {self.held} entries are under way; try again", _RETRY_S)
-        self._held[owner] += entries
-        return Reservation(owner, entries)
+        if not fits(self._held[owner], self.held, MAX_HELD_UNITS, units):
+            held_mib = self.held * UNIT_BYTES >> 20
+            raise QueueFullError(f"replies of up to {held_mib} MiB are under way; try again", _RETRY_S)
+        self._held[owner] += units
+        return Reservation(owner, units)

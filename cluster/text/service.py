@@ -14,7 +14,7 @@ from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.text.budget import NOTHING, EntryBudget
+from llamaclust.cluster.text.budget import NOTHING, ReplyBudget
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.text.chat_format import ChatFormat
@@ -79,7 +79,7 @@ class TextService:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.settings = settings
-        self.budget = EntryBudget()
+        self.budget = ReplyBudget()
         self.slots = Slots(engine, settings.slots)
         self._engine = engine
         self._embedder = Embedder(engine)
@@ -168,7 +168,7 @@ class TextService:
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
         """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
-        that is too long, before any after it is read; errors of `EntryBudget.reserve_pairs` and `Embedder.embed`."""
+        that is too long, before any after it is read; errors of `ReplyBudget.reserve_pairs` and `Embedder.embed`."""
         ranking = self.settings.ranking
         if ranking is None:
             raise ParameterError("model", "does not rank documents")

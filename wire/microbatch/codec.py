@@ -16,7 +16,7 @@ from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask, TopLogprobs
 from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
@@ -337,7 +337,7 @@ def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:
     return _tokens(tokens)
 
 
-def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:
+def _top_in(message: sampling_proto.RowResult) -> Sequence[tuple[int, float]]:
     """Without calls for each of them: a result may have thousands."""
     if not message.top_tokens and not message.top_logprobs:
         return ()
@@ -346,7 +346,7 @@ def _top_in(message: sampling_proto.RowResult) -> tuple[tuple[int, float], ...]:
     bounded("logprobs of the top tokens", len(logprobs), len(tokens), len(tokens))
     if not all(map(math.isfinite, logprobs)):
         raise ProtocolError("logprob is no finite number")
-    return tuple(zip(tokens, logprobs, strict=True))
+    return TopLogprobs.of([*zip(tokens, logprobs, strict=True)])
 
 
 def _logprob(value: float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.requests import Request
 
-from llamaclust.cluster.api.json_parts import JsonParts, json_parts, off_loop_if_large
+from llamaclust.cluster.api.json_parts import is_large, json_parts
+from llamaclust.cluster.api.replies.json_body import JsonParts, json_body
 from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
 from llamaclust.cluster.text.service import TextService
@@ -28,8 +29,11 @@ async def embedded(
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
         numbers = sum(len(vector) for each in embeddings for vector in each.vectors)
-        rendering = off_loop_if_large(lambda: json_parts(shape(embeddings)), numbers)
-        return JsonParts(await unless_disconnected(request, rendering), held.pop_all())
+        return JsonParts(json_body(_parts(shape, embeddings), is_large=is_large(numbers)), held.pop_all())
+
+
+def _parts(shape: Callable[[list[Embedding]], Any], embeddings: list[Embedding]) -> Generator[bytes, None, None]:
+    yield from json_parts(shape(embeddings))
 
 
 def check_single(pooling: Pooling) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.body import converted
-from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
+from llamaclust.cluster.api.json_parts import is_large, json_parts
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
+from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import event
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress
-from llamaclust.cluster.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect_all
+from llamaclust.cluster.text.budget import RowStorage
 from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
@@ -45,7 +46,7 @@ class LlamaCppReply:
         self._service = service
         self._settings = settings
         self._body = body
-        self._prompts = PromptStreams(service, ticket, is_read_at_once=body.stream)
+        self._prompts = PromptStreams(service, ticket, RowStorage.STREAMED if body.stream else RowStorage.PACKED)
 
     @property
     def has_measurements(self) -> bool:
@@ -63,14 +64,14 @@ class LlamaCppReply:
     async def aclose(self) -> None:
         await self._prompts.aclose()
 
-    async def whole(self) -> list[bytes]:
-        answers = [(await collect(stream))[0] for stream in self._prompts.streams]
-        return await off_loop_if_large(partial(self._rendered, answers), sum(answer.entries for answer in answers))
+    async def whole(self) -> JsonBody:
+        answers = [answers[0] for answers in await collect_all(self._prompts.streams)]
+        return json_body(self._parts(answers), is_large=is_large(sum(answer.entries for answer in answers)))
 
-    def _rendered(self, answers: Sequence[Answer]) -> list[bytes]:
-        """A list where there are several prompts."""
+    def _parts(self, answers: Sequence[Answer]) -> Generator[bytes, None, None]:
+        """Of a list where there are several prompts."""
         shown = [shape.whole(answer) for shape, answer in zip(self._shapes(), answers, strict=True)]
-        return json_parts(shown[0] if len(shown) == 1 else shown)
+        yield from json_parts(shown[0] if len(shown) == 1 else shown)
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         shapes = self._shapes()

@@ -11,6 +11,7 @@ from llamaclust.cluster.api.llamacpp.timings import shown_timings
 from llamaclust.cluster.api.ollama.pieces import Piece, PieceReader
 from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.answer_reply import ShowProgress
+from llamaclust.cluster.api.replies.json_body import JsonBody, rendered_body
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.stream_format import line
 from llamaclust.cluster.scheduler.requests import Timings
@@ -119,8 +120,8 @@ class LoadReply:
     async def aclose(self) -> None:
         """Nothing runs."""
 
-    async def whole(self) -> list[bytes]:
-        return [self._line]
+    async def whole(self) -> JsonBody:
+        return rendered_body([self._line])
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         yield Event(0, self._line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -112,7 +113,7 @@ class _ChatShape:
             **_ending(answer, has_calls="tool_calls" in message),
         }
 
-    def _logprobs(self, rows: tuple[RowResult, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, rows: Sequence[RowResult]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
         return {"content": (row_entry(self._tokenizer, row) for row in rows), "refusal": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -12,13 +12,15 @@ from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, event
 from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
-from llamaclust.cluster.text.answer import Answer, TextChunk, collect, release_rows
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect_all
+from llamaclust.cluster.text.budget import RowStorage
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
@@ -81,7 +83,7 @@ class OpenAiReply:
         self._shape = shape
         self._requests = requests
         self._options = streaming or StreamOptions()
-        self._prompts = PromptStreams(service, ticket, is_read_at_once=self.is_streamed)
+        self._prompts = PromptStreams(service, ticket, RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED)
         self._opened: set[tuple[int, int]] = set()
         self._frame: tuple[bytes, bytes] | None = None  # of events, before and behind their choice
         self._text_frames: dict[tuple[int, int], _TextFrame] = {}  # by prompt and choice
@@ -104,10 +106,10 @@ class OpenAiReply:
     async def aclose(self) -> None:
         await self._prompts.aclose()
 
-    async def whole(self) -> list[bytes]:
-        answers = [await collect(stream) for stream in self._streams]
+    async def whole(self) -> JsonBody:
+        answers = await collect_all(self._streams)
         entries = sum(answer.entries for prompt_answers in answers for answer in prompt_answers)
-        return await off_loop_if_large(partial(self._rendered, answers), entries + self._echoed)
+        return json_body(self._parts(answers), is_large=is_large(entries + self._echoed))
 
     @property
     def _echoed(self) -> int:
@@ -119,8 +121,7 @@ class OpenAiReply:
         is_shown |= self._shape.shows_prompt and chunk.finish_reason is not None
         return self._echoed if is_shown else 0
 
-    def _rendered(self, answers: list[list[Answer]]) -> list[bytes]:
-        """Takes the answers away."""
+    def _parts(self, answers: Sequence[Sequence[Answer]]) -> Generator[bytes, None, None]:
         choices = [
             self._shape.whole(prompt, answer, self._streams[prompt])
             for prompt, prompt_answers in enumerate(answers)
@@ -130,9 +131,7 @@ class OpenAiReply:
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
         more = {"timings": shown_timings(answers[0][0].timings)} if self._shape.shows_timings else {}
         more |= self._verbose(self._streams[0])
-        parts = json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts, **more})
-        release_rows(answers)
-        return parts
+        yield from json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts, **more})
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         options = self._options

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
-from llamaclust.cluster.api.json_parts import json_parts, off_loop_if_large
+from llamaclust.cluster.api.json_parts import is_large, json_parts
+from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.requests import PromptProgress
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.budget import RowStorage
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
@@ -69,7 +70,8 @@ class AnswerReply:
         self._settings = settings
         self._shape = shape
         self._request = request
-        self._prompts = PromptStreams(service, ticket, is_read_at_once=is_streamed and not shape.keeps_logprobs)
+        storage = RowStorage.STREAMED if is_streamed and not shape.keeps_logprobs else RowStorage.CHUNKS
+        self._prompts = PromptStreams(service, ticket, storage)
 
     @property
     def has_measurements(self) -> bool:
@@ -89,12 +91,12 @@ class AnswerReply:
     async def aclose(self) -> None:
         await self._prompts.aclose()
 
-    async def whole(self) -> list[bytes]:
+    async def whole(self) -> JsonBody:
         chunks = [chunk async for chunk in self._stream]
         value = await self._shape.whole(chunks, self._stream)
         prompt = self._stream.generation.prompt  # which some APIs show
         entries = sum(chunk.entries for chunk in chunks)
-        return await off_loop_if_large(partial(json_parts, value), entries + len(prompt))
+        return json_body(json_parts(value), is_large=is_large(entries + len(prompt)))
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         show_progress = self._shape.progress

@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.json_parts import JsonParts
 from llamaclust.cluster.api.replies.durability import Durability
+from llamaclust.cluster.api.replies.json_body import JsonParts, rendered_body
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
@@ -115,7 +115,7 @@ class Replies:
     async def _begun(self, request: Request, kept: KeptReply, after: Position) -> Response:
         """To the request that begins it, or repeats that."""
         if kept.acknowledgement is not None and not kept.is_streamed:
-            return JsonParts([kept.acknowledgement])
+            return JsonParts(rendered_body([kept.acknowledgement]))
         return await self.respond(request, kept, after)
 
     async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
@@ -204,7 +204,7 @@ class _WholeResponse(JsonParts):
     """A reply that is not streamed; `sent` is called once the connection took all of it."""
 
     def __init__(self, parts: Sequence[bytes], sent: Callable[[], None]) -> None:
-        super().__init__(parts)
+        super().__init__(rendered_body(parts))
         self._sent = sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from enum import Enum, auto
 from itertools import count
 from typing import Protocol
@@ -208,13 +208,12 @@ class KeptReply:
                 if not await self._changed() and with_comments:
                     yield None
 
-    async def whole(self) -> list[bytes]:
+    async def whole(self) -> Sequence[bytes]:
         """The reply that is not streamed."""
         with self._reading():
             while self._state is not ReplyState.ENDED:
                 await self._changed()
             self._raise_error()
-            assert self._content.whole is not None
             return self._content.whole
 
     def _raise_error(self) -> None:
@@ -279,20 +278,25 @@ class KeptReply:
 
     async def _take(self, reply: Reply) -> None:
         if not self.is_streamed:
-            whole = self._content.whole = await reply.whole()
-            self._hold(sum(map(len, whole)))
+            async with aclosing(await reply.whole()) as body:
+                async for part in body:
+                    self._content.whole.append(part)
+                    self._keep(len(part))
             return
         async for event in reply.events():
             if event is not None:
-                size_bytes = self._content.add(event)
-                self._hold(len(event.data) + _EVENT_BYTES)
-                self._raise_error()
-                if size_bytes > self._settings.max_reply_bytes:
-                    most = self._settings.max_reply_bytes >> 20
-                    raise HttpError(
-                        500, "reply_too_large", f"the reply is larger than {most} MiB; ask for less at once"
-                    )
+                self._content.add(event)
+                self._keep(len(event.data), _EVENT_BYTES)
                 self._notify()
+
+    def _keep(self, content_bytes: int, more_bytes: int = 0) -> None:
+        """Counts them. HttpError where the reply has too many, LlamaclustError where it was ended for those of all."""
+        self._content.size_bytes += content_bytes
+        self._hold(content_bytes + more_bytes)
+        self._raise_error()
+        if self._content.size_bytes > (most := self._settings.max_reply_bytes):
+            what = f"the reply is larger than {most >> 20} MiB; ask for less at once"
+            raise HttpError(500, "reply_too_large", what)
 
     def _hold(self, more_bytes: int) -> None:
         self.held_bytes += more_bytes
@@ -329,13 +333,10 @@ class _Content:
 
     def __init__(self) -> None:
         self.events: list[tuple[Event, int]] = []  # with their numbers within their slots
-        self.whole: list[bytes] | None = None  # of one that is not streamed
+        self.whole: list[bytes] = []  # of one that is not streamed
         self.has_measurements: bool | None = None  # None: it has not begun
+        self.size_bytes = 0
         self._numbers = Position()
-        self._size_bytes = 0
 
-    def add(self, event: Event) -> int:
-        """The bytes of all events."""
+    def add(self, event: Event) -> None:
         self.events.append((event, self._numbers.add(event)))
-        self._size_bytes += len(event.data)
-        return self._size_bytes

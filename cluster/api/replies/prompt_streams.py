@@ -8,7 +8,7 @@ from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.text.answer import TextChunk
-from llamaclust.cluster.text.budget import NOTHING, ReplySize
+from llamaclust.cluster.text.budget import NOTHING, ReplySize, RowStorage
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, chunks_or_silence
@@ -17,13 +17,12 @@ from llamaclust.cluster.text.stream import MAX_UNREAD_ROWS, CompletionStream, ch
 class PromptStreams:
     """Empty until `submit`; the caller closes it."""
 
-    def __init__(self, service: TextService, ticket: Ticket, *, is_read_at_once: bool) -> None:
-        """`is_read_at_once`: the first prompt's rows are dropped as they come."""
+    def __init__(self, service: TextService, ticket: Ticket, storage: RowStorage) -> None:
         self.streams: list[CompletionStream] = []
         self.choices = 0  # of all prompts
         self._service = service
         self._ticket = ticket
-        self._is_read_at_once = is_read_at_once
+        self._storage = storage
         self._reserved = NOTHING
 
     async def submit(self, prompts: Sequence[CompletionRequest]) -> None:
@@ -53,10 +52,10 @@ class PromptStreams:
 
     def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
         """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
-        bounds = [MAX_UNREAD_ROWS if self._is_read_at_once and prompt == 0 else None for prompt in range(len(requests))]
+        first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         sizes = [
-            ReplySize.of(generation, request.n, bound)
-            for request, generation, bound in zip(requests, generations, bounds, strict=True)
+            ReplySize.of(generation, request.n, self._storage, None if prompt else first)
+            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True))
         ]
         self._reserved = self._service.budget.reserve(sizes)
 

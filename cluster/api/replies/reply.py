@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.replies.json_body import JsonBody
 from llamaclust.cluster.api.replies.ticket import Ticket
 
 _MAX_SLOTS = 130
@@ -46,8 +47,8 @@ class Reply(Protocol):
         """Of a streamed reply; None each time that nothing came for a while."""
         ...
 
-    async def whole(self) -> list[bytes]:
-        """The JSON of one that is not streamed, in parts."""
+    async def whole(self) -> JsonBody:
+        """The JSON of one that is not streamed, once its answers are there; the caller closes it."""
         ...
 
     async def aclose(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.reply import OpenAiReply
+from llamaclust.cluster.api.replies.json_body import JsonBody, rendered_body
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
@@ -49,8 +50,8 @@ class EndlessReply:
         await asyncio.Event().wait()
         yield None
 
-    async def whole(self) -> list[bytes]:
-        return []
+    async def whole(self) -> JsonBody:
+        return rendered_body([])
 
     async def aclose(self) -> None:
         self.closed += 1

@@ -30,6 +30,7 @@ from support.clusters.served import ScriptedEngine, client, events_of, make_app,
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
 """64 x (149 + 49) x 129 entries."""
 
+_LOGPROBS = "message.output_text.logprobs"
 _CHAT = {"logprobs": True, "top_logprobs": 9, "max_tokens": 2}
 
 
@@ -53,7 +54,7 @@ async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool
     ],
 )
 async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 30)
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 1)
     engine = ScriptedEngine(says("a"))
     engine.gate.clear()
     async with client(make_app(engine)) as http:
@@ -72,8 +73,8 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
     owners: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large each request of the others is, of the largest size as well."""
-    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 40)
-    shared = budget.EntryBudget()
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
+    shared = budget.ReplyBudget()
     for owner in owners:
         current_owner.set(owner)
         for entries in (large, 1):
@@ -87,8 +88,8 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one releases is its own, whoever releases it."""
-    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 40)
-    shared, reserved = budget.EntryBudget(), []
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
+    shared, reserved = budget.ReplyBudget(), []
     for owner in owners:
         current_owner.set(owner)
         with suppress(QueueFullError):
@@ -104,14 +105,15 @@ def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 9}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 70, "logprobs": 3}),  # 64 bytes a token, of 200 a unit
+        ("/v1/responses", {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}),
         ("/embedding", {"input": [[1] * 25], "pooling": "none"}),
     ],
 )
 async def test_the_budget_is_taken_until_the_client_has_the_reply(
     path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_ENTRIES", 20)
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 20)
     begun, gate = asyncio.Event(), asyncio.Event()
     async with real_engine() as (engine, _):
         app = make_app(engine)
@@ -194,10 +196,10 @@ def test_parts_are_the_json_of_the_whole() -> None:
         rows = [{"id": number, "text": "\u20ac\ud800", "top": {"a": -0.5}} for number in range(1000)]
         return {"empty": array([]), "none": None, "list": [{"rows": array(rows)}, 1], "tuple": (1, 2), "dict": {}}
 
-    parts = json_parts(value(iter))
+    parts = [*json_parts(value(iter))]
     assert b"".join(parts) == to_json(value(list)) == to_json(value(iter))
     assert len(parts) == 1
-    large = json_parts({"rows": ("x" * 100 for _ in range(10_000))})
+    large = [*json_parts({"rows": ("x" * 100 for _ in range(10_000))})]
     assert max(map(len, large)) < 1 << 17 and len(large) > 10
     assert json.loads(b"".join(large)) == {"rows": ["x" * 100] * 10_000}
 
@@ -205,3 +207,14 @@ def test_parts_are_the_json_of_the_whole() -> None:
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(TypeError, match="set is no JSON"):
         to_json({"a": {1}})
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 20, 128])
+def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
+    """Packed rows take little."""
+    shared, rows = budget.ReplyBudget(), budget.MAX_REPLY_ENTRIES // (1 + top)
+    largest = budget.ReplySize(rows, top, True, budget.RowStorage.PACKED)
+    for owner in "abc":
+        current_owner.set(owner)
+        shared.reserve([largest])
+    assert shared.held * budget.UNIT_BYTES < 300 << 20

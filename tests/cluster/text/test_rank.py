@@ -89,10 +89,10 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
         ):
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.undo()
-        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", 4)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_UNITS", 4)
         with pytest.raises(QueueFullError):
             await service.rank("1234", ["1", "2", "3"])
-        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", 5)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_UNITS", 5)
         assert len(await service.rank("1234", ["1", "2", "3"])) == 3
         assert service.budget.held == 0
         await service.aclose()
@@ -121,10 +121,10 @@ async def test_rendered_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyP
         service = rendering(engine)
         documents = ["1", "2", "3"]
         tokens = sum(len(ids(f"1234 {document}")) for document in documents)
-        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", -(-tokens // 5) - 1)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_UNITS", -(-tokens // 5) - 1)
         with pytest.raises(QueueFullError):
             await service.rank("1234", documents)
-        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", -(-tokens // 5))
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_UNITS", -(-tokens // 5))
         assert [rank.prompt_tokens for rank in await service.rank("1234", documents)] == [tokens // 3] * 3
         assert service.budget.held == 0
         await service.aclose()

@@ -12,7 +12,6 @@ from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
 from llamaclust.cluster.api.foreign_fields import RESPONSES
-from llamaclust.cluster.api.json_parts import rendered
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
 from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references, messages_of
@@ -21,6 +20,7 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.shape import ResponseShape, Storing
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
 from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.replies.json_body import rendered
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
@@ -139,7 +139,7 @@ class StoredResponses:
         number `starting_after`."""
         if request.query_params.get("stream", "false").lower() in ("true", "1"):
             return await self._events(request)
-        return await rendered(self._shown(request))
+        return rendered(self._shown(request))
 
     async def cancel(self, request: Request) -> Response:
         """Ends a response that is computed in the background."""
@@ -154,7 +154,7 @@ class StoredResponses:
             items = [] if begun is None else begun.input_items
             self._store.put(self._owner(request), StoredResponse(response, items, ()))
             await self._replies.cache.forget(kept)
-        return await rendered(response)
+        return rendered(response)
 
     async def delete(self, request: Request) -> Response:
         """Ends a response that runs, and forgets it."""
@@ -184,7 +184,7 @@ class StoredResponses:
         ends = (
             {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
         )
-        return await rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
+        return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _events(self, request: Request) -> Response:
         kept = self._kept(request)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from llamaclust.cluster.api.openai.function_tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.api.openai.responses.response import Status
+from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.tools import BUILT_IN
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
@@ -37,11 +38,11 @@ class OutputItems:
         self._reply_id = reply_id
         self._is_open = False
         self._pieces: list[str] = []  # of the open item's text or arguments
-        self._logprobs: list[Shown] = []  # of the open item's text
+        self._logprobs: list[ShownRow] = []  # of the open item's text
         self.logprobs = 0  # in all items so far, with those of the likeliest tokens
-        self._pending: list[Shown] = []  # of tokens whose text is still to come
+        self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
-    def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[Shown] = ()) -> Iterator[Shown]:
+    def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
         """`logprobs`: of the tokens that came with the events; those whose text is no message's are left out."""
         self._pending += logprobs
         for event in events:
@@ -77,7 +78,7 @@ class OutputItems:
         if kind == "message":
             more["logprobs"], self._pending = _logprobs_of(text, self._pending, is_first=is_first)
             self._logprobs += more["logprobs"]
-            self.logprobs += sum(1 + len(entry["top_logprobs"]) for entry in more["logprobs"])
+            self.logprobs += sum(entry.entries for entry in more["logprobs"])
         yield self._part_event(f"response.{_PART_TYPES[kind]}.delta", delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Shown]:
@@ -141,11 +142,11 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
     return "function_call", {**named, "arguments": ""}
 
 
-def _logprobs_of(text: str, entries: list[Shown], *, is_first: bool) -> tuple[list[Shown], list[Shown]]:
+def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
     """Those of a piece of text, and those of text that is still to come. Before the first piece of a message, markup
     may stand that is not shown."""
-    ends = [*accumulate(len(entry["bytes"]) for entry in entries)]
-    data, wanted = b"".join(bytes(entry["bytes"]) for entry in entries), text.encode("utf-8", "surrogatepass")
+    ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
+    data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
     if start < 0:  # what the tokenizer leaves out of a text
         return entries, []
@@ -153,6 +154,6 @@ def _logprobs_of(text: str, entries: list[Shown], *, is_first: bool) -> tuple[li
     return entries[begin:end], entries[end:]
 
 
-def _part(kind: str, text: str, logprobs: Sequence[Shown]) -> dict[str, Any]:
+def _part(kind: str, text: str, logprobs: Sequence[ShownRow]) -> dict[str, Any]:
     more: dict[str, Any] = {"annotations": [], "logprobs": logprobs} if kind == "message" else {}
     return {"type": _PART_TYPES[kind], "text": text, **more}

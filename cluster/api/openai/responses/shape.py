@@ -13,8 +13,8 @@ from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timing
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
 from llamaclust.cluster.api.openai.responses.response import Details, ResponseHead, Status, end_status, shown_usage
+from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
-from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.reply import Event
 from llamaclust.cluster.api.sse import DONE, named_event
 from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
@@ -24,7 +24,6 @@ from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, Reasoni
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _COUNTED_CHARACTERS: Final = 1024
-_TOKEN_FIELDS: Final = ("token", "logprob", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +135,11 @@ class ResponseShape:
         if part.finish_reason is not None:
             yield from self._items.end(end_status(part))
 
-    def _logprobs(self, part: TextChunk) -> list[Shown]:
+    def _logprobs(self, part: TextChunk) -> list[ShownRow]:
         """Of tokens that are text: an end token is none."""
         if not self._details.logprobs:
             return []
-        return [_shown_logprob(row_entry(self._tokenizer, row)) for row in part.rows if row.token not in self._ends]
+        return [ShownRow(self._tokenizer, row) for row in part.rows if row.token not in self._ends]
 
     def _ended(self, part: TextChunk, timings: Timings, stream: CompletionStream) -> dict[str, Any]:
         """The response, which is to be stored."""
@@ -155,12 +154,6 @@ class ResponseShape:
         number = self._events
         self._events += 1
         return named_event(shown["type"], {**shown, "sequence_number": number}, is_large=is_large)
-
-
-def _shown_logprob(entry: Shown) -> Shown:
-    """Without the id that other APIs show."""
-    top = [{name: each[name] for name in _TOKEN_FIELDS} for each in entry["top_logprobs"]]
-    return {**{name: entry[name] for name in _TOKEN_FIELDS}, "top_logprobs": top}
 
 
 class ReasoningCount:

@@ -159,7 +159,7 @@ async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.M
             assert reply.status_code == 200, reply.text
         refused = await http.post("/embedding", json={"input": [[1] * 4, [2] * 7], "pooling": "none"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "reply_too_large")
-        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_ENTRIES", 0)
+        monkeypatch.setattr("llamaclust.cluster.text.budget.MAX_HELD_UNITS", 0)
         busy = await http.post("/embedding", json={"input": "a"})
         assert (busy.status_code, busy.headers["retry-after"]) == (429, "5")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,10 +18,12 @@ from llamaclust.cluster.api import json_parts as json_parts_module
 from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.openai.responses.output import OutputItems
 from llamaclust.cluster.api.openai.responses.shape import ResponseShape
+from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.store import StoredResponse
 from llamaclust.cluster.api.replies import prompt_streams
 from llamaclust.cluster.text import budget
 from llamaclust.core.errors import WorkerError
+from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import ContentText, ReasoningText
 from support.clusters import resumable
 from support.clusters.served import (
@@ -121,7 +124,8 @@ async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypa
 
 def test_a_token_of_markup_and_text_has_a_logprob() -> None:
     items = OutputItems("a", {})
-    earlier, shared = ({"bytes": [*text], "top_logprobs": []} for text in (b"<think>Hm.", b"</think>So"))
+    texts: Any = SimpleNamespace(token_bytes=[b"<think>Hm.", b"</think>So"].__getitem__)
+    earlier, shared = (ShownRow(texts, RowResult(token, -0.5)) for token in range(2))
     assert [*items.take([ReasoningText("Hm.")], [earlier])]
     events = [*items.take([ReasoningText(""), ContentText("So")], [shared])]
     (delta,) = [event for event in events if event["type"] == "response.output_text.delta"]

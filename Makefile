@@ -92,8 +92,8 @@ image: ## a container image by docker, podman or buildah; BASE, EXTRAS and IMAGE
 image-test: image ## the image answers the demo's question
 	deploy/image_test.sh $(IMAGE)
 
-system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
-	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
+system-deps: ## Debian/Ubuntu packages (needs root): a compiler, Python's headers, OpenSSL
+	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev libssl-dev
 
 system-deps-test: ## what tests of the ARM kernels, of networks and of the page in a browser need besides (needs root); they are skipped without
 	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static iproute2 iptables nftables libfaketime

@@ -1,6 +1,10 @@
 // What headers of newer versions of g++ and glibc take from the shared libraries of their own version: defined here, hidden, so
 // that a module compiled with them loads beside glibc 2.28 and the libstdc++ of g++ 8 (manylinux_2_28).
 
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #define HIDDEN __attribute__((visibility("hidden")))
 
 extern "C" {
@@ -19,3 +23,43 @@ namespace std {
 void __throw_bad_array_new_length() { __cxa_throw_bad_array_new_length(); }
 
 }  // namespace std
+
+// OpenSSL's archive. glibc 2.34 gave functions of libpthread and libdl new versions; the old ones are those of the first glibc
+// for the processor. Before glibc 2.33, stat() and fstat() were inline functions.
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
+
+#ifdef __x86_64__
+#define FIRST_VERSION "GLIBC_2.2.5"
+#else
+#define FIRST_VERSION "GLIBC_2.17"
+#endif
+
+#define FIRST(result, name, parameters, arguments)             \
+  result first_##name parameters;                              \
+  __asm__(".symver first_" #name ", " #name "@" FIRST_VERSION); \
+  HIDDEN result name parameters { return first_##name arguments; }
+
+extern "C" {
+FIRST(void*, dlopen, (const char* path, int flags), (path, flags))
+FIRST(void*, dlsym, (void* library, const char* name), (library, name))
+FIRST(int, dlclose, (void* library), (library))
+FIRST(char*, dlerror, (), ())
+FIRST(int, dladdr, (const void* address, void* info), (address, info))
+FIRST(int, pthread_once, (int* once, void (*function)()), (once, function))
+FIRST(int, pthread_key_create, (unsigned* key, void (*function)(void*)), (key, function))
+FIRST(int, pthread_key_delete, (unsigned key), (key))
+FIRST(void*, pthread_getspecific, (unsigned key), (key))
+FIRST(int, pthread_setspecific, (unsigned key, const void* value), (key, value))
+FIRST(int, pthread_rwlock_init, (void* lock, const void* attributes), (lock, attributes))
+FIRST(int, pthread_rwlock_destroy, (void* lock), (lock))
+FIRST(int, pthread_rwlock_rdlock, (void* lock), (lock))
+FIRST(int, pthread_rwlock_wrlock, (void* lock), (lock))
+FIRST(int, pthread_rwlock_unlock, (void* lock), (lock))
+
+HIDDEN int stat(const char* path, void* status) {
+  return static_cast<int>(syscall(SYS_newfstatat, AT_FDCWD, path, status, 0));
+}
+HIDDEN int fstat(int descriptor, void* status) { return static_cast<int>(syscall(SYS_fstat, descriptor, status)); }
+}
+
+#endif

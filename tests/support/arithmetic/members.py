@@ -1,9 +1,13 @@
-"""Members of a group on the CPU backend in threads of one process, which gather at a barrier."""
+"""Members of a group on the CPU backend: in threads, which gather at a barrier or over links, or in processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import socket
 from threading import Barrier
 
 import numpy as np
@@ -13,9 +17,11 @@ from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.model.groups.division import divide
+from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from support.arithmetic.batches import LIMITS
+from support.arithmetic.linked import linked, links_of, meshed
 
 _DEADLINE_S = 60.0
 
@@ -59,3 +65,61 @@ class CpuGroup:
         """Each member's result; all have the whole rows."""
         with ThreadPoolExecutor(len(self.stages)) as pool:
             return list(pool.map(lambda stage: stage.run(batch, hidden).copy(), self.stages))
+
+
+class LinkedGroup(CpuGroup):
+    """The same over links between sockets."""
+
+    def __init__(
+        self, model: Model, program: Program, shares: Sequence[float], threads: int, limits: StageLimits = LIMITS
+    ) -> None:
+        super().__init__(model, program, shares, threads, limits)
+        self.links = linked(len(shares))
+        self._step = 0
+        for stage, links in zip(self.stages, self.links, strict=True):
+            stage.gather_by(links)
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
+        self._step += 1
+        for links in self.links:
+            links.begin(1, self._step)
+        return super().run(batch, hidden)
+
+
+def run_in_processes(path: Path, shares: Sequence[float], batches: Sequence[Batch]) -> list[list[bytes]]:
+    """What each member of a whole model's group has for each batch, in a process of its own."""
+    spawn, found = get_context("spawn"), []
+    for member, ends in enumerate(meshed(len(shares))):
+        ours, theirs = spawn.Pipe(duplex=False)
+        arguments = path, shares, member, ends, batches, theirs
+        process = spawn.Process(target=_run_member, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        for end in ends:
+            if end is not None:
+                end.close()
+        found.append((process, ours))
+    results = [ours.recv() for _, ours in found]
+    for process, _ in found:
+        process.join(_DEADLINE_S)
+    return results
+
+
+def _run_member(
+    path: Path,
+    shares: Sequence[float],
+    member: int,
+    ends: Sequence[socket | None],
+    batches: Sequence[Batch],
+    results: Connection,
+) -> None:
+    links, found = links_of(member, ends), list[bytes]()
+    with Model.open(path) as model:
+        whole = model.program(0, model.layer_count, KvType.F16, LIMITS.max_context_tokens, 1)
+        program = divide(whole, shares, member)
+        stage = CpuBackend(1).load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
+    stage.gather_by(links)
+    for step, batch in enumerate(batches):
+        links.begin(1, step)
+        found.append(stage.run(batch, None).tobytes())
+    results.send(found)

@@ -27,6 +27,7 @@ void bind_matmul(nb::module_& module);
 void bind_sampler(nb::module_& module);
 void bind_executor(nb::module_& module);
 void bind_gatherer(nb::module_& module);
+void bind_links(nb::module_& module);
 void bind_quantize(nb::module_& module);
 
 }  // namespace llamaclust

@@ -1,6 +1,9 @@
 // What puts rows of a group's members together: native objects, or functions of Python.
 #include "executor/gatherer.h"
 
+#include <algorithm>
+#include <functional>
+
 #include "bindings/bindings.h"
 
 namespace llamaclust {
@@ -26,10 +29,22 @@ class PythonGatherer : public Gatherer {
   const nb::object function_;
 };
 
+void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<float, 2>& whole,
+            const std::vector<int>& borders) {
+  const size_t width = borders.empty() || borders.back() < 0 ? 0 : static_cast<size_t>(borders.back());
+  if (own.shape(0) == 0 || own.shape(0) != whole.shape(0) || own.shape(1) > width || whole.shape(1) != width ||
+      !std::ranges::is_sorted(borders, std::less_equal()) || borders.front() != 0)
+    throw std::invalid_argument("gather: rows and columns that fit the borders");
+  const nb::gil_scoped_release unlocked;
+  gatherer.gather({number, static_cast<int>(own.shape(0)), borders, static_cast<int>(own.shape(1)), own.data(),
+                   whole.data()});
+}
+
 }  // namespace
 
 void bind_gatherer(nb::module_& module) {
-  nb::class_<Gatherer>(module, "Gatherer");
+  nb::class_<Gatherer>(module, "Gatherer")
+      .def("gather", &gather, "number"_a, "own"_a, "whole"_a.noconvert(), "borders"_a, "One gather, outside of a run.");
   nb::class_<PythonGatherer, Gatherer>(module, "PythonGatherer").def(nb::init<nb::object>(), "function"_a);
 }
 

@@ -22,6 +22,7 @@ NB_MODULE(_native, module) {
   bind_matmul(module);
   bind_sampler(module);
   bind_gatherer(module);
+  bind_links(module);
   bind_executor(module);
   bind_quantize(module);
 }

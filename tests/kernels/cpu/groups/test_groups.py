@@ -20,11 +20,11 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Gather, Program
 from support.arithmetic.batches import LIMITS, batch_of
-from support.arithmetic.members import CpuGroup
+from support.arithmetic.members import CpuGroup, LinkedGroup, run_in_processes
 from support.models.tiny_architectures import DECODED_TOKENS, MODELS, TOKENS, build_architecture
 
 REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
-GROUPS = (((1.0, 1.0), 1), ((1.0, 2.0, 1.0), 2))  # shares, threads of each member
+SHARES = (1.0, 1.0), (1.0, 2.0, 1.0)
 SOME = ("qwen3", "gemma3", "gpt-oss", "deepseek2", "phi3-short", "baichuan-13b", "lfm2")
 
 
@@ -64,10 +64,19 @@ def test_members_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         program = whole(model)
         expected = results(load(model, program))
-        for shares, threads in GROUPS:
-            group = CpuGroup(model, program, shares, threads)
-            assert_bits(group, expected)
-            assert len({*group.meeting.gathers}) == 1 and group.meeting.gathers[0] > 0
+        group = CpuGroup(model, program, SHARES[0], 1)
+        assert_bits(group, expected)
+        assert len({*group.meeting.gathers}) == 1 and group.meeting.gathers[0] > 0
+        assert_bits(LinkedGroup(model, program, SHARES[1], 2), expected)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "lfm2"])
+def test_members_in_processes(tmp_path: Path, name: str, shares: tuple[float, ...]) -> None:
+    path = build_architecture(tmp_path / "model.gguf", name)
+    with Model.open(path) as model:
+        expected = [logits.tobytes() for logits in results(load(model, whole(model)))]
+    assert run_in_processes(path, shares, [*batches()]) == [expected] * len(shares)
 
 
 @pytest.mark.parametrize("kv_type", [KvType.Q8_0, KvType.INT8])

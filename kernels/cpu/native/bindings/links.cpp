@@ -1,0 +1,62 @@
+// Links between the members of a group. Calls that wait do so without the interpreter's lock.
+#include "links/links.h"
+
+#include "bindings/bindings.h"
+#include "links/tls.h"
+#include "runtime/thread_pool.h"
+
+namespace llamaclust {
+namespace {
+
+std::string text_of(const nb::bytes& data) { return {data.c_str(), data.size()}; }
+
+std::span<const uint8_t> span_of(const std::string& text) {
+  return {reinterpret_cast<const uint8_t*>(text.data()), text.size()};
+}
+
+// Takes the descriptor over, whatever comes of it.
+Link open_link(int descriptor, const std::string& peer, const std::optional<TlsSettings>& tls, const nb::bytes& greeting,
+               const nb::bytes& expected, double deadline_s) {
+  const std::string own = text_of(greeting), theirs = text_of(expected);
+  const nb::gil_scoped_release unlocked;
+  const int64_t until_ns = now_ns() + static_cast<int64_t>(deadline_s * 1e9);
+  const auto channel = [&]() -> std::unique_ptr<Channel> {
+    try {
+      Socket socket(descriptor);
+      if (tls) return open_tls(std::move(socket), *tls, until_ns);
+      return std::make_unique<PlainChannel>(std::move(socket));
+    } catch (const ConnectionEnded& error) {
+      throw LinkError(peer + ": " + error.what());
+    }
+  };
+  return Link(peer, channel(), span_of(own), span_of(theirs), until_ns);
+}
+
+}  // namespace
+
+void bind_links(nb::module_& module) {
+  nb::exception<LinkError>(module, "LinkError", PyExc_ConnectionError);
+  module.def("tls_library", &tls_library, "The library of links between machines, and its version; empty where there is none.");
+  nb::class_<TlsSettings>(module, "TlsSettings")
+      .def(
+          "__init__",
+          [](TlsSettings* self, const nb::bytes& authority, const nb::bytes& certificate, const nb::bytes& private_key,
+             const std::string& host, bool accepts) {
+            new (self) TlsSettings{text_of(authority), text_of(certificate), text_of(private_key), host, accepts};
+          },
+          "authority"_a, "certificate"_a, "private_key"_a, "host"_a, "accepts"_a);
+  nb::class_<Link>(module, "Link")
+      .def(
+          "__init__",
+          [](Link* self, int descriptor, const std::string& peer, const std::optional<TlsSettings>& tls,
+             const nb::bytes& greeting, const nb::bytes& expected, double deadline_s) {
+            new (self) Link(open_link(descriptor, peer, tls, greeting, expected, deadline_s));
+          },
+          "descriptor"_a, "peer"_a, "tls"_a.none(), "greeting"_a, "expected"_a, "deadline_s"_a);
+  nb::class_<Links, Gatherer>(module, "Links")
+      .def(nb::init<int, std::vector<std::shared_ptr<Link>>, double>(), "own"_a, "links"_a, "deadline_s"_a)
+      .def("begin", &Links::begin, "epoch"_a, "step"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("close", &Links::close, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace llamaclust

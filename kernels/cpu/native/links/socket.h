@@ -1,0 +1,42 @@
+// A connected stream socket that never blocks its caller but in wait().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+
+namespace llamaclust {
+
+// Ends a connection; its text has no name of the peer yet.
+class ConnectionEnded : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class Socket {
+ public:
+  // Takes the descriptor over, whatever it is. ConnectionEnded for one that is no connected socket.
+  explicit Socket(int descriptor);
+  Socket(Socket&& other) noexcept;
+  Socket& operator=(Socket&&) = delete;
+  ~Socket();
+
+  // How many bytes the system took or had: 0 where it has no room, or nothing yet. ConnectionEnded where no more can
+  // follow. `more`: other bytes follow at once and should share a packet with these.
+  size_t send(std::span<const uint8_t> data, bool more);
+  size_t receive(std::span<uint8_t> room);
+
+  // Until one of poll()'s events, or that time of now_ns(): then false.
+  bool wait(short events, int64_t until_ns) const;
+
+  // Wakes whoever waits here, on any thread; nothing more is sent or received.
+  void shut_down() const;
+
+  int descriptor() const { return descriptor_; }
+
+ private:
+  int descriptor_;
+};
+
+}  // namespace llamaclust

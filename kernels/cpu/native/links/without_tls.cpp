@@ -1,0 +1,12 @@
+// In place of tls.cpp where the build found no OpenSSL.
+#include "links/tls.h"
+
+namespace llamaclust {
+
+std::string tls_library() { return ""; }
+
+std::unique_ptr<Channel> open_tls(Socket, const TlsSettings&, int64_t) {
+  throw ConnectionEnded("this llamaclust was built without OpenSSL, which links between machines need");
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,88 @@
+"""Links between members of a group over loopback, and peers that speak their frames by hand."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+from llamaclust.kernels._native import Link, Links
+
+DEADLINE_S = 60.0
+HEADER = struct.Struct("<QQII")  # epoch, step, number of the gather, bytes
+GREETING = b"hello"
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname())
+        return first, listener.accept()[0]
+
+
+def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S) -> Link:
+    """Waits for the peer's greeting."""
+    return Link(end.detach(), f"worker {number}", None, GREETING, GREETING, deadline_s)
+
+
+Ends = Sequence[socket.socket | None]
+"""Of one member's connections, by the member at the other end."""
+
+
+def meshed(members: int) -> list[Ends]:
+    """Connections between all members, each one's ends."""
+    ends: list[list[socket.socket | None]] = [[None] * members for _ in range(members)]
+    for a in range(members):
+        for b in range(a):
+            ends[a][b], ends[b][a] = connected()
+    return [*ends]
+
+
+def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S) -> Links:
+    """Waits for all greetings."""
+    links = [None if end is None else link_to(number, end) for number, end in enumerate(ends)]
+    return Links(own, links, deadline_s)
+
+
+def linked(members: int, deadline_s: float = DEADLINE_S) -> list[Links]:
+    """Members of one process, each with a link to every other one."""
+    with ThreadPoolExecutor(members) as pool:
+        return list(pool.map(lambda own, ends: links_of(own, ends, deadline_s), range(members), meshed(members)))
+
+
+class HandPeer:
+    """Member 1 of two, byte by byte; member 0 has `links`."""
+
+    def __init__(self, deadline_s: float) -> None:
+        ours, self.end = connected()
+        self.end.sendall(GREETING)
+        self.links = Links(0, [None, link_to(1, ours)], deadline_s)
+        self.end.settimeout(DEADLINE_S)
+        assert self.receive(len(GREETING)) == GREETING
+
+    def receive(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count and (piece := self.end.recv(count - len(data))):
+            data += piece
+        return data
+
+    def has_ended(self) -> bool:
+        """Whether the other side has closed the connection, behind all that it has sent."""
+        with closing(self.end):
+            try:
+                while self.end.recv(1 << 16):
+                    pass
+            except ConnectionResetError:
+                pass
+        return True
+
+
+def frame(rows: bytes, epoch: int = 1, step: int = 2, number: int = 0, size: int | None = None) -> bytes:
+    return HEADER.pack(epoch, step, number, len(rows) if size is None else size) + rows
+
+
+def begin(links: Sequence[Links], step: int, epoch: int = 1) -> None:
+    for each in links:
+        each.begin(epoch, step)

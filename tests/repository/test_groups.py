@@ -15,6 +15,7 @@ from subprocess import PIPE
 import pytest
 
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.kernels._native import tls_library
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -25,7 +26,7 @@ from support.paths import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "benchmarks" / "groups"))
 from group import CHECKED_TOKENS, SEED, Group
-from links import Links, missing
+from links import Links, compiler, missing
 from member import FIRST_TOKEN, WARM, Run
 from shape import SHAPES, write_shape
 
@@ -73,6 +74,19 @@ def test_a_group_has_the_bits_of_the_product(
         rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert [row["round_trip_ms"] for row in rows] == [0, 0.1]
         assert all(row["group_ms"] > row["gathers_ms"] > 0 for row in rows)
+
+
+def test_what_a_gather_costs(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "groups" / "link.py"
+    if compiler() is None:
+        pytest.skip("no C++ compiler found")
+    sizes = ("--kib", "1", "--gathers", "20", "--turns", "1", "--late-ms", "1")
+    done = forked_script(script, *sizes, "--json", "costs.jsonl", folder=tmp_path, within_s=120.0)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "costs.jsonl").read_text().splitlines()]
+    ways = ["loop", "plain", "TLS"] if tls_library() else ["loop", "plain"]
+    assert [row["way"] for row in rows] == ways * 2
+    assert all(row["p99_us"] >= row["median_us"] > 0 and row["processor_us"] >= 0 for row in rows)
 
 
 def test_a_member_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,255 @@
+"""Links of a group by the coordinator's plan: between the workers that it names, whoever else connects."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels._native import Links, tls_library
+from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
+from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.groups import links as group_links
+from llamaclust.worker.groups.links import GroupLinks, GroupMember, GroupPlan, MemberLostError
+from llamaclust.worker.groups.listener import GROUP_ID_BYTES, Hello, LinkListener
+from support.wire.trust import authority, expired, refusals, with_pair
+
+NAMES = "a", "b", "c"
+GROUP = bytes(range(GROUP_ID_BYTES))
+GATHER_S = 20.0
+SOON_S = 1.0
+needs_tls = pytest.mark.skipif(not tls_library(), reason="built without OpenSSL")
+
+Given = Callable[[str], Credentials]
+
+
+@pytest.fixture
+def trust(tmp_path: Path) -> Authority:
+    return authority(tmp_path)
+
+
+@asynccontextmanager
+async def listeners(count: int, folder: Path | None = None) -> AsyncIterator[list[LinkListener]]:
+    addresses = ["127.0.0.1:0" if folder is None else f"unix:{folder}/{number}" for number in range(count)]
+    started = [await LinkListener.start(address) for address in addresses]
+    try:
+        yield started
+    finally:
+        for listener in started:
+            await listener.stop()
+
+
+def open_files() -> int:
+    gc.collect()  # sockets of tests that have ended
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def plan_of(started: list[LinkListener], own: int = 0) -> GroupPlan:
+    members = (GroupMember(name, each.address) for name, each in zip(NAMES, started, strict=False))
+    return GroupPlan(GROUP, tuple(members), own)
+
+
+async def opened(started: list[LinkListener], given: Given, seconds: float = GATHER_S) -> list[Links]:
+    plan = plan_of(started)
+    return await asyncio.gather(
+        *(
+            GroupLinks(replace(plan, own=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
+            for own, listener in enumerate(started)
+        )
+    )
+
+
+async def assert_gathers(members: list[Links]) -> None:
+    """Of rows that are larger than a record of TLS, and than what the system's buffers hold."""
+    for step, columns in enumerate((3, 5000, 1 << 20)):
+        parts = [np.full((1, columns), member, np.float32) for member in range(len(members))]
+        borders = [columns * place for place in range(len(members) + 1)]
+
+        def gather(member: int) -> bytes:
+            whole = np.zeros((1, borders[-1]), np.float32)  # noqa: B023
+            members[member].begin(7, step)  # noqa: B023
+            members[member].gather(0, parts[member], whole, borders)  # noqa: B023
+            return whole.tobytes()
+
+        found = await asyncio.gather(*(asyncio.to_thread(gather, member) for member in range(len(members))))
+        assert found == [np.concatenate(parts, axis=1).tobytes()] * len(members)
+
+
+def identities(trust: Authority) -> Given:
+    return lambda name: trust.identity(Principal(name))
+
+
+@needs_tls
+@pytest.mark.parametrize("count", [2, 3])
+async def test_members_gather_with_tls(trust: Authority, count: int) -> None:
+    async with listeners(count) as started:
+        members = await opened(started, identities(trust))
+        await assert_gathers(members)
+
+
+@pytest.mark.parametrize(
+    ("credentials", "is_unix"), [(Insecure(), False), (ClusterToken("t" * 40), False), (ClusterToken("t" * 40), True)]
+)
+async def test_members_gather_without_tls(tmp_path: Path, credentials: Credentials, is_unix: bool) -> None:
+    async with listeners(3, tmp_path if is_unix else None) as started:
+        await assert_gathers(await opened(started, lambda name: credentials))
+
+
+async def test_links_leave_no_descriptor(trust: Authority) -> None:
+    before = open_files()
+    async with listeners(2) as started:
+        for given in (lambda name: Insecure(), identities(trust)) if tls_library() else (lambda name: Insecure(),):
+            for links in await opened(started, given):
+                links.close()
+    assert open_files() == before
+
+
+# -- somebody else at a place of the group ---------------------------------------------------------------------------
+
+
+def _foreign(trust: Authority, folder: Path, name: str) -> Identity:
+    other = authority(folder, "other").identity(Principal(name))
+    return with_pair(trust.identity(Principal(name)), other.pair)
+
+
+IMPOSTORS: dict[str, Callable[[Authority, Path, str], Credentials]] = {
+    "another worker's certificate": lambda trust, folder, name: trust.identity(Principal("z")),
+    "the coordinator's certificate": lambda trust, folder, name: trust.identity(Principal(None)),
+    "an expired certificate": lambda trust, folder, name: expired(trust, Principal(name)),
+    "a certificate of another authority": _foreign,
+    "no TLS": lambda trust, folder, name: Insecure(),
+}
+
+
+@needs_tls
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("who", IMPOSTORS)
+async def test_impostors_get_no_link(
+    who: str, at: int, trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at the first place accepts, one at the second place connects."""
+    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 2)
+
+    def given(name: str) -> Credentials:
+        return IMPOSTORS[who](trust, tmp_path, name) if name == NAMES[at] else trust.identity(Principal(name))
+
+    async with listeners(2) as started:
+        plan = plan_of(started)
+        tried = [
+            GroupLinks(replace(plan, own=own), given(NAMES[own]), started[own]).open(GATHER_S, SOON_S)
+            for own in range(2)
+        ]
+        results = await asyncio.gather(*tried, return_exceptions=True)
+    error = results[1 - at]
+    assert isinstance(error, MemberLostError) and error.worker == NAMES[at], results
+    assert f"a link to worker {NAMES[at]} at 127.0.0.1:" in str(error) and f"; last: worker {NAMES[at]}: " in str(error)
+
+
+@needs_tls
+async def test_the_true_member_gets_its_link_after_others_have_tried(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silent connections, wrong hellos, half-open handshakes, a recorded beginning and impostors are no obstacle."""
+    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 4)
+    hello = Hello(GROUP, 1, 0).encode()
+    async with listeners(2) as started:
+        plan = plan_of(started)
+        first = asyncio.create_task(
+            GroupLinks(plan, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
+        )
+        host, _, port = started[0].address.rpartition(":")
+        sent = [
+            b"",
+            hello[:5],
+            b"GET / HTTP/1.1\r\n\r\n" * 9,
+            Hello(GROUP, 1, 2).encode(),
+            Hello(bytes(16), 1, 0).encode(),
+        ]
+        others = []
+        for data in (*sent, *[b""] * 80, hello, hello + b"\x16\x03\x01", hello * 2):
+            others.append(socket.create_connection((host, int(port))))
+            others[-1].sendall(data)
+            await asyncio.sleep(0)
+        impostor = GroupLinks(replace(plan, own=1), trust.identity(Principal("z")), started[1])
+        with pytest.raises(MemberLostError, match="a link to worker a"):
+            await impostor.open(GATHER_S, SOON_S)
+        true = GroupLinks(replace(plan, own=1), trust.identity(Principal("b")), started[1])
+        await assert_gathers([*await asyncio.gather(first, true.open(GATHER_S))])
+        for other in others:
+            other.close()
+    told = refusals(caplog.records)
+    assert any("host" in text.lower() or "certificate" in text.lower() for text in told), told
+
+
+@needs_tls
+async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
+    """What a member has sent once, sent again by another one: its hello is taken, its handshake is not."""
+    async with listeners(2) as started:
+        plan, recorded = plan_of(started), bytearray()
+        relay = await asyncio.start_server(_relay(started[0].address, recorded), "127.0.0.1", 0)
+        port = relay.sockets[0].getsockname()[1]
+        through = replace(plan, own=1, members=(GroupMember("a", f"127.0.0.1:{port}"), plan.members[1]))
+        a, b = trust.identity(Principal("a")), trust.identity(Principal("b"))
+        true = await asyncio.gather(
+            GroupLinks(plan, a, started[0]).open(GATHER_S), GroupLinks(through, b, started[1]).open(GATHER_S)
+        )
+        await assert_gathers([*true])
+        relay.close()
+        again = asyncio.create_task(GroupLinks(plan, a, started[0]).open(GATHER_S, SOON_S))
+        host, _, at = started[0].address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(at))
+        writer.write(bytes(recorded))
+        with pytest.raises(MemberLostError, match=r"a link to worker b .*; last: worker b: TLS: "):
+            await again
+        writer.close()
+
+
+def _relay(
+    address: str, recorded: bytearray
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], asyncio.Future[None]]:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeps: bool) -> None:
+        while data := await reader.read(1 << 16):
+            recorded.extend(data if keeps else b"")
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        there, back = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(copy(reader, back, True), copy(there, writer, False), return_exceptions=True)
+
+    return serve  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("own", [0, 1])
+async def test_a_member_that_is_not_there_is_named(own: int) -> None:
+    async with listeners(2) as started:
+        plan = plan_of(started, own)
+        await started[1 - own].stop()
+        with pytest.raises(
+            MemberLostError, match=f"a link to worker {NAMES[1 - own]} at .*: not within 0.3 s"
+        ) as raised:
+            await GroupLinks(plan, Insecure(), started[own]).open(GATHER_S, 0.3)
+        assert raised.value.worker == NAMES[1 - own]
+
+
+async def test_a_member_without_tls_opens_no_links_to_other_machines(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with listeners(2) as started:
+        with pytest.raises(UsageError, match="only unix:PATH and loopback"):
+            members = GroupMember("a", started[0].address), GroupMember("b", "192.0.2.1:7102")
+            GroupLinks(GroupPlan(GROUP, members, 0), ClusterToken("t" * 40), started[0])
+        monkeypatch.setattr(group_links, "tls_library", lambda: "")
+        with pytest.raises(UsageError, match="need OpenSSL, without which this llamaclust was built"):
+            GroupLinks(plan_of(started), trust.identity(Principal("a")), started[0])

@@ -1,0 +1,1 @@
+"""A worker as a member of groups: its links to the other members."""

@@ -1,0 +1,147 @@
+"""Opens a member's links to all others of its group, by the plan that the coordinator has given to each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llamaclust.core.addresses import split_address
+from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
+from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.unix_streams import PREFIX
+from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
+from llamaclust.worker.groups.listener import Hello, LinkListener
+
+OPEN_S = 30.0
+_HANDSHAKE_S = 5.0
+_RETRY_S = 0.1
+
+
+class MemberLostError(LlamaclustError):
+    """A member of a group that cannot be reached, or is another one; `worker` names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    worker: str
+    address: str  # of its LinkListener
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.worker}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """The members in their order; this worker is the one at `own`."""
+
+    group_id: bytes
+    members: tuple[GroupMember, ...]
+    own: int
+
+    def peers(self) -> Iterator[tuple[int, GroupMember]]:
+        return ((place, member) for place, member in enumerate(self.members) if place != self.own)
+
+
+class GroupLinks:
+    """A member's way to its links. Of two members, the later one connects to the earlier one."""
+
+    def __init__(self, plan: GroupPlan, credentials: Credentials, listener: LinkListener) -> None:
+        """UsageError for an address that such credentials do not allow, or where TLS lacks."""
+        for _, member in plan.peers():
+            check_address(member.address, credentials)
+        if isinstance(credentials, Identity) and not tls_library():
+            raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
+        self._plan, self._credentials, self._listener = plan, credentials, listener
+        self._failures: dict[int, str] = {}  # the last one of each place
+
+    async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
+        """MemberLostError where a member is not there in time."""
+        tasks = {place: asyncio.create_task(self._link(place, seconds)) for place, _ in self._plan.peers()}
+        try:
+            await asyncio.gather(*tasks.values())
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        links = [tasks[place].result() if place in tasks else None for place in range(len(self._plan.members))]
+        return Links(self._plan.own, links, gather_s)
+
+    async def _link(self, place: int, seconds: float) -> Link:
+        member = self._plan.members[place]
+        try:
+            async with deadline(f"a link to {member.name} at {member.address}", seconds):
+                return await (self._connect(place) if place < self._plan.own else self._accept(place))
+        except DeadlineError as late:
+            reason = f"; last: {self._failures[place]}" if place in self._failures else ""
+            raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
+
+    async def _connect(self, place: int) -> Link:
+        """Tries again until the member is there: it may not know of the group yet."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                with await _connection_to(self._plan.members[place].address) as connection:
+                    await loop.sock_sendall(connection, self._hello(self._plan.own, place))
+                    return await self._greeted(connection, place, accepts=False)
+            except OSError as error:
+                self._failures[place] = str(error)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _accept(self, place: int) -> Link:
+        with self._listener.expecting(self._hello(place, self._plan.own)) as candidates:
+            while True:
+                with await candidates.get() as connection:
+                    try:
+                        return await self._greeted(connection, place, accepts=True)
+                    except LinkError as error:
+                        self._failures[place] = str(error)
+                        self._listener.refusals.tell(f"a connection to {self._listener.address}: {error}")
+
+    async def _greeted(self, connection: socket.socket, place: int, *, accepts: bool) -> Link:
+        """Each side says its hello once more, now under TLS."""
+        member, own = self._plan.members[place], self._plan.own
+        tls, hellos = self._tls(member, accepts), (self._hello(own, place), self._hello(place, own))
+
+        def opened() -> Link:  # which closes the connection in the end, and not before it has begun
+            return Link(connection.detach(), member.name, tls, *hellos, _HANDSHAKE_S)
+
+        return await asyncio.to_thread(opened)
+
+    def _hello(self, sender: int, receiver: int) -> bytes:
+        return Hello(self._plan.group_id, sender, receiver).encode()
+
+    def _tls(self, member: GroupMember, accepts: bool) -> TlsSettings | None:
+        own = self._credentials
+        if not isinstance(own, Identity):
+            return None
+        host = Principal(member.worker).host(own.cluster)
+        return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
+
+
+async def _connection_to(address: str) -> socket.socket:
+    """OSError where there is none. The caller has a deadline."""
+    loop = asyncio.get_running_loop()
+    if address.startswith(PREFIX):
+        return await _connected(socket.AF_UNIX, address.removeprefix(PREFIX))
+    host, port = split_address(address)
+    *others, last = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, _, _, _, place in others:
+        try:
+            return await _connected(family, place)
+        except OSError:
+            continue
+    return await _connected(last[0], last[4])
+
+
+async def _connected(family: int, place: object) -> socket.socket:
+    connection = socket.socket(family)
+    try:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, place)  # type: ignore[arg-type]  # any family's
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,138 @@
+"""Accepts connections of other members, and hands each one to the group that expects it.
+
+A connection begins with a hello in the clear: 8 bytes of the protocol's version, the group's 16-byte id, and the places
+of its sender and its receiver in the group. Only the members know the random id, so nobody else can use up handshakes;
+the sender proves who it is by its certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from llamaclust.core.addresses import joined_address, split_address
+from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.rejections import RefusalLog
+from llamaclust.wire.rpc.unix_streams import PREFIX
+
+_log = logging.getLogger(__name__)
+
+_HELLO = struct.Struct("<8s16sII")
+_VERSION = b"lcgroup1"
+GROUP_ID_BYTES = 16
+HELLO_S = 5.0
+_MOST_SILENT = 64
+"""Connections that have not said their hello; of more, the oldest is closed."""
+_MOST_CANDIDATES = 4
+"""Connections that wait for a handshake with the same place."""
+_BACKLOG = 128
+_RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a connection between two places of a group begins with."""
+
+    group_id: bytes
+    sender: int
+    receiver: int
+
+    def encode(self) -> bytes:
+        return _HELLO.pack(_VERSION, self.group_id, self.sender, self.receiver)
+
+
+Candidates = asyncio.Queue[socket.socket]
+
+
+class LinkListener:
+    """One for all groups of a worker."""
+
+    def __init__(self, listening: socket.socket, address: str) -> None:
+        self.address = address
+        self.refusals = RefusalLog(_log)
+        self._listening = listening
+        self._silent: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._expected: dict[bytes, Candidates] = {}
+        self._accepting = asyncio.create_task(self._accept())
+
+    @classmethod
+    async def start(cls, address: str) -> Self:
+        """At HOST:PORT, where port 0 is any free one, or at unix:PATH. OSError where that is impossible."""
+        if address.startswith(PREFIX):
+            listening = socket.socket(socket.AF_UNIX)
+            listening.bind(address.removeprefix(PREFIX))
+        else:
+            host, port = split_address(address)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listening = socket.create_server((host, port), family=family)
+            address = joined_address(host, listening.getsockname()[1])
+        listening.listen(_BACKLOG)
+        listening.setblocking(False)
+        return cls(listening, address)
+
+    async def stop(self) -> None:
+        tasks = [self._accepting, *self._silent]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        self._listening.close()
+        if self.address.startswith(PREFIX):
+            os.unlink(self.address.removeprefix(PREFIX))  # noqa: PTH108  Path would count as waiting
+
+    @contextmanager
+    def expecting(self, hello: bytes) -> Iterator[Candidates]:
+        """Connections that begin with this hello, as long as the context lasts."""
+        candidates: Candidates = asyncio.Queue(_MOST_CANDIDATES)
+        self._expected[hello] = candidates
+        try:
+            yield candidates
+        finally:
+            del self._expected[hello]
+            while not candidates.empty():
+                candidates.get_nowait().close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listening)
+            except OSError as error:  # of the connection, or of this process's open files
+                self.refusals.tell(f"a connection to {self.address}: {error.strerror}")
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if len(self._silent) >= _MOST_SILENT:
+                next(iter(self._silent)).cancel()
+            task = asyncio.create_task(self._receive(connection))
+            self._silent[task] = None
+            task.add_done_callback(self._silent.pop)
+
+    async def _receive(self, connection: socket.socket) -> None:
+        is_taken = False
+        try:
+            connection.setblocking(False)
+            candidates = self._expected.get(await _first_bytes(connection))
+            if candidates is not None:
+                candidates.put_nowait(connection)
+                is_taken = True
+        except (DeadlineError, OSError, asyncio.QueueFull) as error:
+            _log.debug("a connection to %s: %s", self.address, error)
+        finally:
+            if not is_taken:
+                connection.close()
+
+
+async def _first_bytes(connection: socket.socket) -> bytes:
+    """As many as a hello has; fewer where the connection ends before. Nothing behind them is read."""
+    loop, data = asyncio.get_running_loop(), b""
+    async with deadline("the hello of a member", HELLO_S):
+        while len(data) < _HELLO.size and (piece := await loop.sock_recv(connection, _HELLO.size - len(data))):
+            data += piece
+    return data

@@ -3,8 +3,8 @@ that only when an answer has come to them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from llamaclust.model.grammars.schema_parts import DEFINED, parts
@@ -14,8 +14,8 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 def endless_reference(schema: Any) -> str | None:
     """The first reference in use that no finite value obeys. Those to other documents are not followed."""
     targets = _targets(schema)
-    ending = _ending(targets)
-    return next((reference for reference in targets if reference not in ending), None)
+    conditions = _Conditions(targets)
+    return next((reference for reference in targets if not conditions.ends(reference)), None)
 
 
 def property_names(schema: Any) -> Iterator[str]:
@@ -32,12 +32,13 @@ def property_names(schema: Any) -> Iterator[str]:
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """What each reference in use stands for, in the order in which they are met."""
+    """What each reference in use stands for, in the order in which they are met. Each part of the schema is read once,
+    whatever names it has."""
     found: dict[str, Any] = {}
-    references = SchemaReferences(schema)
+    references, read = SchemaReferences(schema), set[int]()
     pending = [schema]
     while pending:
-        for reference in _references(pending.pop()):
+        for reference in _references(pending.pop(), read):
             target = MISSING if reference in found else references.target(reference)
             if target is not MISSING:
                 found[reference] = target
@@ -45,72 +46,104 @@ def _targets(schema: Any) -> dict[str, Any]:
     return found
 
 
-def _references(schema: Any) -> Iterator[str]:
-    """Those in a schema itself; definitions count where they are referred to."""
+def _references(schema: Any, read: set[int]) -> Iterator[str]:
+    """Those in a schema itself, but for parts that were read before; definitions count where they are referred to."""
     pending = [schema]
     while pending:
         part = pending.pop()
         if isinstance(part, list):
             pending += reversed(part)
-        elif isinstance(part, Mapping):
+        elif isinstance(part, Mapping) and id(part) not in read:
+            read.add(id(part))
             if isinstance(reference := part.get("$ref"), str):
                 yield reference
             used = {key: value for key, value in part.items() if key == "properties" or key not in DEFINED}
             pending += reversed([*parts(used)])
 
 
-def _ending(targets: Mapping[str, Any]) -> set[str]:
-    """The references that some finite value obeys: the least set that agrees with itself."""
-    ending: set[str] = set()
-    users: defaultdict[str, set[str]] = defaultdict(set)  # those to look at again when a reference ends
-    pending = [*targets]
-    while pending:
-        reference = pending.pop()
-        if reference in ending:
-            continue
+@dataclass(slots=True, eq=False)
+class _Condition:
+    """Becomes true when so many more of those that it uses are true."""
 
-        def ends(used: str, user: str = reference) -> bool:
-            users[used].add(user)
-            return used in ending or used not in targets
-
-        if _ends(targets[reference], ends):
-            ending.add(reference)
-            pending += users[reference]
-    return ending
+    missing: int
+    users: list[_Condition] = field(default_factory=list)
 
 
-def _ends(schema: Any, ends: Callable[[str], bool]) -> bool:
-    """Whether a schema has a finite value, as far as references decide; `ends` says it of these."""
-    if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
-        return True
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and not ends(reference):
-        return False
-    if not all(_ends(part, ends) for part in _list(schema.get("allOf"))):
-        return False
-    for key in ("anyOf", "oneOf"):
-        if (parts := _list(schema.get(key))) and not any(_ends(part, ends) for part in parts):
-            return False
-    types = schema.get("type")
-    kinds = {types} if isinstance(types, str) else {kind for kind in _list(types) if isinstance(kind, str)}
-    if not kinds or not kinds <= {"object", "array"}:
-        return True
-    return ("object" in kinds and _object_ends(schema, ends)) or ("array" in kinds and _array_ends(schema, ends))
+class _Conditions:
+    """The parts of a schema that some finite value obeys, as far as references decide: the least set that agrees with
+    itself. Each part is looked at once, and each use of one."""
+
+    def __init__(self, targets: Mapping[str, Any]) -> None:
+        self._targets = targets
+        self._made: list[_Condition] = []
+        self._of_part: dict[int, _Condition] = {}  # by identity: a part may have many names
+        self._unread: list[Mapping[str, Any]] = []
+        for target in targets.values():
+            self._of(target)
+        while self._unread:
+            part = self._unread.pop()
+            self._all(self._needed(part)).users.append(self._of_part[id(part)])
+        true = [condition for condition in self._made if not condition.missing]
+        while true:
+            for user in true.pop().users:
+                user.missing -= 1
+                if not user.missing:
+                    true.append(user)
+
+    def ends(self, reference: str) -> bool:
+        """Whether a finite value obeys the reference."""
+        return self._of(self._targets[reference]).missing <= 0
+
+    def _of(self, schema: Any) -> _Condition:
+        if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
+            return self._all(())
+        if id(schema) not in self._of_part:
+            self._of_part[id(schema)] = self._condition(1, ())  # what it needs follows
+            self._unread.append(schema)
+        return self._of_part[id(schema)]
+
+    def _needed(self, schema: Mapping[str, Any]) -> list[_Condition]:
+        reference = schema.get("$ref")
+        needed = (
+            [self._of(self._targets[reference])] if isinstance(reference, str) and reference in self._targets else []
+        )
+        needed += map(self._of, _list(schema.get("allOf")))
+        for key in ("anyOf", "oneOf"):
+            if alternatives := _list(schema.get(key)):
+                needed.append(self._any([*map(self._of, alternatives)]))
+        types = schema.get("type")
+        kinds = {types} if isinstance(types, str) else {kind for kind in _list(types) if isinstance(kind, str)}
+        if kinds and kinds <= {"object", "array"}:
+            ways = {"object": _object_parts, "array": _array_parts}
+            needed.append(self._any([self._all([*map(self._of, ways[kind](schema))]) for kind in kinds]))
+        return needed
+
+    def _all(self, used: Sequence[_Condition]) -> _Condition:
+        return self._condition(len(used), used)
+
+    def _any(self, used: Sequence[_Condition]) -> _Condition:
+        return self._condition(1, used)
+
+    def _condition(self, missing: int, used: Sequence[_Condition]) -> _Condition:
+        condition = _Condition(missing)
+        self._made.append(condition)
+        for each in used:
+            each.users.append(condition)
+        return condition
 
 
-def _object_ends(schema: Mapping[str, Any], ends: Callable[[str], bool]) -> bool:
+def _object_parts(schema: Mapping[str, Any]) -> list[Any]:
+    """The schemas of what an object must have."""
     named = schema.get("properties")
     named, others = named if isinstance(named, Mapping) else {}, schema.get("additionalProperties")
-    required = (name for name in _list(schema.get("required")) if isinstance(name, str))
-    return all(_ends(named.get(name, others), ends) for name in required)
+    return [named.get(name, others) for name in _list(schema.get("required")) if isinstance(name, str)]
 
 
-def _array_ends(schema: Mapping[str, Any], ends: Callable[[str], bool]) -> bool:
+def _array_parts(schema: Mapping[str, Any]) -> list[Any]:
+    """Likewise of an array."""
     least, first = schema.get("minItems"), _list(schema.get("prefixItems"))
     least = least if isinstance(least, int) else 0
-    return all(_ends(part, ends) for part in first[:least]) and (
-        least <= len(first) or _ends(schema.get("items"), ends)
-    )
+    return [*first[: max(0, least)], *([schema.get("items")] if least > len(first) else ())]
 
 
 def _list(value: Any) -> list[Any]:

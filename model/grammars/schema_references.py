@@ -19,19 +19,23 @@ class SchemaReferences:
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        self._found: dict[str, Any] = {}  # by reference, behind chains
 
     def find(self, reference: str) -> Any:
         """The schema that a reference names, behind a chain of references too; MISSING where there is none, or the
         chain is a circle."""
-        seen: set[str] = set()
-        while reference not in seen:
-            seen.add(reference)
-            found = self.target(reference)
-            following = found.get("$ref") if isinstance(found, Mapping) and len(found) == 1 else None
-            if not isinstance(following, str):
-                return found
-            reference = following
-        return MISSING
+        chain: dict[str, None] = {}
+        while reference not in self._found and reference not in chain:
+            chain[reference] = None
+            target = self.target(reference)
+            following = target.get("$ref") if isinstance(target, Mapping) and len(target) == 1 else None
+            if isinstance(following, str):
+                reference = following
+            else:
+                self._found[reference] = target
+        found = self._found.get(reference, MISSING)
+        self._found.update(dict.fromkeys(chain, found))
+        return found
 
     def target(self, reference: str) -> Any:
         """Likewise, but a reference where it names one."""

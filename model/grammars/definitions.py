@@ -76,7 +76,7 @@ def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     """One of some texts."""
     if not texts or not all(texts):
         raise ParameterError(origin, "must be a list of texts, none of them empty")
-    return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, texts)), origin)
+    return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, texts)), origin)
 
 
 def either(calls: str, other: Grammar) -> Grammar:
@@ -106,8 +106,9 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
     return Grammar(grammar.definition, tuple(triggers), grammar.origin)
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """A text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only as one."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:

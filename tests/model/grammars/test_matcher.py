@@ -225,3 +225,23 @@ def test_peeked_tokens_must_follow_and_are_not_taken_in(seed: int, vocabulary: G
         assert token_set(matcher.allowed()) == sets[place]
         assert matcher.try_take(token) is None
     assert right >= 0.95 * peeked, f"seed {seed}: {right} of {peeked}"
+
+
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0xAD, 0x200B, 0x202E, 0x2028, 0x2029, 0xFEFF)
+_EDGES = (*b'/"\\|#', 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFD, 0xFFFE, 0xFFFF, 0x10000, 0x1F600, 0x10FFFF)
+
+
+@pytest.mark.parametrize("code_point", [*_CONTROLS, *_EDGES], ids=hex)
+def test_choices_and_literals_have_any_character(code_point: int) -> None:
+    text = f"a{chr(code_point)}"
+    for shown in (text, text[1:], text + "b"):
+        grammars = (
+            definitions.of_choice([shown, "zz"], "guided_choice"),
+            definitions.of_calls(f"start: {definitions.quoted(shown)}", "tools"),
+        )
+        for grammar in grammars:
+            matcher = GrammarMatcher(grammar, BYTES)
+            for byte in shown.encode():
+                assert byte in token_set(matcher.allowed())
+                matcher.take([byte])
+            assert 256 in token_set(matcher.allowed())

@@ -12,7 +12,7 @@ from typing import Final
 
 from llamaclust.model.chat.tools.argument_values import STRING, types_of
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
-from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined, quoted
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, Split, joined
 from llamaclust.model.chat.tools.constraint.notated_calls import notated_section
 from llamaclust.model.chat.tools.tool_format import (
     ChannelCalls,
@@ -23,7 +23,7 @@ from llamaclust.model.chat.tools.tool_format import (
     TaggedCalls,
     ToolFormat,
 )
-from llamaclust.model.grammars.definitions import GUIDANCE, JSON_TEXT
+from llamaclust.model.grammars.definitions import GUIDANCE, JSON_TEXT, quoted
 
 FramedCalls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls
 _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'

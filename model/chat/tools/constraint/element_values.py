@@ -7,8 +7,9 @@ import re
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.call_sink import Schema
-from llamaclust.model.chat.tools.constraint.lark_rules import LarkRules, joined, quoted
+from llamaclust.model.chat.tools.constraint.lark_rules import LarkRules, joined
 from llamaclust.model.chat.tools.constraint.schema_parts import alternatives, constants, kinds, number, properties
+from llamaclust.model.grammars.definitions import quoted
 
 _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 

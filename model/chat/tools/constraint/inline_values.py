@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from llamaclust.model.chat.tools.call_sink import Schema
-from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, joined, quoted
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, joined
 from llamaclust.model.chat.tools.constraint.schema_parts import alternatives, constants, kinds, number, properties
+from llamaclust.model.grammars.definitions import quoted
 
 _WORD: Final = re.compile(r"\w+")
 _GEMMA_KEY: Final = re.compile(r'[^\s{}\[\],:"<>]+')

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+from llamaclust.model.grammars.definitions import quoted
 
 Split = Callable[[str], Sequence[str | int]]
 """A text as pieces of text and ids of control tokens."""
@@ -53,10 +54,6 @@ class LarkRules:
 
     def lark(self, start: str) -> str:
         return "\n".join([f"start: {start}", *self.rules])
-
-
-def quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def joined(*parts: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from llamaclust.model.chat.tools.call_sink import Schema, Tools
 from llamaclust.model.chat.tools.constraint.element_values import ElementValues
 from llamaclust.model.chat.tools.constraint.inline_values import GemmaValues, PythonArguments
-from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, joined, quoted
+from llamaclust.model.chat.tools.constraint.lark_rules import SPACE, LarkRules, joined
 from llamaclust.model.chat.tools.tool_format import NotatedCalls, Notation
+from llamaclust.model.grammars.definitions import quoted
 
 
 def notated_section(rules: LarkRules, calls: NotatedCalls, tools: Tools, *, is_parallel: bool) -> str:

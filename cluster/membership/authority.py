@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
+from llamaclust.cluster.state.regular_file import read_bytes
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.atomic_file import sync_folder
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
@@ -26,6 +27,7 @@ from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
 """Of a worker's certificate, and of the coordinator's own; both are renewed after two thirds of it."""
+_MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
@@ -68,8 +70,8 @@ class Authority:
         try:
             if folder.stat().st_mode & 0o077 or (folder / _CA_KEY).stat().st_mode & 0o077:
                 raise UsageError(f"{folder}: other users can read it; run: chmod -R go= {folder}")
-            key = load_private((folder / _CA_KEY).read_bytes())
-            certificate = x509.load_pem_x509_certificate((folder / _CA_CERTIFICATE).read_bytes())
+            key = load_private(read_bytes(folder / _CA_KEY, _MOST_BYTES))
+            certificate = x509.load_pem_x509_certificate(read_bytes(folder / _CA_CERTIFICATE, _MOST_BYTES))
         except (OSError, ValueError) as error:
             what = f"{folder}: cannot be read: {error}"
             raise UsageError(f"{what}; remove it for new certificates and a new token") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llamaclust.core.bounds import line, one_line
 from llamaclust.core.logs import read_line
+from llamaclust.core.regular_file import open_regular
 
 _READ_BYTES = 1 << 16
 _HARMLESS = ("DEBUG", "INFO")
@@ -32,7 +33,7 @@ def last_error(log: Path, start: int = 0) -> str:
     """The last line that tells of trouble: a warning or an error of the worker, an error of a library, or what a
     traceback or the C library ends with. Empty where there is none from byte `start` on."""
     try:
-        with log.open("rb") as file:
+        with open_regular(log) as file:
             file.seek(max(start, os.fstat(file.fileno()).st_size - _READ_BYTES))
             lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:

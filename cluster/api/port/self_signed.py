@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
+from llamaclust.cluster.state.regular_file import read_bytes
 from llamaclust.core.addresses import ANYWHERE
 from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.security.certificates import load_private, private_pem
@@ -26,6 +27,7 @@ _REST = timedelta(days=30)
 """A start makes a new one where less is left."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
+_MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
@@ -61,7 +63,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 def _read(path: Path) -> x509.Certificate | None:
     """None where the file is missing or damaged."""
     try:
-        pem = path.read_bytes()
+        pem = read_bytes(path, _MOST_BYTES)
         certificate = x509.load_pem_x509_certificate(pem)
         is_of_key = certificate.public_key() == load_private(pem).public_key()
     except (OSError, ValueError):

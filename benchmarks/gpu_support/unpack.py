@@ -41,16 +41,19 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """A line for each that neither this Python nor the kit fulfils."""
-    travelled = {canonicalize_name(one.name): one.version for one in distributions(path=[str(packages)])}
-    for text in requirements:
-        wanted = Requirement(text)
+    """A line for each requirement, also of a package in the kit, that neither this Python nor the kit fulfils."""
+    travelled = list(distributions(path=[str(packages)]))
+    versions = {canonicalize_name(one.name): one.version for one in travelled}
+    theirs = (text for one in travelled for text in one.requires or ())
+    for wanted in dict.fromkeys(map(Requirement, (*requirements, *theirs))):
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
         try:
-            found = travelled.get(canonicalize_name(wanted.name)) or version(wanted.name)
+            found = versions.get(canonicalize_name(wanted.name)) or version(wanted.name)
         except PackageNotFoundError:
             found = "none"
         if found == "none" or not wanted.specifier.contains(found, prereleases=True):
-            yield f"{text} is needed, there is {found}; a small package travels if kit.sh is given its name"
+            yield f"{wanted} is needed, there is {found}; a small package travels if kit.sh is given its name"
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ CONTENT = {
     "kernels/rows-1.cubin": "machine code",
     "nvrtc": "12.7\n",
     "packages/brought.py": "",
-    "packages/Brought-2.5.dist-info/METADATA": METADATA.format("Brought", "2.5"),
+    "packages/Brought-2.5.dist-info/METADATA": METADATA.format("Brought", "2.5")
+    + "Requires-Dist: its-need>=7\nRequires-Dist: its-extra; extra == 'more'\nRequires-Dist: numpy\n",
     "packages/old_one-2.9.dist-info/METADATA": METADATA.format("old_one", "2.9"),
 }
 
@@ -96,6 +97,7 @@ def test_what_is_missing_is_named(tree: Path, tmp_path: Path) -> None:
         "nowhere>=1",
         "nothing-for-gpus==13.*",
         "pytest-of-nobody",
+        "its-need>=7",
     ]
     assert "there is 2.9;" in needed["old_one>=3 is needed"] and "there is none;" in needed["nowhere>=1 is needed"]
     assert said[-1].startswith("kernels are compiled here") and said[-1].endswith("the kit's 12.7")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -69,9 +70,12 @@ async def opened(started: list[LinkListener], given: Given, seconds: float = GAT
 
 
 async def assert_gathers(members: list[Links]) -> None:
-    """Of rows that are larger than a record of TLS, and than what the system's buffers hold."""
+    """Of any bits, in rows that are larger than a record of TLS, and than what the system's buffers hold."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    made = np.random.default_rng(seed)
     for step, columns in enumerate((3, 5000, 1 << 20)):
-        parts = [np.full((1, columns), member, np.float32) for member in range(len(members))]
+        parts = [made.integers(0, 2**32, (1, columns), np.uint32).view(np.float32) for _ in members]
         borders = [columns * place for place in range(len(members) + 1)]
 
         def gather(member: int) -> bytes:
@@ -94,6 +98,25 @@ async def test_members_gather_with_tls(trust: Authority, count: int) -> None:
     async with listeners(count) as started:
         members = await opened(started, identities(trust))
         await assert_gathers(members)
+
+
+@needs_tls
+async def test_links_outlive_their_keys(trust: Authority) -> None:
+    """A key encrypts 65,536 records, two for each of these gathers."""
+    async with listeners(2) as started:
+        members = await opened(started, identities(trust))
+    rows = [np.full((1, 1), member, np.float32) for member in range(2)]
+
+    def gather(member: int) -> int:
+        whole, right = np.zeros((1, 2), np.float32), 0
+        for number in range(33_000):
+            whole[:] = -1
+            members[member].gather(number, rows[member], whole, [0, 1, 2])
+            right += whole.tolist() == [[0, 1]]
+        return right
+
+    assert await asyncio.gather(*(asyncio.to_thread(gather, member) for member in range(2))) == [33_000] * 2
+    await assert_gathers(members)
 
 
 @pytest.mark.parametrize(

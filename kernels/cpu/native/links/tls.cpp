@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kRecordBytes = 16384, kMostUnsent = 1 << 18;
 constexpr size_t kReadAhead = 1 << 17;  // several records by one system call
+constexpr int kRecordsOfKey = 1 << 16;  // at most 2^24.5 of AES-GCM are safe, and OpenSSL does not count them
 
 template <typename T, void (*free)(T*)>
 struct Freed {
@@ -118,6 +119,7 @@ class TlsChannel : public Channel {
   size_t write(std::span<const uint8_t> data, bool) override {
     if (unsent() >= kMostUnsent && !flush()) return 0;
     const int bytes = static_cast<int>(std::min(data.size(), kRecordBytes));
+    if (records_++ % kRecordsOfKey == kRecordsOfKey - 1) SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED);
     return static_cast<size_t>(call([&] { return SSL_write(session_.get(), data.data(), bytes); }));
   }
 
@@ -195,6 +197,7 @@ class TlsChannel : public Channel {
   const Session session_;
   std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
   size_t sent_ = 0;
+  uint64_t records_ = 0;  // encrypted so far
   std::string broken_;  // why the socket takes or gives no more
 };
 

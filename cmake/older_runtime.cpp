@@ -5,6 +5,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstddef>
+
 #define HIDDEN __attribute__((visibility("hidden")))
 
 extern "C" {
@@ -14,6 +16,22 @@ extern "C" {
 // glibc 2.32 and later: whether reference counts may do without atomic operations. 0: they may not.
 HIDDEN extern char __libc_single_threaded;
 char __libc_single_threaded = 0;
+
+// libstdc++ 11 and later: what std::exception_ptr counts its copies with. By the assignment, which earlier ones have too; headers
+// of later ones may make that an inline function, which calls these.
+#if _GLIBCXX_RELEASE < 15
+void assign_exception(void* to, const void* from) __asm__("_ZNSt15__exception_ptr13exception_ptraSERKS0_");
+HIDDEN void add_reference(const void* exception) __asm__("_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
+HIDDEN void release(void* exception) __asm__("_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
+void add_reference(const void* exception) {
+  void* copy = nullptr;
+  assign_exception(&copy, exception);  // never destroyed: the count stays
+}
+void release(void* exception) {
+  void* const none = nullptr;
+  assign_exception(exception, &none);
+}
+#endif
 }
 
 namespace std {

@@ -30,7 +30,9 @@ _SUB_BLOCKS = {
 }
 """Integer scales in a segment, of types that have them."""
 
-_GROUP_ROWS, _GEMM_ROWS = 8, 64
+_GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
+_WIDE_WARPS, _SPARE = 8, 1.1
+"""Of a block of `_WIDE_ROWS`; and by how much more blocks than there are may seem to be enough."""
 LEAST_PIECE = _GROUP_ROWS
 """Lines of experts that products take together, at least."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
@@ -41,8 +43,9 @@ _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
 """That a warp copies and multiplies together (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
 """A warp has memory for two pieces that are longer, otherwise for three."""
-_MATRIX_UNITS, _ASYNCHRONOUS = (7, 5), (8, 0)
-"""The oldest GPUs with 8-bit matrix instructions, and with copies in the background."""
+_MATRIX_UNITS, _ASYNCHRONOUS, _HOPPER = (7, 5), (8, 0), (9, 0)
+"""The oldest GPUs with 8-bit matrix instructions, and with copies in the background; and those with instructions of
+four warps (src/matmul/wgmma.cuh)."""
 _STATIC_BYTES, _RESERVED_BYTES = 512, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
@@ -168,7 +171,7 @@ def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> L
 
 def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, gpu: LaunchLimits) -> Launch:
     """out [rows][weights.rows] of each product."""
-    piece = _GEMM_ROWS if _takes_gemm(products, rows.bucket, gpu.sms) else _GROUP_ROWS
+    piece = _gemm_rows(products, rows.bucket, gpu) if _takes_gemm(products, rows.bucket, gpu.sms) else _GROUP_ROWS
     experts = Experts(NULL, NULL, NULL, -(-rows.bucket // piece), piece, 1)
     return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, gpu)
 
@@ -193,6 +196,14 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
+def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
+    """Of a block. Twice as many where every multiprocessor still has a block: weights are decoded half as often."""
+    if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
+        return _GEMM_ROWS
+    wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
+    return _WIDE_ROWS if rows > _GEMM_ROWS and _SPARE * wide_blocks >= gpu.sms else _GEMM_ROWS
+
+
 def _launch(
     products: Sequence[Product], activations: np.uint64, rows: RowCount, experts: Experts, gpu: LaunchLimits
 ) -> Launch:
@@ -204,13 +215,14 @@ def _launch(
         *(activations, rows.address, experts.items, experts.item_count, experts.lines),
         *map(np.int32, (experts.divisor, experts.bias_rows)),
     )
-    name = kernel_name("gemm" if is_gemm else "gemv", weights.quant_type)
+    is_wide = experts.piece > _GEMM_ROWS
+    name = kernel_name("gemm_wide" if is_wide else "gemm" if is_gemm else "gemv", weights.quant_type)
     items = experts.max_items
     if weights.activation is ActivationFormat.F32:
         return Launch(name, (items, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
     if is_gemm:
-        warps = _gemm_warps(products, items, gpu.sms)
-        shared = _gemm_shared_bytes(weights, warps)
+        warps = _WIDE_WARPS if is_wide else _gemm_warps(products, items, gpu.sms)
+        shared = _gemm_shared_bytes(weights, experts.piece, warps, gpu)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
     shared = _gemv_shared_bytes(weights, gpu)
     times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
@@ -246,9 +258,11 @@ def _gemm_warps(products: Sequence[Product], items: int, sms: int) -> int:
     return next((warps for warps in (16, 8) if _blocks(products, warps) * items >= sms), 4)
 
 
-def _gemm_shared_bytes(weights: Weights, warps: int) -> int:
-    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp."""
-    segments = 256 // weights.activation.value
+def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
+    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; of Hopper also two stages of its
+    weights."""
+    segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
-    scales = TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0
-    return 2 * 8 * segments * _GROUP_BYTES[weights.activation] + warps * scales
+    scales = TILE_ROWS * 4 * max(sub_blocks // 2 + 1, 3 * sub_blocks // 4) if sub_blocks else 0
+    tile = segments * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes) if gpu.compute_capability == _HOPPER else 0
+    return 2 * rows // 8 * segments * _GROUP_BYTES[weights.activation] + warps * (2 * tile + scales)

@@ -27,11 +27,12 @@ class KernelLoader:
         self._shared_bytes: dict[str, int] = {}
 
     def get(self, name: str, shared_bytes: int = 0) -> Any:
-        """The kernel, allowed so much dynamic shared memory: more than 48 KiB need an attribute, set once."""
+        """The kernel, allowed so much dynamic shared memory: more than 48 KiB with its own need an attribute."""
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
             self._kernels[name] = self._function(module, function)
-        if shared_bytes > max(PLAIN_SHARED_BYTES, self._shared_bytes.get(name, 0)):
+            self._shared_bytes[name] = PLAIN_SHARED_BYTES - self._kernels[name].shared_size_bytes
+        if shared_bytes > self._shared_bytes[name]:
             self._kernels[name].max_dynamic_shared_size_bytes = self._shared_bytes[name] = shared_bytes
         return self._kernels[name]
 

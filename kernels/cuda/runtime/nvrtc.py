@@ -12,8 +12,14 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
 _ALL_ON_DEVICE = "--device-as-default-execution-space"
 _NOT_THERE = "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
+_HOPPER = 90
 _OLDEST = (12, 0)
 """The first that knows C++20."""
+
+
+def machine_target(architecture: int, kind: str = "sm") -> str:
+    """The compiler's name of an architecture. That of Hopper with the instructions that Hopper alone has."""
+    return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,9 @@ class Nvrtc:
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (
-            f"sm_{architecture}" if kind == "cubin" else f"compute_{max(one for one in known if one < architecture)}"
+            machine_target(architecture)
+            if kind == "cubin"
+            else f"compute_{max(one for one in known if one < architecture)}"
         )
         return Binary(kind, self.translate(kind, name, text, (*options, f"--gpu-architecture={target}")))
 

@@ -21,6 +21,11 @@ using uint64_t = unsigned long;
 #define SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
 #define DYNAMIC_SHARED (::llamaclust::cuda::dynamic_shared)
 #define LLAMACLUST_ARCH __CUDA_ARCH__
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define LLAMACLUST_WGMMA 1  // matrix instructions of four warps: compute capability 9.0 alone has them
+#else
+#define LLAMACLUST_WGMMA 0
+#endif
 
 namespace llamaclust::cuda {
 
@@ -82,6 +87,65 @@ __device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const int32_t (&a)
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
+
+#if LLAMACLUST_WGMMA
+// Bytes in shared memory as `b` of products of four warps: groups of eight rows, `group_bytes` from one to the next;
+// a group is sixteen columns of its rows, and sixteen more.
+struct SharedOperand {
+  uint64_t descriptor;
+  __device__ __forceinline__ SharedOperand operator+(int bytes) const { return {descriptor + bytes / 16}; }
+};
+__device__ __forceinline__ SharedOperand shared_operand(const void* shared, int group_bytes) {
+  const uint64_t at = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) & 0x3ffff;
+  return {at >> 4 | uint64_t{128 / 16} << 16 | static_cast<uint64_t>(group_bytes / 16) << 32};
+}
+
+// d += a b, or d = a b where it does not add: 64 rows by 64 or 128, sixteen rows for each of four warps, in the order of
+// mma.cuh for each eight of b. Registers belong to it until `warpgroup_wait`; what was written to shared memory must be made known
+// (`publish_shared`) before.
+#define LLAMACLUST_WGMMA_D(i) "+r"(d[4 * i]), "+r"(d[4 * i + 1]), "+r"(d[4 * i + 2]), "+r"(d[4 * i + 3])
+#define LLAMACLUST_WGMMA_64(Registers, type)                                                                           \
+  __device__ __forceinline__ void multiply_k32_by_four(int32_t (&d)[32], const Registers (&a)[4], SharedOperand b, int adds) { \
+    asm volatile(                                                                                                      \
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32." type ".s8 "               \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "             \
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                                                     \
+        "{%32, %33, %34, %35}, %36, p; }"                                                                              \
+        : LLAMACLUST_WGMMA_D(0), LLAMACLUST_WGMMA_D(1), LLAMACLUST_WGMMA_D(2), LLAMACLUST_WGMMA_D(3),                  \
+          LLAMACLUST_WGMMA_D(4), LLAMACLUST_WGMMA_D(5), LLAMACLUST_WGMMA_D(6), LLAMACLUST_WGMMA_D(7)                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(adds));                                   \
+  }
+#define LLAMACLUST_WGMMA_128(Registers, type)                                                                          \
+  __device__ __forceinline__ void multiply_k32_by_four(int32_t (&d)[64], const Registers (&a)[4], SharedOperand b, int adds) { \
+    asm volatile(                                                                                                      \
+        "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32." type ".s8 "              \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "             \
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "              \
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "              \
+        "%59, %60, %61, %62, %63}, "                                                                                   \
+        "{%64, %65, %66, %67}, %68, p; }"                                                                              \
+        : LLAMACLUST_WGMMA_D(0), LLAMACLUST_WGMMA_D(1), LLAMACLUST_WGMMA_D(2), LLAMACLUST_WGMMA_D(3),                  \
+          LLAMACLUST_WGMMA_D(4), LLAMACLUST_WGMMA_D(5), LLAMACLUST_WGMMA_D(6), LLAMACLUST_WGMMA_D(7),                  \
+          LLAMACLUST_WGMMA_D(8), LLAMACLUST_WGMMA_D(9), LLAMACLUST_WGMMA_D(10), LLAMACLUST_WGMMA_D(11),                \
+          LLAMACLUST_WGMMA_D(12), LLAMACLUST_WGMMA_D(13), LLAMACLUST_WGMMA_D(14), LLAMACLUST_WGMMA_D(15)               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(adds));                                   \
+  }
+LLAMACLUST_WGMMA_64(uint32_t, "u8")
+LLAMACLUST_WGMMA_64(int32_t, "s8")
+LLAMACLUST_WGMMA_128(uint32_t, "u8")
+LLAMACLUST_WGMMA_128(int32_t, "s8")
+#undef LLAMACLUST_WGMMA_64
+#undef LLAMACLUST_WGMMA_128
+#undef LLAMACLUST_WGMMA_D
+__device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+// Leaves the newest `groups` groups under way.
+template <int groups>
+__device__ __forceinline__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(groups) : "memory");
+}
+__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+#endif
 
 // What another block of the same launch has written, and __threadfence has made known.
 __device__ __forceinline__ float load_from_all(const float* p) {

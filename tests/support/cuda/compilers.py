@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from llamaclust.core.errors import UsageError
-from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, open_nvrtc
+from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, machine_target, open_nvrtc
 from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
 COMPILE_DEADLINE_S = 400.0
@@ -38,7 +38,7 @@ class ByNvrtc:
         return binary.data
 
     def ptx(self, name: str, text: str, architecture: int, options: tuple[str, ...] = OPTIONS) -> str:
-        target = f"--gpu-architecture=compute_{architecture}"
+        target = f"--gpu-architecture={machine_target(architecture, 'compute')}"
         return self.nvrtc.translate("ptx", name, text, (*options, target)).decode()
 
 
@@ -66,7 +66,7 @@ class ByNvcc:
         with TemporaryDirectory() as folder:
             source, made = Path(folder) / f"{name}.cu", Path(folder) / "made"
             source.write_text(text)
-            command = [self.nvcc, *options, f"-arch=sm_{architecture}", kind, "-o", str(made), str(source)]
+            command = [self.nvcc, *options, f"-arch={machine_target(architecture)}", kind, "-o", str(made), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
             assert done.returncode == 0, done.stderr[-8000:]
             return made.read_bytes()

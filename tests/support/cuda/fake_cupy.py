@@ -137,7 +137,8 @@ class FakeKernel:
     name: str
     runtime: FakeRuntime
     launches: list[tuple[Any, ...]]
-    max_dynamic_shared_size_bytes: int = 48 << 10
+    max_dynamic_shared_size_bytes: int = 47 << 10
+    shared_size_bytes: int = 1 << 10
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: FakeStream) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes

@@ -49,10 +49,8 @@ DEVICE QuantizedEight quantize_eight(const Eight& values) {
 }
 
 // Lane n of four has k-groups 2 n and 2 n + 1 of 32 columns.
-DEVICE void store_groups(const QuantizedEight& eight, int row, int n, uint2* q) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(q + 4 * row + 2 * n % 4) + n / 2;
-  words[0] = eight.groups[0];
-  words[2] = eight.groups[1];
+DEVICE void store_groups(const QuantizedEight& eight, int row, int n, Quants& q) {
+  for (int i = 0; i < 2; i++) *q.group(row, 2 * n + i) = eight.groups[i];
 }
 
 // Columns 256 * piece to 256 * piece + 255 of a row; values past the last column are zeros.

@@ -1,6 +1,6 @@
-// Quantized activations as matrix units take them: eight rows and one segment of k together, quants in the order in
-// which lanes hold `b` (mma.cuh). Of 32 columns, lane 4 * row + c has k-group c (columns 4 c to 4 c + 3) and k-group c
-// + 4. A matrix of them is [rows / 8 rounded up][segments]; what stands for rows that are not there is never looked at.
+// Quantized activations as matrix units take them: eight rows and one segment of k together. Of 32 columns, lane
+// 4 * row + c needs k-group c (columns 4 c to 4 c + 3) and k-group c + 4 as `b` (mma.cuh). A matrix of activations is
+// [rows / 8 rounded up][segments]; what stands for rows that are not there is never looked at.
 #pragma once
 
 #include "base.cuh"
@@ -9,8 +9,30 @@ namespace llamaclust::cuda {
 
 inline constexpr int kGroupRows = 8;
 
+// Quants of 32 columns of eight rows: both k-groups of a lane together; or, where instructions of four warps read them
+// from shared memory (wgmma.cuh), sixteen columns of all rows and then the other sixteen.
+struct Quants {
+#if LLAMACLUST_WGMMA
+  uint32_t half[2][32];
+  DEVICE uint2 operator[](int lane) const { return {half[0][lane], half[1][lane]}; }
+  DEVICE uint32_t* group(int row, int g) { return &half[g / 4][4 * row + g % 4]; }
+  // Sixteen bytes of a row, piece 0 or 1.
+  DEVICE const uint32_t* piece(int row, int which) const { return &half[which][4 * row]; }
+#else
+  uint2 pair[32];
+  DEVICE uint2 operator[](int lane) const { return pair[lane]; }
+  DEVICE uint32_t* group(int row, int g) { return reinterpret_cast<uint32_t*>(&pair[4 * row + g % 4]) + g / 4; }
+  DEVICE const uint32_t* piece(int row, int which) const {
+    return reinterpret_cast<const uint32_t*>(&pair[4 * row + 2 * which]);
+  }
+#endif
+  DEVICE uint32_t* piece(int row, int which) {
+    return const_cast<uint32_t*>(static_cast<const Quants*>(this)->piece(row, which));
+  }
+};
+
 struct Activations32 {
-  uint2 q[32];
+  Quants q;
   float scale[8];
   float scaled_sum[8];  // scale * sum of q, one rounding
 };
@@ -18,7 +40,7 @@ struct Activations32 {
 // Sums of q over 16 columns are 128 * high + low with low in [-64, 63]: sixteen bytes a row, lane 4 * row + c has 4 c
 // to 4 c + 3.
 struct Activations256 {
-  uint2 q[8][32];
+  Quants q[8];
   uint32_t high[32];
   uint32_t low[32];
   float scale[8];

@@ -11,63 +11,18 @@
 // bound them.
 #pragma once
 
-#include "matmul.cuh"
+#include "many_rows.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
 constexpr int kBlockRows = 64, kBlockGroups = kBlockRows / kGroupRows;
-constexpr int kStageBlocks = 8;  // of 32 columns
-template <class Type>
-constexpr int kStageSegments = kStageBlocks / kSegmentBlocks<Type>;
-template <class Type>
-using Stage = Activations<Type>[kBlockGroups][kStageSegments<Type>];
-
-// Asks for `count` segments of activations of share.n rows; of_row has their rows.
-template <class Type>
-DEVICE void copy_stage(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type>& to) {
-  const int segments = p.cols / Type::kLayout.segment_cols;
-  const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
-  const auto from = [=](int row, int s) -> const Activations<Type>& {
-    return all[static_cast<size_t>(row / 8) * segments + s];
-  };
-  for (int i = threadIdx.x; i < groups * 128; i += blockDim.x) {  // half a row's quants of 32 columns
-    const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2 * 2;
-    const int row = of_row[8 * g + place];
-    if constexpr (kWide<Type>) {
-      copy_async_16(&to[g][0].q[block][4 * place + half], &from(row, 0).q[block][4 * (row % 8) + half]);
-    } else if (block < count) {
-      copy_async_16(&to[g][block].q[4 * place + half], &from(row, block).q[4 * (row % 8) + half]);
-    }
-  }
-  for (int i = threadIdx.x; i < kBlockRows * kStageSegments<Type>; i += blockDim.x) {
-    const int g = i / 8 / kStageSegments<Type>, s = i / 8 % kStageSegments<Type>, place = i % 8;
-    if (g >= groups || s >= count) continue;
-    const int row = of_row[8 * g + place];
-    const Activations<Type>& source = from(row, s);
-    copy_async_4(&to[g][s].scale[place], &source.scale[row % 8]);
-    if constexpr (kWide<Type> && Type::kHasMin) {
-      copy_async_16(&to[g][s].high[4 * place], &source.high[4 * (row % 8)]);
-      copy_async_16(&to[g][s].low[4 * place], &source.low[4 * (row % 8)]);
-    } else if constexpr (Type::kHasMin) {
-      copy_async_4(&to[g][s].scaled_sum[place], &source.scaled_sum[row % 8]);
-    }
-  }
-  copy_async_commit();
-}
-
-// The sums of a warp: for each group of eight rows as d in mma.cuh.
-using Totals = float[kBlockGroups][4];
-// Groups come by fours or twos, so that those past the last cost little; inside, loads and products overlap. As many as
-// registers allow.
-template <class Type>
-constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
 
 // Both ways of adding a stage to the totals are given the weights of its first 32 columns in `next`, and load those of
 // the next ones while products are made.
 template <class Type>
-DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type>& stage,
-                      uint32_t*, int lane, int32_t (&next)[4], Totals& totals)
+DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type, kBlockGroups>& stage,
+                      uint32_t*, int lane, int32_t (&next)[4], Totals<kBlockGroups>& totals)
   requires(!kWide<Type>)
 {
   Segment segment = segment_of<Type>(tile, first, segments);
@@ -117,8 +72,8 @@ DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)
 }
 
 template <class Type>
-DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups, const Stage<Type>& stage,
-                      uint32_t* shared_scales, int lane, int32_t (&next)[4], Totals& totals)
+DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups, const Stage<Type, kBlockGroups>& stage,
+                      uint32_t* shared_scales, int lane, int32_t (&next)[4], Totals<kBlockGroups>& totals)
   requires(kWide<Type>)
 {
   const Segment segment = segment_of<Type>(tile, s, segments);
@@ -134,22 +89,7 @@ DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups,
       UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++)
         add_products<Type>(w, stage[g][0].q[i][lane], scales, sums[g]);
   }
-  const RowPair rows = row_scales<Type>(segment.tail, lane);
-  int32_t mins[2] = {0, 0};
-  if constexpr (Type::kHasMin) UNROLL for (int r = 0; r < 2; r++)
-    mins[r] = mins_of<Type>({segment.body, lane / 4 + 8 * r}, lane % 4);
-  UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
-    UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
-      const Activations256& a = stage[g][0];
-      int32_t minus[4] = {0, 0, 0, 0};
-      if constexpr (Type::kHasMin) minus_mins(mins, a.high[lane], a.low[lane], minus);
-      UNROLL for (int n = 0; n < 4; n++) {
-        const float scale = a.scale[2 * (lane % 4) + n % 2];
-        float& total = totals[g][n];
-        total = fma(mul(rows.scale[n / 2], scale), __int2float_rn(sums[g][n]), total);
-        if constexpr (Type::kHasMin) total = fma(mul(rows.min[n / 2], scale), __int2float_rn(minus[n]), total);
-      }
-    }
+  add_sums<Type, kBlockGroups>(segment, groups, stage, lane, sums, totals);
 }
 
 // Grid: (groups of 64 rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs at the same
@@ -165,18 +105,18 @@ DEVICE void gemm(const Products& all) {
   if (thread < kBlockRows) of_row[thread] = activation_row(p, share, thread);
   if (thread == 0) matrix[0] = result_of(p, share);
   __syncthreads();
-  auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);
+  auto* stages = reinterpret_cast<Stage<Type, kBlockGroups>*>(DYNAMIC_SHARED);
   uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
   const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
   const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
   const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
   constexpr int at_once = kStageSegments<Type>;
   const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };
-  Totals totals = {};
-  copy_stage<Type>(p, of_row, groups, 0, count_of(0), stages[0]);
+  Totals<kBlockGroups> totals = {};
+  copy_stage<Type, kBlockGroups>(p, share, of_row, groups, 0, count_of(0), stages[0]);
   for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
     const int after = first + at_once;
-    if (after < segments) copy_stage<Type>(p, of_row, groups, after, count_of(after), stages[at ^ 1]);
+    if (after < segments) copy_stage<Type, kBlockGroups>(p, share, of_row, groups, after, count_of(after), stages[at ^ 1]);
     const uint8_t* body = segment_of<Type>(weights, first, segments).body;
     int32_t next[4];
     share_scales<Type>(body, lane, scales);
@@ -189,12 +129,7 @@ DEVICE void gemm(const Products& all) {
     add_stage<Type>(weights, first, count_of(first), segments, groups, stages[at], scales, lane, next, totals);
     __syncthreads();
   }
-  if (tile > last_tile) return;
-  UNROLL for (int g = 0; g < kBlockGroups; g++) UNROLL for (int n = 0; n < 4; n++) {
-    const int i = 8 * g + 2 * (lane % 4) + n % 2;
-    if (i >= share.n) continue;
-    store_result(matrix[0], p.bias_rows, out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
-  }
+  if (tile <= last_tile) store_totals(p, share, matrix[0], tile, lane, totals);
 }
 
 }  // namespace

@@ -3,9 +3,22 @@
 
 #include "dequantize.cuh"
 #include "gemv.cuh"
+#if LLAMACLUST_WGMMA
+#include "wgmma.cuh"
+#else
 #include "gemm.cuh"
+#endif
+
+#if LLAMACLUST_WGMMA
+#define GEMM_KERNELS(TYPE)                                                                                            \
+  KERNEL_IN_BLOCKS(512, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE, 64>(MATMUL_ARGUMENTS); }                       \
+  KERNEL_IN_BLOCKS(256, 1, gemm_wide_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE, 128>(MATMUL_ARGUMENTS); }
+#else
+#define GEMM_KERNELS(TYPE) \
+  KERNEL_IN_BLOCKS(512, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE>(MATMUL_ARGUMENTS); }
+#endif
 
 #define MATMUL_KERNELS(TYPE, ...)                                                                                     \
   KERNEL_IN_BLOCKS(kWarp * kGemvWarps, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS) { gemv<TYPE>(MATMUL_ARGUMENTS); }  \
-  KERNEL_IN_BLOCKS(512, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE>(MATMUL_ARGUMENTS); }                          \
+  GEMM_KERNELS(TYPE)                                                                                                  \
   EMBED_KERNEL(TYPE)

@@ -30,6 +30,12 @@ struct Copy {
   size_t bytes;
 };
 
+// Sums of a product of four warps, which are in its registers when it was waited for.
+struct Products {
+  int32_t* registers;
+  std::vector<int32_t> sums;
+};
+
 struct Fibre {
   enum class State { Runnable, AtBlock, AtBarrier, AtWarp, Ended };
   Dimensions thread;
@@ -43,6 +49,7 @@ struct Fibre {
   alignas(16) uint8_t result[kResultBytes];
   std::vector<Copy> pending;
   std::vector<std::vector<Copy>> committed;
+  std::vector<Products> products;
 };
 
 // The lanes of a warp in a collective operation: those in `mask`.

@@ -33,6 +33,7 @@
 #ifndef LLAMACLUST_ARCH
 #define LLAMACLUST_ARCH 900
 #endif
+#define LLAMACLUST_WGMMA (LLAMACLUST_ARCH == 900)
 
 #define SHIM_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 

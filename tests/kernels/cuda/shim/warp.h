@@ -161,6 +161,46 @@ void mma_m8n8k16(int32_t& d0, int32_t& d1, A a, int32_t b, SHIM_HERE) {
   d0 = d[0], d1 = d[1];
 }
 
+struct SharedOperand {
+  const uint8_t* at;
+  int group_bytes;
+  SharedOperand operator+(int bytes) const { return {at + bytes, group_bytes}; }
+};
+inline SharedOperand shared_operand(const void* shared, int group_bytes) {
+  return {static_cast<const uint8_t*>(shared), group_bytes};
+}
+
+// A warp's sixteen rows of it. The registers hold no sum before the wait.
+template <size_t count, class A>
+void multiply_k32_by_four(int32_t (&d)[count], const A (&a)[4], SharedOperand b, int adds, SHIM_HERE) {
+  if (reinterpret_cast<uintptr_t>(b.at) % 16 != 0 || b.group_bytes % 16 != 0)
+    shim::fail("an operand in shared memory that is not aligned to 16 bytes");
+  auto& all = shim::current->products;
+  size_t place = 0;
+  while (place < all.size() && all[place].registers != d) place++;
+  if (place == all.size()) all.push_back({d, {d, d + count}});
+  const int lane = shim::current->lane;
+  for (int g = 0; g < static_cast<int>(count) / 4; g++) {
+    int32_t sums[4] = {0, 0, 0, 0}, words[2];
+    if (adds != 0) memcpy(sums, &all[place].sums[4 * g], sizeof sums);
+    for (int half = 0; half < 2; half++)
+      memcpy(&words[half], b.at + g * b.group_bytes + 128 * half + 4 * lane, sizeof words[half]);
+    shim::multiply<16, 32>(sums, a, words, {file, line});
+    memcpy(&shim::current->products[place].sums[4 * g], sums, sizeof sums);
+  }
+  for (int32_t& one : d) one = 0x5a5a5a5a;
+}
+inline void warpgroup_begin() {}
+inline void warpgroup_commit() {}
+template <int groups>
+void warpgroup_wait() {
+  if (groups > 0) return;
+  for (const shim::Products& one : shim::current->products)
+    memcpy(one.registers, one.sums.data(), sizeof(int32_t) * one.sums.size());
+  shim::current->products.clear();
+}
+inline void publish_shared() {}
+
 template <int barrier, int threads>
 void barrier_wait(SHIM_HERE) {
   shim::arrive(barrier, threads, true, {file, line});

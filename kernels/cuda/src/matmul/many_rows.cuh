@@ -1,0 +1,108 @@
+// What both ways of multiplying many rows share: 64 or 128 rows of activations a block, copied to shared memory by 256 columns
+// while those before are computed with, and a tile of sixteen rows of weights for each warp.
+#pragma once
+
+#include "matmul.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+constexpr int kStageBlocks = 8;  // of 32 columns
+template <class Type>
+constexpr int kStageSegments = kStageBlocks / kSegmentBlocks<Type>;
+// Of so many groups of eight rows.
+template <class Type, int groups>
+using Stage = Activations<Type>[groups][kStageSegments<Type>];
+
+// Asks for `count` segments of activations of `groups` groups; of_row has their rows.
+template <class Type, int most>
+DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type, most>& to) {
+  const int segments = p.cols / Type::kLayout.segment_cols;
+  const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
+  const auto from = [=](int row, int s) -> const Activations<Type>& {
+    return all[static_cast<size_t>(row / 8) * segments + s];
+  };
+  for (int i = threadIdx.x; i < groups * 128; i += blockDim.x) {  // half a row's quants of 32 columns
+    const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2;
+    const int row = of_row[8 * g + place];
+    if constexpr (kWide<Type>) {
+      copy_async_16(to[g][0].q[block].piece(place, half), from(row, 0).q[block].piece(row % 8, half));
+    } else if (block < count) {
+      copy_async_16(to[g][block].q.piece(place, half), from(row, block).q.piece(row % 8, half));
+    }
+  }
+  for (int i = threadIdx.x; i < kGroupRows * most * kStageSegments<Type>; i += blockDim.x) {
+    const int g = i / 8 / kStageSegments<Type>, s = i / 8 % kStageSegments<Type>, place = i % 8;
+    if (g >= groups || s >= count) continue;
+    const int row = of_row[8 * g + place];
+    const Activations<Type>& source = from(row, s);
+    copy_async_4(&to[g][s].scale[place], &source.scale[row % 8]);
+    if constexpr (kWide<Type> && Type::kHasMin) {
+      copy_async_16(&to[g][s].high[4 * place], &source.high[4 * (row % 8)]);
+      copy_async_16(&to[g][s].low[4 * place], &source.low[4 * (row % 8)]);
+    } else if constexpr (Type::kHasMin) {
+      copy_async_4(&to[g][s].scaled_sum[place], &source.scaled_sum[row % 8]);
+    }
+  }
+}
+
+// The same; where rows follow each other, groups are copied as they are, each by a warp.
+template <class Type, int most>
+DEVICE void copy_stage(const Product& p, const Share& share, const int32_t* of_row, int groups, int first, int count,
+                       Stage<Type, most>& to) {
+  if (p.items == nullptr) {
+    const int segments = p.cols / Type::kLayout.segment_cols, bytes = count * static_cast<int>(sizeof(Activations<Type>));
+    const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
+    for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp) {
+      const auto* from = reinterpret_cast<const uint8_t*>(all + static_cast<size_t>(share.first / 8 + g) * segments);
+      for (int i = 16 * (threadIdx.x % kWarp); i < bytes; i += 16 * kWarp)
+        copy_async_16(reinterpret_cast<uint8_t*>(to[g]) + i, from + i);
+    }
+  } else {
+    copy_lines<Type, most>(p, of_row, groups, first, count, to);
+  }
+  copy_async_commit();
+}
+
+// The sums of a warp: for each group of eight rows as d in mma.cuh.
+template <int groups>
+using Totals = float[groups][4];
+// Groups come by fours or twos, so that those past the last cost little; inside, loads and products overlap. As many as
+// registers allow.
+template <class Type>
+constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
+
+// Adds a segment's integer sums to the totals, and its mins.
+template <class Type, int most>
+DEVICE void add_sums(const Segment& segment, int groups, const Stage<Type, most>& stage, int lane,
+                     const int32_t (&sums)[most][4], Totals<most>& totals) {
+  const RowPair rows = row_scales<Type>(segment.tail, lane);
+  int32_t mins[2] = {0, 0};
+  if constexpr (Type::kHasMin) UNROLL for (int r = 0; r < 2; r++)
+    mins[r] = mins_of<Type>({segment.body, lane / 4 + 8 * r}, lane % 4);
+  UNROLL for (int begin = 0; begin < most; begin += kGroupsTogether<Type>) if (begin < groups)
+    UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
+      const Activations256& a = stage[g][0];
+      int32_t minus[4] = {0, 0, 0, 0};
+      if constexpr (Type::kHasMin) minus_mins(mins, a.high[lane], a.low[lane], minus);
+      UNROLL for (int n = 0; n < 4; n++) {
+        const float scale = a.scale[2 * (lane % 4) + n % 2];
+        float& total = totals[g][n];
+        total = fma(mul(rows.scale[n / 2], scale), __int2float_rn(sums[g][n]), total);
+        if constexpr (Type::kHasMin) total = fma(mul(rows.min[n / 2], scale), __int2float_rn(minus[n]), total);
+      }
+    }
+}
+
+template <int groups>
+DEVICE void store_totals(const Product& p, const Share& share, const Matrix& matrix, int tile, int lane,
+                         const Totals<groups>& totals) {
+  UNROLL for (int g = 0; g < groups; g++) UNROLL for (int n = 0; n < 4; n++) {
+    const int i = 8 * g + 2 * (lane % 4) + n % 2;
+    if (i >= share.n) continue;
+    store_result(matrix, p.bias_rows, out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::cuda

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import numpy as np
 
@@ -38,15 +39,16 @@ LEAST_PIECE = _GROUP_ROWS
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/matmul/activations.cuh)."""
 
-_GEMV_WARPS = 4
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
 """That a warp copies and multiplies together (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces that are longer, otherwise for three."""
-_MATRIX_UNITS, _ASYNCHRONOUS, _HOPPER = (7, 5), (8, 0), (9, 0)
-"""The oldest GPUs with 8-bit matrix instructions, and with copies in the background; and those with instructions of
-four warps (src/matmul/wgmma.cuh)."""
-_STATIC_BYTES, _RESERVED_BYTES = 512, 1024
+"""A warp has memory for two pieces that are longer, otherwise for three, where they are not copied in bulk."""
+_MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
+"""The oldest GPUs with 8-bit matrix instructions, with copies in the background, and with bulk copies; and those with
+instructions of four warps (src/matmul/wgmma.cuh)."""
+_ARRIVAL_BYTES, _OTHERS_PART = 8, 7
+"""Of a piece that is copied in bulk; one part of so many of shared memory is left to kernels that run beside others."""
+_STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
 
@@ -224,10 +226,9 @@ def _launch(
         warps = _WIDE_WARPS if is_wide else _gemm_warps(products, items, gpu.sms)
         shared = _gemm_shared_bytes(weights, experts.piece, warps, gpu)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    shared = _gemv_shared_bytes(weights, gpu)
-    times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
-    blocks = min(_blocks(products, 1), max(1, times * gpu.sms * _gemv_blocks(shared, gpu) // items))
-    return Launch(name, (items, blocks, 1), (32 * _GEMV_WARPS, 1, 1), args, shared)
+    # Fewer items may be there than there is room for.
+    shape = _GemvShape.of(products, items, 1 if experts.items == NULL else 4, gpu)
+    return Launch(name, (items, shape.blocks, 1), (32 * shape.warps, 1, 1), args, shape.shared_bytes)
 
 
 def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
@@ -239,18 +240,49 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
     return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 
-def _gemv_shared_bytes(weights: Weights, gpu: LaunchLimits) -> int:
-    """kStages pieces of each warp (src/matmul/pieces.cuh)."""
+@dataclass(frozen=True, slots=True)
+class _GemvShape:
+    """Blocks for each item, their warps and their shared memory: pieces of each warp (src/matmul/pieces.cuh)."""
+
+    blocks: int
+    warps: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits) -> Self:
+        """`times` as many blocks as the GPU runs at a time, if there are as many tiles."""
+        weights, tiles = products[0].weights, _blocks(products, 1)
+        shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
+        warps, stages, stage_bytes, blocks = shape(_piece_bytes(weights), gpu)
+        blocks = min(tiles, max(1, times * gpu.sms * blocks // items))
+        if gpu.compute_capability >= _BULK:
+            pieces = -(-weights.segments // _PIECE_SEGMENTS[weights.activation])
+            stages = min(stages, -(-(-(-tiles // blocks) * pieces) // warps))
+        return cls(blocks, warps, warps * stages * stage_bytes)
+
+
+def _piece_bytes(weights: Weights) -> int:
     info = weights.quant_type.info
-    piece_bytes = _PIECE_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+    return _PIECE_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+
+
+def _plain_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
+    """Warps, stages, bytes of a stage; blocks that a multiprocessor runs at a time: registers and shared memory say."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
-    return _GEMV_WARPS * piece_bytes * (stages if gpu.compute_capability >= _ASYNCHRONOUS else 1)
-
-
-def _gemv_blocks(shared: int, gpu: LaunchLimits) -> int:
-    """That a multiprocessor runs at a time: its registers and its shared memory say."""
+    stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
-    return max(1, min(of_registers, (gpu.shared_bytes + _RESERVED_BYTES) // (shared + _STATIC_BYTES + _RESERVED_BYTES)))
+    block_bytes = 4 * stages * piece_bytes + _STATIC_BYTES + _RESERVED_BYTES
+    of_shared = (gpu.shared_bytes + _RESERVED_BYTES) // block_bytes
+    return 4, stages, piece_bytes, max(1, min(of_registers, of_shared))
+
+
+def _bulk_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
+    """As `_plain_shape`: two blocks, or one where two would have memory for one stage only."""
+    stage_bytes = piece_bytes + _ARRIVAL_BYTES
+    room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
+    fit = {blocks: (room // blocks - _STATIC_BYTES - _RESERVED_BYTES) // (8 * stage_bytes) for blocks in (1, 2)}
+    blocks = 2 if fit[2] >= 2 else 1
+    return 8, fit[blocks], stage_bytes, blocks
 
 
 def _gemm_warps(products: Sequence[Product], items: int, sms: int) -> int:

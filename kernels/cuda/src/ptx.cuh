@@ -228,4 +228,38 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
+// Dynamic shared memory of the block, in bytes.
+__device__ __forceinline__ int dynamic_shared_bytes() {
+  int bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
+#if __CUDA_ARCH__ >= 900
+// Copies of any multiple of 16 bytes, which one thread requests: from compute capability 9.0 on. An arrival (8 bytes of shared
+// memory) tells when all bytes that were announced to it are there. Its phases have parity 0, 1, 0, ...; each is one
+// announcement, and all copies that name the arrival after it.
+__device__ __forceinline__ void arrival_init(SharedAddress arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(arrival.bytes) : "memory");
+}
+// Orders what this thread has initialized before the copies that it requests next.
+__device__ __forceinline__ void fence_before_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
+__device__ __forceinline__ void arrival_announce(SharedAddress arrival, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(arrival.bytes), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress arrival) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               : : "r"(to.bytes), "l"(global), "r"(bytes), "r"(arrival.bytes) : "memory");
+}
+__device__ __forceinline__ void arrival_wait(SharedAddress arrival, int parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(arrival.bytes), "r"(parity) : "memory");
+  } while (done == 0);
+}
+#endif
+
 }  // namespace llamaclust::cuda

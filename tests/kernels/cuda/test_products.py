@@ -76,15 +76,30 @@ def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: Qu
         check_equal_bits(products(bench, loaded.weights, x, sms=1), expected, kind, cols, rows)
 
 
-@pytest.mark.parametrize("gpu", [LaunchLimits(30, 48 << 10, (6, 1)), LaunchLimits(132, 227 << 10, (9, 0))], ids=str)
+GPUS = [
+    LaunchLimits(30, 48 << 10, (6, 1)),
+    LaunchLimits(84, 99 << 10, (8, 6)),
+    LaunchLimits(132, 227 << 10, (9, 0)),
+    LaunchLimits(170, 99 << 10, (12, 0)),
+]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_blocks_fit_on_any_gpu_and_are_at_most_as_many_as_it_runs(gpu: LaunchLimits) -> None:
+    has_bulk_copies = gpu.compute_capability >= (9, 0)
     for kind in set(TYPES) - set(FLOAT_TYPES):
         weights = Weights(kind, (64000, 4096))
         launch = multiply([Product(weights, NULL, NULL)], NULL, RowCount(1, NULL), gpu)
-        assert launch.shared_bytes + 512 <= PLAIN_SHARED_BYTES
+        assert launch.shared_bytes + 576 <= (gpu.shared_bytes if has_bulk_copies else PLAIN_SHARED_BYTES)
         blocks, left = divmod(launch.grid[1], gpu.sms)
-        assert not left and 3 <= blocks <= 5
-        assert blocks * (launch.shared_bytes + 1536) <= gpu.shared_bytes + 1024
+        assert not left and blocks in ((1, 2) if has_bulk_copies else (3, 4, 5))
+        assert blocks * (launch.shared_bytes + 1600) <= gpu.shared_bytes + 1024
+
+
+@pytest.mark.parametrize(("rows", "cols", "stages"), [(4096, 4096, 2), (4096, 2048, 1), (4000, 11008, 5)])
+def test_a_block_has_memory_for_no_more_pieces_than_it_takes(rows: int, cols: int, stages: int) -> None:
+    launch = multiply([Product(Weights(QuantType.Q4_K, (rows, cols)), NULL, NULL)], NULL, RowCount(1, NULL), GPUS[2])
+    assert launch.shared_bytes == 8 * stages * (16 * 144 + 8)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

@@ -125,6 +125,19 @@ def test_copies_in_the_background(probe: Bench) -> None:
         assert np.isnan(found[done:]).all()
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_bulk_copies(probe: Bench, stages: int) -> None:
+    """Parts are there when they are waited for, and not before, whatever was in their place."""
+    x = generator().standard_normal(7 * 64, np.float32)
+    out, there = probe.room(x.nbytes), np.roll(x.reshape(7, 64), -5, 1)
+    for early in (-1, 0, 4):
+        probe.run("probe.bulk_copies", 1, 32, probe.put(x), 7, early, out, shared_bytes=264 * stages)
+        found = probe.get(out, (7, 64))
+        late = np.arange(7) != early
+        np.testing.assert_array_equal(found[late], there[late])
+        assert early < 0 or np.isnan(found[early]).any()
+
+
 @pytest.mark.parametrize("turns", [1, 3, 17])
 def test_warps_take_turns_at_named_barriers(probe: Bench, turns: int) -> None:
     x, out = generator().integers(-100, 100, turns).astype(np.int32), probe.room(128)
@@ -161,6 +174,13 @@ MISTAKES = {
     13: "no warp waits at named barrier 2, where others arrived",
     14: "or of no whole warps",
     15: "lanes of a warp at different places",
+    16: "an arrival that is not initialized",
+    17: "an arrival that is not aligned to 8 bytes",
+    18: "a bulk copy that is not aligned to 16 bytes",
+    19: "bulk copies of 32 bytes, announced as 16",
+    20: "announced again before they were waited for",
+    21: "a block ends while bulk copies are under way",
+    22: r"thread \d+ for copies that none requests \(probe.cu:\d+\)",
 }
 
 

@@ -6,7 +6,12 @@
 namespace llamaclust::cuda {
 namespace {
 
-inline constexpr int kGemvWarps = 4;  // of a block
+// Of a block: more where all of a warp's pieces can be under way, so that few tiles keep many warps busy.
+#if LLAMACLUST_ARCH >= 900
+inline constexpr int kGemvWarps = 8;
+#else
+inline constexpr int kGemvWarps = 4;
+#endif
 // Segments of a piece: of 32 columns, addresses would take as many instructions as arithmetic, so four share theirs.
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
@@ -33,6 +38,7 @@ struct Place {
   }
 };
 
+#if LLAMACLUST_ARCH < 900
 // The pieces of one warp of the block: each takes one in turn.
 template <class Type>
 class Pieces {
@@ -64,6 +70,8 @@ class Pieces {
     __syncwarp();
     at_ = at_ + 1 == kStages<Type> ? 0 : at_ + 1;
   }
+  // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
+  DEVICE void drop(Place) const { copy_async_wait<0>(); }
 
  private:
   DEVICE void find_tile() {
@@ -110,6 +118,97 @@ class Pieces {
   int expert_ = 0, at_ = 0;        // the stage of the next one to take
   const uint8_t* from_ = nullptr;  // the tile of the next one to request
 };
+#else
+// The same by bulk copies: lane 0 requests whole pieces, as many as the block's dynamic shared memory has stages for.
+// Behind all pieces are their arrivals.
+template <class Type>
+class Pieces {
+ public:
+  DEVICE Pieces(const Products& all, int warp, int lane, uint8_t* shared)
+      : all_(all), segments_(all.cols / Type::kLayout.segment_cols), requests_(lane == 0),
+        stages_(dynamic_shared_bytes() / (kGemvWarps * kStageBytes)), memory_(shared + warp * stages_ * kPieceBytes<Type>),
+        to_(shared_address(memory_)),
+        arrivals_(shared_address(shared + kGemvWarps * stages_ * kPieceBytes<Type> + warp * stages_ * kArrivalBytes)),
+        next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
+    next_.advance(warp);
+    if (requests_) {
+      NO_UNROLL for (int i = 0; i < stages_; i++) arrival_init(arrival(i));
+      fence_before_bulk_copies();
+    }
+    __syncwarp();
+  }
+
+  DEVICE Place next() const { return next_; }
+
+  // Requests the first ones, of this expert's matrices (0 without experts).
+  DEVICE void start(int expert) {
+    expert_ = expert;
+    find_tile();
+    NO_UNROLL for (int i = 0; i < stages_; i++) request(i);
+  }
+
+  // The next one, when it is there; it stays until `release`, which requests another one in its place.
+  DEVICE const uint8_t* take() const {
+    arrival_wait(arrival(at_), parity_);
+    return memory_ + at_ * kPieceBytes<Type>;
+  }
+  DEVICE void release() {
+    __syncwarp();  // all lanes have read it
+    request(at_);
+    if (++at_ < stages_) return;
+    at_ = 0;
+    parity_ ^= 1;
+  }
+  // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
+  DEVICE void drop(Place first) const {
+    NO_UNROLL for (int i = 0; i < stages_ && first.tile < all_.tile_count(); i++, first.advance(kGemvWarps)) arrival_wait(arrival(i), 0);
+  }
+
+ private:
+  static constexpr int kArrivalBytes = 8, kStageBytes = kPieceBytes<Type> + kArrivalBytes;
+
+  DEVICE SharedAddress arrival(int stage) const { return arrivals_ + kArrivalBytes * stage; }
+
+  DEVICE void find_tile() {
+    if (next_.tile >= all_.tile_count()) return;
+    const Product p = product_of(all_, 1, next_.tile);
+    from_ = tile_of(p, {expert_, 0, 0}, p.block);
+  }
+
+  DEVICE void request(int stage) {
+    if (next_.tile >= all_.tile_count()) return;
+    if (requests_) copy(to_ + stage * kPieceBytes<Type>, arrival(stage));
+    const int tile = next_.tile;
+    next_.advance(kGemvWarps);
+    if (next_.tile != tile) find_tile();
+  }
+
+  DEVICE void copy(SharedAddress to, SharedAddress arrival) const {
+    constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
+    const int first = next_.piece * kTogether<Type>, left = segments_ - first;
+    if constexpr (kTogether<Type> % kGroupSegments<Type> == 0) {
+      const int bytes = (kTogether<Type> > 1 && left < kTogether<Type> ? left : kTogether<Type>) * kSegmentBytes<Type>;
+      arrival_announce(arrival, bytes);
+      copy_bulk(to, from_ + static_cast<size_t>(next_.piece) * kPieceBytes<Type>, bytes, arrival);
+    } else {
+      const Segment segment = segment_of<Type>(from_, first, segments_);
+      arrival_announce(arrival, body_bytes + tail_bytes);
+      copy_bulk(to, segment.body, body_bytes, arrival);
+      copy_bulk(to + body_bytes, segment.tail, tail_bytes, arrival);
+    }
+  }
+
+  const Products& all_;
+  int segments_;   // of a tile
+  bool requests_;  // this lane
+  int stages_;
+  uint8_t* memory_;
+  SharedAddress to_, arrivals_;  // of the warp
+  Place next_;                   // to request
+  int expert_ = 0, at_ = 0, parity_ = 0;  // the stage of the next one to take
+  const uint8_t* from_ = nullptr;         // the tile of the next one to request
+};
+#endif
 
 }  // namespace
 }  // namespace llamaclust::cuda

@@ -76,6 +76,32 @@ KERNEL(32, copies, const float* x, int32_t done, float* out) {
   for (int i = threadIdx.x; i < 384; i += 32) out[i] = there[i / 128][(i % 128 + 5) % 128];
 }
 
+// One block of 32. Of `n` parts of 64 numbers, each in two bulk copies, two are under way; `early`: one is read before it is
+// waited for.
+KERNEL(32, bulk_copies, const float* x, int32_t n, int32_t early, float* out) {
+  const int lane = threadIdx.x, stages = dynamic_shared_bytes() / 264;
+  float* parts = reinterpret_cast<float*>(DYNAMIC_SHARED);
+  const SharedAddress to = shared_address(parts), arrivals = shared_address(parts + 64 * stages);
+  const auto request = [&](int i) {
+    if (lane != 0 || i >= n) return;
+    const SharedAddress arrival = arrivals + 8 * (i % stages), part = to + 256 * (i % stages);
+    arrival_announce(arrival, 256);
+    copy_bulk(part, x + 64 * i, 16, arrival);
+    copy_bulk(part + 16, x + 64 * i + 4, 240, arrival);
+  };
+  for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i);
+  fence_before_bulk_copies();
+  __syncwarp();
+  for (int i = 0; i < stages; i++) request(i);
+  for (int i = 0; i < n; i++) {
+    if (i != early) arrival_wait(arrivals + 8 * (i % stages), i / stages % 2);
+    for (int k = lane; k < 64; k += 32) out[64 * i + k] = parts[64 * (i % stages) + (k + 5) % 64];
+    if (i == early) arrival_wait(arrivals + 8 * (i % stages), i / stages % 2);
+    __syncwarp();
+    request(i + stages);
+  }
+}
+
 // Mistakes, `kind` says which. One block of 64.
 KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
   SHARED(float, lanes, [64]);
@@ -103,6 +129,17 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
     barrier_wait<4, 64>();
   else if (kind == 15)
     barrier_wait<4, 64>();
+  if (kind < 16 || kind > 22) return;
+  SHARED(float, there, [64]);
+  SHARED(uint64_t, arrivals, [2]);
+  const SharedAddress to = shared_address(there), arrival = shared_address(arrivals);
+  if (i == 0 && kind != 16) arrival_init(arrival + (kind == 17 ? 4 : 0));
+  __syncthreads();
+  if (i == 0) arrival_announce(arrival, 16);
+  if (i == 0) copy_bulk(to, kind == 18 ? x + 1 : x, kind == 19 ? 32 : 16, arrival);
+  if (i == 0 && kind == 20) arrival_announce(arrival, 16);
+  if (kind != 21) arrival_wait(arrival, kind == 22);
+  if (kind == 22) arrival_wait(arrival, 0), arrival_wait(arrival, 1);
 }
 
 // One block of three warps, which take `turns`: each takes what it finds from a number of its own.

@@ -27,6 +27,14 @@ Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
 int arrived[kBarriers], expected[kBarriers];
+// Of bulk copies: the phase, whether and how many bytes were announced in it, and what was requested.
+struct Arrival {
+  int phase = 0;
+  bool is_announced = false;
+  size_t announced = 0, requested = 0;
+  std::vector<Copy> copies;
+};
+std::unordered_map<const void*, Arrival> arrivals;
 bool backwards;  // every other launch of a kernel: who relies on an order gets it wrong
 std::unordered_map<const void*, bool> was_backwards;
 std::string error;
@@ -39,7 +47,7 @@ struct Kernel {
 
 // The end of both is the end of a page, and no page follows.
 uint8_t *static_memory, *dynamic_end, *dynamic_begin;
-size_t static_used;
+size_t static_used, dynamic_used;
 
 std::string at(Site site) {
   const char* name = strrchr(site.file, '/');
@@ -66,13 +74,14 @@ void take_memory() {
 // Which fibres wait where, and which have ended: the reason of a deadlock.
 std::string stuck() {
   int ended = 0, waiting = 0, in_warps = 0;
-  const Fibre *in_block = nullptr, *in_warp = nullptr, *at_barrier = nullptr;
+  const Fibre *in_block = nullptr, *in_warp = nullptr, *at_barrier = nullptr, *at_arrival = nullptr;
   for (int i = 0; i < threads; i++) {
     const Fibre& fibre = fibres[i];
     ended += fibre.state == Fibre::State::Ended;
     if (fibre.state == Fibre::State::AtBlock) waiting++, in_block = &fibre;
     if (fibre.state == Fibre::State::AtWarp) in_warps++, in_warp = &fibre;
     if (fibre.state == Fibre::State::AtBarrier) at_barrier = &fibre;
+    if (fibre.state == Fibre::State::AtArrival) at_arrival = &fibre;
   }
   std::string what = "threads wait for ever:";
   if (in_block) what += " " + std::to_string(waiting) + " at __syncthreads (" + at(in_block->site) + ")";
@@ -80,6 +89,8 @@ std::string stuck() {
     what += std::string(in_block ? "," : "") + " " + std::to_string(in_warps) + " for their warp (thread " +
             std::to_string(in_warp->index) + " at " + at(in_warp->site) + ")";
   if (at_barrier) what += " thread " + std::to_string(at_barrier->index) + " at a barrier (" + at(at_barrier->site) + ")";
+  if (at_arrival)
+    what += " thread " + std::to_string(at_arrival->index) + " for copies that none requests (" + at(at_arrival->site) + ")";
   return what + "; " + std::to_string(ended) + " of " + std::to_string(threads) + " have ended";
 }
 
@@ -98,6 +109,8 @@ void go_on() {
     if (fibres[i].state != Fibre::State::Ended) fail(stuck());
   for (int i = 0; i < kBarriers; i++)
     if (arrived[i] != 0) fail("no warp waits at named barrier " + std::to_string(i) + ", where others arrived");
+  for (const auto& [place, arrival] : arrivals)
+    if (!arrival.copies.empty()) fail("a block ends while bulk copies are under way");
   switch_to(contexts[self.index], outside);
 }
 
@@ -110,6 +123,8 @@ void run_thread() {
 void run_block(size_t dynamic_shared_bytes) {
   block_number++;
   static_used = 0;
+  dynamic_used = dynamic_shared_bytes;
+  arrivals.clear();
   dynamic_begin = dynamic_end - (dynamic_shared_bytes + 15) / 16 * 16;
   memset(dynamic_begin, 0xff, static_cast<size_t>(dynamic_end - dynamic_begin));
   at_block = 0;
@@ -195,6 +210,55 @@ void arrive(int barrier, int of, bool waits, Site site) {
   if (current->state != Fibre::State::Runnable) go_on();
 }
 
+namespace {
+
+Arrival& arrival_at(const void* place) {
+  const auto found = arrivals.find(place);
+  if (found == arrivals.end()) fail("an arrival that is not initialized");
+  return found->second;
+}
+
+}  // namespace
+
+void init_arrival(const void* place) {
+  if (reinterpret_cast<uintptr_t>(place) % 8 != 0) fail("an arrival that is not aligned to 8 bytes");
+  arrivals[place] = {};
+}
+
+void announce(const void* place, size_t bytes) {
+  Arrival& arrival = arrival_at(place);
+  if (arrival.is_announced) fail("bulk copies are announced again before they were waited for");
+  arrival.is_announced = true;
+  arrival.announced = bytes;
+  for (int i = 0; i < threads; i++)
+    if (fibres[i].state == Fibre::State::AtArrival && fibres[i].arrival == place) fibres[i].state = Fibre::State::Runnable;
+}
+
+// What was there is lost at once, so that who still reads it, or does not wait, gets a wrong result.
+void request_bulk(const void* place, Copy copy) {
+  Arrival& arrival = arrival_at(place);
+  if ((reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from) | copy.bytes) % 16 != 0)
+    fail("a bulk copy that is not aligned to 16 bytes");
+  memset(copy.to, 0xff, copy.bytes);
+  arrival.copies.push_back(copy);
+  arrival.requested += copy.bytes;
+}
+
+void wait_for_arrival(const void* place, int parity, Site site) {
+  Arrival& arrival = arrival_at(place);
+  while (arrival.phase % 2 == parity && !arrival.is_announced) {
+    current->site = site;
+    current->arrival = place;
+    current->state = Fibre::State::AtArrival;
+    go_on();
+  }
+  if (arrival.phase % 2 != parity) return;
+  if (arrival.requested != arrival.announced)
+    fail("bulk copies of " + std::to_string(arrival.requested) + " bytes, announced as " + std::to_string(arrival.announced));
+  for (const Copy& copy : arrival.copies) memcpy(copy.to, copy.from, copy.bytes);
+  arrival = {arrival.phase + 1, false, 0, 0, {}};
+}
+
 uint8_t* static_shared(size_t bytes) {
   uint8_t* p = static_memory + static_used;
   static_used += (bytes + 15) / 16 * 16;
@@ -204,6 +268,7 @@ uint8_t* static_shared(size_t bytes) {
 }
 
 uint8_t* dynamic_shared() { return dynamic_begin; }
+size_t dynamic_bytes() { return dynamic_used; }
 
 std::string run_grid(Grid whole, size_t dynamic_shared_bytes, Invoke invoke, const void* function, void** args) {
   const llamaclust::FloatMode mode;

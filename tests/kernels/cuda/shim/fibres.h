@@ -37,12 +37,13 @@ struct Products {
 };
 
 struct Fibre {
-  enum class State { Runnable, AtBlock, AtBarrier, AtWarp, Ended };
+  enum class State { Runnable, AtBlock, AtBarrier, AtWarp, AtArrival, Ended };
   Dimensions thread;
   int index, lane;
   State state;
   Site site;
-  int barrier;  // a named one
+  int barrier;          // a named one
+  const void* arrival;  // of bulk copies
   uint32_t mask;
   const void* operation;
   alignas(16) uint8_t operands[kOperandBytes];
@@ -73,6 +74,12 @@ void wait_for_block(Site site);
 void arrive(int barrier, int threads, bool waits, Site site);
 // Waits until every lane in `mask` is here; the last one computes the results of all.
 void collective(uint32_t mask, Compute compute, Site site);
+// Arrivals of bulk copies, by their place in shared memory: one announcement of bytes in each phase.
+void init_arrival(const void* arrival);
+void announce(const void* arrival, size_t bytes);
+void request_bulk(const void* arrival, Copy copy);
+// Waits for an announcement and makes its copies, if the phase of this parity is not over.
+void wait_for_arrival(const void* arrival, int parity, Site site);
 // Ends the launch.
 [[noreturn]] void fail(const std::string& what);
 
@@ -83,5 +90,6 @@ std::string run_grid(Grid grid, size_t dynamic_shared_bytes, Invoke invoke, cons
 // Memory of the block that runs, filled with bytes of ones: NaN, -1.
 uint8_t* static_shared(size_t bytes);
 uint8_t* dynamic_shared();
+size_t dynamic_bytes();
 
 }  // namespace shim

@@ -55,6 +55,8 @@ struct Decoder {
   static constexpr TileLayout kLayout = tile_layout(type);
   static constexpr int kSubBlocks = sub_blocks, kBits = bits, kOffset = offset;
   static constexpr bool kHasMin = false;
+  // Line i of the scales has those of sub-blocks 4 i to 4 i + 3, each a byte or a field at the same place of one.
+  static constexpr bool kScaleLines = false;
   static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 

@@ -10,6 +10,7 @@ namespace {
 // Body: for each four sub-blocks four lines of bit pairs, of k-group g in line g, the first sub-block's lowest; then four
 // lines as k-groups over j: s low, m high. Tail: scale, min.
 struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
+  static constexpr bool kScaleLines = true;
   static constexpr int kTogether = 4;
   static DECODE Bytes pairs(Lines body, int j, int g) { return load_bytes(body + j / 4 * 256 + 64 * g); }
   static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
@@ -40,6 +41,7 @@ struct Q3_K : Decoder<QuantType::Q3_K, 16, 3, 4> {
 // 0-1, s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5. `at`: where the lines are in a body.
 template <QuantType type, int bits, int at>
 struct SixBitScales : DecoderWithMin<type, 8, bits> {
+  static constexpr bool kScaleLines = true;
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
     unsigned_scales(field<0, 63>(load_bytes(body + at)), out);
     unsigned_scales(field<0, 63>(load_bytes(body + at + 64)), out + 4);
@@ -66,6 +68,7 @@ struct Q5_K : SixBitScales<QuantType::Q5_K, 5, 2560> {
 // Body: per sub-block a line of nibbles for k-groups 0 (low) and 2 (high), one for 1 and 3, one of bits 4-5 of them;
 // then four lines of s as k-groups over j. Tail: scale.
 struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
+  static constexpr bool kScaleLines = true;
   static DECODE Bytes group(Lines body, int j, int g) {
     Lines lines = body + 192 * j;
     constexpr Places low{{0, 0, 4, 4}, {15, 15, 15, 15}}, high{{-4, -2, 0, 2}, {48, 48, 48, 48}};
@@ -80,6 +83,7 @@ struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
 // A segment's integers stay within 256 * 127 * 127 * 32 < 2^27.
 // Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
 struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
+  static constexpr bool kScaleLines = true;
   static DECODE Bytes group(Lines body, int j, int g) { return lookup(kIQ4Values, nibble_group(body + 256 * j, g)); }
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
     for (int i = 0; i < 2; i++) signed_scales(load_bytes(body + 2048 + 64 * i), out + 4 * i);

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
-from llamaclust.cluster.client.operations import ClusterApi
+from llamaclust.cluster.client.operations import ClusterApi, ClusterStartingError
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
@@ -30,6 +30,7 @@ from llamaclust.core.sizes import MIB
 _END_S = 10.0
 _EVERY_S = 1.0
 _WIDE = 200
+_STARTING = "starting"
 _RECOVERIES = 4
 _ASKED_AT_ONCE = 16
 State = dict[str, Any]
@@ -42,6 +43,7 @@ class Watched:
     name: str
     api: ClusterApi
     folder: ClusterDir | None
+    record: ClusterRecord | None  # None: at an address
 
     @classmethod
     def find(
@@ -52,11 +54,11 @@ class Watched:
             if ca_file is not None:
                 raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
             folder, record = find_running(environment().state_dir, name)
-            return cls(record.name, ClusterApi.of(record, api_key_file), folder)
+            return cls(record.name, ClusterApi.of(record, api_key_file), folder, record)
         if name is not None:
             raise UsageError("--cluster and --endpoint name different places: give one of them")
         api = ClusterApi(f"the cluster at {endpoint}", endpoint, api_key_file, ca_file)
-        return cls(endpoint, api, None)
+        return cls(endpoint, api, None, None)
 
     @property
     def has_ended(self) -> bool:
@@ -76,6 +78,8 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
         while True:
             try:
                 state = api.status()
+            except ClusterStartingError as start:
+                state = _starting(cluster.name, cluster.record, start)
             except LlamaclustError:
                 if not watch or not cluster.has_ended:
                     raise
@@ -103,6 +107,8 @@ def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: boo
     for state in terminal.printable_values(states):
         if "error" in state:
             print(state["error"])
+        elif state["state"] == _STARTING:
+            print(_starting_line(state))
         else:
             print(f"{next(_head(state))}; {_requests_text(state)}, workers: {len(state['workers'])}")
     sys.stdout.flush()
@@ -113,12 +119,27 @@ def _state_or_error(record: ClusterRecord) -> State:
     try:
         with ClusterApi.of(record) as api:
             return api.status()
+    except ClusterStartingError as start:
+        return _starting(record.name, record, start)
     except LlamaclustError as error:
         return {"name": record.name, "api": record.api, "pid": record.pid, "error": str(error)}
 
 
+def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
+    """The fields that are known."""
+    known = {} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
+    return {"name": name, "state": _STARTING, "reason": start.awaited or None, **known}
+
+
+def _starting_line(state: State) -> str:
+    what = f", {state['model']} at {state['api']} (pid {state['pid']})" if "pid" in state else ""
+    return f"{state['name']}: {_STARTING}{what}{f'; it waits for {reason}' if (reason := state['reason']) else ''}"
+
+
 def _line(state: State) -> str:
     """A cluster in one line."""
+    if state["state"] == _STARTING:
+        return f"{time.strftime('%H:%M:%S')} {_starting_line(state)}"
     requests, speed = state["requests"], state["speed"]["measured"]
     busy = ", ".join(
         f"{worker['name']} {worker['busy']:.0%}" for worker in state["workers"] if worker["layers"] is not None
@@ -135,6 +156,8 @@ def _line(state: State) -> str:
 
 
 def _view(state: State) -> Group:
+    if state["state"] == _STARTING:
+        return Group(Text(_starting_line(state)))
     workers = state["workers"]
     lines = (*_quarantine_lines(workers), *gpu_lines(workers), *_kv_disk_lines(workers))
     below = (Text(line) for line in lines)

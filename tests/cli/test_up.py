@@ -104,10 +104,28 @@ def test_down_ends_a_start_and_no_process_with_the_pid_of_a_killed_cluster(line:
     folder.write_record(ClusterRecord("tiny", other.process.pid, "http://127.0.0.1:1", "m"))
     waiting = start_coordinator(line, Path("good.gguf"))
     waiting.says("worker --join ")
-    status = line.run("status")
-    assert status.code != 0 and "the cluster is starting" in status.error
     assert line.run("down").err == "tiny is stopped\n"
     assert waiting.wait().code == 0 and other.process.poll() is None
+
+
+def test_status_shows_a_start(line: CommandLine) -> None:
+    """What is known, by all ways that ask; no error."""
+    waiting = start_coordinator(line, Path("good.gguf"))
+    waiting.says("worker --join ")
+    state = line.run("status", "--json").json
+    pid = waiting.process.pid
+    assert (state["name"], state["state"], state["pid"]) == ("tiny", "starting", pid) and "workers" not in state
+    shown = f"tiny: starting, good at {state['api']} (pid {pid}); it waits for {state['reason']}\n"
+    for options in ((), ("--cluster", "tiny"), ("--all",)):
+        done = line.run("status", *options)
+        assert (done.code, done.out) == (0, shown)
+    assert line.run("status", "--all", "--json").json == {"clusters": [state]}
+    there = line.run("status", "--endpoint", state["api"])
+    assert (there.code, there.out) == (0, f"{state['api']}: starting; it waits for {state['reason']}\n")
+    watching = line.start("status", "--watch")
+    eventually(lambda: "tiny: starting" in watching.out.read_text(), 60, "a line of the start")
+    assert line.run("down").err == "tiny is stopped\n" and waiting.wait().code == 0
+    assert watching.wait().code == 0
 
 
 def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:

@@ -119,6 +119,7 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
     if name in names:
         raise UsageError(f"{path}: has a key named {name}; choose another name, or `llamaclust keys rm {name}` first")
     chosen = name or next(each for each in (f"key-{n}" for n in range(1, len(keys) + 2)) if each not in names)
+    lines = [line for line in lines if not line.startswith("#") or line.lstrip("# ") != chosen]  # names no key
     added = NamedKey(chosen, f"lc-{secrets.token_urlsafe(_RANDOM_BYTES)}", len(lines), len(lines) + 2)
     _write(path, [*lines, f"# {chosen}", added.key])
     return added

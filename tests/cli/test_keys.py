@@ -66,3 +66,16 @@ def test_names_that_cannot_be(words: tuple[str, ...], path: Path) -> None:
     with pytest.raises(UsageError):
         run(*words)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "left", ["# phone\n", "#phone\n\n# phone\n", "# phone\n# owner\n{key}\n", "# owner\n{key}\n# phone\n"]
+)
+def test_a_comment_whose_key_was_deleted_names_no_second_one(path: Path, left: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(left.format(key="k" * 20))
+    path.chmod(0o600)
+    key = run("add", "phone")[0].strip()
+    assert path.read_text().replace("#phone", "# phone").count("# phone") == 1
+    assert path.read_text().endswith(f"# phone\n{key}\n")
+    assert [each.name for each in named_keys(path)] == (["owner", "phone"] if "owner" in left else ["phone"])

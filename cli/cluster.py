@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 from typer import Argument, Option
@@ -25,6 +28,7 @@ from llamaclust.cli.options import (
     option_value,
 )
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import open_regular
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.operations import ClusterApi
@@ -176,11 +180,21 @@ def logs(
         elif record is None:
             what += f": {folder.path.name} has ended, and workers on other machines log there"
         raise UsageError(f"no log {what}; there are logs of: {', '.join(files) or 'none'}")
-    with files[worker].open(errors="replace") as file:
+    with _opened(files[worker]) as file:
         _print_rest(file)
         while follow:
             time.sleep(_FILE_S)
+            if os.fstat(file.fileno()).st_size < file.tell():  # its end was moved to another file
+                file.seek(0)
             _print_rest(file)
+
+
+def _opened(log: Path) -> TextIO:
+    """UsageError for what is no plain file."""
+    try:
+        return TextIOWrapper(open_regular(log), "utf-8", "replace")
+    except OSError as error:
+        raise UsageError(f"{log}: cannot be read: {error.strerror}; remove it") from error
 
 
 def _print_rest(file: TextIO) -> None:

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
+from llamaclust.cluster.state.log_files import limit_logs
 from llamaclust.cluster.state.other_load import OtherLoad
 from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
 from llamaclust.cluster.state.regular_file import read_json, write_regular
@@ -225,6 +226,7 @@ class ClusterDir:
         one could take its name. Where it fails, as on a full disk or while another has the name, it is tried again."""
         while not end.wait(_LOOK_S):
             with contextlib.suppress(OSError, LlamaclustError):
+                limit_logs(self.logs)
                 if not lock.is_held:
                     self.create()
                     if lock.take():

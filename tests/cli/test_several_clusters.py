@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from support.clusters.command_line import CommandLine
+from support.clusters.command_line import CommandLine, eventually
 
 NAMES = ("attic", "cellar", "hall")
 ONE = [{"name": "a", "threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}]
@@ -57,4 +57,36 @@ def test_one_that_cannot_be_reached_keeps_no_other_from_being_listed_and_stopped
         stopped = several.run("down", "--all")
         assert stopped.code == 1 and "cluster barn: pid" in stopped.err.splitlines()[-1]
         assert all(f"{name} is stopped" in stopped.err for name in NAMES)
+        folder.remove_record()
+
+
+@pytest.mark.parametrize("thing", ["pipe", "device", "folder"])
+def test_what_is_no_log_is_refused(line: CommandLine, thing: str) -> None:
+    folder = ClusterDir(line.cluster_dir("barn"))
+    folder.create()
+    log = folder.log_file(thing)
+    match thing:
+        case "pipe":
+            os.mkfifo(log)
+        case "device":
+            log.symlink_to("/dev/zero")
+        case _:
+            log.mkdir()
+    done = line.run("logs", thing, "--cluster", "barn", within_s=60)
+    assert done.code == 2 and done.error.endswith("; remove it") and str(log) in done.error
+
+
+def test_a_log_that_is_emptied_is_followed(line: CommandLine) -> None:
+    folder = ClusterDir(line.cluster_dir("barn"))
+    with folder.locked():
+        folder.write_record(ClusterRecord("barn", os.getpid(), "http://127.0.0.1:9", "m"))
+        folder.log_file("a").write_text("before\n" * 100)
+        following = line.start("logs", "a", "--follow")
+        eventually(lambda: following.out.read_text().count("before") == 100, 60, "the log so far")
+        os.truncate(folder.log_file("a"), 0)
+        with folder.log_file("a").open("a") as log:
+            log.write("behind\n")
+        eventually(lambda: following.out.read_text().endswith("behind\n"), 60, "the log behind")
+        following.press_ctrl_c()
+        following.wait()
         folder.remove_record()

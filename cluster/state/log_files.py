@@ -1,0 +1,28 @@
+"""The size of log files, which the processes that write them keep open."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from llamaclust.cluster.state.regular_file import write_bytes
+from llamaclust.core.regular_file import open_regular
+
+MOST_LOG_BYTES = 64 << 20
+_KEPT_BYTES = 1 << 20
+_FORMER = "~.log"
+"""No worker's name has this end."""
+
+
+def limit_logs(folder: Path) -> None:
+    """Empties logs that are too large; the end of each goes to a file beside it, in place of an earlier one. Writers
+    append, so that their next line is the first one."""
+    for log in folder.glob("*.log"):
+        with suppress(OSError):
+            if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
+                continue
+            with open_regular(log, follows_links=False) as file:
+                file.seek(-_KEPT_BYTES, os.SEEK_END)
+                write_bytes(log.with_name(log.stem + _FORMER), file.read(_KEPT_BYTES), is_synced=False)
+            os.truncate(log, 0)

@@ -1,0 +1,66 @@
+"""Logs that grow without end, while their writers and readers have them open."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.membership.log_tail import last_error
+from llamaclust.cluster.state import log_files
+from llamaclust.cluster.state.directory import ClusterDir, open_log
+from llamaclust.cluster.state.log_files import limit_logs
+from support.clusters.command_line import eventually
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_files, "MOST_LOG_BYTES", 4000)
+    monkeypatch.setattr(log_files, "_KEPT_BYTES", 1000)
+
+
+@pytest.mark.parametrize("name", ["a", "coordinator", "a.b-c"])
+def test_a_log_is_bounded_and_its_end_is_kept(name: str, tmp_path: Path) -> None:
+    log = tmp_path / f"{name}.log"
+    writer = open_log(log, anew=True)
+    written = 0
+    try:
+        for number in range(300):
+            written += os.write(writer, f"line {number}\n".encode() * 10)
+            limit_logs(tmp_path)
+            assert log.stat().st_size <= 4000 and sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5000
+        assert written > 20_000
+        kept = (tmp_path / f"{name}~.log").read_text() + log.read_text()
+        assert kept.endswith("line 299\n") and "\0" not in kept
+        assert [int(text[5:]) for text in kept.splitlines()[1:]] == sorted(
+            int(text[5:]) for text in kept.splitlines()[1:]
+        )
+        assert last_error(log) == "line 299"
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("thing", ["pipe", "link", "folder"])
+def test_what_is_no_log_is_left_alone(thing: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_bytes(b"x" * 9000)
+    at = tmp_path / "a.log"
+    match thing:
+        case "pipe":
+            os.mkfifo(at)
+        case "link":
+            at.symlink_to(other)
+        case _:
+            at.mkdir()
+    limit_logs(tmp_path)
+    limit_logs(tmp_path / "missing")
+    assert other.stat().st_size == 9000 and {path.name for path in tmp_path.iterdir()} == {"a.log", "other.txt"}
+
+
+def test_a_running_cluster_bounds_its_logs(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    with folder.locked():
+        folder.log_file("a").write_bytes(b"line\n" * 2000)
+        eventually(lambda: folder.log_file("a").stat().st_size == 0, 30, "an emptied log")
+        assert folder.log_file("a~").stat().st_size == 1000

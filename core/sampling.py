@@ -210,3 +210,4 @@ class RowResult:
     forced_draft: tuple[int, ...] = ()  # tokens that must follow it, as a draft
     drafted: tuple[int, ...] = ()  # tokens that may follow it, by an MTP head
     is_request_fault: bool = False  # the request is the failure's cause: every worker would fail so
+    matcher_ns: int = field(default=0, compare=False)  # processor time of its matcher, where it is worth telling

@@ -45,4 +45,5 @@ MAX_TRIGGERS = 64
 MAX_TRIGGER_BYTES = 1024
 MAX_FORCED_TOKENS = 64  # that one output row may add to the sampled one
 MAX_DRAFTED_TOKENS = 32  # that an MTP head adds likewise
+MAX_MATCHER_NS = 60_000_000_000  # processor time of a row's matcher; answers are given up long before
 MAX_REASONING_END_TOKENS = 1 << 14  # that end reasoning whose budget is used up

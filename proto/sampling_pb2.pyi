@@ -620,6 +620,7 @@ class RowResult(_message.Message):
     FORCED_DRAFT_FIELD_NUMBER: _builtins.int
     DRAFTED_FIELD_NUMBER: _builtins.int
     IS_REQUEST_FAULT_FIELD_NUMBER: _builtins.int
+    MATCHER_NS_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
     mu: _builtins.float
@@ -628,6 +629,8 @@ class RowResult(_message.Message):
     """Whether the row is to be computed again, because the answer's matcher was not ready."""
     is_request_fault: _builtins.bool
     """With a failure: whether the request is its cause, so that every worker would fail so."""
+    matcher_ns: _builtins.int
+    """Processor time of the answer's matcher for the row, where it is a millisecond or more."""
     @_builtins.property
     def chosen(self) -> Global___TokenLogprob:
         """The chosen or scored token."""
@@ -665,10 +668,11 @@ class RowResult(_message.Message):
         forced_draft: _abc.Iterable[_builtins.int] | None = ...,
         drafted: _abc.Iterable[_builtins.int] | None = ...,
         is_request_fault: _builtins.bool = ...,
+        matcher_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "drafted", b"drafted", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "is_request_fault", b"is_request_fault", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "drafted", b"drafted", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "is_request_fault", b"is_request_fault", "matcher_ns", b"matcher_ns", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

@@ -17,7 +17,7 @@ from llamaclust.core.sampling import (
     SampleTask,
     SamplingParams,
 )
-from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_REASONING_END_TOKENS
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_MATCHER_NS, MAX_REASONING_END_TOKENS
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encode_inputs, encode_result
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs
@@ -67,6 +67,19 @@ def test_grammars_arrive_as_they_were_sent_and_equal_ones_are_sent_once() -> Non
     )
     result = Result(1, 0, rows)
     assert decode_result(encode_result(result)) == result
+
+
+@pytest.mark.parametrize("matcher_ns", [0, 1_000_000, MAX_MATCHER_NS])
+def test_the_time_of_a_matcher_arrives_with_its_row(matcher_ns: int) -> None:
+    rows = (RowResult(3, -1.0, matcher_ns=matcher_ns), RowResult(4, -2.0, ((4, -2.0),), matcher_ns=matcher_ns))
+    decoded = decode_result(encode_result(Result(1, 0, rows)))
+    assert decoded.rows == rows and [row.matcher_ns for row in decoded.rows] == [matcher_ns] * 2
+
+
+@pytest.mark.parametrize("matcher_ns", [MAX_MATCHER_NS + 1, 1 << 40, (1 << 64) - 1])
+def test_a_longer_time_than_any_matcher_takes_is_refused(matcher_ns: int) -> None:
+    with pytest.raises(ProtocolError, match=f"matcher_ns is {matcher_ns}"):
+        decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, matcher_ns=matcher_ns),))))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
 from typing import Final, Literal
@@ -17,7 +18,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask, TopLogprobs
-from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS
+from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS, MAX_MATCHER_NS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
@@ -277,6 +278,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     to.forced.extend(row.forced)
     to.forced_draft.extend(row.forced_draft)
     to.drafted.extend(row.drafted)
+    to.matcher_ns = row.matcher_ns
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
@@ -327,7 +329,9 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     draft = _following("forced tokens of a draft", message.forced_draft, MAX_FORCED_TOKENS)
     drafted = _following("drafted tokens", message.drafted, MAX_DRAFTED_TOKENS)
     token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
-    return RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft, drafted=drafted)
+    row = RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft, drafted=drafted)
+    matcher_ns = bounded("matcher_ns", message.matcher_ns, 0, MAX_MATCHER_NS)
+    return replace(row, matcher_ns=matcher_ns) if matcher_ns else row
 
 
 def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:

@@ -15,8 +15,12 @@ from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError, 
 from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer_matcher
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
-STEP_NS: Final = 200_000_000
-"""Processor time for the drafted rows of a step; the rest of them are computed in a later one."""
+_DRAFTED_NS: Final = 200_000_000
+"""Processor time of a step's matchers from which on drafted rows are left for a later one."""
+_STEP_NS: Final = 500_000_000
+"""Likewise other rows. The coordinator knows by then which answers are slow, and sends few of these at a time."""
+_TOLD_NS: Final = 1_000_000
+"""The least processor time of a row that the coordinator is told."""
 _READY_S: Final = 60.0
 """The deadline of making a matcher, which takes a fraction of a second: this is for a machine that is very busy."""
 _TOKEN_NS: Final = 50_000_000
@@ -33,9 +37,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MatcherTime:
-    """The processor time that is left for the drafted rows of one step."""
+    """The processor time that the matchers of one step have taken."""
 
-    left_ns: int = STEP_NS
+    taken_ns: int = 0
+
+    @property
+    def may_draft(self) -> bool:
+        return self.taken_ns < _DRAFTED_NS
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.taken_ns >= _STEP_NS
 
 
 class MatchedAnswer:
@@ -54,6 +66,8 @@ class MatchedAnswer:
         self._is_refused = False  # the row's token: it is sampled again
         self._is_costly = False  # its matcher, see GrammarMatcher
         self._excess_ns = 0  # of a processor, beyond what its tokens may take
+        self._row_ns = _TOLD_NS  # of a processor, for the newest row: slow until one was looked at
+        self._held = 0  # times in a row that its step had no time left
 
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
@@ -127,6 +141,16 @@ class MatchedAnswer:
             self._forced = self._forced[len(self._forced) - ahead :]
         return True
 
+    @property
+    def turn(self) -> tuple[bool, int]:
+        """The lowest is taken in first: slow answers last, of these the ones that were held most often first."""
+        return self._is_slow, -self._held
+
+    @property
+    def _is_slow(self) -> bool:
+        """Whether the coordinator is told what its newest row took."""
+        return self._row_ns >= _TOLD_NS
+
     def has_drafted(self, row: MatcherRow) -> bool:
         """Whether the answer has a drafted row's token where that row takes it to be."""
         return 0 < row.position <= len(self._tokens) and self._tokens[row.position - 1] == row.drafted
@@ -139,11 +163,16 @@ class MatchedAnswer:
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
         """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
         row may choose, where its token is not allowed: the next one is chosen among these. The row is deferred where
-        the matcher is to be made again."""
+        the matcher is to be made again, or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
             self._failed = result
+        if self._failed is None and time.is_used_up and not self._is_refused:
+            self._due = len(self._tokens)
+            self._held += 1
+            return DEFERRED
+        self._held = 0
         if self._failed is None:
             try:
                 if (allowed := self._take_timed(time, result.token)) is not None:
@@ -154,24 +183,28 @@ class MatchedAnswer:
                 self.fail(error)
         if self._failed is not None:
             return self._failed
-        return replace(result, forced=tuple(self._forced)) if self._forced else result
+        if not self._forced and not self._is_slow:
+            return result
+        return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
         """The result of its last row that counts, with the tokens that must follow, if a draft of these is wanted."""
-        if not self._start.drafts_forced or self._failed is not None or self._matcher is None or time.left_ns <= 0:
+        if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
         try:
             forced = self._matcher.peek_forced()
             taken_ns = thread_time_ns() - began_ns
-            time.left_ns -= taken_ns
+            time.taken_ns += taken_ns
             self._charge(taken_ns, 0)  # its row's token was counted when it was taken in
         except RequestError:
             return result  # the next row comes upon it, and makes the matcher again
         except Exception as error:  # noqa: BLE001  a border: one answer fails, at its next row
             self.fail(error)
             return result
-        return replace(result, forced_draft=tuple(forced)) if forced else result
+        if not forced and taken_ns < _TOLD_NS:
+            return result
+        return replace(result, forced_draft=tuple(forced), matcher_ns=result.matcher_ns + taken_ns)
 
     def fail(self, error: Exception) -> None:
         """The grammar's fault where it is a RequestError, but for a token that is refused: the same tokens fail so on
@@ -190,10 +223,12 @@ class MatchedAnswer:
         return DEFERRED
 
     def _take_timed(self, time: MatcherTime, token: int) -> AllowedTokens | None:
+        before_ns = self._row_ns if self._is_refused else 0
         began_ns = thread_time_ns()
         allowed = self._take(token)
         taken_ns = thread_time_ns() - began_ns
-        time.left_ns -= taken_ns
+        time.taken_ns += taken_ns
+        self._row_ns = before_ns + taken_ns
         self._charge(taken_ns, 1)
         return allowed
 

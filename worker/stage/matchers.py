@@ -3,9 +3,9 @@
 A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds what the first row
 may choose. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the others go on. A row
 is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few microseconds to see. Else all
-tokens that it allows are computed, and the row is sampled again among these. Drafted rows of a step share a bounded
-time of the processor. A matcher's state follows from grammar and tokens alone, so an answer that starts again on
-another pipeline continues with the same tokens.
+tokens that it allows are computed, and the row is sampled again among these. Rows of a step share a bounded time of the
+processor; results have the time of those that took long. A matcher's state follows from grammar and tokens alone, so an
+answer that starts again on another pipeline continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ class StageMatchers:
             else:
                 self._deferred.append(place)
                 self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
+        self._rows = dict(sorted(self._rows.items(), key=lambda item: item[0].turn))
         self._time = MatcherTime()
         return tuple(tasks)
 
@@ -166,10 +167,10 @@ class StageMatchers:
             self._last[answer] = place
 
     def _take(self, answer: MatchedAnswer, row: MatcherRow, result: RowResult) -> RowResult | AllowedTokens:
-        if row.drafted is not None and (self._time.left_ns <= 0 or not answer.begin(row)):
+        if row.drafted is not None and not (self._time.may_draft and answer.begin(row)):
             return DEFERRED
         taken = answer.take(result, self._time)
-        if taken is DEFERRED:
+        if taken is DEFERRED and not answer.ready.done():
             self._make(answer)
         return taken
 

@@ -41,13 +41,16 @@ class SequenceQueues:
         self.running: list[Sequence] = []  # by arrival
         self.waiting: deque[Sequence] = deque()
         self.restoring: list[Sequence] = []  # wait for KV memory from disk
+        self.held: frozenset[Sequence] = frozenset()  # of those that run: slow matchers whose turn comes later
         self.released: list[int] = []  # keys of sequences whose matchers the last stage may forget
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
 
     @property
     def decoding(self) -> int:
-        return sum([sequence.phase is _DECODE for sequence in self.running])
+        """How many, without those that are held."""
+        held = sum(sequence.phase is _DECODE for sequence in self.held)
+        return sum([sequence.phase is _DECODE for sequence in self.running]) - held
 
     @property
     def decode_plainly(self) -> bool:
@@ -56,12 +59,20 @@ class SequenceQueues:
 
     @property
     def prefilling(self) -> list[Sequence]:
-        return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
+        prefilling = [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
+        return [sequence for sequence in prefilling if sequence not in self.held]
+
+    @property
+    def awaiting_decode(self) -> list[Sequence]:
+        """Those whose last token may be computed now."""
+        return [sequence for sequence in self.running if sequence.awaits_decode and sequence not in self.held]
 
     @property
     def are_settled(self) -> bool:
-        """Whether none waits, and of those that run all known rows are under way."""
-        return not self.waiting and not any(s.awaits_decode or s.phase is _PREFILL for s in self.running)
+        """Whether none waits, and of those that run all known rows are under way, or held."""
+        return not self.waiting and not any(
+            (s.awaits_decode or s.phase is _PREFILL) and s not in self.held for s in self.running
+        )
 
     @property
     def can_start(self) -> bool:
@@ -232,8 +243,8 @@ class SequenceQueues:
 
     def _release(self, sequence: Sequence) -> None:
         self.memory.release(sequence)
-        if sequence.has_matcher:
-            sequence.has_matcher = False
+        if sequence.matcher.is_started:
+            sequence.matcher.is_started = False
             self.released.append(sequence.key)
 
     def _start(self, sequence: Sequence) -> None:

@@ -16,11 +16,12 @@ from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv.memory import KvMemory
 from llamaclust.cluster.scheduler.lookahead import Lookahead
+from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
 from llamaclust.cluster.scheduler.rows.answering import answer
-from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, scored_rows
+from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, embedded_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.retries import Retries, Retry, RowFault
@@ -39,9 +40,6 @@ from llamaclust.wire.microbatch.messages import Result
 _VISIBLE_WAITING = 8
 """Waiting sequences that count as work to come."""
 
-_EMBEDDED_BYTES = 1 << 20
-"""Of a result's hidden states beside decode."""
-
 _SHARED, _SHARED_ROWS = 4, 32
 """While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
 since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
@@ -55,14 +53,9 @@ class Scheduler:
     """All running and waiting sequences of one pipeline."""
 
     def __init__(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        self.settings = settings
-        self.times = StageTimes(stages)
-        self.speculation = Speculation.of(settings, self.times)
+        self._use_pipeline(settings, epoch, stages)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
-        self._split = DecodeSplit(self.times)
-        self.lookahead = Lookahead(self.times, has_states=settings.has_states)
         self._sequences: dict[int, Sequence] = {}
-        self.in_flight = InFlight(settings, epoch, self.times)
         self.strikes = Strikes()
         self.is_shared = False  # whether another pipeline runs on the same workers
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
@@ -70,6 +63,15 @@ class Scheduler:
         self.drafts = DraftCounts()
         self.retries = Retries()
         self._computed_tokens = 0
+
+    def _use_pipeline(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
+        self.settings = settings
+        self.times = StageTimes(stages)
+        self.speculation = Speculation.of(settings, self.times)
+        self._split = DecodeSplit(self.times)
+        self._turns = MatcherTurns(self.times)
+        self.lookahead = Lookahead(self.times, has_states=settings.has_states)
+        self.in_flight = InFlight(settings, epoch, self.times)
 
     @property
     def counts(self) -> Counts:
@@ -129,12 +131,7 @@ class Scheduler:
         if settings.model_id != self.settings.model_id:
             for sequence in self._sequences.values():
                 sequence.block_keys.clear()
-        self.settings = settings
-        self.times = StageTimes(stages)
-        self.speculation = Speculation.of(settings, self.times)
-        self._split = DecodeSplit(self.times)
-        self.lookahead = Lookahead(self.times, has_states=settings.has_states)
-        self.in_flight = InFlight(settings, epoch, self.times)
+        self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     # -- sequences of other pipelines ------------------------------------------------------------------------------
@@ -191,6 +188,7 @@ class Scheduler:
             return None if is_busy else self._next_alone(isolated, now_ns)
         # Without decode, one more in flight keeps stages from idling after a quick chunk; else it would delay tokens.
         room = self.times.in_flight - self.in_flight.live
+        self.queues.held = self._turns.held(self.queues.running)
         has_room = room > 0 or (room == 0 and not self.queues.decoding)
         if has_room or not self.queues.can_start:  # lookahead goes on while nothing can start
             self.queues.give_turn()
@@ -228,6 +226,8 @@ class Scheduler:
         sequence = taken.sequence
         sequence.in_flight -= 1
         sequence.sampling -= taken.is_sampled
+        if sequence.request.needs_matcher:
+            sequence.matcher.learn(rows)
         if taken.is_stale:
             self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, 0)
             return []
@@ -271,7 +271,7 @@ class Scheduler:
 
     def _ready_to_decode(self) -> list[Sequence]:
         """Sequences whose last token is to be computed, oldest first, each with a block for it."""
-        awaiting = [sequence for sequence in self.queues.running if sequence.awaits_decode]
+        awaiting = self.queues.awaiting_decode
         for sequence in awaiting:
             self.queues.grow(sequence)
         return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
@@ -310,7 +310,8 @@ class Scheduler:
             return None
         if self.speculation is not None and self.speculation.waits(queues.running, self.settings.max_outputs):
             return None
-        growing = [sequence for sequence in queues.running if sequence.awaits_decode or sequence.may_go_ahead(steps)]
+        known = {*queues.awaiting_decode}
+        growing = [sequence for sequence in queues.running if sequence in known or sequence.may_go_ahead(steps)]
         ahead = self._fitting(list(filter(queues.memory.grow, growing)))
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 
@@ -358,7 +359,8 @@ class Scheduler:
         rows = max(0, self._prefill_rows(prefilling, decoding))
         outputs = self.settings.max_outputs - len(ready)
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
-        batch = PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, self._embedded_rows())
+        embedded = embedded_rows(self.settings, is_beside_decode=self.queues.decoding > 0)
+        batch = PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, embedded)
         kept = batch.rows_left if self.settings.whole_prompts else batch.rows_left // 2
         while batch.rows_left > kept and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):
@@ -371,13 +373,6 @@ class Scheduler:
         slices = list(batch.slices.values())
         self._computed_tokens += sum(len(taken.chunk.tokens) for taken in slices)
         return slices
-
-    def _embedded_rows(self) -> int:
-        """Tokens of others that decode wait on the link for the hidden states of the same result."""
-        settings = self.settings
-        if not self.queues.decoding or not settings.embedding_length:
-            return settings.max_embedded_rows
-        return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
     def _prefill_rows(self, prefilling: list[Sequence], decoding: int) -> int:
         if self.settings.whole_prompts:
@@ -393,6 +388,7 @@ class Scheduler:
     def _launch(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         if decoding == len(slices):
             self._split.launched()
+        self._turns.launched(slices)
         memory = self.queues.memory
         for taken in slices[:decoding]:
             memory.filled(taken.sequence)

@@ -11,6 +11,7 @@ from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.kv.blocks import BlockTable
 from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.kv.sequence_states import SequenceStates
+from llamaclust.cluster.scheduler.matcher_use import MatcherUse
 from llamaclust.cluster.scheduler.requests import (
     Failed,
     Finished,
@@ -83,7 +84,7 @@ class Sequence:
     sampling: int = 0  # tokens that microbatches in flight will choose
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     phase: Phase = Phase.WAITING
-    has_matcher: bool = False  # the last stage has been sent what its matcher starts with
+    matcher: MatcherUse = field(default_factory=MatcherUse)
     last_forced: int = -_LATELY  # tokens of the answer with the last forced one
     failures: int = 0  # rows without a result since the last result
     is_checked: bool = False  # after a failure, stages say where it comes from
@@ -124,7 +125,7 @@ class Sequence:
     @property
     def lacks_matcher(self) -> bool:
         """Whether the last stage needs what its matcher starts with."""
-        return self.request.needs_matcher and self.max_new_tokens > 0 and not self.has_matcher
+        return self.request.needs_matcher and self.max_new_tokens > 0 and not self.matcher.is_started
 
     @property
     def prompt_length(self) -> int:
@@ -163,7 +164,8 @@ class Sequence:
     def may_go_ahead(self, most: int) -> bool:
         """Whether the row after its last token can be sent now, before that row's token is known, and after `most`
         unknown tokens at most; after several only where samplers look at logits alone."""
-        if not 0 < self.sampling <= (most if self.samples_plainly else 1) or self.request.params.needs_state:
+        most = 0 if self.matcher.is_slow else most if self.samples_plainly else 1
+        if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
         is_next = self.phase is _DECODE and not self.ahead and self.scheduled == len(self.tokens) + self.sampling - 1
         return is_next and self.generated + self.sampling < self.max_new_tokens
@@ -255,7 +257,7 @@ class Sequence:
         self.rewind(0)
         self.in_flight = self.sampling = 0
         self.mtp = MtpUse()
-        self.has_matcher = False
+        self.matcher.restart()
         self.phase = Phase.WAITING
         self.repeat_outputs()
 

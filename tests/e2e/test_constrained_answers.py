@@ -16,10 +16,13 @@ import pytest
 
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.sampling import AllowedTokens, MatcherRow
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
+from llamaclust.worker.stage import matched_answer
 from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from support.chat.constrained_requests import grammar_requests, reasoning_requests
 from support.chat.large_vocabulary import build_large_vocabulary_model
@@ -162,6 +165,34 @@ async def test_deferred_rows_and_matchers_that_are_made_again_change_nothing(
         answering = [answer_of(service._engine.submit(request)) for request in requests]
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
     assert next(deferred) > 10  # 60 to 180: how many rows there are depends on what was drafted
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "lfm2", "gemma2"])
+async def test_matchers_that_are_slow_by_turns_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: str
+) -> None:
+    """The clock of the last stage is made up. Few of the slow answers have a row in each microbatch."""
+    requests = [replace(request, owner=str(n % 3)) for n, request in enumerate(_CASES["grammars"].requests)]
+    model = build_architecture(tmp_path / "model.gguf", architecture)
+    expected = await asyncio.to_thread(undisturbed, model, requests)
+    source, ticks, held, find_held = Random(SEED), [0], list[int](), MatcherTurns.held
+
+    def slow_time() -> int:
+        ticks[0] += source.choice((0, 0, 5, 20, 60, 120)) * 1_000_000
+        return ticks[0]
+
+    def noting(turns: MatcherTurns, running: list[Sequence]) -> frozenset[Sequence]:
+        found = find_held(turns, running)
+        held.append(len(found))
+        return found
+
+    monkeypatch.setattr(matched_answer, "thread_time_ns", slow_time)
+    monkeypatch.setattr(MatcherTurns, "held", noting)
+    client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
+    async with client._stage.serve() as service:
+        answering = [answer_of(service._engine.submit(request)) for request in requests]
+        assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
+    assert sum(held) > 100
 
 
 async def test_tokens_are_the_same_whether_forced_ones_are_computed(

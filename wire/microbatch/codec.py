@@ -330,8 +330,9 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     drafted = _following("drafted tokens", message.drafted, MAX_DRAFTED_TOKENS)
     token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
     row = RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft, drafted=drafted)
-    matcher_ns = bounded("matcher_ns", message.matcher_ns, 0, MAX_MATCHER_NS)
-    return replace(row, matcher_ns=matcher_ns) if matcher_ns else row
+    if not message.matcher_ns:
+        return row
+    return replace(row, matcher_ns=bounded("matcher_ns", message.matcher_ns, 1, MAX_MATCHER_NS))
 
 
 def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:

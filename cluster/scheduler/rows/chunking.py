@@ -18,6 +18,9 @@ _SCORED_SHARE = 0.5
 """Of `prefill_ms`, for a microbatch with scored rows. The coordinator takes longer for those as well, and they come in
 hundreds, each of which other streams would wait for."""
 
+_EMBEDDED_BYTES = 1 << 20
+"""Of a result's hidden states beside decode."""
+
 
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
@@ -57,6 +60,13 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
     fixed_ns, row_ns = slowest
     fit = (_SCORED_SHARE * settings.prefill_ms * 1e6 - fixed_ns) / row_ns - decoding
     return max(int(fit) // _LEAST_ROWS, 1) * _LEAST_ROWS
+
+
+def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
+    """Rows of one microbatch whose hidden states come back. Tokens of others wait on the link for these."""
+    if not is_beside_decode or not settings.embedding_length:
+        return settings.max_embedded_rows
+    return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:

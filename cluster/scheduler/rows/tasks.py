@@ -89,7 +89,7 @@ def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None
     """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
     if not sequence.lacks_matcher:
         return None
-    sequence.has_matcher = True
+    sequence.matcher.is_started = True
     request, answer = sequence.request, tuple(sequence.tokens[sequence.prompt_length :])
     drafts_forced = may_draft and request.with_logprobs and request.max_drafted != 0
     return MatcherStart(

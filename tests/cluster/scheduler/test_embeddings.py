@@ -108,7 +108,7 @@ def test_a_request_that_ends_before_its_result_takes_no_rows_of_others() -> None
 
 
 def test_a_result_beside_decode_has_fewer_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamaclust.cluster.scheduler.scheduler._EMBEDDED_BYTES", 4 * WIDTH * 5)
+    monkeypatch.setattr("llamaclust.cluster.scheduler.rows.chunking._EMBEDDED_BYTES", 4 * WIDTH * 5)
     run = Simulation(Scheduler(SETTINGS, 1, 2), stages(SETTINGS.kv_blocks))
     decoding = run.add(GenerationRequest("r", (1, 2, 3), 30, seed=1))
     while not run.rows(decoding):

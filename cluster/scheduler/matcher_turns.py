@@ -1,0 +1,86 @@
+"""Turns of slow matchers: which sequences have their tokens looked at in the next microbatch. Pure.
+
+The last stage computes the matchers of a microbatch one after the other before it answers, so slow ones would keep the
+tokens of all other sequences waiting. Those in flight may take a bounded time together; owners take turns, within each
+its requests, and the sequences of these. The others are not scheduled meanwhile, so no row is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.cluster.scheduler.turns import turn_of
+from llamaclust.core.sampling_bounds import MAX_FORCED_TOKENS
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+    from llamaclust.cluster.scheduler.sequences import Sequence
+
+_LEAST_NS = 50_000_000
+"""Processor time of slow matchers in flight, beside other sequences."""
+_LONGER = 0.25
+"""Of a microbatch's time, where that is more."""
+_MOST_NS = 400_000_000
+"""At most; and where nobody else waits. The last stage itself puts off what takes longer (`MatcherTime`)."""
+_NEXT_ROWS = 1 + MAX_FORCED_TOKENS
+"""Of a sequence that is computed from its beginning there are more: its last ones, with a token, come later."""
+
+
+class MatcherTurns:
+    """One scheduler's."""
+
+    def __init__(self, times: StageTimes) -> None:
+        self._times = times
+        self._turn = 0
+        self._next: list[Sequence] = []  # slow ones that are not held, in turn
+
+    def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
+        """Sequences whose next rows are left for a later microbatch. One may always be computed."""
+        slow = [sequence for sequence in running if sequence.matcher.is_slow]
+        self._next = []
+        if len(slow) < 2:
+            return frozenset()
+        in_flight = [sequence for sequence in slow if sequence.sampling]
+        idle = [sequence for sequence in slow if not sequence.sampling and sequence.remaining <= _NEXT_ROWS]
+        left_ns = self._most_ns(running, slow) - sum(sequence.matcher.step_ns for sequence in in_flight)
+        for sequence in self._in_turn(slow, idle):
+            left_ns -= sequence.matcher.step_ns
+            if left_ns < 0 and (in_flight or self._next):
+                break
+            self._next.append(sequence)
+        return frozenset(idle).difference(self._next)
+
+    def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
+        """All that are idle, each where its owner, then its request, then itself had its last turn longest ago."""
+        owners, requests, turn = Counter[str](), Counter[str](), self._turn
+        for sequence in sorted(slow, key=_by_turn):
+            owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn
+        left = [*idle]
+        while left:
+            first = min(left, key=lambda s: (owners[s.request.owner], requests[turn_of(s)], s.matcher.turn, s.key))
+            left.remove(first)
+            turn += 1
+            owners[first.request.owner] = requests[turn_of(first)] = turn
+            yield first
+
+    def _most_ns(self, running: Items[Sequence], slow: Items[Sequence]) -> float:
+        """Processor time that slow matchers in flight may take."""
+        if len(slow) == len(running) and len({sequence.request.owner for sequence in slow}) == 1:
+            return _MOST_NS
+        return min(max(_LEAST_NS, _LONGER * (self._times.decode_ns or 0.0)), _MOST_NS)
+
+    def launched(self, slices: Iterable[SequenceSlice]) -> None:
+        """They are in a microbatch."""
+        if self._next:
+            launched = {taken.sequence for taken in slices if taken.is_sampled}
+            for sequence in filter(launched.__contains__, self._next):
+                self._turn += 1
+                sequence.matcher.turn = self._turn
+
+
+def _by_turn(sequence: Sequence) -> int:
+    return sequence.matcher.turn

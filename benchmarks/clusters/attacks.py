@@ -5,7 +5,8 @@
 Two API keys: the attacker's requests come with one, streams and short requests of others with the other. Bodies are of
 15 MB with as many elements as fit, `--at-once` of each together. `background`: 300 background responses; `tokenize`: 40
 texts of 1 MiB; `answers`: 128 answers that obey a large schema; `logprobs`: a reply of 32 answers of 1,900 tokens with
-20 logprobs each (of a tiny model, which is fast enough).
+20 logprobs each (of a tiny model, which is fast enough); `ambiguous`: 16 answers under grammars whose matchers take 20
+to 60 ms a token; `fixed_texts`: 8 choices of one text of 100,000 characters each.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ _QUIET_S = 5.0
 _SETTLE_S = 2.0
 _PROBE_S = 0.1
 _DEADLINE_S = 300.0
+_NUMBER = "@NUMBER@"
+"""In a body: replaced with the number of the request."""
 _POST = """
 import asyncio, sys, httpx
 path, key, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 body = sys.stdin.buffer.read()
-async def post(client):
+async def post(client, number):
     try:
-        reply = await client.post(path, content=body)
+        reply = await client.post(path, content=body.replace(sys.argv[4].encode(), b"%d" % number))
         print(reply.status_code, " ".join(reply.text.split())[:150].encode("ascii", "replace").decode(), flush=True)
     except httpx.HTTPError as error:
         print(0, type(error).__name__, flush=True)
@@ -49,7 +52,7 @@ async def main():
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(headers=headers, timeout=200.0, limits=limits, trust_env=False) as client:
-        await asyncio.gather(*(post(client) for _ in range(count)))
+        await asyncio.gather(*(post(client, number) for number in range(count)))
 asyncio.run(main())
 """
 """A client of its own process, which does not hold up the others."""
@@ -180,11 +183,24 @@ def _logprobs() -> Body:
     return "v1/chat/completions", json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
 
 
+def _ambiguous() -> Body:
+    grammar = 'start: s\ns: s s s | s s | "a" | "ab"'
+    body = {"prompt": "a", "n_predict": 170, "grammar": grammar, "ignore_eos": True, "logit_bias": [["a", 50]]}
+    return "completion", json.dumps(body).encode()
+
+
+def _fixed_texts() -> Body:
+    body = {"prompt": "a", "max_tokens": 4, "guided_choice": ["z" * 100_000 + _NUMBER]}
+    return "v1/completions", json.dumps(body).encode()
+
+
 FLOODS: Final[Mapping[str, tuple[Callable[[], Body], int]]] = {
     "tokenize": (_tokenized, 40),
     "background": (_background, 300),
     "answers": (_answers, 1),
     "logprobs": (_logprobs, 1),
+    "ambiguous": (_ambiguous, 16),
+    "fixed_texts": (_fixed_texts, 8),
 }
 """Bodies, and how many come at once."""
 
@@ -208,7 +224,7 @@ class Live:
 async def post(api: str, body: Body, count: int) -> str:
     """How `count` of them were answered."""
     pipe = asyncio.subprocess.PIPE
-    words = (sys.executable, "-c", _POST, f"{api}/{body[0]}", _OTHER, str(count))
+    words = (sys.executable, "-c", _POST, f"{api}/{body[0]}", _OTHER, str(count), _NUMBER)
     process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
     begun_s = time.monotonic()
     out, _ = await process.communicate(body[1])

@@ -55,6 +55,6 @@ compiler=nvidia-cuda-nvrtc
   --keep "$root/build/gpu-kit-kernels"
 echo "$nvrtc" > "$work/content/nvrtc"
 
-tar -C "$work/content" --sort=name -cf - . | xz -T0 -9 > "$out/content.tar.xz"
+tar -C "$work/content" --sort=name -cf - . | xz --x86 --lzma2=preset=9 > "$out/content.tar.xz"
 cp "$root"/benchmarks/gpu_support/{setup.sh,unpack.py} "$out"
 du -sh "$out"

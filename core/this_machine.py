@@ -1,16 +1,15 @@
-"""This machine: the addresses of its network interfaces, listeners at them, and its identity."""
+"""This machine: the addresses of its network interfaces, and its identity."""
 
 from __future__ import annotations
 
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
-from llamaclust.core.errors import UsageError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
@@ -20,7 +19,6 @@ _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
 """Addresses of documentation (RFC 5737, RFC 3849), which lie behind the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
 """IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
-_BACKLOG = 128
 _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
@@ -86,34 +84,6 @@ def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
 def reachable_host(host: str) -> str:
     """The host by which other machines reach a listener at `host`: for one at all addresses, the best of these."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
-
-
-def listener(host: str, port: int, cure: str) -> socket.socket:
-    """A listening TCP socket that does not block. Either host of `ANYWHERE` means all addresses, those of IPv4 and of
-    IPv6, as for gRPC. UsageError, which ends with `cure`, where the port cannot be taken."""
-    is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
-    try:
-        with ExitStack() as undo:
-            # with the protocol by name: only then asyncio sends each part of a reply at once (TCP_NODELAY)
-            opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_anywhere)
-            opened.bind(("::" if is_anywhere else host, port))
-            opened.listen(_BACKLOG)
-            opened.setblocking(False)
-            undo.pop_all()
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}; {cure}") from error
-    return opened
-
-
-def listening_host(opened: socket.socket) -> str:
-    """The host of a listener as this machine reaches it, also one without IPv6: 0.0.0.0 for all addresses."""
-    host = str(opened.getsockname()[0])
-    takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-    return ANYWHERE[0] if takes_both else host
 
 
 def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str | None:

@@ -14,8 +14,8 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import RefusalReason
 from llamaclust.core.addresses import bounded_host, split_address
 from llamaclust.core.errors import LlamaclustError, ProtocolError
-from llamaclust.core.this_machine import listener
 from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.listening import listener
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.task_set import TaskSet

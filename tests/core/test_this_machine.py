@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import ifaddr
@@ -10,10 +9,7 @@ import pytest
 
 from llamaclust.core import this_machine
 from llamaclust.core.addresses import bounded_host
-from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import (
-    listener,
-    listening_host,
     network_addresses,
     one_of_each_interface,
     own_addresses,
@@ -91,23 +87,3 @@ def test_addresses_that_the_system_replaces_are_left_out(monkeypatch: pytest.Mon
 )
 def test_a_host_with_many_addresses_of_ipv6_counts_once(host: str, bounded: str) -> None:
     assert bounded_host(host) == bounded
-
-
-@pytest.mark.parametrize(
-    ("host", "reached", "shown"),
-    [
-        ("0.0.0.0", ["127.0.0.1", "127.0.0.2", "::1"], "0.0.0.0"),
-        ("::", ["127.0.0.1", "127.0.0.2", "::1"], "0.0.0.0"),
-        ("::1", ["::1"], "::1"),
-        ("127.0.0.2", ["127.0.0.2"], "127.0.0.2"),
-    ],
-)
-def test_a_listener_at_all_addresses_takes_both_families(host: str, reached: list[str], shown: str) -> None:
-    with listener(host, 0, "") as opened:
-        port = opened.getsockname()[1]
-        for each in ("127.0.0.1", "127.0.0.2", "::1"):
-            with socket.socket(socket.AF_INET6 if ":" in each else socket.AF_INET) as client:
-                assert (client.connect_ex((each, port)) == 0) == (each in reached), each
-        assert listening_host(opened) == shown
-        with pytest.raises(UsageError, match=f"cannot listen on {host} port {port}: Address already in use; choose"):
-            listener(host, port, "choose another")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.api.port.tls_protocol import TlsProtocol
 from llamaclust.core.addresses import joined_address
-from llamaclust.core.this_machine import listener, listening_host
+from llamaclust.wire.listening import listener, listening_host
 
 if TYPE_CHECKING:
     from llamaclust.cluster.api.port.certificate import ServerCertificate

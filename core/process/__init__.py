@@ -1,1 +1,0 @@
-"""Settings of a process that its main function makes once."""

@@ -1,0 +1,39 @@
+"""Listening TCP sockets, at one address or at all of them."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+
+from llamaclust.core.addresses import ANYWHERE
+from llamaclust.core.errors import UsageError
+
+_BACKLOG = 128
+
+
+def listener(host: str, port: int, cure: str) -> socket.socket:
+    """A listening TCP socket that does not block. Either host of `ANYWHERE` means all addresses, those of IPv4 and of
+    IPv6, as for gRPC. UsageError, which ends with `cure`, where the port cannot be taken."""
+    is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
+    try:
+        with ExitStack() as undo:
+            # with the protocol by name: only then asyncio sends each part of a reply at once (TCP_NODELAY)
+            opened = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_anywhere)
+            opened.bind(("::" if is_anywhere else host, port))
+            opened.listen(_BACKLOG)
+            opened.setblocking(False)
+            undo.pop_all()
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}; {cure}") from error
+    return opened
+
+
+def listening_host(opened: socket.socket) -> str:
+    """The host of a listener as this machine reaches it, also one without IPv6: 0.0.0.0 for all addresses."""
+    host = str(opened.getsockname()[0])
+    takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    return ANYWHERE[0] if takes_both else host

@@ -9,8 +9,7 @@ from typing import Any
 from llamaclust.cli.interrupts import end_at_once, ends_at_once, obey_signals
 from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
-from llamaclust.core.process.interpreter import collect_rarely
-from llamaclust.core.process.standard_streams import open_standard_streams
+from llamaclust.core.process_settings import collect_rarely, open_standard_streams
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from llamaclust.core.process.interpreter import collect_rarely
+from llamaclust.core.process_settings import collect_rarely
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
 

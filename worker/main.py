@@ -14,8 +14,7 @@ from typing import NoReturn
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.logs import LogFormat, start_logging
-from llamaclust.core.process.interpreter import collect_rarely, share_interpreter
-from llamaclust.core.process.open_files import allow_many_files
+from llamaclust.core.process_settings import allow_many_files, collect_rarely, share_interpreter
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, request_slices

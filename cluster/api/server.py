@@ -24,7 +24,7 @@ from llamaclust.cluster.api.port.http_connection import HttpConnection, canonica
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
-from llamaclust.core.process.open_files import connections_of_server
+from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""

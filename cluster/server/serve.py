@@ -35,8 +35,7 @@ from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
 from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
-from llamaclust.core.process.interpreter import collect_rarely, share_interpreter
-from llamaclust.core.process.open_files import allow_many_files
+from llamaclust.core.process_settings import allow_many_files, collect_rarely, share_interpreter
 
 _DRAIN_S = 30.0
 _LOOK_S = 0.2

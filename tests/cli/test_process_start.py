@@ -59,7 +59,7 @@ def test_closed_standard_streams(line: CommandLine, words: str, code: int, close
 
 def test_files_do_not_get_the_descriptors_of_closed_streams(tmp_path: Path) -> None:
     code = """
-from llamaclust.core.process.standard_streams import open_standard_streams
+from llamaclust.core.process_settings import open_standard_streams
 open_standard_streams()
 import os, sys
 with open(sys.argv[1], "w") as file:

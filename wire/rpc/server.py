@@ -14,7 +14,7 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.core.process.open_files import connections_of_server
+from llamaclust.core.process_settings import connections_of_server
 from llamaclust.wire.rpc.client import (
     ACCEPTED_KEY,
     EPOCH_KEY,

@@ -18,7 +18,7 @@ import pytest
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.process.open_files import allow_many_files, connections_of_server
+from llamaclust.core.process_settings import allow_many_files, connections_of_server
 from llamaclust.wire.rpc import rejections, silent_connections
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline

@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.core.process.open_files import allow_many_files
+from llamaclust.core.process_settings import allow_many_files
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"

@@ -22,11 +22,17 @@ class Owed:
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
     """The stage at which a microbatch is whose result is due: the last one that has received it, or to which the one
-    before has sent it, and the first one where none has. A first stage that waits for sampled tokens waits for the last
-    one."""
-    last, first = len(progress) - 1, progress[0]
-    stages = [(stage, at) for stage, at in enumerate(progress) if at is not None and at.received > number]
-    stage = max((min(stage + (at.sent > number), last) for stage, at in stages), default=0)
+    before has sent it, and the first one where none has. No stage has received what the one before has not sent,
+    whatever it claims. A first stage that waits for sampled tokens waits for the last one."""
+    last, first, stage = len(progress) - 1, progress[0], 0
+    for place, at in enumerate(progress):
+        if at is None:  # it may have gone on from there
+            continue
+        if at.received <= number:
+            break
+        stage = min(place + (at.sent > number), last)
+        if at.sent <= number:
+            break
     return last if stage == 0 and first is not None and first.awaits_tokens else stage
 
 

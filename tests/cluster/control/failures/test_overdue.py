@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llamaclust.cluster.control.failures.overdue import OverdueResults, Owed, owing_stage
@@ -9,8 +11,13 @@ from llamaclust.wire.control.messages import StageProgress
 
 
 def progress(*received: int | None, awaits_tokens: bool = False) -> list[StageProgress | None]:
-    stages = [None if count is None else StageProgress(1, count) for count in received]
-    return [StageProgress(1, 8, awaits_tokens=True), *stages[1:]] if awaits_tokens else list(stages)
+    """Each has sent what the next one has received that is known."""
+    stages = [
+        None if count is None else StageProgress(1, count, next((sent for sent in received[place + 1 :] if sent), 0))
+        for place, count in enumerate(received)
+    ]
+    first, *others = stages
+    return [first if first is None else replace(first, awaits_tokens=awaits_tokens), *others]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,23 @@ def test_a_stage_owes_a_microbatch_that_was_sent_to_it(
         for count, handed in zip(received, sent, strict=True)
     ]
     assert owing_stage(7, stages) == stage
+
+
+@pytest.mark.parametrize(
+    ("received", "sent", "stage"),
+    [
+        ((8, 9, 7), (7, 9, 7), 0),  # the middle one accuses the last one of what the first one has
+        ((8, 7, 9), (7, 7, 9), 0),  # the last one has nothing
+        ((8, 1 << 60, 7, 7), (7, 1 << 60, 7, 7), 0),
+        ((8, 8, 7, 9, 7), (8, 7, 7, 9, 7), 1),  # the fourth one accuses the fifth
+        ((7, 9, 9), (9, 9, 9), 0),  # nothing was read
+        ((9, None, 7, 9), (7, None, 7, 9), 0),
+    ],
+)
+def test_a_stage_claims_no_microbatch_that_was_not_sent_to_it(
+    received: tuple[int | None, ...], sent: tuple[int | None, ...], stage: int
+) -> None:
+    test_a_stage_owes_a_microbatch_that_was_sent_to_it(received, sent, stage)
 
 
 def test_a_first_stage_that_waits_for_sampled_tokens_waits_for_the_last_one() -> None:

@@ -46,17 +46,23 @@ DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int 
   }
 }
 
+// `count` of at most `most` bytes, by a warp.
+template <int most>
+DEVICE void copy_bytes_async(const uint8_t* from, SharedAddress to, int count, int lane) {
+  UNROLL for (int i = 0; i < most; i += 16 * kWarp)
+    if (i + 16 * lane < count) copy_async_16(to + (i + 16 * lane), from + i + 16 * lane);
+}
+
 // The same; where rows follow each other, groups are copied as they are, each by a warp.
 template <class Type, int most>
 DEVICE void copy_stage(const Product& p, const Share& share, const int32_t* of_row, int groups, int first, int count,
                        Stage<Type, most>& to) {
   if (p.items == nullptr) {
-    const int segments = p.cols / Type::kLayout.segment_cols, bytes = count * static_cast<int>(sizeof(Activations<Type>));
-    const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
+    constexpr int each = sizeof(Activations<Type>);
+    const int segments = p.cols / Type::kLayout.segment_cols, lane = threadIdx.x % kWarp;
     for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp) {
-      const auto* from = reinterpret_cast<const uint8_t*>(all + static_cast<size_t>(share.first / 8 + g) * segments);
-      for (int i = 16 * (threadIdx.x % kWarp); i < bytes; i += 16 * kWarp)
-        copy_async_16(reinterpret_cast<uint8_t*>(to[g]) + i, from + i);
+      const uint8_t* from = p.activations + (static_cast<size_t>(share.first / 8 + g) * segments + first) * each;
+      copy_bytes_async<kStageSegments<Type> * each>(from, shared_address(to[g]), count * each, lane);
     }
   } else {
     copy_lines<Type, most>(p, of_row, groups, first, count, to);

@@ -52,21 +52,17 @@ constexpr int kScaleWords = !kSubScaled<Type>          ? 0
                             : Digits<Type>::kCount > 0 ? Digits<Type>::kCount * Type::kSubBlocks / 4
                                                        : Type::kSubBlocks / 2 + 1;
 
-DEVICE void copy_bytes_async(const uint8_t* from, uint8_t* to, int bytes, int lane) {
-  for (int i = 16 * lane; i < bytes; i += 16 * kWarp) copy_async_16(to + i, from + i);
-}
-
 // Asks for `count` segments of a warp's tile. Where bodies of several stand before their tails, wide ones are put together.
 template <class Type>
-DEVICE void copy_weights(const uint8_t* tile, int first, int count, int segments, int lane, uint8_t* to) {
+DEVICE void copy_weights(const uint8_t* tile, int first, int count, int segments, int lane, SharedAddress to) {
   constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
   if constexpr (kWide<Type>) {
     const Segment segment = segment_of<Type>(tile, first, segments);
-    copy_bytes_async(segment.body, to, body_bytes, lane);
-    copy_bytes_async(segment.tail, to + body_bytes, tail_bytes, lane);
+    copy_bytes_async<body_bytes>(segment.body, to, body_bytes, lane);
+    copy_bytes_async<tail_bytes>(segment.tail, to + body_bytes, tail_bytes, lane);
   } else {
-    copy_bytes_async(tile + static_cast<size_t>(first) * (body_bytes + tail_bytes), to, count * (body_bytes + tail_bytes),
-                     lane);
+    copy_bytes_async<kWeightBytes<Type>>(tile + static_cast<size_t>(first) * (body_bytes + tail_bytes), to,
+                                         count * (body_bytes + tail_bytes), lane);
   }
 }
 
@@ -272,7 +268,7 @@ DEVICE void gemm(const Products& all) {
   constexpr int at_once = kStageSegments<Type>;
   const auto request = [&](int first, int to) {
     const int count = segments - first < at_once ? segments - first : at_once;
-    copy_weights<Type>(weights, first, count, segments, lane, copies + to * kWeightBytes<Type>);
+    copy_weights<Type>(weights, first, count, segments, lane, shared_address(copies + to * kWeightBytes<Type>));
     copy_stage<Type, most>(p, share, of_row, groups, first, count, stages[to]);
     return count;
   };
@@ -280,16 +276,11 @@ DEVICE void gemm(const Products& all) {
   int count = request(0, 0);
   for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
     const int now = count;
-    if (first + at_once < segments) {
-      count = request(first + at_once, at ^ 1);
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
+    copy_async_wait<0>();
     publish_shared();
-    __syncthreads();
+    __syncthreads();  // and the other stage is read
+    if (first + at_once < segments) count = request(first + at_once, at ^ 1);
     add_stage<Type, most>(copies + at * kWeightBytes<Type>, now, groups, stages[at], scales, lane, totals);
-    __syncthreads();
   }
   if (tile <= last_tile) store_totals(p, share, result_of(p, share), tile, lane, totals);
 }

@@ -161,6 +161,7 @@ class StageRunner:
         """Loads weights, which may take long."""
         program = model_program(model, start, end, limits)
         self.program = program
+        self._window = self.program.window
         self.model_id = model.model_id
         self.limits = limits
         self.devices = options.devices
@@ -216,8 +217,7 @@ class StageRunner:
     def _batch_of(self, microbatch: Microbatch) -> Batch:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
-        window = self.program.window
-        self._batch = build_batch(microbatch, self.limits, self.vocabulary, window, self._adapters)
+        self._batch = build_batch(microbatch, self.limits, self.vocabulary, self._window, self._adapters)
         return self._batch
 
     def embeddings(self, microbatch: Microbatch) -> bytes:

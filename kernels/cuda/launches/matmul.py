@@ -32,8 +32,8 @@ _SUB_BLOCKS = {
 """Integer scales in a segment, of types that have them."""
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
-_WIDE_WARPS, _SPARE = 8, 1.1
-"""Of a block of `_WIDE_ROWS`; and by how much more blocks than there are may seem to be enough."""
+_WIDE_WARPS, _ENOUGH = 8, 0.9
+"""Of a block of `_WIDE_ROWS`; and blocks for each multiprocessor that are enough."""
 LEAST_PIECE = _GROUP_ROWS
 """Lines of experts that products take together, at least."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
@@ -203,7 +203,7 @@ def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
-    return _WIDE_ROWS if rows > _GEMM_ROWS and _SPARE * wide_blocks >= gpu.sms else _GEMM_ROWS
+    return _WIDE_ROWS if rows > _GEMM_ROWS and wide_blocks >= _ENOUGH * gpu.sms else _GEMM_ROWS
 
 
 def _launch(

@@ -14,15 +14,16 @@ from llamaclust.kernels.cuda.runtime.device import Launch
 OLDEST = 90
 """The first architecture that has them."""
 
-_KERNELS = ("gemv_", "add_rms_norm", "rows_32", "rows_256", "few_")
-_MODULES = ("matmul.k", "matmul.simple", "matmul.grid", "elementwise.norms", "elementwise.quantize", "attention.few")
+_KERNELS = (
+    *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid")),
+    *("elementwise.norms.add_rms_norm", "elementwise.quantize.", "attention.few.few_", "attention.rows.merge"),
+)
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 def overlaps(kernel: str) -> bool:
     """True for the kernels that call `wait_for_earlier_kernels` (src/ptx.cuh)."""
-    module, _, name = kernel.rpartition(".")
-    return module in _MODULES and (name.startswith(_KERNELS) or module == "elementwise.quantize")
+    return kernel.startswith(_KERNELS)
 
 
 class _Attribute(ctypes.Structure):

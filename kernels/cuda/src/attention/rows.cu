@@ -144,6 +144,8 @@ STORE(int8, Int8Kv)
 // are not null.
 KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
        const float* sinks, int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
   const int row = blockIdx.x, place = threadIdx.y, head = blockIdx.y * blockDim.y + place;
   if (row >= *rows) return;
   const Work work(plan, max_rows, slots);

@@ -61,6 +61,14 @@ def quarantined(run: Recovering, name: str) -> None:
     assert notice.startswith(f"worker {name} gets no layers for 10 s where the others suffice: it failed 2 times")
 
 
+async def answers_without(run: Recovering, worker: str, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
+    """Of requests whose worker is lost meanwhile."""
+    tasks, before = run.start(requests), run.tokens
+    await run.token(before + 40)
+    run.hurt(worker)
+    return await asyncio.gather(*tasks)
+
+
 @pytest.mark.parametrize(("kind", "place"), SCENARIOS)
 async def test_a_worker_that_fails_is_left_out_before_a_request_fails(
     kind: Kind,
@@ -135,19 +143,13 @@ async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_othe
     async with recovering(config(model, tmp_path)) as run:
         for count in (1, 2):
             await run.whole()
-            tasks, before = run.start(requests), run.tokens
-            await run.token(before + 40)
-            run.hurt("c")
-            assert await asyncio.gather(*tasks) == expected
+            assert await answers_without(run, "c", requests) == expected
             await run.until("its recovery", lambda count=count: run.cluster.supervisor.recoveries == count)  # type: ignore[misc]
         await run.until("the quarantine", lambda: bool(notices(run)))
         quarantined(run, "c")
         for count in range(2, 4):
             await run.until("its return", lambda count=count: sum("c is here" in text for text in run.told) == count)  # type: ignore[misc]
-            tasks, before = run.start(requests), run.tokens
-            await run.token(before + 40)
-            run.hurt("c")
-            assert await asyncio.gather(*tasks) == expected
+            assert await answers_without(run, "c", requests) == expected
         assert run.cluster.supervisor.recoveries == 2, "it held no layers any more"
 
 

@@ -48,8 +48,8 @@ _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 instructions of four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
 """Of a piece that is copied in bulk; one part of so many of shared memory is left to kernels that run beside others."""
-_STATIC_BYTES, _BULK_STATIC_BYTES, _RESERVED_BYTES = 512, 9856, 1024
-"""Beside the dynamic part of a block's shared memory: of a kernel without and with bulk copies, and of the system."""
+_STATIC_BYTES, _RESERVED_BYTES = 576, 1024
+"""Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ def _launch(
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
     # Fewer items may be there than there is room for.
     shape = _GemvShape.of(products, items, 1 if experts.items == NULL else 4, gpu)
-    return Launch(name, (items, shape.blocks, 1), (shape.threads, 1, 1), args, shape.shared_bytes)
+    return Launch(name, (items, shape.blocks, 1), (32 * shape.warps, 1, 1), args, shape.shared_bytes)
 
 
 def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
@@ -242,10 +242,10 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """Blocks for each item, their threads and their shared memory: pieces of each warp (src/matmul/pieces.cuh)."""
+    """Blocks for each item, their warps and their shared memory: pieces of each warp (src/matmul/pieces.cuh)."""
 
     blocks: int
-    threads: int
+    warps: int
     shared_bytes: int
 
     @classmethod
@@ -255,12 +255,10 @@ class _GemvShape:
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
         warps, stages, stage_bytes, blocks = shape(_piece_bytes(weights), gpu)
         blocks = min(tiles, max(1, times * gpu.sms * blocks // items))
-        threads = 32 * warps
         if gpu.compute_capability >= _BULK:
-            threads += 32  # a warp adds
             pieces = -(-weights.segments // _PIECE_SEGMENTS[weights.activation])
             stages = min(stages, -(-(-(-tiles // blocks) * pieces) // warps))
-        return cls(blocks, threads, warps * stages * stage_bytes)
+        return cls(blocks, warps, warps * stages * stage_bytes)
 
 
 def _piece_bytes(weights: Weights) -> int:
@@ -282,7 +280,7 @@ def _bulk_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int
     """As `_plain_shape`: two blocks, or one where two would have memory for one stage only."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
-    fit = {blocks: (room // blocks - _BULK_STATIC_BYTES - _RESERVED_BYTES) // (8 * stage_bytes) for blocks in (1, 2)}
+    fit = {blocks: (room // blocks - _STATIC_BYTES - _RESERVED_BYTES) // (8 * stage_bytes) for blocks in (1, 2)}
     blocks = 2 if fit[2] >= 2 else 1
     return 8, fit[blocks], stage_bytes, blocks
 

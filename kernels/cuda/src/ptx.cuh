@@ -236,25 +236,12 @@ __device__ __forceinline__ int dynamic_shared_bytes() {
 }
 
 #if __CUDA_ARCH__ >= 900
-// Arrivals (8 bytes of shared memory), from compute capability 9.0 on: what others wait for. Phases have parity 0, 1, 0, ...;
-// a phase is over when `count` threads have arrived, and all bytes that they announced are there.
-__device__ __forceinline__ void arrival_init(SharedAddress arrival, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(arrival.bytes), "r"(count) : "memory");
+// Copies of any multiple of 16 bytes, which one thread requests: from compute capability 9.0 on. An arrival (8 bytes of shared
+// memory) tells when all bytes that were announced to it are there. Its phases have parity 0, 1, 0, ...; each is one
+// announcement, and all copies that name the arrival after it.
+__device__ __forceinline__ void arrival_init(SharedAddress arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(arrival.bytes) : "memory");
 }
-// What was written before is seen by those who have waited.
-__device__ __forceinline__ void arrival_arrive(SharedAddress arrival) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(arrival.bytes) : "memory");
-}
-__device__ __forceinline__ void arrival_wait(SharedAddress arrival, int parity) {
-  uint32_t done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(arrival.bytes), "r"(parity) : "memory");
-  } while (done == 0);
-}
-
-// Copies of any multiple of 16 bytes, which one thread requests: it arrives with the number of bytes that all copies to
-// come have which name the arrival.
 // Orders what this thread has initialized before the copies that it requests next.
 __device__ __forceinline__ void fence_before_bulk_copies() {
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
@@ -265,6 +252,13 @@ __device__ __forceinline__ void arrival_announce(SharedAddress arrival, int byte
 __device__ __forceinline__ void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress arrival) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                : : "r"(to.bytes), "l"(global), "r"(bytes), "r"(arrival.bytes) : "memory");
+}
+__device__ __forceinline__ void arrival_wait(SharedAddress arrival, int parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(arrival.bytes), "r"(parity) : "memory");
+  } while (done == 0);
 }
 #endif
 

@@ -90,14 +90,13 @@ def test_blocks_fit_on_any_gpu_and_are_at_most_as_many_as_it_runs(gpu: LaunchLim
     for kind in set(TYPES) - set(FLOAT_TYPES):
         weights = Weights(kind, (64000, 4096))
         launch = multiply([Product(weights, NULL, NULL)], NULL, RowCount(1, NULL), gpu)
-        of_block = launch.shared_bytes + (9856 if has_bulk_copies else 512)
-        assert of_block <= (gpu.shared_bytes if has_bulk_copies else PLAIN_SHARED_BYTES)
+        assert launch.shared_bytes + 576 <= (gpu.shared_bytes if has_bulk_copies else PLAIN_SHARED_BYTES)
         blocks, left = divmod(launch.grid[1], gpu.sms)
         assert not left and blocks in ((1, 2) if has_bulk_copies else (3, 4, 5))
-        assert blocks * (of_block + 1024) <= gpu.shared_bytes + 1024
+        assert blocks * (launch.shared_bytes + 1600) <= gpu.shared_bytes + 1024
 
 
-@pytest.mark.parametrize(("rows", "cols", "stages"), [(4096, 4096, 2), (4096, 2048, 1), (4000, 11008, 4)])
+@pytest.mark.parametrize(("rows", "cols", "stages"), [(4096, 4096, 2), (4096, 2048, 1), (4000, 11008, 5)])
 def test_a_block_has_memory_for_no_more_pieces_than_it_takes(rows: int, cols: int, stages: int) -> None:
     launch = multiply([Product(Weights(QuantType.Q4_K, (rows, cols)), NULL, NULL)], NULL, RowCount(1, NULL), GPUS[2])
     assert launch.shared_bytes == 8 * stages * (16 * 144 + 8)

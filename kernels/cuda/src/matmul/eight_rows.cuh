@@ -102,6 +102,8 @@ class EightRows {
   DEVICE EightRows(const Products& all, const Share& share, int segments, int lane)
       : activations_(all, share, segments, lane), lane_(lane) {}
 
+  DEVICE void look_ahead(int) {}
+
   // The terms of segments first, first + 1, ... of which `left` are left. Whole: kTogether or more are, so that they have
   // one address and distances from it; else each has its own, which costs as much as its arithmetic.
   template <bool whole>

@@ -19,6 +19,6 @@
 #endif
 
 #define MATMUL_KERNELS(TYPE, ...)                                                                                     \
-  KERNEL_IN_BLOCKS(kGemvThreads, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS) { gemv<TYPE>(MATMUL_ARGUMENTS); }       \
+  KERNEL_IN_BLOCKS(kWarp * kGemvWarps, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS) { gemv<TYPE>(MATMUL_ARGUMENTS); }  \
   GEMM_KERNELS(TYPE)                                                                                                  \
   EMBED_KERNEL(TYPE)

@@ -36,6 +36,8 @@ DEVICE void column_scales(Lines body, int c, Scale (&out)[kOf16<Type> ? 4 : 2])
 template <class Type>
 class OneRow {
  public:
+  static constexpr int kOutputs = 1;  // of row lane / 4 of the weights, or 8 further in lanes with lane % 4 >= 2
+
   DEVICE OneRow(const Products& all, const Share& share, int segments, int lane) : lane_(lane) {
     const int row = activation_row(all, share, 0);
     all_ = reinterpret_cast<const Activations256*>(all.activations) + static_cast<size_t>(row / 8) * segments;
@@ -52,8 +54,8 @@ class OneRow {
     next_.scale = a.scale[row_];
   }
 
-  // Of row lane / 4 of the weights, or of 8 further in lanes with lane % 4 >= 2.
-  DEVICE void terms(const uint8_t* piece, Terms<Type, 1>& terms) const {
+  template <bool>
+  DEVICE void terms(const uint8_t* piece, int, int, Terms<Type, 1> (&terms)[1]) const {
     const Segment w = segment_of<Type>(piece, 0, 1);
     int32_t sums[2][4] = {};
     UNROLL for (int i = 0; i < 8; i++) {
@@ -69,8 +71,14 @@ class OneRow {
       if constexpr (Type::kHasMin) minus[r] = minus_min(mins_of<Type>(rows[r], lane_ % 4));
     }
     const Lines tail{w.tail, lane_ / 4 + 8 * (lane_ % 4 / 2)};
-    terms[0][0] = {mul(Type::scale(tail), now_.scale), __int2float_rn(of_quad(total))};
-    if constexpr (Type::kHasMin) terms[0][1] = {mul(Type::min(tail), now_.scale), __int2float_rn(of_quad(minus))};
+    terms[0][0][0] = {mul(Type::scale(tail), now_.scale), __int2float_rn(of_quad(total))};
+    if constexpr (Type::kHasMin) terms[0][0][1] = {mul(Type::min(tail), now_.scale), __int2float_rn(of_quad(minus))};
+  }
+
+  DEVICE void store(const Product& p, const Share& share, const float (&totals)[1]) const {
+    if (lane_ % 2 != 0) return;
+    const int row = 16 * p.block + lane_ / 4 + 8 * (lane_ % 4 / 2);
+    store_result(result_of(p, share), p.bias_rows, out_row(p, share, 0), row, totals[0]);
   }
 
  private:
@@ -116,11 +124,6 @@ class OneRow {
   int row_, lane_;
   RowActivations now_{}, next_{};
 };
-
-// The result of row lane of a tile.
-DEVICE void store_row(const Product& p, const Share& share, int lane, float total) {
-  if (lane < 16) store_result(result_of(p, share), p.bias_rows, out_row(p, share, 0), 16 * p.block + lane, total);
-}
 
 }  // namespace
 }  // namespace llamaclust::cuda

@@ -131,13 +131,11 @@ class Pieces {
         arrivals_(shared_address(shared + kGemvWarps * stages_ * kPieceBytes<Type> + warp * stages_ * kArrivalBytes)),
         next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
     next_.advance(warp);
-  }
-
-  // Before the first request, and before the block's threads wait for each other.
-  DEVICE void init() const {
-    if (!requests_) return;
-    NO_UNROLL for (int i = 0; i < stages_; i++) arrival_init(arrival(i), 1);
-    fence_before_bulk_copies();
+    if (requests_) {
+      NO_UNROLL for (int i = 0; i < stages_; i++) arrival_init(arrival(i));
+      fence_before_bulk_copies();
+    }
+    __syncwarp();
   }
 
   DEVICE Place next() const { return next_; }

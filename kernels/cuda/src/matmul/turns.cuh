@@ -7,21 +7,21 @@ namespace llamaclust::cuda {
 namespace {
 
 #if LLAMACLUST_ARCH >= 900
-// Each warp has an arrival, for which it waits and at which the warp before arrives.
+// Each warp has an arrival, on which it waits and to which the warp before announces nothing.
 class Turns {
  public:
   DEVICE Turns(int warp, int lane, uint64_t (&arrivals)[kGemvWarps])
       : mine_(shared_address(&arrivals[warp])), next_(shared_address(&arrivals[(warp + 1) % kGemvWarps])), gives_(lane == 0) {}
 
   // Once for a block, by one thread; all must know of it.
-  DEVICE void init() const { arrival_init(mine_, 1); }
+  DEVICE void init() const { arrival_init(mine_); }
   DEVICE void wait() {
     arrival_wait(mine_, parity_);
     parity_ ^= 1;
   }
   DEVICE void give() const {
     __syncwarp();  // all lanes have written what they pass on
-    if (gives_) arrival_arrive(next_);
+    if (gives_) arrival_announce(next_, 0);
   }
 
  private:

@@ -89,7 +89,7 @@ KERNEL(32, bulk_copies, const float* x, int32_t n, int32_t early, float* out) {
     copy_bulk(part, x + 64 * i, 16, arrival);
     copy_bulk(part + 16, x + 64 * i + 4, 240, arrival);
   };
-  for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i, 1);
+  for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i);
   fence_before_bulk_copies();
   __syncwarp();
   for (int i = 0; i < stages; i++) request(i);
@@ -133,7 +133,7 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
   SHARED(float, there, [64]);
   SHARED(uint64_t, arrivals, [2]);
   const SharedAddress to = shared_address(there), arrival = shared_address(arrivals);
-  if (i == 0 && kind != 16) arrival_init(arrival + (kind == 17 ? 4 : 0), 1);
+  if (i == 0 && kind != 16) arrival_init(arrival + (kind == 17 ? 4 : 0));
   __syncthreads();
   if (i == 0) arrival_announce(arrival, 16);
   if (i == 0) copy_bulk(to, kind == 18 ? x + 1 : x, kind == 19 ? 32 : 16, arrival);
@@ -154,31 +154,6 @@ KERNEL(96, turns, const int32_t* x, int32_t turns, int32_t* out) {
   }
   __syncthreads();
   if (warp == 0) out[lane] = passed[lane];
-}
-
-// One block of four warps: three write their numbers for `rounds` rounds, and the last one adds those of each round, from one of
-// two places, which is free for the next round but one when it has read them.
-KERNEL(128, arrivals, const int32_t* x, int32_t rounds, int32_t* out) {
-  SHARED(int32_t, numbers, [2][3]);
-  SHARED(uint64_t, full, [2]);
-  SHARED(uint64_t, empty, [2]);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const SharedAddress fulls = shared_address(full), empties = shared_address(empty);
-  if (threadIdx.x < 2) arrival_init(fulls + 8 * lane, 3), arrival_init(empties + 8 * lane, 1);
-  __syncthreads();
-  for (int round = 0; round < rounds; round++) {
-    const int place = round % 2, turn = round / 2;
-    if (warp == 3) {
-      arrival_wait(fulls + 8 * place, turn % 2);
-      out[32 * round + lane] = numbers[place][0] + numbers[place][1] + numbers[place][2];
-      __syncwarp();
-      if (lane == 0) arrival_arrive(empties + 8 * place);
-    } else {
-      if (turn > 0) arrival_wait(empties + 8 * place, (turn - 1) % 2);
-      if (lane == 0) numbers[place][warp] = x[3 * round + warp];
-      if (lane == 0) arrival_arrive(fulls + 8 * place);
-    }
-  }
 }
 
 // Two blocks of 64. Who wants another one's number gets it only if that one was there before: in the block, or in all.

@@ -27,9 +27,10 @@ Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
 int arrived[kBarriers], expected[kBarriers];
-// Its phase, how many threads are still to arrive, the bytes that were announced, and what was requested.
+// Of bulk copies: the phase, whether and how many bytes were announced in it, and what was requested.
 struct Arrival {
-  int count, left, phase = 0;
+  int phase = 0;
+  bool is_announced = false;
   size_t announced = 0, requested = 0;
   std::vector<Copy> copies;
 };
@@ -89,7 +90,7 @@ std::string stuck() {
             std::to_string(in_warp->index) + " at " + at(in_warp->site) + ")";
   if (at_barrier) what += " thread " + std::to_string(at_barrier->index) + " at a barrier (" + at(at_barrier->site) + ")";
   if (at_arrival)
-    what += " thread " + std::to_string(at_arrival->index) + " for an arrival (" + at(at_arrival->site) + ")";
+    what += " thread " + std::to_string(at_arrival->index) + " for copies that none requests (" + at(at_arrival->site) + ")";
   return what + "; " + std::to_string(ended) + " of " + std::to_string(threads) + " have ended";
 }
 
@@ -219,16 +220,16 @@ Arrival& arrival_at(const void* place) {
 
 }  // namespace
 
-void init_arrival(const void* place, int count) {
+void init_arrival(const void* place) {
   if (reinterpret_cast<uintptr_t>(place) % 8 != 0) fail("an arrival that is not aligned to 8 bytes");
-  arrivals[place] = {count, count};
+  arrivals[place] = {};
 }
 
-void arrive_at(const void* place, size_t announced_bytes) {
+void announce(const void* place, size_t bytes) {
   Arrival& arrival = arrival_at(place);
-  if (arrival.left == 0) fail("an arrival in a phase that is over, for which none has waited");
-  arrival.announced += announced_bytes;
-  if (--arrival.left > 0) return;
+  if (arrival.is_announced) fail("bulk copies are announced again before they were waited for");
+  arrival.is_announced = true;
+  arrival.announced = bytes;
   for (int i = 0; i < threads; i++)
     if (fibres[i].state == Fibre::State::AtArrival && fibres[i].arrival == place) fibres[i].state = Fibre::State::Runnable;
 }
@@ -245,7 +246,7 @@ void request_bulk(const void* place, Copy copy) {
 
 void wait_for_arrival(const void* place, int parity, Site site) {
   Arrival& arrival = arrival_at(place);
-  while (arrival.phase % 2 == parity && arrival.left > 0) {
+  while (arrival.phase % 2 == parity && !arrival.is_announced) {
     current->site = site;
     current->arrival = place;
     current->state = Fibre::State::AtArrival;
@@ -255,7 +256,7 @@ void wait_for_arrival(const void* place, int parity, Site site) {
   if (arrival.requested != arrival.announced)
     fail("bulk copies of " + std::to_string(arrival.requested) + " bytes, announced as " + std::to_string(arrival.announced));
   for (const Copy& copy : arrival.copies) memcpy(copy.to, copy.from, copy.bytes);
-  arrival = {arrival.count, arrival.count, arrival.phase + 1};
+  arrival = {arrival.phase + 1, false, 0, 0, {}};
 }
 
 uint8_t* static_shared(size_t bytes) {

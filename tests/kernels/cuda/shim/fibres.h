@@ -43,7 +43,7 @@ struct Fibre {
   State state;
   Site site;
   int barrier;          // a named one
-  const void* arrival;
+  const void* arrival;  // of bulk copies
   uint32_t mask;
   const void* operation;
   alignas(16) uint8_t operands[kOperandBytes];
@@ -74,11 +74,11 @@ void wait_for_block(Site site);
 void arrive(int barrier, int threads, bool waits, Site site);
 // Waits until every lane in `mask` is here; the last one computes the results of all.
 void collective(uint32_t mask, Compute compute, Site site);
-// Arrivals, by their place in shared memory: a phase is over when `count` threads have arrived and one has waited.
-void init_arrival(const void* arrival, int count);
-void arrive_at(const void* arrival, size_t announced_bytes);
+// Arrivals of bulk copies, by their place in shared memory: one announcement of bytes in each phase.
+void init_arrival(const void* arrival);
+void announce(const void* arrival, size_t bytes);
 void request_bulk(const void* arrival, Copy copy);
-// Waits for the phase of this parity, and makes its copies.
+// Waits for an announcement and makes its copies, if the phase of this parity is not over.
 void wait_for_arrival(const void* arrival, int parity, Site site);
 // Ends the launch.
 [[noreturn]] void fail(const std::string& what);

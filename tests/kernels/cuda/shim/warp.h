@@ -242,11 +242,10 @@ void copy_async_wait() {
 }
 
 inline int dynamic_shared_bytes() { return static_cast<int>(shim::dynamic_bytes()); }
-inline void arrival_init(SharedAddress arrival, int count) { shim::init_arrival(arrival.bytes, count); }
-inline void arrival_arrive(SharedAddress arrival) { shim::arrive_at(arrival.bytes, 0); }
+inline void arrival_init(SharedAddress arrival) { shim::init_arrival(arrival.bytes); }
 inline void fence_before_bulk_copies() {}
 inline void arrival_announce(SharedAddress arrival, int bytes) {
-  shim::arrive_at(arrival.bytes, static_cast<size_t>(bytes));
+  shim::announce(arrival.bytes, static_cast<size_t>(bytes));
 }
 inline void copy_bulk(SharedAddress to, const void* global, int bytes, SharedAddress arrival) {
   shim::request_bulk(arrival.bytes, {to.bytes, global, static_cast<size_t>(bytes)});

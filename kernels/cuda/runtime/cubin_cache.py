@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import get_ident
 
-from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc
+from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, machine_target
 from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
 _KINDS = ("cubin", "ptx")
@@ -34,7 +34,7 @@ class CubinCache:
 
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
         """The file of a module; compiled if it is missing or if `anew`."""
-        of = "\0".join((text, *OPTIONS, str(architecture), str(nvrtc.version)))
+        of = "\0".join((text, *OPTIONS, machine_target(architecture), str(nvrtc.version)))
         stem = f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:32]}"
         folder = self._folder if self._folder is not None and _is_safe(self._folder) else None
         if folder is not None and not anew:

@@ -27,9 +27,10 @@ def test_exactly_our_options(tmp_path: Path) -> None:
     nvrtc = Nvrtc(library(tmp_path))
     assert nvrtc.version == (13, 1)
     assert nvrtc.architectures == (75, 90, 120)
-    binary = nvrtc.compile("rows", "text", 90)
-    given = [*OPTIONS, "--gpu-architecture=sm_90", "--device-as-default-execution-space"]
-    assert (binary.kind, binary.data.decode()) == ("cubin", f"cubin rows.cu {' '.join(given)}")
+    for architecture, target in ((75, "sm_75"), (90, "sm_90a"), (120, "sm_120")):
+        binary = nvrtc.compile("rows", "text", architecture)
+        given = [*OPTIONS, f"--gpu-architecture={target}", "--device-as-default-execution-space"]
+        assert (binary.kind, binary.data.decode()) == ("cubin", f"cubin rows.cu {' '.join(given)}")
 
 
 def test_a_gpu_that_came_later(tmp_path: Path) -> None:

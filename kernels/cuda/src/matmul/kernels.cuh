@@ -3,6 +3,7 @@
 
 #include "dequantize.cuh"
 #include "gemv.cuh"
+#include "many_rows.cuh"  // here, since NVRTC's text has each file once: in one branch, it would be missing in the other
 #if LLAMACLUST_WGMMA
 #include "wgmma.cuh"
 #else

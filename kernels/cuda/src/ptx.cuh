@@ -167,7 +167,8 @@ __device__ __forceinline__ void barrier_arrive() {
 
 // Overlap of launches, from compute capability 9.0 on: a kernel that calls `wait_for_earlier_kernels` is launched when all
 // blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it may read weights and
-// arguments alone, and must not write to global memory.
+// arguments alone, and must not write to global memory; some thread of it must wait, or later kernels would be in no order
+// with earlier ones.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");

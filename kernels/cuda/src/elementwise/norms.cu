@@ -59,10 +59,10 @@ KERNEL(1024, add_rms_norm, const float* x, const float* y, const float* __restri
        int32_t width, const int32_t* rows, float* sum, float* out, uint8_t* by_32, uint8_t* by_256) {
   SHARED(float, scale, [1]);
   let_next_kernel_begin();
-  const int row = blockIdx.y;
-  if (row >= *rows) return;  // it came with the microbatch, before all kernels
   for (int i = 32 * threadIdx.x; i < width; i += 32 * blockDim.x) prefetch(weight + i);
   wait_for_earlier_kernels();
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
   float* shared = reinterpret_cast<float*>(DYNAMIC_SHARED);
   const size_t begin = line(row, width);
   share_row(x + begin, y == nullptr ? y : y + begin, width, sum + begin, shared);

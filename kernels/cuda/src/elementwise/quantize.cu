@@ -11,10 +11,10 @@ namespace {
 template <class Activations, class Load>
 DEVICE void quantize_rows(int cols, const int32_t* count, int multiple, uint8_t* out, Load load) {
   let_next_kernel_begin();
-  const int rows = *count * multiple;  // they came with the microbatch, before all kernels
+  wait_for_earlier_kernels();
+  const int rows = *count * multiple;
   const int row = kGroupRows * blockIdx.y + threadIdx.x / kWarp, column = 256 * blockIdx.x + 8 * (threadIdx.x % kWarp);
   if (row >= rows) return;
-  wait_for_earlier_kernels();
   Eight values = {};
   if (column < cols) load(row, column, values);
   quantize(values, row, blockIdx.x, cols, reinterpret_cast<Activations*>(out));

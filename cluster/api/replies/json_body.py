@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from typing import Any, TypeAlias
+from threading import Lock
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,15 +15,23 @@ from llamaclust.cluster.api.json_parts import has_many_values, json_parts, off_l
 from llamaclust.cluster.api.sse import first_of, wait_for_disconnect
 
 JsonBody: TypeAlias = AsyncGenerator[bytes, None]
+_Value = TypeVar("_Value")
 
 
 async def json_body(parts: Generator[bytes, None, None], *, is_large: bool) -> JsonBody:
-    """Renders each part when it is taken, those of a large body on a thread."""
+    """Renders each part when it is taken, those of a large body on a thread. One that is cancelled ends after the part
+    that is being rendered."""
+    rendering = Lock()
+
+    def locked(step: Callable[[], _Value]) -> _Value:
+        with rendering:
+            return step()
+
     try:
-        while part := await off_loop_if(is_large, partial(next, parts, b"")):
+        while part := await off_loop_if(is_large, partial(locked, partial(next, parts, b""))):
             yield part
     finally:
-        await off_loop_if(is_large, parts.close)
+        await off_loop_if(is_large, partial(locked, parts.close))
 
 
 async def rendered_body(parts: Iterable[bytes]) -> JsonBody:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.reply import OpenAiReply
-from llamaclust.cluster.api.replies.json_body import JsonBody, rendered_body
+from llamaclust.cluster.api.replies.json_body import JsonBody, json_body, rendered_body
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
@@ -23,7 +24,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
-from llamaclust.core.errors import ClusterStoppingError, RequestCancelledError
+from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
@@ -147,6 +148,47 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         await until(lambda: is_idle(server.engine))
         left = partial(read_journal, tmp_path / "journal", Instant.now())
         await until(lambda: [request.is_sent for request in left()] == [True])
+
+
+class SlowReply(EndlessReply):
+    """A large one that is not streamed, whose second part is rendered until `gate` is set."""
+
+    is_streamed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_rendering, self.gate = threading.Event(), threading.Event()
+
+    async def whole(self) -> JsonBody:
+        return json_body(self._parts(), is_large=True)
+
+    def _parts(self) -> Generator[bytes, None, None]:
+        yield b"{"
+        self.is_rendering.set()
+        assert self.gate.wait(20)
+        yield b"}"
+
+
+@pytest.mark.parametrize("end", ["timeout", "failure", "close"])
+async def test_a_reply_that_ends_while_it_is_rendered_has_the_cause(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=False)
+    reply, cause = SlowReply(), LlamaclustError("a cause")
+    await kept.begin(reply, until_s=asyncio.get_running_loop().time() + 1.0 if end == "timeout" else None)
+    rendering = kept._task
+    assert rendering is not None
+    await until(reply.is_rendering.is_set)
+    closing = asyncio.create_task(kept.aclose()) if end == "close" else None
+    if end == "failure":
+        kept.fail(cause)
+    await until(lambda: rendering.cancelling() > 0)
+    assert not rendering.done()
+    reply.gate.set()
+    async with asyncio.timeout(5):
+        await asyncio.wait([rendering, *filter(None, [closing])])
+        with pytest.raises({"timeout": DeadlineError, "failure": LlamaclustError}.get(end, RequestCancelledError)):
+            await kept.whole()
+    assert reply.closed and not caplog.records
+    await kept.aclose()
 
 
 def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:

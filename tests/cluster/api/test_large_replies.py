@@ -7,7 +7,8 @@ import json
 import sys
 import threading
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.openai import completions
 from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.openai.shapes import completion_logprobs
+from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
@@ -207,6 +209,41 @@ def test_parts_are_the_json_of_the_whole() -> None:
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(TypeError, match="set is no JSON"):
         to_json({"a": {1}})
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(place: int, cancels: int) -> None:
+    loop, rendering, gate, closed = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), list[int]()
+
+    def parts() -> Generator[bytes, None, None]:
+        try:
+            for number in range(5):
+                if number == place:
+                    loop.call_soon_threadsafe(rendering.set)
+                    assert gate.wait(20)
+                yield b"x"
+        finally:
+            closed.append(number)
+
+    async def take(body: JsonBody) -> None:
+        async with aclosing(body):
+            async for _ in body:
+                pass
+
+    async with asyncio.timeout(20):
+        taking = asyncio.create_task(take(json_body(parts(), is_large=True)))
+        await rendering.wait()
+        taking.cancel()
+        await asyncio.sleep(0)
+        assert not taking.done()
+        if cancels == 2:
+            taking.cancel()
+            await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        await until(lambda: closed == [place])
 
 
 @pytest.mark.parametrize("top", [0, 1, 5, 20, 128])

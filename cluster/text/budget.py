@@ -97,16 +97,17 @@ class ReplyBudget:
     def reserve(self, sizes: Sequence[ReplySize]) -> Reservation:
         """Takes what a request needs, to be `release`d. ParameterError where it is more than any request may have,
         QueueFullError where the current owner's other requests, or those of all, hold too much at present."""
-        entries = sum(size.entries for size in sizes)
-        if entries > MAX_REPLY_ENTRIES:
-            rows, top = sum(size.rows for size in sizes), max(size.top_logprobs for size in sizes)
-            reason = (
-                f"{rows} tokens with {top} top logprobs each are {entries} entries, at most {MAX_REPLY_ENTRIES} are "
-                "given in one reply: lower max_tokens, n or logprobs, or send fewer prompts at once"
-            )
-            raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
-        held_bytes = sum(size.held_bytes for size in sizes if size.has_logprobs)
-        return self._take(min(-(-held_bytes // UNIT_BYTES), MAX_HELD_UNITS))
+        rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
+        units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
+        if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
+            excess = f"are {entries} entries, at most {MAX_REPLY_ENTRIES} are given in one reply"
+        elif units > MAX_HELD_UNITS:
+            excess = f"take {_mib(units)} MiB, at most {_mib(MAX_HELD_UNITS)} MiB are held for one reply"
+        else:
+            return self._take(units)
+        advice = "lower max_tokens, n or logprobs, or send fewer prompts at once"
+        reason = f"{rows} tokens with {top} top logprobs each {excess}: {advice}"
+        raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int) -> Reservation:
         """Likewise for the numbers of embeddings."""
@@ -134,7 +135,10 @@ class ReplyBudget:
     def _take(self, units: int) -> Reservation:
         owner = current_owner.get()
         if not fits(self._held[owner], self.held, MAX_HELD_UNITS, units):
-            held_mib = self.held * UNIT_BYTES >> 20
-            raise QueueFullError(f"replies of up to {held_mib} MiB are under way; try again", _RETRY_S)
+            raise QueueFullError(f"replies of up to {_mib(self.held)} MiB are under way; try again", _RETRY_S)
         self._held[owner] += units
         return Reservation(owner, units)
+
+
+def _mib(units: int) -> int:
+    return -(-units * UNIT_BYTES >> 20)

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
 from llamaclust.cluster.text.owner import current_owner
-from llamaclust.core.errors import QueueFullError
+from llamaclust.core.errors import ParameterError, QueueFullError
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
@@ -56,7 +57,7 @@ async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool
     ],
 )
 async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 1)
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 2)
     engine = ScriptedEngine(says("a"))
     engine.gate.clear()
     async with client(make_app(engine)) as http:
@@ -107,7 +108,7 @@ def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", {"prompt": "a", "max_tokens": 70, "logprobs": 3}),  # 64 bytes a token, of 200 a unit
+        ("/v1/completions", {"prompt": "a", "max_tokens": 60, "logprobs": 3}),  # 64 bytes a token, of 200 a unit
         ("/v1/responses", {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}),
         ("/embedding", {"input": [[1] * 25], "pooling": "none"}),
     ],
@@ -255,3 +256,29 @@ def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
         current_owner.set(owner)
         shared.reserve([largest])
     assert shared.held * budget.UNIT_BYTES < 300 << 20
+
+
+@pytest.mark.parametrize("storage", [budget.RowStorage.CHUNKS, budget.RowStorage.STREAMED])
+@pytest.mark.parametrize(("top", "prompts", "most_rows"), [(0, 1, 699_050), (1, 2, 344_926), (2, 64, 10_638)])
+def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
+    storage: budget.RowStorage, top: int, prompts: int, most_rows: int
+) -> None:
+    """It may have few entries: 600 bytes are held for a token that is not packed."""
+    shared = budget.ReplyBudget()
+    largest = budget.ReplySize(most_rows, top, True, storage)
+    reserved = shared.reserve([largest] * prompts)
+    assert reserved.units * budget.UNIT_BYTES >= prompts * largest.held_bytes
+    shared.release(reserved)
+    with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, at most 400 MiB are held for one reply") as error:
+        shared.reserve([replace(largest, rows=round(most_rows * 1.01))] * prompts)
+    assert error.value.code == "reply_too_large" and shared.held == 0
+    shared.reserve([replace(largest, rows=most_rows, has_logprobs=False)] * prompts)
+
+
+async def test_a_response_whose_logprobs_take_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 18)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        body = {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}  # 19 units
+        refused = await http.post("/v1/responses", json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "reply_too_large"
+        assert (await http.post("/v1/responses", json={**body, "max_output_tokens": 5})).status_code == 200

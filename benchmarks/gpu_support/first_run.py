@@ -3,6 +3,7 @@ machine that is lent for some minutes at a time can be used in several calls.
 
     python benchmarks/gpu_support/first_run.py results                      # as often as it says that steps are left
     python benchmarks/gpu_support/first_run.py results --minutes 9 --models /dev/shm
+    python benchmarks/gpu_support/first_run.py --list                       # the steps, in their order
     python benchmarks/gpu_support/first_run.py results --llama-bench llama-build/bin/llama-bench
 
 Each step is a command with a time limit; its output is results/NAME.log, records of benchmarks are in results/NAME, and
@@ -40,6 +41,8 @@ from llamaclust.core.errors import UsageError
 
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
+_PROCESSES = 8
+"""Of tests, on one GPU: each takes some hundred MiB of its memory, and they wait for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -59,7 +62,7 @@ class Step:
 
 def _tests(name: str, *files: str, limit_s: int = 300, options: str = "") -> Step:
     paths = " ".join(f"{_TESTS}/{file}" for file in files)
-    return Step(name, limit_s, f"python -m pytest {paths} --gpu {options}".rstrip())
+    return Step(name, limit_s, f"python -m pytest {paths} --gpu -n {_PROCESSES} --dist worksteal {options}".rstrip())
 
 
 def _benchmark(name: str, limit_s: int, model: str, writer: str, options: str = "") -> Step:
@@ -83,6 +86,8 @@ STEPS = (
     _tests("placement", "placement", "test_invariance_stages.py", "test_probe.py", "test_local.py", limit_s=480),
     _tests("clusters", "test_cluster.py", *_BENCHMARKS, limit_s=480),
     _benchmark("7b", 240, *_7B),
+    Step("sanitizer", 240, f"compute-sanitizer python -m pytest {_TESTS}/test_products.py --gpu -k 'Q4_K or Q8_0'"),
+    Step("races", 240, f"compute-sanitizer --tool racecheck python -m pytest {_TESTS}/test_products.py --gpu -k Q4_K"),
     _benchmark("mixture", 300, *_MIXTURE),
     _benchmark("mixture-ram", 300, *_MIXTURE, "--cpu-moe --experts-cache 0 --repeats 3"),
     _benchmark("mixture-copies", 300, *_MIXTURE, "--cpu-moe --experts-cache 6GiB --repeats 3"),
@@ -260,11 +265,16 @@ def _minutes(text: str) -> float:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, metavar="RESULTS")
+    parser.add_argument("results", type=Path, metavar="RESULTS", nargs="?", default=Path("gpu-results"))
+    parser.add_argument("--list", action="store_true", help="print the steps in their order, with their time limits")
     parser.add_argument("--minutes", type=_minutes, default=9.5, help="of this call; %(default)s by default")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm"), help="%(default)s by default")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
     given = parser.parse_args(arguments)
+    if given.list:
+        for step in (*STEPS, *LLAMA_STEPS):
+            print(f"{step.name:17} {step.limit_s:4} s  {step.command}")
+        return 0
     if not given.models.is_dir():
         raise UsageError(f"{given.models}: no such folder")
     llama = check_program(given.llama_bench, "docs/gpu.md") if given.llama_bench is not None else None

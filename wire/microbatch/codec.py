@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
 from typing import Final, Literal
@@ -329,10 +328,11 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     draft = _following("forced tokens of a draft", message.forced_draft, MAX_FORCED_TOKENS)
     drafted = _following("drafted tokens", message.drafted, MAX_DRAFTED_TOKENS)
     token, logprob = _token(message.chosen.token), _logprob(message.chosen.logprob)
-    row = RowResult(token, logprob, _top_in(message), mu=mu, forced=forced, forced_draft=draft, drafted=drafted)
-    if not message.matcher_ns:
-        return row
-    return replace(row, matcher_ns=bounded("matcher_ns", message.matcher_ns, 1, MAX_MATCHER_NS))
+    taken_ns = bounded("matcher_ns", message.matcher_ns, 0, MAX_MATCHER_NS)
+    top = _top_in(message)
+    return RowResult(
+        token, logprob, top, mu=mu, forced=forced, forced_draft=draft, drafted=drafted, matcher_ns=taken_ns
+    )
 
 
 def _following(what: str, tokens: Sequence[int], most: int) -> tuple[int, ...]:

@@ -204,7 +204,8 @@ class MatchedAnswer:
             return result
         if not forced and taken_ns < _TOLD_NS:
             return result
-        return replace(result, forced_draft=tuple(forced), matcher_ns=result.matcher_ns + taken_ns)
+        row_ns = result.matcher_ns + taken_ns
+        return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
         """The grammar's fault where it is a RequestError, but for a token that is refused: the same tokens fail so on

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from llamaclust.model.grammars import definitions
+from llamaclust.model.grammars.matcher import GrammarMatcher
 from llamaclust.worker.stage import matched_answer
 from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.matchers import StageMatchers
@@ -40,6 +41,9 @@ class Clock:
 
         monkeypatch.setattr(matched_answer, "thread_time_ns", lambda: self._ns)
         monkeypatch.setattr(matched_answer.MatchedAnswer, "_take", timed)
+
+    def pass_ms(self, ms: float) -> None:
+        self._ns += int(ms * 1e6)
 
 
 @pytest.mark.parametrize("token_ms", [20, 60, 110, 400, 700])
@@ -85,3 +89,20 @@ def test_results_have_the_time_of_rows_that_took_long(
     assert [row.matcher_ns for row in rows] == [told_ms * 1_000_000, 0]
     _, rows = step(stage, 1, task(0, 1), says="a", refused="!")
     assert [row.matcher_ns for row in rows] == [2 * int(token_ms * 1e6) if 2 * token_ms >= 1 else 0]
+
+
+@pytest.mark.parametrize(("draft_ms", "told_ns"), [(0.3, 0), (0.999, 0), (1, 1_000_000), (12.5, 12_500_000)])
+def test_a_draft_that_took_less_than_a_millisecond_is_sent_without_its_time(
+    stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, draft_ms: float, told_ns: int
+) -> None:
+    clock = Clock(monkeypatch, 0)
+    peek = GrammarMatcher.peek_forced
+
+    def timed(matcher: GrammarMatcher) -> list[int]:
+        clock.pass_ms(draft_ms)
+        return peek(matcher)
+
+    monkeypatch.setattr(GrammarMatcher, "peek_forced", timed)
+    abc = definitions.of_regex("abc", "guided_regex")
+    _, (row,) = step(stage, 0, task(0, 0, abc, drafts_forced=True), says="a")
+    assert row.forced_draft and row.matcher_ns == told_ns

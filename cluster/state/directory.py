@@ -177,7 +177,7 @@ class ClusterDir:
     @contextlib.contextmanager
     def _brought_back(self, lock: FileLock) -> Iterator[None]:
         end = threading.Event()
-        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
+        watch = threading.Thread(target=self._watch, args=(lock, end), name="state", daemon=True)
         watch.start()
         try:
             yield
@@ -221,17 +221,22 @@ class ClusterDir:
                 self.create()
             return False
 
-    def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
-        """The folder of a running cluster may be deleted: without lock and record it could not be found, and a second
-        one could take its name. Where it fails, as on a full disk or while another has the name, it is tried again."""
+    def _watch(self, lock: FileLock, end: threading.Event) -> None:
+        """Restores deleted files of a running cluster, and limits its logs, again and again: a full disk may have space
+        later."""
         while not end.wait(_LOOK_S):
             with contextlib.suppress(OSError, LlamaclustError):
+                self._restore(lock)
+            with contextlib.suppress(OSError):
                 limit_logs(self.logs)
-                if not lock.is_held:
-                    self.create()
-                    if lock.take():
-                        for record in tuple(self._published):
-                            self.write_record(record)
+
+    def _restore(self, lock: FileLock) -> None:
+        """Without lock and record the cluster could not be found, and a second one could take its name."""
+        if not lock.is_held:
+            self.create()
+            if lock.take():
+                for record in tuple(self._published):
+                    self.write_record(record)
 
     def _taken(self) -> str:
         record = self.read_record()

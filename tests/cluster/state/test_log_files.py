@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state import log_files
-from llamaclust.cluster.state.directory import ClusterDir, open_log
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, open_log
 from llamaclust.cluster.state.log_files import limit_logs
 from support.clusters.command_line import eventually
 
@@ -56,6 +58,26 @@ def test_what_is_no_log_is_left_alone(thing: str, tmp_path: Path) -> None:
     limit_logs(tmp_path)
     limit_logs(tmp_path / "missing")
     assert other.stat().st_size == 9000 and {path.name for path in tmp_path.iterdir()} == {"a.log", "other.txt"}
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ESTALE])
+def test_logs_that_cannot_be_limited_do_not_keep_a_folder_from_coming_back(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = list[Path]()
+
+    def fail(folder: Path) -> None:
+        looked.append(folder)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("llamaclust.cluster.state.directory.limit_logs", fail)
+    folder = ClusterDir(tmp_path / "home")
+    record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "model")
+    with folder.locked():
+        folder.write_record(record)
+        eventually(lambda: bool(looked), 30, "a look at the logs")
+        shutil.rmtree(folder.path)
+        eventually(lambda: folder.is_running and folder.read_record() == record, 30, "the lock and the record")
 
 
 def test_a_running_cluster_bounds_its_logs(tmp_path: Path) -> None:

@@ -43,10 +43,12 @@ def read_given(path: Path, most_bytes: int) -> bytes:
         return first + file.read(most_bytes - len(first))
 
 
-def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
-    """To be read. OSError, also where it is no regular file, or a link that is not followed."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
-    file = os.fdopen(os.open(path, flags), "rb")
+def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
+    """To be read, and written where `is_writable`. OSError, also where it is no regular file, or a link that is not
+    followed."""
+    access = os.O_RDWR if is_writable else os.O_RDONLY
+    flags = access | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
+    file: BinaryIO = os.fdopen(os.open(path, flags), "r+b" if is_writable else "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")

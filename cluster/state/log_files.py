@@ -22,7 +22,7 @@ def limit_logs(folder: Path) -> None:
         with suppress(OSError):
             if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
                 continue
-            with open_regular(log, follows_links=False) as file:
+            with open_regular(log, follows_links=False, is_writable=True) as file:
                 file.seek(-_KEPT_BYTES, os.SEEK_END)
                 write_bytes(log.with_name(log.stem + _FORMER), file.read(_KEPT_BYTES), is_synced=False)
-            os.truncate(log, 0)
+                file.truncate(0)

@@ -13,6 +13,7 @@ from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state import log_files
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, open_log
 from llamaclust.cluster.state.log_files import limit_logs
+from llamaclust.cluster.state.regular_file import write_bytes
 from support.clusters.command_line import eventually
 
 
@@ -58,6 +59,31 @@ def test_what_is_no_log_is_left_alone(thing: str, tmp_path: Path) -> None:
     limit_logs(tmp_path)
     limit_logs(tmp_path / "missing")
     assert other.stat().st_size == 9000 and {path.name for path in tmp_path.iterdir()} == {"a.log", "other.txt"}
+
+
+@pytest.mark.parametrize("thing", ["link", "file", "hard link"])
+def test_what_takes_a_log_s_place_meanwhile_is_left_alone(
+    thing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, log, moved = tmp_path / "other.txt", tmp_path / "a.log", tmp_path / "moved"
+    other.write_bytes(b"x" * 9000)
+    log.write_bytes(b"y" * 9000)
+
+    def replace(path: Path, data: bytes, *, is_synced: bool) -> None:
+        write_bytes(path, data, is_synced=is_synced)
+        log.rename(moved)
+        match thing:
+            case "link":
+                log.symlink_to(other)
+            case "file":
+                log.write_bytes(b"z" * 9000)
+            case _:
+                log.hardlink_to(other)
+
+    monkeypatch.setattr(log_files, "write_bytes", replace)
+    limit_logs(tmp_path)
+    assert (other.stat().st_size, log.stat().st_size, moved.stat().st_size) == (9000, 9000, 0)
+    assert (tmp_path / "a~.log").read_bytes() == b"y" * 1000
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.ESTALE])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
@@ -16,6 +19,8 @@ from llamaclust.wire.security.credentials import Credentials, Identity, Principa
 from llamaclust.worker.groups.listener import Hello, LinkListener
 
 OPEN_S = 30.0
+_CONNECT_S = 4.0
+"""The deadline of each address: a host may have one that never answers beside one that does."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
 
@@ -57,15 +62,17 @@ class GroupLinks:
             raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
         self._plan, self._credentials, self._listener = plan, credentials, listener
         self._failures: dict[int, str] = {}  # the last one of each place
+        self._threads = ThreadPoolExecutor(len(plan.members), "links")  # no other work delays a handshake
 
     async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
-        """MemberLostError where a member is not there in time."""
+        """MemberLostError where a member is not there in time. Once only."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place, _ in self._plan.peers()}
         try:
             await asyncio.gather(*tasks.values())
         finally:
             for task in tasks.values():
                 task.cancel()
+            self._threads.shutdown(wait=False)
         links = [tasks[place].result() if place in tasks else None for place in range(len(self._plan.members))]
         return Links(self._plan.own, links, gather_s)
 
@@ -83,10 +90,10 @@ class GroupLinks:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                with await _connection_to(self._plan.members[place].address) as connection:
+                with await self._connection_to(self._plan.members[place].address) as connection:
                     await loop.sock_sendall(connection, self._hello(self._plan.own, place))
                     return await self._greeted(connection, place, accepts=False)
-            except OSError as error:
+            except (OSError, DeadlineError) as error:
                 self._failures[place] = str(error)
             await asyncio.sleep(_RETRY_S)
 
@@ -108,7 +115,7 @@ class GroupLinks:
         def opened() -> Link:  # which closes the connection in the end, and not before it has begun
             return Link(connection.detach(), member.name, tls, *hellos, _HANDSHAKE_S)
 
-        return await asyncio.to_thread(opened)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, opened)
 
     def _hello(self, sender: int, receiver: int) -> bytes:
         return Hello(self._plan.group_id, sender, receiver).encode()
@@ -120,27 +127,26 @@ class GroupLinks:
         host = Principal(member.worker).host(own.cluster)
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
-
-async def _connection_to(address: str) -> socket.socket:
-    """OSError where there is none. The caller has a deadline."""
-    loop = asyncio.get_running_loop()
-    if address.startswith(PREFIX):
-        return await _connected(socket.AF_UNIX, address.removeprefix(PREFIX))
-    host, port = split_address(address)
-    *others, last = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for family, _, _, _, place in others:
-        try:
-            return await _connected(family, place)
-        except OSError:
-            continue
-    return await _connected(last[0], last[4])
+    async def _connection_to(self, address: str) -> socket.socket:
+        """OSError or DeadlineError where there is none, of the last address that was tried. The caller has a deadline
+        for all of them."""
+        if address.startswith(PREFIX):
+            path = address.removeprefix(PREFIX)
+            return await _connected(socket.AF_UNIX, path, path)
+        find = partial(socket.getaddrinfo, *split_address(address), type=socket.SOCK_STREAM)
+        *others, last = await asyncio.get_running_loop().run_in_executor(self._threads, find)
+        for family, _, _, _, place in others:
+            with suppress(OSError, DeadlineError):
+                return await _connected(family, place, str(place[0]))
+        return await _connected(last[0], last[4], str(last[4][0]))
 
 
-async def _connected(family: int, place: object) -> socket.socket:
+async def _connected(family: int, place: object, name: str) -> socket.socket:
     connection = socket.socket(family)
     try:
         connection.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connection, place)  # type: ignore[arg-type]  # any family's
+        async with deadline(f"a connection to {name}", _CONNECT_S):
+            await asyncio.get_running_loop().sock_connect(connection, place)  # type: ignore[arg-type]  # any family's
     except BaseException:
         connection.close()
         raise

@@ -68,7 +68,11 @@ class LinkListener:
         """At HOST:PORT, where port 0 is any free one, or at unix:PATH. OSError where that is impossible."""
         if address.startswith(PREFIX):
             listening = socket.socket(socket.AF_UNIX)
-            listening.bind(address.removeprefix(PREFIX))
+            try:
+                listening.bind(address.removeprefix(PREFIX))
+            except BaseException:
+                listening.close()
+                raise
         else:
             host, port = split_address(address)
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -6,15 +6,19 @@ import asyncio
 import gc
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llamaclust.cluster.membership.authority import Authority
+from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels._native import Links, tls_library
 from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
@@ -134,6 +138,66 @@ async def test_links_leave_no_descriptor(trust: Authority) -> None:
             for links in await opened(started, given):
                 links.close()
     assert open_files() == before
+
+
+@pytest.mark.parametrize("path", ["missing/a", "taken", "a" * 200])
+async def test_a_listener_that_cannot_start_leaves_no_descriptor(path: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    before = open_files()
+    with pytest.raises(OSError) as raised:
+        await LinkListener.start(f"unix:{tmp_path}/{path}")
+    assert open_files() == before, raised.value  # whose frames hold the socket
+
+
+# -- ways to a member ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def addresses_of_kinds(kinds: str, true: str) -> Iterator[list[str]]:
+    """For each letter an address: `s`ilent, `r`efused, or the `t`rue one."""
+    with ExitStack() as stack:
+        found = []
+        for kind in kinds:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            place = f"127.0.0.1:{listening.getsockname()[1]}"
+            for _ in range(2 if kind == "s" else 0):  # the queue is full: nobody else is answered
+                caller = stack.enter_context(socket.socket())
+                caller.setblocking(False)
+                caller.connect_ex(listening.getsockname())
+            if kind == "r":
+                listening.close()
+            found.append(true if kind == "t" else place)
+        yield found
+
+
+@pytest.mark.parametrize("kinds", ["st", "sst", "rst", "srt", "ts"])
+async def test_an_address_that_never_answers_leaves_time_for_the_others(
+    kinds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_links, "_CONNECT_S", 0.2)
+    find = socket.getaddrinfo
+    async with listeners(2) as started:
+        with addresses_of_kinds(kinds, started[0].address) as found:
+
+            def several(host: str, port: int, **options: Any) -> list[Any]:
+                return [each for address in found for each in find(*split_address(address), **options)]
+
+            monkeypatch.setattr(socket, "getaddrinfo", several)
+            await assert_gathers(await opened(started, lambda name: Insecure()))
+
+
+async def test_threads_of_other_work_delay_no_link(trust: Authority) -> None:
+    ends = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.get_running_loop().set_default_executor(pool)
+        waiting = asyncio.get_running_loop().run_in_executor(None, ends.wait)
+        try:
+            async with listeners(2) as started:
+                members = await opened(started, identities(trust) if tls_library() else lambda name: Insecure())
+        finally:
+            ends.set()
+        await waiting
+    assert len(members) == 2
 
 
 # -- somebody else at a place of the group ---------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from rich.text import Text
 
 from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
-from llamaclust.cluster.client.operations import ClusterApi, ClusterStartingError
+from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import ClusterStartingError, LlamaclustError, UsageError
 from llamaclust.core.gpus import DeviceLayers, placed
 from llamaclust.core.sizes import MIB
 
@@ -128,7 +128,7 @@ def _state_or_error(record: ClusterRecord) -> State:
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
     """The fields that are known."""
     known = {} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
-    return {"name": name, "state": _STARTING, "reason": start.awaited or None, **known}
+    return {"name": name, "state": _STARTING, "reason": start.awaited, **known}
 
 
 def _starting_line(state: State) -> str:

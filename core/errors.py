@@ -118,6 +118,17 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
+class ClusterStartingError(LlamaclustError):
+    """A cluster that answers and does not serve yet. `awaited`: what its start waits for, if that is known."""
+
+    http_status = 503
+    code = "cluster_starting"
+
+    def __init__(self, message: str, awaited: str | None = None) -> None:
+        super().__init__(message)
+        self.awaited = awaited
+
+
 class ClusterStoppingError(WorkerError):
     """This coordinator ends; a request that it accepted goes on with the next one, if that comes in time."""
 

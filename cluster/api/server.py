@@ -24,6 +24,7 @@ from llamaclust.cluster.api.port.http_connection import HttpConnection, canonica
 from llamaclust.cluster.api.security import ApiKeys, sent_key
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
+from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
@@ -248,9 +249,10 @@ class StartingReplies:
         if page is not None:  # it says that the cluster starts
             return _whole(page)
         is_trusted = self._keys.error(sent_key(headers)) is None
-        why = f"; it waits for {self._awaited}" if self._awaited and is_trusted else ""
-        failure = Failure(503, f"the cluster is starting: try again later{why}", "cluster_starting")
-        body = to_json(OPENAI.body(failure))
+        reason = self._awaited if self._awaited and is_trusted else None
+        why = f"; it waits for {reason}" if reason else ""
+        failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
+        body = to_json({"error": {**OPENAI.body(failure)["error"], "awaited": reason}})
         status = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         more = f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
         return (status + more).encode() + body

@@ -13,6 +13,7 @@ from llamaclust.cluster.client.types import CompletionOptions, EmbeddingOptions,
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import (
+    ClusterStartingError,
     DeadlineError,
     InsufficientMemoryError,
     LlamaclustError,
@@ -36,7 +37,14 @@ _KEY_ADVICE = "the commands take a key by --api-key-file FILE, the Python client
 _SERVER_ERRORS = 500
 _KINDS: dict[Any, type[LlamaclustError]] = {
     kind.code: kind
-    for kind in (QueueFullError, RequestFailedError, WorkerError, DeadlineError, InsufficientMemoryError)
+    for kind in (
+        QueueFullError,
+        RequestFailedError,
+        WorkerError,
+        ClusterStartingError,
+        DeadlineError,
+        InsufficientMemoryError,
+    )
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 
@@ -236,6 +244,8 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
     error = kind(message)
     if isinstance(error, QueueFullError) and retry_after and retry_after.isdecimal():
         error.retry_after_s = float(retry_after)
+    if isinstance(error, ClusterStartingError) and isinstance(awaited := report.get("awaited"), str):
+        error.awaited = awaited
     error.http_status = status or error.http_status
     error.code = code or error.code
     return error

@@ -25,15 +25,6 @@ _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list,
 """Fields by which the state of a cluster is told from what another program answers."""
 
 
-class ClusterStartingError(LlamaclustError):
-    """The cluster answers, and serves not yet."""
-
-    @property
-    def awaited(self) -> str:
-        """What it waits for, if anything."""
-        return str(self).partition("; it waits for ")[2]
-
-
 class ClusterApi:
     """A context manager: holds a connection while it is entered. Errors name the cluster and its address."""
 
@@ -58,12 +49,7 @@ class ClusterApi:
 
     def status(self) -> dict[str, Any]:
         """The `status` part of GET /cluster. ClusterStartingError where there is none yet."""
-        try:
-            state: dict[str, Any] = self._field(self._request("GET", "/cluster"), "status", dict)
-        except LlamaclustError as error:
-            if error.code == "cluster_starting":
-                raise ClusterStartingError(str(error)) from error
-            raise
+        state: dict[str, Any] = self._field(self._request("GET", "/cluster"), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
             raise ProtocolError(f"{self._where}: another program than llamaclust answers there")
         return state
@@ -110,9 +96,8 @@ class ClusterApi:
         if answer.status_code == httpx.codes.OK:
             return body
         failure = reply_error(answer.status_code, None, body)
-        named = type(failure)(f"{self._where}: {failure}")
-        named.code = failure.code
-        raise named
+        failure.args = (f"{self._where}: {failure}",)
+        raise failure
 
     def _body(self, answer: httpx.Response, end_s: float) -> bytes:
         """The whole body. ProtocolError where it is too large, or comes too slowly."""

@@ -63,8 +63,10 @@ async def test_the_starting_error_names_what_is_awaited_for_those_with_a_key() -
     ):
 
         async def told(**headers: str) -> str:
-            message: str = (await client.get(f"{url}/cluster", headers=headers)).json()["error"]["message"]
-            return message.removeprefix("the cluster is starting: try again later")
+            error = (await client.get(f"{url}/cluster", headers=headers)).json()["error"]
+            message: str = error["message"].removeprefix("the cluster is starting: try again later")
+            assert message == (f"; it waits for {error['awaited']}" if error["awaited"] else "")
+            return message
 
         assert await told(**key) == ""
         replies.report(AwaitingWorkers(("on each machine: ...",), ("worker a", "worker b")))

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.client import operations
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.errors import ClusterStartingError, LlamaclustError
 
 CALLS: dict[str, Callable[[ClusterApi], object]] = {
     "status": ClusterApi.status,
@@ -34,10 +34,11 @@ FOREIGN = {
 class Answering(BaseHTTPRequestHandler):
     body = b""
     length = 0
+    status = 200
     stopped: threading.Event
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(self.status)
         self.send_header("Content-Length", str(self.length or len(self.body)))
         self.end_headers()
         try:
@@ -56,8 +57,9 @@ def serve() -> Iterator[Callable[..., str]]:
     servers: list[ThreadingHTTPServer] = []
     stopped = threading.Event()
 
-    def start(body: bytes, length: int = 0) -> str:
-        handler = type("Handler", (Answering,), {"body": body, "length": length, "stopped": stopped})
+    def start(body: bytes, length: int = 0, status: int = 200) -> str:
+        fields = {"body": body, "length": length, "stopped": stopped, "status": status}
+        handler = type("Handler", (Answering,), fields)
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -85,3 +87,15 @@ def test_an_answer_that_drips_has_an_end(serve: Callable[..., str], monkeypatch:
     with ClusterApi("cluster home", serve(b"{", 1 << 20), None) as api, pytest.raises(LlamaclustError) as caught:
         api.requests()
     assert str(caught.value) == "cluster home: the rest of an answer does not come"
+
+
+@pytest.mark.parametrize("awaited", ["worker a; it waits for b", "12 MiB", "", None, 7])
+def test_what_a_start_waits_for_is_a_field_and_no_part_of_the_message(
+    serve: Callable[..., str], awaited: object
+) -> None:
+    error = {"message": "it starts; it waits for nothing", "code": "cluster_starting", "awaited": awaited}
+    there = serve(json.dumps({"error": error}).encode(), status=503)
+    with ClusterApi("cluster home", there, None) as api, pytest.raises(ClusterStartingError) as caught:
+        api.status()
+    assert caught.value.awaited == (awaited if isinstance(awaited, str) else None)
+    assert str(caught.value) == "cluster home: it starts; it waits for nothing" and caught.value.http_status == 503

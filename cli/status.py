@@ -126,9 +126,10 @@ def _state_or_error(record: ClusterRecord) -> State:
 
 
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
-    """The fields that are known."""
-    known = {} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
-    return {"name": name, "state": _STARTING, "reason": start.awaited, **known}
+    """Those fields of a state that are known; at an address, `name` is the address."""
+    known = {"api": name} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
+    requests = {"running": 0, "waiting": 0}
+    return {"name": name, "state": _STARTING, "reason": start.awaited, **known, "workers": [], "requests": requests}
 
 
 def _starting_line(state: State) -> str:

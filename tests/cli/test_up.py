@@ -114,7 +114,8 @@ def test_status_shows_a_start(line: CommandLine) -> None:
     waiting.says("worker --join ")
     state = line.run("status", "--json").json
     pid = waiting.process.pid
-    assert (state["name"], state["state"], state["pid"]) == ("tiny", "starting", pid) and "workers" not in state
+    assert (state["name"], state["state"], state["pid"], state["model"]) == ("tiny", "starting", pid, "good")
+    assert (state["workers"], state["requests"]) == ([], {"running": 0, "waiting": 0})
     shown = f"tiny: starting, good at {state['api']} (pid {pid}); it waits for {state['reason']}\n"
     for options in ((), ("--cluster", "tiny"), ("--all",)):
         done = line.run("status", *options)
@@ -122,6 +123,10 @@ def test_status_shows_a_start(line: CommandLine) -> None:
     assert line.run("status", "--all", "--json").json == {"clusters": [state]}
     there = line.run("status", "--endpoint", state["api"])
     assert (there.code, there.out) == (0, f"{state['api']}: starting; it waits for {state['reason']}\n")
+    remote = line.run("status", "--endpoint", state["api"], "--json").json
+    assert remote == {key: value for key, value in state.items() if key not in ("pid", "model")} | {
+        "name": state["api"]
+    }
     watching = line.start("status", "--watch")
     eventually(lambda: "tiny: starting" in watching.out.read_text(), 60, "a line of the start")
     assert line.run("down").err == "tiny is stopped\n" and waiting.wait().code == 0

@@ -205,6 +205,7 @@ class _WholeResponse(JsonParts):
 
     def __init__(self, parts: Sequence[bytes], sent: Callable[[], None]) -> None:
         super().__init__(rendered_body(parts))
+        self.headers["content-length"] = str(sum(map(len, parts)))
         self._sent = sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -41,7 +41,7 @@ async def rendered_body(parts: Iterable[bytes]) -> JsonBody:
 
 
 class JsonParts(Response):
-    """Has a Content-Length where the body is one part."""
+    """Has a Content-Length where the body is one part, or its length is known."""
 
     media_type = "application/json"
 

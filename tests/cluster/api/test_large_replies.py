@@ -28,6 +28,7 @@ from llamaclust.cluster.server.serve import serve
 from llamaclust.cluster.text import budget
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import ParameterError, QueueFullError
+from support.clusters.resumable import KEY, PATHS, body_of, served
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
 
 SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
@@ -205,6 +206,23 @@ def test_parts_are_the_json_of_the_whole() -> None:
     large = [*json_parts({"rows": ("x" * 100 for _ in range(10_000))})]
     assert max(map(len, large)) < 1 << 17 and len(large) > 10
     assert json.loads(b"".join(large)) == {"rows": ["x" * 100] * 10_000}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_kept_reply_of_many_parts_has_a_length(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 16)
+    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 64)
+    async with served(tmp_path / "journal") as server:
+        body = body_of(path, stream=False)
+        direct = await server.http.post(path, json=body)
+        assert direct.status_code == 200 and "content-length" not in direct.headers
+        for _ in range(2):
+            kept = await server.http.post(path, json=body, headers=KEY)
+            assert kept.status_code == 200 and kept.json()
+            assert kept.headers["content-length"] == str(len(kept.content))
+            assert "transfer-encoding" not in kept.headers
 
 
 def test_what_is_no_json_is_refused() -> None:

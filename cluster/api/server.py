@@ -141,11 +141,23 @@ class _Connection(H11Protocol):
 
     def handle_events(self) -> None:
         before = self.cycle
+        self._http.begin_turn()
         super().handle_events()
+        if self._http.ended_turn:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._go_on)
         if self.cycle is not before:
             self.scope[EXTENSIONS] = {BODY: {WRITE: _Body(self, self.cycle)}}
         if not self._is_idle:
             self.room.leave(self)
+
+    def _go_on(self) -> None:
+        """Parses what an ended turn left."""
+        if self.transport.is_closing():
+            return
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
+        self.handle_events()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

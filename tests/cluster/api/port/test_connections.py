@@ -310,6 +310,20 @@ async def test_garbage_leaves_no_line_in_the_log() -> None:
             assert (await peer.reader.read()).startswith(b"HTTP/1.1 400 ")
 
 
+async def test_heads_and_chunks_that_cost_more_than_they_weigh_are_refused() -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    async with served() as server:
+        lines, chunks, fair = await server.connect(3)
+        lines.writer.write(head + 5000 * b"a: b\r\n")
+        chunks.writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n" + 20_000 * b"1\r\n \r\n")
+        body = b'{"content": "a b"}'
+        parts = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
+        fair.writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n\r\n")
+        assert (await lines.head()).startswith(b"HTTP/1.1 400")
+        assert (await chunks.head()).startswith(b"HTTP/1.1 400")
+        assert (await fair.head()).startswith(b"HTTP/1.1 200")
+
+
 async def test_a_request_of_two_lengths_is_refused() -> None:
     """A proxy may take the other one, and another client's request for the rest of the body."""
     async with served() as server:

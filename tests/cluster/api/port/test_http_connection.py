@@ -5,13 +5,13 @@ from __future__ import annotations
 import h11
 import pytest
 
-from llamaclust.cluster.api.port.http_connection import HttpConnection
+from llamaclust.cluster.api.port.http_connection import EVENTS_A_TURN, MAX_HEADERS, HttpConnection
 
 REQUEST = b"GET / HTTP/%b\r\nHost: a\r\n\r\n"
 
 
 def begun(kind: type[h11.Connection], version: bytes, headers: list[tuple[bytes, bytes]]) -> h11.Connection:
-    connection = kind(h11.SERVER)
+    connection = kind(h11.SERVER, 65536)
     connection.receive_data(REQUEST % version)
     assert isinstance(connection.next_event(), h11.Request)
     connection.next_event()
@@ -50,7 +50,7 @@ def test_a_body_longer_than_it_says_is_refused() -> None:
 )
 def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
     """As for a proxy: its host counts for that of the header."""
-    connection = HttpConnection(h11.SERVER)
+    connection = HttpConnection(h11.SERVER, 65536)
     connection.receive_data(b"GET %b HTTP/1.1\r\nHost: a\r\nX: y\r\n\r\n" % given)
     request = connection.next_event()
     assert isinstance(request, h11.Request)
@@ -58,8 +58,59 @@ def test_a_target_with_a_host(given: bytes, target: bytes, host: bytes) -> None:
 
 
 def test_a_host_in_place_of_a_header() -> None:
-    connection = HttpConnection(h11.SERVER)
+    connection = HttpConnection(h11.SERVER, 65536)
     connection.receive_data(b"GET http://b/c HTTP/1.0\r\n\r\n")
     request = connection.next_event()
     assert isinstance(request, h11.Request)
     assert (request.target, list(request.headers)) == (b"/c", [(b"host", b"b")])
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("lines", [MAX_HEADERS, MAX_HEADERS + 1, 10_000])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_heads_of_many_lines_are_refused(lines: int, end: bytes, is_whole: bool) -> None:
+    """Lines of the body behind a head do not count."""
+    head = [b"POST / HTTP/1.1", b"host: a", b"content-length: 900", *(lines - 3) * [b"a: b"]]
+    body = end + 900 * b"\n" if is_whole else b""
+    connection = HttpConnection(h11.SERVER, 65536)
+    connection.receive_data(b"".join(line + end for line in head) + body)
+    if lines > MAX_HEADERS:
+        with pytest.raises(h11.RemoteProtocolError, match=f"more than {MAX_HEADERS} headers"):
+            connection.next_event()
+    else:
+        assert isinstance(connection.next_event(), h11.Request) or not is_whole
+
+
+def chunked(size: int, count: int) -> bytes:
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head + count * (b"%x\r\n%b\r\n" % (size, size * b"\n")) + b"0\r\n\r\n"
+
+
+def pieces(connection: HttpConnection) -> tuple[int, int]:
+    """(pieces of the body, the most of one turn)."""
+    every = most = 0
+    while True:
+        connection.begin_turn()
+        before = every
+        while (event := connection.next_event()) is not h11.NEED_DATA:
+            if isinstance(event, h11.EndOfMessage):
+                return every, max(most, every - before)
+            every += isinstance(event, h11.Data)
+        assert connection.ended_turn, "all is there"
+        most = max(most, every - before)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 4096), (16, 9000), (1000, 200)])
+def test_a_connection_parses_so_many_pieces_in_a_turn(size: int, count: int) -> None:
+    connection = HttpConnection(h11.SERVER, 65536)
+    connection.receive_data(chunked(size, count))
+    every, most = pieces(connection)
+    assert every >= count and most == min(EVENTS_A_TURN, every)
+
+
+@pytest.mark.parametrize("size", [1, 15])
+def test_many_small_chunks_are_refused(size: int) -> None:
+    connection = HttpConnection(h11.SERVER, 65536)
+    connection.receive_data(chunked(size, 10_000))
+    with pytest.raises(h11.RemoteProtocolError, match=f"4097 chunks of {4097 * size} bytes in all"):
+        pieces(connection)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 
-from llamaclust.cluster.api.json_parts import is_large, json_parts
+from llamaclust.cluster.api.json_parts import is_large
 from llamaclust.cluster.api.replies.json_body import JsonParts, json_body
 from llamaclust.cluster.api.sse import unless_disconnected
 from llamaclust.cluster.text.embedder import Embedding, EmbeddingOptions
@@ -29,11 +30,7 @@ async def embedded(
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
         numbers = sum(len(vector) for each in embeddings for vector in each.vectors)
-        return JsonParts(json_body(_parts(shape, embeddings), is_large=is_large(numbers)), held.pop_all())
-
-
-def _parts(shape: Callable[[list[Embedding]], Any], embeddings: list[Embedding]) -> Generator[bytes, None, None]:
-    yield from json_parts(shape(embeddings))
+        return JsonParts(json_body(partial(shape, embeddings), is_large=is_large(numbers)), held.pop_all())
 
 
 def check_single(pooling: Pooling) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.body import converted
-from llamaclust.cluster.api.json_parts import is_large, json_parts
+from llamaclust.cluster.api.json_parts import is_large
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.shapes import row_entry
@@ -66,12 +67,12 @@ class LlamaCppReply:
 
     async def whole(self) -> JsonBody:
         answers = [answers[0] for answers in await collect_all(self._prompts.streams)]
-        return json_body(self._parts(answers), is_large=is_large(sum(answer.entries for answer in answers)))
+        return json_body(partial(self._whole, answers), is_large=is_large(sum(answer.entries for answer in answers)))
 
-    def _parts(self, answers: Sequence[Answer]) -> Generator[bytes, None, None]:
-        """Of a list where there are several prompts."""
+    def _whole(self, answers: Sequence[Answer]) -> Any:
+        """A list where there are several prompts."""
         shown = [shape.whole(answer) for shape, answer in zip(self._shapes(), answers, strict=True)]
-        yield from json_parts(shown[0] if len(shown) == 1 else shown)
+        return shown[0] if len(shown) == 1 else shown
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         shapes = self._shapes()

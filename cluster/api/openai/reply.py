@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
 from llamaclust.cluster.api.error_shapes import to_json
-from llamaclust.cluster.api.json_parts import is_large, json_parts, off_loop_if_large
+from llamaclust.cluster.api.json_parts import is_large, off_loop_if_large
 from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
@@ -109,7 +109,7 @@ class OpenAiReply:
     async def whole(self) -> JsonBody:
         answers = await collect_all(self._streams)
         entries = sum(answer.entries for prompt_answers in answers for answer in prompt_answers)
-        return json_body(self._parts(answers), is_large=is_large(entries + self._echoed))
+        return json_body(partial(self._whole, answers), is_large=is_large(entries + self._echoed))
 
     @property
     def _echoed(self) -> int:
@@ -121,7 +121,7 @@ class OpenAiReply:
         is_shown |= self._shape.shows_prompt and chunk.finish_reason is not None
         return self._echoed if is_shown else 0
 
-    def _parts(self, answers: Sequence[Sequence[Answer]]) -> Generator[bytes, None, None]:
+    def _whole(self, answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
         choices = [
             self._shape.whole(prompt, answer, self._streams[prompt])
             for prompt, prompt_answers in enumerate(answers)
@@ -131,7 +131,7 @@ class OpenAiReply:
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
         more = {"timings": shown_timings(answers[0][0].timings)} if self._shape.shows_timings else {}
         more |= self._verbose(self._streams[0])
-        yield from json_parts({**self._reply(self._shape.whole_object, choices), "usage": counts, **more})
+        return {**self._reply(self._shape.whole_object, choices), "usage": counts, **more}
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         options = self._options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from llamaclust.cluster.api.json_parts import is_large, json_parts
+from llamaclust.cluster.api.json_parts import is_large
 from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event
@@ -96,7 +96,7 @@ class AnswerReply:
         value = await self._shape.whole(chunks, self._stream)
         prompt = self._stream.generation.prompt  # which some APIs show
         entries = sum(chunk.entries for chunk in chunks)
-        return json_body(json_parts(value), is_large=is_large(entries + len(prompt)))
+        return json_body(lambda: value, is_large=is_large(entries + len(prompt)))
 
     async def events(self) -> AsyncGenerator[Event | None, None]:
         show_progress = self._shape.progress

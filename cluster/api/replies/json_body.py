@@ -18,10 +18,10 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 _Value = TypeVar("_Value")
 
 
-async def json_body(parts: Generator[bytes, None, None], *, is_large: bool) -> JsonBody:
-    """Renders each part when it is taken, those of a large body on a thread. One that is cancelled ends after the part
-    that is being rendered."""
-    rendering = Lock()
+async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
+    """Makes a value and renders each part of its JSON when it is taken, on a thread where it is large. A body that is
+    cancelled ends after the part that is being rendered."""
+    rendering, parts = Lock(), _parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
         with rendering:
@@ -32,6 +32,10 @@ async def json_body(parts: Generator[bytes, None, None], *, is_large: bool) -> J
             yield part
     finally:
         await off_loop_if(is_large, partial(locked, parts.close))
+
+
+def _parts(make: Callable[[], Any]) -> Generator[bytes, None, None]:
+    yield from json_parts(make())
 
 
 async def rendered_body(parts: Iterable[bytes]) -> JsonBody:
@@ -74,4 +78,4 @@ class JsonParts(Response):
 
 def rendered(value: Any) -> JsonParts:
     """A value as a body."""
-    return JsonParts(json_body(json_parts(value), is_large=has_many_values(value)))
+    return JsonParts(json_body(lambda: value, is_large=has_many_values(value)))

@@ -160,13 +160,13 @@ class SlowReply(EndlessReply):
         self.is_rendering, self.gate = threading.Event(), threading.Event()
 
     async def whole(self) -> JsonBody:
-        return json_body(self._parts(), is_large=True)
+        return json_body(self._items, is_large=True)
 
-    def _parts(self) -> Generator[bytes, None, None]:
-        yield b"{"
+    def _items(self) -> Generator[str, None, None]:
+        yield "x" * (1 << 16)
         self.is_rendering.set()
         assert self.gate.wait(20)
-        yield b"}"
+        yield "y"
 
 
 @pytest.mark.parametrize("end", ["timeout", "failure", "close"])

@@ -232,16 +232,20 @@ def test_what_is_no_json_is_refused() -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 3])
 @pytest.mark.parametrize("cancels", [1, 2])
-async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(place: int, cancels: int) -> None:
+async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
+    place: int, cancels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 1)
+    monkeypatch.setattr(json_parts_module, "_GROUP", 1)
     loop, rendering, gate, closed = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), list[int]()
 
-    def parts() -> Generator[bytes, None, None]:
+    def items() -> Generator[str, None, None]:
         try:
             for number in range(5):
                 if number == place:
                     loop.call_soon_threadsafe(rendering.set)
                     assert gate.wait(20)
-                yield b"x"
+                yield "x"
         finally:
             closed.append(number)
 
@@ -251,7 +255,7 @@ async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(pla
                 pass
 
     async with asyncio.timeout(20):
-        taking = asyncio.create_task(take(json_body(parts(), is_large=True)))
+        taking = asyncio.create_task(take(json_body(items, is_large=True)))
         await rendering.wait()
         taking.cancel()
         await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from llamaclust.core.errors import DeviceLostError
 from llamaclust.kernels.backend import Batch, Stage
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.experts_cache import copies
 from llamaclust.kernels.cuda.experts_cache.opening import slots_in
 from llamaclust.kernels.cuda.experts_cache.slots import pools_bytes
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Event
@@ -277,6 +278,43 @@ def test_a_cache_that_is_collected_waits_for_no_copy(
         sleep(0.001)
     if isinstance(device, ShimDevice):
         assert device.free_bytes == before + cached_bytes
+    stage.close()
+
+
+@pytest.mark.parametrize("copies_before", [0, 1, 3])
+def test_a_cache_that_is_closed_during_a_copy_is_settled(
+    opened: Open,
+    cpu: CpuBackend,
+    cuda: CudaBackend,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    copies_before: int,
+) -> None:
+    """The copy ends behind the close; nobody waits for it afterwards."""
+    model, copied = opened("moe"), device.copy_in_background
+    is_inside, is_closing, begun = Flag(), Flag(), list[Buffer]()
+
+    class JoinedThread(Thread):
+        def join(self, timeout: float | None = None) -> None:
+            is_closing.set()
+            super().join(timeout)
+
+    def copy(buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
+        begun.append(buffer)
+        if len(begun) > copies_before:
+            is_inside.set()
+            assert is_closing.wait(SETTLE_S)
+        return copied(buffer, parts)
+
+    monkeypatch.setattr(copies, "Thread", JoinedThread)
+    monkeypatch.setattr(device, "copy_in_background", copy)
+    stage = load_cached(cuda, cpu, model, bytes_for(model, 4))
+    first, *_ = random_batches(model)
+    stage.run(first, None)
+    assert is_inside.wait(SETTLE_S)
+    cache = cache_of(stage)
+    cache.close()
+    assert cache.settle(0) and len(begun) == copies_before + 1
     stage.close()
 
 

@@ -18,7 +18,7 @@ from llamaclust.kernels.cuda.launches.matmul import (
     multiply,
     multiply_experts,
 )
-from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import Weight
@@ -74,6 +74,30 @@ def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: Qu
         x = random_activations(generator, rows, cols)
         expected = _native.matmul(LEVEL, loaded.on_cpu, x)
         check_equal_bits(products(bench, loaded.weights, x, sms=1), expected, kind, cols, rows)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in FLOAT_TYPES], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [65, 128, 129])
+def test_blocks_of_128_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: QuantType, rows: int) -> None:
+    """Where every multiprocessor still has a block; the last is full, or has one row."""
+    if bench.device.compute_capability != (9, 0):
+        pytest.skip("compute capability 9.0 alone has them")
+    out_rows, cols, launched, launch = 137, 2 * segment_cols(kind), list[Launch](), bench.device.launch
+    generator = generator_of(kind, rows)
+    loaded = load(bench, kind, random_weights(generator, kind, out_rows, cols), out_rows, cols)
+    x = random_activations(generator, rows, cols)
+    none_numbers(x, segment_cols(kind))
+    expected = _native.matmul(LEVEL, loaded.on_cpu, x)
+
+    def record(one: Launch) -> None:
+        launched.append(one)
+        launch(one)
+
+    monkeypatch.setattr(bench.device, "launch", record)
+    for sms, wanted in ((2, (2 if rows <= 128 else 4, "gemm_wide")), (5, (None, "gemm"))):
+        check_equal_bits(products(bench, loaded.weights, x, sms=sms), expected, kind, rows, sms)
+        assert launched[-1].kernel == kernel_name(wanted[1], kind)
+        assert wanted[0] in (None, launched[-1].grid[0] * launched[-1].grid[1])
 
 
 GPUS = [

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -38,11 +38,21 @@ def compiler() -> str:
 
 
 def build(
-    kernels: Mapping[str, Path] | None = None, defines: tuple[str, ...] = (), shim_defines: tuple[str, ...] = ()
+    kernels: Mapping[str, Path] | None = None,
+    defines: tuple[str, ...] = (),
+    shim_defines: tuple[str, ...] = (),
+    defined: Collection[str] | None = None,
 ) -> Path:
-    """A library of these modules, of all by default. AssertionError with what the compiler says."""
+    """A library of these modules, of all by default; `defines` are for the modules `defined`, by default for all.
+    AssertionError with what the compiler says."""
     sources = modules() if kernels is None else kernels
-    jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{name}"', *defines)) for name, path in sources.items()]
+    jobs = [
+        (
+            path,
+            (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{name}"', *(defines if defined is None or name in defined else ())),
+        )
+        for name, path in sources.items()
+    ]
     jobs += [(path, shim_defines) for path in sorted(SHIM.glob("*.cpp"))]
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,101 @@
+"""GPUs that multiply many rows without instructions of four warps (all but compute capability 9.0), whose quantized
+activations have another layout: products, experts and whole stages have the bits of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.kernels import _native
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.runtime.device import Launch
+from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
+from support.cuda.launching import Bench
+from support.cuda.product_cases import LEVEL, generator_of, load, none_numbers, products, segment_cols
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.cuda.stages import LIMITS, Open, random_tokens, run, same
+
+GPUS = {"8.9": (8, 9), "12.0": (12, 0)}
+"""The other way of copying weights, from 9.0 on, is in `gemv` alone."""
+QUANTIZED = [kind for kind in TYPES if kind not in FLOAT_TYPES]
+STAGE_LIMITS = replace(LIMITS, max_batch_tokens=70, max_outputs=70)
+
+
+class RecordingDevice(ShimDevice):
+    """The shim, with the names of kernels that it launched."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.launched: set[str] = set()
+
+    def launch(self, launch: Launch) -> None:
+        self.launched.add(launch.kernel)
+        super().launch(launch)
+
+
+@pytest.fixture(scope="module")
+def of_layout() -> frozenset[str]:
+    """Modules that read or write quantized activations."""
+    return frozenset(name for name, path in modules().items() if '"activations.cuh"' in whole_text(path))
+
+
+@pytest.fixture(scope="module", params=GPUS)
+def device(request: pytest.FixtureRequest, of_layout: frozenset[str]) -> Iterator[RecordingDevice]:
+    """In place of the device of other tests."""
+    if request.config.getoption("--gpu", default=False):
+        pytest.skip("other GPUs are those of the shim")
+    gpu = GPUS[request.param]
+    whole = modules()
+    products_alone = {name: whole[name] for name in ("matmul.simple", "matmul.k", "elementwise.quantize")}
+    define = (f"-DLLAMACLUST_ARCH={100 * gpu[0] + 10 * gpu[1]}",)
+    library = build(whole if gpu == (8, 9) else products_alone, define, defined=of_layout)
+    made = RecordingDevice(library, compute_capability=gpu, shared_bytes=99 << 10)
+    yield made
+    made.close()
+
+
+def kinds_of(device: ShimDevice) -> list[QuantType]:
+    return [kind for kind in QUANTIZED if any(name.endswith(f".gemm_{kind.name}") for name in device.kernels)]
+
+
+def test_kernels_are_those_of_a_warp(device: RecordingDevice) -> None:
+    assert len(kinds_of(device)) >= 15
+    assert not [name for name in device.kernels if "gemm_wide" in name]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_products_have_the_bits_of_the_cpu(bench: Bench, device: RecordingDevice, kind: QuantType) -> None:
+    """One row, some, and many, in one block of rows and in several."""
+    if kind not in kinds_of(device):
+        pytest.skip("kernels are compiled for one such GPU, to save time")
+    out_rows, cols = 33, 3 * segment_cols(kind)
+    source = generator_of(kind, out_rows, cols)
+    loaded = load(bench, kind, random_weights(source, kind, out_rows, cols), out_rows, cols)
+    device.launched.clear()
+    for rows in (1, 7, 40, 66, 129):
+        x = random_activations(source, rows, cols)
+        none_numbers(x, segment_cols(kind))
+        expected = _native.matmul(LEVEL, loaded.on_cpu, x)
+        check_equal_bits(products(bench, loaded.weights, x, sms=1), expected, kind, rows)
+    names = {name.rpartition(".")[2] for name in device.launched if "matmul" in name}
+    assert names == {f"gemv_{kind.name}", f"gemm_{kind.name}"}
+
+
+@pytest.mark.parametrize("name", ["llama", "moe"])
+def test_stages_have_the_bits_of_the_cpu(opened: Open, cpu: CpuBackend, device: RecordingDevice, name: str) -> None:
+    """A prompt whose experts have many lines each, and single tokens."""
+    if device.compute_capability != (8, 9):
+        pytest.skip("a stage is compiled for one such GPU, to save time")
+    model, cuda = opened(name), CudaBackend("cuda:0", device, 1)
+    tokens = random_tokens(model, 70)
+    device.launched.clear()
+    for chunk in (70, 8):
+        wanted = run(cpu, model, tokens, chunk, STAGE_LIMITS)
+        same(run(cuda, model, tokens, chunk, STAGE_LIMITS), wanted)
+    assert {f"matmul.simple.{kernel}_Q8_0" for kernel in ("gemv", "gemm")} <= device.launched

@@ -17,21 +17,7 @@ from llamaclust.kernels.cuda.runtime.cubin_cache import CubinCache
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
-from llamaclust.kernels.cuda.runtime.nvrtc import Binary
-from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
-
-
-class FakeNvrtc:
-    version = (13, 0)
-    architectures = (75, 90)
-
-    def __init__(self) -> None:
-        self.compiled: list[tuple[str, int]] = []
-
-    def compile(self, name: str, text: str, architecture: int) -> Binary:
-        assert f'#line 1 "{name.rpartition(".")[2]}.cu"' in text and "KERNEL" in text
-        self.compiled.append((name, architecture))
-        return Binary("cubin", f"{name} for {architecture}".encode())
+from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeNvrtc, FakeRuntime
 
 
 @pytest.fixture(autouse=True)
@@ -330,13 +316,18 @@ def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatc
     one_line(error)
 
 
-def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+@pytest.mark.parametrize("static_bytes", [0, 576, 1 << 10, 17 << 10])
+def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, static_bytes: int) -> None:
+    """By an attribute of the kernel, where it has more than 48 KiB with its static memory."""
     cupy = install(monkeypatch)
-    device = CupyDevice(folder=tmp_path)
-    for shared_bytes in (48 << 10, 64 << 10, 50 << 10, 90 << 10):
+    cupy.static_bytes = static_bytes
+    device, plain = CupyDevice(folder=tmp_path), (48 << 10) - static_bytes
+    wanted = {plain: plain, plain + 1: plain + 1, 90 << 10: 90 << 10, 64 << 10: 90 << 10}
+    for shared_bytes, allowed in wanted.items():
         device.launch(Launch("elementwise.rows.slice", (1, 1, 1), (1, 1, 1), (), shared_bytes))
+        assert cupy.kernels[0].max_dynamic_shared_size_bytes == allowed
     device.synchronize()
-    assert [launch[-1] for launch in cupy.launches] == [48 << 10, 64 << 10, 50 << 10, 90 << 10]
+    assert [launch[-1] for launch in cupy.launches] == [*wanted]
 
 
 def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

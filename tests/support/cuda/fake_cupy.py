@@ -9,6 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.nvrtc import Binary
+
+_INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
+
 
 class CUDARuntimeError(RuntimeError):
     def __init__(self, status: int) -> None:
@@ -132,31 +137,59 @@ class FakeRuntime:
         self.stream.add(copy)
 
 
+class CUDADriverError(RuntimeError):
+    """An error of the driver: its status, or its words."""
+
+
 @dataclass
 class FakeKernel:
+    """A kernel: with its static shared memory it has 48 KiB at most, until the attribute allows more."""
+
     name: str
     runtime: FakeRuntime
     launches: list[tuple[Any, ...]]
-    max_dynamic_shared_size_bytes: int = 47 << 10
-    shared_size_bytes: int = 1 << 10
+    kernel: SimpleNamespace
+    shared_size_bytes: int
+
+    def __post_init__(self) -> None:
+        self.max_dynamic_shared_size_bytes = PLAIN_SHARED_BYTES - self.shared_size_bytes
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: FakeStream) -> None:
-        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise CUDADriverError(_INVALID_VALUE)
         stream.add(lambda: self.launches.append((self.name, grid, block, args, shared_mem)))
 
 
+class FakeNvrtc:
+    """A compiler whose machine code is the module's name and its architecture."""
+
+    version = (13, 0)
+    architectures = (75, 90)
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, int]] = []
+
+    def compile(self, name: str, text: str, architecture: int) -> Binary:
+        assert f'#line 1 "{name.rpartition(".")[2]}.cu"' in text and "KERNEL" in text
+        self.compiled.append((name, architecture))
+        return Binary("cubin", f"{name} for {architecture}".encode())
+
+
 class FakeCupy(SimpleNamespace):
-    """The module; `launches` are those that were done, `loaded` the binaries, out of `files`."""
+    """The module; `launches` are those that were done, `loaded` the binaries, out of `files`; `kernels` are
+    functions of these, with `static_bytes` of shared memory."""
 
     def __init__(self, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> None:
         self.runtime = runtime or FakeRuntime()
         self.launches: list[tuple[Any, ...]] = []
         self.loaded: list[bytes] = []
         self.files: list[Path] = []
+        self.kernels: list[FakeKernel] = []
+        self.static_bytes = 1 << 10
         stream = self.runtime.stream
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
-            driver=SimpleNamespace(CUDADriverError=type("CUDADriverError", (RuntimeError,), {})),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             Stream=lambda non_blocking: stream,
             Event=lambda disable_timing: FakeEvent(),
             PinnedMemory=bytearray,
@@ -170,7 +203,9 @@ class FakeCupy(SimpleNamespace):
 
         def function(name: str) -> FakeKernel:
             if b" for " not in data:
-                raise self.cuda.driver.CUDADriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
-            return FakeKernel(name, self.runtime, self.launches)
+                raise CUDADriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+            pointer = SimpleNamespace(ptr=1000 + len(self.kernels))
+            self.kernels.append(FakeKernel(name, self.runtime, self.launches, pointer, self.static_bytes))
+            return self.kernels[-1]
 
         return SimpleNamespace(get_function=function)

@@ -13,6 +13,7 @@ from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
+from support.cuda.gpu_run import GpuRun
 from support.cuda.launching import Bench
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
@@ -26,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-architectures", action="store_true", help="compile for every kind of card")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu", default=False):
+        config.pluginmanager.register(GpuRun(), "gpu-run")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
@@ -33,6 +39,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
             made: Device = CupyDevice(0, folder=environment().kernels_dir)
         except UsageError as error:
             pytest.exit(str(error), returncode=2)
+        run = request.config.pluginmanager.get_plugin("gpu-run")
+        assert isinstance(run, GpuRun)
+        run.device = made
     else:
         made = ShimDevice(build())
     yield made

@@ -1,0 +1,44 @@
+"""Runs on a real GPU: failures are named at once, and a process whose CUDA context one of them has broken ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from llamaclust.kernels.cuda.runtime.device import Device
+
+BROKEN_CODE = 17
+
+
+@dataclass(eq=False)
+class GpuRun:
+    """A pytest plugin. Of xdist, the controller names failures, and workers end: others take their places."""
+
+    device: Device | None = None
+    has_failed: bool = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.has_failed = self.has_failed or report.failed
+        if report.failed and not _is_worker():
+            _tell(f"failed: {report.nodeid} ({report.when})")
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        device, has_failed, self.has_failed = self.device, self.has_failed, False
+        if device is None or not has_failed or not _is_worker():
+            return
+        try:
+            device.synchronize()
+        except device.failures as error:
+            _tell(f"the GPU's context is broken after {nodeid}: {error}")
+            os._exit(BROKEN_CODE)
+
+
+def _is_worker() -> bool:
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -35,6 +35,7 @@ from llamaclust.cluster.launchers.mpi_messages import (
 from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.directory import ClusterDir, open_log
+from llamaclust.cluster.state.log_files import limit_log
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.token import JoinToken
@@ -48,6 +49,8 @@ _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HY
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Tells machines apart, whatever they are called."""
 _REST_S = 0.01
+_LOG_LOOK_S = 0.5
+"""Between two looks at the size of a log."""
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
@@ -139,6 +142,8 @@ class _Rank:
         self.ends: queue.SimpleQueue[WorkerEnded] = queue.SimpleQueue()
         self._folder = ClusterDir(config.state_dir / config.name)
         self._child: Child | None = None
+        self._log: Path | None = None
+        self._log_look_s = 0.0  # the next one
         self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -162,9 +167,16 @@ class _Rank:
                     self.ranks.send(end, 0)
             except RankLostError:
                 break
+            self._limit_log()
             time.sleep(_REST_S)
         self.kill()
         return 1
+
+    def _limit_log(self) -> None:
+        """Limits the log of this rank's worker: the coordinator may be on another machine."""
+        if self._log is not None and time.monotonic() >= self._log_look_s:
+            limit_log(self._log)
+            self._log_look_s = time.monotonic() + _LOG_LOOK_S
 
     def obey(self, message: Message) -> None:
         if isinstance(message, StartWorker):
@@ -186,7 +198,7 @@ class _Rank:
     def _start(self, order: StartWorker) -> None:
         settings = WorkerSettings.from_json(order.settings)
         self._folder.create()
-        log = self._folder.log_file(settings.name)
+        self._log = log = self._folder.log_file(settings.name)
         start_bytes = log.stat().st_size if self._child is not None else 0
         threads = settings.threads or _share(order.sharers)
         settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))

@@ -31,10 +31,12 @@ _OF_ERRORS = "EFC"
 
 def last_error(log: Path, start: int = 0) -> str:
     """The last line that tells of trouble: a warning or an error of the worker, an error of a library, or what a
-    traceback or the C library ends with. Empty where there is none from byte `start` on."""
+    traceback or the C library ends with. Empty where there is none from byte `start` on, or from the beginning of a log
+    that was emptied and is shorter."""
     try:
         with open_regular(log) as file:
-            file.seek(max(start, os.fstat(file.fileno()).st_size - _READ_BYTES))
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(start if start <= size else 0, size - _READ_BYTES))
             lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
         return ""

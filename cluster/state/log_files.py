@@ -16,13 +16,18 @@ _FORMER = "~.log"
 
 
 def limit_logs(folder: Path) -> None:
-    """Empties logs that are too large; the end of each goes to a file beside it, in place of an earlier one. Writers
-    append, so that their next line is the first one."""
+    """Limits every log of a folder."""
     for log in folder.glob("*.log"):
-        with suppress(OSError):
-            if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
-                continue
-            with open_regular(log, follows_links=False, is_writable=True) as file:
-                file.seek(-_KEPT_BYTES, os.SEEK_END)
-                write_bytes(log.with_name(log.stem + _FORMER), file.read(_KEPT_BYTES), is_synced=False)
-                file.truncate(0)
+        limit_log(log)
+
+
+def limit_log(log: Path) -> None:
+    """Empties a log that is too large; its end goes to a file beside it, in place of an earlier one. Writers append, so
+    that their next line is the first one."""
+    with suppress(OSError):
+        if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
+            return
+        with open_regular(log, follows_links=False, is_writable=True) as file:
+            file.seek(-_KEPT_BYTES, os.SEEK_END)
+            write_bytes(log.with_name(log.stem + _FORMER), file.read(_KEPT_BYTES), is_synced=False)
+            file.truncate(0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,11 @@ import psutil
 import pytest
 
 from llamaclust.cluster.launchers import mpi_rank
+from llamaclust.cluster.launchers.mpi_messages import Leave, Machine, Message, StartWorker
+from llamaclust.cluster.state import log_files
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import WorkerError
+from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, eventually, is_there
 from support.clusters.launched import Answers, answers, logs_of
 from support.clusters.static_cluster import named, ready, token_file
@@ -124,6 +129,36 @@ def test_ranks_are_waited_for_until_a_signal_or_a_deadline(is_signalled: bool, m
         with pytest.raises(WorkerError, match=r"ranks without a sign of life within 0.05 s: \[1, 2\]"):
             job.run()
     assert ranks.lost == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["a", "b.c", "coordinator"])
+def test_a_rank_limits_the_log_of_its_worker(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator limits those of its own machine alone."""
+    monkeypatch.setattr(log_files, "MOST_LOG_BYTES", 4000)
+    monkeypatch.setattr(log_files, "_KEPT_BYTES", 1000)
+    monkeypatch.setattr(mpi_rank, "_LOG_LOOK_S", 0.0)
+    monkeypatch.setattr(mpi_rank, "_reachable", lambda addresses, token: addresses[0])
+    monkeypatch.setattr(mpi_rank, "Child", lambda settings, ended, file: SimpleNamespace(signal=lambda number: None))
+    order = StartWorker(1, WorkerSettings(join="127.0.0.1:1", name=name, threads=1).to_json(), ("127.0.0.1:1",))
+    logs = ClusterDir(tmp_path / "home").logs
+    log, other = logs / f"{name}.log", logs / "other.log"
+    sent, looks = list[Message](), itertools.count()
+
+    def received(rank: int) -> Iterator[Message]:
+        match next(looks):
+            case 0:
+                yield order
+            case 1:
+                log.write_bytes(b"line\n" * 2000)
+                other.write_bytes(b"line\n" * 2000)
+            case 2:
+                yield Leave(1, with_all=True)
+
+    ranks = SimpleNamespace(own=1, with_all=False, send=lambda message, rank: sent.append(message), received=received)
+    config = SimpleNamespace(state_dir=tmp_path, name="home")
+    assert mpi_rank._Rank(ranks, config).run() == 0  # type: ignore[arg-type]
+    assert [type(message) for message in sent] == [Machine]
+    assert (log.stat().st_size, (logs / f"{name}~.log").stat().st_size, other.stat().st_size) == (0, 1000, 10_000)
 
 
 def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:

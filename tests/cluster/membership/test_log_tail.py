@@ -73,3 +73,10 @@ def test_a_very_long_warning_hides_nothing(log: Path) -> None:
     lines = [f"line {number}" for number in range(20)]
     log.write_text("\n".join(["/a.py:1: UserWarning: odd", *lines, "  warn()"]))
     assert last_error(log) == "line 19"
+
+
+@pytest.mark.parametrize(("start", "words"), [(0, "after"), (7, ""), (6000, "after"), (1 << 20, "after")])
+def test_a_log_that_was_emptied_is_read_from_its_beginning(start: int, words: str, tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text("after\n\n")
+    assert last_error(log, start) == words

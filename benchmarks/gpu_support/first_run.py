@@ -42,7 +42,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""Of tests, on one GPU: each takes some hundred MiB of its memory, and they wait for the CPU's results."""
+"""Tests run in so many processes: each takes some hundred MiB of the GPU, and waits for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05

@@ -19,7 +19,7 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
-    """What an earlier kit left goes first, with its state."""
+    """Replaces what an earlier kit has left, and its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
@@ -33,7 +33,7 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
 
 
 def required(tree: Path) -> Iterator[str]:
-    """What the program on a GPU and its tests there need."""
+    """Yields the packages that the program needs on a GPU, and its tests there."""
     settings = tomllib.loads((tree / "pyproject.toml").read_text())
     yield from settings["project"]["dependencies"]
     yield from settings["project"]["optional-dependencies"]["cuda13"]

@@ -1,4 +1,4 @@
-"""What a gather of two members costs beyond the exchange of the same bytes, over loopback.
+"""Measures the cost of a gather of two members beyond the exchange of the same bytes, over loopback.
 
     python benchmarks/groups/link.py [--kib 16] [--gathers 2000] [--turns 9] [--late-ms 2] [--json FILE]
 
@@ -45,7 +45,7 @@ _GREETING = b"benchmark"
 _NAMES = ("first", "second")
 
 Way = Callable[[int], list[int]]
-"""That many exchanges: nanoseconds of each."""
+"""A way does so many exchanges and returns the nanoseconds of each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,8 @@ def has_many_values(value: Any) -> bool:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """As `to_json`, in parts, which are rendered as they are taken; so are the items of iterators (arrays in JSON)."""
+    """Yields the text of `to_json` in parts. They are rendered as they are taken, and so are the items of iterators
+    (arrays in JSON)."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece

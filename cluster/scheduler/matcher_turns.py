@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""Processor time of slow matchers in flight, beside other sequences."""
+"""Slow matchers in flight may take so much processor time beside other sequences."""
 _LONGER = 0.25
-"""Of a microbatch's time, where that is more."""
+"""They may take this share of a microbatch's time where that is more."""
 _MOST_NS = 400_000_000
-"""At most; and where nobody else waits. The last stage itself puts off what takes longer (`MatcherTime`)."""
+"""They never take more, and so much where nobody else waits. The last stage puts off longer work (`MatcherTime`)."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""Of a sequence that is computed from its beginning there are more: its last ones, with a token, come later."""
+"""A sequence that is computed from its beginning has more rows than these: the ones with a token come last."""
 
 
 class MatcherTurns:

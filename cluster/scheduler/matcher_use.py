@@ -24,7 +24,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """From the rows of one step. If they took less than those before, the next ones may still take as long."""
+        """Updates `step_ns` by the rows of one step. It falls slowly: quick rows may be followed by slow ones."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

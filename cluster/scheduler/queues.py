@@ -48,7 +48,7 @@ class SequenceQueues:
 
     @property
     def decoding(self) -> int:
-        """How many, without those that are held."""
+        """Returns the number of sequences that decode and are not held."""
         held = sum(sequence.phase is _DECODE for sequence in self.held)
         return sum([sequence.phase is _DECODE for sequence in self.running]) - held
 
@@ -69,7 +69,7 @@ class SequenceQueues:
 
     @property
     def are_settled(self) -> bool:
-        """Whether none waits, and of those that run all known rows are under way, or held."""
+        """True if no sequence waits, and all known rows of those that run are under way or held."""
         return not self.waiting and not any(
             (s.awaits_decode or s.phase is _PREFILL) and s not in self.held for s in self.running
         )

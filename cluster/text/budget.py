@@ -16,7 +16,7 @@ from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sharing.shares import fits
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""Of one reply: tokens and top logprobs."""
+"""One reply has at most so many tokens and top logprobs."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
 """The most that an owner's replies with logprobs or embeddings take, and prompts that are ranked; all owners together
@@ -28,7 +28,7 @@ _RETRY_S = 5.0
 
 
 class RowStorage(Enum):
-    """How a reply holds rows."""
+    """A reply holds rows in one of these ways."""
 
     STREAMED = auto()  # the first prompt's are dropped as they come, the others wait
     CHUNKS = auto()

@@ -32,8 +32,8 @@ def property_names(schema: Any) -> Iterator[str]:
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """What each reference in use stands for, in the order in which they are met. Each part of the schema is read once,
-    whatever names it has."""
+    """Returns the target of each reference in use, in the order in which they are met. Each part of the schema is read
+    once, whatever names it has."""
     found: dict[str, Any] = {}
     references, read = SchemaReferences(schema), set[int]()
     pending = [schema]
@@ -91,7 +91,7 @@ class _Conditions:
                     true.append(user)
 
     def ends(self, reference: str) -> bool:
-        """Whether a finite value obeys the reference."""
+        """True if a finite value obeys the reference."""
         return self._of(self._targets[reference]).missing <= 0
 
     def _of(self, schema: Any) -> _Condition:
@@ -133,14 +133,14 @@ class _Conditions:
 
 
 def _object_parts(schema: Mapping[str, Any]) -> list[Any]:
-    """The schemas of what an object must have."""
+    """Returns the schemas of properties that an object must have."""
     named = schema.get("properties")
     named, others = named if isinstance(named, Mapping) else {}, schema.get("additionalProperties")
     return [named.get(name, others) for name in _list(schema.get("required")) if isinstance(name, str)]
 
 
 def _array_parts(schema: Mapping[str, Any]) -> list[Any]:
-    """Likewise of an array."""
+    """Returns the schemas of items that an array must have."""
     least, first = schema.get("minItems"), _list(schema.get("prefixItems"))
     least = least if isinstance(least, int) else 0
     return [*first[: max(0, least)], *([schema.get("items")] if least > len(first) else ())]

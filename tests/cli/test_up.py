@@ -109,7 +109,7 @@ def test_down_ends_a_start_and_no_process_with_the_pid_of_a_killed_cluster(line:
 
 
 def test_status_shows_a_start(line: CommandLine) -> None:
-    """What is known, by all ways that ask; no error."""
+    """Every command that asks shows the known state, and none fails."""
     waiting = start_coordinator(line, Path("good.gguf"))
     waiting.says("worker --join ")
     state = line.run("status", "--json").json

@@ -39,7 +39,7 @@ _RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a connection between two places of a group begins with."""
+    """A connection between two places of a group begins with these fields."""
 
     group_id: bytes
     sender: int
@@ -134,7 +134,7 @@ class LinkListener:
 
 
 async def _first_bytes(connection: socket.socket) -> bytes:
-    """As many as a hello has; fewer where the connection ends before. Nothing behind them is read."""
+    """Reads as many bytes as a hello has, and nothing behind them; fewer if the connection ends before."""
     loop, data = asyncio.get_running_loop(), b""
     async with deadline("the hello of a member", HELLO_S):
         while len(data) < _HELLO.size and (piece := await loop.sock_recv(connection, _HELLO.size - len(data))):

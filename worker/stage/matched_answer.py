@@ -18,7 +18,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """Processor time of a step's matchers from which on drafted rows are left for a later one."""
 _STEP_NS: Final = 500_000_000
-"""Likewise other rows. The coordinator knows by then which answers are slow, and sends few of these at a time."""
+"""Processor time from which on other rows are left, too. The coordinator knows by then which answers are slow, and
+sends few of these at a time."""
 _TOLD_NS: Final = 1_000_000
 """The least processor time of a row that the coordinator is told."""
 _READY_S: Final = 60.0
@@ -148,7 +149,7 @@ class MatchedAnswer:
 
     @property
     def _is_slow(self) -> bool:
-        """Whether the coordinator is told what its newest row took."""
+        """True if the coordinator is told the time of its newest row."""
         return self._row_ns >= _TOLD_NS
 
     def has_drafted(self, row: MatcherRow) -> bool:

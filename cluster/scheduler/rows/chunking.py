@@ -19,7 +19,7 @@ _SCORED_SHARE = 0.5
 hundreds, each of which other streams would wait for."""
 
 _EMBEDDED_BYTES = 1 << 20
-"""Of a result's hidden states beside decode."""
+"""A microbatch with decode rows gives at most so many bytes of hidden states."""
 
 
 def chunk_rows(

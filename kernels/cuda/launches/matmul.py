@@ -33,7 +33,7 @@ _SUB_BLOCKS = {
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""Of a block of `_WIDE_ROWS`; and blocks for each multiprocessor that are enough."""
+"""A block of `_WIDE_ROWS` has so many warps; so many blocks for each multiprocessor are enough."""
 LEAST_PIECE = _GROUP_ROWS
 """Lines of experts that products take together, at least."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
@@ -47,7 +47,8 @@ _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
 """The oldest GPUs with 8-bit matrix instructions, with copies in the background, and with bulk copies; and those with
 instructions of four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""Of a piece that is copied in bulk; one part of so many of shared memory is left to kernels that run beside others."""
+"""The barrier of a piece that is copied in bulk takes so many bytes; one part in seven of shared memory is left to
+kernels that run beside others."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
@@ -199,7 +200,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Of a block. Twice as many where every multiprocessor still has a block: weights are decoded half as often."""
+    """Doubles a block's rows where every multiprocessor still has a block: weights are decoded half as often."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -277,7 +278,7 @@ def _plain_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, in
 
 
 def _bulk_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """As `_plain_shape`: two blocks, or one where two would have memory for one stage only."""
+    """Returns the same values as `_plain_shape`: two blocks, or one if two would have memory for one stage only."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     fit = {blocks: (room // blocks - _STATIC_BYTES - _RESERVED_BYTES) // (8 * stage_bytes) for blocks in (1, 2)}

@@ -58,7 +58,7 @@ def _certificate(path: Path, put: Callable[[Path], None]) -> None:
 
 
 def _record(path: Path, put: Callable[[Path], None]) -> None:
-    """Also the measurements beside it."""
+    """The measurements beside the record are read as carefully."""
     for name in ("cluster.json", ".profiles.json"):
         put(path / name)
         (path / "pipe").unlink(missing_ok=True)

@@ -75,7 +75,7 @@ def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
 
 
 def test_named_barriers_have_constant_numbers(compiler: Compiler) -> None:
-    """With a number in a register, a block takes sixteen of them. Newer GPUs take turns without them."""
+    """A block takes sixteen barriers if a number is in a register. Newer GPUs take turns without barriers."""
     newest = max(one for one in known_to(compiler) if one < 90)
     ptx = compiler.ptx("matmul.k", whole_text(modules()["matmul.k"]), newest, (*OPTIONS, *compiler.quick))
     barriers = re.findall(r"barrier\.(?:sync|arrive)\.aligned\s+([^;]+);", ptx)

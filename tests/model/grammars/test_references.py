@@ -125,7 +125,7 @@ def _drawn(draw: random.Random, names: list[str], depth: int) -> Any:
 
 
 def _is_endless(schema: dict[str, Any]) -> bool:
-    """Whether some reference in use has no end, by trying all definitions until nothing changes."""
+    """True if some reference in use has no end: all definitions are tried until nothing changes."""
     named = {f"#/$defs/{name}": part for name, part in schema["$defs"].items()}
     ending, used = set[str](), set[str]()
     while more := {name for name, part in named.items() if name not in ending and _ends(part, ending)}:

@@ -28,7 +28,7 @@ def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S) -> 
 
 
 Ends = Sequence[socket.socket | None]
-"""Of one member's connections, by the member at the other end."""
+"""The ends of one member's connections, in the order of the members at the other ends."""
 
 
 def meshed(members: int) -> list[Ends]:

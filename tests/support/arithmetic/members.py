@@ -87,7 +87,7 @@ class LinkedGroup(CpuGroup):
 
 
 def run_in_processes(path: Path, shares: Sequence[float], batches: Sequence[Batch]) -> list[list[bytes]]:
-    """What each member of a whole model's group has for each batch, in a process of its own."""
+    """Returns the bytes that each member of a whole model's group, in a process of its own, has for each batch."""
     spawn, found = get_context("spawn"), []
     for member, ends in enumerate(meshed(len(shares))):
         ours, theirs = spawn.Pipe(duplex=False)

@@ -74,7 +74,7 @@ async def opened(started: list[LinkListener], given: Given, seconds: float = GAT
 
 
 async def assert_gathers(members: list[Links]) -> None:
-    """Of any bits, in rows that are larger than a record of TLS, and than what the system's buffers hold."""
+    """Any bits arrive, in rows that are larger than a record of TLS, and than the system's buffers."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     made = np.random.default_rng(seed)
@@ -154,7 +154,7 @@ async def test_a_listener_that_cannot_start_leaves_no_descriptor(path: str, tmp_
 
 @contextmanager
 def addresses_of_kinds(kinds: str, true: str) -> Iterator[list[str]]:
-    """For each letter an address: `s`ilent, `r`efused, or the `t`rue one."""
+    """Makes an address for each letter: `s`ilent, `r`efused, or the `t`rue one."""
     with ExitStack() as stack:
         found = []
         for kind in kinds:
@@ -279,7 +279,7 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
 
 @needs_tls
 async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
-    """What a member has sent once, sent again by another one: its hello is taken, its handshake is not."""
+    """Another one sends the same bytes again as a member: its hello is taken, its handshake is not."""
     async with listeners(2) as started:
         plan, recorded = plan_of(started), bytearray()
         relay = await asyncio.start_server(_relay(started[0].address, recorded), "127.0.0.1", 0)

@@ -70,7 +70,7 @@ def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> Non
 
 
 def test_forced_tokens_are_repeated_by_drafted_rows(stage: StageMatchers) -> None:
-    """As they are by rows that were sent before they were known."""
+    """A drafted row repeats them like a row that was sent before they were known."""
     begin(stage, inputs_of(0, task(1, 0, ABC, may_force=True), drafted(1, 1, "a"), drafted(1, 2, "c")))
     results, refused = taken(stage, map(sampled, "axd"))
     assert not refused
@@ -86,7 +86,7 @@ def test_a_draft_that_differs_from_forced_tokens_does_not_count(stage: StageMatc
 
 
 def test_the_last_row_that_counts_has_a_forced_draft(stage: StageMatchers) -> None:
-    """As a draft: the tokens are not taken in."""
+    """The matcher does not take in the tokens of a draft."""
     begin(stage, inputs_of(0, task(1, 0, ABCDEF, drafts_forced=True), drafted(1, 1, "a"), drafted(1, 2, "x")))
     results, refused = taken(stage, map(sampled, "abz"))
     assert not refused

@@ -244,7 +244,7 @@ def test_no_matchers_of_an_epoch_that_is_over_are_made(stage: StageMatchers) -> 
 
 
 def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage: StageMatchers) -> None:
-    """Also the row after, which was sent before that was known."""
+    """The row after it is deferred, too: it was sent before that was known."""
     step(stage, 0, task(2, 0, ABC), says="a")
     go_on = threading.Event()
     stage._thread.submit(go_on.wait, 30)
@@ -294,7 +294,7 @@ def test_a_step_without_other_rows_waits_for_matchers(stage: StageMatchers, monk
 
 
 def test_a_matcher_is_made_again_beside_the_steps(stage: StageMatchers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all allowed tokens, where the lexer's limit is used up; the row is then sampled as before."""
+    """The second matcher allows all tokens, also where the lexer's limit was used up; the row is sampled as before."""
     step(stage, 0, task(1, 0, ABC), task(2, 0, ABC), says="ab")
     stage._answers[1]._matcher = used_up = Mock()
     used_up.try_take.side_effect = LexerUsedUpError("used up")

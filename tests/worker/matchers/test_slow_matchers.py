@@ -51,8 +51,8 @@ class Clock:
 def test_a_step_looks_at_as_many_as_it_has_time_for_in_turns(
     stage: StageMatchers, monkeypatch: pytest.MonkeyPatch, token_ms: int, refused: bool
 ) -> None:
-    """Where tokens are refused, a second look takes as long again, and is not put off. A quick one is looked at in each
-    step after its first row."""
+    """A refused token takes a second look, as long as the first, which is not put off. A quick answer is looked at in
+    each step after its first row."""
     print(f"seed {SEED}")
     Clock(monkeypatch, token_ms)
     monkeypatch.setattr(matched_answer, "_GUARD_NS", 10**18)

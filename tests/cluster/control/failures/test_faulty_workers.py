@@ -62,7 +62,7 @@ def quarantined(run: Recovering, name: str) -> None:
 
 
 async def answers_without(run: Recovering, worker: str, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
-    """Of requests whose worker is lost meanwhile."""
+    """Answers the requests while their worker is lost."""
     tasks, before = run.start(requests), run.tokens
     await run.token(before + 40)
     run.hurt(worker)

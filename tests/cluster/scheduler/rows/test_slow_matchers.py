@@ -22,7 +22,7 @@ from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation
 CONTEXT, BLOCKS = 400, 4000
 MS = 1_000_000
 STEP_NS = 2 * MS
-"""Of each stage, matchers apart."""
+"""Each stage takes so long for a step, matchers apart."""
 Cost = Callable[[int, int], int]
 """Nanoseconds of a matcher's row, by the answer's key and the number of tokens before."""
 
@@ -71,7 +71,7 @@ def request(number: int, owner: str, tokens: int, group: str = "", *, grammar: b
 
 
 def until_known(run: Simulation, keys: Iterable[int], tokens: int = 2) -> None:
-    """Until each has two tokens, or more: the first ones come together, since nothing is known of them."""
+    """Runs until each has two tokens or more: the first ones come together, since no cost is known yet."""
     while any(len(run.rows(key)) < tokens for key in keys):
         run.step()
 

@@ -151,7 +151,7 @@ def test_a_long_wait_is_parked(rows: int) -> None:
 
 
 def test_the_error_names_the_member_that_lacks() -> None:
-    """Of three members, two wait for the third: neither takes the other for it."""
+    """Two of three members wait for the third: neither takes the other for it."""
     links = linked(3, SHORT_S)
     begin(links, 0)
     borders = [0, 16, 32, 48]

@@ -63,7 +63,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def set_up(tree: Path, kit: Path) -> tuple[list[str], list[str]]:
-    """What is said, and the values of variables and the places of modules afterwards."""
+    """Returns the lines that setup.sh prints, and the values of variables and the places of modules afterwards."""
     python = f"python3() {{ '{sys.executable}' \"$@\"; }}"
     after = "import os, brought; print(os.environ['LLAMACLUST_HOME'], brought.__file__, sep='\\n')"
     lines = (python, f". '{kit}/setup.sh'", 'echo "${PYTHONPATH%%:*}"', "type -p llamaclust", f'python3 -c "{after}"')

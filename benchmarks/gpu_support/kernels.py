@@ -13,13 +13,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).parent.parent))
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.environment import environment

@@ -21,7 +21,8 @@ from llamaclust.core.sampling_bounds import MAX_GBNF_WORK, MAX_GRAMMAR_BYTES
 from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
 from llamaclust.model.grammars.definitions import GBNF, GBNF_START
 from llamaclust.model.grammars.matcher import CANNOT_BE_USED, one_line
-from llamaclust.model.grammars.recursion import endless_reference, property_names
+from llamaclust.model.grammars.recursion import endless_reference
+from llamaclust.model.grammars.schema_parts import property_names
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 from llamaclust.model.grammars.walk import GrammarWalk
 

@@ -18,19 +18,6 @@ def endless_reference(schema: Any) -> str | None:
     return next((reference for reference in targets if not conditions.ends(reference)), None)
 
 
-def property_names(schema: Any) -> Iterator[str]:
-    """Of all objects in a schema, in its order."""
-    pending = [schema]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, Mapping):
-            named = part.get("properties")
-            yield from filter(lambda name: isinstance(name, str), named if isinstance(named, Mapping) else ())
-            pending += reversed([*parts(part)])
-        elif isinstance(part, list):
-            pending += reversed(part)
-
-
 def _targets(schema: Any) -> dict[str, Any]:
     """Returns the target of each reference in use, in the order in which they are met. Each part of the schema is read
     once, whatever names it has."""

@@ -19,5 +19,18 @@ def parts(schema: Mapping[str, Any]) -> Iterator[Any]:
             yield value
 
 
+def property_names(schema: Any) -> Iterator[str]:
+    """Yields the names of properties of all objects in a schema, in its order."""
+    pending = [schema]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Mapping):
+            named = part.get("properties")
+            yield from filter(lambda name: isinstance(name, str), named if isinstance(named, Mapping) else ())
+            pending += reversed([*parts(part)])
+        elif isinstance(part, list):
+            pending += reversed(part)
+
+
 def _is_by_name(key: str, value: Any) -> bool:
     return key in _BY_NAME and isinstance(value, Mapping)

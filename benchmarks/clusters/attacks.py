@@ -6,7 +6,8 @@ Two API keys: the attacker's requests come with one, streams and short requests 
 15 MB with as many elements as fit, `--at-once` of each together. `background`: 300 background responses; `tokenize`: 40
 texts of 1 MiB; `answers`: 128 answers that obey a large schema; `logprobs`: a reply of 32 answers of 1,900 tokens with
 20 logprobs each (of a tiny model, which is fast enough); `ambiguous`: 16 answers under grammars whose matchers take 20
-to 60 ms a token; `fixed_texts`: 8 choices of one text of 100,000 characters each.
+to 60 ms a token; `fixed_texts`: 8 choices of one text of 100,000 characters each. Without a key: `headers`, 900
+connections with 10,000 short headers each; `chunks`, 40 bodies in 100,000 chunks of one byte.
 """
 
 from __future__ import annotations
@@ -57,8 +58,26 @@ asyncio.run(main())
 """
 """A client of its own process, which does not hold up the others."""
 
+_RAW = """
+import socket, sys
+(host, _, port), count = sys.argv[1].partition(":"), int(sys.argv[2])
+data = sys.stdin.buffer.read()
+connections = [socket.create_connection((host, int(port)), 200) for _ in range(count)]
+for connection in connections:
+    try:
+        connection.sendall(data)
+    except OSError:
+        pass
+for connection in connections:
+    try:
+        print(connection.recv(1000).partition(b" ")[2][:3].decode() or 0, flush=True)
+    except OSError as error:
+        print(0, type(error).__name__, flush=True)
+"""
+"""A client that sends bytes as they are."""
+
 Body = tuple[str, bytes]
-"""Path and JSON."""
+"""Path and JSON; or no path and bytes that are no request of an HTTP client."""
 
 
 def _filled(before: str, item: str, after: str, size: int = _SIZE) -> bytes:
@@ -194,6 +213,15 @@ def _fixed_texts() -> Body:
     return "v1/completions", json.dumps(body).encode()
 
 
+def _headers() -> Body:
+    return "", b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n" + 10_000 * b"a: b\r\n" + b"\r\n"
+
+
+def _chunks() -> Body:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return "", head + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n"
+
+
 FLOODS: Final[Mapping[str, tuple[Callable[[], Body], int]]] = {
     "tokenize": (_tokenized, 40),
     "background": (_background, 300),
@@ -201,6 +229,8 @@ FLOODS: Final[Mapping[str, tuple[Callable[[], Body], int]]] = {
     "logprobs": (_logprobs, 1),
     "ambiguous": (_ambiguous, 16),
     "fixed_texts": (_fixed_texts, 8),
+    "headers": (_headers, 900),
+    "chunks": (_chunks, 40),
 }
 """Bodies, and how many come at once."""
 
@@ -224,7 +254,8 @@ class Live:
 async def post(api: str, body: Body, count: int) -> str:
     """How `count` of them were answered."""
     pipe = asyncio.subprocess.PIPE
-    words = (sys.executable, "-c", _POST, f"{api}/{body[0]}", _OTHER, str(count), _NUMBER)
+    sent = (_POST, f"{api}/{body[0]}", _OTHER, str(count), _NUMBER) if body[0] else (_RAW, api[7:], str(count))
+    words = (sys.executable, "-c", *sent)
     process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
     begun_s = time.monotonic()
     out, _ = await process.communicate(body[1])

@@ -20,7 +20,7 @@ import pytest
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.kernels._native import Links, tls_library
+from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
 from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import links as group_links
@@ -275,6 +275,20 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
             other.close()
     told = refusals(caplog.records)
     assert any("host" in text.lower() or "certificate" in text.lower() for text in told), told
+
+
+@needs_tls
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x80" * 4096])
+def test_the_reason_of_tls_is_told_where_the_peer_has_gone(sent: bytes, trust: Authority) -> None:
+    """It has closed the connection by then, so that no alert can be sent."""
+    own = trust.identity(Principal("a"))
+    host = Principal("b").host(own.cluster)
+    tls = TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, True)
+    ours, theirs = socket.socketpair()
+    theirs.sendall(sent)
+    theirs.close()
+    with pytest.raises(LinkError, match="worker b: TLS: "):
+        Link(ours.detach(), "worker b", tls, b"hello", b"hello", SOON_S)
 
 
 @needs_tls

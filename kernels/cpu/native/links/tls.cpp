@@ -119,19 +119,22 @@ class TlsChannel : public Channel {
   size_t write(std::span<const uint8_t> data, bool) override {
     if (unsent() >= kMostUnsent && !flush()) return 0;
     const int bytes = static_cast<int>(std::min(data.size(), kRecordBytes));
-    if (records_++ % kRecordsOfKey == kRecordsOfKey - 1) SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED);
+    if (records_++ % kRecordsOfKey == kRecordsOfKey - 1)
+      check(SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) == 1, "another key of TLS");
     return static_cast<size_t>(call([&] { return SSL_write(session_.get(), data.data(), bytes); }));
   }
 
   bool flush() override {
     while (unsent() > 0) {
       const size_t count = socket_.send(std::span(out_).subspan(sent_), false);
-      if (count == 0) return false;
+      if (count == 0) break;
       sent_ += count;
     }
-    out_.clear();
-    sent_ = 0;
-    return true;
+    if (unsent() == 0 || sent_ > kMostUnsent) {
+      out_.erase(out_.begin(), out_.begin() + static_cast<std::ptrdiff_t>(sent_));
+      sent_ = 0;
+    }
+    return out_.empty();
   }
 
   size_t read(std::span<uint8_t> room) override {
@@ -154,7 +157,10 @@ class TlsChannel : public Channel {
     std::string text = "TLS: " + (error == SSL_ERROR_ZERO_RETURN ? "the other side has ended it" : reason());
     if (const long refused = SSL_get_verify_result(session_.get()); refused != X509_V_OK)
       text += std::string(", ") + X509_verify_cert_error_string(refused);
-    flush();  // the alert
+    try {
+      flush();  // the alert
+    } catch (const ConnectionEnded&) {  // the other side has gone: `text` tells why this one ends
+    }
     throw ConnectionEnded(text);
   }
 

@@ -69,13 +69,15 @@ class HandPeer:
         return data
 
     def has_ended(self) -> bool:
-        """Whether the other side has closed the connection, behind all that it has sent."""
+        """True if the other side closes the connection, behind all that it has sent, before the deadline."""
         with closing(self.end):
             try:
                 while self.end.recv(1 << 16):
                     pass
             except ConnectionResetError:
-                pass
+                return True
+            except TimeoutError:
+                return False
         return True
 
 

@@ -17,6 +17,7 @@ import pytest
 from llamaclust.kernels._native import Link, LinkError, Links
 from llamaclust.kernels.backend import Float32
 from support.arithmetic.linked import DEADLINE_S, GREETING, HEADER, HandPeer, begin, connected, frame, link_to, linked
+from support.seed import SEED
 
 SHORT_S = 0.2
 BORDERS = [0, 32, 48]
@@ -40,17 +41,16 @@ def open_files() -> int:
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
     """Any bits, NaN as well; members that are ahead or behind; more bytes than sockets hold."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    made = np.random.default_rng(seed)
+    print(f"seed {SEED}")
+    made = np.random.default_rng(SEED)
     members = len(borders) - 1
     steps = [made.integers(0, 2**32, (rows, borders[-1]), np.uint32).view(np.float32) for _ in range(4)]
     links = linked(members)
 
     def run(member: int) -> list[bytes]:
-        pauses, found = random.Random(seed + member), list[bytes]()
+        pauses, found = random.Random(SEED + member), list[bytes]()
         for number, whole in enumerate(steps):
-            links[member].begin(seed, number // 2)
+            links[member].begin(SEED, number // 2)
             time.sleep(pauses.choice([0, 0, 1e-3]))
             out = np.zeros_like(whole)
             own = np.ascontiguousarray(whole[:, borders[member] : borders[member + 1]])

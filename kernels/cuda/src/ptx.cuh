@@ -88,6 +88,14 @@ __device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const int32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
+// What this thread has written to shared memory is known to instructions that reach it by themselves: products of four
+// warps, and bulk copies.
+__device__ __forceinline__ void publish_shared() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+#endif
+}
+
 #if LLAMACLUST_WGMMA
 // Bytes in shared memory as `b` of products of four warps: groups of eight rows, `group_bytes` from one to the next;
 // a group is sixteen columns of its rows, and sixteen more.
@@ -144,7 +152,6 @@ template <int groups>
 __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(groups) : "memory");
 }
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 #endif
 
 // What another block of the same launch has written, and __threadfence has made known.
@@ -242,10 +249,6 @@ __device__ __forceinline__ int dynamic_shared_bytes() {
 // announcement, and all copies that name the arrival after it.
 __device__ __forceinline__ void arrival_init(SharedAddress arrival) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(arrival.bytes) : "memory");
-}
-// Orders what this thread has initialized before the copies that it requests next.
-__device__ __forceinline__ void fence_before_bulk_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 __device__ __forceinline__ void arrival_announce(SharedAddress arrival, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(arrival.bytes), "r"(bytes) : "memory");

@@ -7,8 +7,8 @@
 // x 8 x 32) a warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight
 // where sub-blocks have 16 columns), for Q4_K thirteen instructions in all. On compute capability 8.6, 8.9 and 12.0 a
 // matrix instruction takes 16 cycles of a quarter of a multiprocessor and is the limit; on 8.0 it takes 8, as load and
-// multiply-adds do, on 9.0 fewer: there issuing is. Types of 32 have twelve float operations in their place, which
-// bound them.
+// multiply-adds do. Types of 32 have twelve float operations in their place, which bound them. Compute capability 9.0 has
+// another way (wgmma.cuh).
 #pragma once
 
 #include "many_rows.cuh"

@@ -133,7 +133,7 @@ class Pieces {
     next_.advance(warp);
     if (requests_) {
       NO_UNROLL for (int i = 0; i < stages_; i++) arrival_init(arrival(i));
-      fence_before_bulk_copies();
+      publish_shared();
     }
     __syncwarp();
   }

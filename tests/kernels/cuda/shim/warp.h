@@ -243,7 +243,6 @@ void copy_async_wait() {
 
 inline int dynamic_shared_bytes() { return static_cast<int>(shim::dynamic_bytes()); }
 inline void arrival_init(SharedAddress arrival) { shim::init_arrival(arrival.bytes); }
-inline void fence_before_bulk_copies() {}
 inline void arrival_announce(SharedAddress arrival, int bytes) {
   shim::announce(arrival.bytes, static_cast<size_t>(bytes));
 }

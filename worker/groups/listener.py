@@ -113,7 +113,9 @@ class LinkListener:
                 await asyncio.sleep(_RETRY_S)
                 continue
             if len(self._silent) >= _MOST_SILENT:
-                next(iter(self._silent)).cancel()
+                oldest = next(iter(self._silent))
+                oldest.cancel()
+                await asyncio.wait([oldest])  # accepting alone would not let it end
             task = asyncio.create_task(self._receive(connection))
             self._silent[task] = None
             task.add_done_callback(self._silent.pop)

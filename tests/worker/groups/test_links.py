@@ -332,6 +332,36 @@ def _relay(
     return serve  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 400])
+async def test_silent_connections_give_their_places_to_newer_ones(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listener sees many at once, so that accepting alone gives nothing else a turn."""
+    monkeypatch.setattr("llamaclust.worker.groups.listener.HELLO_S", 600.0)
+    listener = await LinkListener.start("127.0.0.1:0")
+    host, port = split_address(listener.address)
+    with ExitStack() as held:
+        silent: list[socket.socket] = []
+        for number in range(count):
+            silent.append(held.enter_context(socket.create_connection((host, port))))
+            if number % 100 == 99:  # the system keeps 128 of them
+                await until(lambda: len(listener._silent) >= 64)
+
+        def closed() -> int:
+            return sum(_is_closed(connection) for connection in silent)
+
+        await until(lambda: closed() == max(0, count - 64))
+    await listener.stop()
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
 @pytest.mark.parametrize("own", [0, 1])
 async def test_a_member_that_is_not_there_is_named(own: int) -> None:
     async with listeners(2) as started:

@@ -115,10 +115,11 @@ class LinkListener:
             if len(self._silent) >= _MOST_SILENT:
                 oldest = next(iter(self._silent))
                 oldest.cancel()
-                await asyncio.wait([oldest])  # accepting alone would not let it end
+                await asyncio.wait([oldest])
             task = asyncio.create_task(self._receive(connection))
             self._silent[task] = None
             task.add_done_callback(self._silent.pop)
+            await asyncio.sleep(0)  # it begins: accepting alone would give others no turn
 
     async def _receive(self, connection: socket.socket) -> None:
         is_taken = False

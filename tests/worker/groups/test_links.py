@@ -338,16 +338,16 @@ async def test_silent_connections_give_their_places_to_newer_ones(count: int, mo
     monkeypatch.setattr("llamaclust.worker.groups.listener.HELLO_S", 600.0)
     listener = await LinkListener.start("127.0.0.1:0")
     host, port = split_address(listener.address)
+    silent: list[socket.socket] = []
+
+    def closed() -> int:
+        return sum(map(_is_closed, silent))
+
     with ExitStack() as held:
-        silent: list[socket.socket] = []
-        for number in range(count):
+        for number in range(1, count + 1):
             silent.append(held.enter_context(socket.create_connection((host, port))))
-            if number % 100 == 99:  # the system keeps 128 of them
-                await until(lambda: len(listener._silent) >= 64)
-
-        def closed() -> int:
-            return sum(_is_closed(connection) for connection in silent)
-
+            if number % 100 == 0:  # the system keeps 128 that are not accepted
+                await until(lambda now=number: closed() == now - 64)  # type: ignore[misc]
         await until(lambda: closed() == max(0, count - 64))
     await listener.stop()
 

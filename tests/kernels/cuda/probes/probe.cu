@@ -90,7 +90,7 @@ KERNEL(32, bulk_copies, const float* x, int32_t n, int32_t early, float* out) {
     copy_bulk(part + 16, x + 64 * i + 4, 240, arrival);
   };
   for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i);
-  fence_before_bulk_copies();
+  publish_shared();
   __syncwarp();
   for (int i = 0; i < stages; i++) request(i);
   for (int i = 0; i < n; i++) {

@@ -64,6 +64,7 @@ class ServiceThread:
         try:
             return future.result()
         except CancelledError as error:
+            work.close()  # where the loop ended before it came to it
             raise LlamaclustError(_CLOSED) from error
         finally:
             future.cancel()  # where the caller was interrupted

@@ -140,14 +140,14 @@ def test_a_peer_that_takes_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 1 << 18])
 def test_a_long_wait_is_parked(rows: int) -> None:
-    """It takes next to no processor time, whether rows lack or are not taken."""
-    peer = HandPeer(1.0)
+    """It takes little processor time, whether rows lack or are not taken: a thread that polled would take all of 2 s."""
+    peer = HandPeer(2.0)
     peer.links.begin(1, 2)
     own, whole = np.zeros((rows, 32), np.float32), np.zeros((rows, 48), np.float32)
     began_s = time.thread_time()
-    with pytest.raises(LinkError, match="within 1 s"):
+    with pytest.raises(LinkError, match="within 2 s"):
         peer.links.gather(0, own, whole, BORDERS)
-    assert time.thread_time() - began_s < 0.1
+    assert time.thread_time() - began_s < 1.0
 
 
 def test_the_error_names_the_member_that_lacks() -> None:

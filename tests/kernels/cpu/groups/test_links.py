@@ -140,7 +140,7 @@ def test_a_peer_that_takes_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 1 << 18])
 def test_a_long_wait_is_parked(rows: int) -> None:
-    """It takes little processor time, whether rows lack or are not taken: a thread that polled would take all of 2 s."""
+    """It takes little processor time, whether rows lack or are not taken; a thread that polled would take 2 s."""
     peer = HandPeer(2.0)
     peer.links.begin(1, 2)
     own, whole = np.zeros((rows, 32), np.float32), np.zeros((rows, 48), np.float32)

@@ -44,8 +44,8 @@ def read_given(path: Path, most_bytes: int) -> bytes:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """To be read, and written where `is_writable`. OSError, also where it is no regular file, or a link that is not
-    followed."""
+    """Opens a file for reading, and for writing if `is_writable`. OSError, also if it is no regular file, or a link
+    that is not followed."""
     access = os.O_RDWR if is_writable else os.O_RDONLY
     flags = access | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(os.open(path, flags), "r+b" if is_writable else "rb")

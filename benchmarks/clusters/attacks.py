@@ -38,7 +38,7 @@ _SETTLE_S = 2.0
 _PROBE_S = 0.1
 _DEADLINE_S = 300.0
 _NUMBER = "@NUMBER@"
-"""In a body: replaced with the number of the request."""
+"""A place in bodies that takes the number of the request."""
 _POST = """
 import asyncio, sys, httpx
 path, key, count = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -65,12 +65,12 @@ class LinkListener:
 
     @classmethod
     async def start(cls, address: str) -> Self:
-        """At HOST:PORT, where port 0 is any free one, or at unix:PATH. OSError where that is impossible."""
+        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH. OSError if that is impossible."""
         if address.startswith(PREFIX):
             listening = socket.socket(socket.AF_UNIX)
             try:
                 listening.bind(address.removeprefix(PREFIX))
-            except BaseException:
+            except OSError:
                 listening.close()
                 raise
         else:

@@ -35,7 +35,7 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """Whether `next_event` gave no more because the turn is over: what was received may hold further events."""
+        """`next_event` gave no more because the turn is over: what was received may hold further events."""
         return self._events_left == 0
 
     @property

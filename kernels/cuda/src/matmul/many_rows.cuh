@@ -78,6 +78,30 @@ using Totals = float[groups][4];
 template <class Type>
 constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
 
+// Sub-block scales of a warp's tile as int16 [row][sub-block] in shared memory, two in a word; rows on different banks.
+template <class Type>
+constexpr int kScaleWords = kSubScaled<Type> ? Type::kSubBlocks / 2 + 1 : 0;
+template <class Type>
+DEVICE void share_scales(const uint8_t* body, int lane, uint32_t* shared) {
+  if constexpr (kSubScaled<Type>) {
+    Scale scales[Type::kSubBlocks];
+    Type::sub_scales({body, lane % 16}, scales);
+    if (lane < 16) UNROLL for (int i = 0; i < Type::kSubBlocks / 2; i++)
+      shared[lane * kScaleWords<Type> + i] = (scales[2 * i] & 0xffff) | static_cast<uint32_t>(scales[2 * i + 1]) << 16;
+    __syncwarp();
+  }
+}
+// Scales of rows lane / 4 and lane / 4 + 8: of two sub-blocks of 16 columns, or of one of 32.
+template <class Type>
+DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)[2][2]) {
+  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
+    const uint32_t* row = shared + (lane / 4 + 8 * r) * kScaleWords<Type>;
+    const uint32_t word = kOf16<Type> ? row[i] : row[i / 2] >> i % 2 * 16;
+    scales[r][0] = static_cast<int16_t>(word);
+    scales[r][1] = static_cast<int16_t>(word >> 16);
+  }
+}
+
 // Adds a segment's integer sums to the totals, and its mins.
 template <class Type, int most>
 DEVICE void add_sums(const Segment& segment, int groups, const Stage<Type, most>& stage, int lane,

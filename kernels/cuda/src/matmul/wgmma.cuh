@@ -45,12 +45,9 @@ DEVICE uint32_t times_digit(Bytes weights, int32_t digit) {
 
 template <class Type>
 constexpr int kWeightBytes = kStageSegments<Type> * (Type::kLayout.body_bytes + Type::kLayout.tail_bytes);
-// Of sixteen rows of a tile's sub-blocks in shared memory: digits as bytes, or scales in sixteen bits with rows on different
-// banks.
+// Of a row of a tile in shared memory: its scales, or their digits as bytes.
 template <class Type>
-constexpr int kScaleWords = !kSubScaled<Type>          ? 0
-                            : Digits<Type>::kCount > 0 ? Digits<Type>::kCount * Type::kSubBlocks / 4
-                                                       : Type::kSubBlocks / 2 + 1;
+constexpr int kRowWords = Digits<Type>::kCount > 0 ? Digits<Type>::kCount * Type::kSubBlocks / 4 : kScaleWords<Type>;
 
 // Asks for `count` segments of a warp's tile. Where bodies of several stand before their tails, wide ones are put together.
 template <class Type>
@@ -104,26 +101,6 @@ struct RowDigits {
     return static_cast<int32_t>(word >> j % 4 * 8 & 255);
   }
 };
-
-// Scales of a tile in sixteen bits, [row][sub-block].
-template <class Type>
-DEVICE void share_scales(const uint8_t* body, int lane, uint32_t* shared) {
-  Scale scales[Type::kSubBlocks];
-  Type::sub_scales({body, lane % 16}, scales);
-  if (lane < 16) UNROLL for (int i = 0; i < Type::kSubBlocks / 2; i++)
-    shared[lane * kScaleWords<Type> + i] = (scales[2 * i] & 0xffff) | static_cast<uint32_t>(scales[2 * i + 1]) << 16;
-  __syncwarp();
-}
-// For block i of 32 columns, of rows lane / 4 and lane / 4 + 8: of two sub-blocks of 16 columns, or of one of 32.
-template <class Type>
-DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)[2][2]) {
-  UNROLL for (int r = 0; r < 2; r++) {
-    const uint32_t* row = shared + (lane / 4 + 8 * r) * kScaleWords<Type>;
-    const uint32_t word = kOf16<Type> ? row[i] : row[i / 2] >> i % 2 * 16;
-    scales[r][0] = static_cast<int16_t>(word);
-    scales[r][1] = static_cast<int16_t>(word >> 16);
-  }
-}
 
 template <int groups>
 using Sums = int32_t[4 * groups];
@@ -261,7 +238,7 @@ DEVICE void gemm(const Products& all) {
   auto* stages = reinterpret_cast<Stage<Type, most>*>(DYNAMIC_SHARED);
   uint8_t* copies = reinterpret_cast<uint8_t*>(stages + 2) + warp * 2 * kWeightBytes<Type>;
   uint32_t* scales = reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(stages + 2) + warps * 2 * kWeightBytes<Type>) +
-                     warp * 16 * kScaleWords<Type>;
+                     warp * 16 * kRowWords<Type>;
   const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
   const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
   const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);

@@ -290,6 +290,7 @@ class Register(_message.Message):
     TERM_PROOF_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
     IS_AWAITED_FIELD_NUMBER: _builtins.int
+    LINK_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -334,6 +335,8 @@ class Register(_message.Message):
     """Name of the cluster that its process was a member of last; empty: of none."""
     is_awaited: _builtins.bool
     """The worker waits for a coordinator of `cluster`, and may not join another one."""
+    link_address: _builtins.str
+    """Where it accepts links of other members of a group, HOST:PORT or unix:PATH; empty: it takes no part in groups."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
@@ -368,10 +371,11 @@ class Register(_message.Message):
         term_proof: Global___TermProof | None = ...,
         cluster: _builtins.str = ...,
         is_awaited: _builtins.bool = ...,
+        link_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers", "term_proof", b"term_proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cluster", b"cluster", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "is_awaited", b"is_awaited", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cluster", b"cluster", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "is_awaited", b"is_awaited", "kv_disk_bytes", b"kv_disk_bytes", "largest_term", b"largest_term", "link_address", b"link_address", "log", b"log", "machine", b"machine", "machine_free_bytes", b"machine_free_bytes", "memory_group", b"memory_group", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_version", b"protocol_version", "term_proof", b"term_proof", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015

@@ -66,6 +66,7 @@ class Load(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -112,6 +113,10 @@ class Load(_message.Message):
         worker without one of them fetches all of its layers.
         """
 
+    @_builtins.property
+    def group(self) -> Global___GroupOrder:
+        """The group that holds the stage together; not set: this worker holds it alone."""
+
     def __init__(
         self,
         *,
@@ -131,15 +136,18 @@ class Load(_message.Message):
         weights: Global___WeightSources | None = ...,
         devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
         adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
+        group: Global___GroupOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapter_paths", b"adapter_paths", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapter_paths", b"adapter_paths", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_address: _TypeAlias = _typing.Literal["first_address"]  # noqa: Y015
     _WhichOneofArgType__first_address: _TypeAlias = _typing.Literal["_first_address", b"_first_address"]  # noqa: Y015
     _WhichOneofReturnType__first_worker: _TypeAlias = _typing.Literal["first_worker"]  # noqa: Y015
     _WhichOneofArgType__first_worker: _TypeAlias = _typing.Literal["_first_worker", b"_first_worker"]  # noqa: Y015
+    _WhichOneofReturnType__group: _TypeAlias = _typing.Literal["group"]  # noqa: Y015
+    _WhichOneofArgType__group: _TypeAlias = _typing.Literal["_group", b"_group"]  # noqa: Y015
     _WhichOneofReturnType__last_worker: _TypeAlias = _typing.Literal["last_worker"]  # noqa: Y015
     _WhichOneofArgType__last_worker: _TypeAlias = _typing.Literal["_last_worker", b"_last_worker"]  # noqa: Y015
     _WhichOneofReturnType__next_address: _TypeAlias = _typing.Literal["next_address"]  # noqa: Y015
@@ -155,6 +163,8 @@ class Load(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_worker) -> _WhichOneofReturnType__first_worker | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__group) -> _WhichOneofReturnType__group | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_worker) -> _WhichOneofReturnType__last_worker | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__next_address) -> _WhichOneofReturnType__next_address | None: ...
@@ -166,6 +176,68 @@ class Load(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class GroupOrder(_message.Message):
+    """Several workers that share the output rows of every product of a stage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.bytes
+    """16 random bytes, known to the members alone."""
+    member: _builtins.int
+    """Which of them this worker is."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupMember]:
+        """In their order; the first one leads: the stage's streams are its."""
+
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.bytes = ...,
+        members: _abc.Iterable[Global___GroupMember] | None = ...,
+        member: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "member", b"member", "members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupOrder: _TypeAlias = GroupOrder  # noqa: Y015
+
+@_typing.final
+class GroupMember(_message.Message):
+    """A worker of a group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its name; its certificate must say so."""
+    address: _builtins.str
+    """Where it accepts links: HOST:PORT or unix:PATH."""
+    share: _builtins.int
+    """Its part of the output rows, relative to those of the others."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+        share: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "share", b"share", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupMember: _TypeAlias = GroupMember  # noqa: Y015
 
 @_typing.final
 class StageLimits(_message.Message):

@@ -44,9 +44,14 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers on a worker."""
+    """Layers on a worker, or its portion of them where it holds them together with others: a group.
+
+    The members of a group follow each other in a plan and have the same layers and shares.
+    """
 
     worker: str
+    shares: tuple[int, ...] = ()  # of the output rows, by member of the group; (): the worker holds the layers alone
+    member: int = 0  # which of them it is; the first one leads
     devices: tuple[DevicePlan, ...] = ()  # of a worker with GPUs: what is where; the figures above are their sums
 
     @property
@@ -107,7 +112,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages in order, from the embedding to the head."""
+    """Stages in order, from the embedding to the head: an entry for each worker that holds layers."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
@@ -120,6 +125,11 @@ class Plan:
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
     wide_tiles: bool = False  # weights of some types take more memory and less time than they could
+
+    @property
+    def leaders(self) -> tuple[StagePlan, ...]:
+        """Those that the stages' streams begin and end at: an entry for each stage."""
+        return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property
     def prompt_tokens(self) -> int:

@@ -32,6 +32,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control.groups import GroupOrder
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.profiles import (
@@ -73,6 +74,7 @@ class Register:
     term_proof: TermProof = field(default_factory=TermProof)  # that a coordinator had the largest term
     cluster: Annotated[str, Line(255)] = ""  # that its process was a member of last; "": of none
     is_awaited: bool = False  # it waits for a coordinator of `cluster`, and may not join another one
+    link_address: Address = ""  # where it accepts links of members of a group; "": it takes no part in groups
     protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -204,6 +206,7 @@ class Load:
     weights: WeightSources | None = None  # None: the file must be there, and its bytes are not compared
     devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
     adapter_paths: AdapterPaths = ()
+    group: GroupOrder | None = None  # that holds the stage together; None: this worker alone
 
     def check(self) -> None:
         bounded("start", self.start, 0, self.end - 1)

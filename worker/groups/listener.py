@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 
 _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup1"
-GROUP_ID_BYTES = 16
 HELLO_S = 5.0
 _MOST_SILENT = 64
 """Connections that have not said their hello; of more, the oldest is closed."""

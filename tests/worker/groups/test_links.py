@@ -19,12 +19,13 @@ import pytest
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
 from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import links as group_links
 from llamaclust.worker.groups.links import GroupLinks, GroupMember, GroupPlan, MemberLostError
-from llamaclust.worker.groups.listener import GROUP_ID_BYTES, Hello, LinkListener
+from llamaclust.worker.groups.listener import Hello, LinkListener
 from support.clusters.served import until
 from support.seed import SEED
 from support.wire.trust import authority, expired, refusals, with_pair

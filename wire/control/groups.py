@@ -1,0 +1,39 @@
+"""Groups in orders to load a stage: several workers that share the output rows of its products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import Address, Integer, Size, WorkerName, bounded
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.limits import GROUP_ID_BYTES, MAX_GROUP_MEMBERS, MAX_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """A worker of a group, where it accepts links, and its part of the output rows relative to the others'."""
+
+    worker: WorkerName
+    address: Address
+    share: Annotated[int, Integer(1, MAX_SHARE)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOrder:
+    """The workers that hold a stage together. The first one leads: the stage's streams are its."""
+
+    group_id: bytes  # random, known to the members alone
+    members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
+    member: int  # which of them this worker is
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        return tuple(member.share for member in self.members)
+
+    def check(self) -> None:
+        bounded("group_id", len(self.group_id), GROUP_ID_BYTES, GROUP_ID_BYTES)
+        bounded("member", self.member, 0, len(self.members) - 1)
+        names = [member.worker for member in self.members]
+        if len({*names}) < len(names):
+            raise ProtocolError(f"a group of {', '.join(names)}, in which a worker is twice")

@@ -13,8 +13,9 @@ import pytest
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup, ReferenceStage
-from llamaclust.model.groups.division import borders, divide
+from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.gather import Gather
+from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program

@@ -220,9 +220,10 @@ class ClusterConfig(Section):
                 raise PlaceError(("workers", index, "name"), f"two workers are named {name!r}; give each its own name")
         for place, config in self._places_of_models() if not self.awaits_any else ():
             for index, entry in enumerate(config.plan or ()):
-                if entry.worker not in names:
-                    what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
-                    raise PlaceError((*place, "plan", index, "worker"), what)
+                for unknown in (name for name in entry.names if name not in names):
+                    key = "workers" if entry.workers else "worker"
+                    what = f"unknown worker {unknown!r}{hint(unknown, names)}"
+                    raise PlaceError((*place, "plan", index, key), what)
             for index, rule in enumerate(config.placement):
                 for pattern in rule.workers:
                     if not any(fnmatchcase(name, pattern) for name in names):

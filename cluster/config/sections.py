@@ -26,7 +26,13 @@ from llamaclust.cluster.config.values import (
 )
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core.addresses import JOIN_PORT
-from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_CONTEXT_TOKENS
+from llamaclust.core.limits import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
+    MAX_CONTEXT_TOKENS,
+    MAX_GROUP_MEMBERS,
+    MAX_SHARE,
+)
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
@@ -210,10 +216,41 @@ class Telemetry(Section):
 class PlanEntry(Section):
     """One stage of a plan made by hand."""
 
-    worker: Name
+    worker: Name | None = None
     """Name of the worker that holds these layers."""
+    workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
+    """In place of `worker`, names of several that hold these layers together, as a group; the first one leads it."""
+    shares: (
+        Annotated[
+            tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
+            Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False),
+        ]
+        | None
+    ) = None
+    """How much each of `workers` holds of every layer, relative to the others; by default equally much."""
     layers: Layers
     """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the worker, or of all members of the group."""
+        return self.workers or (() if self.worker is None else (self.worker,))
+
+    @property
+    def all_shares(self) -> tuple[int, ...]:
+        """By member of the group; empty for one worker."""
+        return self.shares or (1,) * len(self.workers or ())
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if (self.worker is None) == (self.workers is None):
+            given = "names no worker" if self.worker is None else "has both"
+            raise PlaceError((), f"{given}: give `worker`, or `workers` for a group")
+        if self.workers is None and self.shares is not None:
+            raise PlaceError(("shares",), "is for the `workers` of a group, and this is one worker; leave it out")
+        if self.workers and self.shares and len(self.shares) != len(self.workers):
+            raise PlaceError(("shares",), f"{len(self.shares)} shares for {len(self.workers)} workers; give one each")
+        return self
 
 
 class Speculative(Section):

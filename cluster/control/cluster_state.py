@@ -42,8 +42,8 @@ class PoolState:
         return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
 
     def is_partitioned(self, plan: Plan) -> bool:
-        """Whether neighbouring stages cannot reach each other."""
-        return violated_pair([stage.worker for stage in plan.stages], self.partitions) is not None
+        """Whether neighbouring stages, or members of a group, cannot reach each other."""
+        return violated_pair(plan.chain, self.partitions) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.resources.groups import check_groups
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
@@ -60,11 +61,13 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     check_placement(config, model)
     if config.plan is not None:
         entries = config.plan if config.awaits_any else ()
-        names = [entry.worker for entry in entries] or [worker.name for worker in config.workers]
+        names = [name for entry in entries for name in entry.names] or [worker.name for worker in config.workers]
         shards = manual_shards(config)
         checked(manual_plan(config), names, model.layer_count * shards, shards)
         check_division(config, model, shards)
-        check_parts_on_gpus(config, shards, {worker.name: gpu_names(worker.device) for worker in config.workers})
+        gpus = {worker.name: gpu_names(worker.device) for worker in config.workers}
+        check_parts_on_gpus(config, shards, gpus)
+        check_groups(config, model, gpus)
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
@@ -108,9 +111,10 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
     """UsageError where the user's plan divides layers and has workers with GPUs, which would not be used. `gpus`: by
     worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
-        if devices := gpus.get(entry.worker):
-            what = f"{', '.join(devices)} of {entry.worker} would be unused: {UNUSED_BY_PARTS}"
-            raise UsageError(f"the plan: {what}; set device: cpu for {entry.worker}, or divide no layer")
+        for name in entry.names:
+            if devices := gpus.get(name):
+                what = f"{', '.join(devices)} of {name} would be unused: {UNUSED_BY_PARTS}"
+                raise UsageError(f"the plan: {what}; set device: cpu for {name}, or divide no layer")
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
@@ -139,8 +143,10 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
     """The assignments that the cluster file names, in parts of layers; empty where the planner decides."""
     shards = manual_shards(config)
-    parts = ((entry.worker, *entry.layers) for entry in config.plan or ())
-    return tuple((worker, int(start * shards), int(end * shards)) for worker, start, end in parts)
+    parts = ((entry, *entry.layers) for entry in config.plan or ())
+    return tuple(
+        Assignment(entry.names, int(start * shards), int(end * shards), entry.all_shares) for entry, start, end in parts
+    )
 
 
 def manual_shards(config: ClusterConfig) -> int:

@@ -10,6 +10,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.limits import StageLimits
+from llamaclust.wire.control.messages import Load
 
 MemoryUse = Counter[tuple[str, str]]
 """Bytes by worker and device."""
@@ -76,12 +77,13 @@ class MemoryLedger:
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
         """What a worker's stages take of its devices, as they were planned."""
         held = [order for order, _ in worker.stages.values()]
-        orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices) for o in held}
+        orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o)) for o in held}
         use = MemoryUse()
         for model_id, plans in self._plans.items():
             for plan in plans:
                 for stage in (stage for stage in plan.stages if stage.worker == worker.name):
-                    if (model_id, _way(plan), stage.start, stage.end, stage.device_layers) in orders:
+                    layers = (stage.start, stage.end, stage.device_layers, (stage.shares, stage.member))
+                    if (model_id, _way(plan), *layers) in orders:
                         use += _stage_use(stage)
         return {device: n_bytes for (_, device), n_bytes in use.items()}
 
@@ -89,6 +91,11 @@ class MemoryLedger:
 def _way(held: StageLimits | Plan) -> tuple[int, bool]:
     """In which layers are divided, and weights lie in memory."""
     return held.expert_shards, held.wide_tiles
+
+
+def _portion(order: Load) -> tuple[tuple[int, ...], int]:
+    """Shares and number of a member of a group, as in `StagePlan`."""
+    return ((), 0) if order.group is None else (order.group.shares, order.group.member)
 
 
 def _total(plans: Iterable[Plan]) -> MemoryUse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llamaclust.cluster.planner.format import shares_text, stage_name
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import layer_span
@@ -20,14 +21,15 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """The new plan, and how many layers each worker has to load: `held` are the layers that workers have."""
-    parts = []
-    for stage in plan.stages:
+    """The new plan, and how many layers each worker has to load: `held` are the layers that workers have. Groups are
+    told with their shares alone: members may hold other portions of the same layers."""
+    parts, shards = [], plan.expert_shards
+    for stage in plan.leaders:
+        name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)
         start, end = held.get(stage.worker, (0, 0))
-        shards = plan.expert_shards
         load = sum(not start <= part / shards < end for part in range(stage.start, stage.end)) / shards
-        layers = layer_span(stage.start, stage.end, shards)
-        parts.append(f"{stage.worker} {layers}{f', {load:g} to load' if load else ''}")
+        beside = f" in shares {shares_text(stage.shares)}" if stage.shares else f", {load:g} to load" if load else ""
+        parts.append(f"{name} {layers}{beside}")
     return f"new plan: {', '.join(parts)}"
 
 

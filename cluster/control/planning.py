@@ -24,6 +24,7 @@ from llamaclust.cluster.control.limits import (
     uses_mtp,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
+from llamaclust.cluster.control.resources.groups import check_groups
 from llamaclust.cluster.control.resources.placement import placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
@@ -159,9 +160,9 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
-        check_parts_on_gpus(
-            config, expert_shards, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts}
-        )
+        gpus = {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts}
+        check_parts_on_gpus(config, expert_shards, gpus)
+        check_groups(config, model, gpus)
     unused = _unused_gpus(facts) if expert_shards > 1 else ()
     if expert_shards > 1:
         facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
@@ -186,8 +187,8 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     plan = _plan(model_costs(config, model, expert_shards), facts, request)
     for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
-    if len(plan.stages) > MAX_STAGES:
-        raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
+    if len(plan.leaders) > MAX_STAGES:
+        raise UsageError(f"the plan has {len(plan.leaders)} stages, {MAX_STAGES} are possible: use fewer workers")
     held = {stage.worker for stage in plan.stages}
     return replace(plan, unused_gpus=tuple(gpu for gpu in unused if gpu.worker in held))
 
@@ -309,7 +310,8 @@ class ClusterPlanner:
         Raises as `plan_cluster` and the ledger do, and WorkerError where there are no workers or a manual plan needs
         others."""
         (beside or self.ledger).check_count(self.model.model_id)
-        missing = [entry.worker for entry in self.config.plan or () if entry.worker not in workers]
+        planned = (name for entry in self.config.plan or () for name in entry.names)
+        missing = [name for name in planned if name not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:

@@ -29,9 +29,9 @@ class Serving:
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """Whether the plan only has other workers for the same stages, which are not clearly faster or larger."""
+        """Whether the plan only has other workers for equal stages and shares, which are not clearly better."""
         served, new = self.plan.prediction, plan.prediction
-        if served is None or new is None or _ranges(self.plan) != _ranges(plan):
+        if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
         return (
             new.token_s >= served.token_s * _CLEARLY_BETTER
@@ -48,12 +48,18 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
     return new.token_s < old.token_s * _CLEARLY_BETTER and new.tokens_per_s >= old.tokens_per_s
 
 
-def _ranges(plan: Plan) -> list[tuple[Fraction, Fraction]]:
-    """Of layers and parts of layers."""
+_Part = tuple[Fraction, Fraction, tuple[int, ...], int]
+"""Layers and parts of layers, with the shares of a group and the number of a member."""
+
+
+def _parts(plan: Plan) -> list[_Part]:
     shards = plan.expert_shards
-    return [(Fraction(stage.start, shards), Fraction(stage.end, shards)) for stage in plan.stages]
+    return [
+        (Fraction(stage.start, shards), Fraction(stage.end, shards), stage.shares, stage.member)
+        for stage in plan.stages
+    ]
 
 
-def _layers(plan: Plan) -> list[tuple[str, tuple[Fraction, Fraction], tuple[DeviceLayers, ...]]]:
-    named = zip(plan.stages, _ranges(plan), strict=True)
-    return [(stage.worker, layers, stage.device_layers) for stage, layers in named]
+def _layers(plan: Plan) -> list[tuple[str, _Part, tuple[DeviceLayers, ...]]]:
+    parts = zip(plan.stages, _parts(plan), strict=True)
+    return [(stage.worker, part, stage.device_layers) for stage, part in parts]

@@ -109,7 +109,7 @@ class StaticLauncher(Launcher):
     def awaited(self) -> Awaited:
         """Where the file has no names, those of its plan."""
         config = self._config
-        planned = dict.fromkeys(entry.worker for entry in config.plan or ())
+        planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
         return Awaited(names, max(len(names), len(config.workers)), self._grace_s, config.join.wait)
 

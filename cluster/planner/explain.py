@@ -10,9 +10,10 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
-from llamaclust.cluster.planner.memory import MemoryModel, Split
+from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import IdleWorker
 from llamaclust.cluster.planner.search import least_total
+from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.cluster.planner.worker_classes import worker_classes
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import ranges
@@ -22,20 +23,22 @@ from llamaclust.core.sizes import MIB, mib, missing, needed
 _CONTEXT_STEP = 256
 
 
-def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryError:
+def split_memory_error(sizes: MemoryModel, split: Sequence[StageParts]) -> InsufficientMemoryError:
     """Says what every worker of a split lacks."""
-    lacking = "; ".join(_lacking(sizes, split))
+    lacking = "; ".join(text for stage in split for text in _lacking(sizes.of(stage.costs), stage))
     tokens = sizes.request.context_length
     return InsufficientMemoryError(
         f"the plan does not fit for {tokens} tokens of context: {lacking}; change the layers, or give more memory"
     )
 
 
-def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
-    for held in split:
+def _lacking(sizes: MemoryModel, stage_parts: StageParts) -> Iterator[str]:
+    for held in stage_parts.parts:
         worker, start, end, given = held.device, held.start, held.end, sizes.request.kv_memory_bytes
         layers = layer_span(start, end, sizes.stages.expert_shards)
         what = f"experts of layers {ranges(held.cpu_moe)}" if held.is_experts else f"layers {layers}"
+        if stage_parts.shares:
+            what = f"{stage_parts.shares[stage_parts.member]} of {sum(stage_parts.shares)} parts of {what}"
         stage, parts = f"worker {worker.name!r}: {what} need", sizes.parts(held, 1)
         context_bytes = 0 if held.is_experts else sizes.context_bytes(start, end)
         if given is not None and context_bytes > given:

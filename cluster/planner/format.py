@@ -71,7 +71,7 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         kv += f"; {plan.state_blocks} states of sequences"
     kv += f"; for more than {_requests(tokens // plan.context_length)} of this length together set kv_memory"
     tiles = ["  some weights in wider tiles: more memory, less time (wide_tiles)"] if plan.wide_tiles else []
-    lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms, plan.expert_shards))
+    lines = (line for stage, decode_ms in stages for line in _stage_lines(plan, stage, decode_ms))
     predicted = f"  predicted: {', '.join(expected)}"
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
     gains = _gain_lines(plan, acceptances)
@@ -100,10 +100,17 @@ def _gain(gain: SpeculationGain, right: str = "") -> str:
     return f"{gain.gain:.1f}x {share} ({_number(gain.tokens_per_s)} tok/s, drafts of {gain.drafted_tokens})"
 
 
-def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iterator[str]:
-    """One for the stage, then one for each device of a worker with GPUs."""
-    layers = layer_span(stage.start, stage.end, shards)
-    yield f"  {stage.worker}: layers {layers}, {_sizes(stage)}, {_number(decode_ms)} ms/token"
+def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
+    """One for the stage of a worker, then one for each of its GPUs. Before the members of a group, one for the
+    group."""
+    shards = plan.expert_shards
+    layers, figures = layer_span(stage.start, stage.end, shards), f"{_sizes(stage)}, {_number(decode_ms)} ms/token"
+    if stage.shares:
+        if stage.member == 0:
+            yield f"  {stage_name(plan, stage)}: layers {layers} in shares {shares_text(stage.shares)}"
+        yield f"    {stage.worker}: {figures}"
+        return
+    yield f"  {stage.worker}: layers {layers}, {figures}"
     for part in stage.devices:
         moved = ranges(part.cpu_moe)
         if part.is_experts:
@@ -113,6 +120,16 @@ def _stage_lines(stage: StagePlan, decode_ms: float | None, shards: int) -> Iter
             if part.experts_cache_bytes:
                 apart += f", up to {part.experts_cache_bytes // MIB} MiB for copies of some of them"
             yield f"    {part.device}: layers {layer_span(part.start, part.end, shards)}, {_sizes(part)}{apart}"
+
+
+def stage_name(plan: Plan, stage: StagePlan) -> str:
+    """The worker of a stage, or all members of its group as a+b."""
+    return next("+".join(workers) for workers in plan.chain if stage.worker in workers)
+
+
+def shares_text(shares: Sequence[int]) -> str:
+    """As 2:1."""
+    return ":".join(map(str, shares))
 
 
 def _sizes(held: HeldLayers) -> str:

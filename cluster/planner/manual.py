@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,8 +12,21 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import layer_place, layer_span
 
-Assignment = tuple[str, int, int]
-"""(worker, start, end): layers [start, end), or parts of layers."""
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Layers [start, end), or parts of layers, on a worker, or on a group of workers in proportion to their shares."""
+
+    workers: tuple[str, ...]
+    start: int
+    end: int
+    shares: tuple[int, ...] = ()  # of the members of a group, the leader's first
+
+    @property
+    def text(self) -> str:
+        """Names the workers in messages."""
+        names = " and ".join(filter(None, (", ".join(map(repr, self.workers[:-1])), repr(self.workers[-1]))))
+        return f"worker {names}" if len(self.workers) == 1 else f"workers {names}"
 
 
 def checked(
@@ -20,14 +34,14 @@ def checked(
 ) -> tuple[Assignment, ...]:
     """The plan in order of layers, or of parts of layers. UsageError names the layers or the worker that are wrong."""
     span = partial(layer_span, expert_shards=expert_shards)
-    for worker, start, end in plan:
-        if worker not in workers:
-            raise UsageError(f"plan: unknown worker {worker!r}; known: {', '.join(workers)}")
-        if not 0 <= start < end <= layers:
-            what = "that is no layer" if start == end else f"the model has layers {span(0, layers)}"
-            raise UsageError(f"plan: layers {span(start, end)} of worker {worker!r}: {what}")
+    for entry in plan:
+        if unknown := [worker for worker in entry.workers if worker not in workers]:
+            raise UsageError(f"plan: unknown worker {unknown[0]!r}; known: {', '.join(workers)}")
+        if not 0 <= entry.start < entry.end <= layers:
+            what = "that is no layer" if entry.start == entry.end else f"the model has layers {span(0, layers)}"
+            raise UsageError(f"plan: layers {span(entry.start, entry.end)} of {entry.text}: {what}")
     _check_once(plan, span)
-    ordered = sorted(plan, key=lambda entry: entry[1])
+    ordered = sorted(plan, key=lambda entry: entry.start)
     _check_covered(ordered, layers, span)
     return tuple(ordered)
 
@@ -36,14 +50,14 @@ def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expe
     """UsageError for a border that divides layers which read the same keys and values, or a layer that cannot be
     divided; `possible`: by start and end."""
     borders = np.flatnonzero(possible.diagonal())
-    for worker, start, end in plan:
-        if not possible[start, end]:
+    for entry in plan:
+        if not possible[entry.start, entry.end]:
             known = ", ".join(str(layer_place(int(border), expert_shards)) for border in borders)
             what = "divides layers that read the same keys and values"
             if expert_shards > 1:
                 what += ", or a layer without so many experts"
-            layers = layer_span(start, end, expert_shards)
-            raise UsageError(f"plan: layers {layers} of worker {worker!r}: a border {what}; borders may be {known}")
+            layers = layer_span(entry.start, entry.end, expert_shards)
+            raise UsageError(f"plan: layers {layers} of {entry.text}: a border {what}; borders may be {known}")
 
 
 _Span = Callable[[int, int], str]
@@ -52,24 +66,26 @@ _Span = Callable[[int, int], str]
 
 def _check_once(plan: Sequence[Assignment], span: _Span) -> None:
     ranges: dict[str, tuple[int, int]] = {}
-    for worker, start, end in plan:
-        if worker in ranges:
-            two = f"{span(*ranges[worker])} and {span(start, end)}"
-            raise UsageError(f"plan: worker {worker!r} has layers {two}; a worker holds one range")
-        ranges[worker] = start, end
+    for entry in plan:
+        for worker in entry.workers:
+            if worker in ranges:
+                two = f"{span(*ranges[worker])} and {span(entry.start, entry.end)}"
+                raise UsageError(f"plan: worker {worker!r} has layers {two}; a worker holds one range")
+            ranges[worker] = entry.start, entry.end
 
 
 def _check_covered(ordered: Sequence[Assignment], layers: int, span: _Span) -> None:
     covered, before = 0, ""
-    for worker, start, end in ordered:
+    for entry in ordered:
+        start, end = entry.start, entry.end
         if start > covered:
             raise UsageError(
                 f"plan: layers {span(covered, start)} are on no worker; the model has layers {span(0, layers)}"
             )
         if start < covered:
-            twice = f"layers {span(start, min(covered, end))} of worker {worker!r} are on another one too"
+            twice = f"layers {span(start, min(covered, end))} of {entry.text} are on another one too"
             raise UsageError(f"plan: {twice}: {before}")
-        covered, before = end, f"worker {worker!r} has {span(start, end)}"
+        covered, before = end, f"{entry.text} {'has' if len(entry.workers) == 1 else 'have'} {span(start, end)}"
     if covered < layers:
         raise UsageError(
             f"plan: layers {span(covered, layers)} are on no worker; the model has layers {span(0, layers)}"

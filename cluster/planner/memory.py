@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -36,10 +36,6 @@ Workspace = Callable[[StagePlace], int]
 Rounding = Callable[[str], Counts | int]
 """What weights of layers [start, end) take of a device's memory beyond their bytes: a table by start and end, or the
 same for all. It is to remember likewise."""
-
-
-Split = Sequence[Held]
-"""What devices hold of all stages, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +77,10 @@ class MemoryModel:
 
     stages: StageCosts
     request: PlanRequest
+
+    def of(self, stages: StageCosts) -> MemoryModel:
+        """The same for a portion of the model."""
+        return self if stages is self.stages else replace(self, stages=stages)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
         """What a stage takes beside weights and KV memory, without the experts of `cpu_moe`."""
@@ -164,7 +164,7 @@ class MemoryModel:
         moved = sum(int(self.stages.expert_bytes[layer, layer + 1]) for layer in held.cpu_moe)
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
-    def kv_blocks(self, split: Split) -> int:
+    def kv_blocks(self, split: Sequence[Held]) -> int:
         """Blocks that every stage has room for: `most_blocks` at most, unless the KV memory is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from llamaclust.core.gpus import DeviceLayers
 
@@ -130,6 +131,13 @@ class Plan:
     def leaders(self) -> tuple[StagePlan, ...]:
         """Those that the stages' streams begin and end at: an entry for each stage."""
         return tuple(stage for stage in self.stages if stage.member == 0)
+
+    @property
+    def chain(self) -> tuple[tuple[str, ...], ...]:
+        """The workers of each stage, of a group the leader first."""
+        starts = [place for place, stage in enumerate(self.stages) if stage.member == 0]
+        names = tuple(stage.worker for stage in self.stages)
+        return tuple(names[start:end] for start, end in pairwise((*starts, len(names))))
 
     @property
     def prompt_tokens(self) -> int:

@@ -24,11 +24,13 @@ from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, viola
 from llamaclust.cluster.planner.costs import Flags, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
+from llamaclust.cluster.planner.groups.members import held_stages
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
-from llamaclust.cluster.planner.predict import StageParts, predict
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan, usual_prompt_tokens
+from llamaclust.cluster.planner.predict import predict
 from llamaclust.cluster.planner.search import Best, best_split
+from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
@@ -61,43 +63,45 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     if request.manual is not None:
         by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers, stages.expert_shards)
         check_possible(by_hand, stages.possible, stages.expert_shards)
-        _check_adjacency([name for name, _, _ in by_hand], request.partitions)
+        _check_adjacency(by_hand, request.partitions)
         found = _Found(by_hand, contexts=1, optimality_gap=None)
     else:
         found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
-    contexts = found.contexts
-    parts = [StageParts(name, sizes.held(by_name[name], start, end, contexts)) for name, start, end in found.split]
-    split = [held for stage in parts for held in stage.parts]
-    kv_blocks = sizes.kv_blocks(split)
+    split = [held for entry in found.split for held in held_stages(sizes, entry, by_name, found.contexts)]
+    kv_blocks = min(sizes.of(stage.costs).kv_blocks(stage.parts) for stage in split)
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, split)
-    prediction = None
-    if _is_measured([part.device for part in split]):
-        prompt_tokens = usual_prompt_tokens(request.context_length)
-        prediction = predict(
-            stages,
-            parts,
-            prompt_tokens,
-            request.max_sequences,
-            request.links,
-            max_drafted=sizes.max_drafted,
-            may_chain=sizes.kv_groups.window is None,
-        )
     return Plan(
-        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in parts),
+        stages=tuple(_stage(sizes.of(stage.costs), by_name[stage.worker], stage, kv_blocks) for stage in split),
         kv_blocks=kv_blocks,
         window_blocks=sizes.kv_groups.window_blocks(kv_blocks),
         state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
         context_length=request.context_length,
-        idle_workers=idle_workers(sizes, workers, {stage.worker for stage in parts}, contexts),
-        prediction=prediction,
+        idle_workers=idle_workers(sizes, workers, {stage.worker for stage in split}, found.contexts),
+        prediction=_prediction(sizes, split),
         optimality_gap=found.optimality_gap,
         expert_shards=stages.expert_shards,
     )
 
 
+def _prediction(sizes: MemoryModel, split: Sequence[StageParts]) -> Prediction | None:
+    request = sizes.request
+    is_measured = _is_measured([part.device for stage in split for part in stage.parts])
+    if not is_measured or any(stage.shares for stage in split):
+        return None
+    return predict(
+        split,
+        usual_prompt_tokens(request.context_length),
+        request.max_sequences,
+        request.links,
+        max_drafted=sizes.max_drafted,
+        may_chain=sizes.kv_groups.window is None,
+    )
+
+
 def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
+    """`sizes`: of the model, or of a member's portion of it."""
     parts = tuple(
         DevicePlan(
             device=part.device.device,
@@ -117,8 +121,10 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
     rooms = [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
-        start=min(part.start for part in parts),
-        end=max(part.end for part in parts),
+        start=stage.start,
+        end=stage.end,
+        shares=stage.shares,
+        member=stage.member,
         weight_bytes=sum(part.weight_bytes for part in parts),
         touched_bytes=sum(part.touched_bytes for part in parts),
         kv_bytes=sum(part.kv_bytes for part in parts),
@@ -152,8 +158,8 @@ class _Found:
     optimality_gap: float | None  # see `Plan`
 
 
-def _check_adjacency(ring: Sequence[str], partitions: Pairs) -> None:
-    if (pair := violated_pair(ring, partitions)) is not None:
+def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
+    if (pair := violated_pair([entry.workers for entry in split], partitions)) is not None:
         raise NetworkPartitionError(
             f"every plan has workers {' and '.join(sorted(pair))} next to each other, which cannot reach each other"
         )
@@ -184,11 +190,11 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
             chosen = best, contexts
     if chosen is not None:
         best, contexts = chosen
-        split = tuple((workers[index].name, start, end) for index, start, end in best.split.stages)
+        split = tuple(Assignment((workers[index].name,), start, end) for index, start, end in best.split.stages)
         return _Found(split, contexts, best.optimality_gap)
     if partitions:
         found = _automatic(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
-        _check_adjacency([name for name, _, _ in found.split], partitions)
+        _check_adjacency(found.split, partitions)
         return found
     raise model_memory_error(sizes, workers)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-
-from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
+from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
@@ -44,40 +42,7 @@ class _Path:
         return self.round_s + sum(self.row_s)
 
 
-@dataclass(frozen=True, slots=True)
-class StageParts:
-    """A stage of a worker: what its devices hold, one behind the other."""
-
-    worker: str
-    parts: tuple[Held, ...]
-
-    @property
-    def end(self) -> int:
-        """One past its last layer."""
-        return max(part.end for part in self.parts)
-
-    def decode_s(self, costs: StageCosts, rows: int = 1, *, concurrent: bool = False) -> float:
-        return sum(_held_s(costs, costs.decode_table, part, rows, concurrent=concurrent) for part in self.parts)
-
-    def prefill_s(self, costs: StageCosts, rows: int, *, concurrent: bool = False) -> float:
-        return sum(_held_s(costs, costs.prefill_table, part, rows, concurrent=concurrent) for part in self.parts)
-
-
-class _StepTable(Protocol):
-    def __call__(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table: ...
-
-
-def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
-    """What a device takes for its layers, or for experts of layers on a GPU with their way there and back."""
-    start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
-    experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
-    if held.is_experts:
-        return float(experts + costs.exchange_table(rows, moved)[start, end])
-    return float(table(held.device, rows, concurrent=concurrent)[start, end] - experts)
-
-
 def predict(
-    costs: StageCosts,
     split: Sequence[StageParts],
     prompt_tokens: int,
     max_sequences: int,
@@ -87,22 +52,18 @@ def predict(
     may_chain: bool = True,
 ) -> Prediction:
     """Of stages whose workers were all measured. `may_chain`: windows of drafted tokens may be sent behind others."""
-    crossing_bytes = [int(costs.border_bytes[stage.end]) for stage in split[:-1]]
+    crossing_bytes = [int(stage.costs.border_bytes[stage.end]) for stage in split[:-1]]
     path = _Path.of(links, [stage.worker for stage in split], crossing_bytes)
-    stages = tuple(
-        StagePrediction(stage.decode_s(costs), stage.prefill_s(costs, prompt_tokens) / prompt_tokens) for stage in split
-    )
+    stages = tuple(StagePrediction(stage.decode_s(), stage.prefill_s(prompt_tokens) / prompt_tokens) for stage in split)
     slowest = max(range(len(split)), key=lambda index: stages[index].decode_s)
     return Prediction(
         stages=stages,
         token_s=sum(stage.decode_s for stage in stages) + path.token_s,
         links_s=path.token_s,
-        ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
-        tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
+        ttft_s=min(_ttft_s(split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
+        tokens_per_s=max(_tokens_per_s(split, max_sequences, groups, path) for groups in _CHUNKS),
         bottleneck=split[slowest].worker,
-        rounds=tuple(
-            _round(costs, split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)
-        ),
+        rounds=tuple(_round(split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)),
     )
 
 
@@ -110,13 +71,14 @@ def predict_again(
     costs: StageCosts, plan: Plan, workers: Mapping[str, WorkerFacts], max_sequences: int, links: Links
 ) -> Prediction | None:
     """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured."""
-    split = [StageParts(stage.worker, _held(stage, workers)) for stage in plan.stages]
-    if any(not stage.parts or any(part.device.profile is None for part in stage.parts) for stage in split):
+    split = [StageParts(stage.worker, _held(stage, workers), costs) for stage in plan.stages]
+    is_known = all(stage.parts and all(part.device.profile is not None for part in stage.parts) for stage in split)
+    if not is_known or any(stage.shares for stage in plan.stages):
         return None
     drafted = () if plan.prediction is None else plan.prediction.rounds
     most = drafted[-1].drafted if drafted else 0
     may_chain = not drafted or drafted[-1].slowest_s < drafted[-1].seconds
-    return predict(costs, split, plan.prompt_tokens, max_sequences, links, max_drafted=most, may_chain=may_chain)
+    return predict(split, plan.prompt_tokens, max_sequences, links, max_drafted=most, may_chain=may_chain)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
@@ -133,30 +95,30 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
     )
 
 
-def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
+def _ttft_s(split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
     """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
     row."""
     rows = -(-prompt_tokens // chunks)
-    times = [stage.prefill_s(costs, rows, concurrent=chunks > 1) for stage in split]
+    times = [stage.prefill_s(rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
-    head_s = split[-1].decode_s(costs) - split[-1].prefill_s(costs, 1)
+    head_s = split[-1].decode_s() - split[-1].prefill_s(1)
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
 
 
-def _round(costs: StageCosts, split: Sequence[StageParts], drafted: int, path: _Path, *, may_chain: bool) -> Round:
+def _round(split: Sequence[StageParts], drafted: int, path: _Path, *, may_chain: bool) -> Round:
     """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
     coordinator drafts, so that a round begins and ends there."""
     rows = 1 + drafted
-    stages = [stage.decode_s(costs, rows) for stage in split]
+    stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
     seconds = sum(stages) + sum(links) + path.there_s
     return Round(drafted, seconds, max(*stages, *links, 0.0) if may_chain else seconds)
 
 
-def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
+def _tokens_per_s(split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
-    times = [stage.decode_s(costs, rows, concurrent=groups > 1) * _NS for stage in split]
+    times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)
     cycle = cycle_ns(times, groups, (path.round_s + sent_s) * _NS)
     return sequences / max(cycle, 1.0) * 1e9  # 0: what a worker says of itself

@@ -69,7 +69,7 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
 def links_json(plan: Plan, links: Links) -> list[dict[str, Any]]:
     """The links of a token's way, from the coordinator (named "") through the stages and back; null where not
     measured."""
-    names = [COORDINATOR, *(stage.worker for stage in plan.stages), COORDINATOR]
+    names = [COORDINATOR, *(stage.worker for stage in plan.leaders), COORDINATOR]
     return [_link(*pair, links.measured.get(frozenset(pair))) for pair in pairwise(names)]
 
 

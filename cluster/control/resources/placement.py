@@ -21,7 +21,7 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
         if key not in known:
             known[key] = placement_of(model, *key)
         found[worker] = known[key]
-        stages = [entry.layers for entry in config.plan if entry.worker == worker] if config.plan else None
+        stages = [entry.layers for entry in config.plan if worker in entry.names] if config.plan else None
         for start, end in [(0, model.layer_count)] if stages is None else stages:
             _check_stage(known[key], worker, gpus, floor(start), ceil(end))
     return found

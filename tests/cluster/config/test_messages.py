@@ -102,8 +102,26 @@ TOP_KEYS = {
     "name: 5": "name: 5 is not a name; put it in quotes",
     "plan: best": "plan: 'best' is not possible; give auto or a list of 1 to 256 items",
     "plan: []": "plan: [] is not possible; give auto or a list of 1 to 256 items",
-    "plan: [a]": "plan[0]: 'a' is not possible; give keys with values: worker, layers",
+    "plan: [a]": "plan[0]: 'a' is not possible; give keys with values: worker, workers, shares, layers",
     "plan: [{worker: a}]": "key 'layers' is missing in plan[0]",
+    "plan: [{layers: [0, 3]}]": "plan[0]: names no worker: give `worker`, or `workers` for a group",
+    "plan: [{worker: a, workers: [a, b], layers: [0, 3]}]": (
+        "plan[0]: has both: give `worker`, or `workers` for a group"
+    ),
+    "plan: [{workers: [a], layers: [0, 3]}]": "plan[0].workers: ['a'] is not possible; give a list of 2 to 16 items",
+    "plan: [{workers: [a, bee], layers: [0, 3]}]": "plan[0].workers: unknown worker 'bee'; did you mean 'b'?",
+    "plan: [{workers: [a, b], layers: [0, 3], shares: [1]}]": (
+        "plan[0].shares: [1] is not possible; give a list of 2 to 16 items"
+    ),
+    "plan: [{workers: [a, b], layers: [0, 3], shares: [2, 1, 1]}]": (
+        "plan[0].shares: 3 shares for 2 workers; give one each"
+    ),
+    "plan: [{workers: [a, b], layers: [0, 3], shares: [0, 1]}]": (
+        "plan[0].shares[0]: 0 is not possible; give a whole number from 1 to 10000"
+    ),
+    "plan: [{worker: a, layers: [0, 3], shares: [2, 1]}]": (
+        "plan[0].shares: is for the `workers` of a group, and this is one worker; leave it out"
+    ),
     "plan: [{worker: a, layers: 3}]": (
         "plan[0].layers: 3 is not a layer range; write it like [0, 12], the end not included"
     ),

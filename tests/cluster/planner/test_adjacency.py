@@ -19,7 +19,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.model.costs import ModelCosts
-from support.plans.plan_inputs import profile
+from support.plans.plan_inputs import profile, split_by_hand
 from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, Split, large, named
 
 
@@ -35,7 +35,7 @@ class EveryApart(Every):
 
     def _splits(self) -> Iterator[Split]:
         for split in super()._splits():
-            if violated_pair([worker.name for worker, _, _ in split], self.partitions) is None:
+            if violated_pair([(worker.name,) for worker, _, _ in split], self.partitions) is None:
                 yield split
 
 
@@ -73,7 +73,7 @@ def test_no_plan_that_keeps_pairs_apart_is_clearly_better(
         assert not every.scores()
         assert plan is (NetworkPartitionError if Every(costs, workers).scores() else InsufficientMemoryError)
         return
-    assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
+    assert violated_pair(plan.chain, partitions) is None
     found, others = every.score_of(plan), every.scores_beside(plan)
     fastest = min(score.total for score in others) * SLACK
     if objective == "throughput":
@@ -94,7 +94,7 @@ def test_where_not_all_orders_are_tried_pairs_are_kept_apart_too(
         patch.setattr(adjacency, "_MOST_STEPS", 0)
         plan = planned(costs, workers, partitions, objective)
     if isinstance(plan, Plan):
-        assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
+        assert violated_pair(plan.chain, partitions) is None
 
 
 @pytest.mark.parametrize("most_steps", [1024, 0])
@@ -103,7 +103,7 @@ def test_workers_that_are_all_needed_stand_in_another_order(most_steps: int, mon
     workers = [WorkerFacts(name, 3 * GB, profile(10, 200)) for name in "abcd"]
     plan = make_plan(large(6), workers, replace(REQUEST, partitions=pairs("ab")))
     ring = [stage.worker for stage in plan.stages]
-    assert sorted(ring) == list("abcd") and violated_pair(ring, pairs("ab")) is None
+    assert sorted(ring) == list("abcd") and violated_pair(plan.chain, pairs("ab")) is None
 
 
 def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
@@ -115,7 +115,7 @@ def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
 
 def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
     workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
-    by_hand = (("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    by_hand = split_by_hand(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
         with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} next to each other"):
             make_plan(large(6), workers, replace(REQUEST, manual=by_hand, partitions=pairs(pair)))
@@ -133,7 +133,7 @@ def test_many_workers_are_planned_apart_without_trying_every_order() -> None:
     begun = time.process_time()
     plan = make_plan(large(126), workers, replace(REQUEST, objective="throughput", partitions=partitions))
     assert time.process_time() - begun < 60.0
-    assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
+    assert violated_pair(plan.chain, partitions) is None
     free = make_plan(large(126), workers, replace(REQUEST, objective="throughput"))
     assert plan.optimality_gap is not None and plan.optimality_gap < 0.1 and len(free.stages) - len(plan.stages) < 5
 

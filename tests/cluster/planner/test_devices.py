@@ -29,7 +29,7 @@ from llamaclust.model.loader import Model
 from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 from support.models.tiny_architectures import build_architecture
-from support.plans.plan_inputs import REQUEST, SMALL, profile, step_time, worker
+from support.plans.plan_inputs import REQUEST, SMALL, profile, split_by_hand, step_time, worker
 
 
 def workspace(place: StagePlace) -> int:
@@ -95,7 +95,7 @@ def test_the_user_says_how_many(gpu_layers: int, on_gpu: int) -> None:
 def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
     with pytest.raises(InsufficientMemoryError, match=r"a cuda:0 60.* MiB are missing"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], GPU_REQUEST)
-    by_hand = replace(GPU_REQUEST, manual=(("a", 0, 12),))
+    by_hand = replace(GPU_REQUEST, manual=split_by_hand(("a", 0, 12)))
     with pytest.raises(InsufficientMemoryError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], by_hand)
 

@@ -19,7 +19,7 @@ from support.arithmetic.batches import Chain
 from support.models.tiny.mamba import Mamba
 from support.models.tiny.shape import Tiny
 from support.models.tiny_architectures import MODELS, TOKENS, build_tiny
-from support.plans.plan_inputs import REQUEST, profile
+from support.plans.plan_inputs import REQUEST, profile, split_by_hand
 
 CUTS = (1, 3)
 """The stage between them has feed-forward layers alone."""
@@ -47,10 +47,10 @@ def test_such_a_stage_has_room_for_the_blocks_of_others(
         costs = model.costs(KvType.F16)
         workers = [WorkerFacts(name, memory_bytes, profile()) for name in "abc"]
         request = replace(REQUEST, objective=objective, kv_memory_bytes=given, context_length=256)
-        manual = tuple(zip("abc", (0, *CUTS), (*CUTS, 4), strict=True))
+        manual = split_by_hand(*zip("abc", (0, *CUTS), (*CUTS, 4), strict=True))
         plan = make_plan(costs, workers, replace(request, manual=manual))
         assert [(stage.start, stage.end) for stage in plan.stages] == [(0, 1), (1, 3), (3, 4)]
-        alone = make_plan(costs, workers[:1], replace(request, manual=(("a", 0, 4),)))
+        alone = make_plan(costs, workers[:1], replace(request, manual=split_by_hand(("a", 0, 4))))
         assert plan.kv_blocks >= alone.kv_blocks > 0
         assert make_plan(costs, workers, request).kv_blocks > 0
         chains = [Chain(CpuBackend(1), model, cuts) for cuts in ((), CUTS)]
@@ -64,7 +64,7 @@ def test_such_a_stage_has_room_for_the_blocks_of_others(
 def test_such_a_stage_needs_memory_for_its_weights(tmp_path: Path) -> None:
     with Model.open(build_tiny(tmp_path / "m.gguf", nemotron((1, 2)))) as model:
         workers = [WorkerFacts(name, memory, profile()) for name, memory in (("a", None), ("b", 1000), ("c", None))]
-        manual = (("a", 0, 1), ("b", 1, 3), ("c", 3, 4))
+        manual = split_by_hand(("a", 0, 1), ("b", 1, 3), ("c", 3, 4))
         with pytest.raises(InsufficientMemoryError):
             make_plan(model.costs(KvType.F16), workers, replace(REQUEST, manual=manual, context_length=256))
 

@@ -15,7 +15,7 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import DeviceLayers, Placement
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
-from support.plans.plan_inputs import REQUEST, profile, worker
+from support.plans.plan_inputs import REQUEST, profile, split_by_hand, worker
 from support.seed import SEED
 
 LAYERS = 12
@@ -140,7 +140,7 @@ def test_random_rules_are_obeyed_by_every_stage() -> None:
         manual: tuple[Assignment, ...] | None = None
         if draws.random() < 0.5:
             facts.append(worker("b", 6000))
-            manual = (("a", 0, cut), ("b", cut, LAYERS)) if draws.random() < 0.5 else None
+            manual = split_by_hand(("a", 0, cut), ("b", cut, LAYERS)) if draws.random() < 0.5 else None
         try:
             plan = make_plan(MODEL, facts, replace(ONE, manual=manual))
         except InsufficientMemoryError:

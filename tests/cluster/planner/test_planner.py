@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
-from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, worker
+from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, split_by_hand, worker
 
 DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
     30_000_000, 30_000_000, 28_311_552, (LayerCost(2_217_600, 3_538_944, 768),) * 30
@@ -161,7 +161,7 @@ def test_kv_memory() -> None:
     plan = make_plan(SMALL, [worker("a", memory_mib=300)], replace(REQUEST, kv_memory_bytes=100 * MIB))
     assert plan.kv_blocks == 100 * MIB // (12 * 4096 * 16)
     with pytest.raises(InsufficientMemoryError, match=r"KV memory 48\), kv_memory is 10 MiB: 38 MiB are missing"):
-        make_plan(SMALL, [worker("a")], replace(REQUEST, kv_memory_bytes=10 * MIB, manual=(("a", 0, 12),)))
+        make_plan(SMALL, [worker("a")], replace(REQUEST, kv_memory_bytes=10 * MIB, manual=split_by_hand(("a", 0, 12))))
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:
@@ -184,7 +184,7 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
 
 def test_plans_by_hand() -> None:
     workers = [worker("a"), worker("b"), worker("c")]
-    plan = make_plan(SMALL, workers, replace(REQUEST, manual=(("c", 7, 12), ("a", 0, 7))))
+    plan = make_plan(SMALL, workers, replace(REQUEST, manual=split_by_hand(("c", 7, 12), ("a", 0, 7))))
     assert layers(plan) == [("a", 0, 7), ("c", 7, 12)]
     assert plan.idle_workers == (IdleWorker("b", "the plan gives it no layers"),)
     assert plan.prediction is not None
@@ -212,13 +212,13 @@ def test_plans_by_hand() -> None:
 )
 def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        make_plan(SMALL, [worker("a"), worker("b")], replace(REQUEST, manual=manual))
+        make_plan(SMALL, [worker("a"), worker("b")], replace(REQUEST, manual=split_by_hand(*manual)))
     assert (str(caught.value), caught.value.exit_code) == (f"plan: {message}", 2)
 
 
 def test_a_plan_by_hand_that_does_not_fit_names_the_mib_of_every_worker() -> None:
     workers = [worker("a", memory_mib=100), worker("b", memory_mib=40), worker("c")]
-    by_hand = (("a", 0, 10), ("b", 10, 11), ("c", 11, 12))
+    by_hand = split_by_hand(("a", 0, 10), ("b", 10, 11), ("c", 11, 12))
     with pytest.raises(InsufficientMemoryError) as caught:
         make_plan(SMALL, workers, replace(REQUEST, manual=by_hand, context_length=8192))
     assert caught.value.exit_code == 3
@@ -259,7 +259,7 @@ def test_a_worker_that_can_hold_nothing_does_not_keep_others_from_being_spares()
 
 def test_workspace_grows_with_the_threads_of_a_worker() -> None:
     workers = [replace(worker("a"), threads=3), worker("b")]
-    plan = make_plan(SMALL, workers, replace(REQUEST, manual=(("a", 0, 6), ("b", 6, 12))))
+    plan = make_plan(SMALL, workers, replace(REQUEST, manual=split_by_hand(("a", 0, 6), ("b", 6, 12))))
     assert [stage.workspace_bytes for stage in plan.stages] == [7 * MIB, 8 * MIB]
     with pytest.raises(InsufficientMemoryError, match="up to 10 MiB of workspace a worker"):
         make_plan(SMALL, [replace(one, memory_bytes=MIB) for one in workers], REQUEST)

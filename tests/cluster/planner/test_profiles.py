@@ -30,7 +30,7 @@ from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from support.models.tiny_model import build_tiny_model
-from support.plans.plan_inputs import link, profile, step_time
+from support.plans.plan_inputs import link, profile, split_by_hand, step_time
 
 GB = 10**9
 ISOLATED = (step_time(1, 0.2, 30.0, 1.0), step_time(8, 0.3, 90.0, 1.4), step_time(128, 0.6, 900.0, 5.0))
@@ -50,7 +50,7 @@ def test_between_the_points_and_beyond_lie_lines() -> None:
 def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
     links = Links({frozenset("ab"): link(0.5, 1.0)})
     workers = [WorkerFacts(name, 20 * GB, profile(20, 300, CONCURRENT, ISOLATED)) for name in "ab"]
-    halves = (("a", 0, 5), ("b", 5, 10))
+    halves = split_by_hand(("a", 0, 5), ("b", 5, 10))
     request = PlanRequest(1024, 8, lambda place: MIB, manual=halves, links=links)
     plan = make_plan(MODEL, workers, request)
     assert plan.prediction is not None

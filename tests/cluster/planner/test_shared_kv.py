@@ -12,7 +12,7 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import ModelCosts
-from support.plans.plan_inputs import LAYER, REQUEST, profile, worker
+from support.plans.plan_inputs import LAYER, REQUEST, profile, split_by_hand, worker
 
 FIRST_SHARED = 6
 COSTS = ModelCosts(
@@ -39,10 +39,12 @@ def test_plans_keep_such_layers_together(objective: str, names: str, measured: b
 
 
 def test_a_manual_plan_between_them_is_refused() -> None:
-    request = replace(REQUEST, manual=(("a", 0, 6), ("b", 6, 12)))
+    request = replace(REQUEST, manual=split_by_hand(("a", 0, 6), ("b", 6, 12)))
     with pytest.raises(UsageError, match=r"layers \[0, 6\) of worker 'a'.*borders may be 0, 1, 2, 3, 4, 12"):
         make_plan(COSTS, [worker("a"), worker("b")], request)
-    good = make_plan(COSTS, [worker("a"), worker("b")], replace(request, manual=(("a", 0, 4), ("b", 4, 12))))
+    good = make_plan(
+        COSTS, [worker("a"), worker("b")], replace(request, manual=split_by_hand(("a", 0, 4), ("b", 4, 12)))
+    )
     assert [stage.end for stage in good.stages] == [4, 12]
 
 

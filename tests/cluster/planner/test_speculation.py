@@ -23,7 +23,7 @@ from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import VOCABULARY, Simulation
-from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, profile, step_time, worker
+from support.plans.plan_inputs import LAYER, REQUEST, SMALL, link, profile, split_by_hand, step_time, worker
 from support.plans.simulations import generation, simulation
 from support.seed import SEED
 
@@ -50,7 +50,7 @@ def measured_plan(source: random.Random) -> Plan:
     )
     hop_ms = source.choice([0.0, 0.2, 20.0])
     pairs = [frozenset(pair) for pair in (("a", "b"), ("a", COORDINATOR), ("b", COORDINATOR))]
-    split = (("a", 0, 4), ("b", 4, 10))
+    split = split_by_hand(("a", 0, 4), ("b", 4, 10))
     request = replace(REQUEST, manual=split, links=Links({pair: link(hop_ms) for pair in pairs}))
     workers = [replace(worker(name), profile=profile(isolated=steps, concurrent=steps)) for name in "ab"]
     return make_plan(MODEL, workers, request)
@@ -133,7 +133,7 @@ def test_a_round_reads_weights_once_and_has_products_and_an_output_row_for_each_
 
 def test_rounds_cross_links_with_all_rows_and_return_to_the_coordinator() -> None:
     links = Links({frozenset("ab"): link(2.0, 1.0), frozenset(("b", COORDINATOR)): link(5.0)})
-    request = replace(REQUEST, manual=(("a", 0, 6), ("b", 6, 12)), links=links)
+    request = replace(REQUEST, manual=split_by_hand(("a", 0, 6), ("b", 6, 12)), links=links)
     plan = make_plan(replace(SMALL, hidden_bytes=100_000), [worker("a"), worker("b")], request)
     assert plan.prediction is not None
     first = plan.prediction.rounds[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import Link
+from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
@@ -13,6 +14,11 @@ LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per
 
 
 SMALL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LAYER,) * 12)
+
+
+def split_by_hand(*entries: tuple[str, int, int]) -> tuple[Assignment, ...]:
+    """Of (worker, start, end)."""
+    return tuple(Assignment((worker,), start, end) for worker, start, end in entries)
 
 
 def workspace(place: StagePlace) -> int:

@@ -1,0 +1,38 @@
+"""What workers in a group cannot do yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.core.errors import UsageError
+from llamaclust.model.loader import Model
+
+
+def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> None:
+    """UsageError where the user's plan has groups, and something else that they do not do. `gpus`: the names of
+    workers' GPUs."""
+    for entry in config.plan or ():
+        if not entry.workers:
+            continue
+        group = f"plan: the group of {', '.join(entry.workers)}"
+        for problem in group_problems(config, model):
+            raise UsageError(f"{group}: {problem}; give each of them layers of its own")
+        for name in entry.workers:
+            if devices := gpus.get(name):
+                what = f"groups compute on processors alone, and {name} has {', '.join(devices)}"
+                raise UsageError(f"{group}: {what}; set device: cpu for {name}, or give it layers of its own")
+
+
+def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
+    """Why no workers of the cluster can be a group."""
+    if model.has_states:
+        yield "layers of this model have states, which groups do not divide yet"
+    if any(layer.kv_source is not None for layer in model.costs(config.kv_type).layers):
+        yield "layers of this model read the keys and values of others, which groups do not divide yet"
+    if any(worker.kv_disk is not None for worker in config.workers):
+        yield "kv_disk is set, and groups do not keep KV memory on disk yet"
+    if config.speculative is not None and config.speculative.mtp:
+        yield "speculative.mtp is set, and the MTP head is not divided yet"
+    if any(place % 1 for entry in config.plan or () for place in entry.layers):
+        yield "the plan divides the experts of a layer, of which groups hold whole ones"

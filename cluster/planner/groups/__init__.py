@@ -1,0 +1,1 @@
+"""Groups of workers that hold a stage together: what each member holds and takes."""

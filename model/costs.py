@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from math import prod
@@ -257,7 +257,12 @@ class ModelCosts:
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
-    steps = [step for step in before_head if not isinstance(step, Embed | AddPosition | AddRow)]
+    return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not is_embedding(step))))
+
+
+def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
+    """Of all steps, those of a head as well."""
+    steps = program.steps
     mixtures = [step for step in steps if isinstance(step, Moe | MixtureStep)]
     return LayerCost(
         weight_bytes=weight_bytes(tensors, steps),
@@ -277,6 +282,10 @@ def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         weights=typed_weights(tensors, steps, experts=False),
         expert_weights=typed_weights(tensors, steps, experts=True),
     )
+
+
+def is_embedding(step: Step) -> bool:
+    return isinstance(step, Embed | AddPosition | AddRow)
 
 
 def is_before_head(program: Program, step: Step) -> bool:

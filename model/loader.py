@@ -32,6 +32,7 @@ from llamaclust.model.costs import (
     file_bytes,
     float_macs,
     is_before_head,
+    is_embedding,
     layer_cost,
     typed_weights,
     weight_bytes,
@@ -39,18 +40,14 @@ from llamaclust.model.costs import (
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
+from llamaclust.model.groups.costs import GroupCosts
+from llamaclust.model.groups.portions import undividable
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.mixtures.division import divided_program, mixture_of
 from llamaclust.model.mixtures.steps import shard_of, whole_name
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
-from llamaclust.model.program import (
-    AddPosition,
-    AddRow,
-    Embed,
-    Program,
-    weights_of,
-)
+from llamaclust.model.program import Program, weights_of
 from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
 from llamaclust.model.tokenizers.loading import load_tokenizer
@@ -72,6 +69,7 @@ class Model:
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
         self._costs: dict[tuple[KvType, int], ModelCosts] = {}
+        self._group_costs: dict[tuple[KvType, int], GroupCosts] = {}
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
         self._refuse_other_uses()
@@ -108,7 +106,7 @@ class Model:
             self.file,
             tensors={name: replace(tensor, packed_as=WIDER_TILES.get(tensor.quant_type)) for name, tensor in tensors},
         )
-        wide._costs = {}
+        wide._costs, wide._group_costs = {}, {}
         return wide
 
     @property
@@ -203,7 +201,7 @@ class Model:
 
     def _computed_costs(self, kv_type: KvType, expert_shards: int) -> ModelCosts:
         tensors = self.file.tensors
-        embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition | AddRow)]
+        embedding = [step for step in self._whole.steps if is_embedding(step)]
         head = list(dropwhile(partial(is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         parts = [list(self._parts(layer, expert_shards)) for layer in layers]
@@ -223,6 +221,19 @@ class Model:
             head_weights=typed_weights(tensors, head, experts=False),
             tied_bytes=sum(tensors[name].resident_bytes for name in {*weights_of(embedding)} & {*weights_of(head)}),
         )
+
+    @cached_property
+    def undividable(self) -> str | None:
+        """Why groups cannot hold its layers; None where they can."""
+        return undividable(self._whole)
+
+    def group_costs(self, kv_type: KvType, members: int) -> GroupCosts:
+        """Of groups of so many members. UsageError for a model that groups cannot hold."""
+        key = kv_type, members
+        if key not in self._group_costs:
+            programs = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
+            self._group_costs[key] = GroupCosts.of(self.costs(kv_type), programs, self.tensors_for, members)
+        return self._group_costs[key]
 
     def _parts(self, layer: Program, shards: int) -> Iterator[Program]:
         """Of a program of one layer; itself where it cannot be divided so."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 
+from llamaclust.core.errors import UsageError
 from llamaclust.model.dataflow import read_before_written, reads_of, written_by
 from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program, RmsNorm, Rope, Step
@@ -70,21 +71,21 @@ def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
 
 
 @dataclass(slots=True)
-class Portion:
+class _Portion:
     """Values that are divided alike: in `units`, whatever their widths. `joined`: it is now a part of that one."""
 
     units: int = 0
     has_heads: bool = False
-    joined: Portion | None = None
+    joined: _Portion | None = None
 
-    def found(self) -> Portion:
+    def found(self) -> _Portion:
         return self if self.joined is None else self.joined.found()
 
     def in_heads(self, heads: int) -> None:
         self.units = gcd(self.units, heads) if self.has_heads else heads
         self.has_heads = True
 
-    def join(self, other: Portion) -> None:
+    def join(self, other: _Portion) -> None:
         if other is self:
             return
         if other.has_heads:
@@ -94,40 +95,91 @@ class Portion:
         other.joined = self
 
 
-@dataclass(slots=True)
-class Portions:
-    """For each step of a program the portion that its result belongs to; None where it is whole."""
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Rows that members put together, each of which has some of the units."""
 
-    program: Program  # with products apart whose results are cut into slices
-    members: int
-    _of_steps: list[Portion | None] = field(default_factory=list)
+    buffer: Buffer
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class DividedStep:
+    """A step of the whole program, whose result is divided in `units`; 0: every member has it whole.
+
+    Before it, rows of `gathered` buffers are put together; members take their columns of the whole rows of `cut` ones.
+    """
+
+    step: Step
+    units: int
+    gathered: tuple[Gathered, ...]
+    cut: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """A program as it is divided among so many members, in whatever shares. `gathered`: results, behind all steps."""
+
+    program: Program
+    steps: tuple[DividedStep, ...]
+    gathered: tuple[Gathered, ...]
 
     @classmethod
-    def of(cls, program: Program, members: int) -> Portions:
-        program = replace(program, steps=tuple(_separate(program.steps)))
-        found, current = cls(program, members), dict[str, Portion | None]()
-        for step in program.steps:
-            read = [current.get(buffer.name) for buffer in reads_of(step)]
-            portion = _portion_of(step, [None if each is None else each.found() for each in read])
-            found._of_steps.append(portion)
-            current[written_by(step).name] = portion
+    def of(cls, program: Program, members: int) -> Division:
+        """UsageError for what groups do not support."""
+        if (reason := undividable(program)) is not None:
+            raise UsageError(reason)
+        steps = tuple(_separate(program.steps))
+        divider, units = _Rows(), _units_of(steps, members)
+        divided = tuple(map(divider.step, steps, units))
+        results = [buffer for buffer in (program.out, program.normed) if buffer is not None]
+        return cls(program, divided, divider.gathered(results))
+
+
+def _units_of(steps: Sequence[Step], members: int) -> list[int]:
+    """Of each step's result. What has fewer units than there are members is not divided."""
+    found, current = list[_Portion | None](), dict[str, _Portion | None]()
+    for step in steps:
+        read = [current.get(buffer.name) for buffer in reads_of(step)]
+        portion = _portion_of(step, [None if each is None else each.found() for each in read])
+        found.append(portion)
+        current[written_by(step).name] = portion
+    units = (0 if portion is None else portion.found().units for portion in found)
+    return [count if count >= members else 0 for count in units]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is divided after the steps so far, in how many units, and which of it is put together already."""
+
+    _units: dict[str, int] = field(default_factory=dict)
+    _whole: set[str] = field(default_factory=set)
+
+    def step(self, step: Step, units: int) -> DividedStep:
+        keeps = units > 0 and not isinstance(step, MatMul)
+        reads, name = reads_of(step), written_by(step).name
+        cut = tuple(buffer for buffer in reads if keeps and buffer.name not in self._units)
+        found = DividedStep(step, units, () if keeps else self.gathered(reads), cut)
+        self._units.pop(name, None)
+        self._whole.discard(name)
+        if units:
+            self._units[name] = units
         return found
 
-    def of_step(self, at: int) -> Portion | None:
-        """None, too, where there are fewer units than members."""
-        portion = self._of_steps[at]
-        portion = None if portion is None else portion.found()
-        return None if portion is None or portion.units < self.members else portion
+    def gathered(self, read: Sequence[Buffer]) -> tuple[Gathered, ...]:
+        buffers = {buffer.name: buffer for buffer in read if buffer.name in self._units.keys() - self._whole}
+        self._whole |= buffers.keys()
+        return tuple(Gathered(buffer, self._units[name]) for name, buffer in buffers.items())
 
 
-def _portion_of(step: Step, read: Sequence[Portion | None]) -> Portion | None:
+def _portion_of(step: Step, read: Sequence[_Portion | None]) -> _Portion | None:
     if isinstance(step, MatMul):
-        return Portion(step.out.width // TILE_ROWS if step.out.width % TILE_ROWS == 0 else 1)
+        return _Portion(step.out.width // TILE_ROWS if step.out.width % TILE_ROWS == 0 else 1)
     divided = [portion for portion in read if portion is not None]
     is_attention = isinstance(step, Attention) and step.v is not None
     if not is_attention and (not divided or len(divided) < len(read)):
         return None
-    first = divided[0] if divided else Portion()
+    first = divided[0] if divided else _Portion()
     match step:
         case Attention():
             first.in_heads(step.kv_heads)

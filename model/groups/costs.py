@@ -1,0 +1,212 @@
+"""Costs of a group's members: what of each layer they divide, in which units, and what they send each other.
+
+Computed from the division itself, so a member's costs are those of its program.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise, takewhile
+
+from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights, is_before_head, is_embedding, steps_cost
+from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.groups.portions import Division, Gathered, borders
+from llamaclust.model.program import Buffer, MatMul, Program, RmsNorm, Step
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+TensorsFor = Callable[[Program], Mapping[str, Tensor]]
+"""The tensors that a program names."""
+
+_SUMS = (
+    *("weight_bytes", "macs_per_token", "kv_bytes_per_token", "idle_bytes", "float_macs_per_token", "used_file_bytes"),
+    *("state_bytes", "window_bytes_per_token", "expert_bytes", "expert_macs_per_token", "state_macs_per_token"),
+)
+"""Fields of a layer's costs that are sums over its steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatherCost:
+    """A gather of whole rows of `width` channels, which members divide in `units`. `as_int8`: only products that
+    quantize the row read it, so it can travel as int8 values and scales. `to_leader`: only the leader needs it."""
+
+    width: int
+    units: int
+    as_int8: bool = False
+    to_leader: bool = False
+
+    def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
+        """Bytes of one row that each member sends to each one that receives them."""
+        places, unit = borders(self.units, shares), self.width // self.units
+        return tuple(self._bytes(unit * (end - begin)) for begin, end in pairwise(places))
+
+    def _bytes(self, channels: int) -> int:
+        """A float32 scale for every 32 int8 values."""
+        return channels + 4 * -(-channels // 32) if self.as_int8 else 4 * channels
+
+
+@dataclass(frozen=True, slots=True)
+class PortionCost:
+    """What members divide in `units`; `cost` is that of all units."""
+
+    units: int
+    cost: LayerCost
+
+    def of(self, count: int) -> LayerCost:
+        """The cost of so many units."""
+        cost = self.cost
+        sums = {name: getattr(cost, name) * count // self.units for name in _SUMS}
+        return replace(
+            cost,
+            weights=self._typed(cost.weights, count),
+            expert_weights=self._typed(cost.expert_weights, count),
+            **sums,
+        )
+
+    def _typed(self, weights: Sequence[TypedWeights], count: int) -> tuple[TypedWeights, ...]:
+        return tuple(
+            TypedWeights(each.quant_type, each.n_bytes * count // self.units, each.macs * count // self.units)
+            for each in weights
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DividedLayer:
+    """A layer, or the head: what every member has whole, what is divided, and the gathers of a row."""
+
+    whole: LayerCost
+    portions: tuple[PortionCost, ...]
+    gathers: tuple[GatherCost, ...]
+
+    @property
+    def divided_share(self) -> float:
+        """Of the weights that one row reads, the part that is divided."""
+        divided = sum(portion.cost.touched_bytes(1) for portion in self.portions)
+        return divided / (divided + self.whole.touched_bytes(1)) if divided else 0.0
+
+    def member(self, shares: Sequence[float], member: int) -> LayerCost:
+        """One member's costs."""
+        found = [self.whole]
+        for portion in self.portions:
+            places = borders(portion.units, shares)
+            found.append(portion.of(places[member + 1] - places[member]))
+        return _total(found)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCosts:
+    """A model in groups of so many members. The head is one more divided layer; the embedding is whole at all."""
+
+    members: int
+    model: ModelCosts
+    layers: tuple[DividedLayer, ...]
+    head: DividedLayer
+
+    @classmethod
+    def of(cls, model: ModelCosts, layers: Sequence[Program], tensors_for: TensorsFor, members: int) -> GroupCosts:
+        """`layers`: the program of each. UsageError where groups cannot hold one of them."""
+        alike: dict[DividedLayer, DividedLayer] = {}
+        divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
+        costs = [layer.layer_cost() for layer in divided]
+        return cls(members, model, tuple(alike.setdefault(cost, cost) for cost in costs), divided[-1].head_cost())
+
+    def member(self, shares: Sequence[float], member: int) -> ModelCosts:
+        """The costs of a member, as if it held a model of its own."""
+        assert len(shares) == self.members
+        kinds = {layer: layer.member(shares, member) for layer in dict.fromkeys(self.layers)}
+        head = self.head.member(shares, member)
+        return replace(
+            self.model,
+            layers=tuple(kinds[layer] for layer in self.layers),
+            head_bytes=head.weight_bytes,
+            head_macs=head.macs_per_token,
+            float_head_macs=head.float_macs_per_token,
+            head_file_bytes=head.used_file_bytes,
+            head_weights=head.weights,
+            tied_bytes=0 if self.head.portions else self.model.tied_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _DividedProgram:
+    """The program of one layer; `head`: the number of the step that the head begins with."""
+
+    division: Division
+    tensors: Mapping[str, Tensor]
+    head: int
+
+    @classmethod
+    def of(cls, program: Program, tensors_for: TensorsFor, members: int) -> _DividedProgram:
+        division = Division.of(program, members)
+        steps = tuple(divided.step for divided in division.steps)
+        head = sum(1 for _ in takewhile(partial(is_before_head, program), steps))
+        return cls(division, tensors_for(replace(program, steps=steps)), head)
+
+    def layer_cost(self) -> DividedLayer:
+        return self._costs(range(self.head), () if self.program.is_last else self.division.gathered)
+
+    def head_cost(self) -> DividedLayer:
+        return self._costs(range(self.head, len(self.division.steps)), self.division.gathered)
+
+    @property
+    def program(self) -> Program:
+        return self.division.program
+
+    def _costs(self, numbers: range, results: Sequence[Gathered]) -> DividedLayer:
+        steps: dict[int, list[Step]] = {0: []}
+        gathers: list[GatherCost] = []
+        for number in numbers:
+            divided = self.division.steps[number]
+            units = 0 if isinstance(divided.step, RmsNorm) else divided.units  # heads share a norm's weights
+            if not is_embedding(divided.step):
+                steps.setdefault(units, []).append(divided.step)
+            gathers += (self._gather(gathered, number) for gathered in divided.gathered)
+        gathers += (self._gather(gathered, len(self.division.steps)) for gathered in results)
+        whole, *portions = (PortionCost(units, self._cost(found)) for units, found in sorted(steps.items()))
+        return DividedLayer(whole.cost, tuple(portions), tuple(gathers))
+
+    def _cost(self, steps: Sequence[Step]) -> LayerCost:
+        return steps_cost(self.tensors, replace(self.program, steps=tuple(steps)))
+
+    def _gather(self, gathered: Gathered, number: int) -> GatherCost:
+        buffer = gathered.buffer
+        is_logits = self.program.has_logits and buffer == self.program.out
+        return GatherCost(buffer.width, gathered.units, self._quantized(buffer, number), is_logits)
+
+    def _quantized(self, buffer: Buffer, number: int) -> bool:
+        """Whether only products read the row from step `number` on, which quantize it in the same way."""
+        formats = set[ActivationFormat | None]()
+        for divided in self.division.steps[number:]:
+            step = divided.step
+            if buffer in reads_of(step):
+                formats.add(self._format(step.weight) if isinstance(step, MatMul) else ActivationFormat.F32)
+            if written_by(step).name == buffer.name:
+                break
+        return len(formats) == 1 and not formats & {ActivationFormat.F32, None}
+
+    def _format(self, weight: str) -> ActivationFormat | None:
+        return self.tensors[weight].quant_type.info.activation
+
+
+def _total(costs: Sequence[LayerCost]) -> LayerCost:
+    first = costs[0]
+    windows = [cost.window for cost in costs if cost.window is not None]
+    return replace(
+        first,
+        idle_share=max(cost.idle_share for cost in costs),
+        window=max(windows, default=None),
+        weights=_merged(weights for cost in costs for weights in cost.weights),
+        expert_weights=_merged(weights for cost in costs for weights in cost.expert_weights),
+        **{name: sum(getattr(cost, name) for cost in costs) for name in _SUMS},
+    )
+
+
+def _merged(weights: Iterable[TypedWeights]) -> tuple[TypedWeights, ...]:
+    n_bytes, products = Counter[QuantType](), Counter[QuantType]()
+    for each in weights:
+        n_bytes[each.quant_type] += each.n_bytes
+        products[each.quant_type] += each.macs
+    return tuple(TypedWeights(kind, n_bytes[kind], products[kind]) for kind in sorted(products))

@@ -1,0 +1,125 @@
+"""Costs of members: those of their programs, in every family and for any shares."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model.costs import LayerCost, is_before_head, layer_cost, steps_cost
+from llamaclust.model.groups.costs import GatherCost
+from llamaclust.model.groups.division import divide
+from llamaclust.model.groups.gather import Gather
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
+from llamaclust.model.quant_types import TILE_ROWS, QuantType
+from support.models.tiny_architectures import MODELS, build_architecture
+from support.models.tiny_model import build_tiny_model
+
+REFUSED = {"gemma3n", "gemma4-inputs"}
+SHARES = ((1, 1), (2, 1), (5, 3, 2))
+
+
+def assert_same(model: Model, found: LayerCost, program: Program) -> None:
+    """Alike but for bytes of experts that are rounded once for each portion, and for matrices that end inside a tile of
+    rows, as those of wider models do not."""
+    tensors = model.tensors_for(program)
+    wanted = layer_cost(tensors, program)
+    matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
+    tiles = [replace(tensor, shape=(1, tensor.shape[-1])) for tensor in matrices if tensor.shape[-2] % TILE_ROWS]
+    slack = sum(tile.resident_bytes for tile in tiles)
+    most = {"weight_bytes": slack, "expert_bytes": slack, "idle_bytes": 8, "used_file_bytes": 8}
+    for field in fields(LayerCost):
+        figures = [getattr(cost, field.name) for cost in (found, wanted)]
+        if field.name in most:
+            assert abs(figures[0] - figures[1]) <= most[field.name], field
+        elif "weights" in field.name:
+            kinds = [[(each.quant_type, each.macs) for each in weights] for weights in figures]
+            assert kinds[0] == kinds[1]
+        else:
+            assert figures[0] == figures[1], field
+
+
+def head_of(model: Model, program: Program) -> LayerCost:
+    steps = list(program.steps)
+    before = [step for step in steps if is_before_head(program, step)]
+    head = tuple(steps[steps.index(next(step for step in steps if step not in before)) :])
+    return steps_cost(model.tensors_for(program), replace(program, steps=head))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
+def test_a_members_costs_are_those_of_its_program(tmp_path: Path, name: str) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    drawn = tuple(random.Random(seed).randint(1, 9) for _ in range(3))
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        layers = [model.program(layer, layer + 1, KvType.Q8_0) for layer in range(model.layer_count)]
+        for shares in (*SHARES, drawn):
+            costs = model.group_costs(KvType.Q8_0, len(shares))
+            for member in range(len(shares)):
+                found = costs.member(shares, member)
+                programs = [divide(layer, shares, member) for layer in layers]
+                for layer, cost in zip(programs, found.layers, strict=True):
+                    assert_same(model, cost, layer)
+                head = head_of(model, programs[-1])
+                assert (found.head_bytes, found.head_macs) == (head.weight_bytes, head.macs_per_token)
+                assert found.embedding_bytes == model.costs(KvType.Q8_0).embedding_bytes
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
+def test_gathers_are_those_of_programs(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        costs = model.group_costs(KvType.F16, 3)
+        for number, layer in enumerate(costs.layers):
+            program = divide(model.program(number, number + 1), (5, 3, 2), 0)
+            gathers = [step for step in program.steps if isinstance(step, Gather)]
+            found = [*layer.gathers, *(costs.head.gathers if program.is_last else ())]
+            assert [gather.width for gather in found] == [step.out.width for step in gathers]
+            own = [gather.sent_bytes((5, 3, 2))[0] for gather in found if not gather.as_int8]
+            plain = zip(found, gathers, strict=True)
+            assert own == [4 * step.x.width for gather, step in plain if not gather.as_int8]
+        assert [gather.to_leader for gather in costs.head.gathers] == [True] * bool(model.generates)
+
+
+def test_all_members_together_have_what_is_divided_once_and_the_rest_each(tmp_path: Path) -> None:
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", quant_type=QuantType.Q4_0, layers=3)) as model:
+        whole, costs = model.costs(KvType.F16), model.group_costs(KvType.F16, 2)
+        members = [costs.member((3, 1), member) for member in range(2)]
+        assert len({*costs.layers}) == len({id(layer) for layer in costs.layers}) == 1
+        for layer, divided in zip(whole.layers, costs.layers, strict=True):
+            parts = [member.layers[0] for member in members]
+            for name in ("weight_bytes", "macs_per_token", "kv_bytes_per_token", "used_file_bytes"):
+                total = sum(getattr(part, name) for part in parts)
+                assert total == getattr(layer, name) + getattr(divided.whole, name)
+            assert divided.divided_share > 0.99
+        assert members[0].head_bytes + members[1].head_bytes == whole.head_bytes + costs.head.whole.weight_bytes
+        assert costs.member((1, 1), 0) == costs.member((5, 5), 1)
+        assert {portion.units for portion in costs.layers[0].portions} == {2, 16, 32}, "KV heads, tiles of 16 rows"
+
+
+def test_bytes_of_gathers() -> None:
+    assert GatherCost(4096, 256).sent_bytes((3, 1)) == (4 * 3072, 4 * 1024)
+    assert GatherCost(4096, 256, as_int8=True).sent_bytes((3, 1)) == (3072 + 4 * 96, 1024 + 4 * 32)
+    assert GatherCost(256, 2).sent_bytes((3, 1)) == (512, 512), "no half units"
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "as_int8"), [(QuantType.Q4_0, True), (QuantType.IQ1_S, True), (QuantType.F16, False)]
+)
+def test_rows_travel_as_int8_where_products_quantize_them(tmp_path: Path, quant_type: QuantType, as_int8: bool) -> None:
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", quant_type=quant_type)) as model:
+        layer, head = model.group_costs(KvType.F16, 2).layers[0], model.group_costs(KvType.F16, 2).head
+    assert [gather.as_int8 for gather in layer.gathers] == [as_int8, False, as_int8, False], "norms read the others"
+    assert not any(gather.as_int8 for gather in head.gathers)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_models_that_groups_cannot_hold_say_why(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        assert model.undividable is not None
+        with pytest.raises(UsageError, match=model.undividable):
+            model.group_costs(KvType.F16, 2)

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from llamaclust.kernels._native import Link, Links
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.kernels._native import Link, Links, TlsSettings
+from llamaclust.wire.security.credentials import Principal
 
 DEADLINE_S = 60.0
 HEADER = struct.Struct("<QQII")  # epoch, step, number of the gather, bytes
+STEP = 2**32 - 1
+"""In place of the number of a gather: the message of a step."""
 GREETING = b"hello"
 
 
@@ -22,9 +26,16 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return first, listener.accept()[0]
 
 
-def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S) -> Link:
+def link_to(number: int, end: socket.socket, deadline_s: float = DEADLINE_S, tls: TlsSettings | None = None) -> Link:
     """Waits for the peer's greeting."""
-    return Link(end.detach(), f"worker {number}", None, GREETING, GREETING, deadline_s)
+    return Link(end.detach(), f"worker {number}", tls, GREETING, GREETING, deadline_s)
+
+
+def tls_settings(trust: Authority, own: int, peer: int) -> TlsSettings:
+    """Those of one member for its connection to another."""
+    identity = trust.identity(Principal(f"w{own}"))
+    host = Principal(f"w{peer}").host(identity.cluster)
+    return TlsSettings(identity.ca, identity.pair.certificate, identity.pair.private_key, host, own < peer)
 
 
 Ends = Sequence[socket.socket | None]
@@ -40,25 +51,30 @@ def meshed(members: int) -> list[Ends]:
     return [*ends]
 
 
-def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S) -> Links:
-    """Waits for all greetings."""
-    links = [None if end is None else link_to(number, end) for number, end in enumerate(ends)]
+def links_of(own: int, ends: Ends, deadline_s: float = DEADLINE_S, trust: Authority | None = None) -> Links:
+    """Waits for all greetings; with an authority over TLS."""
+
+    def link(number: int, end: socket.socket) -> Link:
+        return link_to(number, end, deadline_s, None if trust is None else tls_settings(trust, own, number))
+
+    links = [None if end is None else link(number, end) for number, end in enumerate(ends)]
     return Links(own, links, deadline_s)
 
 
-def linked(members: int, deadline_s: float = DEADLINE_S) -> list[Links]:
+def linked(members: int, deadline_s: float = DEADLINE_S, trust: Authority | None = None) -> list[Links]:
     """Members of one process, each with a link to every other one."""
     with ThreadPoolExecutor(members) as pool:
-        return list(pool.map(lambda own, ends: links_of(own, ends, deadline_s), range(members), meshed(members)))
+        return list(pool.map(lambda own, ends: links_of(own, ends, deadline_s, trust), range(members), meshed(members)))
 
 
 class HandPeer:
-    """Member 1 of two, byte by byte; member 0 has `links`."""
+    """One of two members, byte by byte; the `own` one has `links`."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, own: int = 0) -> None:
         ours, self.end = connected()
         self.end.sendall(GREETING)
-        self.links = Links(0, [None, link_to(1, ours)], deadline_s)
+        link = link_to(1 - own, ours)
+        self.links = Links(own, [None, link] if own == 0 else [link, None], deadline_s)
         self.end.settimeout(DEADLINE_S)
         assert self.receive(len(GREETING)) == GREETING
 

@@ -18,6 +18,15 @@ std::string field(const char* name, uint64_t got, uint64_t expected) {
   return std::string(name) + " " + std::to_string(got) + " where " + std::to_string(expected) + " is expected";
 }
 
+std::string name_of(uint32_t number) {
+  return number == kStepNumber ? "the message of the step" : "gather " + std::to_string(number);
+}
+
+std::string number_field(uint32_t got, uint32_t expected) {
+  if (got != kStepNumber && expected != kStepNumber) return field("gather", got, expected);
+  return name_of(got) + " where " + name_of(expected) + " is expected";
+}
+
 std::string seconds(double value) {
   char text[32];
   snprintf(text, sizeof text, "%g s", value);
@@ -27,12 +36,12 @@ std::string seconds(double value) {
 }  // namespace
 
 std::span<uint8_t> Block::rest(size_t done) const {
-  const size_t row_bytes = columns * sizeof(float), row = done / row_bytes, in_row = done % row_bytes;
-  return {reinterpret_cast<uint8_t*>(data + row * stride) + in_row, row_bytes - in_row};
+  const size_t row = done / row_bytes, in_row = done % row_bytes;
+  return {data + row * stride + in_row, row_bytes - in_row};
 }
 
 Channel& Link::channel() const {
-  if (!channel_) throw LinkError(peer_ + ": this process has closed the link");
+  if (!channel_) throw LinkError(peer_ + ": this process has closed the link", Fault::Closed, -1);
   return *channel_;
 }
 
@@ -42,7 +51,7 @@ auto Link::named(F call) const {
   try {
     return call(channel());
   } catch (const ConnectionEnded& error) {
-    throw LinkError(peer_ + ": " + error.what());
+    throw LinkError(peer_ + ": " + error.what(), error.fault, place_);
   }
 }
 
@@ -66,27 +75,47 @@ void Link::greet(std::span<const uint8_t> greeting, std::span<const uint8_t> exp
     const auto events = static_cast<short>((got < received.size() ? POLLIN : 0) | (unsent ? POLLOUT : 0));
     if (events != 0 && wrote + came == 0 && !socket().wait(events, until_ns))
       throw LinkError(peer_ + " has not greeted in time: " + std::to_string(got) + " of " +
-                      std::to_string(received.size()) + " bytes");
+                          std::to_string(received.size()) + " bytes",
+                      Fault::Late, place_);
   }
   if (memcmp(received.data(), expected.data(), expected.size()) != 0)
-    throw LinkError(peer_ + " greets for another group, place or version");
+    throw LinkError(peer_ + " greets for another group, place or version", Fault::Wrong, place_);
 }
 
-void Link::begin(const FrameHeader& header, std::span<const uint8_t> own, const Block& theirs) {
+void Link::begin_sending(const FrameHeader& header, const uint8_t* data) {
   sent_header_ = header;
-  own_ = own;
-  theirs_ = theirs;
-  sent_ = received_ = 0;
+  own_ = data;
+  sent_ = 0;
+  to_send_ = sizeof header + header.bytes;
   flushed_ = false;
+}
+
+void Link::begin_receiving(const FrameHeader& header, const Block& room) {
+  begin_receiving(header);
+  exact_ = true;
+  receive_into(room);
+}
+
+void Link::begin_receiving(const FrameHeader& most) {
+  expected_ = most;
+  exact_ = false;
+  theirs_ = {};
+  received_ = 0;
+  to_receive_ = sizeof most;
+}
+
+void Link::receive_into(const Block& room) {
+  theirs_ = room;
+  to_receive_ = sizeof(FrameHeader) + room.bytes();
 }
 
 bool Link::send() {
   if (is_sent()) return false;
   const size_t before = sent_;
   constexpr size_t kHeader = sizeof(FrameHeader);
-  if (sent_ < kHeader) sent_ += write(bytes_of(sent_header_).subspan(sent_), true);
-  while (sent_ >= kHeader && sent_ < kHeader + own_.size()) {
-    const size_t count = write(own_.subspan(sent_ - kHeader), false);
+  if (sent_ < kHeader) sent_ += write(bytes_of(sent_header_).subspan(sent_), to_send_ > kHeader);
+  while (sent_ >= kHeader && sent_ < to_send_) {
+    const size_t count = write({own_ + sent_ - kHeader, to_send_ - sent_}, false);
     if (count == 0) break;
     sent_ += count;
   }
@@ -111,22 +140,25 @@ bool Link::receive() {
 }
 
 void Link::check_header() const {
-  const FrameHeader &got = received_header_, &own = sent_header_;
+  const FrameHeader& got = received_header_;
   std::string wrong;
-  if (got.epoch != own.epoch) wrong = field("epoch", got.epoch, own.epoch);
-  else if (got.step != own.step) wrong = field("step", got.step, own.step);
-  else if (got.number != own.number) wrong = field("gather", got.number, own.number);
-  else if (got.bytes != theirs_.bytes()) wrong = field("bytes", got.bytes, theirs_.bytes());
-  if (!wrong.empty()) throw LinkError(peer_ + " has sent " + wrong);
+  if (got.epoch != expected_.epoch) wrong = field("epoch", got.epoch, expected_.epoch);
+  else if (got.step != expected_.step) wrong = field("step", got.step, expected_.step);
+  else if (got.number != expected_.number) wrong = number_field(got.number, expected_.number);
+  else if (exact_ && got.bytes != expected_.bytes) wrong = field("bytes", got.bytes, expected_.bytes);
+  else if (got.bytes > expected_.bytes)
+    wrong = "bytes " + std::to_string(got.bytes) + " where at most " + std::to_string(expected_.bytes) + " are expected";
+  if (!wrong.empty()) throw LinkError(peer_ + " has sent " + wrong, Fault::Wrong, place_);
 }
 
-std::string Link::missing(double deadline_s) const {
+LinkError Link::late(double deadline_s) const {
   const bool receives = !is_received();
-  const size_t done = receives ? received_ : sent_;
-  const size_t all = sizeof(FrameHeader) + (receives ? theirs_.bytes() : own_.size());
-  return peer_ + (receives ? " has sent " : " has taken ") + std::to_string(done) + " of " + std::to_string(all) +
-         " bytes within " + seconds(deadline_s) + ": step " + std::to_string(sent_header_.step) + ", gather " +
-         std::to_string(sent_header_.number);
+  const FrameHeader& header = receives ? expected_ : sent_header_;
+  const size_t done = receives ? received_ : sent_, all = receives ? to_receive_ : to_send_;
+  const std::string text = peer_ + (receives ? " has sent " : " has taken ") + std::to_string(done) + " of " +
+                           std::to_string(all) + " bytes within " + seconds(deadline_s) + ": step " +
+                           std::to_string(header.step) + ", " + name_of(header.number);
+  return {text, Fault::Late, place_};
 }
 
 size_t Link::write(std::span<const uint8_t> data, bool more) {

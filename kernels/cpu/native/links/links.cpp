@@ -15,7 +15,9 @@ namespace {
 // A thread that waits keeps its core at first, then gives it to others between two looks, and is parked in the end: it comes
 // back some 10 us late from there on an idle core, and later from a deep sleep.
 constexpr int64_t kKeepsCoreNs = 40'000, kPollNs = 200'000;
-constexpr const char* kClosed = "the links of this group were closed by this process";
+constexpr size_t kMostBytes = std::numeric_limits<uint32_t>::max();  // of a frame
+
+LinkError closed() { return {"the links of this group were closed by this process", Fault::Closed, -1}; }
 
 std::span<const uint8_t> own_bytes(const Gathering& gathering) {
   const size_t count = static_cast<size_t>(gathering.rows) * static_cast<size_t>(gathering.own_columns);
@@ -23,9 +25,10 @@ std::span<const uint8_t> own_bytes(const Gathering& gathering) {
 }
 
 Block block_of(const Gathering& gathering, size_t member) {
-  const int begin = gathering.borders[member], end = gathering.borders[member + 1];
-  return {gathering.whole + begin, static_cast<size_t>(gathering.rows), static_cast<size_t>(end - begin),
-          static_cast<size_t>(gathering.borders.back())};
+  const size_t begin = static_cast<size_t>(gathering.borders[member]);
+  const size_t end = static_cast<size_t>(gathering.borders[member + 1]);
+  return {reinterpret_cast<uint8_t*>(gathering.whole + begin), static_cast<size_t>(gathering.rows),
+          (end - begin) * sizeof(float), static_cast<size_t>(gathering.borders.back()) * sizeof(float)};
 }
 
 void require(bool holds, const char* what) {
@@ -40,7 +43,23 @@ Links::Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_
   require(deadline_s_ > 0 && deadline_s_ < 1e6, "a deadline of more than 0 seconds");
   for (size_t member = 0; member < links_.size(); member++) {
     require((links_[member] == nullptr) == (member == static_cast<size_t>(own_)), "one for each other member");
-    if (links_[member]) peers_.push_back(links_[member].get());
+    if (!links_[member]) continue;
+    links_[member]->set_place(static_cast<int>(member));
+    peers_.push_back(links_[member].get());
+  }
+  counters_.waited_for_s.resize(links_.size());
+}
+
+// One call at a time. The first error ends the links, and is that of later calls.
+template <typename F>
+void Links::in_turn(F work) {
+  const std::lock_guard locked(in_use_);
+  if (ended_) throw LinkError(*ended_);
+  try {
+    work();
+  } catch (const LinkError& error) {
+    end(closing_ ? closed() : error);
+    throw LinkError(*ended_);
   }
 }
 
@@ -50,32 +69,69 @@ void Links::begin(uint64_t epoch, uint64_t step) {
   step_ = step;
 }
 
-void Links::gather(const Gathering& gathering) {
-  const std::lock_guard locked(in_use_);
-  if (ended_) throw LinkError(*ended_);
-  try {
-    exchange(gathering);
-  } catch (const LinkError& error) {
-    end(closing_ ? kClosed : error.what());
-    throw LinkError(*ended_);
-  }
+void Links::send_step(uint64_t epoch, uint64_t step, std::span<const uint8_t> data) {
+  require(own_ == 0, "the first member begins steps");
+  require(data.size() <= kMostBytes, "a message of less than 4 GiB");
+  in_turn([&] {
+    epoch_ = epoch;
+    step_ = step;
+    for (size_t member = 1; member < links_.size(); member++) send(member, kStepNumber, data);
+    move_all();
+  });
 }
 
-void Links::exchange(const Gathering& gathering) {
-  start(gathering);
-  const int64_t until_ns = now_ns() + static_cast<int64_t>(deadline_s_ * 1e9);
-  for (Link* link : peers_) link->send();
-  copy_own(gathering);
+std::vector<uint8_t> Links::receive_step(uint64_t epoch, uint64_t step, size_t most_bytes) {
+  require(own_ != 0, "the first member begins steps, the others receive them");
+  std::vector<uint8_t> data;
+  in_turn([&] {
+    epoch_ = epoch;
+    step_ = step;
+    Link& first = *links_[0];
+    first.begin_receiving({epoch, step, kStepNumber, static_cast<uint32_t>(std::min(most_bytes, kMostBytes))});
+    move([&] { return first.has_received(); }, std::numeric_limits<int64_t>::max());
+    const int64_t until_ns = deadline_ns();
+    move([&] { return first.is_received(); }, until_ns);
+    data.resize(first.announced());
+    first.receive_into({data.data(), 1, data.size(), data.size()});
+    move([&] { return first.is_received(); }, until_ns);
+    const std::lock_guard locked(counting_);
+    counters_.received_bytes += sizeof(FrameHeader) + data.size();
+  });
+  return data;
+}
+
+void Links::gather(const Gathering& gathering) {
+  in_turn([&] {
+    start(gathering);
+    for (Link* link : peers_) link->send();
+    copy_own(gathering);
+    const int64_t began_ns = now_ns();
+    move_all();
+    count_wait(now_ns() - began_ns);
+  });
+}
+
+int64_t Links::deadline_ns() const { return now_ns() + static_cast<int64_t>(deadline_s_ * 1e9); }
+
+void Links::move_all() {
+  move([this] { return std::ranges::all_of(peers_, &Link::is_complete); }, deadline_ns());
+}
+
+// Sends and receives what links have begun, until it is done.
+template <typename F>
+void Links::move(F done, int64_t until_ns) {
   for (int64_t waits_from_ns = now_ns();;) {
-    bool moved = false, complete = true;
-    for (Link* link : peers_) {
+    bool moved = false;
+    for (size_t member = 0; member < links_.size(); member++) {
+      Link* link = links_[member].get();
+      if (link == nullptr || link->is_complete()) continue;
       moved |= link->send();
       if (!link->is_received()) moved |= link->receive();
-      complete &= link->is_complete();
+      if (link->is_complete()) last_ = member;
     }
-    if (complete) return;
+    if (done()) return;
     const int64_t now = now_ns();
-    if (closing_ || now >= until_ns) throw LinkError(late());
+    if (closing_ || now >= until_ns) throw late();
     if (moved) waits_from_ns = now;
     else if (now - waits_from_ns >= kPollNs) park(until_ns);
     else if (now - waits_from_ns >= kKeepsCoreNs) sched_yield();
@@ -86,19 +142,44 @@ void Links::start(const Gathering& gathering) {
   require(gathering.borders.size() == links_.size() + 1, "as many members as the gather has");
   const std::span<const uint8_t> own = own_bytes(gathering);
   require(own.size() == block_of(gathering, static_cast<size_t>(own_)).bytes(), "as many columns as this member has");
+  const auto number = static_cast<uint32_t>(gathering.number);
+  size_t received_bytes = 0;
   for (size_t member = 0; member < links_.size(); member++) {
     if (!links_[member]) continue;
     const Block theirs = block_of(gathering, member);
-    require(std::max(own.size(), theirs.bytes()) <= std::numeric_limits<uint32_t>::max(), "rows of less than 4 GiB");
-    const auto number = static_cast<uint32_t>(gathering.number), bytes = static_cast<uint32_t>(own.size());
-    links_[member]->begin({epoch_, step_, number, bytes}, own, theirs);
+    require(std::max(own.size(), theirs.bytes()) <= kMostBytes, "rows of less than 4 GiB");
+    links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
+    send(member, number, own);
+    received_bytes += sizeof(FrameHeader) + theirs.bytes();
   }
+  const std::lock_guard locked(counting_);
+  counters_.received_bytes += received_bytes;
+}
+
+void Links::send(size_t member, uint32_t number, std::span<const uint8_t> data) {
+  links_[member]->begin_sending({epoch_, step_, number, static_cast<uint32_t>(data.size())}, data.data());
+  const std::lock_guard locked(counting_);
+  counters_.sent_bytes += sizeof(FrameHeader) + data.size();
+}
+
+void Links::count_wait(int64_t ns) {
+  const double seconds = static_cast<double>(ns) * 1e-9;
+  const std::lock_guard locked(counting_);
+  counters_.gathers++;
+  counters_.waited_s += seconds;
+  counters_.waited_for_s[last_] += seconds;
+}
+
+LinkCounters Links::counters() const {
+  const std::lock_guard locked(counting_);
+  return counters_;
 }
 
 void Links::copy_own(const Gathering& gathering) const {
   const Block to = block_of(gathering, static_cast<size_t>(own_));
+  const std::span<const uint8_t> own = own_bytes(gathering);
   for (size_t row = 0; row < to.rows; row++)
-    memcpy(to.data + row * to.stride, gathering.own + row * to.columns, to.columns * sizeof(float));
+    memcpy(to.data + row * to.stride, own.data() + row * to.row_bytes, to.row_bytes);
 }
 
 void Links::park(int64_t until_ns) const {
@@ -111,17 +192,23 @@ void Links::park(int64_t until_ns) const {
   wait_for(waited, until_ns);
 }
 
-std::string Links::late() const {
+// At fault is the first of the members that are named.
+LinkError Links::late() const {
+  std::optional<LinkError> first;
   std::string text;
   for (const Link* link : peers_)
-    if (!link->is_complete()) text += (text.empty() ? "" : "; ") + link->missing(deadline_s_);
-  return text;
+    if (!link->is_complete()) {
+      const LinkError late = link->late(deadline_s_);
+      text += (text.empty() ? "" : "; ") + std::string(late.what());
+      if (!first) first.emplace(late);
+    }
+  return {text, first->fault, first->place};
 }
 
 // Peers that wait for this member's rows learn at once that none will come.
-void Links::end(const std::string& reason) {
+void Links::end(const LinkError& reason) {
   const std::lock_guard locked(ending_);
-  if (!ended_) ended_ = reason;
+  if (!ended_) ended_.emplace(reason);
   for (Link* link : peers_) link->close();
 }
 
@@ -133,7 +220,7 @@ void Links::close() {
       for (const Link* link : peers_) link->socket().shut_down();
   }
   const std::lock_guard locked(in_use_);  // once a gather has noticed
-  end(kClosed);
+  end(closed());
 }
 
 }  // namespace llamaclust

@@ -1,4 +1,4 @@
-// Gathers over the links to all other members of a group.
+// Steps and gathers over the links to all other members of a group.
 #pragma once
 
 #include <atomic>
@@ -6,13 +6,21 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <string>
+#include <span>
 #include <vector>
 
 #include "executor/gatherer.h"
 #include "links/link.h"
 
 namespace llamaclust {
+
+// Since the links began.
+struct LinkCounters {
+  int64_t gathers = 0;
+  uint64_t sent_bytes = 0, received_bytes = 0;  // with headers, of steps as well
+  double waited_s = 0;                          // in gathers
+  std::vector<double> waited_for_s;             // the same by member: each wait is for the last one that was ready
+};
 
 class Links : public Gatherer {
  public:
@@ -23,29 +31,49 @@ class Links : public Gatherer {
   // What the next gathers belong to: all members must say the same.
   void begin(uint64_t epoch, uint64_t step);
 
+  // The first member begins a step and tells all others what to compute in it; they take it within the deadline. For
+  // errors of these and of gathers, see gather().
+  void send_step(uint64_t epoch, uint64_t step, std::span<const uint8_t> data);
+
+  // Another member waits until the first one begins that step, however long it takes; then the deadline counts.
+  std::vector<uint8_t> receive_step(uint64_t epoch, uint64_t step, size_t most_bytes);
+
   // The thread polls its links at first, then parks. LinkError, in this gather and all later ones, where a peer sends
   // anything else than its rows, or not all of them in time.
   void gather(const Gathering& gathering) override;
 
-  // Ends all links, also on another thread than one that gathers: that gather fails. No descriptor is left open.
+  // On any thread, at any time.
+  LinkCounters counters() const;
+
+  // Ends all links, also on another thread than one that gathers or waits: that call fails. No descriptor is left open.
   void close();
 
  private:
-  void exchange(const Gathering& gathering);
+  template <typename F>
+  void in_turn(F work);
+  template <typename F>
+  void move(F done, int64_t until_ns);
+  void move_all();
+  int64_t deadline_ns() const;
   void start(const Gathering& gathering);
+  void send(size_t member, uint32_t number, std::span<const uint8_t> data);
   void park(int64_t until_ns) const;
-  std::string late() const;
-  void end(const std::string& reason);
+  LinkError late() const;
+  void end(const LinkError& reason);
   void copy_own(const Gathering& gathering) const;
+  void count_wait(int64_t ns);
 
   const int own_;
   const double deadline_s_;
   std::vector<std::shared_ptr<Link>> links_;  // by member
   std::vector<Link*> peers_;                  // the same without a place for this member
   uint64_t epoch_ = 0, step_ = 0;
+  size_t last_ = 0;  // the member that was ready last
+  LinkCounters counters_;
   std::atomic<bool> closing_{false};
-  std::optional<std::string> ended_;  // the first reason
-  std::mutex in_use_, ending_;        // `ending_`: for the descriptors, which may not be closed while another thread uses them
+  std::optional<LinkError> ended_;  // the first reason
+  std::mutex in_use_, ending_;      // `ending_`: for the descriptors, which may not be closed while another thread uses them
+  mutable std::mutex counting_;
 };
 
 }  // namespace llamaclust

@@ -5,13 +5,19 @@
 #include <cstdint>
 #include <span>
 #include <stdexcept>
+#include <string>
 
 namespace llamaclust {
+
+// Why a connection ended: its peer was not ready in time, has closed it, or has sent what it should not.
+enum class Fault { Late, Closed, Wrong };
 
 // Ends a connection; its text has no name of the peer yet.
 class ConnectionEnded : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit ConnectionEnded(const std::string& text, Fault fault = Fault::Closed)
+      : std::runtime_error(text), fault(fault) {}
+  const Fault fault;
 };
 
 class Socket {

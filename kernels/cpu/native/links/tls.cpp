@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 namespace llamaclust {
@@ -38,7 +39,7 @@ std::string reason() {
 }
 
 void check(bool holds, const char* what) {
-  if (!holds) throw ConnectionEnded(std::string(what) + ": " + reason());
+  if (!holds) throw ConnectionEnded(std::string(what) + ": " + reason(), Fault::Wrong);
 }
 
 template <typename T, typename Read>
@@ -111,7 +112,8 @@ class TlsChannel : public Channel {
       const bool flushed = flush();
       if (done && flushed) return;
       const int events = (done ? 0 : POLLIN) | (flushed ? 0 : POLLOUT);
-      if (!socket_.wait(static_cast<short>(events), until_ns)) throw ConnectionEnded("no TLS handshake in time");
+      if (!socket_.wait(static_cast<short>(events), until_ns))
+        throw ConnectionEnded("no TLS handshake in time", Fault::Late);
     }
   }
 
@@ -151,7 +153,7 @@ class TlsChannel : public Channel {
     ERR_clear_error();
     const int result = function();
     if (result > 0) return result;
-    if (!broken_.empty()) throw ConnectionEnded(broken_);
+    if (broken_) throw ConnectionEnded(*broken_);
     const int error = SSL_get_error(session_.get(), result);
     if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE) return 0;
     std::string text = "TLS: " + (error == SSL_ERROR_ZERO_RETURN ? "the other side has ended it" : reason());
@@ -161,7 +163,7 @@ class TlsChannel : public Channel {
       flush();  // the alert
     } catch (const ConnectionEnded&) {  // the other side has gone: `text` tells why this one ends
     }
-    throw ConnectionEnded(text);
+    throw ConnectionEnded(text, error == SSL_ERROR_ZERO_RETURN ? Fault::Closed : Fault::Wrong);
   }
 
   // What OpenSSL writes to and reads from. No exception may pass through it.
@@ -180,7 +182,7 @@ class TlsChannel : public Channel {
 
   int take(const char* data, int bytes) {
     if (unsent() > 2 * kMostUnsent) {  // a peer that asks for new keys again and again
-      broken_ = "the other side does not read";
+      broken_.emplace("the other side does not read", Fault::Wrong);
       return -1;
     }
     out_.insert(out_.end(), data, data + bytes);
@@ -194,7 +196,7 @@ class TlsChannel : public Channel {
       if (count > 0) return static_cast<int>(count);
       BIO_set_retry_read(bio);
     } catch (const ConnectionEnded& error) {
-      broken_ = error.what();
+      broken_.emplace(error);
     }
     return -1;
   }
@@ -204,7 +206,7 @@ class TlsChannel : public Channel {
   std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
   size_t sent_ = 0;
   uint64_t records_ = 0;  // encrypted so far
-  std::string broken_;  // why the socket takes or gives no more
+  std::optional<ConnectionEnded> broken_;  // why the socket takes or gives no more
 };
 
 }  // namespace

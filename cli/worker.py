@@ -42,6 +42,16 @@ def worker(
     advertise: Annotated[
         str, Option(metavar="HOST[:PORT]", help="Address announced to other members, for address translation.")
     ] = "",
+    link_port: Annotated[
+        int | None,
+        Option(
+            "--link-port",
+            min=1,
+            max=65535,
+            metavar="N",
+            help="Port for links of groups. Default: 1000 above that of --listen, if it has one.",
+        ),
+    ] = None,
     device: Devices = [],  # noqa: B006  typer reads the default
     gpu_layers: GpuLayers = "auto",
     gpu_memory: Annotated[
@@ -102,6 +112,7 @@ def worker(
         discover=discover,
         listen=option_value("--listen", _address, listen) if listen else "",
         advertise=option_value("--advertise", _advertised, advertise) if advertise else "",
+        link_port=link_port,
         device=device_name,
         gpu_layers=layers,
         gpu_memory_bytes=gpu_bytes,

@@ -21,6 +21,7 @@ from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, request_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.devices.cores import bind_to_node
+from llamaclust.worker.groups.listener import link_address
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
@@ -108,10 +109,13 @@ async def _run_started_worker(settings: WorkerSettings) -> str:
     token = ClusterToken.read(settings.token_file)
     worker = Worker.open(settings)
     coordinator = Peer(settings.join, token)
-    server = await Server.start(settings.listen or "127.0.0.1:0", token, worker.handlers)
+    listen = settings.listen or "127.0.0.1:0"
+    server = await Server.start(listen, token, worker.handlers)
     try:
+        await worker.accept_links(link_address(listen, settings.link_port), token)
         member = Member(worker, token)
-        await member.join(coordinator, worker.device.registration(settings.name, server.address), settings.join_s)
+        registration = worker.device.registration(settings.name, server.address, worker.links.address)
+        await member.join(coordinator, registration, settings.join_s)
         _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
         return await worker.compute.while_able(member.serve())
     except DeviceLostError:
@@ -124,3 +128,4 @@ async def _run_started_worker(settings: WorkerSettings) -> str:
             async with deadline("closing streams", _GRACE_S):
                 await coordinator.close()
                 await server.stop(0.0)
+                await worker.links.stop()

@@ -77,6 +77,10 @@ class OwnAddress:
         split_address(address)
         return address
 
+    def at_link_port(self, port: int) -> str:
+        """HOST:PORT for the links of other members: address translation keeps this port."""
+        return f"{_host_of(self.at_port(port))}:{port}"
+
     async def changed(self) -> WorkerError:
         """Returns when the coordinator has been reached from another address than this one for some seconds."""
         now, looks = self.own_host, 0

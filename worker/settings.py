@@ -26,6 +26,7 @@ class WorkerSettings:
     token_file: Path | None = None
     token: str = field(default="", repr=False)  # in place of a file
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
+    link_port: int | None = None  # for links of groups; None: beside that of `listen`, if it has one
     device: str = "cpu"  # "cpu" | "reference" | "cuda:N", or several of these with commas between
     threads: int | None = None  # None: one a core
     numa_node: int | None = None  # the only one whose cores and memory are used; None: all

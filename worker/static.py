@@ -28,6 +28,7 @@ from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.coordinator_search import CoordinatorSearch
 from llamaclust.worker.devices.system_info import log_place, release_freed_memory
 from llamaclust.worker.enrolment import enrol, is_open, speaks_tls
+from llamaclust.worker.groups.listener import link_address
 from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import OwnAddress, Route
 from llamaclust.worker.settings import WorkerSettings
@@ -72,7 +73,7 @@ class _StaticWorker:
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._listens_at = ""
-        self._address = ""
+        self._address = self._link_address = ""
 
     async def run(self) -> str:
         if self._token is None:
@@ -179,11 +180,14 @@ class _StaticWorker:
                 self._server = await Server.start(own.listen, credentials, self._worker.handlers)
             self._listens_at = own.listen
         self._address = own.at_port(self._server.port)
+        links = self._worker.links
+        await self._worker.accept_links(link_address(own.listen, self._settings.link_port), credentials)
+        self._link_address = own.at_link_port(split_address(links.address)[1]) if links.address else ""
 
     def _registration(self) -> Register:
         """What is kept from before can be had again."""
         kept = self._worker.service.kept_bytes
-        now = self._worker.device.registration(self._settings.name, self._address)
+        now = self._worker.device.registration(self._settings.name, self._address, self._link_address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
         gpus = tuple(replace(gpu, free_bytes=gpu.free_bytes + kept[gpu.device]) for gpu in now.gpus)
         here = one_line(log_place())
@@ -192,6 +196,7 @@ class _StaticWorker:
     async def close(self) -> None:
         self._worker.compute.close()
         await self._stop_server()
+        await self._worker.links.stop()
 
     async def _stop_server(self) -> None:
         server, self._server = self._server, None

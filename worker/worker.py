@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamaclust.core.errors import UsageError
+from llamaclust.kernels._native import tls_library
 from llamaclust.wire.rpc.server import Handler
+from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.groups.listener import LinkListener
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
 from llamaclust.worker.readiness import Readiness
@@ -21,6 +24,8 @@ from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)
+_MEMBERS = ("cpu", "reference")
+"""Kinds of devices that can hold a stage together with other workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class Worker:
     readiness: Readiness = field(default_factory=Readiness)
     terms: SeenTerms = field(default_factory=SeenTerms)
     kv_disk: KvDisk | None = None  # None: KV memory is not kept on disk
+    links: LinkListener = field(default_factory=LinkListener)
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by what needs the machine for itself
 
     @classmethod
@@ -50,6 +56,21 @@ class Worker:
     @property
     def handlers(self) -> Mapping[str, Handler]:
         return {**self.service.handlers, **self.weights.giver.handlers}
+
+    async def accept_links(self, address: str, credentials: Credentials) -> None:
+        """Lets `links` listen at an address, unless this worker cannot be a member of a group. One that cannot listen
+        there says so and serves without groups."""
+        if self.device.kind not in _MEMBERS:
+            return
+        if isinstance(credentials, Identity) and not tls_library():
+            _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
+            return
+        try:
+            await self.links.listen(address)
+        except OSError as error:
+            reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address once more
+            why = f"links cannot be accepted at {address}: {reason}"
+            _log.warning("this worker takes part in no group: %s; --link-port N chooses another port", why)
 
 
 def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:

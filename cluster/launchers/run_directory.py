@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.groups.listener import SOCKET_ENDING
 
 _MAX_SOCKET_BYTES = 107
 """What fits in a socket address (Linux)."""
@@ -51,7 +52,7 @@ def run_directory(parent: Path) -> Iterator[RunDirectory]:
     if os.path.lexists(place):
         raise UsageError(f"{place} is in the way: remove it")
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if len(os.fsencode(place / "w1000.sock")) > _MAX_SOCKET_BYTES:
+    if len(os.fsencode(place / f"w1000.sock{SOCKET_ENDING}")) > _MAX_SOCKET_BYTES:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         place.symlink_to(path)
     else:

@@ -70,6 +70,8 @@ class JoinRules:
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
         try:
             check_address(register.address, self._credentials)
+            if register.link_address:
+                check_address(register.link_address, self._credentials)
         except UsageError as error:
             return f"worker {name} is served at no address that can be used: {error}"
         return None

@@ -116,7 +116,9 @@ class Device:
                 gpus[index] = replace(gpus[index], concurrent=steps)
         return Profile(cpu, tuple(gpus))
 
-    def registration(self, name: str, address: str) -> Register:
+    def registration(self, name: str, address: str, link_address: str) -> Register:
+        """The registration of a worker with this device, which serves stages at one address and accepts links of groups
+        at the other one."""
         level = self.backend.feature_level
         gpus = tuple(gpu.gpu() for gpu in self.gpus)
         return Register(
@@ -137,6 +139,7 @@ class Device:
             gpus=gpus,
             gpu_layers=self.gpu_layers,
             kv_disk_bytes=self.kv_disk_bytes,
+            link_address=link_address,
         )
 
 

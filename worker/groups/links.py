@@ -1,18 +1,17 @@
-"""Opens a member's links to all others of its group, by the plan that the coordinator has given to each of them."""
+"""Opens a member's links to all others of its group, by the order that the coordinator has given to each of them."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
 from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
+from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.unix_streams import PREFIX
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
@@ -29,58 +28,40 @@ class MemberLostError(LlamaclustError):
     """A member of a group that cannot be reached, or is another one; `worker` names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupMember:
-    worker: str
-    address: str  # of its LinkListener
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.worker}"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
-    """The members in their order; this worker is the one at `own`."""
-
-    group_id: bytes
-    members: tuple[GroupMember, ...]
-    own: int
-
-    def peers(self) -> Iterator[tuple[int, GroupMember]]:
-        return ((place, member) for place, member in enumerate(self.members) if place != self.own)
-
-
 class GroupLinks:
     """A member's way to its links. Of two members, the later one connects to the earlier one."""
 
-    def __init__(self, plan: GroupPlan, credentials: Credentials, listener: LinkListener) -> None:
+    def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         """UsageError for an address that such credentials do not allow, or where TLS lacks."""
-        for _, member in plan.peers():
-            check_address(member.address, credentials)
+        self._order, self._credentials, self._listener = order, credentials, listener
+        for place in self._peers():
+            check_address(order.members[place].address, credentials)
         if isinstance(credentials, Identity) and not tls_library():
             raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
-        self._plan, self._credentials, self._listener = plan, credentials, listener
         self._failures: dict[int, str] = {}  # the last one of each place
-        self._threads = ThreadPoolExecutor(len(plan.members), "links")  # no other work delays a handshake
+        self._threads = ThreadPoolExecutor(len(order.members), "links")  # no other work delays a handshake
 
     async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
         """MemberLostError where a member is not there in time. Once only."""
-        tasks = {place: asyncio.create_task(self._link(place, seconds)) for place, _ in self._plan.peers()}
+        tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
         finally:
             for task in tasks.values():
                 task.cancel()
             self._threads.shutdown(wait=False)
-        links = [tasks[place].result() if place in tasks else None for place in range(len(self._plan.members))]
-        return Links(self._plan.own, links, gather_s)
+        links = [tasks[place].result() if place in tasks else None for place in range(len(self._order.members))]
+        return Links(self._order.member, links, gather_s)
+
+    def _peers(self) -> list[int]:
+        """The places of the others."""
+        return [place for place in range(len(self._order.members)) if place != self._order.member]
 
     async def _link(self, place: int, seconds: float) -> Link:
-        member = self._plan.members[place]
+        member = self._order.members[place]
         try:
-            async with deadline(f"a link to {member.name} at {member.address}", seconds):
-                return await (self._connect(place) if place < self._plan.own else self._accept(place))
+            async with deadline(f"a link to worker {member.worker} at {member.address}", seconds):
+                return await (self._connect(place) if place < self._order.member else self._accept(place))
         except DeadlineError as late:
             reason = f"; last: {self._failures[place]}" if place in self._failures else ""
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
@@ -90,15 +71,15 @@ class GroupLinks:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                with await self._connection_to(self._plan.members[place].address) as connection:
-                    await loop.sock_sendall(connection, self._hello(self._plan.own, place))
+                with await self._connection_to(self._order.members[place].address) as connection:
+                    await loop.sock_sendall(connection, self._hello(self._order.member, place))
                     return await self._greeted(connection, place, accepts=False)
             except (OSError, DeadlineError) as error:
                 self._failures[place] = str(error)
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        with self._listener.expecting(self._hello(place, self._plan.own)) as candidates:
+        with self._listener.expecting(self._hello(place, self._order.member)) as candidates:
             while True:
                 with await candidates.get() as connection:
                     try:
@@ -109,16 +90,16 @@ class GroupLinks:
 
     async def _greeted(self, connection: socket.socket, place: int, *, accepts: bool) -> Link:
         """Each side says its hello once more, now under TLS."""
-        member, own = self._plan.members[place], self._plan.own
+        member, own = self._order.members[place], self._order.member
         tls, hellos = self._tls(member, accepts), (self._hello(own, place), self._hello(place, own))
 
         def opened() -> Link:  # which closes the connection in the end, and not before it has begun
-            return Link(connection.detach(), member.name, tls, *hellos, _HANDSHAKE_S)
+            return Link(connection.detach(), f"worker {member.worker}", tls, *hellos, _HANDSHAKE_S)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, opened)
 
     def _hello(self, sender: int, receiver: int) -> bytes:
-        return Hello(self._plan.group_id, sender, receiver).encode()
+        return Hello(self._order.group_id, sender, receiver).encode()
 
     def _tls(self, member: GroupMember, accepts: bool) -> TlsSettings | None:
         own = self._credentials

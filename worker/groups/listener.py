@@ -13,11 +13,10 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
 
-from llamaclust.core.addresses import joined_address, split_address
+from llamaclust.core.addresses import ANYWHERE, joined_address, split_address
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
@@ -33,6 +32,11 @@ _MOST_SILENT = 64
 _MOST_CANDIDATES = 4
 """Connections that wait for a handshake with the same place."""
 _BACKLOG = 128
+SOCKET_ENDING = ".l"
+"""Of the path of a Unix socket, behind that for stages."""
+LINK_PORTS = 1000
+"""So far from the port for stages: the next one may be another worker's of the same machine."""
+_LAST_PORT = 65535
 _RETRY_S = 0.1
 
 
@@ -48,47 +52,58 @@ class Hello:
         return _HELLO.pack(_VERSION, self.group_id, self.sender, self.receiver)
 
 
+def link_address(stages: str, port: int | None) -> str:
+    """Where a worker accepts links that serves its stages at an address; port 0 is any free one. None: it is fixed if
+    that of the stages is."""
+    if stages.startswith(PREFIX):
+        return f"{stages}{SOCKET_ENDING}"
+    host, stage_port = split_address(stages)
+    if port is None:
+        port = stage_port + LINK_PORTS if 0 < stage_port <= _LAST_PORT - LINK_PORTS else 0
+    return joined_address(host, port)
+
+
 Candidates = asyncio.Queue[socket.socket]
 
 
 class LinkListener:
-    """One for all groups of a worker."""
+    """One for all groups of a worker, wherever it listens at the time."""
 
-    def __init__(self, listening: socket.socket, address: str) -> None:
-        self.address = address
+    def __init__(self) -> None:
+        self.address = ""  # where it listens; "": it does not
         self.refusals = RefusalLog(_log)
-        self._listening = listening
+        self._requested = ""
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._silent: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._expected: dict[bytes, Candidates] = {}
-        self._accepting = asyncio.create_task(self._accept())
 
-    @classmethod
-    async def start(cls, address: str) -> Self:
-        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH. OSError if that is impossible."""
-        if address.startswith(PREFIX):
-            listening = socket.socket(socket.AF_UNIX)
-            try:
-                listening.bind(address.removeprefix(PREFIX))
-            except OSError:
-                listening.close()
-                raise
-        else:
-            host, port = split_address(address)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listening = socket.create_server((host, port), family=family)
-            address = joined_address(host, listening.getsockname()[1])
+    async def listen(self, address: str) -> None:
+        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else any more. OSError
+        if that is impossible."""
+        if self.address and address == self._requested:
+            return
+        await self.stop()
+        listening = _listening_socket(address)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
-        return cls(listening, address)
+        is_unix = address.startswith(PREFIX)
+        self.address = address if is_unix else joined_address(*listening.getsockname()[:2])
+        self._requested, self._listening = address, listening
+        self._accepting = asyncio.create_task(self._accept(listening))
 
     async def stop(self) -> None:
+        if self._listening is None or self._accepting is None:
+            return
         tasks = [self._accepting, *self._silent]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         self._listening.close()
         if self.address.startswith(PREFIX):
-            os.unlink(self.address.removeprefix(PREFIX))  # noqa: PTH108  Path would count as waiting
+            with suppress(FileNotFoundError):  # with the folder of a cluster that has ended
+                os.unlink(self.address.removeprefix(PREFIX))  # noqa: PTH108  Path would count as waiting
+        self.address, self._listening, self._accepting = "", None, None
 
     @contextmanager
     def expecting(self, hello: bytes) -> Iterator[Candidates]:
@@ -102,11 +117,11 @@ class LinkListener:
             while not candidates.empty():
                 candidates.get_nowait().close()
 
-    async def _accept(self) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(self._listening)
+                connection, _ = await loop.sock_accept(listening)
             except OSError as error:  # of the connection, or of this process's open files
                 self.refusals.tell(f"a connection to {self.address}: {error.strerror}")
                 await asyncio.sleep(_RETRY_S)
@@ -133,6 +148,23 @@ class LinkListener:
         finally:
             if not is_taken:
                 connection.close()
+
+
+def _listening_socket(address: str) -> socket.socket:
+    """Bound to the first address of a host's name."""
+    if address.startswith(PREFIX):
+        listening = socket.socket(socket.AF_UNIX)
+        try:
+            listening.bind(address.removeprefix(PREFIX))
+        except OSError:
+            listening.close()
+            raise
+        return listening
+    host, port = split_address(address)
+    if host in ANYWHERE and socket.has_dualstack_ipv6():  # all addresses of both, as for gRPC
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]  # gRPC has looked it up before
+    return socket.create_server(place, family=family)
 
 
 async def _first_bytes(connection: socket.socket) -> bytes:

@@ -47,4 +47,4 @@ def test_pods_of_one_machine_share_what_no_limit_of_their_own_divides() -> None:
 
 def test_workers_register_the_boot_id() -> None:
     device = Device.open(WorkerSettings(name="a", device="reference"))
-    assert device.registration("a", "h:1").machine == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert device.registration("a", "h:1", "").machine == Path("/proc/sys/kernel/random/boot_id").read_text().strip()

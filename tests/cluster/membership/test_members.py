@@ -93,6 +93,10 @@ async def test_another_protocol_version_arithmetic_or_an_unusable_address_is_ref
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
             ({"address": "unix:/run/a.sock"}, "worker a is served at no address that can be used: 'unix:/run/a.sock'"),
             ({"address": "nowhere"}, "worker a is served at no address that can be used: 'nowhere' is not an address"),
+            (
+                {"link_address": "unix:/run/a"},
+                "worker a is served at no address that can be used: 'unix:/run/a' is not",
+            ),
         )
         for change, reason in changes:
             _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))

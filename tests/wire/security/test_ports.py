@@ -72,7 +72,7 @@ def handshake(port: int) -> ssl.SSLSocket:
 def test_beyond_loopback_only_the_enrolment_port_talks_to_strangers(cluster: list[Running]) -> None:
     enrolment = join_port(cluster[0])
     ports = {port for running in cluster for host, port in listening(running) if not host.startswith("127.")}
-    assert enrolment in ports and len(ports) == 4  # enrolment, members, a stage port of each worker
+    assert enrolment in ports and len(ports) == 6  # enrolment, members; of each worker one for stages and one for links
     for port in ports:
         for sent in (HTTP1, HTTP2):
             heard = says(port, sent)

@@ -21,10 +21,11 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
+from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import links as group_links
-from llamaclust.worker.groups.links import GroupLinks, GroupMember, GroupPlan, MemberLostError
+from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 from llamaclust.worker.groups.listener import Hello, LinkListener
 from support.clusters.served import until
 from support.seed import SEED
@@ -44,10 +45,16 @@ def trust(tmp_path: Path) -> Authority:
     return authority(tmp_path)
 
 
+async def listening(address: str) -> LinkListener:
+    listener = LinkListener()
+    await listener.listen(address)
+    return listener
+
+
 @asynccontextmanager
 async def listeners(count: int, folder: Path | None = None) -> AsyncIterator[list[LinkListener]]:
     addresses = ["127.0.0.1:0" if folder is None else f"unix:{folder}/{number}" for number in range(count)]
-    started = [await LinkListener.start(address) for address in addresses]
+    started = [await listening(address) for address in addresses]
     try:
         yield started
     finally:
@@ -60,16 +67,16 @@ def open_files() -> int:
     return len([*Path("/proc/self/fd").iterdir()])
 
 
-def plan_of(started: list[LinkListener], own: int = 0) -> GroupPlan:
+def order_of(started: list[LinkListener], own: int = 0) -> GroupOrder:
     members = (GroupMember(name, each.address) for name, each in zip(NAMES, started, strict=False))
-    return GroupPlan(GROUP, tuple(members), own)
+    return GroupOrder(GROUP, tuple(members), own)
 
 
 async def opened(started: list[LinkListener], given: Given, seconds: float = GATHER_S) -> list[Links]:
-    plan = plan_of(started)
+    order = order_of(started)
     return await asyncio.gather(
         *(
-            GroupLinks(replace(plan, own=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
+            GroupLinks(replace(order, member=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
             for own, listener in enumerate(started)
         )
     )
@@ -146,7 +153,7 @@ async def test_a_listener_that_cannot_start_leaves_no_descriptor(path: str, tmp_
     (tmp_path / "taken").touch()
     before = open_files()
     with pytest.raises(OSError) as raised:
-        await LinkListener.start(f"unix:{tmp_path}/{path}")
+        await LinkListener().listen(f"unix:{tmp_path}/{path}")
     assert open_files() == before, raised.value  # whose frames hold the socket
 
 
@@ -231,8 +238,8 @@ async def test_impostors_get_no_link(
         return IMPOSTORS[who](trust, tmp_path, name) if name == NAMES[at] else trust.identity(Principal(name))
 
     async with listeners(2) as started:
-        plan = plan_of(started)
-        members = [GroupLinks(replace(plan, own=own), given(NAMES[own]), started[own]) for own in range(2)]
+        order = order_of(started)
+        members = [GroupLinks(replace(order, member=own), given(NAMES[own]), started[own]) for own in range(2)]
         tried = [asyncio.create_task(member.open(GATHER_S, GATHER_S)) for member in members]
         failures = members[1 - at]._failures
         await until(lambda: at in failures)
@@ -250,9 +257,9 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
     monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 4)
     hello = Hello(GROUP, 1, 0).encode()
     async with listeners(2) as started:
-        plan = plan_of(started)
+        order = order_of(started)
         first = asyncio.create_task(
-            GroupLinks(plan, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
+            GroupLinks(order, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
         )
         host, _, port = started[0].address.rpartition(":")
         sent = [
@@ -267,10 +274,10 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
             others.append(socket.create_connection((host, int(port))))
             others[-1].sendall(data)
             await asyncio.sleep(0)
-        impostor = GroupLinks(replace(plan, own=1), trust.identity(Principal("z")), started[1])
+        impostor = GroupLinks(replace(order, member=1), trust.identity(Principal("z")), started[1])
         with pytest.raises(MemberLostError, match="a link to worker a"):
             await impostor.open(GATHER_S, SOON_S)
-        true = GroupLinks(replace(plan, own=1), trust.identity(Principal("b")), started[1])
+        true = GroupLinks(replace(order, member=1), trust.identity(Principal("b")), started[1])
         await assert_gathers([*await asyncio.gather(first, true.open(GATHER_S))])
         for other in others:
             other.close()
@@ -296,17 +303,17 @@ def test_the_reason_of_tls_is_told_where_the_peer_has_gone(sent: bytes, trust: A
 async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
     """Another one sends the same bytes again as a member: its hello is taken, its handshake is not."""
     async with listeners(2) as started:
-        plan, recorded = plan_of(started), bytearray()
+        order, recorded = order_of(started), bytearray()
         relay = await asyncio.start_server(_relay(started[0].address, recorded), "127.0.0.1", 0)
         port = relay.sockets[0].getsockname()[1]
-        through = replace(plan, own=1, members=(GroupMember("a", f"127.0.0.1:{port}"), plan.members[1]))
+        through = replace(order, member=1, members=(GroupMember("a", f"127.0.0.1:{port}"), order.members[1]))
         a, b = trust.identity(Principal("a")), trust.identity(Principal("b"))
         true = await asyncio.gather(
-            GroupLinks(plan, a, started[0]).open(GATHER_S), GroupLinks(through, b, started[1]).open(GATHER_S)
+            GroupLinks(order, a, started[0]).open(GATHER_S), GroupLinks(through, b, started[1]).open(GATHER_S)
         )
         await assert_gathers([*true])
         relay.close()
-        again = asyncio.create_task(GroupLinks(plan, a, started[0]).open(GATHER_S, SOON_S))
+        again = asyncio.create_task(GroupLinks(order, a, started[0]).open(GATHER_S, SOON_S))
         host, _, at = started[0].address.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(at))
         writer.write(bytes(recorded))
@@ -337,7 +344,7 @@ def _relay(
 async def test_silent_connections_give_their_places_to_newer_ones(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The listener sees many at once, so that accepting alone gives nothing else a turn."""
     monkeypatch.setattr("llamaclust.worker.groups.listener.HELLO_S", 600.0)
-    listener = await LinkListener.start("127.0.0.1:0")
+    listener = await listening("127.0.0.1:0")
     host, port = split_address(listener.address)
     silent: list[socket.socket] = []
 
@@ -366,12 +373,12 @@ def _is_closed(connection: socket.socket) -> bool:
 @pytest.mark.parametrize("own", [0, 1])
 async def test_a_member_that_is_not_there_is_named(own: int) -> None:
     async with listeners(2) as started:
-        plan = plan_of(started, own)
+        order = order_of(started, own)
         await started[1 - own].stop()
         with pytest.raises(
             MemberLostError, match=f"a link to worker {NAMES[1 - own]} at .*: not within 0.3 s"
         ) as raised:
-            await GroupLinks(plan, Insecure(), started[own]).open(GATHER_S, 0.3)
+            await GroupLinks(order, Insecure(), started[own]).open(GATHER_S, 0.3)
         assert raised.value.worker == NAMES[1 - own]
 
 
@@ -381,7 +388,7 @@ async def test_a_member_without_tls_opens_no_links_to_other_machines(
     async with listeners(2) as started:
         with pytest.raises(UsageError, match="only unix:PATH and loopback"):
             members = GroupMember("a", started[0].address), GroupMember("b", "192.0.2.1:7102")
-            GroupLinks(GroupPlan(GROUP, members, 0), ClusterToken("t" * 40), started[0])
+            GroupLinks(GroupOrder(GROUP, members, 0), ClusterToken("t" * 40), started[0])
         monkeypatch.setattr(group_links, "tls_library", lambda: "")
         with pytest.raises(UsageError, match="need OpenSSL, without which this llamaclust was built"):
-            GroupLinks(plan_of(started), trust.identity(Principal("a")), started[0])
+            GroupLinks(order_of(started), trust.identity(Principal("a")), started[0])

@@ -179,6 +179,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
         experts_cache_bytes=config.experts_cache,
+        group_costs=partial(model.group_costs, config.kv_type),
         kv_tokens=kv_tokens(config),
         max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )
@@ -205,7 +206,9 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
     workers = _worker_facts(config, resources)
     by_name = {worker.name: worker for worker in workers}
-    return predict_again(costs, plan, by_name, config.max_sequences, resources.links)
+    return predict_again(
+        costs, plan, by_name, config.max_sequences, resources.links, partial(model.group_costs, config.kv_type)
+    )
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:

@@ -71,9 +71,11 @@ class StageCosts:
     expert_bytes: Counts  # of weights: routers and experts
     model: ModelCosts
     _head: Counts  # 1 where a stage has the head; prefill does not need it
+    head_share: float = 1.0  # of the head, what is here: steps are measured with all of it
 
     @classmethod
-    def of(cls, costs: ModelCosts) -> StageCosts:
+    def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:
+        """`head_share`: of a head that the members of a group divide, a member's part."""
         read = sums(layer.weight_bytes for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         first[0, :], last[:, -1] = 1, 1
@@ -95,6 +97,7 @@ class StageCosts:
             expert_bytes=sums(layer.expert_bytes for layer in costs.layers),
             model=costs,
             _head=last,
+            head_share=head_share,
         )
 
     def weight_bytes(self, start: int, end: int) -> int:
@@ -128,7 +131,7 @@ class StageCosts:
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
-            ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
+            ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * self.head_share * point.head_s
             decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
         roofline = self._roofline(worker, concurrent=concurrent)

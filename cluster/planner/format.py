@@ -28,6 +28,7 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
         "prompt_tokens": plan.prompt_tokens,
         "token_ms": predicted and 1e3 * predicted.token_s,
         "links_ms": predicted and 1e3 * predicted.links_s,
+        "gathers_ms": predicted and 1e3 * predicted.gathers_s,
         "ttft_ms": predicted and 1e3 * predicted.ttft_s,
         "tokens_per_s": predicted and predicted.tokens_per_s,
         "bottleneck": predicted and predicted.bottleneck,
@@ -37,7 +38,11 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
     del values["expert_shards"]  # places in layers have fractions instead
     stages = [
         _in_layers(asdict(stage), plan)
-        | {"decode_ms": time and 1e3 * time.decode_s, "prefill_ms": time and 1e3 * time.prefill_s}
+        | {
+            "decode_ms": time and 1e3 * time.decode_s,
+            "prefill_ms": time and 1e3 * time.prefill_s,
+            "gathers_ms": time and 1e3 * time.gathers_s,
+        }
         for stage, time in zip(plan.stages, times, strict=True)
     ]
     return values | {"stages": stages}
@@ -52,8 +57,11 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
 def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
     """One line a stage, then what to expect; `?` where not measured."""
     values = plan_json(plan)
+    parts = [f"{_number(values['links_ms'])} of it between workers"]
+    if any(stage.shares for stage in plan.stages):
+        parts.append(f"{_number(values['gathers_ms'])} in gathers")
     expected = [
-        f"{_number(values['token_ms'])} ms/token ({_number(values['links_ms'])} of it between workers)",
+        f"{_number(values['token_ms'])} ms/token ({', '.join(parts)})",
         f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
         f"bottleneck: {values['bottleneck'] or '?'}",

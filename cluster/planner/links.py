@@ -24,9 +24,17 @@ class Link:
 
     one_way_s: float  # of a message that carries nothing
     byte_s: float  # that each byte takes
+    network_s: float | None = None  # of `one_way_s`, what the network alone takes; None: not known
+
+    @property
+    def gather_s(self) -> float:
+        """One way between threads that poll their sockets: without what programs and event loops add to a message."""
+        return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
-USUAL = Link(one_way_s=1.5e-4, byte_s=1e-9)
+_PROGRAMS_S = 1.5e-4
+"""Of a message between two processes, what is not the network."""
+USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
 """Between processes of one machine, where nothing was measured."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeLayers, devices_of, divide
+from llamaclust.cluster.planner.groups.members import GroupCostsOf
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
@@ -55,6 +56,7 @@ class PlanRequest:
     rest_rounding: Rounding = lambda device: 0  # of layers without their experts
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
     max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
+    group_costs: GroupCostsOf | None = None  # None: no groups
     kv_tokens: int | None = None  # for so many there is KV memory at most where it is not given; None: all sequences
 
     @property

@@ -83,10 +83,11 @@ class UnusedGpu:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    """How long a stage computes."""
+    """How long a stage computes, or a member of its group."""
 
-    decode_s: float  # one token of one sequence
+    decode_s: float  # one token of one sequence; of a member of a group, if it waits for none
     prefill_s: float  # each prompt token
+    gathers_s: float = 0.0  # of `decode_s`, what a group's gathers take
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,14 @@ class Round:
 class Prediction:
     """What a plan should bring."""
 
-    stages: tuple[StagePrediction, ...]
+    stages: tuple[StagePrediction, ...]  # for each entry of the plan
     token_s: float  # from token to token of one sequence alone
     links_s: float  # of it, on the way from stage to stage
     ttft_s: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
     bottleneck: str  # the worker whose stage takes longest
     rounds: tuple[Round, ...] = ()  # by drafted tokens, ascending; empty: none are drafted, or layers have states
+    gathers_s: float = 0.0  # of `token_s`, in groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,15 @@ class Plan:
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property
-    def chain(self) -> tuple[tuple[str, ...], ...]:
-        """The workers of each stage, of a group the leader first."""
+    def by_stage(self) -> tuple[tuple[StagePlan, ...], ...]:
+        """The entries of each stage: one, or those of the members of its group, the leader's first."""
         starts = [place for place, stage in enumerate(self.stages) if stage.member == 0]
-        names = tuple(stage.worker for stage in self.stages)
-        return tuple(names[start:end] for start, end in pairwise((*starts, len(names))))
+        return tuple(self.stages[start:end] for start, end in pairwise((*starts, len(self.stages))))
+
+    @property
+    def chain(self) -> tuple[tuple[str, ...], ...]:
+        """Their workers."""
+        return tuple(tuple(stage.worker for stage in stages) for stages in self.by_stage)
 
     @property
     def prompt_tokens(self) -> int:

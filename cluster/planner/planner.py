@@ -13,7 +13,7 @@ be equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,13 +24,13 @@ from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, viola
 from llamaclust.cluster.planner.costs import Flags, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
-from llamaclust.cluster.planner.groups.members import held_stages
+from llamaclust.cluster.planner.groups.members import held_by_group
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import predict
 from llamaclust.cluster.planner.search import Best, best_split
-from llamaclust.cluster.planner.stage_parts import StageParts
+from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
 from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
@@ -68,27 +68,36 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     else:
         found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
-    split = [held for entry in found.split for held in held_stages(sizes, entry, by_name, found.contexts)]
-    kv_blocks = min(sizes.of(stage.costs).kv_blocks(stage.parts) for stage in split)
+    split = [_held_stage(sizes, entry, by_name, found.contexts) for entry in found.split]
+    held = [member for stage in split for member in stage.members]
+    kv_blocks = min(sizes.of(stage.costs).kv_blocks(stage.parts) for stage in held)
     if kv_blocks < request.context_blocks:
-        raise split_memory_error(sizes, split)
+        raise split_memory_error(sizes, held)
     return Plan(
-        stages=tuple(_stage(sizes.of(stage.costs), by_name[stage.worker], stage, kv_blocks) for stage in split),
+        stages=tuple(_stage(sizes.of(stage.costs), by_name[stage.worker], stage, kv_blocks) for stage in held),
         kv_blocks=kv_blocks,
         window_blocks=sizes.kv_groups.window_blocks(kv_blocks),
         state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
         context_length=request.context_length,
-        idle_workers=idle_workers(sizes, workers, {stage.worker for stage in split}, found.contexts),
+        idle_workers=idle_workers(sizes, workers, {stage.worker for stage in held}, found.contexts),
         prediction=_prediction(sizes, split),
         optimality_gap=found.optimality_gap,
         expert_shards=stages.expert_shards,
     )
 
 
-def _prediction(sizes: MemoryModel, split: Sequence[StageParts]) -> Prediction | None:
+def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> HeldStage:
+    """`contexts`: for so many whole ones there is KV memory at least."""
+    if entry.shares:
+        assert sizes.request.group_costs is not None, "groups are refused before"
+        return held_by_group(entry, workers, sizes.request.group_costs, sizes.request.links)
+    (name,) = entry.workers
+    return HeldStage((StageParts(name, sizes.held(workers[name], entry.start, entry.end, contexts), sizes.stages),))
+
+
+def _prediction(sizes: MemoryModel, split: Sequence[HeldStage]) -> Prediction | None:
     request = sizes.request
-    is_measured = _is_measured([part.device for stage in split for part in stage.parts])
-    if not is_measured or any(stage.shares for stage in split):
+    if not _is_measured([part.device for stage in split for member in stage.members for part in member.parts]):
         return None
     return predict(
         split,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
+from llamaclust.cluster.planner.groups.members import GroupCostsOf, held_by_group
 from llamaclust.cluster.planner.links import COORDINATOR, Links
+from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
-from llamaclust.cluster.planner.stage_parts import StageParts
+from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
@@ -43,7 +45,7 @@ class _Path:
 
 
 def predict(
-    split: Sequence[StageParts],
+    split: Sequence[HeldStage],
     prompt_tokens: int,
     max_sequences: int,
     links: Links,
@@ -52,33 +54,68 @@ def predict(
     may_chain: bool = True,
 ) -> Prediction:
     """Of stages whose workers were all measured. `may_chain`: windows of drafted tokens may be sent behind others."""
-    crossing_bytes = [int(stage.costs.border_bytes[stage.end]) for stage in split[:-1]]
-    path = _Path.of(links, [stage.worker for stage in split], crossing_bytes)
-    stages = tuple(StagePrediction(stage.decode_s(), stage.prefill_s(prompt_tokens) / prompt_tokens) for stage in split)
-    slowest = max(range(len(split)), key=lambda index: stages[index].decode_s)
+    leaders = [stage.leader for stage in split]
+    crossing_bytes = [int(stage.costs.border_bytes[stage.end]) for stage in leaders[:-1]]
+    path = _Path.of(links, [stage.worker for stage in leaders], crossing_bytes)
+    times = [time for stage in split for time in _times(stage, prompt_tokens)]
+    slowest = max(times, key=lambda time: time[1].decode_s)
     return Prediction(
-        stages=stages,
-        token_s=sum(stage.decode_s for stage in stages) + path.token_s,
+        stages=tuple(time for _, time in times),
+        token_s=sum(stage.decode_s() for stage in split) + path.token_s,
         links_s=path.token_s,
+        gathers_s=sum(stage.gathers.decode_s(1) for stage in split),
         ttft_s=min(_ttft_s(split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(split, max_sequences, groups, path) for groups in _CHUNKS),
-        bottleneck=split[slowest].worker,
+        bottleneck=slowest[0],
         rounds=tuple(_round(split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)),
     )
 
 
+def _times(stage: HeldStage, prompt_tokens: int) -> Iterator[tuple[str, StagePrediction]]:
+    """By worker."""
+    decode, prefill = stage.member_decode_s(), stage.member_prefill_s(prompt_tokens)
+    gathers_s = stage.gathers.decode_s(1)
+    for member, decode_s, prefill_s in zip(stage.members, decode, prefill, strict=True):
+        yield member.worker, StagePrediction(decode_s, prefill_s / prompt_tokens, gathers_s)
+
+
 def predict_again(
-    costs: StageCosts, plan: Plan, workers: Mapping[str, WorkerFacts], max_sequences: int, links: Links
+    costs: StageCosts,
+    plan: Plan,
+    workers: Mapping[str, WorkerFacts],
+    max_sequences: int,
+    links: Links,
+    group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured."""
-    split = [StageParts(stage.worker, _held(stage, workers), costs) for stage in plan.stages]
-    is_known = all(stage.parts and all(part.device.profile is not None for part in stage.parts) for stage in split)
-    if not is_known or any(stage.shares for stage in plan.stages):
+    """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured.
+    `group_costs`: of the model, where the plan has groups."""
+    if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
+    split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
     drafted = () if plan.prediction is None else plan.prediction.rounds
     most = drafted[-1].drafted if drafted else 0
     may_chain = not drafted or drafted[-1].slowest_s < drafted[-1].seconds
     return predict(split, plan.prompt_tokens, max_sequences, links, max_drafted=most, may_chain=may_chain)
+
+
+def _is_known(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> bool:
+    held = _held(stage, workers)
+    return bool(held) and all(part.device.profile is not None for part in held)
+
+
+def _stage_again(
+    costs: StageCosts,
+    stages: Sequence[StagePlan],
+    workers: Mapping[str, WorkerFacts],
+    links: Links,
+    group_costs: GroupCostsOf | None,
+) -> HeldStage:
+    first = stages[0]
+    if not first.shares:
+        return HeldStage((StageParts(first.worker, _held(first, workers), costs),))
+    assert group_costs is not None
+    names = tuple(stage.worker for stage in stages)
+    return held_by_group(Assignment(names, first.start, first.end, first.shares), workers, group_costs, links)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
@@ -95,7 +132,7 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
     )
 
 
-def _ttft_s(split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
+def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _Path) -> float:
     """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
     row."""
     rows = -(-prompt_tokens // chunks)
@@ -105,7 +142,7 @@ def _ttft_s(split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: 
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
 
 
-def _round(split: Sequence[StageParts], drafted: int, path: _Path, *, may_chain: bool) -> Round:
+def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
     """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
     coordinator drafts, so that a round begins and ends there."""
     rows = 1 + drafted
@@ -115,7 +152,7 @@ def _round(split: Sequence[StageParts], drafted: int, path: _Path, *, may_chain:
     return Round(drafted, seconds, max(*stages, *links, 0.0) if may_chain else seconds)
 
 
-def _tokens_per_s(split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
+def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]

@@ -9,6 +9,7 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.groups.gathers import NO_GATHERS, GatherTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,36 @@ class StageParts:
         return sum(
             _held_s(self.costs, self.costs.prefill_table, part, rows, concurrent=concurrent) for part in self.parts
         )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStage:
+    """A stage as its workers hold it: one of them, or the members of a group, the leader first."""
+
+    members: tuple[StageParts, ...]
+    gathers: GatherTimes = NO_GATHERS
+
+    @property
+    def leader(self) -> StageParts:
+        """Stands for the stage in the chain."""
+        return self.members[0]
+
+    def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
+        """The slowest member, and the gathers, at which all of them meet."""
+        return max(self.member_decode_s(rows, concurrent=concurrent))
+
+    def prefill_s(self, rows: int, *, concurrent: bool = False) -> float:
+        return max(self.member_prefill_s(rows, concurrent=concurrent))
+
+    def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
+        """What each member takes, if none waits for another one."""
+        gathers_s = self.gathers.decode_s(rows)
+        return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
+
+    def member_prefill_s(self, rows: int, *, concurrent: bool = False) -> list[float]:
+        """Likewise."""
+        computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
+        return [seconds + self.gathers.prefill_s(rows, seconds) for seconds in computing]
 
 
 class _StepTable(Protocol):

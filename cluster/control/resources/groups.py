@@ -28,8 +28,8 @@ def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     """Why no workers of the cluster can be a group."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet"
-    if any(layer.kv_source is not None for layer in model.costs(config.kv_type).layers):
-        yield "layers of this model read the keys and values of others, which groups do not divide yet"
+    if model.undividable is not None:
+        yield model.undividable
     if any(worker.kv_disk is not None for worker in config.workers):
         yield "kv_disk is set, and groups do not keep KV memory on disk yet"
     if config.speculative is not None and config.speculative.mtp:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held
-from llamaclust.cluster.planner.groups.portions import portion
+from llamaclust.cluster.planner.groups.gathers import GatherTimes, GroupLinks
+from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment
-from llamaclust.cluster.planner.memory import MemoryModel
-from llamaclust.cluster.planner.stage_parts import StageParts
+from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+from llamaclust.model.groups.costs import GroupCosts
+
+GroupCostsOf = Callable[[int], GroupCosts]
+"""Costs of a model in groups of so many members. It is to remember."""
 
 
-def held_stages(
-    sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int
-) -> tuple[StageParts, ...]:
-    """One entry for each worker, of a group the leader first. `contexts`: see `MemoryModel.held`."""
-    start, end = entry.start, entry.end
-    if not entry.shares:
-        (name,) = entry.workers
-        return (StageParts(name, sizes.held(workers[name], start, end, contexts), sizes.stages),)
-    return tuple(
-        StageParts(
-            name,
-            (Held(workers[name], start, end),),
-            StageCosts.of(portion(sizes.stages.model, entry.shares, member)),
-            entry.shares,
-            member,
-        )
-        for member, name in enumerate(entry.workers)
+def held_by_group(
+    entry: Assignment, workers: Mapping[str, WorkerFacts], costs_of: GroupCostsOf, links: Links
+) -> HeldStage:
+    """The stage of a group whose workers compute on their processors."""
+    shares, costs = entry.shares, costs_of(len(entry.shares))
+    members = (costs.member(shares, member) for member in range(len(shares)))
+    return HeldStage(
+        tuple(
+            StageParts(
+                name,
+                (Held(workers[name], entry.start, entry.end),),
+                StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)),
+                shares,
+                member,
+            )
+            for member, (name, own) in enumerate(zip(entry.workers, members, strict=True))
+        ),
+        GatherTimes.of(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),
     )

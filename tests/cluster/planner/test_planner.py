@@ -316,13 +316,13 @@ def test_the_prompt_of_a_prediction_fits_in_the_context(context: int, prompt: in
 def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     workers = [worker(name, read=20 if measured else None) for name in "ab"]
     values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, REQUEST))))
-    predicted_keys = {"token_ms", "links_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
+    predicted_keys = {"token_ms", "links_ms", "gathers_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
     assert values.keys() == predicted_keys | {
         "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "idle_workers", "optimality_gap",
         "unused_gpus", "prompt_tokens", "wide_tiles",
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
-        "decode_ms", "prefill_ms", "devices", "shares", "member",
+        "decode_ms", "prefill_ms", "gathers_ms", "devices", "shares", "member",
     }  # fmt: skip
     assert all((values[key] is not None) == measured for key in predicted_keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.manual import Assignment
@@ -9,6 +11,7 @@ from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
+from llamaclust.model.groups.costs import DividedLayer, GatherCost, GroupCosts, PortionCost
 
 LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per_token=4096)
 
@@ -50,3 +53,20 @@ def reach(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
 def worker(name: str, memory_mib: int | None = 10_000, read: float | None = 20, int8: float = 300) -> WorkerFacts:
     memory_bytes = None if memory_mib is None else memory_mib * MIB
     return WorkerFacts(name, memory_bytes, None if read is None else profile(read, int8))
+
+
+def divided(layer: LayerCost, gathers: tuple[GatherCost, ...]) -> DividedLayer:
+    """All of a layer, in 1200 units."""
+    nothing = PortionCost(1, layer).of(0)
+    return DividedLayer(nothing, (PortionCost(1200, layer),), gathers)
+
+
+def group_costs(model: ModelCosts, members: int, gathers: int = 4, width: int = 9600) -> GroupCosts:
+    """Of a model whose products are divided in 1200 units, with so many gathers of float32 rows a layer."""
+    head = replace(LayerCost(model.head_bytes, model.head_macs, 0), weights=model.head_weights)
+    return GroupCosts(
+        members,
+        model,
+        tuple(divided(layer, (GatherCost(width, 1200),) * gathers) for layer in model.layers),
+        divided(head, (GatherCost(4 * width, 1200, to_leader=True),)),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionErro
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
 from support.models.tiny_architectures import build_architecture
-from support.plans.plan_inputs import REQUEST, SMALL, worker
+from support.plans.plan_inputs import REQUEST, SMALL, group_costs, worker
 
 WORKERS = [worker(name) for name in "abcde"]
+GROUPED = replace(REQUEST, group_costs=partial(group_costs, SMALL))
 
 
 def planned(*entries: Assignment, memory_mib: int = 10_000) -> Plan:
     workers = [replace(each, memory_bytes=memory_mib * MIB) for each in WORKERS]
-    return make_plan(SMALL, workers, replace(REQUEST, manual=entries))
+    return make_plan(SMALL, workers, replace(GROUPED, manual=entries))
 
 
 MIXED = (Assignment(("b", "a"), 0, 8, (2, 1)), Assignment(("c",), 8, 9), Assignment(("d", "e"), 9, 12, (1, 1)))
@@ -106,7 +108,7 @@ def test_members_and_leaders_are_neighbours() -> None:
             expected = "".join(sorted(pair)) in neighbours
             assert (violated_pair(chain, frozenset({pair})) == pair) == expected, pair
     with pytest.raises(NetworkPartitionError, match="workers a and b"):
-        make_plan(SMALL, WORKERS, replace(REQUEST, manual=MIXED, partitions=frozenset({frozenset("ab")})))
+        make_plan(SMALL, WORKERS, replace(GROUPED, manual=MIXED, partitions=frozenset({frozenset("ab")})))
 
 
 def test_another_plan_by_shares_is_another_plan() -> None:

@@ -1,0 +1,94 @@
+"""What a group takes to put rows together: latency of its slowest link, and bytes on its links. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.cluster.planner.links import Links
+from llamaclust.model.groups.costs import GatherCost, GroupCosts
+
+GATHER_S = 20e-6
+"""Of a gather, beside what the network takes: encryption, system calls, rows that are copied. On loopback, 11 us more
+than a loop that only sends and receives (docs/groups.md); threads that meet there have not always come as early."""
+HIDDEN_SHARE = 0.5
+"""Of bytes of a prompt, at most so many travel while members compute others."""
+
+Parts = NDArray[np.float64]
+"""By member, what it has of something."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupLinks:
+    """The links between all members of a group, the leader first."""
+
+    gather_s: float  # of a gather that carries nothing
+    byte_s: NDArray[np.float64]  # [sender, receiver]; 0 from a member to itself
+
+    @classmethod
+    def of(cls, links: Links, members: Sequence[str]) -> Self:
+        byte_s = np.array(
+            [[0.0 if one == other else links.between(one, other).byte_s for other in members] for one in members]
+        )
+        latency_s = max(links.between(*pair).gather_s for pair in combinations(members, 2))
+        return cls(latency_s + GATHER_S, byte_s)
+
+    def all_to_all_s(self, sent: Parts) -> Parts:
+        """Each member sends so many bytes to each other one: [members, ...]. It sends to all of them and receives from
+        all of them at the same time."""
+        out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
+        into = np.tensordot(self.byte_s.T, sent, axes=1)
+        slowest: Parts = np.maximum(out, into).max(axis=0)
+        return slowest
+
+    def to_leader_s(self, sent: Parts) -> Parts:
+        """Each follower sends so many bytes to the leader: [members, ...]."""
+        found: Parts = np.tensordot(self.byte_s[:, 0], sent, axes=1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class GatherTimes:
+    """Seconds of the gathers of a stage: those of its layers, and of the rows that it samples."""
+
+    layers_s: float = 0.0
+    row_s: float = 0.0  # more for each row
+    output_s: float = 0.0
+    output_row_s: float = 0.0
+
+    @classmethod
+    def of(cls, costs: GroupCosts, shares: Sequence[int], start: int, end: int, links: GroupLinks) -> Self:
+        gathers = [gather for layer in costs.layers[start:end] for gather in layer.gathers]
+        layers = _seconds(gathers, shares, links)
+        return cls(*layers, *(_seconds(costs.head.gathers, shares, links) if end == len(costs.layers) else ()))
+
+    def decode_s(self, rows: int) -> float:
+        """A step with a token of each of `rows` sequences."""
+        return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
+
+    def prefill_s(self, rows: int, computing_s: float) -> float:
+        """A step of so many prompt tokens, a part of which travels while others are computed."""
+        bytes_s = rows * self.row_s
+        return self.layers_s + bytes_s - min(HIDDEN_SHARE * bytes_s, computing_s)
+
+
+NO_GATHERS = GatherTimes()
+"""Of a stage that one worker holds."""
+
+
+def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:
+    """(of all gathers, more for each row)."""
+    fixed_s = row_s = 0.0
+    known: dict[GatherCost, float] = {}
+    for gather in gathers:
+        if gather not in known:
+            sent = np.array(gather.sent_bytes(shares), np.float64)
+            known[gather] = float((links.to_leader_s if gather.to_leader else links.all_to_all_s)(sent))
+        fixed_s += links.gather_s
+        row_s += known[gather]
+    return fixed_s, row_s

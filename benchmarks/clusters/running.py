@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
+from llamaclust.cluster.membership.authority import trust_folder
 from llamaclust.cluster.state.directory import ClusterDir
 
 _READY_S = 600.0
@@ -40,12 +41,13 @@ def free_port() -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What a cluster is made of. `keys` are further ones of its file, `prefixes` words that run a worker's command in
-    another place, by its name."""
+    another place, by its name. `is_secure`: static workers speak mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
     keys: Mapping[str, Any] = field(default_factory=dict)
     prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    is_secure: bool = False
 
     @property
     def names(self) -> str:
@@ -59,7 +61,7 @@ class Bench:
         self._layout = layout
         self._folder = folder
         self._command = command
-        self._join = free_port()
+        self._join, self._members = free_port(), free_port()
         self._started: list[subprocess.Popen[bytes]] = []
         self.api = f"http://127.0.0.1:{free_port()}"
         self.directory = ClusterDir(folder / "state" / _NAME)
@@ -70,7 +72,8 @@ class Bench:
         values: dict[str, Any] = {"name": _NAME, "model": str(model.resolve()), "listen": self.api.split("//")[1]}
         speed = dict(_SPEED)
         if self._layout.launcher == "static":
-            values |= {"launcher": "static", "insecure": True, "join": {"listen": f"127.0.0.1:{self._join}"}}
+            join = {"listen": f"127.0.0.1:{self._join}", "members": f"127.0.0.1:{self._members}"}
+            values |= {"launcher": "static", "insecure": not self._layout.is_secure, "join": join}
             del speed["threads"]
         return values | {"workers": [{"name": name, **speed} for name in self._layout.names], **self._layout.keys}
 
@@ -102,10 +105,10 @@ class Bench:
     async def ready(self, process: subprocess.Popen[bytes]) -> None:
         await self._until(lambda: self._is_ready(process.pid), process, "the cluster")
 
-    async def _until(self, happens: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
+    async def _until(self, happens: Callable[[], bool], process: subprocess.Popen[bytes] | None, what: str) -> None:
         end_s = time.monotonic() + _READY_S
         while not happens():
-            if time.monotonic() > end_s or process.poll() is not None:
+            if time.monotonic() > end_s or (process is not None and process.poll() is not None):
                 raise SystemExit(f"{what} did not start within {_READY_S:g} s: {self.log[-2000:].strip()}")
             await asyncio.sleep(_LOOK_S)
 
@@ -119,9 +122,14 @@ class Bench:
             return False
 
     async def status(self) -> dict[str, Any]:
+        state: dict[str, Any] = (await self.cluster())["status"]
+        return state
+
+    async def cluster(self) -> dict[str, Any]:
+        """What `llamaclust status --json` shows."""
         async with httpx.AsyncClient(base_url=self.api, trust_env=False, timeout=60.0) as client:
-            state: dict[str, Any] = (await client.get("/cluster")).json()["status"]
-            return state
+            found: dict[str, Any] = (await client.get("/cluster")).json()
+            return found
 
     @asynccontextmanager
     async def static_workers(self) -> AsyncIterator[None]:
@@ -136,9 +144,12 @@ class Bench:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_up(self, name: str) -> None:
-        words = ["worker", "--join", f"127.0.0.1:{self._join}", "--insecure", "--name", name, "--threads", "1"]
+        words = ["worker", "--join", f"127.0.0.1:{self._join}", "--name", name, "--threads", "1"]
+        token = trust_folder(self.directory.path) / "token"
+        words += ["--token-file", str(token)] if self._layout.is_secure else ["--insecure"]
         prefix = self._layout.prefixes.get(name, ())
         with (self._folder / f"{name}.log").open("ab") as log:
+            await self._until(lambda: token.exists() or not self._layout.is_secure, None, "the cluster's authority")
             while True:
                 process = await asyncio.create_subprocess_exec(
                     *prefix, *_COMMAND, *words, "--listen", "127.0.0.1:0", env=self.environment, stdout=log, stderr=log

@@ -29,6 +29,11 @@ def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
             _pin([thread], allowed)
 
 
+def pin_process(pid: int, core: int) -> None:
+    """All threads that it has, and those that they start."""
+    _pin((int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()), {core})
+
+
 def _pin(threads: Iterable[int], cores: Collection[int]) -> None:
     for thread in threads:
         with suppress(ProcessLookupError):  # it has just ended

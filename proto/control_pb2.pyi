@@ -46,6 +46,7 @@ class WorkerMessage(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     UNLOAD_FAILED_FIELD_NUMBER: _builtins.int
     KV_DONE_FIELD_NUMBER: _builtins.int
+    GROUP_FAULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -114,6 +115,10 @@ class WorkerMessage(_message.Message):
     def kv_done(self) -> _kv_disk_pb2.KvDone:
         """Answer to FindKv, RestoreKv and SaveKv."""
 
+    @_builtins.property
+    def group_fault(self) -> _loading_pb2.GroupFault:
+        """A member of a group has given an epoch up."""
+
     def __init__(
         self,
         *,
@@ -134,12 +139,13 @@ class WorkerMessage(_message.Message):
         log_tail: Global___LogTail | None = ...,
         unload_failed: _loading_pb2.UnloadFailed | None = ...,
         kv_done: _kv_disk_pb2.KvDone | None = ...,
+        group_fault: _loading_pb2.GroupFault | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done", "group_fault"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -210,6 +210,40 @@ class GroupOrder(_message.Message):
 Global___GroupOrder: _TypeAlias = GroupOrder  # noqa: Y015
 
 @_typing.final
+class GroupFault(_message.Message):
+    """A member of a group has given an epoch up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The epoch."""
+    worker: _builtins.str
+    """Name of the worker at fault, as far as the member knows: another one, or itself."""
+    kind: _builtins.str
+    """"late", "closed" or "wrong": what another member was; "failed": this one did by itself."""
+    reason: _builtins.str
+    """One line for people."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        worker: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "kind", b"kind", "reason", b"reason", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupFault: _TypeAlias = GroupFault  # noqa: Y015
+
+@_typing.final
 class GroupMember(_message.Message):
     """A worker of a group."""
 

@@ -1,11 +1,11 @@
-"""Groups in orders to load a stage: several workers that share the output rows of its products."""
+"""Groups of workers that share the output rows of a stage's products: orders to load one, and reports of its end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import Address, Integer, Size, WorkerName, bounded
+from llamaclust.core.bounds import UINT64, Address, Choice, Integer, Reason, Size, WorkerName, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import GROUP_ID_BYTES, MAX_GROUP_MEMBERS, MAX_SHARE
 
@@ -37,3 +37,19 @@ class GroupOrder:
         names = [member.worker for member in self.members]
         if len({*names}) < len(names):
             raise ProtocolError(f"a group of {', '.join(names)}, in which a worker is twice")
+
+
+FAULTS = ("late", "closed", "wrong", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFault:
+    """A member of a group has given an epoch up.
+
+    `kind`: another member was late, closed the link or sent what it may not; or this one failed by itself.
+    """
+
+    epoch: Annotated[int, Integer(0, UINT64 - 1)]
+    worker: WorkerName  # at fault, as far as the member knows
+    kind: Annotated[str, Choice(FAULTS)]
+    reason: Reason

@@ -32,7 +32,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
-from llamaclust.wire.control.groups import GroupOrder
+from llamaclust.wire.control.groups import GroupFault, GroupOrder
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.profiles import (
@@ -379,6 +379,7 @@ WorkerMessage = (
     | WeightsFound
     | FindWeightsProgress
     | PeerUnreachable
+    | GroupFault
     | ProbeResult
     | LogTail
     | KvDone

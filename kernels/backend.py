@@ -15,7 +15,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
 
 if TYPE_CHECKING:
-    from llamaclust.kernels._native import MicrobatchFrame
+    from llamaclust.kernels._native import Gatherer, MicrobatchFrame
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -150,6 +150,14 @@ class RunsFrames(Protocol):
 
     def run_frame(self, frame: MicrobatchFrame) -> Float32:
         """As `Stage.run`, of the frame's batch and hidden state."""
+
+
+@runtime_checkable
+class GathersRows(Protocol):
+    """A stage whose program may be that of a group's member."""
+
+    def gather_by(self, gatherer: Gatherer) -> None:
+        """Sets what puts rows together in the next runs, which an error there ends."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]

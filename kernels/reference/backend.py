@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import Gatherer
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
@@ -26,6 +28,7 @@ class ReferenceStage:
         self.weights = weights
         self._limits = limits
         self._normed: Float32 | None = None
+        self._gatherer: Gatherer | None = None
         self._kv = {
             step.layer: LayerKv(step, limits.layer_blocks(step.window), windowed=limits.gives_up(step.window))
             for step in program.kv_layers
@@ -37,10 +40,25 @@ class ReferenceStage:
         self.workspace_bytes = _workspace_bytes(program, limits)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        state = self.begin(batch, hidden)
+        state, gathers = self.begin(batch, hidden), count()
         for step in self.program.steps:
-            run_step(step, state)
+            if isinstance(step, Gather):
+                self._gather(step, next(gathers), state)
+            else:
+                run_step(step, state)
         return self.end(state)
+
+    def gather_by(self, gatherer: Gatherer) -> None:
+        """See `kernels.backend.GathersRows`."""
+        self._gatherer = gatherer
+
+    def _gather(self, step: Gather, number: int, state: State) -> None:
+        assert self._gatherer is not None, "the program of a group's member"
+        own = np.ascontiguousarray(state[step.x])
+        whole = np.empty((len(own), step.out.width), np.float32)
+        if len(own):
+            self._gatherer.gather(number, own, whole, step.borders)
+        state[step.out] = whole
 
     def begin(self, batch: Batch, hidden: Float32 | None) -> State:
         """What the program's steps are to run on."""

@@ -1,0 +1,18 @@
+"""The portion of a stage that one member of a group computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """The shares of the output rows of all members of a group, and which member computes this portion."""
+
+    shares: tuple[int, ...]
+    member: int
+
+    @property
+    def leads(self) -> bool:
+        """True for the member that the stage's streams begin and end at."""
+        return self.member == 0

@@ -25,8 +25,8 @@ from llamaclust.worker.devices.system_info import resident_bytes
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.seen_terms import ClusterKey
 from llamaclust.worker.session import Session
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.worker import Worker
 
 if TYPE_CHECKING:

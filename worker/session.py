@@ -12,7 +12,7 @@ from llamaclust.core.errors import DeviceLostError, LlamaclustError
 from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WeightSource, WorkerMessage
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Principal
-from llamaclust.worker.stage.loop import Counters
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger(__name__)

@@ -40,9 +40,9 @@ from llamaclust.worker.session import Session
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.step_limit import step_limit_s

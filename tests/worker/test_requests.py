@@ -11,7 +11,7 @@ from llamaclust.wire.control.messages import Deadlines, RequestFailed, WorkerMes
 from llamaclust.wire.control.profiles import ProfileWorker
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage.loop import Counters
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.worker import Worker
 

@@ -23,8 +23,9 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.incoming import Incoming
-from llamaclust.worker.stage.loop import Answer, Counters, StageContext, StageLoop
+from llamaclust.worker.stage.loop import Answer, StageContext, StageLoop
 from llamaclust.worker.stage.step_inputs import StepInputs
 from support.clusters.stage_chain import DEADLINES, runner_of
 from support.models.tiny_model import build_tiny_model

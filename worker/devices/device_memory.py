@@ -10,6 +10,7 @@ from llamaclust.core.gpus import DeviceLayers, ranges
 from llamaclust.core.limits import StageLimits, layer_span
 from llamaclust.kernels.backend import ExpertsBackend
 from llamaclust.kernels.split_experts import cached_lines, experts_of, without_experts
+from llamaclust.model.groups.portion import Portion
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.worker.stage.stage_runner import StageMemory, model_program, nextn_memory, program_memory
@@ -29,9 +30,10 @@ class DeviceShare:
 
 
 def device_shares(
-    device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits
+    device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """By the name of the device; experts in RAM count there, caches of them do not: these take what is left.
+    """What a stage or a portion of it takes, by the name of the device; experts in RAM count there, caches of them do
+    not: these take what is left.
     ModelFileError for what a device cannot compute."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
@@ -39,7 +41,7 @@ def device_shares(
             device.backend_of(part.device),
             f"layers {layer_span(part.start, part.end, limits.expert_shards)}",
         )
-        program = model_program(model, part.start, part.end, limits)
+        program = model_program(model, part.start, part.end, limits, portion)
         rest, experts = without_experts(program, part.cpu_moe), experts_of(program, part.cpu_moe)
         share = DeviceShare(layers, program_memory(backend, model, rest, limits))
         found.setdefault(part.device, []).append(share)

@@ -32,7 +32,8 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInput
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.loop import Counters, StageContext, StageLoop
+from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
 from llamaclust.worker.stage.step_inputs import StepInputs
 

@@ -39,6 +39,7 @@ class GroupLinks:
         if isinstance(credentials, Identity) and not tls_library():
             raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
         self._failures: dict[int, str] = {}  # the last one of each place
+        self._linked: set[int] = set()
         self._threads = ThreadPoolExecutor(len(order.members), "links")  # no other work delays a handshake
 
     async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
@@ -53,6 +54,14 @@ class GroupLinks:
         links = [tasks[place].result() if place in tasks else None for place in range(len(self._order.members))]
         return Links(self._order.member, links, gather_s)
 
+    @property
+    def missing(self) -> tuple[str, str]:
+        """The first member without a link, and why, in a line."""
+        place = next(place for place in self._peers() if place not in self._linked)
+        member = self._order.members[place]
+        reason = self._failures.get(place, "it has not been heard of")
+        return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
+
     def _peers(self) -> list[int]:
         """The places of the others."""
         return [place for place in range(len(self._order.members)) if place != self._order.member]
@@ -61,7 +70,9 @@ class GroupLinks:
         member = self._order.members[place]
         try:
             async with deadline(f"a link to worker {member.worker} at {member.address}", seconds):
-                return await (self._connect(place) if place < self._order.member else self._accept(place))
+                link = await (self._connect(place) if place < self._order.member else self._accept(place))
+                self._linked.add(place)
+                return link
         except DeadlineError as late:
             reason = f"; last: {self._failures[place]}" if place in self._failures else ""
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late

@@ -98,6 +98,13 @@ class Arrival:
         return self.frame.failure if is_failure else None
 
     @property
+    def depends_on(self) -> list[int]:
+        """The microbatches whose sampled tokens it follows, ascending."""
+        if self.native is not None:
+            return self.native.depends_on
+        return sorted({chunk.depends_on[0] for chunk in self.microbatch.chunks if chunk.depends_on})
+
+    @property
     def embedded_rows(self) -> int:
         return 0 if self.native is not None else self.microbatch.embedded_rows
 

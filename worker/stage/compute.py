@@ -31,8 +31,10 @@ _WATCH_S = 1.0
 class Compute:
     """Runs the jobs of all stages one at a time, in the order of their coming. Native calls release the GIL."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, inline: bool = True) -> None:
+        """`inline`: short jobs run on the event loop."""
         self._loop = asyncio.get_running_loop()
+        self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
         self._present: tuple[int, float] | None = None  # when the thread's job began (perf_counter_ns), its limit_s
@@ -42,7 +44,7 @@ class Compute:
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
         """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins.
         `limit_s`: see `queue`; a job on the event loop stops this worker's signs of life."""
-        if expected_ns < INLINE_NS and self._queued == 0:
+        if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 

@@ -11,11 +11,19 @@ from llamaclust.core.epochs import epoch_text, term_of
 from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import layer_span
+from llamaclust.wire.control.groups import GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.groups.following import FollowingStage
+from llamaclust.worker.groups.leading import Leader
+from llamaclust.worker.groups.links import GroupLinks
+from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.session import Session
+from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.loop import StageContext
+from llamaclust.worker.stage.service import HeldStage
+from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_stage
 
@@ -107,7 +115,22 @@ class Loads:
         if self._has_ended:
             await self._worker.compute.run(runner.close)
             raise LoadCancelledError("the membership has ended")
-        context = StageContext(self._worker.name, self._worker.compute, session.counters)
+        service.add(self._held(order, runner))
+        memory = runner.memory
+        epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
+        _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
+        fetched_bytes = weights.received_bytes - received_bytes
+        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+
+    def _held(self, order: Load, runner: StageRunner) -> HeldStage:
+        """The stage as it serves from now on."""
+        session, name, counters = self._session, self._worker.name, self._session.counters
+        links = None if order.group is None else self._member_links(order.epoch, order.group)
+        if links is not None and runner.portion is not None and not runner.portion.leads:
+            return FollowingStage(order.epoch, runner, counters, links)
+        context = StageContext(name, self._worker.compute, counters)
+        if links is not None:
+            context = StageContext(name, Compute(inline=False), counters, Leader(order.epoch, links, runner.gather_by))
         neighbours = Neighbours(
             partial(self._report_unreachable, order.epoch),
             session.peer(order.next_address, order.next_worker) if order.next_address else None,
@@ -115,12 +138,20 @@ class Loads:
             order.previous_worker,
             order.last_worker,
         )
-        service.add(StageStreams(order.epoch, runner, context, session.deadlines, neighbours))
-        memory = runner.memory
-        epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
-        _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
-        fetched_bytes = weights.received_bytes - received_bytes
-        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+        return StageStreams(order.epoch, runner, context, session.deadlines, neighbours, links)
+
+    def _member_links(self, epoch: int, group: GroupOrder) -> MemberLinks:
+        """UsageError for addresses that these credentials do not allow."""
+        session = self._session
+        links = GroupLinks(group, session.credentials, self._worker.links)
+        return MemberLinks(epoch, group, links, session.deadlines.forward_s, self._report_fault)
+
+    async def _report_fault(self, fault: GroupFault) -> None:
+        """To the coordinator, if it can be reached."""
+        _log.error("epoch %s, worker %s: %s", epoch_text(fault.epoch), fault.worker, fault.reason)
+        with contextlib.suppress(WorkerError, DeadlineError):
+            async with deadline("reporting to the coordinator", self._session.deadlines.peer_s):
+                await self._session.send(fault)
 
     def _file_version(self, order: Load) -> str | None:
         return self._worker.weights.version_of(order.model_path, order.model_id, order.adapter_paths)

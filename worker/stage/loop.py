@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
+from llamaclust.kernels._native import LinkError
 from llamaclust.kernels.backend import Logits
 from llamaclust.kernels.sampling import row_results
 from llamaclust.wire.control.messages import Deadlines, StageProgress
@@ -26,8 +27,10 @@ from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTimi
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
+from llamaclust.worker.groups.leading import Leader
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
@@ -68,24 +71,14 @@ async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list
         await send(ready)
 
 
-@dataclass(slots=True)
-class Counters:
-    """Totals of a worker since its start."""
-
-    busy_ns: int = 0
-    microbatches: int = 0
-    tokens: int = 0
-    received_bytes: int = 0
-    sent_bytes: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """Shared by the stages of one membership."""
+    """What a stage is loaded with; stages of one membership share it, unless they are held by groups."""
 
     worker: str
     compute: Compute
     counters: Counters
+    leader: Leader | None = None  # of the group that holds the stage; None: this worker holds it alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +90,7 @@ class Answer:
 
 
 class StageLoop:
-    """Of one epoch. A microbatch that fails is answered with its failure, in its turn."""
+    """Of one epoch. A microbatch that fails is answered with its failure, in its turn. LinkError ends the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -108,6 +101,7 @@ class StageLoop:
         self._epoch = epoch
         self._compute = context.compute
         self._counters = context.counters
+        self._leader = context.leader
         self._forward_s = deadlines.forward_s
         self._where = f"worker {context.worker} (layers [{runner.program.start}, {runner.program.end}))"
         self._wire_ns = 0
@@ -236,6 +230,9 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
+        if self._leader is not None:
+            numbers = arrival.depends_on if self.runner.program.is_first else []
+            self._leader.announce(arrival.data, self._tokens.all_of(numbers))
         return arrival.run(self.runner, self._tokens)
 
     def _finish(self, arrival: Arrival, logits: Logits, received: StepInputs) -> Outputs | NativeOutputs:
@@ -285,7 +282,7 @@ class StageLoop:
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
         """One microbatch fails, the worker serves on."""
-        if isinstance(error, ProtocolError):
+        if isinstance(error, ProtocolError | LinkError):
             raise error
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)

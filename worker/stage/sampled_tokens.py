@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter_ns
 
@@ -61,6 +62,12 @@ class SampledTokensBox:
     def of(self, number: int) -> tuple[int, ...]:
         """The tokens of that microbatch; none where they are not known."""
         return self._tokens[number][0] if number in self._tokens else ()
+
+    def all_of(self, numbers: Sequence[int]) -> list[SampledTokens]:
+        """The tokens of these microbatches. WorkerError where those of one are not known."""
+        if unknown := [number for number in numbers if number not in self._tokens]:
+            raise WorkerError(f"the tokens of microbatch {unknown[0]} are not known")
+        return [SampledTokens(number, self._tokens[number][0]) for number in numbers]
 
     def fill(self, microbatch: Microbatch) -> Microbatch:
         """The microbatch with the tokens it follows. WorkerError where one is not known."""

@@ -13,8 +13,12 @@ from llamaclust.wire.control.messages import Load, StageProgress
 from llamaclust.wire.rpc.link_probe import serve_echo
 from llamaclust.wire.rpc.methods import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Handler, ServerStream
+from llamaclust.worker.groups.following import FollowingStage
+from llamaclust.worker.groups.portions import portion_of
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import StageStreams
+
+HeldStage = StageStreams | FollowingStage
 
 
 class StageService:
@@ -22,8 +26,8 @@ class StageService:
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
-        self._stages: dict[int, StageStreams] = {}
-        self._kept: list[StageStreams] = []
+        self._stages: dict[int, HeldStage] = {}
+        self._kept: list[HeldStage] = []
         self._ended = CacheCounts()  # of stages that were freed
 
     @property
@@ -43,7 +47,7 @@ class StageService:
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._stages
 
-    def add(self, streams: StageStreams) -> None:
+    def add(self, streams: HeldStage) -> None:
         assert streams.epoch not in self._stages
         self._stages[streams.epoch] = streams
 
@@ -53,7 +57,7 @@ class StageService:
         if streams is not None:
             await self._close(streams)
 
-    async def _close(self, streams: StageStreams) -> None:
+    async def _close(self, streams: HeldStage) -> None:
         self._ended += replace(streams.runner.experts_cache, used_bytes=0)
         await streams.close()
 
@@ -121,6 +125,10 @@ class StageService:
             streams = self._stages.get(stream.epoch)
             if streams is None:
                 raise ProtocolError(f"worker {self._worker} holds no stage for epoch {epoch_text(stream.epoch)}")
+            if isinstance(streams, FollowingStage):
+                raise ProtocolError(
+                    f"worker {self._worker} does not lead the group of epoch {epoch_text(stream.epoch)}"
+                )
             await serve(streams, stream)
 
         return handle
@@ -132,6 +140,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
     """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
+    same_portion = held.portion == portion_of(order)
     has, asked = held.limits, order.limits
     counts = [(getattr(has, name), getattr(asked, name)) for name in _BLOCK_COUNTS]
     enough = all(there >= wanted for there, wanted in counts)
@@ -141,4 +150,5 @@ def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
     else:
         same_bytes = held.manifest == order.weights.manifest
     same_limits = replace(has, **{name: getattr(asked, name) for name in _BLOCK_COUNTS}) == asked
-    return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits and same_bytes
+    same_parts = same_layers and same_portion and same_groups
+    return held.model_id == order.model_id and same_parts and enough and same_limits and same_bytes

@@ -15,12 +15,13 @@ from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult, second_draw
-from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
+from llamaclust.kernels._native import Gatherer, MicrobatchFrame, RowOutcomes, SamplingTasks
 from llamaclust.kernels.backend import (
     Backend,
     Batch,
     CacheCounts,
     Float32,
+    GathersRows,
     KvInRam,
     Logits,
     Progress,
@@ -34,6 +35,8 @@ from llamaclust.kernels.sampling import Sampler
 from llamaclust.kernels.split_experts import SplitExpertsStage
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
+from llamaclust.model.groups.division import divide
+from llamaclust.model.groups.portion import Portion
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
@@ -96,13 +99,14 @@ def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> in
     return sum(model.file.tensor(name).resident_bytes for name in names)
 
 
-def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
-    """The program of layers [start, end), for the limits' KV type and context; UsageError where the model has no such
-    layers, or they cannot be divided so."""
+def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
+    """The program of layers [start, end), for the limits' KV type and context, or a portion of it; UsageError where the
+    model has no such layers, or they cannot be divided so."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
-    return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
+    program = model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens, shards)
+    return program if portion is None else divide(program, portion.shares, portion.member)
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
@@ -136,6 +140,7 @@ class StageOptions:
     progress: Progress | None = None  # called with weight bytes as they are loaded
     nextn_backend: Backend | None = None  # of an MTP head; None: that of the layers
     manifest: str | None = None  # of the model's bytes on all workers of the epoch; None: they were not compared
+    portion: Portion | None = None  # that a member of a group computes; None: the whole stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +164,9 @@ class StageRunner:
         options: StageOptions = StageOptions(),
     ) -> None:
         """Loads weights, which may take long."""
-        program = model_program(model, start, end, limits)
+        program = model_program(model, start, end, limits, options.portion)
         self.program = program
+        self.portion = options.portion
         self._window = self.program.window
         self.model_id = model.model_id
         self.limits = limits
@@ -170,7 +176,8 @@ class StageRunner:
         self.kv_content = None if options.manifest is None else kv_content(model, options.manifest, limits)
         self._adapters = max(model.adapter_numbers, default=-1) + 1
         self.vocabulary = model.hyperparameters.vocabulary_size
-        self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if program.is_last else None
+        samples = program.is_last and (options.portion is None or options.portion.leads)
+        self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if samples else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self.vocabulary)
         self.matchers = StageMatchers(vocabulary, limits.max_sequences)
         progress = options.progress or (lambda _: None)
@@ -213,6 +220,11 @@ class StageRunner:
             return self._native_stage.run_frame(frame)
         batch, hidden = Batch(*frame.arrays), frame.hidden
         return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
+
+    def gather_by(self, gatherer: Gatherer) -> None:
+        """Sets what puts the rows of a group's members together in the next runs."""
+        assert isinstance(self._stage, GathersRows), "only a processor's stage has a portion"
+        self._stage.gather_by(gatherer)
 
     def _batch_of(self, microbatch: Microbatch) -> Batch:
         if microbatch.model_id != self.model_id:

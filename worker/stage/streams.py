@@ -11,6 +11,7 @@ from typing import Final
 
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.kernels._native import LinkError
 from llamaclust.wire.control.messages import Deadlines, StageProgress
 from llamaclust.wire.microbatch.codec import PREPARE_MATCHERS
 from llamaclust.wire.microbatch.frames import most_frame_bytes
@@ -19,6 +20,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import Principal
+from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -26,6 +28,9 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 
 _INLINE_BYTES: Final = 1 << 16
 """Larger sampling inputs, with long histories, are decoded beside the event loop: a megabyte takes 60 ms."""
+
+_STEP_S = 60.0
+"""A step of a group's leader, which its links do not keep any more, ends within so long."""
 
 _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
@@ -81,9 +86,17 @@ class StageStreams:
     """One loaded stage in an epoch."""
 
     def __init__(
-        self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines, neighbours: Neighbours
+        self,
+        epoch: int,
+        runner: StageRunner,
+        context: StageContext,
+        deadlines: Deadlines,
+        neighbours: Neighbours,
+        links: MemberLinks | None = None,
     ) -> None:
+        """`links`: those of a group's leader, whose context has a `compute` of its own."""
         self.epoch = epoch
+        self._links = links
         self.runner = runner
         self._compute = context.compute
         self._forward_s = deadlines.forward_s
@@ -135,9 +148,23 @@ class StageStreams:
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
+        self._forwarding = asyncio.current_task()
+        if self._links is None:
+            await self._forward(stream)
+            return
+        try:
+            await self._links.opened(self._forward_s)
+            await self._forward(stream)
+        except LinkError as error:
+            fault = self._links.fault(error)
+            await self._links.report(fault)
+            raise WorkerError(fault.reason, worker=fault.worker) from error
+        finally:
+            self._links.close()
+
+    async def _forward(self, stream: ServerStream) -> None:
         program, rows = self.runner.program, self.runner.limits.max_batch_tokens
         stream.limit(most_frame_bytes(rows, 0 if program.is_first else program.hidden.width))
-        self._forwarding = asyncio.current_task()
         first, results = self._neighbours.first, self._results
         if self._neighbours.next is not None:
             use: _Use = partial(self._loop.run, stream, receiver=self._neighbours.next.worker)
@@ -173,10 +200,15 @@ class StageStreams:
         """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""
         if self._forwarding is not None:
             self._forwarding.cancel()
+        if self._links is not None:
+            self._links.close()
+            await self._compute.idle(_STEP_S)
+            self._compute.close()
         peers = (self._neighbours.next, self._neighbours.first)
         await asyncio.gather(*(peer.close() for peer in peers if peer is not None))
         return self.runner
 
     async def close(self) -> None:
         """Frees the stage after what is being computed. Its streams have ended."""
-        await self._compute.run((await self.release()).close)
+        runner = await self.release()
+        await (self._compute.run(runner.close) if self._links is None else asyncio.to_thread(runner.close))

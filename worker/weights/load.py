@@ -10,12 +10,14 @@ from dataclasses import astuple
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.sizes import missing
+from llamaclust.kernels.backend import HasThreads
 from llamaclust.model.loader import Model
 from llamaclust.model.mixtures.steps import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.system_info import release_freed_memory
+from llamaclust.worker.groups.portions import portion_of
 from llamaclust.worker.stage.nextn import nextn_program_of
 from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program
 from llamaclust.worker.weights.remote_model import RemoteModel
@@ -53,7 +55,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
     async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
         outline = _in_tiles(order, await remote.outline())
         planned = await asyncio.to_thread(_planned, order, device, outline)
-        program = model_program(outline, order.start, order.end, order.limits)
+        program = model_program(outline, order.start, order.end, order.limits, portion_of(order))
         own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
@@ -107,7 +109,7 @@ def _in_tiles(order: Load, model: Model) -> Model:
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
     """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
-    shares = device_shares(device, model, device.layers(order), order.limits)
+    shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():
         free_bytes = device.free_bytes_of(name) + share.memory.held_weight_bytes
@@ -120,7 +122,12 @@ def _planned(order: Load, device: Device, model: Model) -> StageMemory:
 
 
 def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
-    backend = device.backend_for(device.layers(order))
+    backend, portion = device.backend_for(device.layers(order)), portion_of(order)
+    if portion is not None:  # two epochs of a group may not wait for each other's steps
+        assert isinstance(backend, HasThreads), "only processors are members of groups"
+        backend = backend.apart()
     manifest = None if order.weights is None else order.weights.manifest
-    options = StageOptions(device.feature_level, device.threads, order.devices, progress.add, device.backend, manifest)
+    options = StageOptions(
+        device.feature_level, device.threads, order.devices, progress.add, device.backend, manifest, portion
+    )
     return StageRunner(backend, model, order.start, order.end, order.limits, options)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.epochs import StageLoads, load_stages, unload_stages
+from llamaclust.cluster.control.epochs import load_stages, unload_stages
+from llamaclust.cluster.control.load_orders import StageLoads
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo

@@ -1,0 +1,42 @@
+"""What a group's leader says of a step arrives as it was, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import struct
+from random import Random
+
+import pytest
+
+from llamaclust.core.errors import ProtocolError
+from llamaclust.wire.microbatch.messages import SampledTokens
+from llamaclust.worker.groups.step_message import decode_step, encode_step
+from support.seed import SEED
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_step_arrives_as_it_was(count: int) -> None:
+    print(f"seed {SEED}")
+    source = Random(SEED)
+    followed = [SampledTokens(7 * number, tuple(source.sample(range(1000), number))) for number in range(count)]
+    frame = source.randbytes(source.randrange(1, 500))
+    found, tokens = decode_step(encode_step(frame, followed))
+    assert found == frame
+    assert [tokens.of(sampled.number) for sampled in followed] == [sampled.tokens for sampled in followed]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\1\0\0",
+        struct.pack("<I", 1),
+        struct.pack("<I", 1 << 31) + bytes(64),
+        struct.pack("<II", 1, 1 << 31) + bytes(64),
+        struct.pack("<II", 1, 9) + b"\xff" * 9,
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(4, (1,))]),
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(3, (1,))]),
+    ],
+)
+def test_what_is_no_step_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_step(data)

@@ -1,0 +1,101 @@
+"""A member of a group that does not lead: it computes its portion of each step that the leader announces.
+
+A thread of its own waits for the steps: neither gRPC nor an event loop stands between the members.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import suppress
+from time import perf_counter_ns
+
+from llamaclust.core.epochs import epoch_text
+from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.kernels._native import Links
+from llamaclust.wire.control.messages import StageProgress
+from llamaclust.wire.microbatch.frames import most_frame_bytes
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.groups.step_message import decode_step
+from llamaclust.worker.stage.arrival import Arrival, frame_reader
+from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+_log = logging.getLogger(__name__)
+
+_TOKENS_BYTES = 1 << 20  # beside a frame
+_STEP_S = 60.0
+"""A step that its links do not keep any more ends within so long."""
+
+
+class FollowingStage:
+    """A portion of a stage in an epoch. Its thread runs from the opening of the links to their end."""
+
+    def __init__(self, epoch: int, runner: StageRunner, counters: Counters, links: MemberLinks) -> None:
+        self.epoch = epoch
+        self.runner = runner
+        self._counters = counters
+        self._member_links = links
+        self._loop = asyncio.get_running_loop()
+        self._steps = 0
+        self._ended: asyncio.Future[None] | None = None  # of the thread
+        self._reporting: asyncio.Task[None] | None = None
+        program, rows = runner.program, runner.limits.max_batch_tokens
+        self._most_bytes = most_frame_bytes(rows, 0 if program.is_first else program.hidden.width) + _TOKENS_BYTES
+        self._reader = frame_reader(runner)
+        links.open(self._start)
+
+    @property
+    def progress(self) -> StageProgress:
+        return StageProgress(self.epoch, self._steps, self._steps)
+
+    def _start(self, links: Links) -> None:
+        self._ended = self._loop.create_future()
+        self.runner.gather_by(links)
+        threading.Thread(target=self._follow, args=(links,), name="follow", daemon=True).start()
+
+    def _follow(self, links: Links) -> None:
+        try:
+            while True:
+                self._step(links.receive_step(self.epoch, self._steps, self._most_bytes))
+        except Exception as error:  # noqa: BLE001  a border between threads: the event loop reports it
+            links.close()
+            with suppress(RuntimeError):  # the loop is closed: the process is about to end
+                self._loop.call_soon_threadsafe(self._stopped, error)
+
+    def _stopped(self, error: Exception) -> None:
+        assert self._ended is not None
+        self._ended.set_result(None)
+        self._reporting = asyncio.create_task(self._member_links.report(self._member_links.fault(error)))
+
+    def _step(self, data: bytes) -> None:
+        frame, tokens = decode_step(data)
+        arrival = Arrival.read(frame, self._reader, perf_counter_ns(), 0)
+        if arrival.epoch != self.epoch or arrival.failure is not None:
+            raise ProtocolError(f"the leader announces what is no microbatch of epoch {epoch_text(self.epoch)}")
+        self._counters.received_bytes += len(data)
+        begun_ns = perf_counter_ns()
+        try:
+            arrival.run(self.runner, tokens)
+        except WorkerError as error:  # the leader has it too, and answers that the microbatch failed
+            _log.error("microbatch %d: %s", arrival.number, error)
+        self._counters.busy_ns += perf_counter_ns() - begun_ns
+        self._counters.microbatches += 1
+        self._counters.tokens += arrival.rows
+        self._steps += 1
+
+    async def release(self) -> StageRunner:
+        """Ends the links and what is being computed; what is loaded is the caller's then. DeadlineError."""
+        self._member_links.close()
+        if self._ended is not None:
+            async with deadline("the end of a group's step", _STEP_S):
+                await asyncio.shield(self._ended)
+        if self._reporting is not None:
+            self._reporting.cancel()
+        return self.runner
+
+    async def close(self) -> None:
+        """Frees the portion after what is being computed."""
+        await asyncio.to_thread((await self.release()).close)

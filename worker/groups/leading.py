@@ -1,0 +1,34 @@
+"""The leader of a group has the stage's streams, and tells the other members of each step before it computes its own
+portion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llamaclust.kernels._native import Gatherer, Links
+from llamaclust.wire.microbatch.messages import SampledTokens
+from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.groups.step_message import encode_step
+
+
+class Leader:
+    """Announces the steps of one epoch, from the opening of the links on. Used by one thread at a time."""
+
+    def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
+        """`gather_by` gives its own stage the links."""
+        self._epoch = epoch
+        self._gather_by = gather_by
+        self._steps = 0
+        self._links: Links | None = None
+        links.open(self._start)
+
+    def _start(self, links: Links) -> None:
+        self._gather_by(links)
+        self._links = links
+
+    def announce(self, frame: bytes, followed: Sequence[SampledTokens]) -> None:
+        """Sends a microbatch as it came, and the tokens that it follows, to all other members. LinkError where one does
+        not take it."""
+        assert self._links is not None, "a stream is accepted when the links are open"
+        self._links.send_step(self._epoch, self._steps, encode_step(frame, followed))
+        self._steps += 1

@@ -1,0 +1,71 @@
+"""A member's links in one epoch: opened while the others may still load their portions, closed at the stage's end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.kernels._native import LinkError, Links
+from llamaclust.wire.control.groups import GroupFault, GroupOrder
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.groups.links import GroupLinks
+
+_LOADS_S = 86400.0
+"""The others may load for hours; the coordinator ends that by unloading this stage."""
+
+Report = Callable[[GroupFault], Awaitable[None]]
+
+
+class MemberLinks:
+    """Opens the links of a stage and reports their end to the coordinator, unless this member ends them itself."""
+
+    def __init__(self, epoch: int, order: GroupOrder, group: GroupLinks, gather_s: float, report: Report) -> None:
+        """`gather_s`: the deadline of each gather."""
+        self._epoch, self._order, self._group, self._report = epoch, order, group, report
+        self._gather_s = gather_s
+        self._links: Links | None = None
+        self._is_closed = False
+        self._opening: asyncio.Task[None] | None = None
+
+    def open(self, on_open: Callable[[Links], None]) -> None:
+        """Begins to open them. `on_open` is called on the event loop."""
+        self._opening = asyncio.create_task(self._open(on_open))
+
+    async def _open(self, on_open: Callable[[Links], None]) -> None:
+        self._links = await self._group.open(self._gather_s, _LOADS_S)
+        if self._is_closed:
+            self._links.close()
+        else:
+            on_open(self._links)
+
+    async def opened(self, seconds: float) -> None:
+        """Returns when they are open. WorkerError names a member that is not there after so long."""
+        assert self._opening is not None
+        try:
+            async with deadline("the links of a group", seconds):
+                await asyncio.shield(self._opening)
+        except DeadlineError as late:
+            worker, reason = self._group.missing
+            raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
+
+    def close(self) -> None:
+        """Ends a gather that is under way on another thread."""
+        self._is_closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._links is not None:
+            self._links.close()
+
+    def fault(self, error: Exception) -> GroupFault:
+        """The report of an error that ended this member's part."""
+        if isinstance(error, LinkError):
+            return GroupFault(self._epoch, self._order.members[error.place].worker, error.kind, str(error))
+        own = self._order.members[self._order.member].worker
+        text = str(error) if isinstance(error, LlamaclustError) else f"{type(error).__name__}: {error}"
+        return GroupFault(self._epoch, own, "failed", text)
+
+    async def report(self, fault: GroupFault) -> None:
+        """Sends it to the coordinator, unless this stage is being closed."""
+        if not self._is_closed:
+            await self._report(fault)

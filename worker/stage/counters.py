@@ -1,0 +1,16 @@
+"""What a worker has done since its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of a worker since its start."""
+
+    busy_ns: int = 0
+    microbatches: int = 0
+    tokens: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0

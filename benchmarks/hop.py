@@ -22,7 +22,8 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from llamaclust.cluster.control.epochs import StageLoads, load_stages  # noqa: E402
+from llamaclust.cluster.control.epochs import load_stages  # noqa: E402
+from llamaclust.cluster.control.load_orders import StageLoads  # noqa: E402
 from llamaclust.cluster.control.weight_sources import ModelReference  # noqa: E402
 from llamaclust.cluster.engine.pipeline import StageInfo  # noqa: E402
 from llamaclust.cluster.launchers.local import LocalLauncher  # noqa: E402

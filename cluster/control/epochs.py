@@ -12,6 +12,7 @@ from itertools import count
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failures.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
+from llamaclust.cluster.control.load_orders import StageLoads, load_order
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
@@ -25,20 +26,19 @@ from llamaclust.cluster.control.weight_sources import (
 )
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import refresh_memory
-from llamaclust.cluster.planner.links import UNKNOWN, Links
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.links import Links
+from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ModelFileError, StalledError, WorkerError
-from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.file_manifests import FileManifests
-from llamaclust.wire.control.messages import Load, Loaded, LoadProgress, WeightSources
+from llamaclust.wire.control.messages import Loaded, LoadProgress
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
@@ -51,21 +51,6 @@ class StageLoadError(Exception):
         super().__init__(str(error))
         self.error = error
         self.suspects = suspects
-
-
-@dataclass(frozen=True, slots=True)
-class StageLoads:
-    """The stages of an epoch. `is_exclusive`: the workers' stages of the model's other epochs are freed first, except
-    weights that serve again. `links` order the sources of weights."""
-
-    epoch: int
-    stages: Sequence[StageInfo]
-    model: ModelReference
-    limits: StageLimits
-    is_exclusive: bool = False
-    links: Links = UNKNOWN
-    progress_timeout_s: float = PROGRESS_TIMEOUT_S
-    own: OwnCopy | None = None  # the coordinator's copy of the file
 
 
 async def load_stages(
@@ -88,7 +73,7 @@ async def load_stages(
         raise StageLoadError(lost[0].error, lost)
 
     async def load(index: int, handle: WorkerHandle) -> Loaded:
-        order = _order(loads, handles, index, weights.get(handle.name))
+        order = load_order(loads, handles, index, weights.get(handle.name))
 
         def loading(progress: LoadProgress) -> None:
             if report is not None:
@@ -136,31 +121,6 @@ def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseEx
     return tuple(suspects)
 
 
-def _order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, weights: WeightSources | None) -> Load:
-    """Of the stage at `index`, with the stages that it calls and is called by."""
-    stage, is_first, is_last = loads.stages[index], index == 0, index + 1 == len(handles)
-    following = None if is_last else handles[index + 1]
-    first = handles[0] if is_last and not is_first else None
-    return Load(
-        loads.epoch,
-        loads.model.path,
-        loads.model.model_id,
-        stage.start,
-        stage.end,
-        loads.limits,
-        next_address=following.registration.address if following else None,
-        next_worker=following.name if following else None,
-        first_address=first.registration.address if first else None,
-        first_worker=first.name if first else None,
-        previous_worker=None if is_first else handles[index - 1].name,
-        last_worker=handles[-1].name if is_first and not is_last else None,
-        exclusive=loads.is_exclusive,
-        weights=weights,
-        devices=stage.devices,
-        adapter_paths=loads.model.adapter_paths,
-    )
-
-
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
     """Frees the stages of an epoch on those workers that have it and are present. Raises the first error once all have
     answered."""
@@ -205,9 +165,17 @@ class Epoch:
         """The worker whose loss ended it, if any."""
         return root_cause(self.number, self.workers)
 
+    @property
+    def chain(self) -> tuple[WorkerHandle, ...]:
+        """The workers that the stages' streams begin and end at, one for each stage."""
+        held = zip(self.workers, self.plan.stages, strict=True)
+        return tuple(worker for worker, stage in held if stage.member == 0)
+
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Which stage a worker holds; None: it holds none."""
-        return self.workers.index(worker) if worker in self.workers else None
+        """Which stage a worker holds, alone or with others; None: it holds none."""
+        if worker not in self.workers:
+            return None
+        return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
 
     def holds(self, name: str) -> bool:
         return any(worker.name == name for worker in self.workers)
@@ -222,6 +190,12 @@ class EpochWorkers:
     record: ControlRecord
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     manifests: FileManifests = field(default_factory=FileManifests)  # of the coordinator's copies of models
+
+
+def _stage_info(stage: StagePlan, expert_shards: int) -> StageInfo:
+    return StageInfo(
+        stage.worker, stage.start, stage.end, stage.device_layers, expert_shards, stage.shares, stage.member
+    )
 
 
 async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
@@ -303,10 +277,7 @@ class Epochs:
             await self._unload_versions()
         loads = StageLoads(
             number,
-            [
-                StageInfo(stage.worker, stage.start, stage.end, stage.device_layers, plan.expert_shards)
-                for stage in plan.stages
-            ],
+            [_stage_info(stage, plan.expert_shards) for stage in plan.stages],
             self._reference,
             plan_limits(self._config, plan),
             is_exclusive=is_exclusive,

@@ -14,13 +14,18 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker. `devices`: which of these its GPUs hold."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices`: which of these its GPUs hold.
+
+    A stage that a group holds has an entry for each member, as in a plan.
+    """
 
     worker: str
     start: int
     end: int
     devices: tuple[DeviceLayers, ...] = ()
     expert_shards: int = 1  # start and end count parts of layers, so many for each
+    shares: tuple[int, ...] = ()  # of the members of its group; (): the worker holds it alone
+    member: int = 0  # which of them it is; the first one leads
 
     @property
     def layers(self) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control import messages, profiles
+from llamaclust.wire.control.groups import GroupFault
 from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.control.messages import (
@@ -103,6 +104,18 @@ class UnreachablePeer:
         self.reported.set()
 
 
+class GroupFaults:
+    """The first report of an epoch's member of a group that it gives the epoch up."""
+
+    def __init__(self) -> None:
+        self.reported = asyncio.Event()
+        self.fault: GroupFault | None = None
+
+    def report(self, fault: GroupFault) -> None:
+        self.fault = self.fault or fault
+        self.reported.set()
+
+
 class WorkerHandle:
     """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` says why."""
 
@@ -129,6 +142,7 @@ class WorkerHandle:
         self._read_last_error = read_last_error
         self._message = asyncio.Event()  # the next one
         self._unreachable: dict[int, UnreachablePeer] = {}  # by epoch
+        self._faults: dict[int, GroupFaults] = {}  # by epoch
 
     def forget_files(self) -> None:
         """Forgets which files the worker has: they may have been changed since."""
@@ -232,6 +246,9 @@ class WorkerHandle:
     def unreachable_peer(self, epoch: int) -> UnreachablePeer:
         return self._unreachable.setdefault(epoch, UnreachablePeer())
 
+    def group_faults(self, epoch: int) -> GroupFaults:
+        return self._faults.setdefault(epoch, GroupFaults())
+
     async def is_responsive(self) -> bool:
         """Returns at the next message; False where it is lost instead."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
@@ -285,6 +302,7 @@ class WorkerHandle:
     def _forget(self, epoch: int) -> None:
         self.stages.pop(epoch, None)
         self._unreachable.pop(epoch, None)
+        self._faults.pop(epoch, None)
 
     def receive(self, message: messages.WorkerMessage) -> None:
         """Takes in a message of the worker. ProtocolError for one that has no place after its registration."""
@@ -317,6 +335,9 @@ class WorkerHandle:
             case messages.PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self.unreachable_peer(epoch).report(other)
+            case GroupFault(epoch):
+                if epoch in self.stages:
+                    self.group_faults(epoch).report(message)
             case messages.Register() | messages.RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 

@@ -63,6 +63,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "kv_type": tuple(KvType),
     "drafted": (False, True),
     "wide_tiles": (False, True),
+    "shares": ((), (1, 1), (2, 1), (5, 3, 2)),
 }
 
 
@@ -161,6 +162,7 @@ ways = st.builds(
     preempted=st.booleans(),
     feature_level=st.sampled_from(tuple(_native.available_levels())),
     kv_type=st.sampled_from(KvType),
+    shares=st.just(()) | st.lists(st.integers(1, 9), min_size=2, max_size=3).map(tuple),
 )
 
 

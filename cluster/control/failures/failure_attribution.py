@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from llamaclust.cluster.control.failures.group_verdict import judge
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
 """A stream breaks before the loss of the worker behind it is known."""
@@ -15,7 +17,8 @@ _ATTRIBUTION_S = 1.0
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
     order, _ = worker.stages[epoch]
-    return StageInfo(worker.name, order.start, order.end, (), order.limits.expert_shards)
+    shares, member = (order.group.shares, order.group.member) if order.group else ((), 0)
+    return StageInfo(worker.name, order.start, order.end, (), order.limits.expert_shards, shares, member)
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
@@ -33,19 +36,52 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """The loss of a worker, if there is one within a moment; else the error that a stream ended with, as soon as it is
-    known that live workers cannot reach each other."""
+    """The loss of a worker, if there is one within a moment; else what the members of a group report; else the error
+    that a stream ended with, as soon as it is known that live workers cannot reach each other."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
+    signs += [asyncio.create_task(_all_have_reported(epoch, group)) for group in groups_of(epoch, workers)]
     await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
     for sign in signs:
         sign.cancel()
     if (cause := root_cause(epoch, workers)) is not None:
         return cause.error
+    if (fault := judge(_reports(epoch, workers))) is not None:
+        return WorkerError(f"the group of worker {fault.worker} broke: {fault.reason}", worker=fault.worker)
     stages = (stage_of(epoch, worker) for worker in workers)
     names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
     worker = None if ended is None else ended.worker
     return WorkerError(f"the pipeline of workers {names} broke: {ended}", worker=worker)
+
+
+def groups_of(epoch: int, workers: Sequence[WorkerHandle]) -> list[list[WorkerHandle]]:
+    """The members of each group that holds a stage of an epoch."""
+    groups: dict[bytes, list[WorkerHandle]] = {}
+    for worker in workers:
+        order, _ = worker.stages[epoch]
+        if order.group is not None:
+            groups.setdefault(order.group.group_id, []).append(worker)
+    return [*groups.values()]
+
+
+def _reports(epoch: int, workers: Sequence[WorkerHandle]) -> dict[str, GroupFault]:
+    faults = ((worker.name, worker.group_faults(epoch).fault) for worker in workers)
+    return {name: fault for name, fault in faults if fault is not None}
+
+
+async def _all_have_reported(epoch: int, members: Sequence[WorkerHandle]) -> bool:
+    """Returns when all members of a group but one that is accused have reported its end."""
+    waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
+    try:
+        while True:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            reports = _reports(epoch, members)
+            accused = {fault.worker for fault in reports.values() if fault.kind != "closed"}
+            if len(reports.keys() | accused) == len(members):
+                return True
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:

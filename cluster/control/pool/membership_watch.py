@@ -80,8 +80,9 @@ class MembershipWatch:
             self._check_result(runner, epoch, number, scheduler.in_flight.most_rows, now_s)
 
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
-        stage = owing_stage(number, [worker.progress(epoch.number) for worker in epoch.workers])
-        worker, names = epoch.workers[stage], [COORDINATOR, *(worker.name for worker in epoch.workers), COORDINATOR]
+        chain = epoch.chain
+        stage = owing_stage(number, [worker.progress(epoch.number) for worker in chain])
+        worker, names = chain[stage], [COORDINATOR, *(worker.name for worker in chain), COORDINATOR]
         links = (runner.planner.links.between(*names[end : end + 2]) for end in (stage, stage + 1))
         hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
         limit_s = self._turns_s(worker) + sum(link_limit_s(link, hidden_bytes) for link in links)
@@ -146,4 +147,5 @@ def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
     """How long a stage of the plan may compute one of the microbatches in flight."""
     rows, prediction = scheduler.in_flight.most_rows, plan.prediction
     measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
-    return step_limit_s(rows, measured_s, None if prediction is None else prediction.stages[stage])
+    predicted = None if prediction is None else prediction.stages[plan.stages.index(plan.leaders[stage])]
+    return step_limit_s(rows, measured_s, predicted)

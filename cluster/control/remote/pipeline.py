@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from traceback import clear_frames
 
 from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, stage_of
+from llamaclust.cluster.control.load_orders import leaders
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
@@ -39,13 +40,15 @@ class RemotePipeline:
 
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
-        """Opens the streams of an epoch that `workers` hold, given in the order of their stages. WorkerError where a
-        stage refuses, cannot be reached or does not answer; its `worker` says whose, where that is known."""
-        ends = (workers[0], workers[-1])
+        """Opens the streams of an epoch that `workers` hold, given in the order of their stages, leaders of groups
+        first. WorkerError where a stage refuses, cannot be reached or does not answer; its `worker` says whose, where
+        that is known."""
+        chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
+        ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
         try:
             async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
-                sample = last.open(SAMPLE, epoch=epoch, reply_bytes=_most_reply_bytes(workers[-1], epoch))
+                sample = last.open(SAMPLE, epoch=epoch, reply_bytes=_most_reply_bytes(chain[-1], epoch))
                 await sample.opened()
                 forward = first.open(FORWARD, epoch=epoch)
                 await forward.opened()
@@ -65,7 +68,8 @@ class RemotePipeline:
         sample: ClientStream,
     ) -> None:
         self.epoch = epoch
-        self.stages = tuple(stage_of(epoch, worker) for worker in workers)
+        held = (stage_of(epoch, worker) for worker in workers)
+        self.stages = tuple(stage for stage in held if stage.member == 0)
         self.kv_disks = remote_kv_disks(epoch, workers)
         self._workers = tuple(workers)
         self._peers = peers
@@ -94,6 +98,7 @@ class RemotePipeline:
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
+        losses += [asyncio.create_task(worker.group_faults(self.epoch).reported.wait()) for worker in self._workers]
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)

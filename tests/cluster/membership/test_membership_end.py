@@ -19,8 +19,8 @@ from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.loop import Counters
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.worker import Worker
 

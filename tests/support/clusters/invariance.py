@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from math import ceil
 from pathlib import Path
 
@@ -62,10 +62,15 @@ class Way:
     every: bool = False  # the seven that grow as well, although each is alone
     drafted: bool = False  # tokens are drafted, most of them as the known answers have them, whether it pays or not
     wide_tiles: bool = False  # weights of types with wider tiles are in those, whether that pays or not
+    shares: tuple[int, ...] = ()  # of a group, which holds the first stage; two members hold the last one likewise
 
-    @property
-    def workers(self) -> int:
-        return len(self.cut) - 1
+    def held(self) -> Iterator[tuple[list[str], tuple[float, float]]]:
+        """The workers and the layers of each stage."""
+        names, last = (f"w{number}" for number in count()), len(self.cut) - 2
+        for index, layers in enumerate(pairwise(self.cut)):
+            in_group = index == 0 or (index == last and len(self.shares) == 2)
+            members = len(self.shares) if self.shares and in_group else 1
+            yield [next(names) for _ in range(members)], layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +152,11 @@ def _texts(work: Work, known: Sequence[Answer]) -> list[list[int]]:
 
 
 async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
-    names = [f"w{index}" for index in range(way.workers)]
-    stages = zip(names, pairwise(way.cut), strict=True)
+    names = [name for members, _ in way.held() for name in members]
     overrides = [
         f"model={model}",
         "workers=[" + ", ".join(f"{{name: {name}, threads: {way.threads}, {_FACTS}}}" for name in names) + "]",
-        "plan=[" + ", ".join(f"{{worker: {name}, layers: [{a}, {b}]}}" for name, (a, b) in stages) + "]",
+        "plan=[" + ", ".join(_plan_entry(way, members, layers) for members, layers in way.held()) + "]",
         f"context_length={max(work.longest, 1024)}",
         f"prefill_chunk={way.prefill_chunk or 'auto'}",
         f"kv_type={way.kv_type}",
@@ -179,6 +183,13 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         if way.preempted and not way.drafted:  # with drafts, some end before others need their memory
             assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
         return answers
+
+
+def _plan_entry(way: Way, members: Sequence[str], layers: tuple[float, float]) -> str:
+    held = f"layers: [{layers[0]}, {layers[1]}]"
+    if len(members) == 1:
+        return f"{{worker: {members[0]}, {held}}}"
+    return f"{{workers: [{', '.join(members)}], {held}, shares: [{', '.join(map(str, way.shares))}]}}"
 
 
 _FACTS = "memory_bandwidth_gb_s: 20, int8_gmac_s: 300"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
+from llamaclust.cluster.control.epochs import StageLoadError, load_stages
+from llamaclust.cluster.control.load_orders import StageLoads
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo

@@ -9,7 +9,8 @@ import pytest
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion, PipelineLoss, Waits
-from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
+from llamaclust.cluster.control.epochs import StageLoadError, load_stages
+from llamaclust.cluster.control.load_orders import StageLoads
 from llamaclust.cluster.control.observations import Observation, Suspect
 from llamaclust.cluster.control.reconcile import Action, Expel, LoadEpoch, MakePlan, Notify, Wait, reconcile
 from llamaclust.cluster.control.state_changes import observe

@@ -1,0 +1,23 @@
+"""Judges from the reports of a group's members which worker made the group fail. Pure.
+
+Each member reports once, as far as it knows: that it failed itself, or that another member sent what it may not, was
+late, or closed the link. A closed link says little: whoever closes it may have found another member at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamaclust.wire.control.groups import GroupFault
+
+_STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
+
+
+def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
+    """The report, by member, that names the worker at fault: of those of the strongest kind, one that accuses a worker
+    which has no report of its own, else the first. None without reports."""
+    return min(
+        reports.values(),
+        key=lambda fault: (_STRONGEST_FIRST.index(fault.kind), fault.worker in reports),
+        default=None,
+    )

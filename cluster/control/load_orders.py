@@ -1,0 +1,86 @@
+"""Orders to load the stages of an epoch: what each worker is to hold, and which others it works with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from secrets import token_bytes
+
+from llamaclust.cluster.control.remote.model_copies import OwnCopy
+from llamaclust.cluster.control.weight_sources import ModelReference
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
+from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.core.errors import WorkerError
+from llamaclust.core.limits import GROUP_ID_BYTES, StageLimits
+from llamaclust.wire.control.groups import GroupMember, GroupOrder
+from llamaclust.wire.control.messages import Load, WeightSources
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoads:
+    """The stages of an epoch, with an entry for each member of a group.
+
+    `is_exclusive`: the workers' stages of the model's other epochs are freed first, except weights that serve again.
+    `links` order the sources of weights.
+    """
+
+    epoch: int
+    stages: Sequence[StageInfo]
+    model: ModelReference
+    limits: StageLimits
+    is_exclusive: bool = False
+    links: Links = UNKNOWN
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
+    own: OwnCopy | None = None  # the coordinator's copy of the file
+    group_ids: Mapping[int, bytes] = field(default_factory=lambda: defaultdict(_group_id))  # by the leader's place
+
+
+def load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, weights: WeightSources | None) -> Load:
+    """The order of the worker at `index`; that of a leader has the stages that its own calls and is called by."""
+    stage, chain = loads.stages[index], leaders(handles, loads.stages)
+    place = len(leaders(handles[: index + 1], loads.stages[: index + 1])) - 1
+    leads, is_first, is_last = stage.member == 0, place == 0, place + 1 == len(chain)
+    following = chain[place + 1] if leads and not is_last else None
+    first = chain[0] if leads and is_last and not is_first else None
+    return Load(
+        loads.epoch,
+        loads.model.path,
+        loads.model.model_id,
+        stage.start,
+        stage.end,
+        loads.limits,
+        next_address=following.registration.address if following else None,
+        next_worker=following.name if following else None,
+        first_address=first.registration.address if first else None,
+        first_worker=first.name if first else None,
+        previous_worker=chain[place - 1].name if leads and not is_first else None,
+        last_worker=chain[-1].name if leads and is_first and not is_last else None,
+        exclusive=loads.is_exclusive,
+        weights=weights,
+        devices=stage.devices,
+        adapter_paths=loads.model.adapter_paths,
+        group=_group_order(loads, handles, index) if stage.shares else None,
+    )
+
+
+def leaders(handles: Sequence[WorkerHandle], stages: Sequence[StageInfo]) -> list[WorkerHandle]:
+    """The workers that the stages' streams begin and end at, one for each stage."""
+    return [handle for handle, stage in zip(handles, stages, strict=True) if stage.member == 0]
+
+
+def _group_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int) -> GroupOrder:
+    """The group of the worker at `index`. WorkerError for a member that accepts no links."""
+    stage = loads.stages[index]
+    begin = index - stage.member
+    held = [*zip(handles[begin : begin + len(stage.shares)], stage.shares, strict=True)]
+    for handle, _ in held:
+        if not handle.registration.link_address:
+            raise WorkerError(f"worker {handle.name} takes no part in groups: it accepts no links", worker=handle.name)
+    members = (GroupMember(handle.name, handle.registration.link_address, share) for handle, share in held)
+    return GroupOrder(loads.group_ids[begin], tuple(members), stage.member)
+
+
+def _group_id() -> bytes:
+    return token_bytes(GROUP_ID_BYTES)

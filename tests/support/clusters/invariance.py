@@ -20,6 +20,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -163,10 +164,10 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         f"wide_tiles={way.wide_tiles}",
     ]
     if way.preempted:
-        most_layers = ceil(max(b - a for a, b in pairwise(way.cut)))
+        most_heads = max(ceil(b - a) * _kv_heads(way, members, work.kv_heads) for members, (a, b) in way.held())
         tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
-        layer_bytes = work.kv_heads * way.kv_type.pair_bytes(work.head_dim)
-        overrides += [f"kv_memory={tokens * most_layers * layer_bytes}B", f"context_length={work.longest}"]
+        head_bytes = way.kv_type.pair_bytes(work.head_dim)
+        overrides += [f"kv_memory={tokens * most_heads * head_bytes}B", f"context_length={work.longest}"]
     config = load_config(None, overrides)
     directory = ClusterDir(folder / "cluster")
     directory.create()
@@ -183,6 +184,13 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         if way.preempted and not way.drafted:  # with drafts, some end before others need their memory
             assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
         return answers
+
+
+def _kv_heads(way: Way, members: Sequence[str], heads: int) -> int:
+    """Those that one of the workers has of a layer, at most."""
+    if not 1 < len(members) <= heads:
+        return heads
+    return max(end - begin for begin, end in pairwise(borders(heads, way.shares)))
 
 
 def _plan_entry(way: Way, members: Sequence[str], layers: tuple[float, float]) -> str:

@@ -311,22 +311,26 @@ class LinkEnd(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     PERMIT_FIELD_NUMBER: _builtins.int
+    LINK_ADDRESS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its name."""
     address: _builtins.str
     """gRPC target of its Stage service."""
     permit: _builtins.str
     """The coordinator's permit to measure this link; empty where members have no certificates."""
+    link_address: _builtins.str
+    """Where it accepts links of members of a group; empty: it does not."""
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         address: _builtins.str = ...,
         permit: _builtins.str = ...,
+        link_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "permit", b"permit", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "link_address", b"link_address", "permit", b"permit", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,21 +372,27 @@ class LinkProfile(_message.Message):
 
     ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
     BYTES_S_FIELD_NUMBER: _builtins.int
+    NETWORK_S_FIELD_NUMBER: _builtins.int
     round_trip_s: _builtins.float
     """Seconds of the round trip of a token's hidden state."""
     bytes_s: _builtins.float
     """Bytes per second of a stream of large messages."""
+    network_s: _builtins.float
+    """Seconds of the round trip that the network takes, without the programs at both ends; not set: not measured."""
     def __init__(
         self,
         *,
         round_trip_s: _builtins.float = ...,
         bytes_s: _builtins.float = ...,
+        network_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_network_s", b"_network_s", "network_s", b"network_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_s", b"bytes_s", "round_trip_s", b"round_trip_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_network_s", b"_network_s", "bytes_s", b"bytes_s", "network_s", b"network_s", "round_trip_s", b"round_trip_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__network_s: _TypeAlias = _typing.Literal["network_s"]  # noqa: Y015
+    _WhichOneofArgType__network_s: _TypeAlias = _typing.Literal["_network_s", b"_network_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__network_s) -> _WhichOneofReturnType__network_s | None: ...
 
 Global___LinkProfile: _TypeAlias = LinkProfile  # noqa: Y015
 

@@ -11,6 +11,7 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolErro
 from llamaclust.core.logs import last_lines
 from llamaclust.wire.control import kv_disk, logs, messages, profiles
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
+from llamaclust.wire.rpc.network_probe import network_round_trip
 from llamaclust.worker.devices.system_info import release_freed_memory, resident_bytes
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
@@ -79,7 +80,8 @@ class Requests:
     async def _profile_link(self, end: profiles.LinkEnd) -> profiles.LinkProfile:
         peer = self._session.peer(end.address, end.worker)
         try:
-            return await measure_link(peer, end.permit)
+            profile = await measure_link(peer, end.permit)
+            return replace(profile, network_s=await network_round_trip(end.link_address))
         except WorkerError as error:
             raise WorkerError(f"it cannot reach worker {end.worker} at {end.address}: {error}") from error
         finally:

@@ -39,7 +39,8 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
     """Measures the worker's link to another one. Raises the error that it met."""
     limit = deadline(f"worker {worker.name}: measuring the link to worker {other.name}", deadline_s)
-    end = profiles.LinkEnd(other.name, other.registration.address, worker.permit(other.name))
+    own = other.registration
+    end = profiles.LinkEnd(other.name, own.address, worker.permit(other.name), own.link_address)
     request = profiles.ProfileLinks((end,))
     measured: profiles.LinkProfiles = await worker.channel.request(request, limit)
     if len(measured.links) != 1:

@@ -57,6 +57,7 @@ class LinkEnd:
     worker: WorkerName
     address: Address  # of its Stage service
     permit: Permit = ""  # the coordinator's, for this link
+    link_address: Address = ""  # where it accepts links of members of a group; "": it does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class LinkProfile:
 
     round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
     bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
+    network_s: Annotated[float, Real(0.0, 86400.0)] | None = None  # of the round trip, without the programs at its ends
 
 
 @dataclass(frozen=True, slots=True)

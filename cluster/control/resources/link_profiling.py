@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.membership.registry import Registry
@@ -113,7 +113,12 @@ def stored_links(workers: Mapping[str, WorkerHandle], state_dir: Path) -> Links:
 
 
 def _read(state_dir: Path) -> dict[str, Link]:
-    return read_values(state_dir / _FILE, lambda link: Link(float(link["one_way_s"]), float(link["byte_s"])))
+    return read_values(state_dir / _FILE, _read_link)
+
+
+def _read_link(values: Mapping[str, Any]) -> Link:
+    network_s = values.get("network_s")
+    return Link(float(values["one_way_s"]), float(values["byte_s"]), None if network_s is None else float(network_s))
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
@@ -185,7 +190,8 @@ async def _measured(
 def _link(speed: LinkProfile) -> Link:
     """Without the bytes of a ping, which plans count as those of a token's hidden state."""
     byte_s = 1 / speed.bytes_s
-    return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s)
+    network_s = None if speed.network_s is None else speed.network_s / 2
+    return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)
 
 
 async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProfile:

@@ -10,14 +10,13 @@ import pytest
 from llamaclust.wire.rpc.network_probe import network_round_trip
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
 async def test_a_listener_that_accepts_nothing_is_measured(family: int, tmp_path: Path) -> None:
     with socket.socket(family) as listening:
-        listening.bind(str(tmp_path / "own") if family == socket.AF_UNIX else ("localhost", 0))
+        listening.bind(str(tmp_path / "own") if family == socket.AF_UNIX else ("127.0.0.1", 0))
         listening.listen(64)
         name = listening.getsockname()
-        host = f"[{name[0]}]" if family == socket.AF_INET6 else name[0]
-        address = f"unix:{name}" if family == socket.AF_UNIX else f"{host}:{name[1]}"
+        address = f"unix:{name}" if family == socket.AF_UNIX else f"{name[0]}:{name[1]}"
         found = await network_round_trip(address)
         assert found is not None and found > 0
 

@@ -420,6 +420,7 @@ class Link:
         expected: bytes,
         deadline_s: float,
     ) -> None: ...
+    def greet(self, greeting: bytes, expected: bytes, deadline_s: float) -> None: ...
 
 class LinkCounters:
     @property

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError
 from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
-from llamaclust.wire.control.groups import GroupMember, GroupOrder
+from llamaclust.wire.control.groups import GroupOrder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.unix_streams import PREFIX
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
+from llamaclust.worker.groups.handshakes import MOST_HANDSHAKES, Handshakes
 from llamaclust.worker.groups.listener import Hello, LinkListener
 
 OPEN_S = 30.0
@@ -22,6 +25,9 @@ _CONNECT_S = 4.0
 """The deadline of each address: a host may have one that never answers beside one that does."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
+
+
+_Result = TypeVar("_Result")
 
 
 class MemberLostError(LlamaclustError):
@@ -40,7 +46,7 @@ class GroupLinks:
             raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
         self._failures: dict[int, str] = {}  # the last one of each place
         self._linked: set[int] = set()
-        self._threads = ThreadPoolExecutor(len(order.members), "links")  # no other work delays a handshake
+        self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
 
     async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
         """MemberLostError where a member is not there in time. Once only."""
@@ -80,43 +86,56 @@ class GroupLinks:
     async def _connect(self, place: int) -> Link:
         """Tries again until the member is there: it may not know of the group yet."""
         loop = asyncio.get_running_loop()
+        own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
             try:
                 with await self._connection_to(self._order.members[place].address) as connection:
-                    await loop.sock_sendall(connection, self._hello(self._order.member, place))
-                    return await self._greeted(connection, place, accepts=False)
+                    await loop.sock_sendall(connection, own)
+                    return await self._shaken(connection, place, own, theirs)
             except (OSError, DeadlineError) as error:
                 self._failures[place] = str(error)
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        with self._listener.expecting(self._hello(place, self._order.member)) as candidates:
-            while True:
-                with await candidates.get() as connection:
-                    try:
-                        return await self._greeted(connection, place, accepts=True)
-                    except LinkError as error:
-                        self._failures[place] = str(error)
-                        self._listener.refusals.tell(f"a connection to {self._listener.address}: {error}")
+        """Only the connection that is chosen hears the hello of this side, so that the member tries again otherwise."""
+        own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
-    async def _greeted(self, connection: socket.socket, place: int, *, accepts: bool) -> Link:
-        """Each side says its hello once more, now under TLS."""
-        member, own = self._order.members[place], self._order.member
-        tls, hellos = self._tls(member, accepts), (self._hello(own, place), self._hello(place, own))
+        def failed(error: LinkError) -> None:
+            self._failures[place] = str(error)
+            self._listener.refusals.tell(f"a connection to {self._listener.address}: {error}")
+
+        prove = partial(self._shaken, place=place, says=b"", hears=theirs)
+        with Handshakes(prove, failed) as handshakes, self._listener.expecting(theirs, handshakes.take):
+            while True:
+                link = await handshakes.proven()
+                try:
+                    await self._in_thread(partial(link.greet, own, b"", _HANDSHAKE_S))
+                except LinkError as error:
+                    failed(error)
+                else:
+                    return link
+
+    async def _shaken(self, connection: socket.socket, place: int, says: bytes, hears: bytes) -> Link:
+        """The link, after the handshake and what each side says then, under TLS."""
+        worker = self._order.members[place].worker
+        tls = self._tls(worker, accepts=place > self._order.member)
 
         def opened() -> Link:  # which closes the connection in the end, and not before it has begun
-            return Link(connection.detach(), f"worker {member.worker}", tls, *hellos, _HANDSHAKE_S)
+            return Link(connection.detach(), f"worker {worker}", tls, says, hears, _HANDSHAKE_S)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, opened)
+        return await self._in_thread(opened)
+
+    async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _hello(self, sender: int, receiver: int) -> bytes:
         return Hello(self._order.group_id, sender, receiver).encode()
 
-    def _tls(self, member: GroupMember, accepts: bool) -> TlsSettings | None:
+    def _tls(self, worker: str, accepts: bool) -> TlsSettings | None:
         own = self._credentials
         if not isinstance(own, Identity):
             return None
-        host = Principal(member.worker).host(own.cluster)
+        host = Principal(worker).host(own.cluster)
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
@@ -126,7 +145,7 @@ class GroupLinks:
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)
         find = partial(socket.getaddrinfo, *split_address(address), type=socket.SOCK_STREAM)
-        *others, last = await asyncio.get_running_loop().run_in_executor(self._threads, find)
+        *others, last = await self._in_thread(find)
         for family, _, _, _, place in others:
             with suppress(OSError, DeadlineError):
                 return await _connected(family, place, str(place[0]))

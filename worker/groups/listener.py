@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.rpc.unix_streams import PREFIX
+from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +29,7 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup1"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Connections that have not said their hello; of more, the oldest is closed."""
-_MOST_CANDIDATES = 4
-"""Connections that wait for a handshake with the same place."""
+"""Connections that have not said their hello; of more, the oldest of the host with the most is closed."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
 """Of the path of a Unix socket, behind that for stages."""
@@ -63,7 +62,8 @@ def link_address(stages: str, port: int | None) -> str:
     return joined_address(host, port)
 
 
-Candidates = asyncio.Queue[socket.socket]
+Take = Callable[[socket.socket], None]
+"""Gets a connection whose hello was expected. OSError where it cannot be taken."""
 
 
 class LinkListener:
@@ -71,12 +71,13 @@ class LinkListener:
 
     def __init__(self) -> None:
         self.address = ""  # where it listens; "": it does not
-        self.refusals = RefusalLog(_log)
+        self.refusals = RefusalLog(_log)  # of who knows a hello
+        self._strangers = RefusalLog(_log, apart_s=1.0)
         self._requested = ""
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._silent: dict[asyncio.Task[None], None] = {}  # the oldest first
-        self._expected: dict[bytes, Candidates] = {}
+        self._silent: dict[asyncio.Task[None], str] = {}  # hosts; the oldest first
+        self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str) -> None:
         """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else any more. OSError
@@ -106,16 +107,13 @@ class LinkListener:
         self.address, self._listening, self._accepting = "", None, None
 
     @contextmanager
-    def expecting(self, hello: bytes) -> Iterator[Candidates]:
-        """Connections that begin with this hello, as long as the context lasts."""
-        candidates: Candidates = asyncio.Queue(_MOST_CANDIDATES)
-        self._expected[hello] = candidates
+    def expecting(self, hello: bytes, take: Take) -> Iterator[None]:
+        """`take` gets connections that begin with this hello, as long as the context lasts."""
+        self._expected[hello] = take
         try:
-            yield candidates
+            yield
         finally:
             del self._expected[hello]
-            while not candidates.empty():
-                candidates.get_nowait().close()
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -126,25 +124,37 @@ class LinkListener:
                 self.refusals.tell(f"a connection to {self.address}: {error.strerror}")
                 await asyncio.sleep(_RETRY_S)
                 continue
-            if len(self._silent) >= _MOST_SILENT:
-                oldest = next(iter(self._silent))
-                oldest.cancel()
-                await asyncio.wait([oldest])
-            task = asyncio.create_task(self._receive(connection))
-            self._silent[task] = None
-            task.add_done_callback(self._silent.pop)
-            await asyncio.sleep(0)  # it begins: accepting alone would give others no turn
+            await self._receive(connection)
 
     async def _receive(self, connection: socket.socket) -> None:
+        """Begins to wait for its hello, and returns."""
+        try:
+            host = caller_of(connection)
+        except OSError:  # it has gone
+            connection.close()
+            return
+        if len(self._silent) >= _MOST_SILENT:
+            oldest, *_ = of_the_most(self._silent)
+            oldest.cancel()
+            await asyncio.wait([oldest])
+            self._strangers.tell(f"a connection from {host} to {self.address}: too many have said no hello")
+        task = asyncio.create_task(self._hand_on(connection, host))
+        self._silent[task] = host
+        task.add_done_callback(self._silent.pop)
+        await asyncio.sleep(0)  # it begins: accepting alone would give others no turn
+
+    async def _hand_on(self, connection: socket.socket, host: str) -> None:
         is_taken = False
         try:
             connection.setblocking(False)
-            candidates = self._expected.get(await _first_bytes(connection))
-            if candidates is not None:
-                candidates.put_nowait(connection)
+            hello = await _first_bytes(connection)
+            if (take := self._expected.get(hello)) is not None:
+                take(connection)
                 is_taken = True
-        except (DeadlineError, OSError, asyncio.QueueFull) as error:
-            _log.debug("a connection to %s: %s", self.address, error)
+            elif hello and not hello.startswith(_VERSION):  # else a probe, or of a group that is not known yet
+                self._strangers.tell(f"a connection from {host} to {self.address}: no hello of a member")
+        except (DeadlineError, OSError) as error:
+            self._strangers.tell(f"a connection from {host} to {self.address}: {error}")
         finally:
             if not is_taken:
                 connection.close()

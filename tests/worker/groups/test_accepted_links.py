@@ -18,7 +18,6 @@ from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.core.addresses import split_address
-from llamaclust.kernels._native import tls_library
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
@@ -32,16 +31,11 @@ from llamaclust.worker.static import run_static_worker
 from llamaclust.worker.worker import Worker
 from support.clusters.members import registry
 from support.clusters.served import until
-from support.wire.trust import A, authority
+from support.wire.group_links import needs_tls
+from support.wire.trust import A
 
 SETTINGS = WorkerSettings(name="a", static=True, threads=1)
 HERE = "127.0.0.1:0"
-needs_tls = pytest.mark.skipif(not tls_library(), reason="built without OpenSSL")
-
-
-@pytest.fixture
-def trust(tmp_path: Path) -> Authority:
-    return authority(tmp_path)
 
 
 @pytest.mark.parametrize(

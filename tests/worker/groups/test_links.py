@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,89 +17,27 @@ import pytest
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.addresses import split_address
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import GROUP_ID_BYTES
-from llamaclust.kernels._native import Link, LinkError, Links, TlsSettings, tls_library
+from llamaclust.kernels._native import tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
-from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
+from llamaclust.wire.security.credentials import Credentials, Insecure, Principal
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups import links as group_links
 from llamaclust.worker.groups.links import GroupLinks, MemberLostError
-from llamaclust.worker.groups.listener import Hello, LinkListener
+from llamaclust.worker.groups.listener import LinkListener
 from support.clusters.served import until
-from support.seed import SEED
-from support.wire.trust import authority, expired, refusals, with_pair
-
-NAMES = "a", "b", "c"
-GROUP = bytes(range(GROUP_ID_BYTES))
-GATHER_S = 20.0
-SOON_S = 1.0
-needs_tls = pytest.mark.skipif(not tls_library(), reason="built without OpenSSL")
-
-Given = Callable[[str], Credentials]
-
-
-@pytest.fixture
-def trust(tmp_path: Path) -> Authority:
-    return authority(tmp_path)
-
-
-async def listening(address: str) -> LinkListener:
-    listener = LinkListener()
-    await listener.listen(address)
-    return listener
-
-
-@asynccontextmanager
-async def listeners(count: int, folder: Path | None = None) -> AsyncIterator[list[LinkListener]]:
-    addresses = ["127.0.0.1:0" if folder is None else f"unix:{folder}/{number}" for number in range(count)]
-    started = [await listening(address) for address in addresses]
-    try:
-        yield started
-    finally:
-        for listener in started:
-            await listener.stop()
-
-
-def open_files() -> int:
-    gc.collect()  # sockets of tests that have ended
-    return len([*Path("/proc/self/fd").iterdir()])
-
-
-def order_of(started: list[LinkListener], own: int = 0) -> GroupOrder:
-    members = (GroupMember(name, each.address) for name, each in zip(NAMES, started, strict=False))
-    return GroupOrder(GROUP, tuple(members), own)
-
-
-async def opened(started: list[LinkListener], given: Given, seconds: float = GATHER_S) -> list[Links]:
-    order = order_of(started)
-    return await asyncio.gather(
-        *(
-            GroupLinks(replace(order, member=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
-            for own, listener in enumerate(started)
-        )
-    )
-
-
-async def assert_gathers(members: list[Links]) -> None:
-    """Any bits arrive, in rows that are larger than a record of TLS, and than the system's buffers."""
-    print(f"seed {SEED}")
-    made = np.random.default_rng(SEED)
-    for step, columns in enumerate((3, 5000, 1 << 20)):
-        parts = [made.integers(0, 2**32, (1, columns), np.uint32).view(np.float32) for _ in members]
-        borders = [columns * place for place in range(len(members) + 1)]
-
-        def gather(member: int) -> bytes:
-            whole = np.zeros((1, borders[-1]), np.float32)  # noqa: B023
-            members[member].begin(7, step)  # noqa: B023
-            members[member].gather(0, parts[member], whole, borders)  # noqa: B023
-            return whole.tobytes()
-
-        found = await asyncio.gather(*(asyncio.to_thread(gather, member) for member in range(len(members))))
-        assert found == [np.concatenate(parts, axis=1).tobytes()] * len(members)
-
-
-def identities(trust: Authority) -> Given:
-    return lambda name: trust.identity(Principal(name))
+from support.wire.group_links import (
+    GATHER_S,
+    GROUP,
+    NAMES,
+    assert_gathers,
+    identities,
+    listeners,
+    listening,
+    needs_tls,
+    open_files,
+    opened,
+    order_of,
+)
 
 
 @needs_tls
@@ -206,138 +142,6 @@ async def test_threads_of_other_work_delay_no_link(trust: Authority) -> None:
             ends.set()
         await waiting
     assert len(members) == 2
-
-
-# -- somebody else at a place of the group ---------------------------------------------------------------------------
-
-
-def _foreign(trust: Authority, folder: Path, name: str) -> Identity:
-    other = authority(folder, "other").identity(Principal(name))
-    return with_pair(trust.identity(Principal(name)), other.pair)
-
-
-IMPOSTORS: dict[str, Callable[[Authority, Path, str], Credentials]] = {
-    "another worker's certificate": lambda trust, folder, name: trust.identity(Principal("z")),
-    "the coordinator's certificate": lambda trust, folder, name: trust.identity(Principal(None)),
-    "an expired certificate": lambda trust, folder, name: expired(trust, Principal(name)),
-    "a certificate of another authority": _foreign,
-    "no TLS": lambda trust, folder, name: Insecure(),
-}
-
-
-@needs_tls
-@pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.parametrize("who", IMPOSTORS)
-async def test_impostors_get_no_link(
-    who: str, at: int, trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One at the first place accepts, one at the second place connects."""
-    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 2)
-
-    def given(name: str) -> Credentials:
-        return IMPOSTORS[who](trust, tmp_path, name) if name == NAMES[at] else trust.identity(Principal(name))
-
-    async with listeners(2) as started:
-        order = order_of(started)
-        members = [GroupLinks(replace(order, member=own), given(NAMES[own]), started[own]) for own in range(2)]
-        tried = [asyncio.create_task(member.open(GATHER_S, GATHER_S)) for member in members]
-        failures = members[1 - at]._failures
-        await until(lambda: at in failures)
-        assert failures[at].startswith(f"worker {NAMES[at]}: ") and not tried[1 - at].done()
-        for task in tried:
-            task.cancel()
-        await asyncio.wait(tried)
-
-
-@needs_tls
-async def test_the_true_member_gets_its_link_after_others_have_tried(
-    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Silent connections, wrong hellos, half-open handshakes, a recorded beginning and impostors are no obstacle."""
-    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 4)
-    hello = Hello(GROUP, 1, 0).encode()
-    async with listeners(2) as started:
-        order = order_of(started)
-        first = asyncio.create_task(
-            GroupLinks(order, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
-        )
-        host, _, port = started[0].address.rpartition(":")
-        sent = [
-            b"",
-            hello[:5],
-            b"GET / HTTP/1.1\r\n\r\n" * 9,
-            Hello(GROUP, 1, 2).encode(),
-            Hello(bytes(16), 1, 0).encode(),
-        ]
-        others = []
-        for data in (*sent, *[b""] * 80, hello, hello + b"\x16\x03\x01", hello * 2):
-            others.append(socket.create_connection((host, int(port))))
-            others[-1].sendall(data)
-            await asyncio.sleep(0)
-        impostor = GroupLinks(replace(order, member=1), trust.identity(Principal("z")), started[1])
-        with pytest.raises(MemberLostError, match="a link to worker a"):
-            await impostor.open(GATHER_S, SOON_S)
-        true = GroupLinks(replace(order, member=1), trust.identity(Principal("b")), started[1])
-        await assert_gathers([*await asyncio.gather(first, true.open(GATHER_S))])
-        for other in others:
-            other.close()
-    told = refusals(caplog.records)
-    assert any("host" in text.lower() or "certificate" in text.lower() for text in told), told
-
-
-@needs_tls
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\x80" * 4096])
-def test_the_reason_of_tls_is_told_where_the_peer_has_gone(sent: bytes, trust: Authority) -> None:
-    """It has closed the connection by then, so that no alert can be sent."""
-    own = trust.identity(Principal("a"))
-    host = Principal("b").host(own.cluster)
-    tls = TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, True)
-    ours, theirs = socket.socketpair()
-    theirs.sendall(sent)
-    theirs.close()
-    with pytest.raises(LinkError, match="worker b: TLS: "):
-        Link(ours.detach(), "worker b", tls, b"hello", b"hello", SOON_S)
-
-
-@needs_tls
-async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
-    """Another one sends the same bytes again as a member: its hello is taken, its handshake is not."""
-    async with listeners(2) as started:
-        order, recorded = order_of(started), bytearray()
-        relay = await asyncio.start_server(_relay(started[0].address, recorded), "127.0.0.1", 0)
-        port = relay.sockets[0].getsockname()[1]
-        through = replace(order, member=1, members=(GroupMember("a", f"127.0.0.1:{port}"), order.members[1]))
-        a, b = trust.identity(Principal("a")), trust.identity(Principal("b"))
-        true = await asyncio.gather(
-            GroupLinks(order, a, started[0]).open(GATHER_S), GroupLinks(through, b, started[1]).open(GATHER_S)
-        )
-        await assert_gathers([*true])
-        relay.close()
-        again = asyncio.create_task(GroupLinks(order, a, started[0]).open(GATHER_S, SOON_S))
-        host, _, at = started[0].address.rpartition(":")
-        _, writer = await asyncio.open_connection(host, int(at))
-        writer.write(bytes(recorded))
-        with pytest.raises(MemberLostError, match=r"a link to worker b .*; last: worker b: TLS: "):
-            await again
-        writer.close()
-
-
-def _relay(
-    address: str, recorded: bytearray
-) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], asyncio.Future[None]]:
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeps: bool) -> None:
-        while data := await reader.read(1 << 16):
-            recorded.extend(data if keeps else b"")
-            writer.write(data)
-            await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, _, port = address.rpartition(":")
-        there, back = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(copy(reader, back, True), copy(there, writer, False), return_exceptions=True)
-
-    return serve  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 400])

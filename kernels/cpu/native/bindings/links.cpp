@@ -78,7 +78,15 @@ void bind_links(nb::module_& module) {
              const nb::bytes& greeting, const nb::bytes& expected, double deadline_s) {
             new (self) Link(open_link(descriptor, peer, tls, greeting, expected, deadline_s));
           },
-          "descriptor"_a, "peer"_a, "tls"_a.none(), "greeting"_a, "expected"_a, "deadline_s"_a);
+          "descriptor"_a, "peer"_a, "tls"_a.none(), "greeting"_a, "expected"_a, "deadline_s"_a)
+      .def(
+          "greet",
+          [](Link& self, const nb::bytes& greeting, const nb::bytes& expected, double deadline_s) {
+            const std::string own = text_of(greeting), theirs = text_of(expected);
+            const nb::gil_scoped_release unlocked;
+            self.greet(span_of(own), span_of(theirs), now_ns() + static_cast<int64_t>(deadline_s * 1e9));
+          },
+          "greeting"_a, "expected"_a, "deadline_s"_a);
   nb::class_<LinkCounters>(module, "LinkCounters")
       .def_ro("gathers", &LinkCounters::gathers)
       .def_ro("sent_bytes", &LinkCounters::sent_bytes)

@@ -48,6 +48,9 @@ class Link {
   Link(std::string peer, std::unique_ptr<Channel> channel, std::span<const uint8_t> greeting,
        std::span<const uint8_t> expected, int64_t until_ns);
 
+  // Sends one and waits for the other one, either of which may be empty. LinkError as in the constructor.
+  void greet(std::span<const uint8_t> greeting, std::span<const uint8_t> expected, int64_t until_ns);
+
   // The peer's, for errors.
   void set_place(int place) { place_ = place; }
 
@@ -87,7 +90,6 @@ class Link {
   bool flush();
   size_t read(std::span<uint8_t> room);
   void check_header() const;
-  void greet(std::span<const uint8_t> greeting, std::span<const uint8_t> expected, int64_t until_ns);
 
   const std::string peer_;
   int place_ = -1;

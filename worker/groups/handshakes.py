@@ -1,0 +1,78 @@
+"""Handshakes with all connections that claim to be one member, side by side: none keeps the true one waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
+
+from llamaclust.kernels._native import Link, LinkError
+from llamaclust.worker.groups.callers import caller_of, of_the_most
+
+MOST_HANDSHAKES = 8
+"""With one place of a group. Each has a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A connection that is in its handshake."""
+
+    host: str
+    connection: socket.socket  # a copy, for the descriptor is the handshake's
+
+    def end(self) -> None:
+        """The handshake fails at once."""
+        with suppress(OSError):  # the other end was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+
+class Handshakes:
+    """Connections are taken as long as the context lasts; those that still claim to be the member end with it."""
+
+    def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
+        """`prove`: a handshake, up to the proof that the other end is the member. It closes its connection."""
+        self._prove, self._failed = prove, failed
+        self._claims: dict[asyncio.Task[Link], _Claim] = {}
+        self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
+
+    def take(self, connection: socket.socket) -> None:
+        """Begins a handshake. Where there are too many, one of the host with the most gives way: whoever keeps
+        connecting ends their own. It is chosen by lot, for the oldest might always be the member's. OSError without a
+        descriptor."""
+        claim = _Claim(caller_of(connection), connection.dup())
+        if len(self._claims) >= MOST_HANDSHAKES:
+            crowd = of_the_most({task: each.host for task, each in self._claims.items()})
+            self._claims.pop(secrets.choice(crowd)).end()
+        task = asyncio.ensure_future(self._prove(connection))
+        self._claims[task] = claim
+        task.add_done_callback(self._ended)
+
+    async def proven(self) -> Link:
+        """The member's newest connection that has proven it, and waits to be told so: it gave older ones up."""
+        return await self._proven.get()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._claims:
+            self._claims.popitem()[1].end()
+
+    def _ended(self, task: asyncio.Task[Link]) -> None:
+        claim = self._claims.pop(task, None)
+        if claim is not None:
+            claim.connection.close()
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None and claim is not None:
+            self._proven.put_nowait(task.result())
+        elif isinstance(error, LinkError):
+            self._failed(error)
+        elif error is not None:
+            raise error

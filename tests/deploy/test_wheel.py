@@ -12,12 +12,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from scikit_build_core.build import prepare_metadata_for_build_wheel
 
 from llamaclust.cluster.config.environment import environment
 from support.paths import ROOT
 
 TOOLS = ("bash", "basename", "dirname", "false", "ln", "mkdir", "mktemp", "realpath", "rm", "stat")
 LARGEST_BYTES = 8 << 20
+LICENSES = ["LICENSE", "LICENSE.OpenSSL"]
 DEADLINE_S = 180.0  # for a busy machine: deploy/wheel_test.sh prints what it took
 
 
@@ -45,6 +47,27 @@ def test_it_holds_one_compiled_module_and_what_gpus_compile(wheel: Path) -> None
     suffixes = {name.suffix for name in names}
     assert ".cu" in suffixes and ".h" in suffixes and ".cpp" not in suffixes
     assert {name.parts[0] for name in names if ".dist-info" not in name.parts[0]} == {"llamaclust"}
+
+
+def test_it_has_the_licenses_of_what_it_contains(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        found = {
+            name.partition("/licenses/")[2]: archive.read(name) for name in archive.namelist() if "/licenses/" in name
+        }
+    assert found == {name: (ROOT / name).read_bytes() for name in LICENSES}
+
+
+def test_the_build_takes_the_licenses_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first step, which compiles nothing."""
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / prepare_metadata_for_build_wheel(str(tmp_path))
+    told = [
+        line.partition(": ")[2] for line in (folder / "METADATA").read_text().splitlines() if "License-File" in line
+    ]
+    assert told == LICENSES
+    texts = [(folder / "licenses" / name).read_text() for name in LICENSES]
+    assert "MIT License" in texts[0] and "OpenSSL" in texts[1] and "Apache License" in texts[1]
+    assert "9. Accepting Warranty or Additional Liability" in texts[1]
 
 
 def path_without_compilers(folder: Path) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from support.kubernetes.charts import MATRIX, RELEASE, Manifest, containers, one, pod_templates, render
 
 
@@ -24,6 +26,29 @@ def test_the_api_is_open_to_the_namespace() -> None:
     team = {"namespaceSelector": {"matchLabels": {"team": "chat"}}}
     own, other = clients({"networkPolicy": {"apiFrom": [team]}})
     assert other == team and own["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+
+
+@pytest.mark.parametrize("ports", [(7102, 8102), (7200, 9000), (65535, 7102)])
+def test_links_are_between_workers_alone(ports: tuple[int, int]) -> None:
+    """The coordinator reaches the port for stages only; each pod listens on both, by its options."""
+    stages, links = ports
+    values = {"workers": {"port": stages, "linkPort": links}, "networkPolicy": {"restrictEgress": True}}
+    callers = {
+        rule["ports"][0]["port"]: [
+            peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"]
+        ]
+        for rule in policies(values)["worker"]["ingress"]
+    }
+    assert callers == {stages: ["coordinator", "worker"], links: ["worker"]}
+    called = {
+        name: [port["port"] for rule in spec["egress"] for port in rule.get("ports", ())]
+        for name, spec in policies(values).items()
+    }
+    assert links in called["worker"] and links not in called["coordinator"]
+    (pod,) = (pod for pod in pod_templates(render(values)) if "-worker" in pod.owner)
+    (container,) = (each for each in containers(pod.spec) if each["name"] == "worker")
+    assert [port["containerPort"] for port in container["ports"]] == [stages, links]
+    assert f"--link-port={links}" in container["args"]
 
 
 def downloads(values: Mapping[str, Any]) -> dict[str, Any]:

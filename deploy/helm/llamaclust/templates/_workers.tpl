@@ -17,6 +17,7 @@
 - --token-file=/run/llamaclust/token
 - --name=$(POD_NAME)
 - --listen={{ include "llamaclust.podAddress" . }}:{{ .Values.workers.port }}
+- --link-port={{ .Values.workers.linkPort }}
 - --threads={{ .Values.workers.threads | default "$(CORES)" }}
 {{- with .Values.workers.memory }}
 - --memory={{ . }}

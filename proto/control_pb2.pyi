@@ -695,6 +695,7 @@ class StageProgress(_message.Message):
     RECEIVED_FIELD_NUMBER: _builtins.int
     AWAITS_TOKENS_FIELD_NUMBER: _builtins.int
     SENT_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the stage."""
     received: _builtins.int
@@ -703,6 +704,10 @@ class StageProgress(_message.Message):
     """Whether the last of these waits for sampled tokens, which the last stage sends."""
     sent: _builtins.int
     """Microbatches whose answers it has sent, at least in part."""
+    @_builtins.property
+    def group(self) -> Global___GroupCounters:
+        """Absent: the worker holds the stage alone, or its links are not open."""
+
     def __init__(
         self,
         *,
@@ -710,14 +715,60 @@ class StageProgress(_message.Message):
         received: _builtins.int = ...,
         awaits_tokens: _builtins.bool = ...,
         sent: _builtins.int = ...,
+        group: Global___GroupCounters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_tokens", b"awaits_tokens", "epoch", b"epoch", "received", b"received", "sent", b"sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_tokens", b"awaits_tokens", "epoch", b"epoch", "group", b"group", "received", b"received", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageProgress: _TypeAlias = StageProgress  # noqa: Y015
+
+@_typing.final
+class GroupCounters(_message.Message):
+    """What a member of a group has done over its links in an epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATHERS_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    WAITED_FOR_S_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    ONE_ROW_STEPS_FIELD_NUMBER: _builtins.int
+    ONE_ROW_WAITED_S_FIELD_NUMBER: _builtins.int
+    gathers: _builtins.int
+    waited_s: _builtins.float
+    """That gathers have waited for the rows of others."""
+    sent_bytes: _builtins.int
+    """Between the members, with headers."""
+    received_bytes: _builtins.int
+    one_row_steps: _builtins.int
+    """Microbatches of one row, and what their gathers have waited."""
+    one_row_waited_s: _builtins.float
+    @_builtins.property
+    def waited_for_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The same by member: a wait counts for the one that was ready last."""
+
+    def __init__(
+        self,
+        *,
+        gathers: _builtins.int = ...,
+        waited_s: _builtins.float = ...,
+        waited_for_s: _abc.Iterable[_builtins.float] | None = ...,
+        sent_bytes: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        one_row_steps: _builtins.int = ...,
+        one_row_waited_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gathers", b"gathers", "one_row_steps", b"one_row_steps", "one_row_waited_s", b"one_row_waited_s", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "waited_for_s", b"waited_for_s", "waited_s", b"waited_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupCounters: _TypeAlias = GroupCounters  # noqa: Y015
 
 @_typing.final
 class Shutdown(_message.Message):

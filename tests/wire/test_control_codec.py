@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
-from llamaclust.core.limits import KV_TYPES, StageLimits
+from llamaclust.core.limits import KV_TYPES, MAX_GROUP_MEMBERS, StageLimits
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.kv_type import KvType
 from llamaclust.proto import control_pb2, loading_pb2
@@ -22,6 +22,7 @@ from llamaclust.wire.control.codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
+from llamaclust.wire.control.groups import GroupCounters
 from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -31,6 +32,7 @@ from llamaclust.wire.control.messages import (
     Load,
     LoadProgress,
     RequestFailed,
+    StageProgress,
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import WorkerProfile
@@ -90,6 +92,10 @@ def measured(
     return WorkerProfile(Profile(DeviceProfile(read_bytes_s, int8_macs_s, times), gpus))
 
 
+def counted(group: GroupCounters) -> Heartbeat:
+    return Heartbeat(0.5, 0, 0, 0, 0, stages=(StageProgress(1, 1, group=group),))
+
+
 def test_numbers_that_are_none_are_refused() -> None:
     for message in (
         measured(math.nan, 1.0),
@@ -105,6 +111,10 @@ def test_numbers_that_are_none_are_refused() -> None:
         measured(gpus=(DeviceProfile(1e12, 1e12, products=(ProductTime(8, 1, -1.0),)),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
+        counted(GroupCounters(waited_s=math.nan)),
+        counted(GroupCounters(waited_for_s=(1.0, -1.0))),
+        counted(GroupCounters(waited_for_s=(0.0,) * (MAX_GROUP_MEMBERS + 1))),
+        counted(GroupCounters(one_row_waited_s=math.inf)),
         replace(REGISTER, total_memory_bytes=1 << 62),
         replace(REGISTER, free_memory_bytes=1 << 62),
         replace(REGISTER, machine_free_bytes=1 << 62),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from llamaclust.core.bounds import UINT64, Address, Choice, Integer, Reason, Size, WorkerName, bounded
+from llamaclust.core.bounds import UINT64, Address, Choice, Integer, Real, Reason, Size, WorkerName, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import GROUP_ID_BYTES, MAX_GROUP_MEMBERS, MAX_SHARE
 
@@ -37,6 +37,23 @@ class GroupOrder:
         names = [member.worker for member in self.members]
         if len({*names}) < len(names):
             raise ProtocolError(f"a group of {', '.join(names)}, in which a worker is twice")
+
+
+_Seconds = Annotated[float, Real(0.0, 1e9)]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCounters:
+    """What a member of a group has done over its links in an epoch."""
+
+    gathers: int = 0
+    waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
+    waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
+    """The same by member: a wait counts for the one that was ready last."""
+    sent_bytes: int = 0  # between the members, with headers
+    received_bytes: int = 0
+    one_row_steps: int = 0  # microbatches of one row
+    one_row_waited_s: _Seconds = 0.0  # of the waits, those of these
 
 
 FAULTS = ("late", "closed", "wrong", "failed")

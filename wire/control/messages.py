@@ -32,7 +32,7 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.wire.codec import PROTOCOL_VERSION
-from llamaclust.wire.control.groups import GroupFault, GroupOrder
+from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.profiles import (
@@ -280,6 +280,7 @@ class StageProgress:
     received: int  # microbatches
     sent: int = 0  # of these, their answers, at least in part
     awaits_tokens: bool = False  # the last of these waits for sampled tokens, which the last stage sends
+    group: GroupCounters | None = None  # None: the worker holds the stage alone, or its links are not open
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class FollowingStage:
 
     @property
     def progress(self) -> StageProgress:
-        return StageProgress(self.epoch, self._steps, self._steps)
+        return StageProgress(self.epoch, self._steps, self._steps, group=self._member_links.counters)
 
     def _start(self, links: Links) -> None:
         self._ended = self._loop.create_future()
@@ -78,7 +78,8 @@ class FollowingStage:
         self._counters.received_bytes += len(data)
         begun_ns = perf_counter_ns()
         try:
-            arrival.run(self.runner, tokens)
+            with self._member_links.step(arrival.rows):
+                arrival.run(self.runner, tokens)
         except WorkerError as error:  # the leader has it too, and answers that the microbatch failed
             _log.error("microbatch %d: %s", arrival.number, error)
         self._counters.busy_ns += perf_counter_ns() - begun_ns

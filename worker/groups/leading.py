@@ -3,7 +3,8 @@ portion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from llamaclust.kernels._native import Gatherer, Links
 from llamaclust.wire.microbatch.messages import SampledTokens
@@ -17,6 +18,7 @@ class Leader:
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
         """`gather_by` gives its own stage the links."""
         self._epoch = epoch
+        self._member_links = links
         self._gather_by = gather_by
         self._steps = 0
         self._links: Links | None = None
@@ -26,9 +28,12 @@ class Leader:
         self._gather_by(links)
         self._links = links
 
-    def announce(self, frame: bytes, followed: Sequence[SampledTokens]) -> None:
-        """Sends a microbatch as it came, and the tokens that it follows, to all other members. LinkError where one does
-        not take it."""
+    @contextmanager
+    def step(self, frame: bytes, followed: Sequence[SampledTokens], rows: int) -> Iterator[None]:
+        """Sends a microbatch as it came, and the tokens that it follows, to all other members; what the context then
+        computes is its step, of so many rows. LinkError where a member does not take it."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed))
         self._steps += 1
+        with self._member_links.step(rows):
+            yield

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.kernels._native import LinkError, Links
-from llamaclust.wire.control.groups import GroupFault, GroupOrder
+from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.links import GroupLinks
 
@@ -27,6 +28,7 @@ class MemberLinks:
         self._links: Links | None = None
         self._is_closed = False
         self._opening: asyncio.Task[None] | None = None
+        self._one_row = 0, 0.0  # steps, and what their gathers have waited
 
     def open(self, on_open: Callable[[Links], None]) -> None:
         """Begins to open them. `on_open` is called on the event loop."""
@@ -48,6 +50,28 @@ class MemberLinks:
         except DeadlineError as late:
             worker, reason = self._group.missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
+
+    @property
+    def counters(self) -> GroupCounters | None:
+        """None before the links are open."""
+        if self._links is None:
+            return None
+        links = self._links.counters()
+        waited_for_s = tuple(links.waited_for_s)
+        return GroupCounters(
+            links.gathers, links.waited_s, waited_for_s, links.sent_bytes, links.received_bytes, *self._one_row
+        )
+
+    @contextmanager
+    def step(self, rows: int) -> Iterator[None]:
+        """A step that computes so many rows: the waits of single rows, as of tokens that are generated, are counted
+        apart. Used by one thread at a time."""
+        assert self._links is not None, "no step begins before the links are open"
+        begun_s = self._links.counters().waited_s
+        yield
+        if rows == 1:
+            steps, waited_s = self._one_row
+            self._one_row = steps + 1, waited_s + self._links.counters().waited_s - begun_s
 
     def close(self) -> None:
         """Ends a gather that is under way on another thread."""

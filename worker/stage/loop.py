@@ -230,10 +230,11 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        if self._leader is not None:
-            numbers = arrival.depends_on if self.runner.program.is_first else []
-            self._leader.announce(arrival.data, self._tokens.all_of(numbers))
-        return arrival.run(self.runner, self._tokens)
+        if self._leader is None:
+            return arrival.run(self.runner, self._tokens)
+        followed = self._tokens.all_of(arrival.depends_on if self.runner.program.is_first else [])
+        with self._leader.step(arrival.data, followed, arrival.rows):
+            return arrival.run(self.runner, self._tokens)
 
     def _finish(self, arrival: Arrival, logits: Logits, received: StepInputs) -> Outputs | NativeOutputs:
         runner = self.runner

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -108,7 +108,7 @@ class StageStreams:
 
     @property
     def progress(self) -> StageProgress:
-        return self._loop.progress
+        return replace(self._loop.progress, group=None if self._links is None else self._links.counters)
 
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.profile import DeviceProfile, Limits, ProductTime, Profile, StepTime
+from llamaclust.wire.control.groups import GroupCounters
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.messages import (
@@ -100,6 +101,10 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40, gpu_free_bytes=(7, 0)),
     Heartbeat(0.5, 10, 20, 30, 40, computing_s=2.5),
     Heartbeat(0.5, 10, 20, 30, 40, stages=(StageProgress(3, 7, 6), StageProgress(4, 8, awaits_tokens=True))),
+    Heartbeat(
+        0.5, 10, 20, 30, 40, stages=(StageProgress(3, 7, 6, group=GroupCounters(9, 0.5, (0.0, 0.5), 7, 8, 2, 0.25)),)
+    ),
+    Heartbeat(0.5, 10, 20, 30, 40, stages=(StageProgress(3, 7, 6, group=GroupCounters()),)),
     Heartbeat(0.5, 10, 20, 30, 40, experts_cache_hits=7, experts_cache_misses=8, experts_cache_copied_bytes=9),
     Heartbeat(0.5, 10, 20, 30, 40, experts_cache_used_bytes=7),
     Heartbeat(0.5, 10, 20, 30, 40, kv_disk_written_bytes=7, kv_disk_read_bytes=8, kv_disk_used_bytes=9),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -160,7 +160,8 @@ def _view(state: State) -> Group:
     if state["state"] == _STARTING:
         return Group(Text(_starting_line(state)))
     workers = state["workers"]
-    lines = (*_quarantine_lines(workers), *gpu_lines(workers), *_kv_disk_lines(workers))
+    groups = state.get("groups", ())  # coordinators of before have none
+    lines = (*_quarantine_lines(workers), *group_lines(groups), *gpu_lines(workers), *_kv_disk_lines(workers))
     below = (Text(line) for line in lines)
     absent = (Text(f"absent: {', '.join(state['absent'])}") for _ in state["absent"][:1])
     return Group(*(Text(line) for line in _head(state)), _workers(workers), *below, *absent)
@@ -213,6 +214,22 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
 
+def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yields a line for each group that holds a stage: what a token waits in its gathers, and the slowest member."""
+    for group in groups:
+        shares = ":".join(str(member["share"]) for member in group["members"])
+        layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
+        gathers = f"{time} ms/token in gathers (predicted {_number(group['predicted_gathers_ms'])})"
+        slowest = group["waits_most_for"]
+        waits = f", {slowest} is waited for most" if slowest else ""
+        yield f"{group_name(group)}: layers {layers} in shares {shares}, {gathers}{waits}"
+
+
+def group_name(group: dict[str, Any]) -> str:
+    """All members, as a+b, the leader first."""
+    return "+".join(member["worker"] for member in group["members"])
+
+
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
     """One for what of a worker's layers lies where, one for each GPU."""
     for worker in workers:
@@ -255,6 +272,8 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right")
     for worker in workers:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
+        if share := worker.get("share"):
+            layers += f" {share:.0%}"
         heartbeat = worker["heartbeat"]
         now = "?" if heartbeat is None else f"{heartbeat['resident_bytes'] / MIB:.0f}"
         memory = now, f"{worker['memory_bytes'] / MIB:.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any
 
 from typer import Argument
@@ -39,16 +40,23 @@ def why(
     ca_file: CaFile = None,
 ) -> None:
     """Show where the time of a request went: waiting, prefill, decode, stages, links, recoveries."""
-    from llamaclust.cli.status import Watched
+    from llamaclust.cli.status import Watched, group_lines
 
     if request is not None and len(request) < _LEAST_CHARACTERS:
         raise UsageError(f"{request!r} is too short for a request: give at least {_LEAST_CHARACTERS} characters")
+    groups: list[Record] = []
     with Watched.find(cluster, endpoint, api_key_file, ca_file).api as api:
         records = api.requests() if request is None else api.waterfall(request)
+        if request is not None and records and not as_json:
+            groups = api.status(records[0]["model"]).get("groups", [])
     if as_json:
         print(json.dumps({"requests": records}))
         return
-    lines = list_lines(records) if request is None else (line for record in records for line in waterfall_lines(record))
+    if request is None:
+        lines = list_lines(records)
+    else:
+        waterfalls = (line for record in records for line in waterfall_lines(record))
+        lines = chain(waterfalls, _gather_lines(group_lines(_of_stages(groups, records))))
     for line in lines:
         print(terminal.printable(line))
 
@@ -90,6 +98,21 @@ def waterfall_lines(record: Record) -> Iterator[str]:
         for label, seconds in _parts(phase):
             if seconds >= _LEAST * phase["seconds"]:
                 yield _row(f"  {label}", seconds, whole)
+
+
+def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
+    """The groups that hold stages which computed these requests."""
+    phases = [phase for record in records for phase in record["phases"]]
+    leaders = {stage["worker"] for phase in phases for stage in phase.get("stages", ())}
+    return [group for group in groups if group["members"][0]["worker"] in leaders]
+
+
+def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Gathers are not measured by request."""
+    for index, line in enumerate(lines):
+        if index == 0:
+            yield "compute includes time in gathers; since the plan, over all requests:"
+        yield f"  {line}"
 
 
 def _count(phase: Record, what: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -47,9 +47,11 @@ class ClusterApi:
     def __exit__(self, *error: object) -> None:
         self._client.close()
 
-    def status(self) -> dict[str, Any]:
-        """The `status` part of GET /cluster. ClusterStartingError where there is none yet."""
-        state: dict[str, Any] = self._field(self._request("GET", "/cluster"), "status", dict)
+    def status(self, model: str | None = None) -> dict[str, Any]:
+        """The `status` part of GET /cluster, as a model has it (None: the first one). ClusterStartingError where there
+        is none yet."""
+        path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
+        state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
             raise ProtocolError(f"{self._where}: another program than llamaclust answers there")
         return state

@@ -236,7 +236,11 @@ async def _served(
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
     """In one registry, which `GET /metrics` of each model shows."""
     metrics = CollectorRegistry()
-    metrics.register(WorkerMetrics(lambda: registry.workers))
+
+    def names() -> dict[str, str]:
+        return {served.loader.versions.served_id: served.name for served in models}
+
+    metrics.register(WorkerMetrics(lambda: registry.workers, names))
     for served in models:
         served.engine.metrics.cluster = metrics
     return metrics

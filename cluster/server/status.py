@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from llamaclust.cluster.planner.format import plan_json
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan, StagePrediction
 from llamaclust.cluster.scheduler.sequences import Sequence as ScheduledSequence
+from llamaclust.cluster.server.groups_status import groups_json
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.gpus import UNUSED_BY_PARTS
@@ -86,7 +87,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
     engine, supervisor, workers = served.engine, served.supervisor, cluster.registry.workers
     counts, error, retiring = engine.counts, engine.error, supervisor.retiring_epoch
     reports = {report.worker: report for report in engine.metrics.stage_report()}
-    predicted = _predicted_stages(served.plan)
+    predicted, model_id = _predicted_stages(served.plan), served.loader.versions.served_id
     return {
         "name": record.name,
         "api": record.api,
@@ -96,10 +97,11 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "model": served.name,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[name], served.loader.versions.served_id, reports.get(name), predicted.get(name))
+            _worker(workers[name], model_id, reports, predicted.get(name))
             | {"drained": name in cluster.pool.operations.drained, "quarantine": _quarantine(supervisor, name)}
             for name in in_order(cluster.config, workers)
         ],
+        "groups": groups_json(workers.values(), model_id, predicted),
         "absent": cluster.launcher.missing(workers),
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "epoch": None if supervisor.number is None else epoch_text(supervisor.number),
@@ -154,10 +156,12 @@ def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
 
 
 def _worker(
-    handle: WorkerHandle, model_id: str, report: StageReport | None, predicted: StagePrediction | None
+    handle: WorkerHandle, model_id: str, reports: Mapping[str, StageReport], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Layers are those of this model."""
+    """Layers are those of this model. A group's members have the speed of its leader: they compute the same steps."""
     order = handle.order_of(model_id)
+    group = None if order is None else order.group
+    report = reports.get(handle.name if group is None else group.members[0].worker)
     unused = UNUSED_BY_PARTS if order is not None and order.limits.expert_shards > 1 else None
     return {
         "name": handle.name,
@@ -169,6 +173,7 @@ def _worker(
         "kv_disk_bytes": handle.registration.kv_disk_bytes,
         "feature_level": handle.registration.feature_level,
         "layers": None if order is None else order.limits.places(order.start, order.end),
+        "share": None if group is None else group.shares[group.member] / sum(group.shares),
         "device_layers": [
             {
                 "device": part.device,

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.server.groups_status import counters_of
 
 _COUNTERS = {
     "worker_received_bytes": ("received_bytes", "Bytes of microbatches, with hidden states, that a stage received"),
@@ -30,12 +31,23 @@ _GAUGES = {
     "worker_experts_cache_bytes": ("experts_cache_used_bytes", "Bytes of experts that a worker's GPUs have copies of"),
 }
 
+_GROUP_COUNTERS = {
+    "group_gathers": ("gathers", "Gathers of rows from the other members of a group"),
+    "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
+    "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
+}
+"""Name, field of the counters of a group's member, help."""
+
 
 class WorkerMetrics(Collector):
     """Counters begin again with a worker's process, as Prometheus expects."""
 
-    def __init__(self, workers: Callable[[], Mapping[str, WorkerHandle]]) -> None:
+    def __init__(
+        self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """`models`: their names by model id."""
         self._workers = workers
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         workers = self._workers()
@@ -46,6 +58,7 @@ class WorkerMetrics(Collector):
         yield alive
         yield from _of_heartbeats(up)
         yield from _of_devices(up)
+        yield from _of_groups(up, self._models())
 
 
 def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
@@ -59,6 +72,27 @@ def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
             if worker.heartbeat is not None:
                 family.add_metric([name], getattr(worker.heartbeat, field))
         yield family
+
+
+def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -> Iterator[Metric]:
+    """Counters begin again with each plan."""
+    labels = ["worker", "model"]
+    families = [
+        (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=labels))
+        for name, (field, text) in _GROUP_COUNTERS.items()
+    ]
+    waits = "Time that gathers waited for the rows of others, by the member of the group that was ready last"
+    waited = CounterMetricFamily("llamaclust_group_wait_seconds", waits, labels=[*labels, "member"])
+    for name, worker in workers.items():
+        for model_id, model in models.items():
+            order, counters = worker.order_of(model_id), counters_of(worker, model_id)
+            if counters is None or order is None or order.group is None:
+                continue
+            for field, family in families:
+                family.add_metric([name, model], getattr(counters, field))
+            for member, seconds in zip(order.group.members, counters.waited_for_s, strict=False):
+                waited.add_metric([name, model, member.worker], seconds)
+    yield from (*(family for _, family in families), waited)
 
 
 def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:

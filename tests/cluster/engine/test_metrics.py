@@ -20,13 +20,16 @@ from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, Timings
 from llamaclust.cluster.server.telemetry.exporter import ExportCounts
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
-from llamaclust.wire.control.messages import Heartbeat, Register
+from llamaclust.wire.control.groups import GroupCounters, GroupMember, GroupOrder
+from llamaclust.wire.control.messages import Heartbeat, Loaded, Register, StageProgress
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from llamaclust.wire.security.credentials import Insecure
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS
 from support.paths import ROOT
+from support.wire.control_messages import LOAD
 
+MODEL_ID = "1a"
 CHART = ROOT / "deploy/helm/llamaclust"
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 BEAT = Heartbeat(0.25, 10, 20, 30, 40, 5000, 6000)
@@ -49,7 +52,7 @@ def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
     counts = Counts(*[1] * len(Counts.__dataclass_fields__))
     workers = {"a": handle("a"), "b": handle("b", None)}
     metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
-    metrics.cluster.register(WorkerMetrics(lambda: workers))
+    metrics.cluster.register(WorkerMetrics(lambda: workers, lambda: {MODEL_ID: "m"}))
     ExportCounts(metrics.cluster)
     metrics.recovered(0.5)
     timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
@@ -123,6 +126,27 @@ def test_workers_say_what_went_between_them(text: str) -> None:
     assert (
         value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5
     )
+
+
+def test_members_of_groups_say_whom_they_wait_for() -> None:
+    metrics, workers = whole()
+    hold(workers["a"], workers["b"])
+    text, labels = metrics.render().decode(), {"worker": "b", "model": "m"}
+    assert value(text, "llamaclust_group_gathers_total", **labels) == 9
+    assert value(text, "llamaclust_group_sent_bytes_total", **labels) == 70
+    assert value(text, "llamaclust_group_received_bytes_total", **labels) == 80
+    waits = [value(text, "llamaclust_group_wait_seconds_total", **labels, member=member) for member in "ab"]
+    assert waits == [0.5, 0.0]
+    assert 'group_gathers_total{model="m",worker="a"}' not in text, "a worker of before says nothing of gathers"
+
+
+def hold(first: WorkerHandle, second: WorkerHandle) -> None:
+    """Both hold a stage of the model as a group; the second one counts its gathers."""
+    members = GroupMember("a", "unix:/run/a.l", 2), GroupMember("b", "unix:/run/b.l")
+    for member, (worker, counters) in enumerate(((first, None), (second, GroupCounters(9, 0.5, (0.5, 0.0), 70, 80)))):
+        order = replace(LOAD, epoch=5, model_id=MODEL_ID, group=GroupOrder(bytes(16), members, member))
+        worker.stages[5] = order, Loaded(5, 1, 1, 1)
+        worker.heartbeat = replace(BEAT, stages=(StageProgress(5, 3, group=counters),))
 
 
 def test_a_lost_worker_is_down_and_has_no_other_metrics() -> None:

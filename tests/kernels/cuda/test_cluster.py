@@ -94,7 +94,7 @@ async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[],
             await asyncio.sleep(0.05)
         status = cluster_status(cluster, ClusterRecord("x", 1, "http://x", "m"))
         registry = CollectorRegistry()
-        registry.register(WorkerMetrics(lambda: cluster.registry.workers))
+        registry.register(WorkerMetrics(lambda: cluster.registry.workers, lambda: {}))
         return Run(found, status, cluster.supervisor.recoveries, generate_latest(registry).decode())
 
 

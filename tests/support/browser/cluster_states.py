@@ -100,6 +100,23 @@ def bring_back(cluster: dict[str, Any], name: str) -> None:
     cluster["status"].update(state="ready", recoveries=1, recovery_seconds=[0.84])
 
 
+def group(cluster: dict[str, Any], shares: dict[str, int]) -> None:
+    """Has the first workers hold the first layers together."""
+    stages, workers = cluster["plan"]["stages"], cluster["status"]["workers"]
+    whole = sum(shares.values())
+    for member, (stage, worker) in enumerate(zip(stages[: len(shares)], workers, strict=False)):
+        stage |= {"start": 0, "end": LAYERS, "shares": [*shares.values()], "member": member}
+        worker |= {"layers": [0, LAYERS], "share": shares[worker["name"]] / whole}
+    members = [{"worker": name, "share": share, "waited_for_s": 1.0} for name, share in shares.items()]
+    figures = {"gathers_ms": 1.5, "predicted_gathers_ms": 1.2, "waits_most_for": [*shares][-1]}
+    cluster["status"]["groups"] = [{"layers": [0, LAYERS], "members": members, **figures}]
+    leaders = [stage["worker"] for stage in stages if stage.get("member", 0) == 0]
+    cluster["links"] = [
+        {"from": sender, "to": receiver, "round_trip_ms": 0.4, "bytes_per_s": 1.1e9}
+        for sender, receiver in zip(["", *leaders], [*leaders, ""], strict=True)
+    ]
+
+
 def cluster_app(
     status: Callable[[], dict[str, Any]],
     pool: DrainControl | None = None,

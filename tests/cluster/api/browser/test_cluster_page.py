@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.wire.control.logs import LogTail
 from support.browser.chromium import opened
-from support.browser.cluster_states import bring_back, cluster_app, cluster_of, lose
+from support.browser.cluster_states import bring_back, cluster_app, cluster_of, group, lose
 from support.clusters.command_line import command_line
 from support.clusters.served import MODEL, real_engine, serving
 from support.clusters.static_cluster import named
@@ -66,6 +66,22 @@ async def test_machines_links_and_figures_are_shown(browser: Browser) -> None:
         assert "3 of 9" in await page.get_by_role("region", name="Requests").inner_text()
         assert await page.get_by_text("and 1 more").count() == 1
         assert "1 waiting" in figures and "9.10 ms" in figures and "plan 8.00 ms" in figures
+        seen.check()
+
+
+async def test_members_of_a_group_are_shown_with_their_shares(browser: Browser) -> None:
+    cluster = cluster_of("a", "b", "c")
+    group(cluster, {"a": 2, "b": 1})
+    async with serving(cluster_app(lambda: cluster)) as address, opened(browser, f"{address}/#cluster") as seen:
+        page = seen.page
+        await page.locator(".picture .stage.ready").nth(2).wait_for()
+        assert await page.locator(".picture .link.active").count() == 3, "to a, to c and back"
+        machines = await page.get_by_role("region", name="Machines").inner_text()
+        picture = await page.locator(".picture svg").text_content() or ""
+        for text in (machines, picture):
+            assert "67 % of layers 0–5" in text and "33 % of layers 0–5" in text
+        figures = await page.get_by_role("region", name="Figures").inner_text()
+        assert "gathers of a+b" in figures and "1.50 ms" in figures and "plan 1.20 ms, mostly for b" in figures
         seen.check()
 
 

@@ -5,6 +5,12 @@ import { UNKNOWN, bytes, milliseconds, number } from "./format.js";
 
 const BLOCK_TOKENS = 16; // KV memory is given in such pieces
 
+/** What a token waits in the gathers of a group. */
+function gatherTime({ members, gathers_ms: time, predicted_gathers_ms: planned, waits_most_for: slowest }) {
+  const name = members.map(({ worker }) => worker).join("+");
+  return [`gathers of ${name}`, [milliseconds(time), `plan ${milliseconds(planned)}${slowest ? `, mostly for ${slowest}` : ""}`]];
+}
+
 export class FiguresCard {
   #list = element("dl", { class: "figures" });
 
@@ -17,10 +23,12 @@ export class FiguresCard {
     const beside = (value, planned) => [value, `plan ${planned}`];
     const { requests, recovery_seconds: seconds } = status;
     const last = seconds.at(-1);
+    const gathers = (status.groups ?? []).map(gatherTime);
     const entries = [
       ["requests running", [requests.running, `${requests.waiting} waiting`]],
       ["tokens/s", beside(number(measured.tokens_per_s), number(predicted.tokens_per_s))],
       ["token to token", beside(milliseconds(measured.token_ms), milliseconds(predicted.token_ms))],
+      ...gathers,
       ["first token", beside(milliseconds(measured.ttft_ms), `${milliseconds(predicted.ttft_ms)} for ${predicted.prompt_tokens ?? UNKNOWN} tokens`)],
       ["bottleneck", [predicted.bottleneck ?? UNKNOWN, "of the plan"]],
       ["KV memory", [bytes(plan.stages.reduce((sum, stage) => sum + stage.kv_bytes, 0)), `room for ${plan.kv_blocks * BLOCK_TOKENS} tokens`]],

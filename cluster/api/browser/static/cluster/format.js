@@ -28,6 +28,8 @@ export function percent(share) {
   return `${Math.round(100 * share)} %`;
 }
 
-export function layers(range) {
-  return range ? `layers ${range[0]}–${range[1] - 1}` : "no layers";
+/** `share`: of a group's member; null: it holds the layers alone. */
+export function layers(range, share = null) {
+  if (!range) return "no layers";
+  return `${share ? `${percent(share)} of ` : ""}layers ${range[0]}–${range[1] - 1}`;
 }

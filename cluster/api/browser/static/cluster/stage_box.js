@@ -14,6 +14,11 @@ const MEMORIES = [
   ["workspace", "workspace_bytes"],
 ];
 
+/** What a group's member holds of the layers; null: it holds them alone. */
+function plannedShare(planned) {
+  return planned?.shares?.length ? planned.shares[planned.member] / planned.shares.reduce((sum, share) => sum + share, 0) : null;
+}
+
 export class StageBox {
   #texts;
   #bars;
@@ -48,7 +53,7 @@ export class StageBox {
     const { condition, planned, busy } = worker;
     this.node.setAttribute("class", `stage ${condition}`);
     this.#texts.condition.textContent = condition;
-    this.#texts.layers.textContent = layers(worker.layers ?? (planned && [planned.start, planned.end]));
+    this.#texts.layers.textContent = layers(worker.layers ?? (planned && [planned.start, planned.end]), plannedShare(planned));
     this.#showLayers(worker, layerCount);
     this.#showMemory(worker);
     this.#texts.busy.textContent = `busy ${percent(busy)}`;

@@ -19,17 +19,23 @@ export function viewState({ at, cluster }, before = null) {
     sentRate: byteRate(worker, earlier.get(worker.name), elapsed),
   }));
   const byName = new Map(workers.map((worker) => [worker.name, worker]));
+  const of = (stage) => byName.get(stage.worker) ?? absentWorker(stage);
   return {
     status,
     plan,
     links,
     sequences,
     layerCount: Math.max(0, ...plan.stages.map((stage) => stage.end)),
-    stages: plan.stages.map((stage) => byName.get(stage.worker) ?? absentWorker(stage)),
-    others: workers.filter((worker) => !planned.has(worker.name)),
+    stages: plan.stages.filter(leads).map(of),
+    others: [...plan.stages.filter((stage) => !leads(stage)).map(of), ...workers.filter((worker) => !planned.has(worker.name))],
     workers,
     notices: notices(status),
   };
+}
+
+/** Whether microbatches come to a worker of the plan: it holds its layers alone, or leads a group. */
+function leads({ member = 0 }) {
+  return member === 0;
 }
 
 /** Bytes of microbatches per second since the sample before; null where it cannot be known. */

@@ -54,7 +54,7 @@ class WorkerRow {
     this.#drain.setAttribute("aria-disabled", this.#isMoving); // a disabled button would lose the focus
     const texts = [
       worker.condition,
-      layers(worker.layers),
+      layers(worker.layers, worker.share),
       worker.device ?? "",
       bytes(worker.memory_bytes),
       percent(worker.busy),

@@ -8,10 +8,21 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress, RankedLogits, RanksLogits, Stage
+from llamaclust.kernels._native import Gatherer, PythonGatherer
+from llamaclust.kernels.backend import (
+    Backend,
+    Batch,
+    Float32,
+    GathersRows,
+    Int32,
+    Progress,
+    RankedLogits,
+    RanksLogits,
+    Stage,
+)
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Attention, Buffer, Join, Program, Slice, Step
+from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, Slice, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +50,14 @@ class MultiDeviceBackend:
     ) -> MultiDeviceStage:
         """What was loaded is freed again where a later part cannot be."""
         stages: list[Stage] = []
+        gathers: list[tuple[Gather, ...]] = []
         with ExitStack() as loaded:
             for part, own in self._programs(program):
                 stages.append(part.backend.load(own, tensors, limits, progress))
                 loaded.callback(stages[-1].close)
+                gathers.append(tuple(step for step in own.steps if isinstance(step, Gather)))
             loaded.pop_all()
-        return MultiDeviceStage(stages)
+        return MultiDeviceStage(stages, gathers)
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return sum(part.backend.held_bytes(own, tensors) for part, own in self._programs(program))
@@ -61,8 +74,10 @@ class MultiDeviceBackend:
 class MultiDeviceStage:
     """See `kernels.backend.Stage`."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], gathers: Sequence[Sequence[Gather]]) -> None:
+        """`gathers`: of each stage's program."""
         self.stages = tuple(stages)
+        self._gathers = gathers
         self.weight_bytes = sum(stage.weight_bytes for stage in stages)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         self.workspace_bytes = sum(stage.workspace_bytes for stage in stages)
@@ -90,6 +105,14 @@ class MultiDeviceStage:
         assert isinstance(last, RanksLogits)
         return last.run_ranked(batch, hidden)
 
+    def gather_by(self, gatherer: Gatherer) -> None:
+        """See `kernels.backend.GathersRows`."""
+        first = 0
+        for stage, gathers in zip(self.stages, self._gathers, strict=True):
+            assert isinstance(stage, GathersRows), "experts in RAM are refused in groups"
+            stage.gather_by(_numbered(gatherer, first, gathers))
+            first += len(gathers)
+
     def normed(self, rows: Int32) -> Float32:
         return self.stages[-1].normed(rows)
 
@@ -97,6 +120,15 @@ class MultiDeviceStage:
         for stage in self.stages:
             stage.close()
         self.stages = ()
+
+
+def _numbered(gatherer: Gatherer, first: int, gathers: Sequence[Gather]) -> PythonGatherer:
+    """Numbers the gathers of a part as the other members of the group do: from `first` on."""
+
+    def gather(number: int, own: Float32, whole: Float32) -> None:
+        gatherer.gather(first + number, own, whole, gathers[number].borders)
+
+    return PythonGatherer(gather)
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:

@@ -32,7 +32,7 @@ from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.kernels.split_experts import MOST_CACHED_ROWS
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.program import Adapt, Attention, Gather, MixtureStep, Program
+from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -224,8 +224,6 @@ def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[st
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")
     if any(isinstance(step, Adapt) for step in program.steps):
         raise UsageError("adapters are computed on processors only; set device: cpu for all workers, or leave them out")
-    if any(isinstance(step, Gather) for step in program.steps):
-        raise UsageError("a group's members compute on processors only; set device: cpu for all of its workers")
     _check_part(program)
     check_weights(program, tensors)
     check_attention(program)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from llamaclust.kernels._native import log
 from llamaclust.kernels.cuda.executor.experts import ExpertsEmitter
 from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.operands import Operands, kv_name
 from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul, mixing, sampling, states
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
@@ -33,9 +36,9 @@ class Emitter:
 
     ops: Operands
 
-    def launches(self) -> Iterator[Launch | ir.Exchange]:
-        """Exchanges stand where the host is to compute."""
+    def launches(self) -> Iterator[Launch | HostStep]:
         program = self.ops.program
+        numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
         if not program.is_first:
             self.ops.out(program.hidden)
         yield from self._rotations()
@@ -45,7 +48,11 @@ class Emitter:
         for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
                 return
-            yield from self._emit(step)
+            if isinstance(step, ir.Exchange | ir.Gather):
+                self.ops.out(step.out)
+                yield HostStep(step, next(numbers[type(step)]), self.ops.selected)
+            else:
+                yield from self._emit(step)
         if program.is_last:
             yield from self._ranked()
 
@@ -57,7 +64,7 @@ class Emitter:
         ops.layout.at("totals", 8 * sampling.sums_of_row(vocabulary) * ops.room)
         yield from sampling.rank_logits(ops.current[ops.program.out.name], vocabulary, pieces, records, ops.rows)
 
-    def _emit(self, step: GpuStep) -> Iterator[Launch | ir.Exchange]:
+    def _emit(self, step: GpuStep) -> Iterator[Launch]:
         match step:
             case ir.Embed():
                 yield self._embed(step.weight, self.ops.inputs.tokens, self.ops.out(step.out))
@@ -86,11 +93,8 @@ class Emitter:
                 yield from ExpertsEmitter(self.ops, step).launches()
             case ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
                 raise AssertionError("programs with a part of the experts of a layer are refused")
-            case ir.Gather():
-                raise AssertionError("programs of a group's members are refused")
-            case ir.Exchange():
-                self.ops.out(step.out)
-                yield step
+            case ir.Exchange() | ir.Gather():
+                raise AssertionError("the host computes these")
             case ir.SelectRows():
                 x, self.ops.selected = self.ops.current[step.x.name], True
                 self.ops.quantized.clear()

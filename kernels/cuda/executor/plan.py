@@ -8,6 +8,7 @@ import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.emit import Emitter
+from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
 from llamaclust.kernels.cuda.executor.shapes import Shape
@@ -17,8 +18,7 @@ from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
-from llamaclust.model.program import KV_BLOCK_TOKENS, Exchange, KvLayer, Program, SequenceState
-from llamaclust.model.program import Buffer as ProgramBuffer
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvLayer, Program, SequenceState
 
 """For planning without a GPU: sizes are equal on all."""
 
@@ -42,7 +42,9 @@ class Plan:
         *offsets, self._kv_end = layer_offsets(program.kv_memory, limits)
         self._kv_offsets = dict(zip(map(kv_name, program.kv_memory), offsets, strict=True))
         self._kv_base, self._gpu = 0, gpu
-        for shape in Shape.all(limits):
+        largest, *others = Shape.all(limits)
+        self.host_steps = tuple(step for step in self._emitted(largest) if isinstance(step, HostStep))
+        for shape in others:
             self.launches(shape)
         self._layout.lay_out()
 
@@ -112,30 +114,25 @@ class Plan:
         for offset, data in self._layout.constants:
             device.upload(buffers, offset, np.frombuffer(data, np.uint8))
 
-    @property
-    def exchanges(self) -> tuple[Exchange, ...]:
-        """Where the host computes, in the order of steps."""
-        return tuple(step for step in self.program.steps if isinstance(step, Exchange))
-
-    def offset(self, buffer: ProgramBuffer) -> int:
-        """Of a buffer of all rows."""
-        return self._layout.offset((buffer.name, False))
+    def offset(self, host_step: HostStep, name: str) -> int:
+        """The offset of a buffer that the step reads or writes."""
+        return self._layout.offset((name, host_step.selected))
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         """All of them."""
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Launches before, between and behind the exchanges."""
+        """Launches before, between and behind the host's steps; none behind the first ones where no row is output."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
-            if isinstance(launch, Exchange):
+            if isinstance(launch, HostStep):
                 segments.append([])
             else:
                 segments[-1].append(launch)
         return tuple(map(tuple, segments))
 
-    def _emitted(self, shape: Shape) -> Iterator[Launch | Exchange]:
+    def _emitted(self, shape: Shape) -> Iterator[Launch | HostStep]:
         inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
         kv = {name: np.uint64(self._kv_base + offset) for name, offset in self._kv_offsets.items()}
         operands = Operands(self.program, self.weights, self.limits, self._layout, inputs, kv, self._gpu, shape)

@@ -1,4 +1,4 @@
-"""A loaded program on a GPU: executes microbatches as launches or captured graphs."""
+"""A loaded program on a GPU: executes microbatches as launches or captured graphs, between which the host computes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, RankedLogits, kv_bytes
+from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.sampling import record_words, sums_of_row
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
+from llamaclust.model.program import Exchange, Gather
 
 if TYPE_CHECKING:
+    from llamaclust.kernels._native import Gatherer
     from llamaclust.kernels.cuda.device_weights import LayerMemory
 
 _FLOAT = 4
 _MAX_SHAPES = 64
 """Graphs take memory of the driver, lists of launches memory of the host: the least recently used are dropped."""
+_LEAST_SHAPES = 4
+"""So many are kept however many segments they have: prompts, and decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):
     """Launches in segments."""
 
     @property
-    def exchanges(self) -> Sequence[object]:
-        """Where the host computes."""
+    def host_steps(self) -> Sequence[object]:
+        """Steps between them that the host computes."""
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]: ...
 
@@ -46,7 +51,7 @@ class LaunchCache:
         self._captures = graphs
         self._graphs: dict[Shape, tuple[Graph, ...]] = {}  # the most recently used last
         self._launches: dict[Shape, tuple[tuple[Launch, ...], ...]] = {}  # likewise, of shapes without graphs
-        self._most = max(1, _MAX_SHAPES // (1 + len(plan.exchanges)))
+        self._most = max(min(_MAX_SHAPES, _LEAST_SHAPES), _MAX_SHAPES // (1 + len(plan.host_steps)))
 
     def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
         """What launches each of them, to be called in this order."""
@@ -92,7 +97,8 @@ class CudaStage:
         self._plan = plan
         self._kv, self._buffers = kv, buffers
         self._launches = LaunchCache(gpu_lock.device, plan, graphs)
-        self._inputs, self._hidden, self._result, self._exchanged = self._pinned()
+        self._inputs, self._hidden, self._result, self._host_rows = self._pinned()
+        self._gatherer: Gatherer | None = None
         self._records, self._divisors, self._sums = self._pinned_ranks()
         self.weights: object = tuple(weights)
         self.weight_bytes = plan.weight_bytes
@@ -112,17 +118,17 @@ class CudaStage:
         return records, divisors, sums
 
     def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-        """Host memory of a microbatch's numbers, its hidden states, its result, and what is exchanged."""
+        """Host memory of a microbatch's numbers, its hidden states, its result, and rows of the host's steps."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
-        sides = [side for step in self._plan.exchanges for side in (step.reads, (step.out,))]
-        exchanged = max((sum(buffer.width for buffer in side) for side in sides), default=1)
+        rows = {False: limits.max_batch_tokens, True: limits.max_outputs}
+        floats = max((rows[step.selected] * step.row_width for step in self._plan.host_steps), default=1)
         with self._gpu_lock.driver_errors():
             return (
                 device.pinned(self._plan.inputs.n_bytes),
                 device.pinned(_FLOAT * limits.max_batch_tokens * program.hidden.width),
                 device.pinned(_FLOAT * result_rows * program.out.width),
-                device.pinned(_FLOAT * (limits.max_batch_tokens * exchanged if sides else 1)),
+                device.pinned(_FLOAT * floats),
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
@@ -174,9 +180,8 @@ class CudaStage:
             self._bring(batch, hidden)
             first, *others = self._launches.segments(Shape.of(batch, self._plan.limits))
             first()
-        for number, launch in enumerate(others):
-            assert experts is not None, "a program with exchanges"
-            self._exchange(number, batch.rows, experts)
+        for step, launch in zip(self._plan.host_steps, others, strict=False):
+            self._on_host(step, len(batch.output_rows) if step.selected else batch.rows, experts)
             with self._gpu_lock.exclusive():
                 launch()
 
@@ -190,29 +195,50 @@ class CudaStage:
             np.copyto(staged.view(np.float32).reshape(hidden.shape), hidden)
             device.copy_in(self._buffers, plan.hidden_offset, staged)
 
-    def _exchange(self, number: int, rows: int, experts: Experts) -> None:
+    def _on_host(self, host: HostStep, rows: int, experts: Experts | None) -> None:
+        """The GPU is free for other stages while the host computes."""
         plan, device = self._plan, self._gpu_lock.device
-        step = plan.exchanges[number]
-        read, at = [], 0
+        *reads, out = places = [*self._host_places(host, rows)]
         with self._gpu_lock.exclusive():
-            for buffer in step.reads:
-                n_bytes = _FLOAT * rows * buffer.width
-                device.copy_out(self._exchanged[at : at + n_bytes], self._buffers, plan.offset(buffer))
-                read.append(self._exchanged[at : at + n_bytes].view(np.float32).reshape(rows, buffer.width))
-                at += n_bytes
+            for buffer, place in zip(host.reads, reads, strict=True):
+                device.copy_out(place, self._buffers, plan.offset(host, buffer.name))
             device.synchronize()
-        result = experts(number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
-        if result is None:
+        *read, result = (place.view(np.float32).reshape(rows, -1) for place in places)
+        if not self._computes(host, read, result, experts):
             return
         with self._gpu_lock.exclusive():
-            staged = self._exchanged[: _FLOAT * rows * step.out.width]
-            np.copyto(staged.view(np.float32).reshape(rows, step.out.width), result)
-            device.copy_in(self._buffers, plan.offset(step.out), staged)
+            device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
+
+    def _host_places(self, host: HostStep, rows: int) -> Iterator[Bytes]:
+        """Pinned memory for rows of what the step reads, then of its result."""
+        at = 0
+        for buffer in (*host.reads, host.out):
+            n_bytes = _FLOAT * rows * buffer.width
+            yield self._host_rows[at : at + n_bytes]
+            at += n_bytes
+
+    def _computes(self, host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
+        """Fills `out`; False where the result is on the GPU already."""
+        if isinstance(host.step, Gather):
+            if self._gatherer is None:
+                raise ValueError("batch: a group's member that was given no gatherer")
+            self._gatherer.gather(host.number, read[0], out, host.step.borders)
+            return True
+        assert experts is not None, "a program with exchanges"
+        result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
+        if result is not None:
+            np.copyto(out, result)
+        return result is not None
+
+    def gather_by(self, gatherer: Gatherer) -> None:
+        """See `kernels.backend.GathersRows`."""
+        self._gatherer = gatherer
 
     def exchanged(self, number: int) -> tuple[np.uint64, np.uint64]:
         """Where an exchange's first input and its result are on the device."""
-        step = self._plan.exchanges[number]
-        places = (self._buffers.at(self._plan.offset(buffer)) for buffer in (step.reads[0], step.out))
+        exchanges = [host for host in self._plan.host_steps if isinstance(host.step, Exchange)]
+        host = exchanges[number]
+        places = (self._buffers.at(self._plan.offset(host, buffer.name)) for buffer in (host.reads[0], host.out))
         return next(places), next(places)
 
     def _fetch(self, batch: Batch) -> Float32:

@@ -156,7 +156,7 @@ class CachePlan:
         return self._layout.offset("lines") + self.inputs.lines * self.line_bytes
 
     @property
-    def exchanges(self) -> Sequence[Moe]:
+    def host_steps(self) -> Sequence[Moe]:
         return self.mixtures
 
     @property

@@ -1,4 +1,4 @@
-"""Members of a group on the CPU backend: in threads, which gather at a barrier or over links, or in processes."""
+"""Members of a group: in threads, which gather at a barrier or over links, or in processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import PythonGatherer
-from llamaclust.kernels.backend import Batch, Float32
-from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.backend import Backend, Batch, Float32, GathersRows, Stage
+from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -47,24 +47,43 @@ class Meeting:
         return PythonGatherer(gather)
 
 
-class CpuGroup:
-    """All members of a group, each with a stage of its own."""
+class Group:
+    """All members of a group, each with a stage of its own on one of the backends."""
 
     def __init__(
-        self, model: Model, program: Program, shares: Sequence[float], threads: int, limits: StageLimits = LIMITS
+        self,
+        model: Model,
+        program: Program,
+        shares: Sequence[float],
+        backends: Sequence[Backend],
+        limits: StageLimits = LIMITS,
     ) -> None:
         self.meeting = Meeting(len(shares))
-        self.stages: list[CpuStage] = []
-        for member in range(len(shares)):
+        self.stages: list[Stage] = []
+        for member, backend in enumerate(backends):
             part = divide(program, shares, member)
-            backend = CpuBackend(threads, yields=False)
-            self.stages.append(backend.load(part, model.tensors_for(part), limits, lambda done_bytes: None))
-            self.stages[-1].gather_by(self.meeting.gatherer(member))
+            stage = backend.load(part, model.tensors_for(part), limits, lambda done_bytes: None)
+            assert isinstance(stage, GathersRows)
+            stage.gather_by(self.meeting.gatherer(member))
+            self.stages.append(stage)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
         """Each member's result; all have the whole rows."""
         with ThreadPoolExecutor(len(self.stages)) as pool:
             return list(pool.map(lambda stage: stage.run(batch, hidden).copy(), self.stages))
+
+    def close(self) -> None:
+        for stage in self.stages:
+            stage.close()
+
+
+class CpuGroup(Group):
+    """Members on processors, each with so many threads."""
+
+    def __init__(
+        self, model: Model, program: Program, shares: Sequence[float], threads: int, limits: StageLimits = LIMITS
+    ) -> None:
+        super().__init__(model, program, shares, [CpuBackend(threads, yields=False) for _ in shares], limits)
 
 
 class LinkedGroup(CpuGroup):
@@ -77,6 +96,7 @@ class LinkedGroup(CpuGroup):
         self.links = linked(len(shares))
         self._step = 0
         for stage, links in zip(self.stages, self.links, strict=True):
+            assert isinstance(stage, GathersRows)
             stage.gather_by(links)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan, PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -162,10 +160,3 @@ def test_what_each_thread_has_for_itself_is_not_gathered() -> None:
     x, out = plan.add_buffer(32, 1, True, False), plan.add_buffer(64, 1, False, False)
     with pytest.raises(ValueError, match="rows that all threads share"):
         plan.gather(x, out, [0, 32, 64])
-
-
-def test_gpus_are_refused(tmp_path: Path) -> None:
-    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
-        program = divide(whole(model), (1.0, 1.0), 0)
-        with pytest.raises(UsageError, match="members compute on processors only; set device: cpu"):
-            workspace_bytes(program, model.tensors_for(program), LIMITS)

@@ -1,0 +1,30 @@
+"""Steps of a program that the host computes between launches: exchanges with other devices, and gathers of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.model.dataflow import reads_of
+from llamaclust.model.program import Across, Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """The host reads rows of some buffers and writes those of another one."""
+
+    step: Across
+    number: int  # of its kind, in the order of steps
+    selected: bool  # it has output rows alone
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return reads_of(self.step)
+
+    @property
+    def out(self) -> Buffer:
+        return self.step.out
+
+    @property
+    def row_width(self) -> int:
+        """Floats of a row of all that is read and written."""
+        return sum(buffer.width for buffer in (*self.reads, self.out))

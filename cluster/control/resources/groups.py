@@ -17,7 +17,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             continue
         group = f"plan: the group of {', '.join(entry.workers)}"
         for problem in group_problems(config, model):
-            raise UsageError(f"{group}: {problem}; give each of them layers of its own")
+            raise UsageError(f"{group}: {problem} give each of them layers of its own")
         for name in entry.workers:
             if devices := gpus.get(name):
                 what = f"groups compute on processors alone, and {name} has {', '.join(devices)}"
@@ -25,14 +25,14 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Why no workers of the cluster can be a group."""
+    """Yields why no workers of the cluster can be a group, up to what may be done instead."""
     if model.has_states:
-        yield "layers of this model have states, which groups do not divide yet"
+        yield "layers of this model have states, which groups do not divide yet;"
     if model.undividable is not None:
-        yield model.undividable
+        yield f"{model.undividable};"
     if any(worker.kv_disk is not None for worker in config.workers):
-        yield "kv_disk is set, and groups do not keep KV memory on disk yet"
+        yield "kv_disk is set, and groups do not keep KV memory on disk yet; leave it out, or"
     if config.speculative is not None and config.speculative.mtp:
-        yield "speculative.mtp is set, and the MTP head is not divided yet"
+        yield "speculative.mtp is set, and the MTP head is not divided yet; leave it out, or"
     if any(place % 1 for entry in config.plan or () for place in entry.layers):
-        yield "the plan divides the experts of a layer, of which groups hold whole ones"
+        yield "the plan divides the experts of a layer, of which groups hold whole ones;"

@@ -1,0 +1,47 @@
+"""Plans with groups beside what groups do not do: each is refused in a line that names it, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.resources.groups import check_groups
+from llamaclust.core.errors import UsageError
+from llamaclust.model.loader import Model
+from support.models.tiny_architectures import build_architecture
+
+GROUP = {"workers": ["a", "b"], "layers": [0, 1]}
+ELSE = "give each of them layers of its own"
+
+
+def refusal(folder: Path, architecture: str, **keys: Any) -> str:
+    values = {"model": "m", "workers": [{"name": "a"}, {"name": "b"}], "plan": [GROUP], **keys}
+    with (
+        Model.open(build_architecture(folder / "model.gguf", architecture)) as model,
+        pytest.raises(UsageError) as raised,
+    ):
+        check_groups(ClusterConfig.model_validate(values), model, {})
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"workers": [{"name": name, "kv_disk": "1GiB"} for name in "ab"]}, "kv_disk is set"),
+        ({"workers": [{"name": name, "kv_disk": "1GiB"} for name in "abc"]}, "kv_disk is set"),
+        ({"speculative": {"mtp": True}}, "speculative.mtp is set"),
+    ],
+)
+def test_settings_are_named_and_may_be_left_out(keys: dict[str, Any], named: str, tmp_path: Path) -> None:
+    text = refusal(tmp_path, "qwen3moe", **keys)
+    assert text.startswith("plan: the group of a, b: ") and named in text and "\n" not in text
+    assert text.endswith(f"; leave it out, or {ELSE}")
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3next", "granitehybrid"])
+def test_layers_with_states_are_named(architecture: str, tmp_path: Path) -> None:
+    text = refusal(tmp_path, architecture)
+    assert "have states" in text and text.endswith(f"; {ELSE}")

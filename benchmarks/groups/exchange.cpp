@@ -45,52 +45,14 @@ struct Peer {
   std::vector<uint8_t> received;
 };
 
-// A row of which each member computes [borders[member], borders[member + 1]). Of `segment` columns, the greatest
-// magnitude and int8 values travel, which quantize to the same int8 values and scale; 0: float32.
+// A row of which each member computes [borders[member], borders[member + 1]).
 struct Row {
   const float* own;
   float* whole;
   std::vector<int> borders;
-  int segment;
 
-  int columns(int member) const { return borders[member + 1] - borders[member]; }
-  size_t bytes(int member) const {
-    const size_t count = static_cast<size_t>(columns(member));
-    return segment == 0 ? 4 * count : count + 4 * count / static_cast<size_t>(segment);
-  }
+  size_t bytes(int member) const { return 4 * static_cast<size_t>(borders[member + 1] - borders[member]); }
 };
-
-void encode(const Row& row, int member, uint8_t* out) {
-  const int columns = row.columns(member);
-  if (row.segment == 0) return (void)memcpy(out, row.own, 4 * static_cast<size_t>(columns));
-  int8_t* values = reinterpret_cast<int8_t*>(out);
-  for (int begin = 0; begin < columns; begin += row.segment) {
-    const float* x = row.own + begin;
-    float maximum = 0;
-    for (int i = 0; i < row.segment; i++) maximum = std::max(maximum, std::abs(x[i]));
-    if (maximum < 0x1p-118f) maximum = 0;
-    const float inverse = maximum > 0 ? 127.0f / maximum : 0, magic = 0x1.8p23f;  // rounds to nearest, ties to even
-    for (int i = 0; i < row.segment; i++) values[begin + i] = static_cast<int8_t>(x[i] * inverse + magic - magic);
-    memcpy(out + columns + begin / row.segment * 4, &maximum, 4);
-  }
-}
-
-// Values of +-127 become the greatest magnitude itself, all others lie near the middle of what rounds to them.
-void decode(const Row& row, int member, const uint8_t* data) {
-  const int columns = row.columns(member);
-  float* out = row.whole + row.borders[member];
-  if (row.segment == 0) return (void)memcpy(out, data, 4 * static_cast<size_t>(columns));
-  const int8_t* values = reinterpret_cast<const int8_t*>(data);
-  for (int begin = 0; begin < columns; begin += row.segment) {
-    float maximum;
-    memcpy(&maximum, data + columns + begin / row.segment * 4, 4);
-    const float scale = maximum / 127.0f;
-    for (int i = begin; i < begin + row.segment; i++) {
-      const float value = values[i];
-      out[i] = std::abs(value) == 127 ? std::copysign(maximum, value) : value * scale;
-    }
-  }
-}
 
 class Group {
  public:
@@ -129,17 +91,17 @@ class Group {
     const Row& row = rows_.at(static_cast<size_t>(number));
     const size_t bytes = row.bytes(member_);
     message_.resize(sizeof(Header) + bytes);
-    encode(row, member_, message_.data() + sizeof(Header));
+    memcpy(message_.data() + sizeof(Header), row.own, bytes);
     const Header header{now_ns(), static_cast<uint32_t>(number), static_cast<uint32_t>(bytes)};
     memcpy(message_.data(), &header, sizeof header);
     for (Peer& peer : peers_) send(peer, began);
-    memcpy(row.whole + row.borders[member_], row.own, 4 * static_cast<size_t>(row.columns(member_)));
+    memcpy(row.whole + row.borders[member_], row.own, bytes);
     for (Peer& peer : peers_) {
       const Header got = receive(peer, row.bytes(peer.member), began);
       check(got.number == header.number, "members are at different rows");
       const double link_ns = byte_ns * static_cast<double>(got.bytes) * static_cast<double>(peers_.size());
       wait_until(got.sent_ns + delay_ns + static_cast<int64_t>(link_ns));
-      decode(row, peer.member, peer.received.data() + sizeof(Header));
+      memcpy(row.whole + row.borders[peer.member], peer.received.data() + sizeof(Header), got.bytes);
     }
     return now_ns() - began;
   }
@@ -220,9 +182,9 @@ int64_t group_connect(void* group, int descriptor, int member, const char* host,
   return guarded([&] { return static_cast<Group*>(group)->connect(descriptor, member, host, accepts != 0), 0; });
 }
 
-int64_t group_add(void* group, const float* own, float* whole, const int* borders, int members, int segment) {
+int64_t group_add(void* group, const float* own, float* whole, const int* borders, int members) {
   return guarded([&] {
-    return static_cast<Group*>(group)->add({own, whole, {borders, borders + members + 1}, segment});
+    return static_cast<Group*>(group)->add({own, whole, {borders, borders + members + 1}});
   });
 }
 

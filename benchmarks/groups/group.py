@@ -142,7 +142,6 @@ class Task:
                 member=member,
                 model=str(model),
                 shares=(1.0,) if is_alone else given.shares,
-                int8=given.int8,
                 core=given.cores[member],
                 spins=len(set(given.cores)) == len(given.cores),
                 speed=max(given.speeds) if is_alone else given.speeds[member],
@@ -191,7 +190,7 @@ def measure(task: Task, folder: str, file: TextIO | None) -> None:
         pays = f"pays below a round trip of {break_even_ms(rows):.2f} ms"
         print(f"same bits ({alone.digest[:16]}); {pays}; members have {parts} of all", flush=True)
     for row in rows if file is not None else ():
-        options = {name: getattr(given, name) for name in ("shape", "shares", "speeds", "gbit", "int8")}
+        options = {name: getattr(given, name) for name in ("shape", "shares", "speeds", "gbit")}
         print(json.dumps({**options, "type": given.type.name, **asdict(row)}), file=file, flush=True)
 
 
@@ -217,7 +216,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--cores", type=listed(int), help="of the members; in turn by default")
     add("--round-trips", type=listed(between(0, 1000)), default="0,0.1,0.5,2", help="ms; %(default)s by default")
     add("--gbit", type=between(0, 1000), default=0.0, help="of each member's link; 0: that of loopback")
-    add("--int8", action="store_true", help="inputs of products travel as they are quantized there")
     add("--tokens", type=positive, default=32, help="of a run; %(default)s by default")
     add("--pairs", type=positive, default=5, help="%(default)s by default")
     add("--json", type=Path, help="also write the rows there, a JSON object a line")

@@ -111,15 +111,13 @@ class Links:
         arguments = self._group, connection.fileno(), other, host.encode(), int(accepts)
         self._checked(self._library.group_connect(*arguments))
 
-    def add(
-        self, own: NDArray[np.float32], whole: NDArray[np.float32], borders: Sequence[int], segment: int
-    ) -> ctypes.c_int:
+    def add(self, own: NDArray[np.float32], whole: NDArray[np.float32], borders: Sequence[int]) -> ctypes.c_int:
         """A row of which member i computes columns [borders[i], borders[i + 1]), this one in `own`; `gather` fills
-        `whole`. `segment`: that many columns travel as int8 values with one scale; 0: all as float32."""
+        `whole`."""
         places = np.array(borders, np.int32)
         self._kept += [own, whole, places]
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (own, whole, places)]
-        arguments = self._group, *pointers, len(borders) - 1, segment
+        arguments = self._group, *pointers, len(borders) - 1
         return ctypes.c_int(self._checked(self._library.group_add(*arguments)))
 
     def set_link(self, round_trip_ms: float, gbit_s: float) -> None:

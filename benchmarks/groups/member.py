@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -26,12 +27,11 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.kernels.cpu.packed_gathers import gather_formats, packed_width
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS, Gather, MatMul, Program, Step
-from llamaclust.model.quant_types import ActivationFormat
+from llamaclust.model.program import KV_BLOCK_TOKENS, Gather, Program
 
 CONTEXT = 512
 FIRST_TOKEN = 1
@@ -39,7 +39,6 @@ WARM = 2
 """Tokens before those that are measured."""
 _BLOCKS = CONTEXT // KV_BLOCK_TOKENS
 _LIMITS = StageLimits(1, 1, 1, CONTEXT, _BLOCKS)
-_SEGMENTS = {ActivationFormat.Q8_32: 32, ActivationFormat.Q8_256: 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,6 @@ class Setting:
     member: int
     model: str
     shares: tuple[float, ...]
-    int8: bool
     core: int
     spins: bool
     speed: float
@@ -89,8 +87,8 @@ class Outcome:
 class Part:
     """A stage of a member, which gathers over the links."""
 
-    def __init__(self, stage: CpuStage, links: Links, gathers: list[tuple[Gather, int]], speed: float) -> None:
-        """Each gather with the columns that travel with one scale, or 0."""
+    def __init__(self, stage: CpuStage, links: Links, gathers: list[Sequence[int]], speed: float) -> None:
+        """Each gather by the borders of members' rows."""
         self.stage = stage
         self.gathers_ns = 0
         self._links, self._gathers, self._speed = links, gathers, speed
@@ -107,8 +105,7 @@ class Part:
 
     def _gather(self, number: int, own: Float32, whole: Float32) -> None:
         if number == len(self._rows):
-            step, segment = self._gathers[number]
-            self._rows.append(self._links.add(own, whole, step.borders, segment))
+            self._rows.append(self._links.add(own, whole, self._gathers[number]))
         ends_ns = self._began_ns + (perf_counter_ns() - self._began_ns) / self._speed
         while self._speed < 1 and perf_counter_ns() < ends_ns:
             pass
@@ -124,12 +121,7 @@ class Member:
         with Model.open(Path(setting.model)) as model:
             for program in setting.programs(model):
                 stage = backend.load(program, model.tensors_for(program), _LIMITS, lambda done_bytes: None)
-                gathers = [
-                    (step, segment_columns(model, program, at) if setting.int8 else 0)
-                    for at, step in enumerate(program.steps)
-                    if isinstance(step, Gather)
-                ]
-                self.parts.append(Part(stage, self.links, gathers, setting.speed))
+                self.parts.append(Part(stage, self.links, [*borders_of(model, program)], setting.speed))
         self.weight_bytes = sum(part.stage.weight_bytes for part in self.parts)
 
     def run(self, run: Run) -> Outcome:
@@ -157,21 +149,12 @@ class Member:
         return hidden[0], times + [part.gathers_ns for part in self.parts]
 
 
-def segment_columns(model: Model, program: Program, at: int) -> int:
-    """The number of columns that all readers of a gathered row quantize together; 0 if a member holds parts of such."""
-    gather, readers = program.steps[at], list[Step]()
-    assert isinstance(gather, Gather)
-    for step in program.steps[at + 1 :]:
-        readers += [step] if gather.out in reads_of(step) else []
-        if written_by(step).name == gather.out.name:
-            break
-    if program.out == gather.out or not all(isinstance(step, MatMul) for step in readers):
-        return 0
-    tensors = model.tensors_for(program)
-    types = {tensors[step.weight].quant_type for step in readers if isinstance(step, MatMul)}
-    found = {_SEGMENTS.get(kind.info.activation, 0) if kind.info.activation else 0 for kind in types}
-    columns = found.pop() if len(found) == 1 else 0
-    return columns if columns and not any(border % columns for border in gather.borders) else 0
+def borders_of(model: Model, program: Program) -> Iterator[Sequence[int]]:
+    """Of the rows of each gather as they travel: some are int8 values and scales in the room of fewer floats."""
+    types = {name: tensor.quant_type for name, tensor in model.tensors_for(program).items()}
+    gathers = (step for step in program.steps if isinstance(step, Gather))
+    for step, form in zip(gathers, gather_formats(program, types), strict=True):
+        yield step.borders if form is None else [packed_width(border, form) for border in step.borders]
 
 
 def main() -> None:

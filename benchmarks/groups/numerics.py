@@ -134,7 +134,7 @@ def _gathers(folder: Path, member: int, hosts: list[str], core: int, answers: Co
     rows = []
     for size in GATHER_BYTES:
         own, whole = np.zeros(size // 4, np.float32), np.zeros(size // 2, np.float32)
-        rows.append(link.add(own, whole, (0, size // 4, size // 2), 0))
+        rows.append(link.add(own, whole, (0, size // 4, size // 2)))
     answers.send([median(link.gather(row) / 1e3 for _ in range(GATHERS)) for row in rows])
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.kernels._native import Plan
 from llamaclust.model import program as ir
+from llamaclust.model.quant_types import ActivationFormat
 
 
 @dataclass(slots=True)
@@ -17,6 +18,8 @@ class Buffers:
     ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
+    packed: dict[str, ActivationFormat] = field(default_factory=dict)
+    """Names whose values are int8 and scales, in a buffer of their own."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]
@@ -29,4 +32,5 @@ class Buffers:
         if key not in self.ids:
             self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
         self.current[buffer.name] = (self.ids[key], private)
+        self.packed.pop(buffer.name, None)
         return self.ids[key]

@@ -11,6 +11,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.buffers import Buffers
+from llamaclust.kernels.cpu.packed_gathers import gather_formats, packed_width
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
@@ -85,6 +86,7 @@ class Compiler:
         self._weights = weights
         self._buffers = Buffers(self.plan)
         self._kv = PlanKv(self.plan, limits)
+        self._gather_formats = gather_formats(program, {name: weight.quant_type for name, weight in weights.items()})
         self._rotations: dict[ir.RopeTable, int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
@@ -140,9 +142,21 @@ class Compiler:
                 self._emit_rows(step)
 
     def _gather(self, step: ir.Gather) -> None:
+        form = next(self._gather_formats)
+        if form is not None and self._observed is None:
+            return self._gather_packed(step, form)
         x = self._buffers.read(step.x)
         own = x if self._buffers.is_shared(step.x) else self._copy(x, step.x.width)
-        self.plan.gather(own, self._buffers.write(step.out), step.borders)
+        return self.plan.gather(own, self._buffers.write(step.out), step.borders, step.to)
+
+    def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
+        """Members quantize their own columns as the products that read the row would: these are of whole segments."""
+        x, own, whole = self._buffers.read(step.x), _packed(step.x, form), _packed(step.out, form)
+        packed = self._buffers.write(own)
+        self.plan.pack(x, packed, _FORMATS.index(form))
+        borders = [packed_width(border, form) for border in step.borders]
+        self.plan.gather(packed, self._buffers.write(whole), borders, step.to)
+        self._buffers.packed[step.out.name] = form
 
     def _emit_rows(self, step: ir.RowStep) -> None:
         plan = self.plan
@@ -202,6 +216,14 @@ class Compiler:
                 self.plan.quantize(x, slots[activation], _FORMATS.index(activation))
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
+    def _activations(self, x: ir.Buffer, types: Sequence[QuantType]) -> list[int]:
+        """The slots of what products multiply with, in the order of `types`."""
+        form = self._buffers.packed.get(x.name)
+        if form is None:
+            return self._quantize(self._buffers.read(x), types)
+        self.plan.unpack(self._buffers.read(_packed(x, form)), 0, _FORMATS.index(form))
+        return [0] * len(types)
+
     def _observe(self, names: Sequence[str], x: ir.Buffer, choice: int | None = None, used: int = 1) -> None:
         """Copies the inputs of the next products, if they are observed."""
         if self._observed is None:
@@ -217,7 +239,7 @@ class Compiler:
     def _products(self, x: ir.Buffer, steps: Sequence[ir.MatMul]) -> None:
         self._observe([step.weight for step in steps], x)
         weights = [self._weights[step.weight] for step in steps]
-        slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in weights])
+        slots = self._activations(x, [weight.quant_type for weight in weights])
         self.plan.multiply(
             [
                 (weight.matrix, self._vector(step.bias), self._buffers.write(step.out), slot)
@@ -301,6 +323,10 @@ class Compiler:
 
     def _vector(self, name: str | None) -> Float32 | None:
         return None if name is None else self._weights[name].vector
+
+
+def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
+    return ir.Buffer(f"{form.name} {buffer.name}", packed_width(buffer.width, form))
 
 
 def compile_program(

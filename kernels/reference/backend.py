@@ -104,7 +104,7 @@ class ReferenceGroup:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Each member's result; all have the whole rows."""
+        """Each member's result. Rows of a gather to one member are NaN at the others."""
         states = [member.begin(batch, hidden) for member in self.members]
         for steps in zip(*(member.program.steps for member in self.members), strict=True):
             gathers = [step for step in steps if isinstance(step, Gather)]
@@ -117,10 +117,10 @@ class ReferenceGroup:
 
 
 def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
-    assert len(gathers) == len(states) and len({(step.out, step.borders) for step in gathers}) == 1
+    assert len(gathers) == len(states) and len({(step.out, step.borders, step.to) for step in gathers}) == 1
     whole = np.concatenate([state[step.x] for step, state in zip(gathers, states, strict=True)], axis=1)
-    for step, state in zip(gathers, states, strict=True):
-        state[step.out] = whole
+    for member, (step, state) in enumerate(zip(gathers, states, strict=True)):
+        state[step.out] = whole if step.to in (None, member) else np.full_like(whole, np.nan)
 
 
 class ReferenceBackend:

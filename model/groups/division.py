@@ -17,6 +17,9 @@ from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.program import Attention, Buffer, MatMul, Program, RmsNorm, Rope, Step
 from llamaclust.model.row_steps import Slice
 
+LEADER = 0
+"""The member that samples: it alone needs the results of the last stage."""
+
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
     """What `member` computes, in proportion to the shares. UsageError for what groups do not support."""
@@ -32,7 +35,8 @@ class _Member:
 
     def program(self, division: Division) -> Program:
         steps = [step for divided in division.steps for step in self._steps(divided)]
-        steps += map(self._gather, division.gathered)
+        to = LEADER if division.program.is_last else None
+        steps += (replace(self._gather(gathered), to=to) for gathered in division.gathered)
         return replace(division.program, steps=tuple(steps))
 
     def _steps(self, divided: DividedStep) -> Iterator[Step]:

@@ -9,8 +9,12 @@ from llamaclust.model.row_steps import Buffer
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """out = the columns of all members; this one's are `x`. Member i has [borders[i], borders[i + 1]) of out."""
+    """out = the columns of all members; this one's are `x`. Member i has [borders[i], borders[i + 1]) of out.
+
+    With `to`, that member alone gets the whole rows; nothing at the others reads them.
+    """
 
     x: Buffer
     out: Buffer
     borders: tuple[int, ...]
+    to: int | None = None

@@ -58,8 +58,8 @@ def digest_of_the_product(folder: Path, quant_type: QuantType) -> str:
     ("quant_type", "shares", "more"),
     [
         (QuantType.Q8_0, "2,1", ()),
-        (QuantType.IQ1_S, "1,1", ("--int8", "--gbit", "10")),
-        (QuantType.Q8_0, "2,1,1", ("--int8", "--speeds", "1,0.9,0.8", "--json", "rows.jsonl")),
+        (QuantType.IQ1_S, "1,1", ("--gbit", "10")),
+        (QuantType.Q8_0, "2,1,1", ("--speeds", "1,0.9,0.8", "--json", "rows.jsonl")),
     ],
 )
 def test_a_group_has_the_bits_of_the_product(

@@ -68,7 +68,7 @@ class Group:
             self.stages.append(stage)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Each member's result; all have the whole rows."""
+        """Each member's result; logits are whole at the first one, and at all others with a Meeting."""
         with ThreadPoolExecutor(len(self.stages)) as pool:
             return list(pool.map(lambda stage: stage.run(batch, hidden).copy(), self.stages))
 

@@ -35,6 +35,7 @@ _BYTE_LEVEL = (
     *("lfm2", "deepseek2", "mistral4", "kimi-linear"),
 )
 _QKV = ("attn_q", "attn_k", "attn_v")
+_PRODUCTS = (*_QKV, "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}
 _PHI3: dict[str, Any] = {
     "fused": True,
@@ -255,25 +256,29 @@ MODELS = MappingProxyType(
 )
 
 
-def build_architecture(path: Path, name: str) -> Path:
+def build_architecture(path: Path, name: str, quant_type: QuantType = QuantType.F32) -> Path:
     """Writes one of MODELS to `path` and returns it. The same bytes on every machine."""
-    return build_tiny(path, MODELS[name])
+    return build_tiny(path, MODELS[name], quant_type)
 
 
-def build_tiny(path: Path, tiny: Tiny) -> Path:
-    """Writes a model of random weights to `path` and returns it. The same bytes on every machine."""
+def build_tiny(path: Path, tiny: Tiny, quant_type: QuantType = QuantType.F32) -> Path:
+    """Writes a model of random weights to `path` and returns it. The same bytes on every machine. The matrices of
+    attention and of feed-forward networks have the type where they are of whole blocks."""
     tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY), *ends_of_gemma3n(tiny, VOCABULARY)]
     layer_of = {"gemma3n": layer_of_gemma3n, "gemma4": layer_of_gemma4}.get(tiny.architecture, _layer)
     for layer in range(tiny.layers):
         tensors += layer_of(tiny, layer)
     tensors += further_tensors(tiny)
-    sources = [source_of(tensor, _type(tiny, tensor.name), seed=1) for tensor in tensors]
+    sources = [source_of(tensor, _type(tiny, tensor, quant_type), seed=1) for tensor in tensors]
     write_gguf(path, _metadata(tiny), sources)
     return path
 
 
-def _type(tiny: Tiny, name: str) -> QuantType:
-    return tiny.expert_type if name.endswith("_exps.weight") else QuantType.F32
+def _type(tiny: Tiny, tensor: RandomTensor, quant_type: QuantType) -> QuantType:
+    if tensor.name.endswith("_exps.weight"):
+        return tiny.expert_type
+    is_product = tensor.name.split(".")[-2] in _PRODUCTS and tensor.name.endswith(".weight")
+    return quant_type if is_product and tensor.shape[-1] % quant_type.info.block_size == 0 else QuantType.F32
 
 
 def _ends(tiny: Tiny) -> Iterator[RandomTensor]:

@@ -156,8 +156,13 @@ void add_placed(PlanBuilder& builder, int choice, int x, std::optional<std::pair
                                     used, experts.first, experts.second - experts.first});
 }
 
-void add_gather(PlanBuilder& builder, int x, int out, std::vector<int> borders) {
-  builder.plan.add(GatherStep{x, out, builder.plan.gathers, std::move(borders)});
+ActivationFormat format_of(int number) {
+  require(number >= 0 && number <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
+  return static_cast<ActivationFormat>(number);
+}
+
+void add_gather(PlanBuilder& builder, int x, int out, std::vector<int> borders, std::optional<int> to) {
+  builder.plan.add(GatherStep{x, out, builder.plan.gathers, std::move(borders), to.value_or(-1)});
 }
 
 void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int out, int slot) {
@@ -265,10 +270,12 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("gaussian_top_k", &add<TopKStep, int, int, float>)
       .def("scale_channels", &add<ChannelScaleStep, int, int, Floats>)
       .def("sigmoid_gate", &add<SigmoidGateStep, int, int, int, Floats>)
+      .def("pack", [](PlanBuilder& b, int x, int out, int format) { b.plan.add(PackStep{x, out, format_of(format)}); })
+      .def("unpack",
+           [](PlanBuilder& b, int x, int slot, int format) { b.plan.add(UnpackStep{x, slot, format_of(format)}); })
       .def("quantize",
            [](PlanBuilder& b, int x, int slot, int format, int parts) {
-             require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
-             b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format), parts});
+             b.plan.add(QuantizeStep{x, slot, format_of(format), parts});
            },
            "x"_a, "slot"_a, "format"_a, "parts"_a = 1)
       .def("add_expert_rows", &add<ExpertRowStep, int, int, int, nb::handle, int, int>, "choice"_a, "x"_a, "out"_a,
@@ -334,7 +341,7 @@ void bind_executor(nb::module_& module) {
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a,
            "first"_a.none() = nb::none())
-      .def("gather", &add_gather, "x"_a, "out"_a, "borders"_a)
+      .def("gather", &add_gather, "x"_a, "out"_a, "borders"_a, "to"_a.none() = nb::none())
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
       .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),

@@ -30,13 +30,13 @@ class PythonGatherer : public Gatherer {
 };
 
 void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<float, 2>& whole,
-            const std::vector<int>& borders) {
+            const std::vector<int>& borders, std::optional<int> to) {
   const size_t width = borders.empty() || borders.back() < 0 ? 0 : static_cast<size_t>(borders.back());
   if (own.shape(0) == 0 || own.shape(0) != whole.shape(0) || own.shape(1) > width || whole.shape(1) != width ||
       !std::ranges::is_sorted(borders, std::less_equal()) || borders.front() != 0)
     throw std::invalid_argument("gather: rows and columns that fit the borders");
   const nb::gil_scoped_release unlocked;
-  gatherer.gather({number, static_cast<int>(own.shape(0)), borders, static_cast<int>(own.shape(1)), own.data(),
+  gatherer.gather({number, static_cast<int>(own.shape(0)), to.value_or(-1), borders, static_cast<int>(own.shape(1)), own.data(),
                    whole.data()});
 }
 
@@ -44,7 +44,8 @@ void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<fl
 
 void bind_gatherer(nb::module_& module) {
   nb::class_<Gatherer>(module, "Gatherer")
-      .def("gather", &gather, "number"_a, "own"_a, "whole"_a.noconvert(), "borders"_a, "One gather, outside of a run.");
+      .def("gather", &gather, "number"_a, "own"_a, "whole"_a.noconvert(), "borders"_a,
+           "to"_a.none() = nb::none(), "One gather, outside of a run.");
   nb::class_<PythonGatherer, Gatherer>(module, "PythonGatherer").def(nb::init<nb::object>(), "function"_a);
 }
 

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "executor/executor.h"
+#include "executor/gather_checks.h"
 #include "pack/pack.h"
 
 namespace llamaclust {
@@ -195,16 +196,12 @@ struct Plan::Checks {
 
   Access operator()(const QuantizeStep& step) const {
     const Buffer& x = buffer(step.x);
-    require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
     require(step.parts > 0 && x.width % step.parts == 0, "equal parts");
-    const int cols = x.width / step.parts, lines = x.multiple * step.parts;
-    require(cols % segment_cols(step.format) == 0, "a width that is no multiple of the weights' blocks");
-    if (plan.slots.size() <= static_cast<size_t>(step.slot)) plan.slots.resize(static_cast<size_t>(step.slot) + 1);
-    ActivationSlot& slot = plan.slots[step.slot];
-    const size_t row_bytes = activation_bytes(step.format, cols) * static_cast<size_t>(lines);
-    slot = {std::max(slot.max_row_bytes, row_bytes), cols, lines, step.format};
-    return {{step.x}, {}, true};
+    return into_slot(plan, step.x, step.slot, {0, x.width / step.parts, x.multiple * step.parts, step.format});
   }
+
+  Access operator()(const PackStep& step) const { return check_pack(plan, step); }
+  Access operator()(const UnpackStep& step) const { return check_unpack(plan, step); }
 
   Access operator()(const ChooseStep& step) const {
     require(step.experts > 0 && step.used > 0 && step.used <= step.experts && step.used <= 256, "experts");
@@ -382,17 +379,7 @@ struct Plan::Checks {
     return {{step.x, step.dt}, {step.out}, false};
   }
 
-  Access operator()(const GatherStep& step) const {
-    const std::vector<int>& borders = step.borders;
-    require(is_line(step.x) && is_line(step.out) && !buffer(step.x).private_copy, "gathered rows that all threads share");
-    require(borders.size() > 1 && borders[0] == 0 && std::ranges::adjacent_find(borders, std::ranges::greater_equal()) ==
-                borders.end(), "columns of members one after the other");
-    bool is_own = false;
-    for (size_t i = 1; i < borders.size(); i++) is_own |= borders[i] - borders[i - 1] == buffer(step.x).width;
-    require(is_own && borders.back() == buffer(step.out).width, "as many columns as those of a member, and of all");
-    require(step.number == plan.gathers++, "gathers in their order");
-    return {{step.x}, {step.out}, false};
-  }
+  Access operator()(const GatherStep& step) const { return check_gather(plan, step); }
 };
 
 Access Plan::check(const Step& step) { return std::visit(Checks{*this}, step); }

@@ -86,8 +86,8 @@ void Worker::work() {
 void Worker::execute(const GatherStep& step) {
   if (thread_ != 0 || rows_ == 0) return;
   try {
-    stage_.gatherer->gather({step.number, rows_, step.borders, line_width(step.x), stage_.workspace.shared(step.x),
-                             stage_.workspace.shared(step.out)});
+    stage_.gatherer->gather({step.number, rows_, step.to, step.borders, line_width(step.x),
+                             stage_.workspace.shared(step.x), stage_.workspace.shared(step.out)});
   } catch (...) {
     stage_.failure = std::current_exception();
   }

@@ -9,6 +9,7 @@ namespace llamaclust {
 struct Gathering {
   int number;  // in the order of the plan's gathers
   int rows;
+  int to;  // the only member that gets the whole rows; -1: all
   std::span<const int> borders;
   int own_columns;
   const float* own;  // [rows][own_columns]
@@ -19,8 +20,8 @@ class Gatherer {
  public:
   virtual ~Gatherer() = default;
 
-  // Returns when all of `whole` is there; throws where it will not be, by a deadline of its own. Called on the thread
-  // that runs the plan while the others wait.
+  // Returns when all of `whole` is there, or this member's rows are with those that get them; throws where they will not
+  // be, by a deadline of its own. Called on the thread that runs the plan while the others wait.
   virtual void gather(const Gathering& gathering) = 0;
 };
 

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "pack/pack.h"
+
 namespace llamaclust {
 
 void require(bool holds, const char* what) {
@@ -78,6 +80,11 @@ void Plan::set_result(BufferId id) {
   result = id;
 }
 
+int Plan::unpacked_cols(const UnpackStep& step) const {
+  const int segment = segment_cols(step.format);
+  return buffer(step.x).width / packed_floats(step.format, segment) * segment;
+}
+
 // Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
 // row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
 // were shared out), and for slow threads that still read what it is about to overwrite.
@@ -106,7 +113,8 @@ void Plan::add(Step step) {
   const Access access = check(step);
   const bool placed = std::holds_alternative<PlaceExpertsStep>(step) || std::holds_alternative<CopyChannelsStep>(step);
   const bool output =
-      std::holds_alternative<OutputStep>(step) || (placed && !buffer(access.writes[0]).private_copy);
+      std::holds_alternative<OutputStep>(step) || std::holds_alternative<PackStep>(step) ||
+      (placed && !buffer(access.writes[0]).private_copy);
   const bool in_place = std::holds_alternative<AddAdaptedStep>(step) ||
                         (std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy);
   require(!adapter_ || is_of_adapters(step), "a step of an adapter that others depend on");

@@ -148,6 +148,15 @@ struct QuantizeStep {  // into an activation slot; each line as so many lines, e
   ActivationFormat format;
   int parts = 1;
 };
+struct PackStep {  // out = the int8 values and scales of x that its products would quantize it to
+  BufferId x, out;
+  ActivationFormat format;
+};
+struct UnpackStep {  // into an activation slot, what such values and scales stand for
+  BufferId x;
+  int slot;
+  ActivationFormat format;
+};
 // How the router's logits become weights: softmax or sigmoid of all, or softmax of those chosen by logits.
 enum class Gating { Softmax, Sigmoid, SoftmaxOfChosen };
 inline constexpr int kGatings = 3;
@@ -280,14 +289,15 @@ struct GatherStep {  // out = the columns of all members of a group, of which x 
   BufferId x, out;
   int number;
   std::vector<int> borders;
+  int to;  // the only member that gets them; -1: all
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
                           MixStep, MagnitudeStep, TopKStep, ChannelScaleStep,
-                          DecayStep, QuantizeStep, ChooseStep, ExpertRowStep, PlaceExpertsStep, WeighStep, CombineStep,
-                          SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep, AttentionStep, ConvolveStep,
-                          DeltaRuleStep, ScanStep, GatherStep>;
+                          DecayStep, QuantizeStep, PackStep, UnpackStep, ChooseStep, ExpertRowStep, PlaceExpertsStep,
+                          WeighStep, CombineStep, SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep,
+                          AttentionStep, ConvolveStep, DeltaRuleStep, ScanStep, GatherStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };
@@ -339,6 +349,7 @@ class Plan {
   // The steps that are added next are a part of its own, which runs without the others.
   void begin_part();
   std::pair<size_t, size_t> steps_of(int part) const;  // where it begins and ends
+  int unpacked_cols(const UnpackStep& step) const;
   void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
 
   const Limits limits;

@@ -157,6 +157,16 @@ struct RowStep {
     for (int i = 0; i < lines; i++, from += cols, to += bytes) matmul().quantize(step.format, from, cols, to);
   }
 
+  void operator()(const PackStep& step) const {
+    if (!is_done_elsewhere()) matmul().pack(step.format, line(step.x), worker.line_width(step.x), line(step.out));
+  }
+
+  void operator()(const UnpackStep& step) const {
+    const int cols = worker.stage_.plan.unpacked_cols(step);
+    uint8_t* to = worker.slot(step.slot) + static_cast<size_t>(row) * activation_bytes(step.format, cols);
+    matmul().unpack(step.format, line(step.x), cols, to);
+  }
+
   // The best experts first, ties to the lower id; the sum of their weights is added in that order. A row without numbers
   // has the first expert at every rank.
   void operator()(const ChooseStep& step) const {

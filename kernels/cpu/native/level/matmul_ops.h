@@ -58,9 +58,15 @@ constexpr int kPrefetchedTokens = 2;
 // Bytes of one token's activations, a multiple of 64.
 size_t activation_bytes(ActivationFormat format, int cols);
 
+// How many floats take the room of one token's activations without their sums.
+int packed_floats(ActivationFormat format, int cols);
+
 struct MatmulOps {
   // Quantizes x[cols] into one activation row of activation_bytes(format, cols).
   void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
+  // The same as packed_floats(format, cols) floats, which are q and scale of each segment; and back, with all sums.
+  void (*pack)(ActivationFormat format, const float* x, int cols, float* out);
+  void (*unpack)(ActivationFormat format, const float* packed, int cols, void* out);
   // out[line of t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin,
   // tile_end) and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds
   // kMatmulScratchBytes private to the calling thread.

@@ -104,7 +104,7 @@ void Links::gather(const Gathering& gathering) {
   in_turn([&] {
     start(gathering);
     for (Link* link : peers_) link->send();
-    copy_own(gathering);
+    if (gathering.to < 0 || gathering.to == own_) copy_own(gathering);
     const int64_t began_ns = now_ns();
     move_all();
     count_wait(now_ns() - began_ns);
@@ -148,8 +148,9 @@ void Links::start(const Gathering& gathering) {
     if (!links_[member]) continue;
     const Block theirs = block_of(gathering, member);
     require(std::max(own.size(), theirs.bytes()) <= kMostBytes, "rows of less than 4 GiB");
+    if (gathering.to < 0 || gathering.to == static_cast<int>(member)) send(member, number, own);
+    if (gathering.to >= 0 && gathering.to != own_) continue;
     links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
-    send(member, number, own);
     received_bytes += sizeof(FrameHeader) + theirs.bytes();
   }
   const std::lock_guard locked(counting_);

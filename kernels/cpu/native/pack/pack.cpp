@@ -113,6 +113,10 @@ size_t activation_bytes(ActivationFormat format, int cols) {
   return whole_lines(static_cast<size_t>(cols / segment_cols(format)) * kSegmentBytes[static_cast<int>(format)]);
 }
 
+int packed_floats(ActivationFormat format, int cols) {
+  return format == ActivationFormat::F32 ? cols : cols / 4 + cols / segment_cols(format);
+}
+
 PackedMatrix::PackedMatrix(int type, int rows, int cols) : PackedMatrix(shape_only(type, rows, cols)) {
   auto memory = std::make_shared<Memory>(bytes());
   matrix_.tiles = tiles_ = memory->data();

@@ -56,12 +56,53 @@ INLINE void split_sum(int32_t sum, int8_t& high, int8_t& low) {
   low = static_cast<int8_t>(sum - 128 * multiple);
 }
 
+INLINE void split_sums(Q8_256& out) {
+  for (int j = 0; j < 8; j++) split_sum(out.sums[2 * j] + out.sums[2 * j + 1], out.sums_high[j], out.sums_low[j]);
+  for (int j = 0; j < 16; j++) split_sum(out.sums[j], out.sums_16_high[j], out.sums_16_low[j]);
+}
+
 INLINE void quantize_segment(const float* x, Q8_256& out) {
   const SegmentScale s = scale_of<256>(x);
   out.scale = s.scale;
   for (int i = 0; i < 16; i++) out.sums[i] = quantize_values<16>(x + 16 * i, s.inverse, out.q + 16 * i);
-  for (int j = 0; j < 8; j++) split_sum(out.sums[2 * j] + out.sums[2 * j + 1], out.sums_high[j], out.sums_low[j]);
-  for (int j = 0; j < 16; j++) split_sum(out.sums[j], out.sums_16_high[j], out.sums_16_low[j]);
+  split_sums(out);
+}
+
+template <int n>
+INLINE int32_t sum_of(const int8_t* q) {
+  int32_t sum = 0;
+  AS_VECTORS for (int i = 0; i < n; i++) sum += q[i];
+  return sum;
+}
+
+// What follows from q and scale.
+INLINE void set_sums(Q8_32& out) {
+  out.sum = sum_of<32>(out.q);
+  out.scaled_sum = out.scale * static_cast<float>(out.sum);
+}
+
+INLINE void set_sums(Q8_256& out) {
+  for (int i = 0; i < 16; i++) out.sums[i] = sum_of<16>(out.q + 16 * i);
+  split_sums(out);
+}
+
+template <typename Segment, int cols = sizeof(Segment::q)>
+void pack_segments(const float* x, int count, float* out) {
+  for (int s = 0; s < count; s++, x += cols, out += cols / 4 + 1) {
+    Segment segment;
+    quantize_segment(x, segment);
+    memcpy(out, segment.q, cols);
+    out[cols / 4] = segment.scale;
+  }
+}
+
+template <typename Segment, int cols = sizeof(Segment::q)>
+void unpack_segments(const float* packed, int count, Segment* out) {
+  for (int s = 0; s < count; s++, packed += cols / 4 + 1) {
+    memcpy(out[s].q, packed, cols);
+    out[s].scale = packed[cols / 4];
+    set_sums(out[s]);
+  }
 }
 
 void quantize(ActivationFormat format, const float* x, int cols, void* out) {
@@ -71,6 +112,18 @@ void quantize(ActivationFormat format, const float* x, int cols, void* out) {
     for (int s = 0; s < cols / 256; s++) quantize_segment(x + 256 * s, static_cast<Q8_256*>(out)[s]);
   else
     memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
+}
+
+void pack(ActivationFormat format, const float* x, int cols, float* out) {
+  if (format == ActivationFormat::Q8_32) pack_segments<Q8_32>(x, cols / 32, out);
+  else if (format == ActivationFormat::Q8_256) pack_segments<Q8_256>(x, cols / 256, out);
+  else memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
+}
+
+void unpack(ActivationFormat format, const float* packed, int cols, void* out) {
+  if (format == ActivationFormat::Q8_32) unpack_segments(packed, cols / 32, static_cast<Q8_32*>(out));
+  else if (format == ActivationFormat::Q8_256) unpack_segments(packed, cols / 256, static_cast<Q8_256*>(out));
+  else memcpy(out, packed, static_cast<size_t>(cols) * sizeof(float));
 }
 
 void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
@@ -93,6 +146,6 @@ void dequantize_row(const Matrix& weights, int row, float* out) {
 }  // namespace
 
 extern const MatmulOps matmul_ops;
-const MatmulOps matmul_ops{quantize, matmul, dequantize_row};
+const MatmulOps matmul_ops{quantize, pack, unpack, matmul, dequantize_row};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -12,6 +12,12 @@ constexpr const MatmulOps& others = LLAMACLUST_PANELS_OVER::matmul_ops;
 
 void quantize(ActivationFormat format, const float* x, int cols, void* out) { others.quantize(format, x, cols, out); }
 
+void pack(ActivationFormat format, const float* x, int cols, float* out) { others.pack(format, x, cols, out); }
+
+void unpack(ActivationFormat format, const float* packed, int cols, void* out) {
+  others.unpack(format, packed, cols, out);
+}
+
 void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
             size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch,
             Prefetch prefetch) {
@@ -28,6 +34,6 @@ void dequantize_row(const Matrix& weights, int row, float* out) { others.dequant
 }  // namespace
 
 extern const MatmulOps matmul_ops;
-const MatmulOps matmul_ops{quantize, matmul, dequantize_row};
+const MatmulOps matmul_ops{quantize, pack, unpack, matmul, dequantize_row};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

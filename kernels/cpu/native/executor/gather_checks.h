@@ -1,0 +1,58 @@
+// What gathers, and the int8 values that some of them carry, need of a plan. See checks.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "executor/plan.h"
+#include "pack/pack.h"
+
+namespace llamaclust {
+
+inline const Buffer& line_of(const Plan& plan, BufferId id) {
+  require(id >= 0 && static_cast<size_t>(id) < plan.buffers.size() && plan.buffers[static_cast<size_t>(id)].multiple == 1,
+          "a buffer of one line a row");
+  return plan.buffers[static_cast<size_t>(id)];
+}
+
+// A slot gets room for what a step writes into it.
+inline Access into_slot(Plan& plan, BufferId x, int index, ActivationSlot written) {
+  require(index >= 0 && index < kMaxSlots, "activation slot out of range");
+  require(written.cols % segment_cols(written.format) == 0, "a width that is no multiple of the weights' blocks");
+  if (plan.slots.size() <= static_cast<size_t>(index)) plan.slots.resize(static_cast<size_t>(index) + 1);
+  ActivationSlot& slot = plan.slots[static_cast<size_t>(index)];
+  const size_t row_bytes = activation_bytes(written.format, written.cols) * static_cast<size_t>(written.multiple);
+  written.max_row_bytes = std::max(slot.max_row_bytes, row_bytes);
+  slot = written;
+  return {{x}, {}, true};
+}
+
+inline Access check_pack(const Plan& plan, const PackStep& step) {
+  const Buffer &x = line_of(plan, step.x), &out = line_of(plan, step.out);
+  require(x.width % segment_cols(step.format) == 0 && out.width == packed_floats(step.format, x.width),
+          "whole segments, packed");
+  require(!out.private_copy, "packed rows that all threads share");
+  return {{step.x}, {step.out}, true};
+}
+
+inline Access check_unpack(Plan& plan, const UnpackStep& step) {
+  const int segment = segment_cols(step.format);
+  require(line_of(plan, step.x).width % packed_floats(step.format, segment) == 0, "whole segments, packed");
+  return into_slot(plan, step.x, step.slot, {0, plan.unpacked_cols(step), 1, step.format});
+}
+
+inline Access check_gather(Plan& plan, const GatherStep& step) {
+  const Buffer &x = line_of(plan, step.x), &out = line_of(plan, step.out);
+  const std::vector<int>& borders = step.borders;
+  const int members = static_cast<int>(borders.size()) - 1;
+  require(!x.private_copy, "gathered rows that all threads share");
+  require(members > 0 && borders[0] == 0 && std::ranges::adjacent_find(borders, std::ranges::greater_equal()) ==
+              borders.end(), "columns of members one after the other");
+  bool is_own = false;
+  for (size_t i = 1; i < borders.size(); i++) is_own |= borders[i] - borders[i - 1] == x.width;
+  require(is_own && borders.back() == out.width, "as many columns as those of a member, and of all");
+  require(step.to >= -1 && step.to < members, "rows for a member that there is not");
+  require(step.number == plan.gathers++, "gathers in their order");
+  return {{step.x}, {step.out}, false};
+}
+
+}  // namespace llamaclust

@@ -57,7 +57,7 @@ class ReferenceStage:
         own = np.ascontiguousarray(state[step.x])
         whole = np.empty((len(own), step.out.width), np.float32)
         if len(own):
-            self._gatherer.gather(number, own, whole, step.borders)
+            self._gatherer.gather(number, own, whole, step.borders, step.to)
         state[step.out] = whole
 
     def begin(self, batch: Batch, hidden: Float32 | None) -> State:

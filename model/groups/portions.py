@@ -14,8 +14,12 @@ from llamaclust.core.errors import UsageError
 from llamaclust.model.dataflow import read_before_written, reads_of, written_by
 from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program, RmsNorm, Rope, Step
-from llamaclust.model.quant_types import TILE_ROWS
+from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 from llamaclust.model.row_steps import Activate, Add, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
+
+_SEGMENT_COLUMNS = ActivationFormat.Q8_256.value
+_LEAST_SEGMENTS = 16
+"""A member's, so that portions are a thirtieth from their shares at most."""
 
 
 def undividable(program: Program) -> str | None:
@@ -141,7 +145,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
     found, current = list[_Portion | None](), dict[str, _Portion | None]()
     for step in steps:
         read = [current.get(buffer.name) for buffer in reads_of(step)]
-        portion = _portion_of(step, [None if each is None else each.found() for each in read])
+        portion = _portion_of(step, members, [None if each is None else each.found() for each in read])
         found.append(portion)
         current[written_by(step).name] = portion
     units = (0 if portion is None else portion.found().units for portion in found)
@@ -172,9 +176,17 @@ class _Rows:
         return tuple(Gathered(buffer, self._units[name]) for name, buffer in buffers.items())
 
 
-def _portion_of(step: Step, read: Sequence[_Portion | None]) -> _Portion | None:
+def _product_units(width: int, members: int) -> int:
+    """Whole tiles of weights; of a wide product what has one scale in the next one, which is then quantized before it
+    is gathered."""
+    if width % _SEGMENT_COLUMNS == 0 and width // _SEGMENT_COLUMNS >= _LEAST_SEGMENTS * members:
+        return width // _SEGMENT_COLUMNS
+    return width // TILE_ROWS if width % TILE_ROWS == 0 else 1
+
+
+def _portion_of(step: Step, members: int, read: Sequence[_Portion | None]) -> _Portion | None:
     if isinstance(step, MatMul):
-        return _Portion(step.out.width // TILE_ROWS if step.out.width % TILE_ROWS == 0 else 1)
+        return _Portion(_product_units(step.out.width, members))
     divided = [portion for portion in read if portion is not None]
     is_attention = isinstance(step, Attention) and step.v is not None
     if not is_attention and (not divided or len(divided) < len(read)):

@@ -76,6 +76,15 @@ def test_a_group_has_the_bits_of_the_product(
         assert all(row["group_ms"] > row["gathers_ms"] > 0 for row in rows)
 
 
+def test_a_prompt_has_the_bits_of_one_process(tmp_path: Path) -> None:
+    if not tls_library():
+        pytest.skip("built without OpenSSL")
+    script, small = ROOT / "benchmarks" / "groups" / "prefill.py", ("--hidden", "512", "--rows", "256", "--pairs", "1")
+    done = forked_script(script, "1.1b", "Q8_0", *small, folder=tmp_path, within_s=240.0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"speedup [\d.]+; [\d.]+ MB sent; same bits$", done.stdout.strip())
+
+
 def test_what_a_gather_costs(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "groups" / "link.py"
     if compiler() is None:

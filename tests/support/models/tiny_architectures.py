@@ -35,7 +35,7 @@ _BYTE_LEVEL = (
     *("lfm2", "deepseek2", "mistral4", "kimi-linear"),
 )
 _QKV = ("attn_q", "attn_k", "attn_v")
-_PRODUCTS = (*_QKV, "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_PRODUCTS = ("attn_q.weight", "attn_output.weight", "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 _GEMMA: dict[str, Any] = {"hidden": 64, "head_dim": 32, "tied": True}
 _PHI3: dict[str, Any] = {
     "fused": True,
@@ -262,23 +262,19 @@ def build_architecture(path: Path, name: str, quant_type: QuantType = QuantType.
 
 
 def build_tiny(path: Path, tiny: Tiny, quant_type: QuantType = QuantType.F32) -> Path:
-    """Writes a model of random weights to `path` and returns it. The same bytes on every machine. The matrices of
-    attention and of feed-forward networks have the type where they are of whole blocks."""
+    """Writes a model of random weights to `path`, the same on every machine; products of whole blocks have the type."""
     tensors = [*_ends(tiny), *inputs_of_gemma4(tiny, VOCABULARY), *ends_of_gemma3n(tiny, VOCABULARY)]
     layer_of = {"gemma3n": layer_of_gemma3n, "gemma4": layer_of_gemma4}.get(tiny.architecture, _layer)
-    for layer in range(tiny.layers):
-        tensors += layer_of(tiny, layer)
+    tensors += [tensor for layer in range(tiny.layers) for tensor in layer_of(tiny, layer)]
     tensors += further_tensors(tiny)
-    sources = [source_of(tensor, _type(tiny, tensor, quant_type), seed=1) for tensor in tensors]
-    write_gguf(path, _metadata(tiny), sources)
+    write_gguf(path, _metadata(tiny), [source_of(each, _type(tiny, each, quant_type), seed=1) for each in tensors])
     return path
 
 
 def _type(tiny: Tiny, tensor: RandomTensor, quant_type: QuantType) -> QuantType:
-    if tensor.name.endswith("_exps.weight"):
-        return tiny.expert_type
-    is_product = tensor.name.split(".")[-2] in _PRODUCTS and tensor.name.endswith(".weight")
-    return quant_type if is_product and tensor.shape[-1] % quant_type.info.block_size == 0 else QuantType.F32
+    is_quantized = tensor.name.endswith(_PRODUCTS) and tensor.shape[-1] % quant_type.info.block_size == 0
+    others = tiny.expert_type if tensor.name.endswith("_exps.weight") else QuantType.F32
+    return quant_type if is_quantized else others
 
 
 def _ends(tiny: Tiny) -> Iterator[RandomTensor]:

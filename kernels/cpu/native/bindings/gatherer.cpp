@@ -14,7 +14,7 @@ class PythonGatherer : public Gatherer {
  public:
   explicit PythonGatherer(nb::object function) : function_(std::move(function)) {}
 
-  void gather(const Gathering& gathering) override {
+  void start(const Gathering& gathering) override {
     const nb::gil_scoped_acquire locked;
     const auto rows = [&](const float* data, int width) {
       const size_t shape[2] = {static_cast<size_t>(gathering.rows), static_cast<size_t>(width)};
@@ -24,6 +24,8 @@ class PythonGatherer : public Gatherer {
     const auto own = rows(gathering.own, gathering.own_columns), whole = rows(gathering.whole, gathering.borders.back());
     function_(gathering.number, own, whole);
   }
+  void advance() override {}
+  void finish() override {}
 
  private:
   const nb::object function_;
@@ -36,8 +38,9 @@ void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<fl
       !std::ranges::is_sorted(borders, std::less_equal()) || borders.front() != 0)
     throw std::invalid_argument("gather: rows and columns that fit the borders");
   const nb::gil_scoped_release unlocked;
-  gatherer.gather({number, static_cast<int>(own.shape(0)), to.value_or(-1), borders, static_cast<int>(own.shape(1)), own.data(),
-                   whole.data()});
+  gatherer.start({number, static_cast<int>(own.shape(0)), to.value_or(-1), borders, static_cast<int>(own.shape(1)), own.data(),
+                  whole.data()});
+  gatherer.finish();
 }
 
 }  // namespace

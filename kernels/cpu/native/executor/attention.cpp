@@ -97,11 +97,11 @@ class AttentionWork {
       : worker_(worker),
         step_(step),
         level_(worker.stage_.level),
-        batch_(worker.batch_),
+        batch_(worker.batch()),
         type_(shape().type),
         tables_(shape().windowed ? batch_.window_tables : batch_.block_tables),
         kv_(level_.attention.kv[static_cast<int>(type_)]),
-        units_(step, batch_, worker.stage_.tilings),
+        units_(step, batch_, worker.band_->tilings),
         scratch_(worker.stage_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
 
   void run() {

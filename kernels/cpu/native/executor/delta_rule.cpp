@@ -35,7 +35,7 @@ void Worker::execute(const DeltaRuleStep& step) {
   const int width = buffer(step.q).width, keys = width / step.key_heads, values = buffer(step.v).width / step.heads;
   const bool per_key = buffer(step.decay).width != step.heads;
   const int64_t parts = (values + kDeltaChannels - 1) / kDeltaChannels, tasks = step.heads * parts;
-  share(batch_.sequences() * tasks, 1, [&](int64_t from, int64_t to) {
+  share(batch().sequences() * tasks, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       lookahead_.fetch();
       const StateBlocks blocks(*this, step.layer, static_cast<int>(i / tasks));

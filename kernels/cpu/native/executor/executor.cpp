@@ -27,6 +27,20 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
   return tilings;
 }
 
+// Behind the last gather whose rows are all of a run, since those that are wanted are selected later. Rows of a run need
+// each other but for what is in KV memory where a layer has states or looks ahead.
+size_t joins_at_of(const Plan& plan) {
+  const auto looks_ahead = [](const PlannedStep& planned) {
+    const auto* step = std::get_if<AttentionStep>(&planned.step);
+    return step != nullptr && !step->causal;
+  };
+  if (plan.has_states || !plan.parts.empty() || std::ranges::any_of(plan.steps, looks_ahead)) return 0;
+  size_t found = 0;
+  for (size_t i = 0; i < plan.steps.size() && !std::holds_alternative<SelectStep>(plan.steps[i].step); i++)
+    if (std::holds_alternative<GatherStep>(plan.steps[i].step)) found = i + 1;
+  return found;
+}
+
 // For each step the products that come next in every run, itself included; null after the last ones.
 std::vector<const MatmulStep*> next_matmul_of(const Plan& plan) {
   std::vector<const MatmulStep*> found(plan.steps.size());
@@ -59,11 +73,65 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
   }
 }
 
+// Rows [first, end) of a batch.
+void set_band(Band& band, const Batch& batch, int first, int end) {
+  const std::span<const int32_t> starts = batch.sequence_starts;
+  const size_t from = static_cast<size_t>(std::ranges::upper_bound(starts, first) - starts.begin()) - 1;
+  const size_t to = static_cast<size_t>(std::ranges::lower_bound(starts, end) - starts.begin());
+  const size_t begin = static_cast<size_t>(first), rows = static_cast<size_t>(end - first);
+  band.first = first;
+  band.sequence_starts.clear();
+  for (size_t i = from; i <= to; i++) band.sequence_starts.push_back(std::clamp(starts[i], first, end) - first);
+  band.batch = batch;
+  band.batch.tokens = batch.tokens.empty() ? batch.tokens : batch.tokens.subspan(begin, rows);
+  band.batch.positions = batch.positions.subspan(begin, rows);
+  band.batch.sequence_starts = band.sequence_starts;
+  band.batch.table_starts = batch.table_starts.subspan(from);
+  band.batch.output_rows = {};
+}
+
 }  // namespace
 
+void Stage::set_batch(const Batch& batch) {
+  whole.batch = batch;
+  const int rows = batch.rows();
+  bands.resize(joins_at > 0 && rows >= kLeastBandedRows ? kBands : 0);
+  for (size_t i = 0; i < bands.size(); i++) {
+    const auto border = [&](size_t at) { return static_cast<int>(static_cast<size_t>(rows) * at / kBands); };
+    set_band(bands[i], batch, border(i), border(i + 1));
+    if (batch.hidden != nullptr) bands[i].batch.hidden += int64_t{border(i)} * plan.hidden_width;
+    bands[i].tilings = whole.tilings;
+    for (Tiling& tiling : bands[i].tilings) cut_into_tiles(bands[i].batch, tiling);
+  }
+  for (Tiling& tiling : whole.tilings) cut_into_tiles(batch, tiling);
+}
+
+// Between two gathers all bands are computed in turn; then what needs all rows.
 void Worker::work() {
   const std::vector<PlannedStep>& steps = stage_.plan.steps;
-  const auto [begin, last] = stage_.plan.steps_of(stage_.part);
+  auto [at, last] = stage_.plan.steps_of(stage_.part);
+  while (!stage_.bands.empty() && at < stage_.joins_at) {
+    size_t end = at + 1;
+    while (!std::holds_alternative<GatherStep>(steps[end - 1].step)) end++;
+    for (size_t band = 0; band < stage_.bands.size(); band++) {
+      enter(stage_.bands[band]);
+      if (at > 0) finish_gather(at);
+      if (!run(at, end)) return;
+    }
+    at = end;
+  }
+  enter(stage_.whole);
+  while (in_flight_ > 0) finish_gather(at);
+  run(at, last);
+}
+
+void Worker::enter(const Band& band) {
+  band_ = &band;
+  set_rows(band.batch.rows());
+}
+// False where a gather has failed.
+bool Worker::run(size_t begin, size_t last) {
+  const std::vector<PlannedStep>& steps = stage_.plan.steps;
   for (size_t at = begin, end; at < last; at = end) {
     if (const std::optional<int> adapter = steps[at].adapter; adapter && !(stage_.adapters >> *adapter & 1u)) {
       end = at + 1;
@@ -73,23 +141,41 @@ void Worker::work() {
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, fixed_begin(fixed_tiles(next->tiles()), 1, thread_));
     if (before == Sync::Always || (before == Sync::IfShared && !alone_))
-      synchronize(at > begin && std::holds_alternative<GatherStep>(steps[at - 1].step));
-    if (at >= stage_.ends_at.load(std::memory_order_relaxed)) return;
+      synchronize(at > 0 && std::holds_alternative<GatherStep>(steps[at - 1].step));
+    if (at >= stage_.ends_at.load(std::memory_order_relaxed)) return false;
     for (end = at + 1; end < last && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
     compute(at, end);
     if (thread_ == 0 && stage_.failure) stage_.ends_at.store(end, std::memory_order_relaxed);
   }
+  return true;
 }
 
 // By the caller of run(); the others wait before the next step, and fetch its weights.
 void Worker::execute(const GatherStep& step) {
   if (thread_ != 0 || rows_ == 0) return;
+  const bool is_whole = band_ == &stage_.whole;
+  const int bands = std::max(1, static_cast<int>(stage_.bands.size()));
+  const int number = step.number * bands + (is_whole ? 0 : static_cast<int>(band_ - stage_.bands.data()));
   try {
-    stage_.gatherer->gather({step.number, rows_, step.to, step.borders, line_width(step.x),
-                             stage_.workspace.shared(step.x), stage_.workspace.shared(step.out)});
+    stage_.gatherer->start(
+        {number, rows_, step.to, step.borders, line_width(step.x), line(step.x, 0), line(step.out, 0)});
+    if (is_whole) stage_.gatherer->finish();
+    else in_flight_++;
   } catch (...) {
     stage_.failure = std::current_exception();
+  }
+}
+
+// Before the step at `at`, which all threads wait for.
+void Worker::finish_gather(size_t at) {
+  if (thread_ != 0 || in_flight_ == 0) return;
+  in_flight_--;
+  try {
+    stage_.gatherer->finish();
+  } catch (...) {
+    stage_.failure = std::current_exception();
+    stage_.ends_at.store(at, std::memory_order_relaxed);
   }
 }
 
@@ -115,8 +201,9 @@ Stage::Stage(Plan given, const Level& level, int threads)
       workspace(plan, threads),
       kv(plan.kv_layers, plan.limits),
       rotations(tables_of(plan)),
-      tilings(tilings_of(plan)),
-      next_matmul(next_matmul_of(plan)) {
+      whole{0, {}, tilings_of(plan), {}},
+      next_matmul(next_matmul_of(plan)),
+      joins_at(joins_at_of(plan)) {
   workspace.allocate();
 }
 
@@ -130,9 +217,9 @@ int Executor::run(const Batch& batch) {
   check_batch(batch, stage_.plan);
   if (stage_.plan.gathers > 0 && stage_.gatherer == nullptr)
     throw std::invalid_argument("batch: a group's member that was given no gatherer");
-  for (Tiling& tiling : stage_.tilings) cut_into_tiles(batch, tiling);
+  stage_.set_batch(batch);
   for (Shares::Counter& counter : stage_.shares.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const auto work = [&](int thread) { Worker(stage_, batch, pool_, thread).work(); };
+  const auto work = [&](int thread) { Worker(stage_, pool_, thread).work(); };
   stage_.ends_at.store(std::numeric_limits<size_t>::max(), std::memory_order_relaxed);
   pool_.run(work, batch.rows());
   if (stage_.failure) std::rethrow_exception(std::exchange(stage_.failure, nullptr));

@@ -86,6 +86,15 @@ struct Tiling {
 // Rows of a tile for a model whose KV heads serve `group` query heads each.
 int tile_rows(int group);
 
+// Rows that are computed together, from `first` of the run's on. Of a large run, one band's gather goes on while another
+// band is computed.
+struct Band {
+  int first = 0;
+  Batch batch;
+  std::vector<Tiling> tilings;
+  std::vector<int32_t> sequence_starts;  // of `batch`, where it is a part of the run's
+};
+
 // Counters from which threads take pieces of work; three in turn, so that one can be cleared while another is in use.
 struct Shares {
   struct alignas(64) Counter {
@@ -101,13 +110,18 @@ size_t workspace_bytes(const Plan& plan, int threads);
 struct Stage {
   Stage(Plan plan, const Level& level, int threads);
 
+  // What the next run computes.
+  void set_batch(const Batch& batch);
+
   const Plan plan;
   const Level& level;
   Workspace workspace;
   const KvCache kv;
   const std::vector<RotationTable> rotations;
-  std::vector<Tiling> tilings;
+  Band whole;               // of this run, with all rows
+  std::vector<Band> bands;  // with some of them; empty where they are computed together
   const std::vector<const MatmulStep*> next_matmul;  // for each step
+  const size_t joins_at;  // the first step, behind a gather, for which all rows of a run must be there; 0: all steps are such
   Shares shares;
   uint32_t adapters = 0;  // that runs compute, one bit each
   int part = 0;           // that runs compute, of a plan in parts

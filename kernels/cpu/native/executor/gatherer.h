@@ -7,7 +7,7 @@ namespace llamaclust {
 
 // One gather of a run. Member i computes columns [borders[i], borders[i + 1]) of a row.
 struct Gathering {
-  int number;  // in the order of the plan's gathers
+  int number;  // in the order of the run's gathers
   int rows;
   int to;  // the only member that gets the whole rows; -1: all
   std::span<const int> borders;
@@ -16,13 +16,19 @@ struct Gathering {
   float* whole;      // [rows][borders.back()], to be filled
 };
 
+// Called on the thread that runs the plan. What ends a gather is thrown by start() or finish(), then and later.
 class Gatherer {
  public:
   virtual ~Gatherer() = default;
 
-  // Returns when all of `whole` is there, or this member's rows are with those that get them; throws where they will not
-  // be, by a deadline of its own. Called on the thread that runs the plan while the others wait.
-  virtual void gather(const Gathering& gathering) = 0;
+  // Begins a gather, behind those that have begun; its rows stay where they are until it is finished.
+  virtual void start(const Gathering& gathering) = 0;
+
+  // Sends and receives what is possible now.
+  virtual void advance() = 0;
+
+  // Waits until all rows of the oldest gather are there, or are with those that get them; not beyond a deadline.
+  virtual void finish() = 0;
 };
 
 }  // namespace llamaclust

@@ -39,7 +39,7 @@ struct RowStep {
   const int row;
 
   float* line(BufferId id) const { return worker.line(id, row); }
-  const Batch& batch() const { return worker.batch_; }
+  const Batch& batch() const { return worker.batch(); }
   const VectorOps& vector() const { return worker.stage_.level.vector; }
   const MatmulOps& matmul() const { return worker.stage_.level.matmul; }
   // Of a step that threads share where few rows are not.
@@ -264,10 +264,10 @@ void Worker::compute_row(const Step& step, int row) { std::visit(RowStep{*this, 
 void Worker::execute(const SelectStep& step) {
   const float* x = line(step.x, 0);
   const size_t width = static_cast<size_t>(line_width(step.x));
-  set_rows(static_cast<int>(batch_.output_rows.size()));
+  set_rows(static_cast<int>(batch().output_rows.size()));
   const Range rows = own_rows();
   for (int row = rows.begin; row < rows.end; row++) {
-    const size_t from = static_cast<size_t>(batch_.output_rows[row]);
+    const size_t from = static_cast<size_t>(batch().output_rows[row]);
     memcpy(line(step.out, row), x + from * width, width * sizeof(float));
   }
 }

@@ -13,7 +13,7 @@ constexpr int kRowsAtOnce = 16;
 
 void Worker::execute(const ScanStep& step) {
   const int heads = step.heads();
-  share(static_cast<int64_t>(batch_.sequences()) * heads, 1, [&](int64_t from, int64_t to) {
+  share(static_cast<int64_t>(batch().sequences()) * heads, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       lookahead_.fetch();
       scan_head(step, static_cast<int>(i / heads), static_cast<int>(i % heads));

@@ -12,9 +12,9 @@ namespace llamaclust {
 class StateBlocks {
  public:
   StateBlocks(const Worker& worker, int layer, int sequence)
-      : begin(worker.batch_.sequence_starts[index(sequence)]),
-        end(worker.batch_.sequence_starts[index(sequence) + 1]),
-        batch_(worker.batch_),
+      : begin(worker.batch().sequence_starts[index(sequence)]),
+        end(worker.batch().sequence_starts[index(sequence) + 1]),
+        batch_(worker.batch()),
         sequence_(index(sequence)),
         first_(batch_.positions[index(begin)]),
         floats_(index(worker.stage_.plan.kv_layers[index(layer)].state_floats)),

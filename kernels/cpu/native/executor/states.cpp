@@ -15,7 +15,7 @@ constexpr int kPartChannels = 128;  // of a convolution, in one thread at once
 void Worker::execute(const ConvolveStep& step) {
   const int width = buffer(step.x).width, kept = step.taps - 1;
   const int64_t parts = (width + kPartChannels - 1) / kPartChannels;
-  share(batch_.sequences() * parts, 1, [&](int64_t from, int64_t to) {
+  share(batch().sequences() * parts, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
       lookahead_.fetch();
       const StateBlocks blocks(*this, step.layer, static_cast<int>(i / parts));

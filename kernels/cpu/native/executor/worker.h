@@ -46,14 +46,14 @@ class Lookahead {
 
 class Worker {
  public:
-  Worker(Stage& stage, const Batch& batch, ThreadPool& pool, int thread)
+  Worker(Stage& stage, ThreadPool& pool, int thread)
       : stage_(stage),
-        batch_(batch),
+        band_(&stage.whole),
         barrier_(pool.barrier()),
         speeds_(pool.speeds()),
         thread_(thread),
         threads_(pool.active_threads()) {
-    set_rows(batch.rows());
+    set_rows(batch().rows());
   }
 
   void work();
@@ -74,6 +74,9 @@ class Worker {
   void execute(const ScanStep& step);
   void execute(const GatherStep& step);
 
+  void enter(const Band& band);
+  bool run(size_t begin, size_t last);
+  void finish_gather(size_t at);
   void scan_head(const ScanStep& step, int sequence, int head);
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
@@ -91,11 +94,13 @@ class Worker {
   const Buffer& buffer(BufferId id) const { return stage_.plan.buffers[id]; }
   int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
 
+  const Batch& batch() const { return band_->batch; }
+
   // A row's lines: this thread's own copy where it does all rows for itself.
   float* line(BufferId id, int row) const {
     const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
     float* base = own ? stage_.workspace.own(id, thread_) : stage_.workspace.shared(id);
-    return base + static_cast<size_t>(row) * static_cast<size_t>(line_width(id));
+    return base + static_cast<size_t>(band_->first + row) * static_cast<size_t>(line_width(id));
   }
   uint8_t* slot(int index) const {
     return rows_ <= kPrivateRows ? stage_.workspace.own_slot(index, thread_) : stage_.workspace.shared_slot(index);
@@ -121,10 +126,7 @@ class Worker {
   // the last. Between two calls the threads synchronize. Where it `measures`, all units take equally long.
   template <typename F>
   void share(int64_t count, int64_t grain, int64_t fixed, F f, bool measures = false) {
-    if (threads_ == 1) {
-      if (count > 0) f(int64_t{0}, count);
-      return;
-    }
+    if (threads_ == 1) return cover(0, count, grain, f);
     std::atomic<int64_t>& taken = stage_.shares.counters[round_ % 3].taken;
     if (thread_ == 0) stage_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
     round_++;
@@ -132,7 +134,7 @@ class Worker {
     const int64_t own = fixed_begin(fixed, grain, thread_), next = fixed_begin(fixed, grain, thread_ + 1);
     if (own < next) {
       const int64_t start = measures ? now_ns() : 0;
-      f(own, next);
+      cover(own, next, grain, f);
       if (measures) speeds_.add(thread_, now_ns() - start);
     }
     int64_t begin = taken.load(std::memory_order_relaxed);
@@ -140,8 +142,20 @@ class Worker {
       const int64_t fair = (rest - begin) / (2 * threads_) / grain * grain;
       const int64_t end = std::min(rest, begin + std::max(fair, grain));
       if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      f(count - rest + begin, count - rest + end);
+      cover(count - rest + begin, count - rest + end, grain, f);
       begin = taken.load(std::memory_order_relaxed);
+    }
+  }
+
+  // In small pieces while gathers go on, so that their bytes are neither late nor in the way of others.
+  template <typename F>
+  void cover(int64_t begin, int64_t end, int64_t grain, F f) {
+    constexpr int64_t kPieces = 64;
+    if (in_flight_ == 0) return begin < end ? f(begin, end) : void();
+    const int64_t piece = std::max(grain, (end - begin) / kPieces / grain * grain);
+    for (; begin < end; begin += piece) {
+      f(begin, std::min(end, begin + piece));
+      stage_.gatherer->advance();
     }
   }
 
@@ -156,13 +170,14 @@ class Worker {
   friend struct RowStep;
 
   Stage& stage_;
-  const Batch& batch_;
+  const Band* band_;
   Barrier& barrier_;
   ThreadSpeeds& speeds_;
   const int thread_, threads_;
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;
+  int in_flight_ = 0;  // gathers that this thread has started and not finished
   Lookahead lookahead_;
 };
 

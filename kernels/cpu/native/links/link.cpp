@@ -83,78 +83,103 @@ void Link::greet(std::span<const uint8_t> greeting, std::span<const uint8_t> exp
 }
 
 void Link::begin_sending(const FrameHeader& header, const uint8_t* data) {
-  sent_header_ = header;
-  own_ = data;
-  sent_ = 0;
-  to_send_ = sizeof header + header.bytes;
+  outgoing_.push_back({header, data});
+  begun_.sent++;
   flushed_ = false;
 }
 
 void Link::begin_receiving(const FrameHeader& header, const Block& room) {
-  begin_receiving(header);
-  exact_ = true;
-  receive_into(room);
+  incoming_.push_back({header, room, true});
+  begun_.received++;
 }
 
 void Link::begin_receiving(const FrameHeader& most) {
-  expected_ = most;
-  exact_ = false;
-  theirs_ = {};
-  received_ = 0;
-  to_receive_ = sizeof most;
+  incoming_.push_back({most, {}, false});
+  begun_.received++;
 }
 
 void Link::receive_into(const Block& room) {
-  theirs_ = room;
-  to_receive_ = sizeof(FrameHeader) + room.bytes();
+  if (room.bytes() == 0) return;
+  incoming_.push_front({received_header_, room, true});
+  begun_.received++;
+  received_ = sizeof(FrameHeader);
 }
 
 bool Link::send() {
   if (is_sent()) return false;
-  const size_t before = sent_;
+  bool moved = false;
+  while (!outgoing_.empty() && send_first()) moved = true;
+  flushed_ = flush() && outgoing_.empty();
+  return moved || flushed_;
+}
+
+// What there is room for of the first frame; false for nothing.
+bool Link::send_first() {
+  Outgoing& frame = outgoing_.front();
+  const size_t before = sent_, all = frame.bytes();
   constexpr size_t kHeader = sizeof(FrameHeader);
-  if (sent_ < kHeader) sent_ += write(bytes_of(sent_header_).subspan(sent_), to_send_ > kHeader);
-  while (sent_ >= kHeader && sent_ < to_send_) {
-    const size_t count = write({own_ + sent_ - kHeader, to_send_ - sent_}, false);
+  if (sent_ < kHeader) sent_ += write(bytes_of(frame.header).subspan(sent_), all > kHeader);
+  while (sent_ >= kHeader && sent_ < all) {
+    const size_t count = write({frame.data + sent_ - kHeader, all - sent_}, false);
     if (count == 0) break;
     sent_ += count;
   }
-  flushed_ = flush();
-  return sent_ > before || is_sent();
+  const bool moved = sent_ > before;
+  if (sent_ == all) {
+    sent_header_ = frame.header;
+    outgoing_.pop_front();
+    sent_ = 0;
+  }
+  return moved;
 }
 
 bool Link::receive() {
-  const size_t before = received_;
+  bool moved = false;
+  while (!incoming_.empty() && receive_first()) moved = true;
+  return moved;
+}
+
+// What is there of the first frame; false for nothing.
+bool Link::receive_first() {
+  const Incoming& frame = incoming_.front();
+  const size_t before = received_, all = frame.bytes();
   constexpr size_t kHeader = sizeof(FrameHeader);
   if (received_ < kHeader) {
     received_ += read(bytes_of(received_header_).subspan(received_));
     if (received_ < kHeader) return received_ > before;
     check_header();
   }
-  while (!is_received()) {
-    const size_t count = read(theirs_.rest(received_ - kHeader));
+  while (received_ < all) {
+    const size_t count = read(frame.room.rest(received_ - kHeader));
     if (count == 0) break;
     received_ += count;
   }
-  return received_ > before;
+  const bool moved = received_ > before;
+  if (received_ == all) {
+    incoming_.pop_front();
+    received_ = 0;
+  }
+  return moved;
 }
 
 void Link::check_header() const {
-  const FrameHeader& got = received_header_;
+  const FrameHeader &got = received_header_, &expected = incoming_.front().expected;
   std::string wrong;
-  if (got.epoch != expected_.epoch) wrong = field("epoch", got.epoch, expected_.epoch);
-  else if (got.step != expected_.step) wrong = field("step", got.step, expected_.step);
-  else if (got.number != expected_.number) wrong = number_field(got.number, expected_.number);
-  else if (exact_ && got.bytes != expected_.bytes) wrong = field("bytes", got.bytes, expected_.bytes);
-  else if (got.bytes > expected_.bytes)
-    wrong = "bytes " + std::to_string(got.bytes) + " where at most " + std::to_string(expected_.bytes) + " are expected";
+  if (got.epoch != expected.epoch) wrong = field("epoch", got.epoch, expected.epoch);
+  else if (got.step != expected.step) wrong = field("step", got.step, expected.step);
+  else if (got.number != expected.number) wrong = number_field(got.number, expected.number);
+  else if (incoming_.front().is_exact && got.bytes != expected.bytes) wrong = field("bytes", got.bytes, expected.bytes);
+  else if (got.bytes > expected.bytes)
+    wrong = "bytes " + std::to_string(got.bytes) + " where at most " + std::to_string(expected.bytes) + " are expected";
   if (!wrong.empty()) throw LinkError(peer_ + " has sent " + wrong, Fault::Wrong, place_);
 }
 
 LinkError Link::late(double deadline_s) const {
-  const bool receives = !is_received();
-  const FrameHeader& header = receives ? expected_ : sent_header_;
-  const size_t done = receives ? received_ : sent_, all = receives ? to_receive_ : to_send_;
+  const bool receives = !incoming_.empty();
+  const Outgoing unsent = outgoing_.empty() ? Outgoing{sent_header_, nullptr} : outgoing_.front();
+  const FrameHeader& header = receives ? incoming_.front().expected : unsent.header;
+  const size_t all = receives ? incoming_.front().bytes() : unsent.bytes();
+  const size_t done = receives ? received_ : outgoing_.empty() ? all : sent_;
   const std::string text = peer_ + (receives ? " has sent " : " has taken ") + std::to_string(done) + " of " +
                            std::to_string(all) + " bytes within " + seconds(deadline_s) + ": step " +
                            std::to_string(header.step) + ", " + name_of(header.number);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -54,13 +55,13 @@ class Link {
   // The peer's, for errors.
   void set_place(int place) { place_ = place; }
 
-  // Begins a frame of `header.bytes` bytes to the peer, which must stay until they are sent.
+  // A frame of `header.bytes` bytes is to be sent next, behind others; they must stay until then.
   void begin_sending(const FrameHeader& header, const uint8_t* data);
 
-  // Begins to receive exactly this frame, whose bytes arrive in `room`, as many as it has.
+  // Exactly this frame is to come next, behind others; its bytes arrive in `room`, as many as it has.
   void begin_receiving(const FrameHeader& header, const Block& room);
 
-  // Begins to receive the header of a frame of at most `most.bytes`; then there are `announced` bytes to receive.
+  // The header of a frame of at most `most.bytes` is to come next; then `announced` bytes for receive_into().
   void begin_receiving(const FrameHeader& most);
   uint32_t announced() const { return received_header_.bytes; }
   void receive_into(const Block& room);
@@ -69,10 +70,20 @@ class Link {
   bool send();
   bool receive();
 
-  bool has_received() const { return received_ > 0; }
-  bool is_sent() const { return sent_ == to_send_ && flushed_; }
-  bool is_received() const { return received_ == to_receive_; }
+  bool has_received() const { return received_ > 0 || is_received(); }
+  bool is_sent() const { return outgoing_.empty() && flushed_; }
+  bool is_received() const { return incoming_.empty(); }
   bool is_complete() const { return is_sent() && is_received(); }
+
+  // How many frames have begun each way; later, whether all of these are through.
+  struct Mark {
+    uint64_t sent, received;
+  };
+  Mark mark() const { return begun_; }
+  bool has_reached(const Mark& mark) const {
+    return begun_.sent - outgoing_.size() >= mark.sent && begun_.received - incoming_.size() >= mark.received &&
+           (flushed_ || !outgoing_.empty());
+  }
 
   // The peer has not sent or taken its bytes by the deadline.
   LinkError late(double deadline_s) const;
@@ -83,22 +94,36 @@ class Link {
   void close() { channel_.reset(); }
 
  private:
+  struct Outgoing {
+    FrameHeader header;
+    const uint8_t* data;
+    size_t bytes() const { return sizeof header + header.bytes; }
+  };
+  struct Incoming {
+    FrameHeader expected;
+    Block room;
+    bool is_exact;  // else `expected` has the most bytes
+    size_t bytes() const { return sizeof expected + room.bytes(); }
+  };
+
   Channel& channel() const;
   template <typename F>
   auto named(F call) const;
   size_t write(std::span<const uint8_t> data, bool more);
   bool flush();
   size_t read(std::span<uint8_t> room);
+  bool send_first();
+  bool receive_first();
   void check_header() const;
 
   const std::string peer_;
   int place_ = -1;
   std::unique_ptr<Channel> channel_;
-  FrameHeader sent_header_{}, expected_{}, received_header_{};
-  bool exact_ = true;  // else `expected_` has the most bytes
-  const uint8_t* own_ = nullptr;
-  Block theirs_{};
-  size_t sent_ = 0, to_send_ = 0, received_ = 0, to_receive_ = 0;  // bytes with the header
+  std::deque<Outgoing> outgoing_;
+  std::deque<Incoming> incoming_;
+  size_t sent_ = 0, received_ = 0;  // bytes of the first of these, with its header
+  Mark begun_{0, 0};
+  FrameHeader sent_header_{}, received_header_{};  // the last ones
   bool flushed_ = true;
 };
 

@@ -76,7 +76,7 @@ void Links::send_step(uint64_t epoch, uint64_t step, std::span<const uint8_t> da
     epoch_ = epoch;
     step_ = step;
     for (size_t member = 1; member < links_.size(); member++) send(member, kStepNumber, data);
-    move_all();
+    move([&](size_t member) { return links_[member]->is_sent(); }, deadline_ns());
   });
 }
 
@@ -88,71 +88,96 @@ std::vector<uint8_t> Links::receive_step(uint64_t epoch, uint64_t step, size_t m
     step_ = step;
     Link& first = *links_[0];
     first.begin_receiving({epoch, step, kStepNumber, static_cast<uint32_t>(std::min(most_bytes, kMostBytes))});
-    move([&] { return first.has_received(); }, std::numeric_limits<int64_t>::max());
+    move([&](size_t member) { return member != 0 || first.has_received(); }, std::numeric_limits<int64_t>::max());
     const int64_t until_ns = deadline_ns();
-    move([&] { return first.is_received(); }, until_ns);
+    const auto is_received = [&](size_t member) { return member != 0 || first.is_received(); };
+    move(is_received, until_ns);
     data.resize(first.announced());
     first.receive_into({data.data(), 1, data.size(), data.size()});
-    move([&] { return first.is_received(); }, until_ns);
+    move(is_received, until_ns);
     const std::lock_guard locked(counting_);
     counters_.received_bytes += sizeof(FrameHeader) + data.size();
   });
   return data;
 }
 
-void Links::gather(const Gathering& gathering) {
+void Links::start(const Gathering& gathering) {
   in_turn([&] {
-    start(gathering);
+    begin_frames(gathering);
     for (Link* link : peers_) link->send();
     if (gathering.to < 0 || gathering.to == own_) copy_own(gathering);
+  });
+}
+
+void Links::advance() {
+  const std::lock_guard locked(in_use_);
+  if (ended_) return;
+  try {
+    for (Link* link : peers_) {
+      link->send();
+      link->receive();
+    }
+  } catch (const LinkError& error) {
+    end(closing_ ? closed() : error);
+  }
+}
+
+void Links::finish() {
+  in_turn([&] {
+    require(!started_.empty(), "no gather has begun");
+    const std::vector<Link::Mark> marks = std::move(started_.front());
+    started_.pop_front();
     const int64_t began_ns = now_ns();
-    move_all();
-    count_wait(now_ns() - began_ns);
+    last_.reset();
+    move([&](size_t member) { return links_[member]->has_reached(marks[member]); }, deadline_ns());
+    count_gather(now_ns() - began_ns);
   });
 }
 
 int64_t Links::deadline_ns() const { return now_ns() + static_cast<int64_t>(deadline_s_ * 1e9); }
 
-void Links::move_all() {
-  move([this] { return std::ranges::all_of(peers_, &Link::is_complete); }, deadline_ns());
-}
-
-// Sends and receives what links have begun, until it is done.
+// Sends and receives what links have begun, until each of them is ready.
 template <typename F>
-void Links::move(F done, int64_t until_ns) {
+void Links::move(F is_ready, int64_t until_ns) {
   for (int64_t waits_from_ns = now_ns();;) {
-    bool moved = false;
+    bool moved = false, ready = true;
     for (size_t member = 0; member < links_.size(); member++) {
       Link* link = links_[member].get();
-      if (link == nullptr || link->is_complete()) continue;
-      moved |= link->send();
+      if (link == nullptr) continue;
+      if (!link->is_sent()) moved |= link->send();
       if (!link->is_received()) moved |= link->receive();
-      if (link->is_complete()) last_ = member;
+      if (is_ready(member)) continue;
+      ready = false;
+      last_ = member;
     }
-    if (done()) return;
+    if (ready) return;
     const int64_t now = now_ns();
-    if (closing_ || now >= until_ns) throw late();
+    if (closing_ || now >= until_ns) throw late(is_ready);
     if (moved) waits_from_ns = now;
     else if (now - waits_from_ns >= kPollNs) park(until_ns);
     else if (now - waits_from_ns >= kKeepsCoreNs) sched_yield();
   }
 }
 
-void Links::start(const Gathering& gathering) {
+void Links::begin_frames(const Gathering& gathering) {
   require(gathering.borders.size() == links_.size() + 1, "as many members as the gather has");
   const std::span<const uint8_t> own = own_bytes(gathering);
   require(own.size() == block_of(gathering, static_cast<size_t>(own_)).bytes(), "as many columns as this member has");
   const auto number = static_cast<uint32_t>(gathering.number);
   size_t received_bytes = 0;
+  std::vector<Link::Mark> marks(links_.size());
   for (size_t member = 0; member < links_.size(); member++) {
     if (!links_[member]) continue;
     const Block theirs = block_of(gathering, member);
     require(std::max(own.size(), theirs.bytes()) <= kMostBytes, "rows of less than 4 GiB");
     if (gathering.to < 0 || gathering.to == static_cast<int>(member)) send(member, number, own);
-    if (gathering.to >= 0 && gathering.to != own_) continue;
-    links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
-    received_bytes += sizeof(FrameHeader) + theirs.bytes();
+    if (gathering.to < 0 || gathering.to == own_) {
+      links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
+      received_bytes += sizeof(FrameHeader) + theirs.bytes();
+    }
+    marks[member] = links_[member]->mark();
   }
+  started_.push_back(std::move(marks));
   const std::lock_guard locked(counting_);
   counters_.received_bytes += received_bytes;
 }
@@ -163,12 +188,13 @@ void Links::send(size_t member, uint32_t number, std::span<const uint8_t> data) 
   counters_.sent_bytes += sizeof(FrameHeader) + data.size();
 }
 
-void Links::count_wait(int64_t ns) {
-  const double seconds = static_cast<double>(ns) * 1e-9;
+// A wait is for the member that was ready last.
+void Links::count_gather(int64_t ns) {
   const std::lock_guard locked(counting_);
   counters_.gathers++;
-  counters_.waited_s += seconds;
-  counters_.waited_for_s[last_] += seconds;
+  if (!last_) return;
+  counters_.waited_s += static_cast<double>(ns) * 1e-9;
+  counters_.waited_for_s[*last_] += static_cast<double>(ns) * 1e-9;
 }
 
 LinkCounters Links::counters() const {
@@ -194,12 +220,13 @@ void Links::park(int64_t until_ns) const {
 }
 
 // At fault is the first of the members that are named.
-LinkError Links::late() const {
+template <typename F>
+LinkError Links::late(F is_ready) const {
   std::optional<LinkError> first;
   std::string text;
-  for (const Link* link : peers_)
-    if (!link->is_complete()) {
-      const LinkError late = link->late(deadline_s_);
+  for (size_t member = 0; member < links_.size(); member++)
+    if (links_[member] && !is_ready(member)) {
+      const LinkError late = links_[member]->late(deadline_s_);
       text += (text.empty() ? "" : "; ") + std::string(late.what());
       if (!first) first.emplace(late);
     }

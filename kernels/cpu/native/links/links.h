@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -32,15 +33,17 @@ class Links : public Gatherer {
   void begin(uint64_t epoch, uint64_t step);
 
   // The first member begins a step and tells all others what to compute in it; they take it within the deadline. For
-  // errors of these and of gathers, see gather().
+  // errors of these and of gathers, see start().
   void send_step(uint64_t epoch, uint64_t step, std::span<const uint8_t> data);
 
   // Another member waits until the first one begins that step, however long it takes; then the deadline counts.
   std::vector<uint8_t> receive_step(uint64_t epoch, uint64_t step, size_t most_bytes);
 
-  // The thread polls its links at first, then parks. LinkError, in this gather and all later ones, where a peer sends
-  // anything else than its rows, or not all of them in time.
-  void gather(const Gathering& gathering) override;
+  // Gathers go on in their order. A thread that waits polls its links at first, then parks. LinkError, in this call and
+  // all later ones, where a peer sends anything else than its rows, or not all of them in time.
+  void start(const Gathering& gathering) override;
+  void advance() override;
+  void finish() override;
 
   // On any thread, at any time.
   LinkCounters counters() const;
@@ -52,23 +55,24 @@ class Links : public Gatherer {
   template <typename F>
   void in_turn(F work);
   template <typename F>
-  void move(F done, int64_t until_ns);
-  void move_all();
+  void move(F is_ready, int64_t until_ns);
   int64_t deadline_ns() const;
-  void start(const Gathering& gathering);
+  void begin_frames(const Gathering& gathering);
   void send(size_t member, uint32_t number, std::span<const uint8_t> data);
   void park(int64_t until_ns) const;
-  LinkError late() const;
+  template <typename F>
+  LinkError late(F is_ready) const;
   void end(const LinkError& reason);
   void copy_own(const Gathering& gathering) const;
-  void count_wait(int64_t ns);
+  void count_gather(int64_t ns);
 
   const int own_;
   const double deadline_s_;
   std::vector<std::shared_ptr<Link>> links_;  // by member
   std::vector<Link*> peers_;                  // the same without a place for this member
   uint64_t epoch_ = 0, step_ = 0;
-  size_t last_ = 0;  // the member that was ready last
+  std::deque<std::vector<Link::Mark>> started_;  // gathers that are not finished: where each link is when they are
+  std::optional<size_t> last_;                   // the member that was ready last
   LinkCounters counters_;
   std::atomic<bool> closing_{false};
   std::optional<LinkError> ended_;  // the first reason

@@ -1,0 +1,133 @@
+"""Large runs of a group's members: rows are computed in bands, whose gathers go on while others are computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamaclust.kernels._native import LinkError, PythonGatherer
+from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.model.groups.division import divide
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Gather, Program
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import LIMITS, batch_of
+from support.arithmetic.members import CpuGroup, LinkedGroup
+from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
+from support.seed import SEED
+
+REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
+MANY = replace(LIMITS, max_batch_tokens=320, max_outputs=320)
+LEAST = 256
+"""From so many rows on there are bands."""
+TWO = ("qwen3", "lfm2")
+
+
+def tokens(count: int) -> list[int]:
+    return (TOKENS * (count // len(TOKENS) + 1))[:count]
+
+
+def batches() -> Iterator[Batch]:
+    """A prompt, rows behind it with another prompt, several sequences of which one lies in both bands, and one row."""
+    yield batch_of([(tokens(300), range(300), range(20))])
+    yield batch_of([(tokens(140), range(300, 440), range(32)), (tokens(120), range(120), range(32, 40))])
+    prompts = [(tokens(90), range(90), range(40 + 6 * place, 46 + 6 * place)) for place in range(3)]
+    yield batch_of(prompts, outputs=[0, 134, 135, 269])
+    yield batch_of([([5], [440], range(32))])
+
+
+def whole(model: Model, layers: tuple[int, int] | None = None) -> Program:
+    return model.program(*(layers or (0, model.layer_count)), KvType.F16, MANY.max_context_tokens, 1)
+
+
+def load(model: Model, program: Program, threads: int = 1) -> CpuStage:
+    backend = CpuBackend(threads, yields=False)
+    return backend.load(program, model.tensors_for(program), MANY, lambda done_bytes: None)
+
+
+def results(stage: CpuStage) -> list[Float32]:
+    return [stage.run(batch, None).copy() for batch in batches()]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
+def test_bands_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name, QuantType.Q8_0)) as model:
+        program = whole(model)
+        expected = results(load(model, program))
+        group = CpuGroup(model, program, (1.0, 1.0), 1, MANY)
+        for batch, logits in zip(batches(), expected, strict=True):
+            assert group.run(batch, None)[0].tobytes() == logits.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", TWO)
+def test_bands_over_links(tmp_path: Path, name: str, threads: int) -> None:
+    """Two stages, the second of which is given hidden states; a layer with states has all rows together."""
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        expected = results(load(model, whole(model)))
+        programs = [whole(model, layers) for layers in ((0, 1), (1, model.layer_count))]
+        first, second = (LinkedGroup(model, each, (2.0, 1.0, 1.0), threads, MANY) for each in programs)
+        for batch, logits in zip(batches(), expected, strict=True):
+            hidden, *others = first.run(batch, None)
+            assert all(other.tobytes() == hidden.tobytes() for other in others)
+            assert second.run(batch, hidden)[0].tobytes() == logits.tobytes()
+
+
+@pytest.mark.parametrize(("rows", "bands"), [(LEAST - 1, 1), (LEAST, 2)])
+def test_runs_that_have_bands(tmp_path: Path, rows: int, bands: int) -> None:
+    """Each gather of a layer is one of each band; logits are gathered once."""
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        group = LinkedGroup(model, whole(model), (1.0, 1.0), 1, MANY)
+        group.run(batch_of([(tokens(rows), range(rows), range(20))]), None)
+        program = divide(whole(model), (1.0, 1.0), 0)
+    layers = sum(isinstance(step, Gather) for step in program.steps) - 1
+    assert [links.counters().gathers for links in group.links] == [bands * layers + 1] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_gather_that_fails_ends_the_run(tmp_path: Path, threads: int) -> None:
+    print(f"seed {SEED}")
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        program = divide(whole(model), (1.0, 1.0), 0)
+        stage = load(model, program, threads)
+    places = 2 * sum(isinstance(step, Gather) for step in program.steps) - 1
+    fails_at, seen = -1, list[int]()
+
+    def gather(number: int, own: Float32, whole: Float32) -> None:
+        seen.append(number)
+        whole[:] = 0
+        if number == fails_at:
+            raise ConnectionError(f"member 1 is silent at {number}")
+
+    stage.gather_by(PythonGatherer(gather))
+    batch = batch_of([(tokens(300), range(300), range(20))])
+    expected = stage.run(batch, None).tobytes()
+    assert seen == [*range(places)]
+    order = random.Random(SEED).sample(range(places), places)
+    for fails_at in order:
+        seen.clear()
+        with pytest.raises(ConnectionError, match=f"silent at {fails_at}$"):
+            stage.run(batch, None)
+        assert seen[: fails_at + 1] == [*range(fails_at + 1)] and len(seen) <= fails_at + 2
+    fails_at = -1
+    assert stage.run(batch, None).tobytes() == expected
+
+
+def test_a_peer_that_goes_ends_the_run(tmp_path: Path) -> None:
+    """Whichever gather goes on then."""
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        group = LinkedGroup(model, whole(model), (1.0, 1.0), 2, MANY)
+    batch = batch_of([(tokens(300), range(300), range(20))])
+    group.run(batch, None)
+    group.links[1].close()
+    group.links[0].begin(1, 7)
+    for _ in range(2):
+        with pytest.raises(LinkError, match="worker 1") as raised:
+            group.stages[0].run(batch, None)
+        assert (raised.value.place, raised.value.kind) == (1, "closed")

@@ -150,6 +150,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
                 gpus=gpus[spec.name],
                 gpu_layers=spec.gpu_layers,
                 threads=spec.threads or 1,
+                accepts_links=not gpus[spec.name],
             )
             for spec in specs
         }

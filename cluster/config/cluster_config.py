@@ -21,6 +21,7 @@ from llamaclust.cluster.config.sections import (
     Api,
     CpuMoe,
     Join,
+    LargestGroup,
     Lease,
     ListenTls,
     ModelEntry,
@@ -103,6 +104,8 @@ class ClusterConfig(Section):
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"
     """What an automatic plan is good at: one request's speed, or many requests' together."""
+    groups: LargestGroup = None
+    """auto: workers of an automatic plan hold stages together where that is faster; off; or so many at most."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of activations between workers; f32 is exact."""
     cpu_moe: CpuMoe = None

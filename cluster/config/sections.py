@@ -18,6 +18,7 @@ from llamaclust.cluster.config.values import (
     Layers,
     Name,
     OrAuto,
+    OrOff,
     OrText,
     OrWord,
     Size,
@@ -40,6 +41,8 @@ _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
 """How many first layers have their experts in RAM beside a GPU; None: as is fastest."""
+LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
+"""How many workers may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24

@@ -238,6 +238,21 @@ def switched(value: object) -> bool | None:
     return value if isinstance(value, bool) else _SWITCHED.get(value) if isinstance(value, str) else None
 
 
+class OrOff:
+    """Marks a field that `off` or false may stand for a value of."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        read: Callable[[Any], Any] = lambda value: self._value if switched(value) is False else value  # noqa: E731
+        return core_schema.no_info_before_validator_function(read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json = handler(schema)
+        return {**json, "anyOf": [{"const": "off"}, {"const": False}, *json["anyOf"]]}
+
+
 class OrSwitch:
     """Marks an optional section that is on by default: `auto`, `on` or true, without keys; `off` or false: none."""
 

@@ -24,7 +24,7 @@ from llamaclust.cluster.control.limits import (
     uses_mtp,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.resources.groups import check_groups
+from llamaclust.cluster.control.resources.groups import check_groups, largest_group
 from llamaclust.cluster.control.resources.placement import placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
@@ -180,6 +180,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
         experts_cache_bytes=config.experts_cache,
         group_costs=partial(model.group_costs, config.kv_type),
+        largest_group=largest_group(config, model) if expert_shards == 1 else 1,
         kv_tokens=kv_tokens(config),
         max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )
@@ -249,7 +250,10 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
     for name in names:
         profile = resources.profiles.get(name)
         cpu = None if profile is None else profile.cpu
-        worker = WorkerFacts(name, memory[name], cpu, resources.workers[name].threads, reaches[name])
+        own = resources.workers[name]
+        worker = WorkerFacts(
+            name, memory[name], cpu, own.threads, reaches[name], joins_groups=own.accepts_links and not own.gpus
+        )
         facts.append(with_gpus(worker, _beside(gpus[name], name, held), profile))
     return facts
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from llamaclust.cluster.planner.dynamic_program import (
+from llamaclust.cluster.planner.splits.dynamic_program import (
     Steps,
     Ways,
     any_order,
@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.dynamic_program import (
     constrained_ends,
     in_order,
 )
-from llamaclust.cluster.planner.worker_classes import Order, WorkerClass
+from llamaclust.cluster.planner.splits.worker_classes import Order, WorkerClass
 
 Pair = frozenset[str]
 Pairs = frozenset[Pair]

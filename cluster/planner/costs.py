@@ -49,6 +49,7 @@ class WorkerFacts:
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
     device: str = "cpu"
+    joins_groups: bool = False  # whether it may hold a stage together with others
     placement: Placement = NO_RULES  # what the user says of layers on its GPUs
 
 
@@ -174,7 +175,8 @@ class StageCosts:
         return Roofline.of(worker.profile, worker.device, self.hidden_bytes, concurrent=concurrent)
 
     def _roofline_s(self, roofline: Roofline, rows: int, sequences: int) -> Table:
-        return _float_sums(roofline.layer_s(layer, rows, sequences) for layer in self.model.layers)
+        seconds = {layer: roofline.layer_s(layer, rows, sequences) for layer in dict.fromkeys(self.model.layers)}
+        return _float_sums(seconds[layer] for layer in self.model.layers)
 
     def _prefilled(self, rows: int) -> Table:
         """`_moved` of a prompt, but layers without experts beside a mixture count as many bytes as mixtures with their

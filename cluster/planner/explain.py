@@ -12,9 +12,9 @@ from llamaclust.cluster.planner.costs import Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import IdleWorker
-from llamaclust.cluster.planner.search import least_total
+from llamaclust.cluster.planner.splits.search import least_total
+from llamaclust.cluster.planner.splits.worker_classes import worker_classes
 from llamaclust.cluster.planner.stage_parts import StageParts
-from llamaclust.cluster.planner.worker_classes import worker_classes
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_span

@@ -51,6 +51,10 @@ class Links:
     def between(self, one: str, other: str) -> Link:
         return self.measured.get(frozenset((one, other)), USUAL)
 
+    def are_known(self, names: Collection[str]) -> bool:
+        """Whether all pairs were measured."""
+        return all(frozenset(pair) in self.measured for pair in combinations(names, 2))
+
     def round(self, stages: Sequence[str]) -> list[Link]:
         """The links that a token takes from stage to stage and back to the first one."""
         pairs = pairwise([*stages, stages[0]]) if len(stages) > 1 else ()

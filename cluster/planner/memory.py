@@ -57,6 +57,7 @@ class PlanRequest:
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
     max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
     group_costs: GroupCostsOf | None = None  # None: no groups
+    largest_group: int = 1  # of an automatic plan, workers
     kv_tokens: int | None = None  # for so many there is KV memory at most where it is not given; None: all sequences
 
     @property
@@ -192,6 +193,10 @@ class MemoryModel:
         """Bytes that the worker's devices together lack for stages with KV memory for that many contexts, or the given
         KV memory for one; infinite where start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
+
+    def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
+        """Bytes that stages need beyond the memory of a worker without GPUs, negative where some is left; likewise."""
+        return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
         starts, ends = division.bounds[0], division.bounds[-1]

@@ -13,7 +13,7 @@ be equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,29 +21,25 @@ from functools import partial
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, violated_pair
-from llamaclust.cluster.planner.costs import Flags, StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner.chain import Chain, is_measured
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
-from llamaclust.cluster.planner.groups.members import held_by_group
+from llamaclust.cluster.planner.groups.choice import better_groups
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan, usual_prompt_tokens
-from llamaclust.cluster.planner.predict import predict
-from llamaclust.cluster.planner.search import Best, best_split
-from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
-from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan
+from llamaclust.cluster.planner.splits.search import Best, best_split
+from llamaclust.cluster.planner.splits.worker_classes import WorkerClass, worker_classes
+from llamaclust.cluster.planner.stage_parts import StageParts
+from llamaclust.cluster.planner.stage_tables import stage_tables
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
-_ANSWER_TOKENS = 128
-_TOGETHER = 8
 _AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
 """(percent by which a percent more time per token makes the slowest stage faster at least, most of its least time)."""
-
-_STAGE_S = 1e-9
-"""Decides between splits that take as long."""
 
 _WANTED_CONTEXTS = 4
 """For so many whole contexts a split should leave KV memory; one is the least."""
@@ -68,9 +64,8 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     else:
         found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
-    split = [_held_stage(sizes, entry, by_name, found.contexts) for entry in found.split]
-    held = [member for stage in split for member in stage.members]
-    kv_blocks = min(sizes.of(stage.costs).kv_blocks(stage.parts) for stage in held)
+    chain = Chain.of(sizes, found.split, by_name, found.contexts)
+    held, kv_blocks = chain.members, chain.kv_blocks
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, held)
     return Plan(
@@ -80,32 +75,9 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
         context_length=request.context_length,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in held}, found.contexts),
-        prediction=_prediction(sizes, split),
+        prediction=chain.prediction,
         optimality_gap=found.optimality_gap,
         expert_shards=stages.expert_shards,
-    )
-
-
-def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> HeldStage:
-    """`contexts`: for so many whole ones there is KV memory at least."""
-    if entry.shares:
-        assert sizes.request.group_costs is not None, "groups are refused before"
-        return held_by_group(entry, workers, sizes.request.group_costs, sizes.request.links)
-    (name,) = entry.workers
-    return HeldStage((StageParts(name, sizes.held(workers[name], entry.start, entry.end, contexts), sizes.stages),))
-
-
-def _prediction(sizes: MemoryModel, split: Sequence[HeldStage]) -> Prediction | None:
-    request = sizes.request
-    if not _is_measured([part.device for stage in split for member in stage.members for part in member.parts]):
-        return None
-    return predict(
-        split,
-        usual_prompt_tokens(request.context_length),
-        request.max_sequences,
-        request.links,
-        max_drafted=sizes.max_drafted,
-        may_chain=sizes.kv_groups.window is None,
     )
 
 
@@ -155,11 +127,6 @@ def _touched_bytes(costs: StageCosts, part: Held) -> int:
     return moved if part.is_experts else costs.touched_bytes(part.start, part.end) - moved
 
 
-def _is_measured(workers: Sequence[WorkerFacts]) -> bool:
-    devices = (device for worker in workers for device in devices_of(worker))
-    return all(device.profile is not None for device in devices)
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     split: tuple[Assignment, ...]
@@ -181,15 +148,33 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):
             return _automatic(sizes, measured)
+    try:
+        found = _of_single_workers(sizes, workers)
+    except InsufficientMemoryError:
+        groups = better_groups(sizes, workers, None, _contexts(sizes))
+        if groups is None:
+            raise
+    else:
+        groups = better_groups(sizes, workers, found.split, _contexts(sizes))
+        if groups is None:
+            return found
+    return _Found(groups.entries, groups.contexts, None)
+
+
+def _contexts(sizes: MemoryModel) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)))
+
+
+def _of_single_workers(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
     objective, partitions = sizes.request.objective, sizes.request.partitions
-    if not _is_measured(workers):
+    if not is_measured(workers):
         workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
     constrained = frozenset[str]().union(*partitions)
     chosen: tuple[Best, int] | None = None
     before: list[WorkerClass] = []
-    for contexts in dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)):
-        classes = worker_classes(workers, partial(_times, sizes, contexts), constrained)
+    for contexts in _contexts(sizes):
+        classes = worker_classes(workers, partial(stage_tables, sizes, contexts), constrained)
         if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
             break  # memory is not what decides
         before = classes
@@ -202,7 +187,7 @@ def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
         split = tuple(Assignment((workers[index].name,), start, end) for index, start, end in best.split.stages)
         return _Found(split, contexts, best.optimality_gap)
     if partitions:
-        found = _automatic(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
+        found = _of_single_workers(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
         _check_adjacency(found.split, partitions)
         return found
     raise model_memory_error(sizes, workers)
@@ -219,51 +204,3 @@ def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
 def _nominal(worker: WorkerFacts) -> WorkerFacts:
     gpus = tuple(replace(gpu, profile=_NOMINAL_GPU) for gpu in worker.gpus)
     return replace(worker, profile=_NOMINAL_CPU, gpus=gpus)
-
-
-_ExpertTable = Callable[[WorkerFacts, Flags], Table]
-
-
-def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
-    """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
-    stages, prompt_tokens = sizes.stages, usual_prompt_tokens(sizes.request.context_length)
-    answers = _ANSWER_TOKENS / _TOGETHER
-    division = sizes.division(worker, contexts)
-
-    def over(table: Callable[[WorkerFacts], Table], experts: _ExpertTable, exchange: Callable[[Flags], Table]) -> Table:
-        if not worker.gpus:
-            return table(worker)
-        return division.sums(table) + division.moved(experts, exchange)
-
-    def mix_of(*, concurrent: bool) -> Table:
-        prefill, decode = (
-            partial(stages.prefill_table, rows=prompt_tokens),
-            partial(stages.decode_table, rows=_TOGETHER),
-        )
-        return over(
-            lambda device: prefill(device, concurrent=concurrent) + decode(device, concurrent=concurrent) * answers,
-            lambda device, layers: (
-                stages.experts_table(device, prompt_tokens, layers, concurrent=concurrent)
-                + stages.experts_table(device, _TOGETHER, layers, concurrent=concurrent) * answers
-            ),
-            lambda layers: (
-                stages.exchange_table(prompt_tokens, layers) + stages.exchange_table(_TOGETHER, layers) * answers
-            ),
-        )
-
-    token = over(
-        stages.decode_table,
-        lambda device, layers: stages.experts_table(device, 1, layers),
-        partial(stages.exchange_table, 1),
-    )
-    mix = mix_of(concurrent=True)
-    mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
-    fits = (sizes.shortfall_table(worker, contexts) == 0) & stages.possible
-    crossing = prompt_tokens * stages.border_bytes
-    others = np.ones_like(mix)
-    others[0, stages.layers] = 0  # a stage of all layers has no links
-    sent_s = others * worker.reach.byte_s * (crossing[:, np.newaxis] + crossing)  # in and out, while it computes
-    row_bytes = stages.border_bytes.copy()
-    row_bytes[[0, -1]] = 0  # a token id comes back from the last stage to the first one
-    hops_s = others * (2 * worker.reach.one_way_s + worker.reach.byte_s * (row_bytes[:, np.newaxis] + row_bytes))
-    return np.where(fits, np.maximum(mix, sent_s), np.inf), token + hops_s + _STAGE_S

@@ -28,10 +28,11 @@ class _Path:
     row_s: tuple[float, ...]  # what the bytes of each row add between stages
 
     @classmethod
-    def of(cls, links: Links, stages: list[str], crossing_bytes: Sequence[int]) -> _Path:
-        """`crossing_bytes`: of a row, behind each stage but the last one."""
-        ring = links.round(stages)
-        ends = [links.between(COORDINATOR, stages[0]), links.between(stages[-1], COORDINATOR)]
+    def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:
+        leaders = [stage.leader for stage in split]
+        crossing_bytes = [int(stage.costs.border_bytes[stage.end]) for stage in leaders[:-1]]
+        ring = links.round([stage.worker for stage in leaders])
+        ends = [links.between(COORDINATOR, leaders[0].worker), links.between(leaders[-1].worker, COORDINATOR)]
         return cls(
             round_s=sum(link.one_way_s for link in ring),
             there_s=sum(link.one_way_s for link in (*ring[:-1], *ends)),
@@ -54,14 +55,12 @@ def predict(
     may_chain: bool = True,
 ) -> Prediction:
     """Of stages whose workers were all measured. `may_chain`: windows of drafted tokens may be sent behind others."""
-    leaders = [stage.leader for stage in split]
-    crossing_bytes = [int(stage.costs.border_bytes[stage.end]) for stage in leaders[:-1]]
-    path = _Path.of(links, [stage.worker for stage in leaders], crossing_bytes)
+    path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
     return Prediction(
         stages=tuple(time for _, time in times),
-        token_s=sum(stage.decode_s() for stage in split) + path.token_s,
+        token_s=token_s(split, links),
         links_s=path.token_s,
         gathers_s=sum(stage.gathers.decode_s(1) for stage in split),
         ttft_s=min(_ttft_s(split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
@@ -69,6 +68,11 @@ def predict(
         bottleneck=slowest[0],
         rounds=tuple(_round(split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)),
     )
+
+
+def token_s(split: Sequence[HeldStage], links: Links) -> float:
+    """From token to token of one sequence alone."""
+    return sum(stage.decode_s() for stage in split) + _Path.of(split, links).token_s
 
 
 def _times(stage: HeldStage, prompt_tokens: int) -> Iterator[tuple[str, StagePrediction]]:

@@ -55,6 +55,11 @@ class HeldStage:
         """Stands for the stage in the chain."""
         return self.members[0]
 
+    @property
+    def _is_group(self) -> bool:
+        """Its members compute at the same time, some perhaps on one machine."""
+        return len(self.members) > 1
+
     def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
         """The slowest member, and the gathers, at which all of them meet."""
         return max(self.member_decode_s(rows, concurrent=concurrent))
@@ -64,11 +69,12 @@ class HeldStage:
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
         """What each member takes, if none waits for another one."""
-        gathers_s = self.gathers.decode_s(rows)
+        gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 
     def member_prefill_s(self, rows: int, *, concurrent: bool = False) -> list[float]:
         """Likewise."""
+        concurrent = concurrent or self._is_group
         computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
         return [seconds + self.gathers.prefill_s(rows, seconds) for seconds in computing]
 

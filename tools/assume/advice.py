@@ -11,7 +11,7 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import gigabytes
 from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
-from llamaclust.tools.assume.machines import MAX_MACHINES, AssumedMachines, Device
+from llamaclust.tools.assume.machines import MAX_MACHINES, AssumedMachines, Device, Network
 from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room_bytes
 
 _GIB = 1 << 30
@@ -20,6 +20,8 @@ _FEW_BITS = 3.0
 """Of a weight: with fewer, answers are clearly worse."""
 _FURTHER = 3
 """So many machines more than memory alone asks for are tried."""
+_NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
+"""(Gbit/s, round trip in ms) of networks that groups may need."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 """What makes a token or a prompt take less than this share of its time would help."""
 
@@ -78,6 +80,36 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
             gains.append(f"first token after {1e3 * then.ttft_s:.0f} ms")
         if gains:
             yield f"{what}: {', '.join(gains)}"
+    yield from _what_groups_need(cluster, model, plan)
+
+
+def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
+    """The slowest network at which the machines would be groups, if they are none by `plan`."""
+    assumed, now = cluster.assumed, prediction_of(plan)
+    is_grouped = any(stage.shares for stage in plan.stages)
+    if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):
+        return
+    for network in _better_networks(assumed.network):
+        other = cluster.changed(replace(assumed, network=network)).fitting_plan(model)
+        if other is None or not any(stage.shares for stage in other.stages):
+            continue
+        then = prediction_of(other)
+        if then.token_s < _WORTH_DECODE * now.token_s:
+            shown = (
+                f"{(network.bits_s or 0) / 1e9:g} Gbit/s and a round trip of {1e3 * (network.round_trip_s or 0):g} ms"
+            )
+            yield f"groups of machines, from {shown} on: {shown_speed(1 / then.token_s)} tok/s"
+            return
+
+
+def _better_networks(now: Network) -> Iterator[Network]:
+    """The slowest first; `now` is worse than each in something, and better in nothing."""
+    bits_s = now.bits_s or rates.NETWORK_BITS_S
+    round_trip_s = rates.POLLED_ROUND_TRIP_S if now.round_trip_s is None else now.round_trip_s
+    for gbit_s, most_ms in _NETWORKS:
+        better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
+        if (better.bits_s, better.round_trip_s) != (bits_s, round_trip_s):
+            yield better
 
 
 def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str, AssumedCluster, AssumedModel]]:

@@ -18,7 +18,7 @@ from llamaclust.tools.assume import rates
 from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
-KEYS = ("context_length", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
+KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
 """Of a cluster file, those that an assumed plan obeys."""
 _LOADED = 0.95
 """Of a file, at least: some have layers more, which predict further tokens and are not loaded."""
@@ -111,7 +111,9 @@ def _resources(name: str, machine: Machine) -> WorkerResources:
         )
         for number, gpu in enumerate(machine.gpus)
     )
-    return WorkerResources(name, room_bytes(machine), gpus=tuple(gpus), threads=rates.threads_of(machine.cpu))
+    return WorkerResources(
+        name, room_bytes(machine), gpus=tuple(gpus), threads=rates.threads_of(machine.cpu), accepts_links=True
+    )
 
 
 def _profile(machine: Machine) -> Profile:

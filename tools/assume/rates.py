@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S
+from llamaclust.cluster.planner.groups.gathers import GATHER_S, HIDDEN_SHARE
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
 from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S, ROW_MACS
@@ -32,6 +33,8 @@ GPU_MACS_S: Final = 50e12
 NETWORK_BITS_S: Final = 1e9
 NETWORK_SHARE: Final = 0.94
 ROUND_TRIP_S: Final = 0.3e-3
+POLLED_ROUND_TRIP_S: Final = 0.1e-3
+"""Between threads that poll their sockets while the network is in use: no processor sleeps."""
 HOP_S: Final = 0.3e-3
 """Of two processes: threads that wake up, and Python on both sides."""
 
@@ -65,7 +68,8 @@ def threads_of(device: Device) -> int:
 def links_of(network: Network, names: list[str]) -> Links:
     """Between all machines, and to the coordinator, which is on the first one."""
     round_trip_s = ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
-    link = Link(round_trip_s / 2 + HOP_S, 8 / (NETWORK_SHARE * (network.bits_s or NETWORK_BITS_S)))
+    gather_s = (POLLED_ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s) / 2
+    link = Link(round_trip_s / 2 + HOP_S, 8 / (NETWORK_SHARE * (network.bits_s or NETWORK_BITS_S)), gather_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}
     return Links(dict.fromkeys(pairs | {frozenset((COORDINATOR, name)) for name in names[1:]}, link))
 
@@ -132,7 +136,11 @@ def _network(network: Network) -> str:
     round_trip_s = ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
     advice = " (none given; say 2.5Gbit or 100Mbit behind a comma)" if network.bits_s is None else ""
     default = " (none given)" if network.round_trip_s is None and network.bits_s is not None else ""
+    gather_s = (POLLED_ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s) / 2
     return (
         f"a network of {(network.bits_s or NETWORK_BITS_S) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
-        f"round trip {1e3 * round_trip_s:g} ms{default}, and {1e3 * HOP_S:g} ms of the programs a hop"
+        f"round trip {1e3 * round_trip_s:g} ms{default}, and {1e3 * HOP_S:g} ms of the programs a hop; "
+        f"in groups, a gather takes {1e3 * gather_s:g} ms one way between threads that poll, "
+        f"and {1e6 * GATHER_S:.0f} µs of the programs, and up to {100 * HIDDEN_SHARE:.0f} % of a prompt's bytes travel "
+        f"while others are computed"
     )

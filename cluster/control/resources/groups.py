@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import MAX_GROUP_MEMBERS
 from llamaclust.model.loader import Model
 
 
@@ -22,6 +23,13 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             if devices := gpus.get(name):
                 what = f"groups compute on processors alone, and {name} has {', '.join(devices)}"
                 raise UsageError(f"{group}: {what}; set device: cpu for {name}, or give it layers of its own")
+
+
+def largest_group(config: ClusterConfig, model: Model) -> int:
+    """How many workers of an automatic plan may hold a stage together; 1: each has stages of its own."""
+    if config.plan is not None or any(group_problems(config, model)):
+        return 1
+    return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:

@@ -33,6 +33,7 @@ class WorkerResources:
     gpu_layers: int | None = None
     memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
     threads: int = 1
+    accepts_links: bool = False  # of members of a group
     is_fresh: bool = False  # its memory is less than what its machine's shares are made from
     measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
 
@@ -47,6 +48,7 @@ class WorkerResources:
             registration.gpu_layers,
             registration.memory_group,
             registration.threads,
+            bool(registration.link_address),
             is_fresh=fresh is not None,
             measuring_bytes=taken_bytes,
         )

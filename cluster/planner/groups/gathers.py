@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
-GATHER_S = 20e-6
-"""Of a gather, beside what the network takes: encryption, system calls, rows that are copied. On loopback, 11 us more
-than a loop that only sends and receives (docs/groups.md); threads that meet there have not always come as early."""
+GATHER_S = 12e-6
+"""Of a gather, beside what the network takes: encryption, system calls, rows that are copied. Measured: 11.4 us more
+than a loop that only sends and receives 16 KiB (docs/groups.md)."""
 HIDDEN_SHARE = 0.5
 """Of bytes of a prompt, at most so many travel while members compute others."""
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.cluster.planner import search
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.splits import search
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
 from llamaclust.model.costs import ModelCosts

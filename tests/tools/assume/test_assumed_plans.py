@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 
 import pytest
@@ -139,18 +140,42 @@ def test_what_lacks_and_what_would_fit() -> None:
 
 
 def test_what_would_help_does() -> None:
-    found = plan_assumed("2x6GB@40GB/s@60TOPS,100Mbit", "8b", ())
+    found = plan_assumed("2x6GB@40GB/s@60TOPS,100Mbit", "8b", ("groups=off",))
     texts = dict(text.split(": ", 1) for text in found.helps)
     assert texts.keys() == {"a network of 1 Gbit/s", "IQ4_XS in place of Q4_K_M"}
-    network = plan_assumed("2x6GB@40GB/s@60TOPS,1Gbit", "8b", ())
+    network = plan_assumed("2x6GB@40GB/s@60TOPS,1Gbit", "8b", ("groups=off",))
     assert texts["a network of 1 Gbit/s"].endswith(f"first token after {1e3 * ttft_s(network):.0f} ms")
-    few = plan_assumed("3x16GB@40GB/s,1Gbit", "8b", ()).helps
+    few = plan_assumed("3x16GB@40GB/s,1Gbit", "8b", ("groups=off",)).helps
     assert any(text.startswith("one more such machine: first token after") for text in few)
     assert not any("network" in text for text in few), "it is no bottleneck"
 
 
+@pytest.mark.parametrize(
+    ("machines", "model", "least"),
+    [("3x24GB@40GB/s,1Gbit", "70b", 1.9), ("3x24GB@40GB/s,2.5Gbit", "70b", 2.15), ("2x16GB@40GB/s,1Gbit", "8b", 11.0)],
+)
+def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least: float) -> None:
+    found = plan_assumed(machines, model, ())
+    assert len(found.plan.chain) == 1 and 1 / token_s(found) >= least
+    text = "\n".join(found.lines())
+    assert "in groups, a gather takes 0.05 ms one way" in text and "12 µs of the programs" in text
+    assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
+
+
+@pytest.mark.parametrize("model", ["8b", "llama-3.2-3b-instruct"])
+@pytest.mark.parametrize("network", ["1Gbit,10ms", "50Mbit,1ms"])
+def test_the_network_that_groups_need_is_named(network: str, model: str) -> None:
+    found = plan_assumed(f"2x16GB@40GB/s,{network}", model, ())
+    assert all(len(members) == 1 for members in found.plan.chain)
+    (text,) = (text for text in found.helps if text.startswith("groups of machines, from "))
+    gbit, ms, speed = re.findall(r"[\d.]+", text)
+    better = plan_assumed(f"2x16GB@40GB/s,{gbit}Gbit,{ms}ms", model, ())
+    assert len(better.plan.chain) == 1 and 1 / token_s(better) == pytest.approx(float(speed), rel=0.05)
+
+
 def test_a_slow_network_is_in_every_token() -> None:
-    slow, fast = (plan_assumed(f"3x8GB@40GB/s,{speed}", "gemma-3-12b-it", ()).plan for speed in ("10Mbit", "10Gbit"))
+    speeds = ("10Mbit", "10Gbit")
+    slow, fast = (plan_assumed(f"3x8GB@40GB/s,{speed}", "gemma-3-12b-it", ("groups=off",)).plan for speed in speeds)
     assert slow.prediction is not None and fast.prediction is not None
     hops, row_bits = len(slow.stages) - 1, 3840 * 4 * 8
     assert hops and slow.prediction.links_s == pytest.approx((hops + 1) * 0.45e-3 + hops * row_bits / 9.4e6)
@@ -196,10 +221,10 @@ def test_the_text_says_what_was_assumed() -> None:
 
 def test_a_survey_has_each_shape_with_its_answer() -> None:
     named: list[str] = []
-    found = plan_shapes("3x16GB,1Gbit", (), named.append)
+    found = plan_shapes("3x16GB,1Gbit", ("groups=off",), named.append)
     assert named == [plan.name for plan in found.plans] == list(SHAPES)
     plans = {plan.name: plan for plan in found.plans}
-    alone = plan_assumed("3x16GB,1Gbit", "qwen3-30b-a3b", ())
+    alone = plan_assumed("3x16GB,1Gbit", "qwen3-30b-a3b", ("groups=off",))
     assert plans["qwen3-30b-a3b"].plan == alone.plan and plans["qwen3-30b-a3b"].helps == alone.helps
     with pytest.raises(InsufficientMemoryError) as error:
         plan_assumed("3x16GB,1Gbit", "70b", ())

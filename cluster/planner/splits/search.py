@@ -15,8 +15,8 @@ from math import inf
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
-from llamaclust.cluster.planner.dynamic_program import Split, Steps, any_order, any_order_steps, in_order
-from llamaclust.cluster.planner.worker_classes import Order, WorkerClass
+from llamaclust.cluster.planner.splits.dynamic_program import Split, Steps, any_order, any_order_steps, in_order
+from llamaclust.cluster.planner.splits.worker_classes import Order, WorkerClass
 
 _MOST_STEPS = 8 * (1 << 8) // 2
 """All orders are tried where that takes no more steps than with eight workers that are all different."""
@@ -37,7 +37,7 @@ class Aim:
         return float(slowest * total**self.total_weight)
 
 
-def _best_of(way: Steps, limits: Table, aim: Aim, known: Split | None = None) -> Split | None:
+def best_of(way: Steps, limits: Table, aim: Aim, known: Split | None = None) -> Split | None:
     """The split that comes closest to the aim; `known` where none is clearly better.
 
     Intervals of limits are halved, the most promising one first: the total at an interval's upper end is the least one
@@ -77,7 +77,7 @@ def best_split(
 
     Workers keep the file's order unless another one is clearly better. None where no split can be.
     """
-    limits, is_free = _limits(classes), ways is None
+    limits, is_free = stage_limits(classes), ways is None
     ways = _ways(classes, limits) if ways is None else ways
     totals = [split.total for way in ways if (split := way.least(inf)) is not None]
     if not totals:
@@ -85,7 +85,7 @@ def best_split(
     aim = Aim(total_weight, min(totals) * total_slack)
     best = None
     for way in ways:
-        best = _best_of(way, limits, aim, best)
+        best = best_of(way, limits, aim, best)
     assert best is not None
     if _is_exact(classes) and is_free:
         return Best(best, None)
@@ -95,11 +95,11 @@ def best_split(
 
 def least_total(classes: Sequence[WorkerClass]) -> float:
     """Of all splits whose stages can be; infinite where there is none."""
-    splits = [way.least(inf) for way in _ways(classes, _limits(classes))]
+    splits = [way.least(inf) for way in _ways(classes, stage_limits(classes))]
     return min((split.total for split in splits if split is not None), default=inf)
 
 
-def _limits(classes: Sequence[WorkerClass]) -> Table:
+def stage_limits(classes: Sequence[WorkerClass]) -> Table:
     """All costs that a slowest stage can have, ascending."""
     return np.unique(np.concatenate([worker_class.slow[np.isfinite(worker_class.slow)] for worker_class in classes]))
 

@@ -13,7 +13,7 @@ from math import inf, prod
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
-from llamaclust.cluster.planner.worker_classes import Order, WorkerClass
+from llamaclust.cluster.planner.splits.worker_classes import Order, WorkerClass
 
 Stage = tuple[int, int, int]
 """(worker, start, end): layers [start, end) on a worker, by its place in the file."""

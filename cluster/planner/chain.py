@@ -1,0 +1,70 @@
+"""A chain of stages from the assignments of a plan: what workers hold, its KV blocks and its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.devices import devices_of
+from llamaclust.cluster.planner.groups.members import held_by_group
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.memory import MemoryModel
+from llamaclust.cluster.planner.plan import Prediction, usual_prompt_tokens
+from llamaclust.cluster.planner.predict import predict
+from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Stages in order."""
+
+    sizes: MemoryModel
+    stages: tuple[HeldStage, ...]
+
+    @classmethod
+    def of(
+        cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
+    ) -> Self:
+        """`contexts`: for so many whole ones there is KV memory at least."""
+        return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
+
+    @property
+    def members(self) -> list[StageParts]:
+        """What each worker holds."""
+        return [member for stage in self.stages for member in stage.members]
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks that every worker has room for."""
+        return min(self.sizes.of(member.costs).kv_blocks(member.parts) for member in self.members)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """None where a device was not measured."""
+        if not is_measured([part.device for member in self.members for part in member.parts]):
+            return None
+        request = self.sizes.request
+        return predict(
+            self.stages,
+            usual_prompt_tokens(request.context_length),
+            request.max_sequences,
+            request.links,
+            max_drafted=self.sizes.max_drafted,
+            may_chain=self.sizes.kv_groups.window is None,
+        )
+
+
+def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> HeldStage:
+    if entry.shares:
+        assert sizes.request.group_costs is not None, "groups are refused before"
+        return held_by_group(entry, workers, sizes.request.group_costs, sizes.request.links)
+    (name,) = entry.workers
+    return HeldStage((StageParts(name, sizes.held(workers[name], entry.start, entry.end, contexts), sizes.stages),))
+
+
+def is_measured(workers: Sequence[WorkerFacts]) -> bool:
+    """Whether all devices of these workers have a profile."""
+    devices = (device for worker in workers for device in devices_of(worker))
+    return all(device.profile is not None for device in devices)

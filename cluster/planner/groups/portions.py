@@ -1,0 +1,125 @@
+"""How times and memory of a worker depend on its portion of a stage: sums of what is whole and what is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import Counts, StageCosts, Table
+from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
+
+_FINE = 64
+"""What is divided in so many units or more counts as divided at will; less in whole units (heads, say)."""
+
+Shares = Table
+"""[members, ...]: the part of each; the sum over members is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Costs of a model in groups, by what is divided alike. `whole`: what every member has; with each of `coarse`, what
+    is divided in so many units besides; `fine`: likewise, divided at will."""
+
+    whole: StageCosts
+    coarse: tuple[tuple[int, StageCosts], ...]
+    fine: StageCosts
+    least_units: int  # of what is divided at will
+    divided: tuple[DividedLayer, ...]
+
+    @classmethod
+    def of(cls, costs: GroupCosts) -> Self:
+        kinds = {portion.units for layer in (*costs.layers, costs.head) for portion in layer.portions}
+        coarse, fine = sorted(units for units in kinds if units < _FINE), {units for units in kinds if units >= _FINE}
+        kept = ((units, _costs(costs, {units})) for units in coarse)
+        return cls(_costs(costs, set()), tuple(kept), _costs(costs, fine), min(fine, default=_FINE), _divided(costs))
+
+    def is_of(self, costs: GroupCosts) -> bool:
+        """Whether groups of this size divide the model alike."""
+        return self.divided == _divided(costs)
+
+    def tables(self, table: Callable[[StageCosts], Table]) -> PartTables:
+        """`table` is to be a sum over what a member has."""
+        whole = table(self.whole)
+        return PartTables(
+            whole,
+            tuple(_more(table(costs), whole) for _, costs in self.coarse),
+            _more(table(self.fine), whole),
+        )
+
+    def coarse_parts(self, shares: Shares) -> list[Shares]:
+        """What members have of each `coarse`, in whole units."""
+        return [_in_units(units, shares) for units, _ in self.coarse]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartTables:
+    """A table by start and end of stages, as sums of parts: of one member."""
+
+    whole: Table
+    coarse: tuple[Table, ...]
+    fine: Table
+
+    def at(self, coarse: Sequence[Table], fine: Table) -> Table:
+        """With such parts of each."""
+        found = self.whole + fine * self.fine
+        for part, table in zip(coarse, self.coarse, strict=True):
+            found = found + part * table
+        return found
+
+    def cut(self, cells: tuple[Counts, Counts]) -> PartTables:
+        """Of some stages, by their starts and ends."""
+        return PartTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
+
+    def with_coarse(self, coarse: Sequence[Table]) -> PartTables:
+        """Such parts of these belong to what is whole."""
+        return PartTables(self.at(coarse, np.zeros(())), (), self.fine)
+
+    @property
+    def divided(self) -> Table:
+        """All that is divided, as if it were alike."""
+        return np.asarray(sum(self.coarse, self.fine))
+
+
+def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
+    return (*dict.fromkeys(costs.layers), costs.head)
+
+
+def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
+    """Of a member that has all of what is divided in `kinds` of units, and nothing of all else that is divided."""
+    alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
+    kept = replace(
+        costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
+    )
+    own = kept.member((1,), 0)
+    return StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1))
+
+
+def _kept(layer: DividedLayer, kinds: set[int]) -> DividedLayer:
+    return replace(layer, portions=tuple(_portions(layer, kinds)))
+
+
+def _portions(layer: DividedLayer, kinds: set[int]) -> Iterator[PortionCost]:
+    for portion in layer.portions:
+        yield portion if portion.units in kinds else PortionCost(portion.units, portion.of(0))
+
+
+def _more(table: Table, whole: Table) -> Table:
+    """What `table` has beyond `whole`; nothing where neither is finite."""
+    both = np.isfinite(table) & np.isfinite(whole)
+    return np.subtract(table, whole, out=np.zeros_like(whole), where=both)
+
+
+def _in_units(units: int, shares: Shares) -> Shares:
+    """As `borders` divides them."""
+    members = len(shares)
+    places = np.rint(units * np.cumsum(shares, axis=0))
+    before: Table = np.zeros(shares.shape[1:])
+    found = np.empty_like(shares)
+    for member in range(members):
+        place = np.clip(places[member], before + 1, units - (members - 1 - member)) if member < members - 1 else units
+        found[member] = (place - before) / units
+        before = np.asarray(place, np.float64)
+    return found

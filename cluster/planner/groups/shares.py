@@ -1,0 +1,83 @@
+"""Shares of a group's members: those at which all of them take equally long, as far as their memory goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import Table
+from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
+
+_HALVINGS = 24
+_FEW = 100
+"""Shares are integers with a sum of so many at most where that costs nothing, else of `_MANY`."""
+_MANY = 1000
+_NOTHING = 1.003
+
+
+def balanced(parts: Parts, seconds: Sequence[PartTables], lacking: Sequence[PartTables]) -> Shares:
+    """[members, stages]: the shares with the least time of the slowest member; a sum below 1 where memory does not
+    suffice. By member and stage, `seconds` it takes and bytes `lacking`, which memory suffices for where they are
+    negative. Units of what is divided coarsely are given first, and the rest is divided beside them."""
+    shares = _filled(seconds, lacking, parts.least_units)
+    if not parts.coarse:
+        return shares
+    given = parts.coarse_parts(shares)
+    own = [[part[member] for part in given] for member in range(len(shares))]
+    rest = _filled(
+        [table.with_coarse(part) for table, part in zip(seconds, own, strict=True)],
+        [table.with_coarse(part) for table, part in zip(lacking, own, strict=True)],
+        parts.least_units,
+    )
+    same = np.all(
+        [(one == other).all(axis=0) for one, other in zip(given, parts.coarse_parts(rest), strict=True)], axis=0
+    )
+    return np.where(same, rest, shares)
+
+
+def _filled(seconds: Sequence[PartTables], lacking: Sequence[PartTables], units: int) -> Shares:
+    """The time of the slowest member is found by halving an interval."""
+    fixed, each = np.array([table.whole for table in seconds]), np.array([table.divided for table in seconds])
+    short, more = np.array([table.whole for table in lacking]), np.array([table.divided for table in lacking])
+    least = 1 / units
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rooms = np.nan_to_num(-short / more, nan=1.0, posinf=1.0, neginf=0.0)
+    most = np.where(short > 0, 0.0, np.clip(rooms - least / 2, 0.0, 1.0))
+    each = np.maximum(each, 1e-12)
+    low, high = np.zeros(fixed.shape[1:]), (fixed + each).max(axis=0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        is_enough = _taken(middle, fixed, each, least, most).sum(axis=0) >= 1
+        low, high = np.where(is_enough, low, middle), np.where(is_enough, middle, high)
+    taken = _taken(high, fixed, each, least, most)
+    total = taken.sum(axis=0)
+    return np.where(total >= 1 - 1e-9, taken / np.maximum(total, 1e-12), taken)
+
+
+def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -> Shares:
+    """What members have who take that long."""
+    return np.minimum(np.maximum((limit - fixed) / each, least), most)
+
+
+def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """Small integers that cost hardly more than exact shares; `cost`: infinite where memory does not suffice."""
+    exact = _rounded(shares, _MANY)
+    limit = _NOTHING * cost(exact)
+    few = (found for total in range(len(shares), _FEW + 1) for found in _near(shares, total))
+    return next((found for found in few if cost(found) <= limit), exact)
+
+
+def _near(shares: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
+    found = _rounded(shares, total)
+    if sum(found) == total:
+        yield found
+
+
+def _rounded(shares: Sequence[float], total: int) -> tuple[int, ...]:
+    """With that sum, unless members would have none."""
+    wanted = np.array(shares) * total / sum(shares)
+    found = np.floor(wanted).astype(int)
+    for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:
+        found[member] += 1
+    return tuple(int(max(count, 1)) for count in found)

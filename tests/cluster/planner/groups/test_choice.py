@@ -1,0 +1,130 @@
+"""When automatic plans have groups, and which."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.sizes import MIB
+from support.plans.plan_inputs import LAYER, REQUEST, SMALL, group_costs, worker
+
+LARGE = replace(SMALL, layers=(replace(LAYER, weight_bytes=100 * MIB),) * 12)
+AUTO = replace(REQUEST, group_costs=partial(group_costs, LARGE), largest_group=16)
+
+
+def able(name: str, read: float = 20, memory_mib: int = 10_000) -> WorkerFacts:
+    return replace(worker(name, memory_mib, read, 15 * read), joins_groups=True)
+
+
+def network(names: Sequence[str], gather_us: float, byte_s: float = 0.4e-9, **others: Link) -> Links:
+    """`others`: by pairs of names."""
+    usual = Link(gather_us / 1e6 + 1.5e-4, byte_s, gather_us / 1e6)
+    known = {frozenset(pair): usual for pair in itertools.combinations((COORDINATOR, *names), 2)}
+    return Links(known | {frozenset(pair): link for pair, link in others.items()})
+
+
+def planned(workers: Sequence[WorkerFacts], gather_us: float = 5, **request: object) -> Plan:
+    links = network([each.name for each in workers], gather_us)
+    reaches = links.reaches([each.name for each in workers])
+    facts = [replace(each, reach=reaches[each.name]) for each in workers]
+    return make_plan(LARGE, facts, replace(replace(AUTO, links=links), **request))  # type: ignore[arg-type]
+
+
+def token_s(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.token_s
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_equal_workers_near_each_other_are_a_group(count: int) -> None:
+    workers = [able(name) for name in "abcdefgh"[:count]]
+    plan = planned(workers)
+    assert [len(members) for members in plan.chain] == [count]
+    assert len({*plan.stages[0].shares}) == 1
+    assert token_s(plan) < 1.4 * token_s(planned(workers, largest_group=1)) / count
+
+
+@pytest.mark.parametrize("gather_us", [2_000, 10_000, 50_000])
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_workers_far_apart_are_no_group(gather_us: float, objective: str) -> None:
+    workers = [able(name) for name in "abc"]
+    plan = planned(workers, gather_us, objective=objective)
+    assert plan == planned(workers, gather_us, objective=objective, largest_group=1)
+
+
+def test_workers_that_take_no_links_are_in_no_group() -> None:
+    workers = [able("a"), able("b"), replace(able("c"), joins_groups=False)]
+    assert planned(workers).chain == (("a", "b"),)
+    alone = [replace(each, joins_groups=each.name == "a") for each in workers]
+    assert planned(alone) == planned(alone, largest_group=1)
+
+
+def test_links_of_a_group_are_known() -> None:
+    workers = [able(name) for name in "abc"]
+    known = network("abc", 5)
+    without = Links({pair: link for pair, link in known.measured.items() if pair != frozenset("ab")})
+    for members in planned(workers, links=without).chain:
+        assert not {"a", "b"} <= {*members}
+    assert planned(workers, links=Links()) == planned(workers, links=Links(), largest_group=1)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3])
+def test_the_user_says_how_large_groups_are(largest: int) -> None:
+    plan = planned([able(name) for name in "abcd"], largest_group=largest)
+    assert max(map(len, plan.chain)) == largest
+
+
+@pytest.mark.parametrize("speeds", [(40, 20), (20, 40), (60, 20), (40, 20, 20), (50, 30, 20)])
+def test_shares_follow_speeds(speeds: tuple[int, ...]) -> None:
+    plan = planned([able(name, speed) for name, speed in zip("abc", speeds, strict=False)])
+    assert len(plan.chain) == 1
+    by_speed = sorted(speeds, reverse=True)
+    shares = plan.stages[0].shares
+    for speed, share in zip(by_speed, shares, strict=True):
+        assert share / sum(shares) == pytest.approx(speed / sum(speeds), abs=0.02)
+
+
+def test_shares_end_where_memory_ends() -> None:
+    plan = planned([able("a", memory_mib=1500), able("b", memory_mib=500)], max_sequences=1)
+    assert plan.chain == (("a", "b"),)
+    small = next(stage for stage in plan.stages if stage.worker == "b")
+    assert small.bytes <= 500 * MIB
+    assert small.shares[small.member] < 0.45 * sum(small.shares)
+
+
+def test_a_worker_far_from_a_group_has_a_stage_of_its_own() -> None:
+    far = Link(5e-3, 1e-9, 5e-3)
+    workers = [able(name, memory_mib=600) for name in "abc"]
+    links = network("abc", 5, ac=far, bc=far)
+    plan = planned(workers, links=links)
+    assert sorted(map(len, plan.chain)) == [1, 2]
+    assert {*max(plan.chain, key=len)} == {"a", "b"}
+
+
+def test_pairs_that_cannot_reach_each_other_are_in_no_group() -> None:
+    workers = [able(name) for name in "abcd"]
+    plan = planned(workers, partitions=frozenset({frozenset("ab")}))
+    assert {*plan.chain[0]} == {"c", "d"}
+
+
+def test_groups_hold_what_single_workers_cannot() -> None:
+    """Layers are larger than what is left of each memory."""
+    huge = replace(SMALL, layers=SMALL.layers[:3], embedding_bytes=MIB, head_bytes=MIB)
+    workers = [able(name, memory_mib=33) for name in "ab"]
+    request = replace(AUTO, links=network("ab", 5), group_costs=partial(group_costs, huge), max_sequences=1)
+    request = replace(request, workspace=lambda place: MIB, context_length=16)
+    assert make_plan(huge, workers, request).chain == (("a", "b"),)
+
+
+def test_throughput_keeps_stages_that_share_the_work_evenly() -> None:
+    workers = [able(name) for name in "abcd"]
+    plan = planned(workers, objective="throughput")
+    assert plan == planned(workers, objective="throughput", largest_group=1)

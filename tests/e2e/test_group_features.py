@@ -28,6 +28,7 @@ from support.models.tiny_architectures import build_architecture
 from support.plans.draft_models import MOST_ROWS, wait_for_any
 from support.plans.drafting import AnyWindows, SaidDrafters, draft
 from support.seed import SEED
+from support.several_models.cluster import ASLEEP, AWAKE, model_files, models
 
 VOCABULARY = 320
 PLANS = {
@@ -144,6 +145,29 @@ async def test_kinds_of_models(architecture: str, tmp_path: Path) -> None:
     async with recovering(config(model, tmp_path, 2, plan=whole(model, (2, 1)))) as run:
         assert await asyncio.gather(*run.start(requests)) == expected, f"seed {SEED}"
         assert run.cluster.supervisor.recoveries == 0, run.told
+
+
+async def test_models_that_sleep_and_wake(tmp_path: Path) -> None:
+    """Two models of the same workers take turns: one is loaded at a time."""
+    files = model_files(tmp_path)
+    requests = PLAIN[:2]
+    expected = [await asyncio.to_thread(undisturbed, file, requests) for file in files]
+    keys = {"max_loaded_models": 1}
+    async with models(files, tmp_path, tight=False, keys=keys, plan=whole(files[0], (1, 2))) as found:
+        for turn in (0, 1, 0, 1):
+            answers = await asyncio.gather(*(found.answer(turn, request) for request in requests))
+            assert answers == expected[turn], f"seed {SEED}, model {turn}"
+            assert found.states[turn] is AWAKE and found.states[1 - turn] is ASLEEP
+
+
+async def test_models_side_by_side(tmp_path: Path) -> None:
+    """The same workers are groups of two models at once."""
+    files = model_files(tmp_path)
+    expected = [await asyncio.to_thread(undisturbed, file, PLAIN) for file in files]
+    async with models(files, tmp_path, tight=False, plan=whole(files[0], (1, 1))) as found:
+        answering = [found.answer(model, request) for model in range(2) for request in PLAIN]
+        assert await asyncio.gather(*answering) == [*expected[0], *expected[1]], f"seed {SEED}"
+        assert found.states == [AWAKE, AWAKE] and found.most_models == 2
 
 
 def whole(model: Path, shares: tuple[int, ...]) -> list[dict[str, object]]:

@@ -159,6 +159,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--prompt", type=natural, default=512, help="tokens of the long prompt, 0: none; %(default)s by default")
     add("--together", type=natural, default=8, help="answers at once, 0: none; %(default)s by default")
     add("--speculation", action="store_true", help="answers that repeat their prompt, with drafts")
+    add("--realtime", action="store_true", help="go before other programs while measuring; as root")
     add("--local", action="store_true", help="workers are processes of the coordinator, without TLS and emulation")
     add("--repeats", type=positive, default=5, help="turns; %(default)s by default")
     given = parser.parse_args(arguments)

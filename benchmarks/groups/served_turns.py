@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter_ns
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from emulation import Emulation, LinkSpeed
 from measuring.idleness import Idleness
 from measuring.lines import report
+from measuring.priority import before_other_programs
 from served_figures import Sample, Turn
 from streams import StreamedAnswer, streamed, streamed_together
 from ways import ServedWay
@@ -88,12 +91,26 @@ class Comparison:
         self, served: ServedWay, part: str, prompts: Sequence[Sequence[int]]
     ) -> tuple[Sample, list[StreamedAnswer]]:
         tokens = 1 if part == "prefill" else self.given.tokens
-        before, begun_ns = await served.reading(), perf_counter_ns()
-        answers = await asyncio.to_thread(streamed_together, served.bench.api, prompts, tokens)
-        took_ms = (perf_counter_ns() - begun_ns) / 1e6
+        before = await served.reading()
+        with self._priority(served):
+            begun_ns = perf_counter_ns()
+            answers = await asyncio.to_thread(streamed_together, served.bench.api, prompts, tokens)
+            took_ms = (perf_counter_ns() - begun_ns) / 1e6
+        if self.given.realtime:
+            await asyncio.sleep(2 * took_ms / 1e3)  # other programs had to wait
         reading = (await served.reading()).since(before, tokens * len(prompts))
         times = {"decode": answers[0].token_ms if tokens > 1 else 0.0, "prefill": answers[0].first_ms}
         return Sample(times.get(part, took_ms / tokens / len(prompts)), reading), answers
+
+    @contextmanager
+    def _priority(self, served: ServedWay) -> Iterator[None]:
+        """The coordinator and this client go before workers, as tasks that were asleep do."""
+        with ExitStack() as stack:
+            if self.given.realtime:
+                coordinator, *workers = served.pids
+                stack.enter_context(before_other_programs(workers))
+                stack.enter_context(before_other_programs([coordinator, os.getpid()], priority=2))
+            yield
 
     def _prompts(self, part: str) -> list[list[int]]:
         if self.given.speculation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from running import Bench, Layout, running
 
 from llamaclust.core.errors import LlamaclustError
 
+_LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 
 
@@ -41,8 +43,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Milliseconds since the start: that the stages computed, of these in gathers, and of processor time of each
-    process, the coordinator first."""
+    """Milliseconds since the start, prompts included: what the stages computed, the leader's waits in gathers, and the
+    processor time of each process, the coordinator first."""
 
     compute_ms: float
     gathers_ms: float
@@ -67,13 +69,25 @@ class ServedWay:
     pids: tuple[int, ...]  # of the coordinator, then of the workers in their order
 
     async def reading(self) -> Reading:
-        found = await self.bench.cluster()
-        stages = found["stages"]
+        """Processor times first: waiting for the rest takes some."""
+        processor_ms = tuple(map(_processor_ms, self.pids))
+        found = await self._settled()
         return Reading(
-            sum(stage["compute_ms"] * stage["microbatches"] for stage in stages),
-            sum((stage.get("gather_ms") or 0.0) * stage["microbatches"] for stage in stages),
-            tuple(map(_processor_ms, self.pids)),
+            sum(stage["compute_ms"] * stage["microbatches"] for stage in found["stages"]),
+            sum(1e3 * group["waited_s"] for group in found["status"]["groups"]),
+            processor_ms,
         )
+
+    async def _settled(self) -> dict[str, Any]:
+        """When heartbeats have brought the counters of all steps. LlamaclustError if they do not."""
+        for _ in range(_LOOKS):
+            found = await self.bench.cluster()
+            beats = {worker["name"]: worker["heartbeat"] for worker in found["status"]["workers"]}
+            steps = {stage["worker"]: stage["microbatches"] for stage in found["stages"]}
+            if all(beats[name] is not None and beats[name]["microbatches"] >= count for name, count in steps.items()):
+                return found
+            await asyncio.sleep(_LOOK_S)
+        raise LlamaclustError(f"{self.way.name}: no heartbeat tells of the last step")
 
 
 def _processor_ms(pid: int) -> float:

@@ -50,22 +50,22 @@ def better_groups(
         return None
     by_name = {worker.name: worker for worker in workers}
     known = None if stages is None else Chain.of(sizes, stages, by_name, min(contexts))
-    found: tuple[float, GroupChoice] | None = None
+    found: tuple[float, int, GroupChoice] | None = None
     for count in contexts:
         split = _split(sizes, workers, request.group_costs, count, known)
         if split is None:
             continue
         chain = Chain.of(sizes, split.entries, by_name, count)
-        if chain.kv_blocks < request.context_blocks:
+        blocks, seconds = chain.kv_blocks, _seconds(chain)
+        if blocks < request.context_blocks:
             continue  # whole units are larger than what was left of a memory
-        seconds = _seconds(chain)
-        if found is None or seconds * _WORTH_ROOM < found[0]:
-            found = seconds, GroupChoice(split.entries, count, split.is_best)
+        if found is None or seconds * (_WORTH_ROOM if blocks < found[1] else 1.0) < found[0]:
+            found = seconds, blocks, GroupChoice(split.entries, count, split.is_best)
         if len(chain.stages) == 1 and _is_balanced(chain.stages[0]):
             break  # memory is not what decides
     if found is None or (known is not None and found[0] * _CLEARLY >= _seconds(known)):
         return None
-    return found[1]
+    return found[2]
 
 
 def _split(

@@ -1,0 +1,242 @@
+"""Choices of the planner beside other plans, over a grid of assumed clusters: none may be clearly faster.
+
+    python benchmarks/groups/plan_grid.py [--count 10] [--seed 1] [--alternatives 60] [--json PATH]
+
+Without `--count`, the whole grid. For each cluster the chosen plan's token is compared with that of the best plan of
+single workers (`groups: off`) and of plans by hand with groups: all chains of sets of up to three machines, and drawn
+ones of more, in shares by speed, by memory and equal, cut where memories end and elsewhere. All by the same
+predictions. Plans by hand count if they have as much KV memory, and are faster than chains of single machines by hand:
+plans of single workers give up to a tenth of a token's time for prompts and other requests. A line for each cluster
+whose choice is slower by more than 3 %, and one for the whole; then the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import process_time
+
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.tools.assume.assumed_model import AssumedModel, assumed_model
+from llamaclust.tools.assume.description import parse_machines
+from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room_bytes
+from llamaclust.tools.assume.rates import read_bytes_s
+
+_MODELS = (
+    *("llama-3.2-1b-instruct", "llama-3.2-3b-instruct", "8b", "qwen2.5-14b-instruct", "gemma-3-27b-it", "70b"),
+    *("gpt-oss-20b", "qwen3-30b-a3b", "gpt-oss-120b"),
+)
+_COUNTS = (2, 3, 4, 6, 8)
+_NETWORKS = tuple(itertools.product((0.1, 1, 2.5, 10, 25), (0.1, 0.4, 2, 10)))
+"""(Gbit/s, round trip in ms)."""
+_MEMORIES = (4, 8, 16, 24, 32, 64, 128)
+_WORSE = 1.03
+_ALL = 3
+"""Of so many machines all chains are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    machines: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    machines: str
+    model: str
+    chosen: str
+    chosen_ms: float
+    stages_ms: float | None  # of the best plan of single workers; None: none fits
+    other: str
+    other_ms: float | None
+    alternatives: int  # that fit, with as much KV memory
+    planning_s: float  # of a processor
+
+    @property
+    def ratio(self) -> float:
+        """Of the chosen plan's time to that of the best other one."""
+        others = [value for value in (self.stages_ms, self.other_ms) if value is not None]
+        return self.chosen_ms / min(others, default=self.chosen_ms)
+
+
+Entry = dict[str, object]
+"""Of a plan by hand."""
+
+
+def _grid() -> list[_Case]:
+    """Machines are as large as the model needs them; unequal ones differ in speed and memory."""
+    cases = []
+    for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
+        if number % 3:  # a third of all, in turns of everything
+            continue
+        source = random.Random(number)
+        file_bytes = assumed_model(model).file.size_bytes
+        needed = source.choice((1.15, 1.6, 3.0)) * file_bytes / count + (3 << 30)
+        memory = next((gib for gib in _MEMORIES if gib << 30 >= needed), _MEMORIES[-1])
+        speed = source.choice((15, 25, 40, 80))
+        groups = [f"{count}x{memory}GB@{speed}GB/s"]
+        if source.random() < 0.6:
+            groups = [
+                f"{memory * source.choice((1, 1, 2))}GB@{speed * source.choice((1, 1.5, 2, 3)):g}GB/s"
+                for _ in range(count)
+            ]
+        cases.append(_Case(f"{'+'.join(groups)},{gbit:g}Gbit,{ms:g}ms", model))
+    return cases
+
+
+class _Alternatives:
+    """Plans by hand for a cluster."""
+
+    def __init__(self, cluster: AssumedCluster, model: AssumedModel, source: random.Random) -> None:
+        self._source = source
+        self._layers = model.opened.layer_count
+        machines = cluster.assumed.machines
+        self._speeds = [read_bytes_s(machine.cpu) for machine in machines]
+        self._rooms = [max(1.0, float(room_bytes(machine) - (600 << 20))) for machine in machines]
+        self._layer_bytes = 1.05 * model.file.size_bytes / self._layers
+
+    def plans(self) -> Iterator[list[Entry]]:
+        for chain in self._chains():
+            shares = [self._shares(group) for group in chain]
+            for cuts in self._cuts(chain):
+                yield [self._entry(*stage) for stage in zip(chain, shares, cuts, cuts[1:], strict=False)]
+
+    def _chains(self) -> Iterator[Sequence[tuple[int, ...]]]:
+        everyone = sorted(range(len(self._speeds)), key=lambda machine: -self._speeds[machine])
+        if len(everyone) <= _ALL:
+            sizes = range(1, len(everyone) + 1)
+            orders = (order for size in sizes for order in itertools.permutations(everyone, size))
+            chains = [chain for order in orders for chain in _divided(order)]
+            yield from self._source.sample(chains, len(chains))
+            return
+        yield from ([(machine,) for machine in everyone[:count]] for count in range(1, len(everyone) + 1))
+        yield [tuple(everyone)]
+        yield from ([tuple(everyone[:count])] for count in range(2, len(everyone)))
+        while True:
+            some = self._source.sample(everyone, self._source.randint(2, len(everyone)))
+            order = self._source.choice((some, sorted(some, key=everyone.index)))
+            yield self._source.choice(list(_divided(order)))
+
+    def _shares(self, group: tuple[int, ...]) -> list[int]:
+        by = self._source.choice((self._speeds, self._speeds, self._rooms, [1.0] * len(self._speeds)))
+        most = max(by[machine] for machine in group)
+        return [max(1, round(100 * by[machine] / most)) for machine in group]
+
+    def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """As many layers as memory takes on the fastest first; then drawn ones."""
+        if len(chain) == 1:
+            yield [0, self._layers]
+            return
+        if self._layers < len(chain):
+            return
+        fastest = sorted(range(len(chain)), key=lambda at: -sum(self._speeds[machine] for machine in chain[at]))
+        for fill in (0.98, 0.9):
+            counts, left = [1] * len(chain), self._layers - len(chain)
+            for at in fastest:
+                room = sum(self._rooms[machine] for machine in chain[at])
+                more = min(left, max(0, int(fill * room / self._layer_bytes) - 1))
+                counts[at], left = counts[at] + more, left - more
+            if not left:
+                yield [0, *itertools.accumulate(counts)]
+        inner = self._source.sample(range(1, self._layers), len(chain) - 1)
+        yield [0, *sorted(inner), self._layers]
+
+    @staticmethod
+    def _entry(group: tuple[int, ...], shares: list[int], start: int, end: int) -> Entry:
+        names = [f"m{machine + 1}" for machine in group]
+        if len(names) == 1:
+            return {"worker": names[0], "layers": [start, end]}
+        return {"workers": names, "layers": [start, end], "shares": shares}
+
+
+def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
+    """Into groups and single machines."""
+    for ends in itertools.product((False, True), repeat=len(order) - 1):
+        places = [0, *(place for place, is_end in enumerate(ends, 1) if is_end), len(order)]
+        yield [tuple(order[start:end]) for start, end in itertools.pairwise(places)]
+
+
+def _token_ms(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> tuple[float, str, int] | None:
+    """(of a token, the plan as text, its KV blocks). None where it does not fit."""
+    try:
+        plan = AssumedCluster(cluster.assumed, overrides).plan(model)
+    except InsufficientMemoryError:
+        return None
+    text = ", ".join(
+        f"{'+'.join(members)} [{stage.start}, {stage.end}){' ' if stage.shares else ''}"
+        f"{':'.join(map(str, stage.shares))}"
+        for members, stage in zip(plan.chain, plan.leaders, strict=True)
+    )
+    return 1e3 * prediction_of(plan).token_s, text, plan.kv_blocks
+
+
+def _outcome(case: _Case, most: int, source: random.Random) -> _Outcome | None:
+    """None where the model does not fit."""
+    cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
+    model.opened.costs  # noqa: B018
+    begun = process_time()
+    chosen = _token_ms(cluster, model)
+    planning_s = process_time() - begun
+    stages = _token_ms(cluster, model, "groups=off")
+    if chosen is None:
+        return None
+    plans = itertools.islice(_Alternatives(cluster, model, source).plans(), most)
+    tried = (_token_ms(cluster, model, f"plan={json.dumps(plan)}") for plan in plans)
+    found = [other for other in tried if other is not None and other[2] >= chosen[2]]
+    other = min(found, default=None)
+    if other is not None and "+" not in other[1]:
+        other = None
+    stages_ms, other_text, other_ms = stages and stages[0], other[1] if other else "", other and other[0]
+    figures = chosen[1], chosen[0], stages_ms, other_text, other_ms
+    return _Outcome(case.machines, case.model, *figures, len(found), planning_s)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, help="clusters that are drawn from the grid; all without it")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--alternatives", type=int, default=60, help="plans by hand a cluster, at most")
+    parser.add_argument("--json", help="a file that gets a line a cluster")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = _arguments()
+    source, cases = random.Random(given.seed), _grid()
+    if given.count is not None:
+        cases = source.sample(cases, given.count)
+    print(f"{len(cases)} clusters, seed {given.seed}", flush=True)
+    found, without = list[_Outcome](), 0
+    for case in cases:
+        outcome = _outcome(case, given.alternatives, source)
+        if outcome is None:
+            without += 1
+            continue
+        found.append(outcome)
+        if given.json:
+            with Path(given.json).open("a") as file:
+                print(json.dumps(asdict(outcome)), file=file)
+        if outcome.ratio > _WORSE:
+            print(
+                f"{case.machines} {case.model}: chosen {outcome.chosen} {outcome.chosen_ms:.1f} ms, other "
+                f"{outcome.other} {outcome.other_ms or 0:.1f} ms, stages {outcome.stages_ms or 0:.1f} ms",
+                flush=True,
+            )
+    worst = max((outcome.ratio for outcome in found), default=1.0)
+    with_groups = sum("+" in outcome.chosen for outcome in found)
+    slowest = max((outcome.planning_s for outcome in found), default=0.0)
+    alternatives = sum(outcome.alternatives for outcome in found)
+    print(f"choices: {len(found)}, {with_groups} of them with groups; {without} models do not fit")
+    print(f"worst beside the best of {alternatives} other plans: {worst:.3f}; planning takes {slowest:.2f} s at most")
+    return int(worst > _WORSE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

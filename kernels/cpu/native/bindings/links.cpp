@@ -18,6 +18,7 @@ const char* name_of(Fault fault) {
   switch (fault) {
     case Fault::Late: return "late";
     case Fault::Closed: return "closed";
+    case Fault::Unreachable: return "unreachable";
     default: return "wrong";
   }
 }
@@ -94,7 +95,8 @@ void bind_links(nb::module_& module) {
       .def_ro("waited_s", &LinkCounters::waited_s)
       .def_ro("waited_for_s", &LinkCounters::waited_for_s);
   nb::class_<Links, Gatherer>(module, "Links")
-      .def(nb::init<int, std::vector<std::shared_ptr<Link>>, double>(), "own"_a, "links"_a, "deadline_s"_a)
+      .def(nb::init<int, std::vector<std::shared_ptr<Link>>, double, double>(), "own"_a, "links"_a, "deadline_s"_a,
+           "answer_s"_a = 5.0)
       .def("begin", &Links::begin, "epoch"_a, "step"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "send_step",
@@ -115,6 +117,7 @@ void bind_links(nb::module_& module) {
           },
           "epoch"_a, "step"_a, "most_bytes"_a)
       .def("counters", &Links::counters)
+      .def_prop_ro("computing_s", &Links::computing_s)
       .def("close", &Links::close, nb::call_guard<nb::gil_scoped_release>());
 }
 

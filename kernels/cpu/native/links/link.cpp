@@ -186,6 +186,11 @@ LinkError Link::late(double deadline_s) const {
   return {text, Fault::Late, place_};
 }
 
+void Link::check_reached(double answer_s) const {
+  if (!socket().is_reached(answer_s))
+    throw LinkError(peer_ + ": the network brings no answer any more", Fault::Unreachable, place_);
+}
+
 size_t Link::write(std::span<const uint8_t> data, bool more) {
   return named([&](Channel& channel) { return channel.write(data, more); });
 }

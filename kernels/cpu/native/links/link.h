@@ -54,6 +54,7 @@ class Link {
 
   // The peer's, for errors.
   void set_place(int place) { place_ = place; }
+  int place() const { return place_; }
 
   // A frame of `header.bytes` bytes is to be sent next, behind others; they must stay until then.
   void begin_sending(const FrameHeader& header, const uint8_t* data);
@@ -87,6 +88,9 @@ class Link {
 
   // The peer has not sent or taken its bytes by the deadline.
   LinkError late(double deadline_s) const;
+
+  // LinkError where the network does not reach the peer any more; see Socket.
+  void check_reached(double answer_s) const;
 
   const Socket& socket() const { return channel().socket(); }
 

@@ -35,12 +35,23 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("links: ") + what);
 }
 
+// A time that is 0 as long as this exists, and that of its end afterwards.
+class Within {
+ public:
+  explicit Within(std::atomic<int64_t>& ended_ns) : ended_ns_(ended_ns) { ended_ns_ = 0; }
+  ~Within() { ended_ns_ = now_ns(); }
+
+ private:
+  std::atomic<int64_t>& ended_ns_;
+};
+
 }  // namespace
 
-Links::Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_s)
-    : own_(own), deadline_s_(deadline_s), links_(std::move(links)) {
+Links::Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_s, double answer_s)
+    : own_(own), deadline_s_(deadline_s), answer_s_(answer_s), links_(std::move(links)) {
   require(own_ >= 0 && static_cast<size_t>(own_) < links_.size(), "this member has no place");
   require(deadline_s_ > 0 && deadline_s_ < 1e6, "a deadline of more than 0 seconds");
+  require(answer_s_ > 0 && answer_s_ < 1e6, "more than 0 seconds for an answer");
   for (size_t member = 0; member < links_.size(); member++) {
     require((links_[member] == nullptr) == (member == static_cast<size_t>(own_)), "one for each other member");
     if (!links_[member]) continue;
@@ -55,10 +66,11 @@ template <typename F>
 void Links::in_turn(F work) {
   const std::lock_guard locked(in_use_);
   if (ended_) throw LinkError(*ended_);
+  const Within call(called_ns_);
   try {
     work();
   } catch (const LinkError& error) {
-    end(closing_ ? closed() : error);
+    end(closing_ ? closed() : cause_of(error));
     throw LinkError(*ended_);
   }
 }
@@ -139,7 +151,8 @@ int64_t Links::deadline_ns() const { return now_ns() + static_cast<int64_t>(dead
 // Sends and receives what links have begun, until each of them is ready.
 template <typename F>
 void Links::move(F is_ready, int64_t until_ns) {
-  for (int64_t waits_from_ns = now_ns();;) {
+  const auto look_ns = static_cast<int64_t>(answer_s_ / 4 * 1e9);
+  for (int64_t waits_from_ns = now_ns(), looked_ns = waits_from_ns;;) {
     bool moved = false, ready = true;
     for (size_t member = 0; member < links_.size(); member++) {
       Link* link = links_[member].get();
@@ -153,8 +166,12 @@ void Links::move(F is_ready, int64_t until_ns) {
     if (ready) return;
     const int64_t now = now_ns();
     if (closing_ || now >= until_ns) throw late(is_ready);
+    if (now - looked_ns >= look_ns) {
+      check_reached();
+      looked_ns = now;
+    }
     if (moved) waits_from_ns = now;
-    else if (now - waits_from_ns >= kPollNs) park(until_ns);
+    else if (now - waits_from_ns >= kPollNs) park(std::min(until_ns, now + look_ns));
     else if (now - waits_from_ns >= kKeepsCoreNs) sched_yield();
   }
 }
@@ -202,6 +219,11 @@ LinkCounters Links::counters() const {
   return counters_;
 }
 
+double Links::computing_s() const {
+  const int64_t called_ns = called_ns_;
+  return called_ns == 0 ? 0.0 : static_cast<double>(now_ns() - called_ns) * 1e-9;
+}
+
 void Links::copy_own(const Gathering& gathering) const {
   const Block to = block_of(gathering, static_cast<size_t>(own_));
   const std::span<const uint8_t> own = own_bytes(gathering);
@@ -219,6 +241,11 @@ void Links::park(int64_t until_ns) const {
   wait_for(waited, until_ns);
 }
 
+void Links::check_reached() const {
+  for (const Link* link : peers_)
+    if (!link->is_complete()) link->check_reached(answer_s_);
+}
+
 // At fault is the first of the members that are named.
 template <typename F>
 LinkError Links::late(F is_ready) const {
@@ -233,11 +260,23 @@ LinkError Links::late(F is_ready) const {
   return {text, first->fault, first->place};
 }
 
-// Peers that wait for this member's rows learn at once that none will come.
+// A member that closes its link may have found another one at fault, whose wrong frame has come here as well.
+LinkError Links::cause_of(const LinkError& error) {
+  if (error.fault != Fault::Closed) return error;
+  for (Link* link : peers_) try {
+      while (link->place() != error.place && !link->is_received() && link->receive()) continue;
+    } catch (const LinkError& other) {
+      if (other.fault == Fault::Wrong) return other;
+    }
+  return error;
+}
+
+// Peers that wait for this member's rows learn at once that none will come, after what it has sent before.
 void Links::end(const LinkError& reason) {
   const std::lock_guard locked(ending_);
-  if (!ended_) ended_.emplace(reason);
-  for (Link* link : peers_) link->close();
+  if (ended_) return;
+  ended_.emplace(reason);
+  for (const Link* link : peers_) link->socket().finish();
 }
 
 void Links::close() {
@@ -248,7 +287,9 @@ void Links::close() {
       for (const Link* link : peers_) link->socket().shut_down();
   }
   const std::lock_guard locked(in_use_);  // once a gather has noticed
-  end(closed());
+  const std::lock_guard also(ending_);
+  if (!ended_) ended_.emplace(closed());
+  for (Link* link : peers_) link->close();
 }
 
 }  // namespace llamaclust

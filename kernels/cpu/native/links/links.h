@@ -26,8 +26,8 @@ struct LinkCounters {
 class Links : public Gatherer {
  public:
   // One link for each member, and none at the place of this one, `own`. A gather ends all links where it takes longer
-  // than `deadline_s`.
-  Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_s);
+  // than `deadline_s`, and any call where the network does not bring a member's answers for `answer_s`.
+  Links(int own, std::vector<std::shared_ptr<Link>> links, double deadline_s, double answer_s);
 
   // What the next gathers belong to: all members must say the same.
   void begin(uint64_t epoch, uint64_t step);
@@ -48,6 +48,10 @@ class Links : public Gatherer {
   // On any thread, at any time.
   LinkCounters counters() const;
 
+  // Seconds since the last call ended: so long, no other member has been waited for. 0 within a call, and before the first.
+  // On any thread.
+  double computing_s() const;
+
   // Ends all links, also on another thread than one that gathers or waits: that call fails. No descriptor is left open.
   void close();
 
@@ -62,12 +66,14 @@ class Links : public Gatherer {
   void park(int64_t until_ns) const;
   template <typename F>
   LinkError late(F is_ready) const;
+  void check_reached() const;
+  LinkError cause_of(const LinkError& error);
   void end(const LinkError& reason);
   void copy_own(const Gathering& gathering) const;
   void count_gather(int64_t ns);
 
   const int own_;
-  const double deadline_s_;
+  const double deadline_s_, answer_s_;
   std::vector<std::shared_ptr<Link>> links_;  // by member
   std::vector<Link*> peers_;                  // the same without a place for this member
   uint64_t epoch_ = 0, step_ = 0;
@@ -75,6 +81,7 @@ class Links : public Gatherer {
   std::optional<size_t> last_;                   // the member that was ready last
   LinkCounters counters_;
   std::atomic<bool> closing_{false};
+  std::atomic<int64_t> called_ns_{0};  // the end of the last call; 0 within one
   std::optional<LinkError> ended_;  // the first reason
   std::mutex in_use_, ending_;      // `ending_`: for the descriptors, which may not be closed while another thread uses them
   mutable std::mutex counting_;

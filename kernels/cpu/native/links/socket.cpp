@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <ctime>
 #include <string>
@@ -18,12 +19,22 @@
 namespace llamaclust {
 namespace {
 
+constexpr int kProbeS = 1;         // of an idle connection, the system's shortest interval
+constexpr double kSilentS = 3.0;  // two probes may be lost
+
 std::string reason_of(int number) { return std::generic_category().message(number); }
+
+// The network has lost the peer, or acknowledges nothing.
+bool is_unreachable(int number) {
+  return number == ETIMEDOUT || number == EHOSTUNREACH || number == ENETUNREACH || number == EHOSTDOWN ||
+         number == ENETDOWN;
+}
 
 // Nothing yet, or the reason for the end of a connection.
 size_t nothing_yet(int number) {
   if (number == EAGAIN || number == EWOULDBLOCK || number == EINTR) return 0;
-  throw ConnectionEnded("the connection has ended: " + reason_of(number));
+  throw ConnectionEnded("the connection has ended: " + reason_of(number),
+                        is_unreachable(number) ? Fault::Unreachable : Fault::Closed);
 }
 
 }  // namespace
@@ -38,8 +49,11 @@ Socket::Socket(int descriptor) : descriptor_(descriptor) {
     close(descriptor);
     throw ConnectionEnded("no connection: " + reason);
   }
-  const int on = 1;
-  if (peer.ss_family != AF_UNIX) setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  if (peer.ss_family == AF_UNIX) return;
+  set(IPPROTO_TCP, TCP_NODELAY, 1);
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(IPPROTO_TCP, TCP_KEEPIDLE, kProbeS);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, kProbeS);
 }
 
 Socket::Socket(Socket&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
@@ -64,6 +78,19 @@ bool Socket::wait(short events, int64_t until_ns) const {
   pollfd waited{descriptor_, events, 0};
   return wait_for({&waited, 1}, until_ns);
 }
+
+// Not by TCP_USER_TIMEOUT, which also ends a connection to a process that computes and has not read all bytes yet.
+bool Socket::is_reached(double answer_s) const {
+  tcp_info info{};
+  socklen_t length = sizeof info;
+  if (getsockopt(descriptor_, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return true;  // a Unix socket
+  const double silent_s = std::min(info.tcpi_last_ack_recv, info.tcpi_last_data_recv) * 1e-3;
+  return silent_s < (info.tcpi_unacked > 0 ? answer_s : std::max(answer_s, kSilentS));
+}
+
+void Socket::set(int level, int option, int value) const { setsockopt(descriptor_, level, option, &value, sizeof value); }
+
+void Socket::finish() const { shutdown(descriptor_, SHUT_WR); }
 
 void Socket::shut_down() const { shutdown(descriptor_, SHUT_RDWR); }
 

@@ -9,8 +9,9 @@
 
 namespace llamaclust {
 
-// Why a connection ended: its peer was not ready in time, has closed it, or has sent what it should not.
-enum class Fault { Late, Closed, Wrong };
+// Why a connection ended: its peer was not ready in time, has closed it, is not reached by packets, or has sent what it
+// should not.
+enum class Fault { Late, Closed, Unreachable, Wrong };
 
 // Ends a connection; its text has no name of the peer yet.
 class ConnectionEnded : public std::runtime_error {
@@ -36,12 +37,21 @@ class Socket {
   // Until one of poll()'s events, or that time of now_ns(): then false.
   bool wait(short events, int64_t until_ns) const;
 
+  // Whether the network still reaches the other side: its system acknowledges bytes on their way within `answer_s`, and
+  // probes of an idle connection within 3 s. A process that does not read is reached all the same.
+  bool is_reached(double answer_s) const;
+
+  // Nothing more is sent. The other side can still read what was, which closing would take from it.
+  void finish() const;
+
   // Wakes whoever waits here, on any thread; nothing more is sent or received.
   void shut_down() const;
 
   int descriptor() const { return descriptor_; }
 
  private:
+  void set(int level, int option, int value) const;
+
   int descriptor_;
 };
 

@@ -89,7 +89,8 @@ def test_anything_but_the_rows_ends_the_links(what: str) -> None:
     for number in (1, 0, 7):
         with pytest.raises(LinkError, match=words):
             gathered(peer.links, number=number)
-    assert peer.has_ended()
+    assert peer.has_ended(), "after what was sent before"
+    peer.links.close()
     assert open_files() == before
 
 

@@ -190,7 +190,7 @@ class Member:
                     weight_bytes_received=weights.received_bytes,
                     last_error=last_trouble(),
                     gpu_free_bytes=tuple(gpu.free_bytes for gpu in device.gpus),
-                    computing_s=self._worker.compute.computing_s,
+                    computing_s=max(self._worker.compute.computing_s, service.computing_s),
                     kv_disk_written_bytes=0 if kv_disk is None else kv_disk.traffic.written_bytes,
                     kv_disk_read_bytes=0 if kv_disk is None else kv_disk.traffic.read_bytes,
                     kv_disk_used_bytes=0 if kv_disk is None else kv_disk.traffic.used_bytes,

@@ -17,7 +17,7 @@ from llamaclust.kernels._native import Links
 from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.groups.member_links import Fault, MemberLinks
 from llamaclust.worker.groups.step_message import decode_step
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.counters import Counters
@@ -41,7 +41,7 @@ class FollowingStage:
         self._loop = asyncio.get_running_loop()
         self._steps = 0
         self._ended: asyncio.Future[None] | None = None  # of the thread
-        self._reporting: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[Fault] | None = None
         program, rows = runner.program, runner.limits.max_batch_tokens
         self._most_bytes = most_frame_bytes(rows, 0 if program.is_first else program.hidden.width) + _TOKENS_BYTES
         self._reader = frame_reader(runner)
@@ -50,6 +50,12 @@ class FollowingStage:
     @property
     def progress(self) -> StageProgress:
         return StageProgress(self.epoch, self._steps, self._steps, group=self._member_links.counters)
+
+    @property
+    def computing_s(self) -> float:
+        """Of its step, since it waited for another member last."""
+        is_at_work = self._ended is not None and not self._ended.done()
+        return self._member_links.computing_s if is_at_work else 0.0
 
     def _start(self, links: Links) -> None:
         self._ended = self._loop.create_future()
@@ -61,14 +67,13 @@ class FollowingStage:
             while True:
                 self._step(links.receive_step(self.epoch, self._steps, self._most_bytes))
         except Exception as error:  # noqa: BLE001  a border between threads: the event loop reports it
-            links.close()
             with suppress(RuntimeError):  # the loop is closed: the process is about to end
                 self._loop.call_soon_threadsafe(self._stopped, error)
 
     def _stopped(self, error: Exception) -> None:
         assert self._ended is not None
         self._ended.set_result(None)
-        self._reporting = asyncio.create_task(self._member_links.report(self._member_links.fault(error)))
+        self._reporting = asyncio.create_task(self._member_links.give_up(error))
 
     def _step(self, data: bytes) -> None:
         frame, tokens = decode_step(data)

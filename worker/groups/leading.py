@@ -6,10 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from llamaclust.kernels._native import Gatherer, Links
+from llamaclust.core.errors import LlamaclustError, WorkerError
+from llamaclust.kernels._native import Gatherer, LinkError, Links
 from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.groups.step_message import encode_step
+
+
+class MemberFailedError(LlamaclustError):
+    """A member failed within a step, which the others go on to compute: it cannot meet them at gathers any more."""
 
 
 class Leader:
@@ -31,9 +36,15 @@ class Leader:
     @contextmanager
     def step(self, frame: bytes, followed: Sequence[SampledTokens], rows: int) -> Iterator[None]:
         """Sends a microbatch as it came, and the tokens that it follows, to all other members; what the context then
-        computes is its step, of so many rows. LinkError where a member does not take it."""
+        computes is its step, of so many rows. LinkError where a member does not take it. A WorkerError is what all
+        members come to by themselves; any other error is a MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed))
         self._steps += 1
-        with self._member_links.step(rows):
-            yield
+        try:
+            with self._member_links.step(rows):
+                yield
+        except (LinkError, WorkerError):
+            raise
+        except Exception as error:
+            raise MemberFailedError(f"{type(error).__name__}: {error}") from error

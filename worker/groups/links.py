@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -21,6 +21,7 @@ from llamaclust.worker.groups.handshakes import MOST_HANDSHAKES, Handshakes
 from llamaclust.worker.groups.listener import Hello, LinkListener
 
 OPEN_S = 30.0
+ANSWER_S = 2.5
 _CONNECT_S = 4.0
 """The deadline of each address: a host may have one that never answers beside one that does."""
 _HANDSHAKE_S = 5.0
@@ -46,10 +47,11 @@ class GroupLinks:
             raise UsageError("groups over several machines need OpenSSL, without which this llamaclust was built")
         self._failures: dict[int, str] = {}  # the last one of each place
         self._linked: set[int] = set()
+        self._unreached_s: dict[int, float] = {}  # since when there is no connection to that place
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
 
-    async def open(self, gather_s: float, seconds: float = OPEN_S) -> Links:
-        """MemberLostError where a member is not there in time. Once only."""
+    async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
+        """MemberLostError where a member is not there in time. Once only. `answer_s`: see `Links`."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
@@ -58,7 +60,7 @@ class GroupLinks:
                 task.cancel()
             self._threads.shutdown(wait=False)
         links = [tasks[place].result() if place in tasks else None for place in range(len(self._order.members))]
-        return Links(self._order.member, links, gather_s)
+        return Links(self._order.member, links, gather_s, answer_s)
 
     @property
     def missing(self) -> tuple[str, str]:
@@ -67,6 +69,14 @@ class GroupLinks:
         member = self._order.members[place]
         reason = self._failures.get(place, "it has not been heard of")
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
+
+    def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
+        """Members to whom no connection could be made for so long, and why. One that accepts and does not know of the
+        group yet is reached."""
+        now_s = asyncio.get_running_loop().time()
+        for place, since_s in self._unreached_s.items():
+            if now_s - since_s >= seconds:
+                yield self._order.members[place].worker, self._failures[place]
 
     def _peers(self) -> list[int]:
         """The places of the others."""
@@ -88,12 +98,17 @@ class GroupLinks:
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
+            begun_s = loop.time()
             try:
                 with await self._connection_to(self._order.members[place].address) as connection:
+                    self._unreached_s.pop(place, None)
                     await loop.sock_sendall(connection, own)
                     return await self._shaken(connection, place, own, theirs)
+            except LinkError as error:
+                self._failures[place] = str(error)
             except (OSError, DeadlineError) as error:
                 self._failures[place] = str(error)
+                self._unreached_s.setdefault(place, begun_s)
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:

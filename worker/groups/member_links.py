@@ -6,25 +6,29 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.kernels._native import LinkError, Links
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
+from llamaclust.wire.control.messages import Deadlines, PeerUnreachable
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.links import GroupLinks
 
 _LOADS_S = 86400.0
 """The others may load for hours; the coordinator ends that by unloading this stage."""
 
-Report = Callable[[GroupFault], Awaitable[None]]
+_LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
+
+Fault = GroupFault | PeerUnreachable
+Report = Callable[[Fault], Awaitable[None]]
 
 
 class MemberLinks:
     """Opens the links of a stage and reports their end to the coordinator, unless this member ends them itself."""
 
-    def __init__(self, epoch: int, order: GroupOrder, group: GroupLinks, gather_s: float, report: Report) -> None:
-        """`gather_s`: the deadline of each gather."""
+    def __init__(self, epoch: int, order: GroupOrder, group: GroupLinks, deadlines: Deadlines, report: Report) -> None:
         self._epoch, self._order, self._group, self._report = epoch, order, group, report
-        self._gather_s = gather_s
+        self._gather_s = deadlines.forward_s
+        self._answer_s = max(deadlines.peer_s / 2, _LEAST_ANSWER_S)
         self._links: Links | None = None
         self._is_closed = False
         self._opening: asyncio.Task[None] | None = None
@@ -35,7 +39,15 @@ class MemberLinks:
         self._opening = asyncio.create_task(self._open(on_open))
 
     async def _open(self, on_open: Callable[[Links], None]) -> None:
-        self._links = await self._group.open(self._gather_s, _LOADS_S)
+        opening = asyncio.create_task(self._group.open(self._gather_s, _LOADS_S, self._answer_s))
+        try:
+            while not opening.done():
+                await asyncio.wait([opening], timeout=self._answer_s)
+                for worker, reason in self._group.unreached(self._answer_s):
+                    await self._tell(PeerUnreachable(self._epoch, worker, reason))
+        finally:
+            opening.cancel()
+        self._links = opening.result()
         if self._is_closed:
             self._links.close()
         else:
@@ -81,15 +93,34 @@ class MemberLinks:
         if self._links is not None:
             self._links.close()
 
-    def fault(self, error: Exception) -> GroupFault:
-        """The report of an error that ended this member's part."""
-        if isinstance(error, LinkError):
-            return GroupFault(self._epoch, self._order.members[error.place].worker, error.kind, str(error))
+    @property
+    def computing_s(self) -> float:
+        """Since this member waited for another one last; 0.0 while it waits, and before its first step."""
+        return 0.0 if self._links is None else self._links.computing_s
+
+    def fault(self, error: Exception) -> Fault:
+        """The report of an error that ended this member's part. A ProtocolError is in what the leader announced."""
+        if isinstance(error, LinkError) and error.place >= 0:
+            worker = self._order.members[error.place].worker
+            if error.kind == "unreachable":
+                return PeerUnreachable(self._epoch, worker, str(error))
+            return GroupFault(self._epoch, worker, error.kind, str(error))
+        if isinstance(error, ProtocolError):
+            return GroupFault(self._epoch, self._order.members[0].worker, "wrong", str(error))
         own = self._order.members[self._order.member].worker
         text = str(error) if isinstance(error, LlamaclustError) else f"{type(error).__name__}: {error}"
         return GroupFault(self._epoch, own, "failed", text)
 
-    async def report(self, fault: GroupFault) -> None:
+    async def give_up(self, error: Exception) -> Fault:
+        """Reports an error that ended this member's part. A LinkError has ended the links, and what was sent before can
+        be read until they are closed: others may find the same member at fault."""
+        fault = self.fault(error)
+        await self._tell(fault)
+        if not isinstance(error, LinkError):
+            self.close()
+        return fault
+
+    async def _tell(self, fault: Fault) -> None:
         """Sends it to the coordinator, unless this stage is being closed."""
         if not self._is_closed:
             await self._report(fault)

@@ -144,9 +144,9 @@ class Loads:
         """UsageError for addresses that these credentials do not allow."""
         session = self._session
         links = GroupLinks(group, session.credentials, self._worker.links)
-        return MemberLinks(epoch, group, links, session.deadlines.forward_s, self._report_fault)
+        return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
-    async def _report_fault(self, fault: GroupFault) -> None:
+    async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
         """To the coordinator, if it can be reached."""
         _log.error("epoch %s, worker %s: %s", epoch_text(fault.epoch), fault.worker, fault.reason)
         with contextlib.suppress(WorkerError, DeadlineError):
@@ -157,9 +157,5 @@ class Loads:
         return self._worker.weights.version_of(order.model_path, order.model_id, order.adapter_paths)
 
     async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
-        """To the coordinator, if it can be reached."""
         if peer.worker is not None:
-            _log.error("worker %s cannot be reached: %s", peer.worker, reason)
-            with contextlib.suppress(WorkerError, DeadlineError):
-                async with deadline("reporting to the coordinator", self._session.deadlines.peer_s):
-                    await self._session.send(PeerUnreachable(epoch, peer.worker, reason))
+            await self._report(PeerUnreachable(epoch, peer.worker, reason))

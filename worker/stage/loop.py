@@ -27,7 +27,7 @@ from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTimi
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.worker.groups.leading import Leader
+from llamaclust.worker.groups.leading import Leader, MemberFailedError
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.counters import Counters
@@ -90,7 +90,8 @@ class Answer:
 
 
 class StageLoop:
-    """Of one epoch. A microbatch that fails is answered with its failure, in its turn. LinkError ends the loop."""
+    """Of one epoch. A microbatch that fails is answered with its failure, in its turn. LinkError and MemberFailedError
+    end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -283,7 +284,7 @@ class StageLoop:
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
         """One microbatch fails, the worker serves on."""
-        if isinstance(error, ProtocolError | LinkError):
+        if isinstance(error, ProtocolError | LinkError | MemberFailedError):
             raise error
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)

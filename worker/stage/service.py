@@ -72,6 +72,11 @@ class StageService:
         """The progress of all stages."""
         return tuple(streams.progress for streams in self._stages.values())
 
+    @property
+    def computing_s(self) -> float:
+        """The longest time that a portion of a stage has been computed without a wait for other members."""
+        return max((streams.computing_s for streams in self._stages.values()), default=0.0)
+
     def runner(self, epoch: int) -> StageRunner:
         """WorkerError where no stage of the epoch is there."""
         if (streams := self._stages.get(epoch)) is None:

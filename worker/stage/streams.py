@@ -12,7 +12,7 @@ from typing import Final
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.kernels._native import LinkError
-from llamaclust.wire.control.messages import Deadlines, StageProgress
+from llamaclust.wire.control.messages import Deadlines, PeerUnreachable, StageProgress
 from llamaclust.wire.microbatch.codec import PREPARE_MATCHERS
 from llamaclust.wire.microbatch.frames import most_frame_bytes
 from llamaclust.wire.rpc.client import ClientStream, Peer, UnreachableError
@@ -20,6 +20,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import Principal
+from llamaclust.worker.groups.leading import MemberFailedError
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
@@ -110,6 +111,12 @@ class StageStreams:
     def progress(self) -> StageProgress:
         return replace(self._loop.progress, group=None if self._links is None else self._links.counters)
 
+    @property
+    def computing_s(self) -> float:
+        """Of a group's leader: of its step, since it waited for another member last. Others compute where the worker's
+        stages all do."""
+        return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
+
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""
         if self._neighbours.next is not None:
@@ -155,12 +162,14 @@ class StageStreams:
         try:
             await self._links.opened(self._forward_s)
             await self._forward(stream)
-        except LinkError as error:
-            fault = self._links.fault(error)
-            await self._links.report(fault)
-            raise WorkerError(fault.reason, worker=fault.worker) from error
-        finally:
             self._links.close()
+        except (LinkError, MemberFailedError) as error:
+            fault = await self._links.give_up(error)
+            ended = UnreachableError if isinstance(fault, PeerUnreachable) else WorkerError
+            raise ended(fault.reason, worker=fault.worker) from error
+        except BaseException:
+            self._links.close()
+            raise
 
     async def _forward(self, stream: ServerStream) -> None:
         program, rows = self.runner.program, self.runner.limits.max_batch_tokens

@@ -48,6 +48,26 @@ async def test_members_gather_with_tls(trust: Authority, count: int) -> None:
         await assert_gathers(members)
 
 
+async def test_members_that_no_connection_reaches_are_told_from_those_that_load(tmp_path: Path) -> None:
+    """Nobody listens at a port, nor at a path; a third one accepts, and does not know of the group yet."""
+    async with listeners(1) as (other,):
+        with socket.create_server(("127.0.0.1", 0)) as ended:
+            port = ended.getsockname()[1]
+        for address, is_reached in (
+            (f"127.0.0.1:{port}", False),
+            (f"unix:{tmp_path}/gone", False),
+            (other.address, True),
+        ):
+            order = GroupOrder(GROUP, (GroupMember("a", address), GroupMember("b", "unix:/b")), 1)
+            links = GroupLinks(order, ClusterToken("t" * 40), LinkListener())
+            opening = asyncio.create_task(links.open(GATHER_S, GATHER_S))
+            await until(lambda: bool(links._failures))  # noqa: B023
+            assert [worker for worker, _ in links.unreached(0.0)] == ([] if is_reached else ["a"])
+            assert not [*links.unreached(GATHER_S)]
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+
+
 @needs_tls
 async def test_links_outlive_their_keys(trust: Authority) -> None:
     """A key encrypts 65,536 records, two for each of these gathers."""

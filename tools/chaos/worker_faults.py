@@ -8,43 +8,57 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
 """Several failures; longer than a step may take before its worker counts as lost."""
-
+_LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Steps of this process's stages fail meanwhile."""
-    from llamaclust.worker.stage.loop import StageLoop  # not where faults are only begun
+    """Steps of this process's stages fail meanwhile, also its portions of groups' steps."""
+    from llamaclust.worker.groups.following import FollowingStage  # not where faults are only begun
+    from llamaclust.worker.stage.loop import StageLoop
 
-    run_layers = StageLoop._run_layers
+    run_layers, follow = StageLoop._run_layers, FollowingStage._step
 
     def fails(loop: StageLoop, *given: Any) -> Any:
         if is_active():
             raise RuntimeError("a fault of `llamaclust chaos`")
         return run_layers(loop, *given)
 
+    def fails_to_follow(stage: FollowingStage, data: bytes) -> None:
+        if is_active():
+            raise RuntimeError("a fault of `llamaclust chaos`")
+        follow(stage, data)
+
     StageLoop._run_layers = fails  # type: ignore[method-assign, assignment]
+    FollowingStage._step = fails_to_follow  # type: ignore[method-assign, assignment]
 
 
 def silence(is_active: Active) -> None:
-    """Stages of this process pass nothing on meanwhile."""
+    """Stages of this process pass nothing on meanwhile, and portions of groups' steps get no further."""
+    from llamaclust.worker.groups.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 
-    send_answers = StageLoop._send_answers
+    send_answers, follow = StageLoop._send_answers, FollowingStage._step
 
     async def sends_nothing(loop: StageLoop, *given: Any) -> None:
         if not is_active():
             await send_answers(loop, *given)
 
+    def gets_no_further(stage: FollowingStage, data: bytes) -> None:
+        while is_active():
+            sleep(_LOOK_S)
+        follow(stage, data)
+
     StageLoop._send_answers = sends_nothing  # type: ignore[method-assign, assignment]
+    FollowingStage._step = gets_no_further  # type: ignore[method-assign, assignment]
 
 
 def install() -> None:

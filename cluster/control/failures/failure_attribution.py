@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from llamaclust.cluster.control.failures.group_verdict import judge
 from llamaclust.cluster.engine.pipeline import StageInfo
@@ -33,6 +33,20 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
     )
 
 
+async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
+    """Returns when a worker of an epoch is lost, or a group of them reports its end: streams may not end by that."""
+    signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
+    for members in groups_of(epoch, workers):
+        signs += [member.group_faults(epoch).reported.wait() for member in members]
+        signs += [_is_cut_off(epoch, member, members) for member in members]
+    tasks = [asyncio.ensure_future(sign) for sign in signs]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
@@ -46,6 +60,8 @@ async def attribute_failure(
         sign.cancel()
     if (cause := root_cause(epoch, workers)) is not None:
         return cause.error
+    if (cut := _cut_members(epoch, workers)) is not None:
+        return WorkerError(f"workers {' and '.join(cut)} of a group cannot reach each other")
     if (fault := judge(_reports(epoch, workers))) is not None:
         return WorkerError(f"the group of worker {fault.worker} broke: {fault.reason}", worker=fault.worker)
     stages = (stage_of(epoch, worker) for worker in workers)
@@ -69,15 +85,38 @@ def _reports(epoch: int, workers: Sequence[WorkerHandle]) -> dict[str, GroupFaul
     return {name: fault for name, fault in faults if fault is not None}
 
 
+def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str] | None:
+    """Two members of a group, one of which reports that it cannot reach the other one. The others' links end by that,
+    too."""
+    for members in groups_of(epoch, workers):
+        for member in members:
+            other = member.unreachable_peer(epoch).name
+            if other is not None and _is_among(other, members):
+                return member.name, other
+    return None
+
+
+async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
+    """Returns when it has reported another member as unreachable."""
+    await member.unreachable_peer(epoch).reported.wait()
+    if not _is_among(member.unreachable_peer(epoch).name, members):
+        await asyncio.Event().wait()  # of the next stage, whose stream ends
+
+
+def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
+    return any(member.name == name for member in members)
+
+
 async def _all_have_reported(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns when all members of a group but one that is accused have reported its end."""
+    """Returns when all members of a group have reported its end, but those that do nothing any more."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     try:
         while True:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             reports = _reports(epoch, members)
-            accused = {fault.worker for fault in reports.values() if fault.kind != "closed"}
-            if len(reports.keys() | accused) == len(members):
+            late = {fault.worker for fault in reports.values() if fault.kind == "late"}
+            cut_off = {member.name for member in members if member.unreachable_peer(epoch).reported.is_set()}
+            if len(reports.keys() | late | cut_off) == len(members):
                 return True
     finally:
         for task in waiting:

@@ -6,6 +6,7 @@ late, or closed the link. A closed link says little: whoever closes it may have 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from llamaclust.wire.control.groups import GroupFault
@@ -14,10 +15,15 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """The report, by member, that names the worker at fault: of those of the strongest kind, one that accuses a worker
-    which has no report of its own, else the first. None without reports."""
+    """The report, by member, that names the worker at fault: of those of the strongest kind, one that accuses whom the
+    most others accuse so, then one that has no report of its own, else the first. None without reports."""
+    accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),
-        key=lambda fault: (_STRONGEST_FIRST.index(fault.kind), fault.worker in reports),
+        key=lambda fault: (
+            _STRONGEST_FIRST.index(fault.kind),
+            -accusers[fault.kind, fault.worker],
+            fault.worker in reports,
+        ),
         default=None,
     )

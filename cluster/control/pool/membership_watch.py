@@ -82,7 +82,7 @@ class MembershipWatch:
     def _check_result(self, runner: ActionRunner, epoch: Epoch, number: int, rows: int, now_s: float) -> None:
         chain = epoch.chain
         stage = owing_stage(number, [worker.progress(epoch.number) for worker in chain])
-        worker, names = chain[stage], [COORDINATOR, *(worker.name for worker in chain), COORDINATOR]
+        worker, names = _computing(epoch, stage), [COORDINATOR, *(worker.name for worker in chain), COORDINATOR]
         links = (runner.planner.links.between(*names[end : end + 2]) for end in (stage, stage + 1))
         hidden_bytes = 4 * rows * runner.planner.model.hyperparameters.embedding_length
         limit_s = self._turns_s(worker) + sum(link_limit_s(link, hidden_bytes) for link in links)
@@ -109,6 +109,12 @@ class MembershipWatch:
         self._partitions.forget(worker.name)
         for runner in self._runners:
             runner.observed.post(seen.WorkerLost(worker.name))
+
+
+def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
+    """The worker that owes a stage's answer: of a group, the member that the others wait for, else the leader."""
+    members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
+    return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 
 
 def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:

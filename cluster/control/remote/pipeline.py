@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from traceback import clear_frames
 
-from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, stage_of
+from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, has_failed, stage_of
 from llamaclust.cluster.control.load_orders import leaders
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
@@ -49,9 +49,9 @@ class RemotePipeline:
         try:
             async with deadline(f"opening the pipeline of epoch {epoch_text(epoch)}", _OPEN_S):
                 sample = last.open(SAMPLE, epoch=epoch, reply_bytes=_most_reply_bytes(chain[-1], epoch))
-                await sample.opened()
+                await _opened(sample, epoch, workers)
                 forward = first.open(FORWARD, epoch=epoch)
-                await forward.opened()
+                await _opened(forward, epoch, workers)
         except BaseException as error:
             await asyncio.gather(first.close(), last.close())
             if isinstance(error, LlamaclustError):
@@ -97,18 +97,17 @@ class RemotePipeline:
         ProtocolError where the last stage answers what it may not."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
-        losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
-        losses += [asyncio.create_task(worker.group_faults(self.epoch).reported.wait()) for worker in self._workers]
+        failing = asyncio.create_task(has_failed(self.epoch, self._workers))
         try:
-            await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((*work, failing), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
             if isinstance(ended, ProtocolError):
                 raise ended
             raise await attribute_failure(self.epoch, self._workers, ended)
         finally:
-            for task in (*work, *losses):
+            for task in (*work, failing):
                 task.cancel()
-            await asyncio.gather(*work, *losses, return_exceptions=True)
+            await asyncio.gather(*work, failing, return_exceptions=True)
 
     async def close(self) -> None:
         """Ends the streams. What is in flight is abandoned."""
@@ -139,6 +138,19 @@ class RemotePipeline:
         """Nothing comes back from the first stage but the end."""
         data = await self._forward.read()
         raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
+
+
+async def _opened(stream: ClientStream, epoch: int, workers: Sequence[WorkerHandle]) -> None:
+    """Returns when it is accepted. The first error of a stage, or the end of a group."""
+    opening, failing = asyncio.create_task(stream.opened()), asyncio.create_task(has_failed(epoch, workers))
+    try:
+        await asyncio.wait((opening, failing), return_when=asyncio.FIRST_COMPLETED)
+        if not opening.done():
+            raise WorkerError("a worker of it has failed")
+        opening.result()
+    finally:
+        opening.cancel()
+        failing.cancel()
 
 
 def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:

@@ -96,3 +96,30 @@ def test_where_it_takes_both_requests_wait_for_the_link(small_model: Path, small
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()
         assert asked.result(60.0) == small_answers
+
+
+GROUPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "a follower from the leader": ("ab", [{"workers": ["a", "b"], "layers": [0, 6]}]),
+    "two followers from each other": ("bc", [{"workers": ["a", "b", "c"], "shares": [2, 1, 1], "layers": [0, 6]}]),
+    "two members before another stage": (
+        "ba",
+        [{"workers": ["b", "a"], "layers": [0, 4]}, {"worker": "c", "layers": [4, 6]}],
+    ),
+}
+
+
+@pytest.mark.parametrize(("pair", "by_hand"), GROUPS.values(), ids=GROUPS.keys())
+def test_members_of_a_group_are_cut_off(
+    small_model: Path, small_answers: list[Answer], pair: str, by_hand: list[dict[str, Any]]
+) -> None:
+    """It is noticed as between stages, long before a gather's deadline of 30 s. No worker is at fault."""
+    names = "ab" if by_hand[-1].get("workers") == ["a", "b"] else "abc"
+    with workers(small_model, names, plan=by_hand) as cluster:
+        asked, begun = cut(cluster, lambda box: box.black_hole(*pair)), time.monotonic()
+        cluster.coordinator.says("waiting for a link, requests for 120 s at most")
+        pause_s = time.monotonic() - begun
+        print(f"noticed after {pause_s:.2f} s")
+        assert pause_s < WITHIN_S
+        cluster.box.heal()
+        assert asked.result(60.0) == small_answers
+        assert all(worker["state"] != "lost" and worker["quarantine"] is None for worker in cluster.status["workers"])

@@ -16,7 +16,9 @@ from llamaclust.cluster.control.failures.failure_attribution import attribute_fa
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import WorkerError
+from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.wire.control.codec import encode_coordinator_message
+from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import (
     Admitted,
     CoordinatorMessage,
@@ -26,6 +28,7 @@ from llamaclust.wire.control.messages import (
     PeerUnreachable,
     RenewCertificate,
     Shutdown,
+    WorkerMessage,
 )
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ECHO, JOIN
@@ -96,6 +99,41 @@ async def test_unreachable_live_worker_is_not_awaited(monkeypatch: pytest.Monkey
         await asyncio.sleep(0)
     workers["b"].receive(ALIVE)
     assert str(await asking).startswith("the pipeline of workers a [2, 4), b [2, 4), c [2, 4) broke: the first stage")
+
+
+GROUP = tuple(GroupMember(name, f"unix:/{name}.l") for name in "abc")
+
+
+def group_of_three() -> dict[str, WorkerHandle]:
+    """Workers a, b and c that hold one stage of epoch 3 together."""
+    workers = three()
+    for member, worker in enumerate(workers.values()):
+        order = replace(LOAD, group=GroupOrder(bytes(GROUP_ID_BYTES), GROUP, member))
+        worker.stages[3] = (order, Loaded(3, 1, 1, 1))
+    return workers
+
+
+@pytest.mark.parametrize(("reporter", "other", "third"), [("a", "b", "c"), ("b", "a", "c"), ("c", "b", "a")])
+async def test_members_that_cannot_reach_each_other_are_no_fault_of_the_one_that_gave_up(
+    reporter: str, other: str, third: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third one's link was closed by it, whichever report comes first."""
+    monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
+    for is_first in (True, False):
+        workers = group_of_three()
+        asking = asyncio.create_task(attribute_failure(3, list(workers.values()), None))
+        await asyncio.sleep(0)
+        reports: list[tuple[str, WorkerMessage]] = [
+            (reporter, PeerUnreachable(3, other, "no answer")),
+            (third, GroupFault(3, reporter, "closed", "-")),
+        ]
+        for name, message in reports if is_first else reports[::-1]:
+            workers[name].receive(message)
+            await asyncio.sleep(0)
+        workers[other].receive(ALIVE)
+        error = await asking
+        assert error.worker is None
+        assert str(error) == f"workers {reporter} and {other} of a group cannot reach each other"
 
 
 @pytest.mark.parametrize("guilty", ["b", "c"])

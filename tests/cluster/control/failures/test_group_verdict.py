@@ -23,6 +23,9 @@ def fault(worker: str, kind: str) -> GroupFault:
         ({"a": fault("b", "late"), "c": fault("a", "closed")}, "b"),
         ({"a": fault("b", "closed"), "c": fault("a", "closed")}, "b"),
         ({"a": fault("b", "closed")}, "b"),
+        ({"a": fault("b", "wrong"), "b": fault("a", "wrong"), "c": fault("a", "wrong")}, "a"),
+        ({"b": fault("c", "wrong"), "c": fault("b", "wrong"), "a": fault("b", "wrong"), "d": fault("b", "late")}, "b"),
+        ({"a": fault("c", "late"), "b": fault("c", "late"), "c": fault("b", "late")}, "c"),
     ],
 )
 def test_the_member_at_fault(reports: dict[str, GroupFault], guilty: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,18 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError, ProtocolError
 from llamaclust.kernels.backend import Logits
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.wire.microbatch.codec import decode_result, encode_result
+from llamaclust.worker.groups import leading
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.loop import StageLoop
 from llamaclust.worker.stage.outputs import NativeOutputs
+from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.weights.weights import Weights
 
 _ROW = 31
 """Whose steps fail under `raises for some rows`."""
 NOT_FINITE_SEED = 666
+_ROOM = np.zeros((1, 3), np.float32), [0, 1, 2, 3]
+"""For one column of each of three members."""
 _PROGRAM = """
 import sys  # in every process that the test starts
 
@@ -106,6 +112,51 @@ def _defer() -> None:
     NativeOutputs.encode = defers  # type: ignore[method-assign, assignment]
 
 
+def _fail_in_step(error: type[Exception]) -> Callable[[], None]:
+    """After the others have begun it: they wait for this member at a gather."""
+
+    def install() -> None:
+        def fails(arrival: Arrival, *given: Any) -> Any:
+            raise error("a fault of a test")
+
+        Arrival.run = fails  # type: ignore[method-assign, assignment]
+
+    return install
+
+
+def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
+    """Does something with the member's links within the first step of an epoch, before it computes."""
+
+    def install() -> None:
+        gather_by, run = StageRunner.gather_by, Arrival.run
+        held: dict[StageRunner, Any] = {}
+
+        def keeps(runner: StageRunner, links: Any) -> None:
+            held[runner] = links
+            gather_by(runner, links)
+
+        def faulty(arrival: Arrival, runner: StageRunner, *given: Any) -> Any:
+            if arrival.number == 0:
+                fault(held[runner], arrival.epoch, arrival.number)
+            return run(arrival, runner, *given)
+
+        StageRunner.gather_by = keeps  # type: ignore[method-assign, assignment]
+        Arrival.run = faulty  # type: ignore[method-assign, assignment]
+
+    return install
+
+
+def _hang(links: Any, epoch: int, step: int) -> None:
+    threading.Event().wait()
+
+
+def _announce_rubbish() -> None:
+    def rubbish(*given: Any) -> bytes:
+        return b"no step"
+
+    leading.encode_step = rubbish  # type: ignore[assignment, attr-defined]
+
+
 def _damage_file() -> None:
     def is_damaged(weights: Weights, model_path: str, *given: Any) -> None:
         raise ModelFileError(f"{model_path}: it is damaged")
@@ -123,4 +174,12 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "deaf": _read_nothing,
     "defers": _defer,
     "damaged file": _damage_file,
+    "no memory in a step": _fail_in_step(MemoryError),
+    "breaks the protocol in a step": _fail_in_step(ProtocolError),
+    "another epoch": _at_step(lambda links, epoch, step: links.begin(epoch + 1, step)),
+    "another step": _at_step(lambda links, epoch, step: links.begin(epoch, step + 1)),
+    "another gather": _at_step(lambda links, epoch, step: links.gather(5, np.zeros((1, 1), np.float32), *_ROOM)),
+    "closes its links": _at_step(lambda links, epoch, step: links.close()),
+    "stuck in a step": _at_step(_hang),
+    "announces rubbish": _announce_rubbish,
 }

@@ -1,12 +1,15 @@
 """Kills and stops workers at random while requests run, and compares every answer with an undisturbed run's.
 
     python benchmarks/clusters/chaos.py MODEL.gguf [--faults 200] [--seed N] [--streams 32] [--workers 3]
-        [--launcher local|static] [--minutes M] [--silence 1] [--verbose]
+        [--launcher local|static] [--group 3] [--minutes M] [--silence 1] [--verbose]
 
 Faults are SIGKILL and SIGSTOP of any worker: while it computes a prompt, while it decodes, while it loads layers, while
 another loss is recovered from, and of two at once. Every worker has the model's file. Requests are greedy and sampled,
 with penalties, two choices and top logprobs, with short and long prompts. The next fault comes as soon as requests go
 on and two workers are there.
+
+With `--group`, so many workers hold the first two thirds of the layers together, and one more has the rest: no other
+worker can take their places, so requests wait until a lost one is started again.
 
 Prints a table by kind of fault: how soon losses were noticed, how long requests paused (from the fault to the next
 token of any of them), and how many tokens were lost or changed (ids and logprob bits).
@@ -43,6 +46,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa:
 from llamaclust.cluster.state.events import Event, Notice  # noqa: E402
 from llamaclust.core.errors import LlamaclustError  # noqa: E402
 from llamaclust.core.sampling import SamplingParams  # noqa: E402
+from llamaclust.model.loader import Model  # noqa: E402
 from llamaclust.tools.chaos.received import Answer, answer_rows  # noqa: E402
 from llamaclust.tools.chaos.tally import Comparison, p99  # noqa: E402
 
@@ -280,6 +284,16 @@ class Chaos:
             self.outcome.pauses_s.setdefault(kind, []).append(self.outcome.last_token_s - struck[0].at_s)
 
 
+def group_plan(model: Path, members: int) -> list[dict[str, object]]:
+    """A group of so many workers, and a stage behind it."""
+    layers = Model.open(model).layer_count
+    *group, last = list("abcdefgh"[: members + 1])
+    return [
+        {"workers": group, "layers": [0, layers * 2 // 3]},
+        {"worker": last, "layers": [layers * 2 // 3, layers]},
+    ]
+
+
 async def run(given: argparse.Namespace) -> bool:
     keys = {
         "objective": "throughput",
@@ -287,6 +301,8 @@ async def run(given: argparse.Namespace) -> bool:
         "max_sequences": 2 * given.streams,
         "timeouts": {"worker": f"{given.silence:g}s"},
     }
+    if given.group:
+        keys["plan"] = group_plan(given.model, given.group)
     begun_s = time.monotonic()
 
     def report(event: Event) -> None:
@@ -294,7 +310,8 @@ async def run(given: argparse.Namespace) -> bool:
             print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:
-        layout = Layout(launcher=given.launcher, workers=given.workers, keys=keys)
+        workers = given.group + 1 if given.group else given.workers
+        layout = Layout(launcher=given.launcher, workers=workers, keys=keys)
         bench = Bench(given.model, layout, Path(folder))
         os.environ.update(bench.environment)
         async with bench.static_workers():
@@ -317,6 +334,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--group", type=int, default=0, help="workers that hold the first layers together")
     parser.add_argument("--launcher", choices=("local", "static"), default="local")
     parser.add_argument(
         "--silence", type=float, default=1.0, help="timeouts.worker in seconds (a cluster's default: 5)"

@@ -15,7 +15,7 @@ Answer = list[tuple[int, bytes]]
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:
-    return [(row.token, _bits(row.logprob, row.top_logprobs)) for row in rows]
+    return [(row.token, _bits(row.logprob, list(row.top_logprobs))) for row in rows]
 
 
 @dataclass(slots=True)

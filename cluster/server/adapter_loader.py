@@ -12,6 +12,7 @@ from pathlib import Path
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.values import tagged
+from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.events import Notice, Report
@@ -162,7 +163,11 @@ class AdapterLoader:
             raise ParameterError("lora_name", f"{name!r} is the name of a model or of another adapter")
 
     def _check_version(self, version: Model, param: str) -> None:
-        """Models are known by their ids."""
+        """ParameterError for a version that no worker could serve, or that another model is: these are known by ids."""
+        try:
+            check_plan(self.model.config, version)
+        except UsageError as error:
+            raise ParameterError(param, str(error)) from error
         for other in self.others:
             if other is not self and other.versions.model_id == version.model_id:
                 what = f"this would be the same model as {other.model.config.model_name!r}: use that one"

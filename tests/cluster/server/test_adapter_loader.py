@@ -13,9 +13,10 @@ import pytest
 
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.server import adapter_loader
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
-from llamaclust.core.errors import ModelFileError, ParameterError
+from llamaclust.core.errors import ModelFileError, ParameterError, UsageError
 from llamaclust.model.loader import Model
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
@@ -130,6 +131,22 @@ async def test_a_load_does_not_change_what_is_served(loaders: Loaders, changed: 
         await loader.load("clerk", "clerk.gguf")
     assert loader.versions.model_id == served and loader.model.adapters.names == ("first of one", "poet")
     assert loaders.names() == [["poet"], []]
+
+
+async def test_what_no_plan_can_have_is_refused_at_once(loaders: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the cluster file's plan has no place for adapters: a plan would never come."""
+
+    def refuse(config: ClusterConfig, model: Model) -> None:
+        if len(model.adapter_numbers) > 1:
+            raise UsageError("plan: the group of a, b: two adapters are too many")
+
+    monkeypatch.setattr(adapter_loader, "check_plan", refuse)
+    loader = loaders.all[0]
+    served = loader.versions.model_id
+    with pytest.raises(ParameterError, match=r"lora_path: plan: the group of a, b: two adapters are too many"):
+        await loader.load("poet", "poet.gguf")
+    assert loader.versions.model_id == served and loader.model.adapters.names == ("first of one",)
+    assert loaders.names() == [[], []]
 
 
 async def test_an_adapter_that_was_not_loaded_again_is_unloaded_by_its_name(loaders: Loaders) -> None:

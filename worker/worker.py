@@ -24,8 +24,6 @@ from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)
-_MEMBERS = ("cpu", "reference")
-"""Kinds of devices that can hold a stage together with other workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,7 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, address: str, credentials: Credentials) -> None:
-        """Lets `links` listen at an address, unless this worker cannot be a member of a group. One that cannot listen
-        there says so and serves without groups."""
-        if self.device.kind not in _MEMBERS:
-            return
+        """Lets `links` listen at an address. A worker that cannot listen there says so and serves without groups."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return

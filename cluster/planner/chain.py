@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from llamaclust.cluster.planner.costs import WorkerFacts
-from llamaclust.cluster.planner.devices import devices_of
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.groups.members import held_by_group
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
@@ -59,7 +59,11 @@ class Chain:
 def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> HeldStage:
     if entry.shares:
         assert sizes.request.group_costs is not None, "groups are refused before"
-        return held_by_group(entry, workers, sizes.request.group_costs, sizes.request.links)
+
+        def held_of(name: str, portion: StageCosts) -> tuple[Held, ...]:
+            return sizes.of(portion).held(workers[name], entry.start, entry.end, contexts)
+
+        return held_by_group(entry, held_of, sizes.request.group_costs, sizes.request.links)
     (name,) = entry.workers
     return HeldStage((StageParts(name, sizes.held(workers[name], entry.start, entry.end, contexts), sizes.stages),))
 

@@ -118,8 +118,9 @@ def _stage_again(
     if not first.shares:
         return HeldStage((StageParts(first.worker, _held(first, workers), costs),))
     assert group_costs is not None
-    names = tuple(stage.worker for stage in stages)
-    return held_by_group(Assignment(names, first.start, first.end, first.shares), workers, group_costs, links)
+    held = {stage.worker: _held(stage, workers) for stage in stages}
+    entry = Assignment((*held,), first.start, first.end, first.shares)
+    return held_by_group(entry, lambda name, portion: held[name], group_costs, links)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:

@@ -14,7 +14,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
 from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.core.this_machine import machine_id
-from llamaclust.kernels.backend import Backend, ExpertsBackend
+from llamaclust.kernels.backend import Backend, ExpertsBackend, HasThreads
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.split_experts import SplitExpertsBackend
@@ -81,9 +81,11 @@ class Device:
         """What may still be taken of a device's memory."""
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
-    def backend_for(self, held: Iterable[DeviceLayers]) -> Backend:
-        """What computes these layers: one device, or several in a chain."""
+    def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
+        """What computes these layers: one device, or several in a chain. `apart`: on threads of their own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
+        if apart:
+            parts = [replace(part, backend=_apart(part.backend)) for part in parts]
         return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
 
     def _backend_for(self, part: DeviceLayers) -> Backend:
@@ -141,6 +143,10 @@ class Device:
             kv_disk_bytes=self.kv_disk_bytes,
             link_address=link_address,
         )
+
+
+def _apart(backend: Backend) -> Backend:
+    return backend.apart() if isinstance(backend, HasThreads) else backend
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:

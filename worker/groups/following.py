@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter_ns
 
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import ProtocolError, WorkerError
+from llamaclust.core.errors import DeviceLostError, ProtocolError, WorkerError
 from llamaclust.kernels._native import Links
 from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
@@ -33,11 +34,20 @@ _STEP_S = 60.0
 class FollowingStage:
     """A portion of a stage in an epoch. Its thread runs from the opening of the links to their end."""
 
-    def __init__(self, epoch: int, runner: StageRunner, counters: Counters, links: MemberLinks) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        runner: StageRunner,
+        counters: Counters,
+        links: MemberLinks,
+        give_up: Callable[[DeviceLostError], None],
+    ) -> None:
+        """`give_up` is called from any thread where a device is lost."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters
         self._member_links = links
+        self._give_up = give_up
         self._loop = asyncio.get_running_loop()
         self._steps = 0
         self._ended: asyncio.Future[None] | None = None  # of the thread
@@ -67,6 +77,8 @@ class FollowingStage:
             while True:
                 self._step(links.receive_step(self.epoch, self._steps, self._most_bytes))
         except Exception as error:  # noqa: BLE001  a border between threads: the event loop reports it
+            if isinstance(error, DeviceLostError):
+                self._give_up(error)
             with suppress(RuntimeError):  # the loop is closed: the process is about to end
                 self._loop.call_soon_threadsafe(self._stopped, error)
 
@@ -85,6 +97,8 @@ class FollowingStage:
         try:
             with self._member_links.step(arrival.rows):
                 arrival.run(self.runner, tokens)
+        except DeviceLostError:
+            raise
         except WorkerError as error:  # the leader has it too, and answers that the microbatch failed
             _log.error("microbatch %d: %s", arrival.number, error)
         self._counters.busy_ns += perf_counter_ns() - begun_ns

@@ -48,6 +48,12 @@ class Compute:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
+    def apart(self) -> Compute:
+        """Another thread on the same devices, off the event loop: what one of the two has lost, both have."""
+        twin = Compute(inline=False)
+        twin._lost = self._lost
+        return twin
+
     @property
     def computing_s(self) -> float:
         """Since the thread's present job began; 0.0 where there is none."""

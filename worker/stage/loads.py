@@ -20,7 +20,6 @@ from llamaclust.worker.groups.leading import Leader
 from llamaclust.worker.groups.links import GroupLinks
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.loop import StageContext
 from llamaclust.worker.stage.service import HeldStage
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -127,10 +126,11 @@ class Loads:
         session, name, counters = self._session, self._worker.name, self._session.counters
         links = None if order.group is None else self._member_links(order.epoch, order.group)
         if links is not None and runner.portion is not None and not runner.portion.leads:
-            return FollowingStage(order.epoch, runner, counters, links)
+            return FollowingStage(order.epoch, runner, counters, links, self._worker.compute.give_up)
         context = StageContext(name, self._worker.compute, counters)
         if links is not None:
-            context = StageContext(name, Compute(inline=False), counters, Leader(order.epoch, links, runner.gather_by))
+            leader = Leader(order.epoch, links, runner.gather_by)
+            context = StageContext(name, self._worker.compute.apart(), counters, leader)
         neighbours = Neighbours(
             partial(self._report_unreachable, order.epoch),
             session.peer(order.next_address, order.next_worker) if order.next_address else None,

@@ -223,7 +223,7 @@ class StageRunner:
 
     def gather_by(self, gatherer: Gatherer) -> None:
         """Sets what puts the rows of a group's members together in the next runs."""
-        assert isinstance(self._stage, GathersRows), "only a processor's stage has a portion"
+        assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
         self._stage.gather_by(gatherer)
 
     def _batch_of(self, microbatch: Microbatch) -> Batch:
@@ -283,9 +283,9 @@ class StageRunner:
 
     @property
     def is_on_gpus(self) -> bool:
-        """Whether all weights are in memory of GPUs."""
+        """Whether all weights are in memory of GPUs, and no step waits for another worker."""
         in_vram = (part.device.startswith(CUDA) and not part.cpu_moe for part in self.devices)
-        return bool(self.devices) and all(in_vram) and self._nextn is None
+        return bool(self.devices) and all(in_vram) and self._nextn is None and self.portion is None
 
     @property
     def device_bytes(self) -> dict[str, int]:

@@ -10,7 +10,6 @@ from dataclasses import astuple
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.sizes import missing
-from llamaclust.kernels.backend import HasThreads
 from llamaclust.model.loader import Model
 from llamaclust.model.mixtures.steps import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
@@ -122,10 +121,8 @@ def _planned(order: Load, device: Device, model: Model) -> StageMemory:
 
 
 def _runner(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
-    backend, portion = device.backend_for(device.layers(order)), portion_of(order)
-    if portion is not None:  # two epochs of a group may not wait for each other's steps
-        assert isinstance(backend, HasThreads), "only processors are members of groups"
-        backend = backend.apart()
+    portion = portion_of(order)  # two epochs of a group may not wait for each other's steps
+    backend = device.backend_for(device.layers(order), apart=portion is not None)
     manifest = None if order.weights is None else order.weights.manifest
     options = StageOptions(
         device.feature_level, device.threads, order.devices, progress.add, device.backend, manifest, portion

@@ -19,10 +19,10 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
         group = f"plan: the group of {', '.join(entry.workers)}"
         for problem in group_problems(config, model):
             raise UsageError(f"{group}: {problem} give each of them layers of its own")
-        for name in entry.workers:
-            if devices := gpus.get(name):
-                what = f"groups compute on processors alone, and {name} has {', '.join(devices)}"
-                raise UsageError(f"{group}: {what}; set device: cpu for {name}, or give it layers of its own")
+        with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
+        if with_gpu is not None and model.hyperparameters.expert_count:
+            what = f"experts are divided on processors alone, and {with_gpu} has {', '.join(gpus[with_gpu])}"
+            raise UsageError(f"{group}: {what}; set device: cpu for {with_gpu}, or give it layers of its own")
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:

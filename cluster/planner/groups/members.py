@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.devices import Held
 from llamaclust.cluster.planner.groups.gathers import GatherTimes, GroupLinks
 from llamaclust.cluster.planner.links import Links
@@ -16,22 +16,19 @@ GroupCostsOf = Callable[[int], GroupCosts]
 """Costs of a model in groups of so many members. It is to remember."""
 
 
-def held_by_group(
-    entry: Assignment, workers: Mapping[str, WorkerFacts], costs_of: GroupCostsOf, links: Links
-) -> HeldStage:
-    """The stage of a group whose workers compute on their processors."""
+HeldOf = Callable[[str, StageCosts], tuple[Held, ...]]
+"""Which devices of a worker hold which layers of a stage, by the costs of its portion."""
+
+
+def held_by_group(entry: Assignment, held_of: HeldOf, costs_of: GroupCostsOf, links: Links) -> HeldStage:
+    """The stage of a group."""
     shares, costs = entry.shares, costs_of(len(entry.shares))
     members = (costs.member(shares, member) for member in range(len(shares)))
+    portions = [StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)) for own in members]
     return HeldStage(
         tuple(
-            StageParts(
-                name,
-                (Held(workers[name], entry.start, entry.end),),
-                StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)),
-                shares,
-                member,
-            )
-            for member, (name, own) in enumerate(zip(entry.workers, members, strict=True))
+            StageParts(name, held_of(name, portion), portion, shares, member)
+            for member, (name, portion) in enumerate(zip(entry.workers, portions, strict=True))
         ),
         GatherTimes.of(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),
     )

@@ -211,8 +211,8 @@ async def test_a_worker_with_a_certificate(trust: Authority) -> None:
     [
         ("cpu", "OpenSSL 3.5", True),
         ("reference", "OpenSSL 3.5", True),
-        ("cuda:0", "OpenSSL 3.5", False),
-        ("cuda:0,cuda:1", "OpenSSL 3.5", False),
+        ("cuda:0", "OpenSSL 3.5", True),
+        ("cuda:0,cuda:1", "OpenSSL 3.5", True),
         ("cpu", "", False),
     ],
 )

@@ -20,6 +20,7 @@ from llamaclust.kernels.backend import (
     RanksLogits,
     Stage,
 )
+from llamaclust.kernels.gathers import bands_of
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, Slice, Step
@@ -50,14 +51,12 @@ class MultiDeviceBackend:
     ) -> MultiDeviceStage:
         """What was loaded is freed again where a later part cannot be."""
         stages: list[Stage] = []
-        gathers: list[tuple[Gather, ...]] = []
         with ExitStack() as loaded:
             for part, own in self._programs(program):
                 stages.append(part.backend.load(own, tensors, limits, progress))
                 loaded.callback(stages[-1].close)
-                gathers.append(tuple(step for step in own.steps if isinstance(step, Gather)))
             loaded.pop_all()
-        return MultiDeviceStage(stages, gathers)
+        return MultiDeviceStage(stages, [own for _, own in self._programs(program)])
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return sum(part.backend.held_bytes(own, tensors) for part, own in self._programs(program))
@@ -74,10 +73,10 @@ class MultiDeviceBackend:
 class MultiDeviceStage:
     """See `kernels.backend.Stage`."""
 
-    def __init__(self, stages: Sequence[Stage], gathers: Sequence[Sequence[Gather]]) -> None:
-        """`gathers`: of each stage's program."""
+    def __init__(self, stages: Sequence[Stage], programs: Sequence[Program]) -> None:
         self.stages = tuple(stages)
-        self._gathers = gathers
+        self._programs = tuple(programs)
+        self._rows = 0  # of the run
         self.weight_bytes = sum(stage.weight_bytes for stage in stages)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         self.workspace_bytes = sum(stage.workspace_bytes for stage in stages)
@@ -87,6 +86,7 @@ class MultiDeviceStage:
         return [stage.weights for stage in self.stages]
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        self._rows = batch.rows
         for stage in self.stages:
             hidden = stage.run(batch, hidden)
         assert hidden is not None
@@ -99,6 +99,7 @@ class MultiDeviceStage:
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
         """See `kernels.backend.RanksLogits`."""
+        self._rows = batch.rows
         *others, last = self.stages
         for stage in others:
             hidden = stage.run(batch, hidden)
@@ -108,10 +109,22 @@ class MultiDeviceStage:
     def gather_by(self, gatherer: Gatherer) -> None:
         """See `kernels.backend.GathersRows`."""
         first = 0
-        for stage, gathers in zip(self.stages, self._gathers, strict=True):
+        for stage, program in zip(self.stages, self._programs, strict=True):
             assert isinstance(stage, GathersRows), "experts in RAM are refused in groups"
-            stage.gather_by(_numbered(gatherer, first, gathers))
-            first += len(gathers)
+            stage.gather_by(self._numbered(gatherer, first, program))
+            first += sum(isinstance(step, Gather) for step in program.steps)
+
+    def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
+        """Numbers the gathers of a part as the other members of the group do: from that one of the whole stage on."""
+        gathers = [step for step in program.steps if isinstance(step, Gather)]
+
+        def gather(number: int, own: Float32, whole: Float32) -> None:
+            bands = bands_of(program, self._rows)
+            step, width = gathers[number // bands], whole.shape[1]
+            borders = [border * width // step.borders[-1] for border in step.borders]  # rows may be packed
+            gatherer.gather(first * bands + number, own, whole, borders, step.to)
+
+        return PythonGatherer(gather)
 
     def normed(self, rows: Int32) -> Float32:
         return self.stages[-1].normed(rows)
@@ -120,15 +133,6 @@ class MultiDeviceStage:
         for stage in self.stages:
             stage.close()
         self.stages = ()
-
-
-def _numbered(gatherer: Gatherer, first: int, gathers: Sequence[Gather]) -> PythonGatherer:
-    """Numbers the gathers of a part as the other members of the group do: from `first` on."""
-
-    def gather(number: int, own: Float32, whole: Float32) -> None:
-        gatherer.gather(first + number, own, whole, gathers[number].borders)
-
-    return PythonGatherer(gather)
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:

@@ -27,7 +27,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.cpu.packed_gathers import gather_formats, packed_width
+from llamaclust.kernels.gathers import gather_formats, packed_width
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model

@@ -11,7 +11,6 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.buffers import Buffers
-from llamaclust.kernels.cpu.packed_gathers import gather_formats, packed_width
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
@@ -19,6 +18,7 @@ from llamaclust.kernels.cpu.plan_mixing import add_mixing
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.cpu.ranges import check_ranges
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse
+from llamaclust.kernels.gathers import gather_formats, packed_width
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
 from llamaclust.model.dataflow import reads_of, written_by

@@ -19,6 +19,7 @@ from llamaclust.kernels.cuda.launches import attention, elementwise, experts, ma
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
+from llamaclust.kernels.gathers import gather_formats
 from llamaclust.model import program as ir
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat
@@ -39,6 +40,7 @@ class Emitter:
     def launches(self) -> Iterator[Launch | HostStep]:
         program = self.ops.program
         numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
+        forms = gather_formats(program, {name: weight.quant_type for name, weight in self.ops.weights.items()})
         if not program.is_first:
             self.ops.out(program.hidden)
         yield from self._rotations()
@@ -50,7 +52,8 @@ class Emitter:
                 return
             if isinstance(step, ir.Exchange | ir.Gather):
                 self.ops.out(step.out)
-                yield HostStep(step, next(numbers[type(step)]), self.ops.selected)
+                form = next(forms) if isinstance(step, ir.Gather) else None
+                yield HostStep(step, next(numbers[type(step)]), self.ops.selected, form)
             else:
                 yield from self._emit(step)
         if program.is_last:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llamaclust.model.dataflow import reads_of
 from llamaclust.model.program import Across, Buffer
+from llamaclust.model.quant_types import ActivationFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,7 @@ class HostStep:
     step: Across
     number: int  # of its kind, in the order of steps
     selected: bool  # it has output rows alone
+    form: ActivationFormat | None = None  # in which the members of a group send its rows; None: as floats
 
     @property
     def reads(self) -> tuple[Buffer, ...]:

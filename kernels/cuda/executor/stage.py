@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Batch, Experts, Float32, Int32, RankedLogits, kv_bytes
+from llamaclust.kernels.cuda.executor.gathers import gather_rows
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.plan import Plan
 from llamaclust.kernels.cuda.executor.shapes import Shape
@@ -181,7 +182,7 @@ class CudaStage:
             first, *others = self._launches.segments(Shape.of(batch, self._plan.limits))
             first()
         for step, launch in zip(self._plan.host_steps, others, strict=False):
-            self._on_host(step, len(batch.output_rows) if step.selected else batch.rows, experts)
+            self._on_host(step, batch, experts)
             with self._gpu_lock.exclusive():
                 launch()
 
@@ -195,16 +196,21 @@ class CudaStage:
             np.copyto(staged.view(np.float32).reshape(hidden.shape), hidden)
             device.copy_in(self._buffers, plan.hidden_offset, staged)
 
-    def _on_host(self, host: HostStep, rows: int, experts: Experts | None) -> None:
+    def _on_host(self, host: HostStep, batch: Batch, experts: Experts | None) -> None:
         """The GPU is free for other stages while the host computes."""
         plan, device = self._plan, self._gpu_lock.device
+        rows = len(batch.output_rows) if host.selected else batch.rows
         *reads, out = places = [*self._host_places(host, rows)]
         with self._gpu_lock.exclusive():
             for buffer, place in zip(host.reads, reads, strict=True):
                 device.copy_out(place, self._buffers, plan.offset(host, buffer.name))
             device.synchronize()
         *read, result = (place.view(np.float32).reshape(rows, -1) for place in places)
-        if not self._computes(host, read, result, experts):
+        if isinstance(host.step, Gather):
+            if self._gatherer is None:
+                raise ValueError("batch: a group's member that was given no gatherer")
+            gather_rows(self._gatherer, plan.program, host, batch.rows, read[0], result)
+        elif not _exchanged(host, read, result, experts):
             return
         with self._gpu_lock.exclusive():
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
@@ -216,19 +222,6 @@ class CudaStage:
             n_bytes = _FLOAT * rows * buffer.width
             yield self._host_rows[at : at + n_bytes]
             at += n_bytes
-
-    def _computes(self, host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
-        """Fills `out`; False where the result is on the GPU already."""
-        if isinstance(host.step, Gather):
-            if self._gatherer is None:
-                raise ValueError("batch: a group's member that was given no gatherer")
-            self._gatherer.gather(host.number, read[0], out, host.step.borders)
-            return True
-        assert experts is not None, "a program with exchanges"
-        result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
-        if result is not None:
-            np.copyto(out, result)
-        return result is not None
 
     def gather_by(self, gatherer: Gatherer) -> None:
         """See `kernels.backend.GathersRows`."""
@@ -272,6 +265,15 @@ class CudaStage:
             self._kv.close()
             self._buffers.close()
         self.weights = ()
+
+
+def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
+    """Fills `out`; False where the result is on the GPU already."""
+    assert experts is not None, "a program with exchanges"
+    result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
+    if result is not None:
+        np.copyto(out, result)
+    return result is not None
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:

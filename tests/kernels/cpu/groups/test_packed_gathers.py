@@ -10,7 +10,7 @@ import pytest
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cpu.packed_gathers import gather_formats
+from llamaclust.kernels.gathers import gather_formats
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType

@@ -15,13 +15,16 @@ from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Backend, Batch, Float32, GathersRows, RanksLogits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.executor.gathers import pack, unpack
 from llamaclust.kernels.cuda.runtime.device import Device, Graph
+from llamaclust.kernels.gathers import packed_width
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Gather, Program
+from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import batch_of
@@ -238,3 +241,31 @@ def test_a_member_without_a_gatherer_does_not_run(opened: Open, cuda: CudaBacken
     with pytest.raises(ValueError, match="given no gatherer"):
         stage.run(next(batches(model)), None)
     stage.close()
+
+
+@pytest.mark.parametrize(("rows", "kinds"), [(255, "gc"), (256, "cg"), (301, "mg")])
+def test_bands_of_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, rows: int, kinds: str) -> None:
+    """Members on processors gather many rows in two pieces; those on GPUs do as well."""
+    model = opened("llama")
+    limits = replace(LIMITS, max_batch_tokens=320, max_outputs=4, max_context_tokens=320)
+    program, tokens = whole(model, limits), random_tokens(model, rows)
+    batch = batch_of(
+        [(tokens[:200], range(200), range(13)), (tokens[200:], range(rows - 200), range(13, 21))], outputs=[3]
+    )
+    alone = cpu.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
+    group = Group(model, program, (1.0, 1.0), Backends(cuda, model.layer_count).of(kinds), limits)
+    assert group.run(batch, None)[0].tobytes() == alone.run(batch, None).tobytes()
+    group.close()
+
+
+@pytest.mark.parametrize("form", [ActivationFormat.Q8_32, ActivationFormat.Q8_256])
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 127.0, 3e38, 0.0])
+def test_packed_rows_are_quantized_to_themselves(form: ActivationFormat, scale: float) -> None:
+    print(f"seed {SEED}")
+    random = np.random.default_rng(SEED)
+    x = (random.uniform(-1, 1, (200, 512)) * scale).astype(np.float32)
+    packed = pack(x, form)
+    assert pack(unpack(packed, form), form).tobytes() == packed.tobytes()
+    assert packed.shape == (200, packed_width(512, form))
+    x[3, 7], x[5, 100] = np.inf, np.nan
+    assert np.isnan(unpack(pack(x, form), form)[[3, 5], [7, 100]]).all()

@@ -1,14 +1,26 @@
-"""Gathers whose rows travel as the int8 values and scales that products would quantize them to."""
+"""What all members of a group do alike at a gather: the form in which rows travel, and bands of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 
 from llamaclust.model import program as ir
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _INT8_OF_FLOAT = 4
+LEAST_BANDED_ROWS = 256
+_BANDS = 2
+
+
+def bands_of(program: ir.Program, rows: int) -> int:
+    """Into how many bands the native executor divides a run of so many rows: each of them has its own gathers, up to
+    the output rows."""
+    if rows < LEAST_BANDED_ROWS or program.states or not program.is_causal:
+        return 1
+    before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
+    return _BANDS if any(isinstance(step, ir.Gather) for step in before) else 1
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:

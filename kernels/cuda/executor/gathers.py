@@ -1,0 +1,70 @@
+"""Gathers of a group's member on a GPU: the bytes, and the order, of members on processors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cuda.executor.host_steps import HostStep
+from llamaclust.kernels.gathers import bands_of, packed_width
+from llamaclust.model.program import Gather, Program
+from llamaclust.model.quant_types import ActivationFormat
+
+if TYPE_CHECKING:
+    from llamaclust.kernels._native import Gatherer
+
+_LEAST = np.float32(2.0**-118)
+_MOST_QUANT = np.float32(127)
+
+
+def gather_rows(
+    gatherer: Gatherer, program: Program, host: HostStep, batch_rows: int, own: Float32, whole: Float32
+) -> None:
+    """Fills `whole`. Where members send int8 values, products quantize its rows to just these."""
+    step = host.step
+    assert isinstance(step, Gather)
+    bands, borders, given = bands_of(program, batch_rows), list(step.borders), whole
+    if host.form is not None:
+        borders = [packed_width(border, host.form) for border in borders]
+        own, given = pack(own, host.form), np.empty((len(own), borders[-1]), np.float32)
+    pieces = 1 if host.selected else bands
+    places = [len(own) * piece // pieces for piece in range(pieces + 1)]
+    for piece in range(pieces):
+        rows = slice(places[piece], places[piece + 1])
+        gatherer.gather(host.number * bands + piece, own[rows], given[rows], borders, step.to)
+    if host.form is not None:
+        whole[:] = unpack(given, host.form)
+
+
+def pack(x: Float32, form: ActivationFormat) -> Float32:
+    """Int8 values of each segment, then its scale: as the native step of that name."""
+    columns = int(form)
+    segments = x.reshape(len(x), -1, columns)
+    top = np.abs(segments).max(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        quants = np.where(top < _LEAST, np.float32(0), np.rint(segments * (_MOST_QUANT / top)))
+        scales = np.where(top < _LEAST, np.float32(0), top / _MOST_QUANT)
+    lost = ~np.isfinite(top)
+    quants, scales = np.where(lost, np.float32(0), quants), np.where(lost, np.float32(np.nan), scales)
+    packed = np.concatenate([quants.astype(np.int8).view(np.float32), scales], axis=-1)
+    return np.ascontiguousarray(packed.reshape(len(x), -1))
+
+
+def unpack(packed: Float32, form: ActivationFormat) -> Float32:
+    """Floats that are quantized to the same values and scales. The greatest of a segment is one of the three next to
+    127 scales: a quotient by 127 is rounded once."""
+    columns = int(form)
+    segments = packed.reshape(len(packed), -1, columns // 4 + 1)
+    quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
+    scales = segments[..., -1:]
+    with np.errstate(all="ignore"):
+        near = np.minimum(scales * _MOST_QUANT, np.finfo(np.float32).max)
+        top = near
+        for other in (np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
+            top = np.where(other / _MOST_QUANT == scales, np.where(top / _MOST_QUANT == scales, top, other), top)
+        values = np.where(np.abs(quants) == 127, np.sign(quants) * top, quants * scales)
+    values = np.where(np.isnan(scales), scales, values)
+    found: Float32 = values.astype(np.float32).reshape(len(packed), -1)
+    return found

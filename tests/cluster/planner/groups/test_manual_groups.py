@@ -159,7 +159,7 @@ def test_a_cluster_file_has_groups(tmp_path: Path) -> None:
         ("lfm2", {}, "layers of this model have states"),
         ("gemma3n", {}, "read the keys and values of others"),
         ("qwen3", {"workers": [{"name": name, "kv_disk": "1GiB"} for name in "abc"]}, "kv_disk is set"),
-        ("qwen3", {"workers": [{"name": "a"}, {"name": "b", "device": "cuda:0"}, {"name": "c"}]}, "b has cuda:0"),
+        ("qwen2moe", {"workers": [{"name": "a"}, {"name": "b", "device": "cuda:0"}, {"name": "c"}]}, "b has cuda:0"),
     ],
 )
 def test_what_groups_do_not_do_is_refused(tmp_path: Path, name: str, values: Any, problem: str) -> None:

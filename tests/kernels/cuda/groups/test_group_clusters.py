@@ -36,8 +36,8 @@ Answer = list[tuple[int, bytes]]
 
 
 def build(path: Path, **more: Any) -> Path:
-    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320}
-    return build_tiny_model(path, layers=4, quant_type=QuantType.Q8_0, **small, **more)
+    small: dict[str, Any] = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320}
+    return build_tiny_model(path, layers=4, quant_type=QuantType.Q8_0, **(small | more))
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ async def answers(model: Path, folder: Path, *overrides: str) -> tuple[list[Answ
 @pytest.mark.parametrize(
     ("first", "second", "held"),
     [
-        ("device: cuda:0", CPU, [[("cuda:0", 0, 4)], []]),
-        (CPU, "device: cuda:0, gpu_layers: 3", [[], [("cpu", 0, 1), ("cuda:0", 1, 4)]]),
+        ("device: cuda:0", CPU, [[("cuda:0", 0, 4)], [("cpu", 0, 4)]]),
+        (CPU, "device: cuda:0, gpu_layers: 3", [[("cpu", 0, 4)], [("cpu", 0, 1), ("cuda:0", 1, 4)]]),
         ("device: cuda:0", "device: cuda:0, gpu_layers: 2", [[("cuda:0", 0, 4)], [("cpu", 0, 2), ("cuda:0", 2, 4)]]),
     ],
     ids=["a GPU leads", "a GPU and a processor follow", "GPUs alone"],

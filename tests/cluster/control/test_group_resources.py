@@ -1,0 +1,69 @@
+"""Groups leave nothing behind: threads and descriptors of their members are what they were before."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llamaclust.cluster.control.epochs import load_stages, unload_stages
+from llamaclust.cluster.control.load_orders import StageLoads
+from llamaclust.cluster.control.remote.pipeline import RemotePipeline
+from llamaclust.cluster.control.weight_sources import ModelReference
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.model.loader import Model
+from support.clusters.real_cluster import LIMITS, RealCluster, real_cluster
+
+ROUNDS = 20
+POOL = 8
+"""Threads that an event loop starts while its others are busy, fewer than one for each round."""
+_GROUP = [StageInfo(name, 0, 4, shares=(2, 1, 1), member=member) for member, name in enumerate("abc")]
+CHAINS = {
+    "a group alone": _GROUP,
+    "a stage behind it": [*_GROUP, StageInfo("d", 4, 6)],
+    "a stage before it": [
+        StageInfo("d", 0, 2),
+        *(StageInfo(name, 2, 6, shares=(1, 1), member=member) for member, name in enumerate("ab")),
+    ],
+}
+
+
+def held(cluster: RealCluster) -> list[tuple[int, int]]:
+    """Threads and descriptors of each worker."""
+    processes = [psutil.Process(handle.registration.pid) for handle in cluster.registry.workers.values()]
+    return [(process.num_threads(), process.num_fds()) for process in processes]
+
+
+async def settled(cluster: RealCluster, before: list[tuple[int, int]]) -> None:
+    """Returns when no worker has more than before; the test's own deadline ends a wait in vain."""
+    while any(now > then + POOL for old, new in zip(before, held(cluster), strict=True) for then, now in zip(old, new)):  # noqa: ASYNC110, B905
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("stages", CHAINS.values(), ids=CHAINS.keys())
+async def test_twenty_epochs_leave_no_thread_and_no_descriptor(
+    stages: list[StageInfo], model: Path, tmp_path: Path
+) -> None:
+    """Every other one is opened, every fourth beside the one before."""
+    async with asyncio.timeout(120), real_cluster(tmp_path, 4) as cluster:
+        numbers, reference = count(1), ModelReference(str(model), Model.open(model).model_id)
+
+        async def load() -> int:
+            number = next(numbers)
+            handles = await load_stages(StageLoads(number, stages, reference, LIMITS), cluster.registry.workers)
+            if number % 2:
+                await (await RemotePipeline.open(number, handles, cluster.run.token)).close()
+            return number
+
+        async def unload(*epochs: int) -> None:
+            for epoch in epochs:
+                await unload_stages(epoch, cluster.registry.workers.values())
+
+        await unload(await load(), await load())  # what a worker keeps from its first loads on
+        before = held(cluster)
+        for round_ in range(ROUNDS):
+            await unload(*[await load() for _ in range(1 + (round_ % 4 == 0))])
+        await settled(cluster, before)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LEAST = np.float32(2.0**-118)
 _MOST_QUANT = np.float32(127)
+_MOST = np.finfo(np.float32).max
 
 
 def gather_rows(
@@ -53,18 +54,10 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Floats that are quantized to the same values and scales. The greatest of a segment is one of the three next to
-    127 scales: a quotient by 127 is rounded once."""
-    columns = int(form)
-    segments = packed.reshape(len(packed), -1, columns // 4 + 1)
+    """Floats that are quantized to the same values and scales: of every m, ((m / 127) * 127) / 127 is m / 127, each
+    operation rounded."""
+    segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
-    scales = segments[..., -1:]
-    with np.errstate(all="ignore"):
-        near = np.minimum(scales * _MOST_QUANT, np.finfo(np.float32).max)
-        top = near
-        for other in (np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
-            top = np.where(other / _MOST_QUANT == scales, np.where(top / _MOST_QUANT == scales, top, other), top)
-        values = np.where(np.abs(quants) == 127, np.sign(quants) * top, quants * scales)
-    values = np.where(np.isnan(scales), scales, values)
-    found: Float32 = values.astype(np.float32).reshape(len(packed), -1)
+    with np.errstate(over="ignore"):
+        found: Float32 = np.clip(quants * segments[..., -1:], -_MOST, _MOST).reshape(len(packed), -1)
     return found

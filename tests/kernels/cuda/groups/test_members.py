@@ -259,7 +259,7 @@ def test_bands_of_rows(opened: Open, cpu: CpuBackend, cuda: CudaBackend, rows: i
 
 
 @pytest.mark.parametrize("form", [ActivationFormat.Q8_32, ActivationFormat.Q8_256])
-@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 127.0, 3e38, 0.0])
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1.0, 127.0, 3.4e38, 0.0])
 def test_packed_rows_are_quantized_to_themselves(form: ActivationFormat, scale: float) -> None:
     print(f"seed {SEED}")
     random = np.random.default_rng(SEED)
@@ -269,3 +269,14 @@ def test_packed_rows_are_quantized_to_themselves(form: ActivationFormat, scale: 
     assert packed.shape == (200, packed_width(512, form))
     x[3, 7], x[5, 100] = np.inf, np.nan
     assert np.isnan(unpack(pack(x, form), form)[[3, 5], [7, 100]]).all()
+
+
+def test_every_scale_is_that_of_its_greatest_value() -> None:
+    """What `unpack` relies on, of every mantissa, and of the greatest float."""
+    for first in (1.0, 2.0**-118, float(np.finfo(np.float32).max) / 2):
+        bits = np.float32(first).view(np.uint32) & np.uint32(0xFF800000)
+        top = (np.arange(1 << 23, dtype=np.uint32) + bits).view(np.float32)
+        scales = top / np.float32(127)
+        with np.errstate(over="ignore"):
+            again = np.minimum(scales * np.float32(127), np.finfo(np.float32).max)
+        assert (again / np.float32(127)).tobytes() == scales.tobytes()

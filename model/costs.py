@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -23,6 +23,8 @@ from llamaclust.model.program import (
     DeltaRule,
     Embed,
     ExpertChoice,
+    ExpertDown,
+    ExpertInner,
     ExpertShards,
     HeadMatMul,
     MatMul,
@@ -80,7 +82,7 @@ def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Calla
     """Of the experts that a token does not choose."""
     idle = 0
     for step in steps:
-        if isinstance(step, Moe | ExpertShards):
+        if isinstance(step, Moe | MixtureStep):
             mixture = step if isinstance(step, Moe) else step.mixture
             held = sum(size(tensors[name]) for name in _expert_matrices(step))
             idle += held * (mixture.experts - mixture.used) // mixture.experts
@@ -96,9 +98,18 @@ def _mixture(step: Step) -> Moe | None:
     return step.mixture if isinstance(step, MixtureStep) else step if isinstance(step, Moe) else None
 
 
-def _expert_matrices(step: Moe | ExpertShards) -> Iterator[str]:
-    for name in (*step.inner, step.down) if isinstance(step, Moe) else (*step.mixture.inner, step.mixture.down):
-        yield from (name,) if isinstance(step, Moe) else (shard_name(name, shard) for shard in step.shards)
+def _expert_matrices(step: Moe | MixtureStep) -> tuple[str, ...]:
+    match step:
+        case Moe():
+            return *step.inner, step.down
+        case ExpertInner(mixture):
+            return mixture.inner
+        case ExpertDown(mixture):
+            return (mixture.down,)
+        case ExpertShards(mixture):
+            return tuple(shard_name(name, shard) for name in (*mixture.inner, mixture.down) for shard in step.shards)
+        case _:
+            return ()
 
 
 def float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
@@ -126,15 +137,29 @@ def macs(step: Step) -> Sequence[tuple[str | None, int]]:
         case Scan():
             return [(None, 3 * step.out.width * step.state_size)]
         case Moe():
-            down = step.used * step.ffn_width * step.out.width
-            inner = [(name, step.x.width * step.used * step.inner_width) for name in step.inner]
-            return [(step.router, (step.routed or step.x).width * step.experts), *inner, (step.down, down)]
+            return [_router_macs(step), *_inner_macs(step), _down_macs(step)]
         case ExpertChoice():
-            return [(step.mixture.router, step.x.width * step.mixture.experts)]
+            return [_router_macs(step.mixture)]
+        case ExpertInner():
+            return _inner_macs(step.mixture)
+        case ExpertDown():
+            return [_down_macs(step.mixture)]
         case ExpertShards():
             return [(name, _shard_macs(step, name)) for name in _expert_matrices(step)]
         case _:
             return []
+
+
+def _router_macs(mixture: Moe) -> tuple[str, int]:
+    return mixture.router, (mixture.routed or mixture.x).width * mixture.experts
+
+
+def _inner_macs(mixture: Moe) -> list[tuple[str, int]]:
+    return [(name, mixture.used * mixture.x.width * mixture.inner_width) for name in mixture.inner]
+
+
+def _down_macs(mixture: Moe) -> tuple[str, int]:
+    return mixture.down, mixture.used * mixture.ffn_width * mixture.out.width
 
 
 def _shard_macs(step: ExpertShards, name: str) -> int:

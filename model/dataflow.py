@@ -33,7 +33,7 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
         case ir.ExpertShards():
             given = () if step.given is None else (step.given,)
             return step.x, step.choice, *given, *(step.carried or ())
-        case ir.ExpertSum():
+        case ir.ExpertInner() | ir.ExpertDown() | ir.ExpertSum():
             return step.x, step.choice
         case ir.Exchange():
             return step.reads

@@ -41,7 +41,6 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.groups.costs import GroupCosts
-from llamaclust.model.groups.portions import undividable
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.mixtures.division import divided_program, mixture_of
@@ -222,13 +221,8 @@ class Model:
             tied_bytes=sum(tensors[name].resident_bytes for name in {*weights_of(embedding)} & {*weights_of(head)}),
         )
 
-    @cached_property
-    def undividable(self) -> str | None:
-        """Why groups cannot hold its layers; None where they can."""
-        return undividable(self._whole)
-
     def group_costs(self, kv_type: KvType, members: int) -> GroupCosts:
-        """Of groups of so many members. UsageError for a model that groups cannot hold."""
+        """Of groups of so many members."""
         key = kv_type, members
         if key not in self._group_costs:
             programs = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]

@@ -13,7 +13,7 @@ from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.groups.gather import Gather
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
 from llamaclust.model.mixtures.exchange import Exchange
-from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards, ExpertSum, Moe
+from llamaclust.model.mixtures.steps import ExpertChoice, ExpertDown, ExpertInner, ExpertShards, ExpertSum, Moe
 from llamaclust.model.row_steps import (
     Activate,
     Add,
@@ -45,6 +45,8 @@ __all__ = [
     "DeltaRule",
     "Exchange",
     "ExpertChoice",
+    "ExpertDown",
+    "ExpertInner",
     "ExpertShards",
     "ExpertSum",
     "Gather",
@@ -284,8 +286,8 @@ RowStep = (
 StateStep = Convolution | DeltaRule | Scan
 """Steps that keep a state of each sequence."""
 
-MixtureStep = ExpertChoice | ExpertShards | ExpertSum
-"""Steps of a mixture whose experts are on several stages."""
+MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
+"""Steps of a mixture whose experts are on several stages, or divided among the members of a group."""
 
 Across = Exchange | Gather
 """Steps of which another device, or another member of a group, computes a part."""

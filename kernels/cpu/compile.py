@@ -128,6 +128,8 @@ class Compiler:
                 add_scan(self.plan, step, (x, dt, buffers.write(step.out)), layer, self._weights)
             case ir.Moe() | ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
                 self._experts.emit(step)
+            case ir.ExpertInner() | ir.ExpertDown():
+                self._experts.emit(step)
             case ir.SelectRows():
                 x = buffers.read(step.x)
                 if (normed := self._program.normed) is not None:
@@ -145,9 +147,10 @@ class Compiler:
         form = next(self._gather_formats)
         if form is not None and self._observed is None:
             return self._gather_packed(step, form)
-        x = self._buffers.read(step.x)
-        own = x if self._buffers.is_shared(step.x) else self._copy(x, step.x.width)
-        return self.plan.gather(own, self._buffers.write(step.out), step.borders, step.to)
+        x, lines = self._buffers.read(step.x), step.lines
+        own = x if self._buffers.is_shared(step.x) else self._copy(x, step.x.width // lines, lines)
+        out = ir.Buffer(step.out.name, step.out.width // lines)
+        return self.plan.gather(own, self._buffers.write(out, lines), step.borders, step.to)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
         """Members quantize their own columns as the products that read the row would: these are of whole segments."""

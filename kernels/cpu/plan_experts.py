@@ -39,6 +39,12 @@ class PlanExperts:
                 self._sum(step, choice, results)
             case ir.ExpertChoice():
                 self.choose(step.mixture, step.out)
+            case ir.ExpertInner(mixture):
+                line = ir.Buffer(step.out.name, mixture.ffn_width)
+                _Experts(self, mixture, None, None).activate(self.buffers.read(step.choice), line)
+            case ir.ExpertDown(mixture):
+                lines = ir.Buffer(step.x.name, mixture.ffn_width), ir.Buffer(step.out.name, mixture.out.width)
+                _Experts(self, mixture, None, None).reduce(self.buffers.read(step.choice), *lines)
             case ir.ExpertShards():
                 choice = self.buffers.read(step.choice)
                 self._place(step, choice, _Experts(self, step.mixture, step.shards, None).compute(choice))
@@ -104,6 +110,13 @@ class _Experts:
 
     def compute(self, choice: int) -> int:
         """The buffer with a result for each rank of a row."""
+        step = self.step
+        result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
+        self.activate(choice, result)
+        return self.reduce(choice, result, down)
+
+    def activate(self, choice: int, result: ir.Buffer) -> None:
+        """What experts make of gate and up, a line for each rank of a row."""
         step, buffers, used, inputs = self.step, self.plan_experts.buffers, self.step.used, self.step.x
         if weighed := step.options.weighs_inputs:
             inputs = ir.Buffer("expert inputs", step.x.width)
@@ -114,11 +127,13 @@ class _Experts:
         self._multiply(inputs, list(zip(step.inner, parts, strict=True)), choice, per_rank=weighed)
         biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
         inner = [self._add_bias(part, bias, choice) for part, bias in zip(parts, biases, strict=True)]
-        result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
         self._activate(self._halves(inner[0]) if step.fused else inner, result)
-        self.plan_experts.observe([step.down], result, self.chosen, used)
-        self._multiply(result, [(step.down, down)], choice, per_rank=True)
-        return self._add_bias(down, step.down_bias, choice)
+
+    def reduce(self, choice: int, x: ir.Buffer, down: ir.Buffer) -> int:
+        """The buffer with the products of each line of x."""
+        self.plan_experts.observe([self.step.down], x, self.chosen, self.step.used)
+        self._multiply(x, [(self.step.down, down)], choice, per_rank=True)
+        return self._add_bias(down, self.step.down_bias, choice)
 
     def _halves(self, x: int) -> list[int]:
         """Gate and up of a fused product."""

@@ -24,6 +24,8 @@ from llamaclust.model.program import (
     Decay,
     Embed,
     ExpertChoice,
+    ExpertDown,
+    ExpertInner,
     ExpertShards,
     HeadMatMul,
     LayerNorm,
@@ -82,20 +84,17 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield step.up, (step.out.width, step.rank)
         case Moe():
             yield step.router, (step.experts, (step.routed or step.x).width)
-            for name in step.inner:
-                yield name, (step.experts, step.inner_width, step.x.width)
-            yield step.down, (step.experts, step.out.width, step.ffn_width)
-            yield from _choice_vectors(step)
-            yield from _expert_biases(step)
+            yield from (*_inner_shapes(step), *_down_shapes(step), *_choice_vectors(step))
         case ExpertChoice(mixture):
             yield mixture.router, (mixture.experts, step.x.width)
             yield from _choice_vectors(mixture)
+        case ExpertInner(mixture):
+            yield from _inner_shapes(mixture)
+        case ExpertDown(mixture):
+            yield from _down_shapes(mixture)
         case ExpertShards(mixture):
-            inner = ((name, (mixture.inner_width, step.x.width)) for name in mixture.inner)
-            down = mixture.down, (mixture.out.width, mixture.ffn_width)
-            biases = ((name, shape[1:]) for name, shape in _expert_biases(mixture))
-            for name, shape in (*inner, down, *biases):
-                yield from ((shard_name(name, shard), (len(shard), *shape)) for shard in step.shards)
+            for name, shape in (*_inner_shapes(mixture), *_down_shapes(mixture)):
+                yield from ((shard_name(name, shard), (len(shard), *shape[1:])) for shard in step.shards)
 
 
 def _choice_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -103,13 +102,16 @@ def _choice_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from ((name, (step.experts,)) for name in names if name is not None)
 
 
-def _expert_biases(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = (
-        (step.gate_bias, (step.experts, step.ffn_width)),
-        (step.up_bias, (step.experts, step.ffn_width)),
-        (step.down_bias, (step.experts, step.out.width)),
-    )
-    yield from ((name, shape) for name, shape in shapes if name is not None)
+def _inner_shapes(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((name, (step.experts, step.inner_width, step.x.width)) for name in step.inner)
+    biases = step.gate_bias, step.up_bias
+    yield from ((name, (step.experts, step.ffn_width)) for name in biases if name is not None)
+
+
+def _down_shapes(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield step.down, (step.experts, step.out.width, step.ffn_width)
+    if step.down_bias is not None:
+        yield step.down_bias, (step.experts, step.out.width)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

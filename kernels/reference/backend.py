@@ -14,7 +14,7 @@ from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
-from llamaclust.kernels.reference.steps import State, run_step
+from llamaclust.kernels.reference.steps import State, of_heads, run_step
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.groups.gather import Gather
 from llamaclust.model.program import Buffer, Program
@@ -54,11 +54,11 @@ class ReferenceStage:
 
     def _gather(self, step: Gather, number: int, state: State) -> None:
         assert self._gatherer is not None, "the program of a group's member"
-        own = np.ascontiguousarray(state[step.x])
-        whole = np.empty((len(own), step.out.width), np.float32)
+        own = np.ascontiguousarray(state[step.x]).reshape(-1, step.x.width // step.lines)
+        whole = np.empty((len(own), step.out.width // step.lines), np.float32)
         if len(own):
             self._gatherer.gather(number, own, whole, step.borders, step.to)
-        state[step.out] = whole
+        state[step.out] = whole.reshape(-1, step.out.width)
 
     def begin(self, batch: Batch, hidden: Float32 | None) -> State:
         """What the program's steps are to run on."""
@@ -117,8 +117,10 @@ class ReferenceGroup:
 
 
 def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
-    assert len(gathers) == len(states) and len({(step.out, step.borders, step.to) for step in gathers}) == 1
-    whole = np.concatenate([state[step.x] for step, state in zip(gathers, states, strict=True)], axis=1)
+    assert len(gathers) == len(states)
+    assert len({(step.out, step.borders, step.lines, step.to) for step in gathers}) == 1
+    parts = [of_heads(state[step.x], step.lines) for step, state in zip(gathers, states, strict=True)]
+    whole = np.concatenate(parts, axis=2).reshape(-1, gathers[0].out.width)
     for member, (step, state) in enumerate(zip(gathers, states, strict=True)):
         state[step.out] = whole if step.to in (None, member) else np.full_like(whole, np.nan)
 

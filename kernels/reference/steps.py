@@ -76,6 +76,8 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = expert_choice(step.mixture, state)
         case ir.ExpertShards():
             state[step.out] = expert_shards(step, state)
+        case ir.ExpertInner() | ir.ExpertDown():
+            state[step.out] = expert_part(step, state)
         case ir.ExpertSum():
             state[step.out] = expert_sum(step.mixture, state[step.choice], state[step.x])
         case ir.SelectRows():
@@ -339,15 +341,37 @@ _GATED: Mapping[GatedActivation, Callable[[Float64, Float64], Float64]] = {
 }
 
 
-def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
-    def product(x: Float32, name: str, bias: str | None) -> Float64:
-        return matmul(x, weights[name][expert], weights[bias][expert] if bias else None)
+def expert_part(step: ir.ExpertInner | ir.ExpertDown, state: State) -> Float32:
+    """Of each row what its experts make of it, or of the lines that are theirs, one behind the other by rank."""
+    choice, mixture, used = state[step.choice], step.mixture, step.mixture.used
+    is_inner, compute = (True, _inner) if isinstance(step, ir.ExpertInner) else (False, _down)
+    lines = np.repeat(state[step.x][:, None], used, axis=1) if is_inner else of_heads(state[step.x], used)
+    out = np.empty((len(choice), used, step.out.width // used), np.float32)
+    for row, (ids, shares) in enumerate(zip(choice[:, :used].astype(int), choice[:, used:], strict=True)):
+        for rank, expert in enumerate(ids):
+            weighs = is_inner and mixture.options.weighs_inputs
+            line = lines[row, rank : rank + 1] * (shares[rank] if weighs else np.float32(1))
+            out[row, rank] = compute(mixture, state.weights, int(expert), line)[0]
+    return out.reshape(len(out), step.out.width)
 
-    inner = product(x, step.up, step.up_bias)
+
+def _expert(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
+    return _down(step, weights, expert, _inner(step, weights, expert, x).astype(np.float32))
+
+
+def _inner(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
+    inner = _product(weights, expert, x, step.up, step.up_bias)
     if step.fused:
-        inner = _GATED[GatedActivation(step.options.activation)](*np.split(inner, 2, axis=1))
-    elif step.gate is None:
-        inner = ACTIVATIONS[ActivationFunction(step.options.activation)](inner)
-    else:
-        inner = _GATED[GatedActivation(step.options.activation)](product(x, step.gate, step.gate_bias), inner)
-    return product(inner.astype(np.float32), step.down, step.down_bias)
+        return _GATED[GatedActivation(step.options.activation)](*np.split(inner, 2, axis=1))
+    if step.gate is None:
+        return ACTIVATIONS[ActivationFunction(step.options.activation)](inner)
+    gate = _product(weights, expert, x, step.gate, step.gate_bias)
+    return _GATED[GatedActivation(step.options.activation)](gate, inner)
+
+
+def _down(step: ir.Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
+    return _product(weights, expert, x, step.down, step.down_bias)
+
+
+def _product(weights: Mapping[str, Float32], expert: int, x: Float32, name: str, bias: str | None) -> Float64:
+    return matmul(x, weights[name][expert], weights[bias][expert] if bias else None)

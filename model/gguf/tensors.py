@@ -82,7 +82,8 @@ class Tensor:
 
     `content` is the SHA-256 of its bytes in hex, where that is known. `paired_heads`: so many heads have their rows in
     two halves in the file, which are read in turns; 0: the bytes are those of the file. `packed_as`: a type whose tiles
-    its matrices are to lie in, other than those of its own (`WIDER_TILES`).
+    its matrices are to lie in, other than those of its own (`WIDER_TILES`). `stride_bytes`: in the file, so far behind
+    the beginning of each of the slowest dimension begins the next one; 0: they lie one behind the other.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Tensor:
     content: str | None = None
     paired_heads: int = 0
     packed_as: QuantType | None = None
+    stride_bytes: int = 0
 
     @property
     def tile_type(self) -> QuantType:
@@ -105,6 +107,8 @@ class Tensor:
     def place(self) -> tuple[object, ...]:
         """Tells its bytes from others of the file."""
         place = self.offset, self.n_bytes, self.shape
+        if self.stride_bytes:
+            return (*place, "stride", self.stride_bytes)
         return (*place, self.paired_heads) if self.paired_heads else place
 
     @property
@@ -158,12 +162,22 @@ class Tensor:
         assert 0 <= start <= start + len(view) <= self.n_bytes
         with open_regular(self.path) as descriptor:
             self._check(descriptor)
-            if self.paired_heads:
-                self._read_paired(descriptor, view, start)
-            else:
-                read_exactly(descriptor, self.path, self.offset + start, view)
-            drop_cached_pages(descriptor, self.offset + start, len(view))
+            for at, part in self._parts(view, start):
+                if self.paired_heads:
+                    self._read_paired(descriptor, part, start)
+                else:
+                    read_exactly(descriptor, self.path, at, part)
+                drop_cached_pages(descriptor, at, len(part))
             self._check(descriptor)
+
+    def _parts(self, view: memoryview, start: int) -> Iterator[tuple[int, memoryview]]:
+        """The view in pieces that lie in one piece in the file, each with its place there."""
+        each = self.n_bytes // self.shape[0] if self.stride_bytes else self.n_bytes
+        while len(view):
+            index, skipped = divmod(start, each)
+            count = min(each - skipped, len(view))
+            yield self.offset + index * self.stride_bytes + skipped, view[:count]
+            view, start = view[count:], start + count
 
     def _read_paired(self, descriptor: int, view: memoryview, start: int) -> None:
         """Reads whole heads."""

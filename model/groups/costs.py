@@ -15,7 +15,16 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights, is_befor
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.groups.portions import Division, Gathered, borders
-from llamaclust.model.program import Buffer, MatMul, Program, RmsNorm, Step
+from llamaclust.model.program import (
+    Attention,
+    Buffer,
+    ExpertDown,
+    ExpertInner,
+    HeadMatMul,
+    MatMul,
+    Program,
+    Step,
+)
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TensorsFor = Callable[[Program], Mapping[str, Tensor]]
@@ -30,18 +39,19 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of whole rows of `width` channels, which members divide in `units`. `as_int8`: only products that
-    quantize the row read it, so it can travel as int8 values and scales. `to_leader`: only the leader needs it."""
+    """A gather of `lines` of `width` channels for each row, which members divide in `units`. `as_int8`: only products
+    that quantize the row read it, so it can travel as int8 values and scales. `to_leader`: only the leader needs it."""
 
     width: int
     units: int
+    lines: int = 1
     as_int8: bool = False
     to_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
         """Bytes of one row that each member sends to each one that receives them."""
         places, unit = borders(self.units, shares), self.width // self.units
-        return tuple(self._bytes(unit * (end - begin)) for begin, end in pairwise(places))
+        return tuple(self.lines * self._bytes(unit * (end - begin)) for begin, end in pairwise(places))
 
     def _bytes(self, channels: int) -> int:
         """A float32 scale for every 32 int8 values."""
@@ -107,7 +117,7 @@ class GroupCosts:
 
     @classmethod
     def of(cls, model: ModelCosts, layers: Sequence[Program], tensors_for: TensorsFor, members: int) -> GroupCosts:
-        """`layers`: the program of each. UsageError where groups cannot hold one of them."""
+        """`layers`: the program of each."""
         alike: dict[DividedLayer, DividedLayer] = {}
         divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
         costs = [layer.layer_cost() for layer in divided]
@@ -160,7 +170,7 @@ class _DividedProgram:
         gathers: list[GatherCost] = []
         for number in numbers:
             divided = self.division.steps[number]
-            units = 0 if isinstance(divided.step, RmsNorm) else divided.units  # heads share a norm's weights
+            units = divided.units if _has_part(divided.step) else 0
             if not is_embedding(divided.step):
                 steps.setdefault(units, []).append(divided.step)
             gathers += (self._gather(gathered, number) for gathered in divided.gathered)
@@ -172,9 +182,9 @@ class _DividedProgram:
         return steps_cost(self.tensors, replace(self.program, steps=tuple(steps)))
 
     def _gather(self, gathered: Gathered, number: int) -> GatherCost:
-        buffer = gathered.buffer
+        buffer, lines = gathered.buffer, gathered.lines
         is_logits = self.program.has_logits and buffer == self.program.out
-        return GatherCost(buffer.width, gathered.units, self._quantized(buffer, number), is_logits)
+        return GatherCost(buffer.width // lines, gathered.units, lines, self._quantized(buffer, number), is_logits)
 
     def _quantized(self, buffer: Buffer, number: int) -> bool:
         """Whether only products read the row from step `number` on, which quantize it in the same way."""
@@ -182,13 +192,22 @@ class _DividedProgram:
         for divided in self.division.steps[number:]:
             step = divided.step
             if buffer in reads_of(step):
-                formats.add(self._format(step.weight) if isinstance(step, MatMul) else ActivationFormat.F32)
+                formats.add(self._format(step))
             if written_by(step).name == buffer.name:
                 break
         return len(formats) == 1 and not formats & {ActivationFormat.F32, None}
 
-    def _format(self, weight: str) -> ActivationFormat | None:
-        return self.tensors[weight].quant_type.info.activation
+    def _format(self, step: Step) -> ActivationFormat | None:
+        """How a step stores what it reads."""
+        return self.tensors[step.weight].quant_type.info.activation if isinstance(step, MatMul) else None
+
+
+def _has_part(step: Step) -> bool:
+    """Whether a member has a part of the weights or the KV memory of a divided step. Heads share the weights of their
+    norm, and a single head of keys. Adapters, of which members have one matrix whole, count as whole."""
+    if isinstance(step, Attention):
+        return step.kv_heads > 1
+    return isinstance(step, MatMul | HeadMatMul | ExpertInner | ExpertDown)
 
 
 def _total(costs: Sequence[LayerCost]) -> LayerCost:
@@ -198,6 +217,7 @@ def _total(costs: Sequence[LayerCost]) -> LayerCost:
         first,
         idle_share=max(cost.idle_share for cost in costs),
         window=max(windows, default=None),
+        kv_source=next((cost.kv_source for cost in costs if cost.kv_source is not None), None),
         weights=_merged(weights for cost in costs for weights in cost.weights),
         expert_weights=_merged(weights for cost in costs for weights in cost.expert_weights),
         **{name: sum(getattr(cost, name) for cost in costs) for name in _SUMS},

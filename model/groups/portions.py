@@ -6,29 +6,36 @@ other step reads whole rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import gcd
 
 from llamaclust.core.errors import UsageError
-from llamaclust.model.dataflow import read_before_written, reads_of, written_by
-from llamaclust.model.mixtures.steps import shard_name
-from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program, RmsNorm, Rope, Step
+from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.model.groups.separation import separated
+from llamaclust.model.program import (
+    Adapt,
+    Attention,
+    Buffer,
+    ExpertDown,
+    ExpertInner,
+    ExpertSum,
+    HeadMatMul,
+    Join,
+    MatMul,
+    Program,
+    RmsNorm,
+    Rope,
+    SelectRows,
+    SigmoidGate,
+    Step,
+)
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 from llamaclust.model.row_steps import Activate, Add, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 
 _SEGMENT_COLUMNS = ActivationFormat.Q8_256.value
 _LEAST_SEGMENTS = 16
 """A member's, so that portions are a thirtieth from their shares at most."""
-
-
-def undividable(program: Program) -> str | None:
-    """Why groups cannot compute it; None where they can."""
-    if any(isinstance(step, Attention) and step.shares_kv for step in program.steps):
-        return "layers that read the keys and values of others cannot be divided in a group"
-    if any(isinstance(step, Adapt) for step in program.steps):
-        return "adapters cannot be divided in a group"
-    return None
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -39,39 +46,6 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
         wanted = round(units * sum(shares[:i]) / total)
         found.append(min(max(wanted, found[-1] + 1), units - (len(shares) - i)))
     return (*found, units)
-
-
-def _separate(steps: Sequence[Step]) -> Iterator[Step]:
-    """Products whose results are cut into slices become one for each slice: those of queries, keys and values, say."""
-    at = 0
-    while at < len(steps):
-        step, at = steps[at], at + 1
-        slices = _slices(step, steps[at:]) if isinstance(step, MatMul) else []
-        if not isinstance(step, MatMul) or not slices or _is_read(steps[at + len(slices) :], step.out):
-            yield step
-            continue
-        at += len(slices)
-        for cut in slices:
-            rows = range(cut.start, cut.start + cut.out.width)
-            bias = None if step.bias is None else shard_name(step.bias, rows)
-            yield replace(step, out=cut.out, weight=shard_name(step.weight, rows), bias=bias)
-
-
-def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
-    """The steps at the front that cut the product's result, each into one piece and into another buffer."""
-    found: list[Slice] = []
-    for step in steps:
-        if not isinstance(step, Slice) or step.x != product.out or step.heads > 1:
-            break
-        if step.out.name in {product.x.name, product.out.name}:
-            break
-        found.append(step)
-    return found
-
-
-def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
-    """Whether one of the steps reads what the buffer has before them."""
-    return buffer.name in {read.name for read in read_before_written(steps)}
 
 
 @dataclass(slots=True)
@@ -105,6 +79,7 @@ class Gathered:
 
     buffer: Buffer
     units: int
+    lines: int  # of each row, divided in the same way
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,50 +105,99 @@ class Division:
 
     @classmethod
     def of(cls, program: Program, members: int) -> Division:
-        """UsageError for what groups do not support."""
-        if (reason := undividable(program)) is not None:
-            raise UsageError(reason)
-        steps = tuple(_separate(program.steps))
-        divider, units = _Rows(), _units_of(steps, members)
-        divided = tuple(map(divider.step, steps, units))
+        """UsageError for parts of layers."""
+        if program.shards > 1:
+            raise UsageError("a group holds whole layers, not parts of their experts")
+        steps = tuple(separated(program.steps))
+        rows, units = _Rows(program.normed), _units_of(steps, members)
+        divided = tuple(map(rows.step, steps, units))
         results = [buffer for buffer in (program.out, program.normed) if buffer is not None]
-        return cls(program, divided, divider.gathered(results))
+        return cls(program, divided, rows.gathered(results))
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
     """Of each step's result. What has fewer units than there are members is not divided."""
-    found, current = list[_Portion | None](), dict[str, _Portion | None]()
-    for step in steps:
-        read = [current.get(buffer.name) for buffer in reads_of(step)]
+    found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
+    shared = _products_of_shared_keys(steps)
+    for at, step in enumerate(steps):
+        read = [current.get(buffer.name) for buffer in divided_reads(step)]
+        if isinstance(step, Attention) and step.kv_heads > 1 and step.shares_kv and step.layer in kept:
+            read.append(kept[step.layer])
         portion = _portion_of(step, members, [None if each is None else each.found() for each in read])
+        portion = None if at in shared else portion
         found.append(portion)
         current[written_by(step).name] = portion
+        if isinstance(step, Attention):
+            kept[step.layer] = portion
     units = (0 if portion is None else portion.found().units for portion in found)
     return [count if count >= members else 0 for count in units]
 
 
+def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
+    """Numbers of the products that make the only head of keys and values of an attention. Every member needs these
+    whole, and computes them in less time than a gather takes."""
+    found, wanted = set[int](), set[str]()
+    for at, step in reversed([*enumerate(steps)]):
+        name = written_by(step).name
+        if isinstance(step, Attention) and step.kv_heads == 1:
+            wanted |= {buffer.name for buffer in reads_of(step)[1:]}
+        elif name in wanted and not isinstance(step, Adapt):
+            wanted.discard(name)
+            if isinstance(step, MatMul):
+                found.add(at)
+            elif isinstance(step, Slice | Join | RmsNorm | Rope):
+                wanted |= {buffer.name for buffer in reads_of(step)}
+    return found
+
+
 @dataclass(slots=True)
 class _Rows:
-    """What is divided after the steps so far, in how many units, and which of it is put together already."""
+    """What is divided after the steps so far, in how many units, and which of it is put together already. `normed`: a
+    result that is whole when rows are selected."""
 
-    _units: dict[str, int] = field(default_factory=dict)
+    normed: Buffer | None
+    _divided: dict[str, Gathered] = field(default_factory=dict)
     _whole: set[str] = field(default_factory=set)
 
     def step(self, step: Step, units: int) -> DividedStep:
-        keeps = units > 0 and not isinstance(step, MatMul)
-        reads, name = reads_of(step), written_by(step).name
-        cut = tuple(buffer for buffer in reads if keeps and buffer.name not in self._units)
-        found = DividedStep(step, units, () if keeps else self.gathered(reads), cut)
-        self._units.pop(name, None)
-        self._whole.discard(name)
+        reads, out = reads_of(step), written_by(step)
+        own = divided_reads(step) if units else ()
+        kept = (self.normed,) if isinstance(step, SelectRows) and self.normed is not None else ()
+        gathered = self.gathered([buffer for buffer in (*reads, *kept) if buffer not in own])
+        cut = tuple(buffer for buffer in own if buffer.name not in self._divided)
+        self._divided.pop(out.name, None)
+        self._whole.discard(out.name)
         if units:
-            self._units[name] = units
-        return found
+            lines = step.mixture.used if isinstance(step, ExpertInner | ExpertDown) else 1
+            self._divided[out.name] = Gathered(out, units, lines)
+        return DividedStep(step, units, gathered, cut)
 
     def gathered(self, read: Sequence[Buffer]) -> tuple[Gathered, ...]:
-        buffers = {buffer.name: buffer for buffer in read if buffer.name in self._units.keys() - self._whole}
-        self._whole |= buffers.keys()
-        return tuple(Gathered(buffer, self._units[name]) for name, buffer in buffers.items())
+        names = dict.fromkeys(buffer.name for buffer in read if buffer.name in self._divided.keys() - self._whole)
+        self._whole |= names.keys()
+        return tuple(self._divided[name] for name in names)
+
+
+def divided_reads(step: Step) -> tuple[Buffer, ...]:
+    """What a step reads of in the portion that its result is in; it reads whole rows of the rest. Where all heads have
+    the same keys and values, as in latent attention, these are whole."""
+    match step:
+        case Attention(kv_heads=1):
+            return (step.q,)
+        case HeadMatMul() | ExpertSum():
+            return (step.x,)
+        case Adapt():
+            return (step.out,)
+        case SigmoidGate():
+            return (step.y,)
+        case RmsNorm():
+            return reads_of(step) if step.heads > 1 and not step.own_weights else ()
+        case Slice() | Join():
+            return reads_of(step) if step.heads > 1 else ()
+        case Attention() | Rope() | SiluMul() | Activate() | Add() | Mul() | Scale() | SoftCap() | PositionScale():
+            return reads_of(step)
+        case _:
+            return ()
 
 
 def _product_units(width: int, members: int) -> int:
@@ -185,24 +209,23 @@ def _product_units(width: int, members: int) -> int:
 
 
 def _portion_of(step: Step, members: int, read: Sequence[_Portion | None]) -> _Portion | None:
-    if isinstance(step, MatMul):
-        return _Portion(_product_units(step.out.width, members))
+    match step:
+        case MatMul():
+            return _Portion(_product_units(step.out.width, members))
+        case ExpertInner():
+            return _Portion(_product_units(step.mixture.ffn_width, members))
+        case ExpertDown():
+            return _Portion(_product_units(step.mixture.out.width, members))
     divided = [portion for portion in read if portion is not None]
-    is_attention = isinstance(step, Attention) and step.v is not None
-    if not is_attention and (not divided or len(divided) < len(read)):
+    cuts = isinstance(step, Attention) and step.kv_heads > 1
+    if not read or (len(divided) < len(read) and not cuts):
         return None
     first = divided[0] if divided else _Portion()
     match step:
         case Attention():
-            first.in_heads(step.kv_heads)
-        case Rope():
+            first.in_heads(step.heads if step.kv_heads == 1 else step.kv_heads)
+        case Rope() | RmsNorm() | Slice() | Join() | HeadMatMul():
             first.in_heads(step.heads)
-        case RmsNorm(own_weights=False) if step.heads > 1:
-            first.in_heads(step.heads)
-        case SiluMul() | Activate() | Add() | Mul() | Scale() | SoftCap() | PositionScale():
-            pass
-        case _:
-            return None
     for other in divided[1:]:
         first.join(other.found())
     return first

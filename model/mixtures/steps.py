@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.row_steps import Buffer
 from llamaclust.model.step_options import USUAL_EXPERTS, ExpertOptions
 
-_SHARD = re.compile(r"(?P<whole>.+)\[(?P<start>\d+):(?P<end>\d+)\]")
+_SHARD = re.compile(r"(?P<whole>.+)\[(?P<inner>:,)?(?P<start>\d+):(?P<end>\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,40 @@ class ExpertShards:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertInner:
+    """The part of a mixture before its down products: out = activation(gate_e(x), up_e(x)) of each expert e of the
+    choice, one behind the other by rank [used * ffn_width]."""
+
+    mixture: Moe
+    choice: Buffer
+    out: Buffer
+
+    @property
+    def x(self) -> Buffer:
+        return self.mixture.x
+
+    @property
+    def weights(self) -> Iterator[str | None]:
+        mixture = self.mixture
+        yield from (*mixture.inner, mixture.gate_bias, mixture.up_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDown:
+    """The part of a mixture with its down products: out = down_e(x_e) of each expert of the choice by rank [used *
+    width of the mixture's out], not yet weighed; x [used * ffn_width]."""
+
+    mixture: Moe
+    choice: Buffer
+    x: Buffer
+    out: Buffer
+
+    @property
+    def weights(self) -> tuple[str | None, ...]:
+        return self.mixture.down, self.mixture.down_bias
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertSum:
     """The part of a mixture that adds: out = sum in rank order of weight * result."""
 
@@ -139,9 +174,16 @@ def shard_name(name: str, part: range) -> str:
     """Of a part of a tensor, or of a part of one, in its slowest dimension: experts, or rows of a matrix."""
     found = _SHARD.fullmatch(name)
     if found is not None:
+        assert found["inner"] is None, name
         name, start = found["whole"], int(found["start"])
         part = range(start + part.start, start + part.stop)
     return f"{name}[{part.start}:{part.stop}]"
+
+
+def rows_name(name: str, rows: range) -> str:
+    """Of some rows of each expert's matrix, or channels of each expert's bias."""
+    assert _SHARD.fullmatch(name) is None, name
+    return f"{name}[:,{rows.start}:{rows.stop}]"
 
 
 def whole_name(name: str) -> str:
@@ -155,8 +197,19 @@ def shard_of(tensor: Tensor, name: str) -> Tensor:
     found = _SHARD.fullmatch(name)
     if found is None:
         return tensor
-    start, end, count = int(found["start"]), int(found["end"]), tensor.shape[0]
-    assert 0 <= start < end <= count and not tensor.paired_heads, (name, tensor.shape)
-    each = tensor.n_bytes // count
-    shape, offset = (end - start, *tensor.shape[1:]), tensor.offset + start * each
-    return replace(tensor, name=name, shape=shape, offset=offset, n_bytes=(end - start) * each, content=None)
+    outer, inner = tensor.shape[: found["inner"] is not None], tensor.shape[found["inner"] is not None :]
+    start, end, count = int(found["start"]), int(found["end"]), inner[0]
+    head_rows = count // tensor.paired_heads if tensor.paired_heads else 1
+    assert 0 <= start < end <= count and start % head_rows == end % head_rows == 0, (name, tensor.shape)
+    stride = tensor.n_bytes // prod(outer)
+    each = stride // count
+    return replace(
+        tensor,
+        name=name,
+        shape=(*outer, end - start, *inner[1:]),
+        offset=tensor.offset + start * each,
+        n_bytes=prod(outer) * (end - start) * each,
+        stride_bytes=stride if outer else 0,
+        paired_heads=(end - start) // head_rows if tensor.paired_heads else 0,
+        content=None,
+    )

@@ -36,8 +36,6 @@ def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     """Yields why no workers of the cluster can be a group, up to what may be done instead."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
-    if model.undividable is not None:
-        yield f"{model.undividable};"
     if any(worker.kv_disk is not None for worker in config.workers):
         yield "kv_disk is set, and groups do not keep KV memory on disk yet; leave it out, or"
     if config.speculative is not None and config.speculative.mtp:

@@ -94,7 +94,7 @@ class Emitter:
                 yield self._gated(step)
             case ir.Moe():
                 yield from ExpertsEmitter(self.ops, step).launches()
-            case ir.ExpertChoice() | ir.ExpertShards() | ir.ExpertSum():
+            case ir.ExpertChoice() | ir.ExpertInner() | ir.ExpertDown() | ir.ExpertShards() | ir.ExpertSum():
                 raise AssertionError("programs with a part of the experts of a layer are refused")
             case ir.Exchange() | ir.Gather():
                 raise AssertionError("the host computes these")

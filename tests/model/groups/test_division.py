@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,16 +19,16 @@ from llamaclust.model.groups.gather import Gather
 from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Adapt, Attention, Buffer, MatMul, Program
+from llamaclust.model.program import Attention, HeadMatMul, MatMul, Moe, Program
 from support.arithmetic.batches import LIMITS, batch_of
 from support.models.tiny_architectures import MODELS, build_architecture
+from support.paths import ROOT
 
-REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
 DENSE = (
     *("llama-yarn", "internlm2", "qwen3", "phi3-short", "chatglm", "gpt2", "starcoder2", "gemma2", "gemma3", "smollm3"),
     *("mistral3", "seed_oss", "ernie4_5", "hunyuan-dense", "exaone4", "granite", "cohere2", "qwen3vl"),
 )
-SHARES = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0, 1.0))
+SHARES = ((1.0, 1.0), (2.0, 1.0), (5.0, 3.0, 2.0))
 
 
 def batches() -> Iterator[Batch]:
@@ -49,7 +50,7 @@ def members(program: Program, shares: tuple[float, ...]) -> list[Program]:
     return [divide(program, shares, member) for member in range(len(shares))]
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_members_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         program = whole(model)
@@ -105,24 +106,97 @@ def test_every_row_is_computed_by_one_member(tmp_path: Path) -> None:
         assert [end - begin for begin, end in ends] == [step.out.width for step in steps]
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_layers_that_read_others_keys_are_refused(tmp_path: Path, name: str) -> None:
-    refused = pytest.raises(UsageError, match="keys and values of others cannot be divided in a group")
-    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model, refused:
-        divide(whole(model), (1.0, 1.0), 0)
+MIXTURES = (
+    "qwen3moe",
+    "gpt-oss",
+    "gpt-oss-mxfp4",
+    "llama4",
+    "deepseek2",
+    "gemma4-experts",
+    "nemotron_h_moe",
+    "qwen2moe",
+)
 
 
-def test_adapters_are_refused() -> None:
-    x, out = Buffer("x", 32), Buffer("out", 32)
-    program = Program(0, 1, 1, x, out, (Adapt(x, out, 0, "down", "up", 4, 1.0),))
-    with pytest.raises(UsageError, match="adapters cannot be divided in a group"):
+@pytest.mark.parametrize("name", MIXTURES)
+def test_members_have_rows_of_every_expert(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        parts = members(program, (2.0, 1.0))
+        experts = [name for name in program.weights if "_exps" in name and not name.endswith("scale")]
+        held = [{name.partition("[")[0]: name for name in part.weights if "_exps" in name} for part in parts]
+        for name in experts:
+            shape = model.file.tensor(name).shape
+            ours, theirs = (model.tensors_for(part)[names[name]] for part, names in zip(parts, held, strict=True))
+            assert ours.shape[0] == theirs.shape[0] == shape[0], "all experts"
+            is_fused = "gate_up" in name  # of which a member has two parts, by other names
+            assert is_fused or (ours.shape[1] + theirs.shape[1], *ours.shape[2:]) == shape[1:]
+        for part in parts:
+            assert sum(step.lines > 1 for step in part.steps if isinstance(step, Gather)) == sum(
+                isinstance(step, Moe) for step in program.steps
+            )
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek2-lite", "mistral4", "kimi-linear"])
+def test_heads_of_latent_attention_are_divided_and_its_keys_are_whole(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        parts = members(program, (1.0, 1.0))
+    latent = [[step for step in part.kv_layers if step.v is None] for part in (program, *parts)]
+    for one, *each in zip(*latent, strict=True):
+        assert sum(step.heads for step in each) == one.heads
+        assert [step.kv_token_bytes for step in each] == [one.kv_token_bytes] * 2
+    products = [[step for step in part.steps if isinstance(step, HeadMatMul)] for part in (program, *parts)]
+    assert products[0] and all(
+        first.heads + second.heads == one.heads for one, first, second in zip(*products, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4-inputs"])
+def test_layers_that_read_keys_of_others_have_the_same_heads(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        attention = [step for step in divide(whole(model), (1.0, 1.0), 1).steps if isinstance(step, Attention)]
+    kept = {step.layer: step.kv_heads for step in attention if not step.shares_kv}
+    sharing = [step for step in attention if step.shares_kv]
+    assert sharing and all(step.kv_heads == kept[step.layer] for step in sharing)
+
+
+def test_the_docs_name_what_groups_divide_of_every_architecture(tmp_path: Path) -> None:
+    found: tuple[set[str], ...] = set(), set(), set()
+    for name in MODELS:
+        with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+            program, architecture = whole(model), model.hyperparameters.architecture
+        is_latent = any(step.v is None for step in program.kv_layers)
+        found[2 if program.has_states else is_latent].add(architecture)
+        steps = divide(program, (1.0, 1.0), 0).steps
+        products = {step.weight for step in steps if isinstance(step, MatMul) and "[" not in step.weight}
+        small = {product for product in products if "altup" in product or ".attn_k" in product or ".attn_v" in product}
+        assert program.has_states or products == small
+    rows = [line for line in (ROOT / "docs/groups.md").read_text().splitlines() if line.startswith("| `")]
+    assert [set(re.findall(r"`([^`]+)`", row.split("|")[1])) for row in rows if "divided:" in row] == [*found]
+
+
+def test_parts_of_layers_are_refused(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3moe")) as model:
+        program = model.program(0, 2 * model.layer_count, expert_shards=2)
+    with pytest.raises(UsageError, match="a group holds whole layers"):
         divide(program, (1.0, 1.0), 0)
 
 
-def test_one_kv_head_is_not_divided(tmp_path: Path) -> None:
-    with Model.open(build_architecture(tmp_path / "model.gguf", "gemma")) as model:
-        found = divide(whole(model), (1.0, 1.0), 1)
-    assert [step.kv_heads for step in found.steps if isinstance(step, Attention)] == [1] * 3
+@pytest.mark.parametrize("name", ["gemma", "falcon", "llama4-maverick", "exaone4-windows"])
+def test_heads_with_the_same_keys_are_divided_too(tmp_path: Path, name: str) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        parts = members(program, (1.0, 1.0))
+    for one, *each in zip(*(part.kv_layers for part in (program, *parts)), strict=True):
+        assert one.kv_heads == 1 and sum(step.heads for step in each) == one.heads
+        assert [step.kv_token_bytes for step in each] == [one.kv_token_bytes] * 2
+
+
+def test_fewer_kv_heads_than_members_are_not_divided(tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        found = divide(whole(model), (1.0, 1.0, 1.0), 1)
+    assert [step.kv_heads for step in found.kv_layers] == [2] * 3
 
 
 def test_borders_are_near_the_shares_and_leave_nobody_without() -> None:

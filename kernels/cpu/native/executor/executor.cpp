@@ -158,8 +158,9 @@ void Worker::execute(const GatherStep& step) {
   const int bands = std::max(1, static_cast<int>(stage_.bands.size()));
   const int number = step.number * bands + (is_whole ? 0 : static_cast<int>(band_ - stage_.bands.data()));
   try {
+    const Buffer& own = buffer(step.x);
     stage_.gatherer->start(
-        {number, rows_, step.to, step.borders, line_width(step.x), line(step.x, 0), line(step.out, 0)});
+        {number, rows_ * own.multiple, step.to, step.borders, own.width, line(step.x, 0), line(step.out, 0)});
     if (is_whole) stage_.gatherer->finish();
     else in_flight_++;
   } catch (...) {

@@ -8,10 +8,14 @@
 
 namespace llamaclust {
 
-inline const Buffer& line_of(const Plan& plan, BufferId id) {
-  require(id >= 0 && static_cast<size_t>(id) < plan.buffers.size() && plan.buffers[static_cast<size_t>(id)].multiple == 1,
-          "a buffer of one line a row");
+inline const Buffer& buffer_of(const Plan& plan, BufferId id) {
+  require(id >= 0 && static_cast<size_t>(id) < plan.buffers.size(), "a buffer that there is");
   return plan.buffers[static_cast<size_t>(id)];
+}
+
+inline const Buffer& line_of(const Plan& plan, BufferId id) {
+  require(buffer_of(plan, id).multiple == 1, "a buffer of one line a row");
+  return buffer_of(plan, id);
 }
 
 // A slot gets room for what a step writes into it.
@@ -41,10 +45,10 @@ inline Access check_unpack(Plan& plan, const UnpackStep& step) {
 }
 
 inline Access check_gather(Plan& plan, const GatherStep& step) {
-  const Buffer &x = line_of(plan, step.x), &out = line_of(plan, step.out);
+  const Buffer &x = buffer_of(plan, step.x), &out = buffer_of(plan, step.out);
   const std::vector<int>& borders = step.borders;
   const int members = static_cast<int>(borders.size()) - 1;
-  require(!x.private_copy, "gathered rows that all threads share");
+  require(x.multiple == out.multiple && !x.private_copy, "gathered lines that all threads share");
   require(members > 0 && borders[0] == 0 && std::ranges::adjacent_find(borders, std::ranges::greater_equal()) ==
               borders.end(), "columns of members one after the other");
   bool is_own = false;

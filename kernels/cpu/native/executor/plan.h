@@ -285,7 +285,7 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
   int heads() const { return static_cast<int>(bias.size()); }
 };
 
-struct GatherStep {  // out = the columns of all members of a group, of which x has this one's; see Gathering
+struct GatherStep {  // out = the columns of all members of a group, of which x has this one's, line by line; see Gathering
   BufferId x, out;
   int number;
   std::vector<int> borders;

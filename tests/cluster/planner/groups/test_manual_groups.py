@@ -157,7 +157,6 @@ def test_a_cluster_file_has_groups(tmp_path: Path) -> None:
     [
         ("granitehybrid", {}, "layers of this model have states"),
         ("lfm2", {}, "layers of this model have states"),
-        ("gemma3n", {}, "read the keys and values of others"),
         ("qwen3", {"workers": [{"name": name, "kv_disk": "1GiB"} for name in "abc"]}, "kv_disk is set"),
         ("qwen2moe", {"workers": [{"name": "a"}, {"name": "b", "device": "cuda:0"}, {"name": "c"}]}, "b has cuda:0"),
     ],

@@ -1,0 +1,90 @@
+"""Steps whose parts are divided apart: fused products, which become one for each slice, and mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from llamaclust.model.dataflow import read_before_written
+from llamaclust.model.mixtures.steps import shard_name
+from llamaclust.model.program import (
+    Adapt,
+    Buffer,
+    ExpertChoice,
+    ExpertDown,
+    ExpertInner,
+    ExpertSum,
+    MatMul,
+    Moe,
+    Slice,
+    Step,
+)
+
+
+def separated(steps: Sequence[Step]) -> Iterator[Step]:
+    """Products whose results are cut into slices become one for each slice: those of queries, keys and values, say.
+    Mixtures become steps of their parts."""
+    at = 0
+    while at < len(steps):
+        step, at = steps[at], at + 1
+        if isinstance(step, Moe):
+            yield from _parts_of(step)
+            continue
+        if not isinstance(step, MatMul):
+            yield step
+            continue
+        adapts = _adapts(step, steps[at:])
+        slices = _slices(step, steps[at + len(adapts) :])
+        behind = at + len(adapts) + len(slices)
+        if not slices or _is_read(steps[behind:], step.out):
+            yield step
+            continue
+        at, parts = behind, list[MatMul | Adapt]([step, *adapts])
+        yield from (_rows_of(part, cut) for part in parts for cut in slices)
+
+
+def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
+    """The steps at the front that add to the product's result."""
+    found: list[Adapt] = []
+    for step in steps:
+        if not isinstance(step, Adapt) or step.out != product.out:
+            break
+        found.append(step)
+    return found
+
+
+def _rows_of(step: MatMul | Adapt, cut: Slice) -> Step:
+    """What makes the slice alone."""
+    rows = range(cut.start, cut.start + cut.out.width)
+    if isinstance(step, Adapt):
+        return replace(step, out=cut.out, up=shard_name(step.up, rows))
+    bias = None if step.bias is None else shard_name(step.bias, rows)
+    return replace(step, out=cut.out, weight=shard_name(step.weight, rows), bias=bias)
+
+
+def _parts_of(mixture: Moe) -> Iterator[Step]:
+    """The choice of experts, their two layers of products, and the sum."""
+    used = mixture.used
+    choice, inner = Buffer("expert choice", 2 * used), Buffer("expert activations", used * mixture.ffn_width)
+    results = Buffer("expert results", used * mixture.out.width)
+    yield ExpertChoice(mixture, choice)
+    yield ExpertInner(mixture, choice, inner)
+    yield ExpertDown(mixture, choice, inner, results)
+    yield ExpertSum(mixture, choice, results)
+
+
+def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
+    """The steps at the front that cut the product's result, each into one piece and into another buffer."""
+    found: list[Slice] = []
+    for step in steps:
+        if not isinstance(step, Slice) or step.x != product.out or step.heads > 1:
+            break
+        if step.out.name in {product.x.name, product.out.name}:
+            break
+        found.append(step)
+    return found
+
+
+def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
+    """Whether one of the steps reads what the buffer has before them."""
+    return buffer.name in {read.name for read in read_before_written(steps)}

@@ -14,14 +14,12 @@ _TIMES_PREDICTED = 10.0
 _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
 
 
-def step_limit_s(rows: int, measured_s: Sequence[float], planned: StagePrediction | None) -> float:
+def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
     """Ten times the predicted time of a stage's longest step, of `rows` rows; 0: none runs. `measured_s`: predictions
-    for that many rows from measured steps of each kind. `planned`: the plan's, where there is one."""
+    for that many rows from measured steps of each kind. `planned`: the plan's, of each member of a group."""
     if rows == 0:
         return UNPREDICTED_S
-    predicted_s = list(measured_s)
-    if planned is not None:
-        predicted_s.append(max(planned.decode_s, rows * planned.prefill_s))
+    predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]
     return max(_LEAST_S, _TIMES_PREDICTED * max(predicted_s)) if predicted_s else UNPREDICTED_S
 
 

@@ -153,5 +153,6 @@ def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
     """How long a stage of the plan may compute one of the microbatches in flight."""
     rows, prediction = scheduler.in_flight.most_rows, plan.prediction
     measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
-    predicted = None if prediction is None else prediction.stages[plan.stages.index(plan.leaders[stage])]
+    members = [place for place, entry in enumerate(plan.stages) if entry in plan.by_stage[stage]]
+    predicted = [] if prediction is None else [prediction.stages[place] for place in members]
     return step_limit_s(rows, measured_s, predicted)

@@ -15,7 +15,7 @@ from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 12e-6
 """Of a gather, beside what the network takes: encryption, system calls, rows that are copied. Measured: 11.4 us more
-than a loop that only sends and receives 16 KiB (docs/groups.md)."""
+than a loop that only sends and receives 16 KiB (docs/groups-internals.md)."""
 HIDDEN_SHARE = 0.5
 """Of bytes of a prompt, at most so many travel while members compute others."""
 

@@ -54,7 +54,7 @@ def has_counters(cluster: DistantCluster) -> bool:
     return any(stage["group"] for stage in stages_of_leader(cluster))
 
 
-def ask(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
+def answered(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
     """What one answer adds to the counters."""
     before = Counted.of(cluster)
     answers = cluster.answers(GENERATION)
@@ -66,12 +66,12 @@ def ask(cluster: DistantCluster) -> tuple[Counted, list[Answer]]:
 def test_time_in_gathers_is_what_the_network_adds(small_model: Path, small_answers: list[Answer]) -> None:
     with Box((COORDINATOR, "a", "b"), delays=True) as box, distant_cluster(box, small_model, **KEYS) as cluster:
         eventually(lambda: has_counters(cluster), 30.0, "a heartbeat with the links' counters")
-        none, answers = ask(cluster)
+        none, answers = answered(cluster)
         assert answers == small_answers[:1]
         for round_trip_ms in ROUND_TRIPS_MS:
             link = Link.of_round_trip(round_trip_ms / 1e3)
             box.set_link(link)
-            counted, answers = ask(cluster)
+            counted, answers = answered(cluster)
             assert answers == small_answers[:1]
             assert counted.gathers_s >= counted.gathers * link.delay_s, (
                 "rows of the other member are on the way so long"

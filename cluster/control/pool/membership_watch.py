@@ -153,6 +153,7 @@ def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
     """How long a stage of the plan may compute one of the microbatches in flight."""
     rows, prediction = scheduler.in_flight.most_rows, plan.prediction
     measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
-    members = [place for place, entry in enumerate(plan.stages) if entry in plan.by_stage[stage]]
-    predicted = [] if prediction is None else [prediction.stages[place] for place in members]
+    first = sum(map(len, plan.by_stage[:stage]))
+    members = slice(first, first + len(plan.by_stage[stage]))
+    predicted = () if prediction is None else prediction.stages[members]
     return step_limit_s(rows, measured_s, predicted)

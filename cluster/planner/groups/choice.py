@@ -75,6 +75,8 @@ def _split(
     request = sizes.request
     constrained = frozenset[str]().union(*request.partitions)
     workers = [worker for worker in workers if worker.name not in constrained]
+    if sum(worker.joins_groups and not worker.gpus for worker in workers) < 2:
+        return None
     is_latency = request.objective == "latency"
     mix = Mix() if is_latency else _mix(sizes)
     alike = worker_classes(workers, partial(stage_tables, sizes, contexts))
@@ -92,8 +94,8 @@ def _least_mix(classes: Sequence[WorkerClass]) -> float:
     layers = classes[0].layers
     starts, ends = np.indices((layers + 1, layers + 1))
     counts = np.maximum(ends - starts, 1)
-    each = (len(one.workers) / max(float((one.slow / counts).min()), 1e-12) for one in classes)
-    return layers / sum(each)
+    rate = sum(len(one.workers) / max(float((one.slow / counts).min()), 1e-12) for one in classes)
+    return layers / rate if rate > 0 else np.inf  # no layer fits on any worker alone
 
 
 def _is_balanced(stage: HeldStage) -> bool:

@@ -65,7 +65,7 @@ def runner_of(*held: tuple[Scheduler, list[Held]]) -> Any:
 
     def epoch_of(number: int, workers: list[Held]) -> Any:
         stage_of: Callable[[Held], int | None] = lambda worker: workers.index(worker) if worker in workers else None  # noqa: E731
-        return SimpleNamespace(number=number, workers=workers, plan=MEASURED, stage_of=stage_of)
+        return SimpleNamespace(number=number, workers=workers, chain=workers, plan=MEASURED, stage_of=stage_of)
 
     schedulers = tuple(scheduler for scheduler, _ in held)
     model = SimpleNamespace(hyperparameters=SimpleNamespace(embedding_length=4))

@@ -11,7 +11,7 @@ from llamaclust.cluster.server.answer_digest import KEYS, answer_digest
 _SAME_ANSWERS = frozenset(
     {
         *("name", "launcher", "join", "ray", "insecure", "listen", "listen_also", "listen_tls", "workers"),
-        *("models", "max_loaded_models", "load_on_demand", "plan", "objective"),
+        *("models", "max_loaded_models", "load_on_demand", "plan", "objective", "groups"),
         *("kv_memory", "max_sequences", "max_waiting", "prefill_chunk", "prefix_cache", "speculative"),
         *("cpu_moe", "experts_cache", "placement", "wide_tiles"),
         *("allowed_hosts", "allowed_origins", "api_keys_file", "state_dir", "lease", "telemetry", "timeouts"),

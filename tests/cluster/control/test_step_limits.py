@@ -12,7 +12,7 @@ import pytest
 
 from llamaclust.cluster.control.pool.membership_watch import MembershipWatch, stage_limit_s
 from llamaclust.cluster.planner.links import UNKNOWN
-from llamaclust.cluster.planner.plan import Plan, Prediction, StagePrediction
+from llamaclust.cluster.planner.plan import Plan, Prediction, StagePlan, StagePrediction
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
@@ -21,7 +21,11 @@ from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 
 SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6, prefill_chunk=50)
-UNMEASURED = Plan((), 40, 200, (), None)
+SIZES: dict[str, Any] = dict.fromkeys(
+    ("weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes"), 1
+)
+HELD = tuple(StagePlan(worker=name, start=start, end=start + 1, **SIZES) for start, name in enumerate("ab"))
+UNMEASURED = Plan(HELD, 40, 200, (), None)
 STAGES = (StagePrediction(0.001, 0.002), StagePrediction(0.1, 0.04))
 MEASURED = replace(UNMEASURED, prediction=Prediction(STAGES, 0, 0, 0, 0, "b"))
 
@@ -47,6 +51,7 @@ class Held:
     name: str
     received: int = 0
     loss: str | None = None
+    heartbeat: None = None
 
     def progress(self, epoch: int) -> StageProgress:
         return StageProgress(epoch, self.received)

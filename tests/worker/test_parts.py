@@ -273,7 +273,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     worker = Worker("a", nothing, StageService("a"), nothing, weights, nothing)
     session = Session(worker, nothing, Deadlines(), Counters(), say)
     limits = SimpleNamespace(expert_shards=1)
-    order: Any = SimpleNamespace(epoch=1, model_id="m", start=0, end=2, exclusive=True, limits=limits)
+    order: Any = SimpleNamespace(epoch=1, model_id="m", start=0, end=2, exclusive=True, limits=limits, group=None)
     gc.disable()
     try:
         asyncio.run(loads.Loads(session).load(order))
@@ -329,7 +329,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     worker = Worker("a", anything, StageService("a"), anything, anything)
     fields = {"start": 0, "end": 2, "exclusive": False, "devices": (), "next_address": None, "first_address": None}
     limits = SimpleNamespace(expert_shards=1, wide_tiles=False)
-    fields |= {"previous_worker": None, "last_worker": None, "limits": limits}
+    fields |= {"previous_worker": None, "last_worker": None, "limits": limits, "group": None}
     orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
     long, short = orders
     members = [Loads(Session(worker, anything, Deadlines(), Counters(), send)) for _ in range(2)]

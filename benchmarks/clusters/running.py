@@ -126,7 +126,7 @@ class Bench:
         return state
 
     async def cluster(self) -> dict[str, Any]:
-        """What `llamaclust status --json` shows."""
+        """The output of `llamaclust status --json`."""
         async with httpx.AsyncClient(base_url=self.api, trust_env=False, timeout=60.0) as client:
             found: dict[str, Any] = (await client.get("/cluster")).json()
             return found

@@ -150,7 +150,7 @@ class Member:
 
 
 def borders_of(model: Model, program: Program) -> Iterator[Sequence[int]]:
-    """Of the rows of each gather as they travel: some are int8 values and scales in the room of fewer floats."""
+    """Bytes of the rows of each gather as they travel: some are int8 values and scales in the room of fewer floats."""
     types = {name: tensor.quant_type for name, tensor in model.tensors_for(program).items()}
     gathers = (step for step in program.steps if isinstance(step, Gather))
     for step, form in zip(gathers, gather_formats(program, types), strict=True):

@@ -38,7 +38,7 @@ _NETWORKS = tuple(itertools.product((0.1, 1, 2.5, 10, 25), (0.1, 0.4, 2, 10)))
 _MEMORIES = (4, 8, 16, 24, 32, 64, 128)
 _WORSE = 1.03
 _ALL = 3
-"""Of so many machines all chains are tried."""
+"""The most machines whose chains are all tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class _Outcome:
 
     @property
     def ratio(self) -> float:
-        """Of the chosen plan's time to that of the best other one."""
+        """The ratio of the chosen plan's time to that of the best other one."""
         others = [value for value in (self.stages_ms, self.other_ms) if value is not None]
         return self.chosen_ms / min(others, default=self.chosen_ms)
 
 
 Entry = dict[str, object]
-"""Of a plan by hand."""
+"""The entries of a plan by hand."""
 
 
 def _grid() -> list[_Case]:
@@ -130,7 +130,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """As many layers as memory takes on the fastest first; then drawn ones."""
+        """Yields cuts: first as many layers as memory takes on the fastest, then drawn ones."""
         if len(chain) == 1:
             yield [0, self._layers]
             return

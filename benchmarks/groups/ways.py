@@ -51,7 +51,7 @@ class Reading:
     processor_ms: tuple[float, ...]
 
     def since(self, before: Reading, tokens: int) -> Reading:
-        """For each of so many tokens."""
+        """Processor time of each process for one of so many tokens."""
         pairs = zip(self.processor_ms, before.processor_ms, strict=True)
         return Reading(
             (self.compute_ms - before.compute_ms) / tokens,
@@ -91,14 +91,14 @@ class ServedWay:
 
 
 def _processor_ms(pid: int) -> float:
-    """Of the threads that it has now, to the nanosecond."""
+    """Processor time of the threads that the process has now, to the nanosecond."""
     times = (each.read_text().split()[0] for each in Path(f"/proc/{pid}/task").glob("*/schedstat"))
     return sum(map(int, times)) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all clusters of a run have alike. Without an emulation, workers are processes of the coordinator."""
+    """The settings that all clusters of a run share. Without an emulation, workers are processes of the coordinator."""
 
     coordinator_core: int
     context: int

@@ -27,7 +27,7 @@ class StreamedAnswer:
 
     @property
     def first_ms(self) -> float:
-        """Seconds from the request to its first token."""
+        """Milliseconds from the request to its first token."""
         return (self.arrivals[0][0] - self.begun_ns) / 1e6
 
     @property

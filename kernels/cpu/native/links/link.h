@@ -19,6 +19,7 @@ class LinkError : public std::runtime_error {
  public:
   LinkError(const std::string& text, Fault fault, int place)
       : std::runtime_error(text), fault(fault), place(place) {}
+  LinkError(const LinkError&) = default;  // no move: that of std::runtime_error needs a libstdc++ of GCC 9 or later
   const Fault fault;
   const int place;  // of the member at fault; -1 where that is none, or has no place yet
 };

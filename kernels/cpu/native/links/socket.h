@@ -18,6 +18,7 @@ class ConnectionEnded : public std::runtime_error {
  public:
   explicit ConnectionEnded(const std::string& text, Fault fault = Fault::Closed)
       : std::runtime_error(text), fault(fault) {}
+  ConnectionEnded(const ConnectionEnded&) = default;  // no move, as LinkError
   const Fault fault;
 };
 

@@ -86,7 +86,7 @@ def test_a_worker_that_joins_names_its_cluster_from_then_on(
     assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
 
 
-@pytest.mark.parametrize("name", ["ray._private.worker", "py.warnings", "llamaclusters", "absl"])
+@pytest.mark.parametrize("name", ["grpc._server", "py.warnings", "llamaclusters", "absl"])
 def test_warnings_of_other_programs_loggers_are_no_last_error(name: str) -> None:
     with logging_as(LogFormat.TEXT) as log:
         log.warning("ours")

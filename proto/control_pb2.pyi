@@ -739,17 +739,20 @@ class GroupCounters(_message.Message):
     ONE_ROW_STEPS_FIELD_NUMBER: _builtins.int
     ONE_ROW_WAITED_S_FIELD_NUMBER: _builtins.int
     gathers: _builtins.int
+    """Gathers of rows that it has ended."""
     waited_s: _builtins.float
-    """That gathers have waited for the rows of others."""
+    """Seconds that its gathers have waited for the rows of others."""
     sent_bytes: _builtins.int
-    """Between the members, with headers."""
+    """Bytes that it has sent to the other members, with headers."""
     received_bytes: _builtins.int
+    """Bytes that it has received from them, with headers."""
     one_row_steps: _builtins.int
-    """Microbatches of one row, and what their gathers have waited."""
+    """Microbatches of one row that it has run."""
     one_row_waited_s: _builtins.float
+    """Seconds that the gathers of microbatches of one row have waited."""
     @_builtins.property
     def waited_for_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The same by member: a wait counts for the one that was ready last."""
+        """The same seconds by member: a wait counts for the one that was ready last."""
 
     def __init__(
         self,

@@ -115,13 +115,13 @@ void Worker::work() {
     while (!std::holds_alternative<GatherStep>(steps[end - 1].step)) end++;
     for (size_t band = 0; band < stage_.bands.size(); band++) {
       enter(stage_.bands[band]);
-      if (at > 0) finish_gather(at);
+      if (at > 0) finish_gather();
       if (!run(at, end)) return;
     }
     at = end;
   }
   enter(stage_.whole);
-  while (in_flight_ > 0) finish_gather(at);
+  while (in_flight_ > 0) finish_gather();
   run(at, last);
 }
 
@@ -138,15 +138,15 @@ bool Worker::run(size_t begin, size_t last) {
       continue;
     }
     const Sync before = steps[at].before;
+    const bool after_gather = at > 0 && std::holds_alternative<GatherStep>(steps[at - 1].step);
     if (const MatmulStep* next = stage_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
       lookahead_.set_target(*next, fixed_begin(fixed_tiles(next->tiles()), 1, thread_));
     if (before == Sync::Always || (before == Sync::IfShared && !alone_))
-      synchronize(at > 0 && std::holds_alternative<GatherStep>(steps[at - 1].step));
-    if (at >= stage_.ends_at.load(std::memory_order_relaxed)) return false;
+      synchronize(after_gather);
+    if (after_gather && ++joins_ >= stage_.ends_at.load(std::memory_order_relaxed)) return false;
     for (end = at + 1; end < last && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Sync::None || steps[end].adapter != steps[at].adapter) break;
     compute(at, end);
-    if (thread_ == 0 && stage_.failure) stage_.ends_at.store(end, std::memory_order_relaxed);
   }
   return true;
 }
@@ -164,20 +164,26 @@ void Worker::execute(const GatherStep& step) {
     if (is_whole) stage_.gatherer->finish();
     else in_flight_++;
   } catch (...) {
-    stage_.failure = std::current_exception();
+    fail();
   }
 }
 
-// Before the step at `at`, which all threads wait for.
-void Worker::finish_gather(size_t at) {
+// Before a step that all threads wait for.
+void Worker::finish_gather() {
   if (thread_ != 0 || in_flight_ == 0) return;
   in_flight_--;
   try {
     stage_.gatherer->finish();
   } catch (...) {
-    stage_.failure = std::current_exception();
-    stage_.ends_at.store(at, std::memory_order_relaxed);
+    fail();
   }
+}
+
+// The first failure ends the run where this thread synchronizes behind a gather next, which the others have yet to do.
+void Worker::fail() {
+  if (stage_.failure) return;
+  stage_.failure = std::current_exception();
+  stage_.ends_at.store(joins_ + 1, std::memory_order_relaxed);
 }
 
 // Row by row steps that follow each other are done for a few rows at a time, which then are still in the cache.
@@ -221,7 +227,7 @@ int Executor::run(const Batch& batch) {
   stage_.set_batch(batch);
   for (Shares::Counter& counter : stage_.shares.counters) counter.taken.store(0, std::memory_order_relaxed);
   const auto work = [&](int thread) { Worker(stage_, pool_, thread).work(); };
-  stage_.ends_at.store(std::numeric_limits<size_t>::max(), std::memory_order_relaxed);
+  stage_.ends_at.store(std::numeric_limits<int>::max(), std::memory_order_relaxed);
   pool_.run(work, batch.rows());
   if (stage_.failure) std::rethrow_exception(std::exchange(stage_.failure, nullptr));
   return stage_.plan.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();

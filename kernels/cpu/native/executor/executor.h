@@ -126,8 +126,9 @@ struct Stage {
   uint32_t adapters = 0;  // that runs compute, one bit each
   int part = 0;           // that runs compute, of a plan in parts
   Gatherer* gatherer = nullptr;
-  std::exception_ptr failure;  // of a gather in this run, which ends before the step `ends_at`
-  std::atomic<size_t> ends_at{std::numeric_limits<size_t>::max()};
+  std::exception_ptr failure;  // of a gather in this run
+  // All threads leave the run when they synchronize behind a gather for that time: none may wait for one that has left.
+  std::atomic<int> ends_at{std::numeric_limits<int>::max()};
 };
 
 class Executor {

@@ -76,7 +76,8 @@ class Worker {
 
   void enter(const Band& band);
   bool run(size_t begin, size_t last);
-  void finish_gather(size_t at);
+  void finish_gather();
+  void fail();
   void scan_head(const ScanStep& step, int sequence, int head);
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
@@ -177,6 +178,7 @@ class Worker {
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;
+  int joins_ = 0;  // how often it has synchronized behind a gather in this run
   int in_flight_ = 0;  // gathers that this thread has started and not finished
   Lookahead lookahead_;
 };

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -45,11 +44,6 @@ async def listeners(count: int, folder: Path | None = None) -> AsyncIterator[lis
     finally:
         for listener in started:
             await listener.stop()
-
-
-def open_files() -> int:
-    gc.collect()  # sockets of tests that have ended
-    return len([*Path("/proc/self/fd").iterdir()])
 
 
 def order_of(started: list[LinkListener], own: int = 0) -> GroupOrder:

@@ -25,6 +25,7 @@ from llamaclust.worker.groups import links as group_links
 from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
 from support.clusters.served import until
+from support.descriptors import open_files
 from support.wire.group_links import (
     GATHER_S,
     GROUP,
@@ -34,7 +35,6 @@ from support.wire.group_links import (
     listeners,
     listening,
     needs_tls,
-    open_files,
     opened,
     order_of,
 )
@@ -101,7 +101,7 @@ async def test_links_leave_no_descriptor(trust: Authority) -> None:
         for given in (lambda name: Insecure(), identities(trust)) if tls_library() else (lambda name: Insecure(),):
             for links in await opened(started, given):
                 links.close()
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize("path", ["missing/a", "taken", "a" * 200])
@@ -110,7 +110,7 @@ async def test_a_listener_that_cannot_start_leaves_no_descriptor(path: str, tmp_
     before = open_files()
     with pytest.raises(OSError) as raised:
         await LinkListener().listen(f"unix:{tmp_path}/{path}")
-    assert open_files() == before, raised.value  # whose frames hold the socket
+    assert open_files() <= before, raised.value  # whose frames hold the socket
 
 
 # -- ways to a member ------------------------------------------------------------------------------------------------

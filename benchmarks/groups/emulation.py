@@ -18,7 +18,7 @@ from typing import Self
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from links import compiler
+from measuring.compiler import compiler
 
 from llamaclust.core.errors import UsageError
 

@@ -29,7 +29,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-from links import compiler
+from measuring.compiler import compiler
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.membership.authority import Authority

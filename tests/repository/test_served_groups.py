@@ -18,7 +18,7 @@ from support.paths import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "benchmarks" / "groups"))
 from emulation import Emulation, LinkSpeed
-from links import compiler
+from measuring.compiler import compiler
 from served_figures import Depth, Sample, Turn, rows
 from streams import _read
 from ways import Reading, ways_of

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.engine import retirement
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from support.clusters.recovering import Answer, generations, model_in, undisturbed
 from support.seed import SEED
@@ -27,3 +28,9 @@ def requests(request: pytest.FixtureRequest) -> tuple[GenerationRequest, ...]:
 @pytest.fixture(scope="module")
 def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
     return undisturbed(model, requests)
+
+
+@pytest.fixture
+def staying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are not copied: they stay on the old epoch to their end."""
+    monkeypatch.setattr(retirement, "_LEAST_LEFT", 1_000_000)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.engine import retirement
-from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.wire.microbatch.messages import Result
 from support.clusters.recovering import (
     Answer,
     Recovering,
@@ -21,12 +18,6 @@ from support.clusters.recovering import (
 )
 
 TOKENS = 150
-
-
-@pytest.fixture
-def staying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences are not copied: they stay on the old epoch to their end."""
-    monkeypatch.setattr(retirement, "_LEAST_LEFT", 1_000_000)
 
 
 async def test_layers_are_moved_away_and_back_without_losing_a_token(
@@ -65,15 +56,9 @@ async def test_a_worker_that_returns_gets_layers_under_load(
 
 
 async def retiring(run: Recovering, name: str) -> asyncio.Task[None]:
-    """Drains a worker; returns when requests run on the old epoch beside the new one. Results are held back until then,
-    or a fast machine would have answered all of them before the layers are loaded."""
-    engine, held = run.cluster.engine, list[tuple[Lane, Sequence[Result]]]()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "completed", lambda lane, results: held.append((lane, results)))
-        drain = asyncio.create_task(run.cluster.pool.operations.drain(name))
-        await run.until("a retirement", lambda: engine.retirement is not None)
-    for lane, results in held:
-        engine.completed(lane, results)
+    """Drains a worker; returns when requests run on the old epoch beside the new one."""
+    drain = asyncio.create_task(run.cluster.pool.operations.drain(name))
+    await run.both_epochs()
     return drain
 
 

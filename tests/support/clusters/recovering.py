@@ -14,17 +14,20 @@ from pathlib import Path
 from random import Random
 
 import psutil
+import pytest
 
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, Notice, PlanMade
 from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.wire.microbatch.messages import Result
 from support.models.tiny_model import build_tiny_model
 
 Answer = tuple[tuple[int, bytes], ...]
@@ -120,6 +123,21 @@ class Recovering:
     async def at_work(self) -> None:
         """Returns when a microbatch is on its way."""
         await self.until("a microbatch", lambda: self.cluster.engine.scheduler.counts.in_flight > 0)
+
+    async def both_epochs(self) -> None:
+        """Returns when requests run on an old epoch beside the new one. Results are held back until then, or a fast
+        machine would have answered all of them before the layers are loaded."""
+        engine, held = self.cluster.engine, list[tuple[Lane, Sequence[Result]]]()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(engine, "completed", lambda lane, results: held.append((lane, results)))
+            await self.until("a retirement", lambda: engine.retirement is not None)
+        for lane, results in held:
+            engine.completed(lane, results)
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The workers of each group of the epoch that serves."""
+        return [members for members in self.cluster.supervisor.epoch.plan.chain if len(members) > 1]
 
     def worker(self, name: str) -> WorkerHandle:
         return self.cluster.registry.workers[name]

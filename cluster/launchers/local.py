@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from asyncio.subprocess import PIPE, STDOUT, Process
@@ -25,14 +26,19 @@ from llamaclust.cluster.launchers.worker_process import (
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import open_log
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices
 from llamaclust.worker.devices.system_info import available_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
 
+_log = logging.getLogger(__name__)
+
 _GRACE_S = 1.0
 _JOIN_S = 60.0
+_KILLED_S = 20.0
+"""A killed process ends as soon as the system has freed its memory and a core is free."""
 
 
 class LocalLauncher(Launcher):
@@ -75,8 +81,11 @@ class LocalLauncher(Launcher):
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)
-            async with deadline(f"the end of worker {name}", _GRACE_S):
-                await process.wait()
+            try:
+                async with deadline(f"the end of worker {name}", _KILLED_S):
+                    await process.wait()
+            except DeadlineError:
+                _log.warning("worker %s (pid %d) has not ended %g s after SIGKILL", name, process.pid, _KILLED_S)
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL to what is still there a second later."""

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from llamaclust.cluster.launchers import local
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command
@@ -75,6 +76,27 @@ def test_a_worker_that_cannot_react_is_killed_too(
         worker.suspend()
     process.kill()
     _wait_until_gone(workers)
+
+
+@pytest.mark.parametrize("ends", ["at once", "late", "never"])
+async def test_the_end_of_a_lost_worker_is_waited_for(
+    ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that is busy, or a system that frees memory, hears of it late; one that never hears of it tells so."""
+    kill, loop = local._kill, asyncio.get_running_loop()
+    pauses_s = {"at once": 0.0, "late": 2 * local._GRACE_S}
+    async with real_cluster(tmp_path, 2, device="reference") as cluster:
+        worker = psutil.Process(cluster.pids["a"])
+        with monkeypatch.context() as patched:
+            if ends == "never":
+                patched.setattr(local, "_kill", lambda *_: None)
+                patched.setattr(local, "_KILLED_S", 0.01)
+            else:
+                patched.setattr(local, "_kill", lambda *what: loop.call_later(pauses_s[ends], kill, *what))
+            await cluster.launcher.end("a")
+        assert worker.is_running() == (ends == "never")
+    told = [record.getMessage() for record in caplog.records if record.name == local.__name__]
+    assert told == ([f"worker a (pid {worker.pid}) has not ended 0.01 s after SIGKILL"] if ends == "never" else [])
 
 
 async def test_stopping_kills_what_does_not_end_by_itself(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ async def test_another_is_lost_while_a_new_epoch_loads(
     async with recovering(config(model, tmp_path)) as run:
 
         def hurt_another(text: str) -> None:
-            if text.startswith("new plan") and first not in run.cluster.registry.present and not hurt:
+            if text.startswith("new plan") and not hurt:  # the first one may be back by then
                 hurt.append(second)
                 run.hurt(second)
 

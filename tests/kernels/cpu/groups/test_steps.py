@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from support.seed import SEED
 from support.wire.trust import authority
 
 SHORT_S = 0.2
+LOOKS = 20
 MOST = 1 << 25
 MESSAGE = bytes(range(40))
 ROWS = np.arange(16, dtype=np.float32)[None]
@@ -67,14 +68,50 @@ def test_all_members_get_each_step(members: int, trust: Authority | None) -> Non
             assert found == [(data, rows.tobytes()) for data in messages]
 
 
+class Waiting:
+    """A thread of its own that calls something and waits there."""
+
+    def __init__(self, call: Callable[[], bytes]) -> None:
+        self._pool, self._begun = ThreadPoolExecutor(1), Future[int]()
+        self._answer = self._pool.submit(self._run, call)
+        self._thread = self._begun.result(DEADLINE_S)
+
+    def _run(self, call: Callable[[], bytes]) -> tuple[bytes, float]:
+        self._begun.set_result(threading.get_ident())
+        return call(), time.thread_time()
+
+    def park(self) -> None:
+        """Returns when it takes no time of a processor any more, as a thread does that does not poll."""
+        clock, looks = time.pthread_getcpuclockid(self._thread), 0
+        before_s = time.clock_gettime(clock)
+        while looks < LOOKS:
+            time.sleep(1e-3)
+            now_s = time.clock_gettime(clock)
+            looks = looks + 1 if now_s == before_s else 0
+            before_s = now_s
+
+    def result(self) -> tuple[bytes, float]:
+        """What the call returns or raises, and the time of a processor that it took."""
+        self._pool.shutdown(wait=False)
+        return self._answer.result(DEADLINE_S)
+
+
+def deadlines_pass(count: int) -> None:
+    """So many deadlines of `SHORT_S`, each of a gather that begins now and is given up."""
+    for _ in range(count):
+        peer = HandPeer(SHORT_S)
+        with pytest.raises(LinkError) as raised:
+            gathered(peer.links)
+        assert raised.value.kind == "late"
+
+
 def test_waiting_for_a_step_has_no_deadline() -> None:
     """The first byte comes after three of them; the thread is parked by then."""
     peer = HandPeer(SHORT_S, own=1)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: (peer.links.receive_step(1, 2, MOST), time.thread_time()))
-        time.sleep(3 * SHORT_S)
-        peer.end.sendall(message())
-        data, processor_s = waiting.result(DEADLINE_S)
+    waiting = Waiting(lambda: peer.links.receive_step(1, 2, MOST))
+    deadlines_pass(3)
+    peer.end.sendall(message())
+    data, processor_s = waiting.result()
     assert data == MESSAGE
     assert processor_s < SHORT_S
 
@@ -133,12 +170,11 @@ def test_steps_that_do_not_end(kept: int, closes: bool) -> None:
 
 def test_a_peer_that_goes_while_no_step_comes() -> None:
     peer = HandPeer(SHORT_S, own=1)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(peer.links.receive_step, 1, 2, MOST)
-        time.sleep(2 * SHORT_S)
-        peer.end.close()
-        with pytest.raises(LinkError, match="worker 0: the other side has closed") as raised:
-            waiting.result(DEADLINE_S)
+    waiting = Waiting(lambda: peer.links.receive_step(1, 2, MOST))
+    deadlines_pass(2)
+    peer.end.close()
+    with pytest.raises(LinkError, match="worker 0: the other side has closed") as raised:
+        waiting.result()
     assert (raised.value.place, raised.value.kind) == (0, "closed")
 
 
@@ -156,24 +192,17 @@ def test_a_stopped_peer_does_not_take_a_step(reads: int) -> None:
         peer.links.send_step(1, 3, b"")
 
 
-@pytest.mark.parametrize("waits_s", [0.0, 0.05])
+@pytest.mark.parametrize("is_parked", [False, True], ids=["it may poll", "it is parked"])
 @pytest.mark.parametrize("sent", [b"", message()[:7], message()[:-1]])
-def test_close_ends_a_wait_of_another_thread(waits_s: float, sent: bytes) -> None:
+def test_close_ends_a_wait_of_another_thread(is_parked: bool, sent: bytes) -> None:
     peer = HandPeer(DEADLINE_S, own=1)
     peer.end.sendall(sent)
-    began = threading.Event()
-
-    def wait() -> bytes:
-        began.set()
-        return peer.links.receive_step(1, 2, MOST)
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait)
-        assert began.wait(DEADLINE_S)
-        time.sleep(waits_s)  # it polls at first, and is parked later
-        peer.links.close()
-        with pytest.raises(LinkError, match="closed by this process") as raised:
-            waiting.result(DEADLINE_S)
+    waiting = Waiting(lambda: peer.links.receive_step(1, 2, MOST))
+    if is_parked:
+        waiting.park()
+    peer.links.close()
+    with pytest.raises(LinkError, match="closed by this process") as raised:
+        waiting.result()
     assert (raised.value.place, raised.value.kind) == (-1, "closed")
     assert peer.has_ended()
 

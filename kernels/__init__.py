@@ -1,1 +1,8 @@
 """Arithmetic: quant types x operations, a folder a backend."""
+
+from pathlib import Path
+
+from llamaclust.kernels import _native
+from llamaclust.kernels.native_interface import check_interface
+
+check_interface(_native, Path(__file__).with_name("_native.pyi"))

@@ -10,8 +10,7 @@ import struct
 import sys
 from pathlib import Path
 
-import llamaclust.kernels as kernels_package
-
+_NATIVE = "llamaclust.kernels._native"
 Answer = list[tuple[int, str]]
 """(token id, the bits of its float32 logprob in hexadecimal)."""
 
@@ -38,14 +37,12 @@ def answers(model: Path) -> list[Answer]:
 
 def use_native(path: Path) -> None:
     """Makes `path` the native module of this process; before anything of llamaclust.kernels is imported."""
-    name = f"{kernels_package.__name__}._native"
-    assert name not in sys.modules
-    spec = importlib.util.spec_from_file_location(name, path)
+    assert _NATIVE not in sys.modules
+    spec = importlib.util.spec_from_file_location(_NATIVE, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[_NATIVE] = module
     spec.loader.exec_module(module)
-    kernels_package._native = module
 
 
 if __name__ == "__main__":

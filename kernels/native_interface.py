@@ -1,0 +1,37 @@
+"""Checks that the compiled module has what its stub says: one of an older build fails late, at a name it lacks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from llamaclust.core.errors import LlamaclustError
+
+_DEFINITION = re.compile(r"^(?P<within> {4})?(?P<kind>def|class) (?P<name>[A-Za-z]\w*)", re.MULTILINE)
+_MOST_TOLD = 3
+
+
+def check_interface(module: ModuleType, stub: Path) -> None:
+    """LlamaclustError where the module lacks functions, classes or methods. Without the stub, nothing is known."""
+    if not stub.is_file():
+        return
+    if missing := [*_missing(module, stub.read_text())]:
+        more = f" and {len(missing) - _MOST_TOLD} more" if len(missing) > _MOST_TOLD else ""
+        what = f"it lacks {', '.join(missing[:_MOST_TOLD])}{more}"
+        raise LlamaclustError(
+            f"{module.__file__} is of another version of llamaclust: {what}; build or install it again"
+        )
+
+
+def _missing(module: ModuleType, stub: str) -> Iterator[str]:
+    holder: object = module
+    for found in _DEFINITION.finditer(stub):
+        name = found["name"]
+        if found["within"] is None:
+            holder = getattr(module, name, None) if found["kind"] == "class" else None
+            if not hasattr(module, name):
+                yield name
+        elif holder is not None and not hasattr(holder, name):
+            yield f"{getattr(holder, '__name__', '')}.{name}"

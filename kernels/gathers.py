@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Float32
 from llamaclust.model import program as ir
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
@@ -12,6 +16,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 _INT8_OF_FLOAT = 4
 LEAST_BANDED_ROWS = 256
 _BANDS = 2
+_PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def bands_of(program: ir.Program, rows: int) -> int:
@@ -21,6 +26,23 @@ def bands_of(program: ir.Program, rows: int) -> int:
         return 1
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     return _BANDS if any(isinstance(step, ir.Gather) for step in before) else 1
+
+
+def borders_in(step: ir.Gather, width: int) -> list[int]:
+    """The borders of members in rows of so many floats, which may hold int8 values and scales."""
+    return [border * width // step.borders[-1] for border in step.borders]
+
+
+def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
+    """By member, whether all numbers of its columns in gathered rows [rows, width] are finite. Of int8 values only the
+    scales say so."""
+    form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
+    borders = borders_in(step, whole.shape[1])
+    if form is not None:
+        segment = packed_width(form.value, form)
+        whole, borders = whole[:, segment - 1 :: segment], [border // segment for border in borders]
+    is_finite: NDArray[np.bool_] = np.asarray(np.isfinite(whole).all(axis=0))
+    return [bool(is_finite[start:end].all()) for start, end in pairwise(borders)]
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:

@@ -20,7 +20,7 @@ from llamaclust.kernels.backend import (
     RanksLogits,
     Stage,
 )
-from llamaclust.kernels.gathers import bands_of
+from llamaclust.kernels.gathers import bands_of, borders_in
 from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, Slice, Step
@@ -120,9 +120,8 @@ class MultiDeviceStage:
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
             bands = bands_of(program, self._rows)
-            step, width = gathers[number // bands], whole.shape[1]
-            borders = [border * width // step.borders[-1] for border in step.borders]  # rows may be packed
-            gatherer.gather(first * bands + number, own, whole, borders, step.to)
+            step = gathers[number // bands]
+            gatherer.gather(first * bands + number, own, whole, borders_in(step, whole.shape[1]), step.to)
 
         return PythonGatherer(gather)
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.kernels._native import Gatherer, LinkError, Links
+from llamaclust.model.program import Program
 from llamaclust.wire.microbatch.messages import SampledTokens
+from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.groups.step_message import encode_step
 
@@ -34,17 +36,37 @@ class Leader:
         self._links = links
 
     @contextmanager
-    def step(self, frame: bytes, followed: Sequence[SampledTokens], rows: int) -> Iterator[None]:
+    def step(
+        self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
+    ) -> Iterator[None]:
         """Sends a microbatch as it came, and the tokens that it follows, to all other members; what the context then
         computes is its step, of so many rows. LinkError where a member does not take it. A WorkerError is what all
-        members come to by themselves; any other error is a MemberFailedError."""
+        members come to by themselves; any other error is a MemberFailedError. `checked`: the stage's program, if
+        numbers were not finite before; a LinkError names the member at fault if they are not again."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed))
         self._steps += 1
         try:
-            with self._member_links.step(rows):
+            with self._member_links.step(rows), self._checking(checked, rows):
                 yield
         except (LinkError, WorkerError):
             raise
         except Exception as error:
             raise MemberFailedError(f"{type(error).__name__}: {error}") from error
+
+    @contextmanager
+    def _checking(self, program: Program | None, rows: int) -> Iterator[None]:
+        links = self._links
+        if program is None or links is None:
+            yield
+            return
+
+        def accuse(place: int) -> None:
+            links.close()
+            raise self._member_links.not_finite(place)
+
+        self._gather_by(checked_gathers(links, program, rows, accuse))
+        try:
+            yield
+        finally:
+            self._gather_by(links)

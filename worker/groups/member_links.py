@@ -111,6 +111,12 @@ class MemberLinks:
         text = str(error) if isinstance(error, LlamaclustError) else f"{type(error).__name__}: {error}"
         return GroupFault(self._epoch, own, "failed", text)
 
+    def not_finite(self, place: int) -> LinkError:
+        """The error of a member whose portion has numbers that are not finite."""
+        error = LinkError(f"worker {self._order.members[place].worker} computes numbers that are not finite, twice")
+        error.place, error.kind = place, "wrong"
+        return error
+
     async def give_up(self, error: Exception) -> Fault:
         """Reports an error that ended this member's part. A LinkError has ended the links, and what was sent before can
         be read until they are closed: others may find the same member at fault."""

@@ -105,6 +105,11 @@ class Arrival:
         return sorted({chunk.depends_on[0] for chunk in self.microbatch.chunks if chunk.depends_on})
 
     @property
+    def is_checked(self) -> bool:
+        """Whether numbers of some of its rows were not finite before. Such chunks are never read natively."""
+        return self.native is None and any(chunk.checked for chunk in self.microbatch.chunks)
+
+    @property
     def embedded_rows(self) -> int:
         return 0 if self.native is not None else self.microbatch.embedded_rows
 

@@ -234,7 +234,8 @@ class StageLoop:
         if self._leader is None:
             return arrival.run(self.runner, self._tokens)
         followed = self._tokens.all_of(arrival.depends_on if self.runner.program.is_first else [])
-        with self._leader.step(arrival.data, followed, arrival.rows):
+        checked = self.runner.program if arrival.is_checked else None
+        with self._leader.step(arrival.data, followed, arrival.rows, checked):
             return arrival.run(self.runner, self._tokens)
 
     def _finish(self, arrival: Arrival, logits: Logits, received: StepInputs) -> Outputs | NativeOutputs:

@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError, ProtocolError
+from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Logits
+from llamaclust.kernels.gathers import bands_of, borders_in
+from llamaclust.model.groups.gather import Gather
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.wire.microbatch.codec import decode_result, encode_result
 from llamaclust.worker.groups import leading
@@ -146,6 +149,28 @@ def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
     return install
 
 
+def _spoil_portion() -> None:
+    """Of each step, as damaged weights or memory would."""
+    gather_by, run, rows = StageRunner.gather_by, Arrival.run, [1]
+
+    def counts(arrival: Arrival, *given: Any) -> Any:
+        rows[0] = arrival.rows
+        return run(arrival, *given)
+
+    def spoils(runner: StageRunner, gatherer: Any) -> None:
+        gathers = [step for step in runner.program.steps if isinstance(step, Gather)]
+
+        def gather(number: int, own: Any, whole: Any) -> None:
+            step = gathers[number // bands_of(runner.program, rows[0])]
+            own[:, -1] = np.nan
+            gatherer.gather(number, own, whole, borders_in(step, whole.shape[1]), step.to)
+
+        gather_by(runner, PythonGatherer(gather))
+
+    Arrival.run = counts  # type: ignore[method-assign, assignment]
+    StageRunner.gather_by = spoils  # type: ignore[method-assign, assignment]
+
+
 def _hang(links: Any, epoch: int, step: int) -> None:
     threading.Event().wait()
 
@@ -181,5 +206,6 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "another gather": _at_step(lambda links, epoch, step: links.gather(5, np.zeros((1, 1), np.float32), *_ROOM)),
     "closes its links": _at_step(lambda links, epoch, step: links.close()),
     "stuck in a step": _at_step(_hang),
+    "a portion that is not finite": _spoil_portion,
     "announces rubbish": _announce_rubbish,
 }

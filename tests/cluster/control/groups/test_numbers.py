@@ -1,0 +1,38 @@
+"""A member of a group whose numbers are not finite: it is left out, its leader is not, and no answer changes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from support.clusters.faults.worker_faults import break_worker
+from support.clusters.recovering import Answer, recovering
+from support.plans.automatic_groups import NAMES, NEAR_S, automatic, grouped, measured
+
+TOKENS = 40
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize("member", NAMES)
+async def test_the_member_is_left_out(
+    member: str,
+    objective: str,
+    model: Path,
+    requests: tuple[GenerationRequest, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stages of groups of two, and one group of all: leaders and others, of the first stage and of the last."""
+    break_worker(monkeypatch, tmp_path, member, "a portion that is not finite")
+    async with recovering(automatic(model, tmp_path, objective)) as run:
+        measured(run, NEAR_S)
+        await grouped(run)
+        assert await asyncio.gather(*run.start(requests)) == expected
+        (notice,) = [text for text in run.told if "where the others suffice" in text]
+        assert notice.startswith(f"worker {member} gets no layers for 10 s where the others suffice"), run.told
+        assert f"worker {member} computes numbers that are not finite, twice" in notice
+        assert not run.cluster.supervisor.epoch.holds(member)

@@ -1,0 +1,98 @@
+"""The member whose numbers are not finite first is found, at whatever gather, in whatever form its rows travel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from llamaclust.kernels._native import PythonGatherer
+from llamaclust.kernels.backend import Batch, Float32, GathersRows
+from llamaclust.kernels.gathers import bands_of, borders_in
+from llamaclust.model.groups.division import divide
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Gather, Program
+from llamaclust.model.quant_types import QuantType
+from llamaclust.worker.groups.checked_gathers import checked_gathers
+from support.arithmetic.batches import LIMITS, batch_of
+from support.arithmetic.members import LinkedGroup
+from support.models.tiny_architectures import TOKENS, build_architecture
+from support.models.tiny_model import build_tiny_model
+from support.seed import SEED
+
+SHARES = (2, 1, 1)
+LARGE = replace(LIMITS, max_batch_tokens=320)
+SHORT = batch_of([(TOKENS, range(len(TOKENS)), range(4))])
+LONG = batch_of([((TOKENS * 300)[:300], range(300), range(20))], outputs=[0, 150, 299])
+VALUES = np.array([np.nan, np.inf, -np.inf], np.float32)
+TYPES = (QuantType.F16, QuantType.Q8_0, QuantType.Q4_K)
+
+
+@dataclass
+class Spoiled:
+    """A group that runs a batch while some members spoil a number of their rows before one of its gathers."""
+
+    group: LinkedGroup
+    program: Program
+    accused: list[int] = field(default_factory=list)
+
+    def run(self, batch: Batch, at: int, members: Collection[int], value: np.float32) -> list[int]:
+        self.accused.clear()
+        gathers, bands = gathers_of(self.program), bands_of(self.program, batch.rows)
+
+        def spoils(member: int) -> PythonGatherer:
+            def gather(number: int, own: Float32, whole: Float32) -> None:
+                step = gathers[number // bands]
+                if number == at and member in members:
+                    own[:, -1] = value  # of int8 values the last scale
+                links[member].gather(number, own, whole, borders_in(step, whole.shape[1]), step.to)
+
+            return PythonGatherer(gather)
+
+        links = self.group.links
+        for member, stage in enumerate(self.group.stages):
+            assert isinstance(stage, GathersRows)
+            spoiled = spoils(member)
+            checks = checked_gathers(spoiled, self.program, batch.rows, self.accused.append)
+            stage.gather_by(checks if member == 0 else spoiled)
+        self.group.run(batch, None)
+        return self.accused
+
+
+def gathers_of(program: Program) -> list[Gather]:
+    return [step for step in program.steps if isinstance(step, Gather)]
+
+
+def check_all(model: Model, batch: Batch, shares: tuple[int, ...] = SHARES) -> None:
+    """One member alone, any other one, and all of them, which nobody is accused for."""
+    print(f"seed {SEED}")
+    drawn, whole = Random(SEED), model.program(0, model.layer_count, KvType.F16, LARGE.max_context_tokens, 1)
+    program = divide(whole, shares, 0)
+    spoiled = Spoiled(LinkedGroup(model, whole, shares, 1, LARGE), program)
+    last, members = (len(gathers_of(program)) - 1) * bands_of(program, batch.rows), range(len(shares))
+    for at in {0, last, *drawn.sample(range(last), 6)}:
+        for member in members:
+            value = drawn.choice(VALUES)
+            assert spoiled.run(batch, at, [member], value)[:1] == [member], f"gather {at}, {value}"
+        assert spoiled.run(batch, at, members, VALUES[0]) == [], f"gather {at}"
+    assert spoiled.run(batch, -1, members, VALUES[0]) == []
+    spoiled.group.close()
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("batch", [SHORT, LONG], ids=["one band", "two bands"])
+def test_rows_as_floats_and_as_int8(batch: Batch, kind: QuantType, tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2, kv_heads=4)
+    with Model.open(path) as model:
+        check_all(model, batch)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "deepseek2", "gpt-oss"])
+def test_experts_latent_attention_and_sinks(architecture: str, tmp_path: Path) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", architecture)) as model:
+        check_all(model, SHORT, (1, 1))

@@ -1,0 +1,29 @@
+"""Gathers of a step that is computed again for numbers that were not finite: which member's portion they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llamaclust.kernels._native import Gatherer, PythonGatherer
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.gathers import bands_of, borders_in, finite_members
+from llamaclust.model.groups.gather import Gather
+from llamaclust.model.program import Program
+
+
+def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
+    """Gathers of a run of so many rows by the links. `accuse` gets the place of a member whose columns of the first
+    gather with such numbers have some. Where all members have some, they all began with what is not finite."""
+    gathers, bands = [step for step in program.steps if isinstance(step, Gather)], bands_of(program, rows)
+
+    def gather(number: int, own: Float32, whole: Float32) -> None:
+        step = gathers[number // bands]
+        borders = borders_in(step, whole.shape[1])
+        links.gather(number, own, whole, borders, step.to)
+        are_finite = finite_members(step, whole)
+        with_columns = [place for place in range(len(are_finite)) if borders[place] < borders[place + 1]]
+        wrong = [place for place in with_columns if not are_finite[place]]
+        if wrong and len(wrong) < len(with_columns):
+            accuse(wrong[0])
+
+    return PythonGatherer(gather)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling_bounds import MAX_PENALTY, number, rows_of
 
 
 class SamplerName(StrEnum):
@@ -33,19 +37,57 @@ class SamplerChain:
     """What is done to logits, step after step; settings of a step that is not in `order` mean nothing."""
 
     order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
-    top_n_sigma: float = 0.0  # tokens within so many standard deviations of the best logit
-    tfs_z: float = 1.0  # tail-free: the share of the curve's bends that is kept
-    typical_p: float = 1.0  # tokens of the most typical surprise, until they reach this probability
-    xtc_probability: float = 0.0  # how often all but the last token above the threshold are taken out
-    xtc_threshold: float = 0.1
-    dynatemp_range: float = 0.0  # the temperature goes with the entropy, by so much down and up
-    dynatemp_exponent: float = 1.0
-    dry_multiplier: float = 0.0  # multiplier * base ^ (length of the repetition - allowed length) is subtracted
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    mirostat: int = 0  # 1, 2: chooses after all steps, so that the surprise stays near tau
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1  # how fast it learns
+    top_n_sigma: float = number(
+        (-1.0, 100.0),
+        -1.0,
+        "Keeps tokens whose logits are within this many standard deviations of the highest; 0 or less: all.",
+    )
+    tfs_z: float = number(
+        (0.0, 1.0),
+        1.0,
+        "Tail-free sampling: keeps the most probable tokens up to where the probability curve is flat; 1: all.",
+        "Z",
+    )
+    typical_p: float = number(
+        (0.0, 1.0),
+        1.0,
+        "Typical sampling: keeps the tokens of most average surprise, up to this cumulative probability; 1: all.",
+        "P",
+    )
+    xtc_probability: float = number(
+        (0.0, 1.0),
+        0.0,
+        "XTC: how often all tokens above the threshold except the least probable of them are removed; 0: never.",
+        "P",
+        gguf="xtc_probability",
+    )
+    xtc_threshold: float = number(
+        (0.0, 1.0), 0.1, "Probability from which XTC removes tokens; above 0.5: none.", "P", gguf="xtc_threshold"
+    )
+    dynatemp_range: float = number(
+        (0.0, 100.0),
+        0.0,
+        "Dynamic temperature: from temperature - range to temperature + range, by the entropy; 0: off.",
+    )
+    dynatemp_exponent: float = number(
+        (0.0, 100.0), 1.0, "Exponent of entropy / maximum entropy in the dynamic temperature."
+    )
+    dry_multiplier: float = number(
+        (0.0, MAX_PENALTY),
+        0.0,
+        "DRY: subtracts multiplier * base ^ (length - allowed length) from tokens that extend a repetition; 0: off.",
+    )
+    dry_base: float = number((1.0, MAX_PENALTY), 1.75, "Base of DRY's penalty.")
+    dry_allowed_length: int = number((1, MAX_CONTEXT_TOKENS), 2, "Shorter repetitions are not penalized.", "N")
+    mirostat: int = number(
+        (0, 2),
+        0,
+        "Mirostat of version 1 or 2, with which only penalties, DRY and temperature of the others apply; 0: off.",
+        "N",
+        gguf="mirostat",
+    )
+    mirostat_tau: float = number((0.0, 100.0), 5.0, "Mirostat's target surprise in bits.", gguf="mirostat_tau")
+    mirostat_eta: float = number((0.0, 100.0), 0.1, "Mirostat's learning rate.", gguf="mirostat_eta")
     unpenalized: tuple[int, ...] = ()  # ids that penalties leave alone (the line break)
 
     @property
@@ -56,3 +98,7 @@ class SamplerChain:
     def first_mu(self) -> float:
         """What Mirostat takes for the surprise to allow before its first token."""
         return 2 * self.mirostat_tau
+
+
+CHAIN: Final = rows_of(SamplerChain)
+"""The table's rows of a chain, which has the samplers beyond the plain ones."""

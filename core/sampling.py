@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
-from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampling_bounds import MAX_PENALTY, MAX_TOP_K, SamplingField, number, rows_of
 
 if TYPE_CHECKING:  # clients do not wait for it
     import numpy as np
@@ -25,13 +27,55 @@ AllowedTokens: TypeAlias = "NDArray[np.uint32]"
 class SamplingParams:
     """How a token is sampled. Defaults are greedy. Order of work: docs/numerics.md."""
 
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # llama.cpp's repeat_penalty: logits of seen tokens divided / multiplied by it
-    frequency_penalty: float = 0.0  # subtracted once per earlier occurrence
-    presence_penalty: float = 0.0  # subtracted once if the token occurred
+    temperature: float = number(
+        (0.0, 100.0),
+        1.0,
+        "Sampling temperature, which divides the logits; 0: greedy.",
+        neutral=0.0,
+        llamacpp=0.8,
+        ollama=0.8,
+        gguf="temp",
+    )
+    top_k: int = number(
+        (0, MAX_TOP_K),
+        0,
+        "Keeps only this many of the most probable tokens; 0: all.",
+        "N",
+        llamacpp=40,
+        ollama=40,
+        gguf="top_k",
+    )
+    top_p: float = number(
+        (0.0, 1.0),
+        1.0,
+        "Keeps the most probable tokens up to this cumulative probability; 1: all.",
+        "P",
+        llamacpp=0.95,
+        ollama=0.9,
+        gguf="top_p",
+    )
+    min_p: float = number(
+        (0.0, 1.0),
+        0.0,
+        "Keeps tokens with at least this fraction of the top token's probability; 0: all.",
+        "P",
+        llamacpp=0.05,
+        gguf="min_p",
+    )
+    repetition_penalty: float = number(
+        (1 / MAX_PENALTY, MAX_PENALTY),
+        1.0,
+        "Divides positive and multiplies negative logits of tokens that occurred; 1: off.",
+        ollama=1.1,
+        llamacpp_name="repeat_penalty",
+        gguf="penalty_repeat",
+    )
+    frequency_penalty: float = number(
+        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit for each time it occurred; 0: off."
+    )
+    presence_penalty: float = number(
+        (-MAX_PENALTY, MAX_PENALTY), 0.0, "Subtracted from a token's logit if it occurred; 0: off."
+    )
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), ids ascending
     chain: SamplerChain | None = None  # more samplers, or another order
 
@@ -44,6 +88,38 @@ class SamplingParams:
     def needs_state(self) -> bool:
         """Whether a choice depends on more than tokens: Mirostat's mu, which comes with the token before."""
         return self.chain is not None and self.chain.mirostat != 0
+
+    @property
+    def for_drafts(self) -> SamplingParams:
+        """The same draws without what depends on the tokens so far."""
+        return replace(self, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, chain=None)
+
+
+PARAMS: Final = rows_of(SamplingParams)
+"""The sampling table's rows of the plain samplers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Newest tokens that count, as requests give them: -1 for all."""
+
+    repeat_last_n: int = number(
+        (-1, MAX_CONTEXT_TOKENS),
+        -1,
+        "Last tokens, of prompt and answer together, that penalties count; -1: all.",
+        "N",
+        llamacpp=64,
+        ollama=64,
+        gguf="penalty_last_n",
+    )
+    dry_penalty_last_n: int = number((-1, MAX_CONTEXT_TOKENS), -1, "Last tokens that DRY examines; -1: all.", "N")
+
+
+SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
+"""All numbers that a request may set, by OpenAI's or, where it has none, by vLLM's or llama.cpp's name."""
+
+MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
+"""What a chat shows of them, and chooses by llama.cpp's defaults."""
 
 
 @dataclass(frozen=True, slots=True)

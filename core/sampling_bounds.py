@@ -1,40 +1,17 @@
-"""Bounds of sampling parameters, for the scheduler and the wire."""
+"""The type of the sampling table's rows, and bounds of what else a request says of sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import Enum, auto
+from typing import Any, Final
 
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0
 MAX_BIAS = 1e9  # added to a logit: a token that is never chosen, or always
 
-REAL_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (1 / MAX_PENALTY, MAX_PENALTY),
-    "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
-    "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
-}
-"""Least and greatest value of each decimal number among SamplingParams."""
-
-CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = {
-    "top_n_sigma": (-1.0, 100.0),
-    "tfs_z": (0.0, 1.0),
-    "typical_p": (0.0, 1.0),
-    "xtc_probability": (0.0, 1.0),
-    "xtc_threshold": (0.0, 1.0),
-    "dynatemp_range": (0.0, 100.0),
-    "dynatemp_exponent": (0.0, 100.0),
-    "dry_multiplier": (0.0, MAX_PENALTY),
-    "dry_base": (1.0, MAX_PENALTY),
-    "mirostat_tau": (0.0, 100.0),
-    "mirostat_eta": (0.0, 100.0),
-}
-"""Likewise among those of a SamplerChain."""
-
 MAX_LOGIT_BIASES = 1024
-MAX_MIROSTAT = 2
 MAX_MU = 1e12
 MAX_BREAKERS = 1 << 16  # token sequences of one request that DRY does not look beyond
 MAX_BREAKER_TOKENS = 64  # tokens of each
@@ -47,3 +24,67 @@ MAX_FORCED_TOKENS = 64  # that one output row may add to the sampled one
 MAX_DRAFTED_TOKENS = 32  # that an MTP head adds likewise
 MAX_MATCHER_NS = 60_000_000_000  # processor time of a row's matcher; answers are given up long before
 MAX_REASONING_END_TOKENS = 1 << 14  # that end reasoning whose budget is used up
+
+_ROW: Final = "row"
+
+
+class Dialect(Enum):
+    """A family of APIs with its own names and defaults."""
+
+    OPENAI = auto()  # Anthropic's API too
+    LLAMACPP = auto()
+    OLLAMA = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingField:
+    """One number of a request: a row of the sampling table."""
+
+    low: float
+    high: float
+    default: float  # of requests that leave it out; if it is a whole number, the field takes no other
+    doc: str  # one sentence
+    placeholder: str  # of the command-line option
+    llamacpp: float  # default in llama.cpp's API
+    ollama: float
+    llamacpp_name: str  # name in llama.cpp's and Ollama's APIs and of the option; empty: the same
+    gguf: str  # key below `general.sampling.` in model files; empty: none
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.default, int)
+
+    def name_in(self, dialect: Dialect, name: str) -> str:
+        return name if dialect is Dialect.OPENAI else self.llamacpp_name or name
+
+    def default_in(self, dialect: Dialect) -> float:
+        return {Dialect.LLAMACPP: self.llamacpp, Dialect.OLLAMA: self.ollama}.get(dialect, self.default)
+
+
+def number(
+    bounds: tuple[float, float],
+    default: float,
+    doc: str,
+    placeholder: str = "X",
+    *,
+    neutral: float | None = None,
+    llamacpp: float | None = None,
+    ollama: float | None = None,
+    llamacpp_name: str = "",
+    gguf: str = "",
+) -> Any:
+    """Declares an attribute of a dataclass with its row; its default is `neutral`, else that of requests. Defaults of
+    APIs that are None equal `default`."""
+    own = [default if value is None else value for value in (llamacpp, ollama)]
+    row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
+    return field(default=default if neutral is None else neutral, metadata={_ROW: row})
+
+
+def rows_of(kind: Any) -> dict[str, SamplingField]:
+    """The rows of a dataclass by the attribute's name, in their order."""
+    return {part.name: part.metadata[_ROW] for part in fields(kind) if _ROW in part.metadata}
+
+
+def numbers_of(source: object, names: Iterable[str]) -> dict[str, Any]:
+    """Attributes of the source by name, as arguments of what has parameters of these names."""
+    return {name: getattr(source, name) for name in names}

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from itertools import repeat
 
-from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import AllowedTokens, RowResult, RowTask, SampleTask, ScoreTask
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampling import PARAMS, AllowedTokens, RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling_bounds import numbers_of
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Logits, RankedLogits
 
@@ -62,13 +62,7 @@ def _native_task(task: RowTask, allowed: AllowedTokens | None) -> _native.RowTas
         return _native.RowTask.score(token=task.token, top_logprobs=task.top_logprobs)
     params = task.params
     return _native.RowTask.sample(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        frequency_penalty=params.frequency_penalty,
-        presence_penalty=params.presence_penalty,
+        **numbers_of(params, PARAMS),
         logit_bias=params.logit_bias,
         seed=task.seed,
         choice=task.choice,
@@ -77,21 +71,19 @@ def _native_task(task: RowTask, allowed: AllowedTokens | None) -> _native.RowTas
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
         chain=_native_chain(params.chain, task) if params.chain is not None else None,
-        **({} if allowed is None else {"allowed": allowed}),
+        allowed=allowed,
     )
 
 
 def _native_chain(chain: SamplerChain, task: SampleTask) -> _native.Chain:
     return _native.Chain.make(
         order=[SAMPLERS.index(step) for step in chain.order],
-        dry_allowed_length=chain.dry_allowed_length,
-        mirostat=chain.mirostat,
         unpenalized=chain.unpenalized,
         penalty_window=-1 if task.penalty_window is None else task.penalty_window,
         dry_window=-1 if task.dry_window is None else task.dry_window,
         breakers=task.breakers,
         mu=task.mu,
-        **{name: getattr(chain, name) for name in CHAIN_BOUNDS},
+        **numbers_of(chain, CHAIN),
     )
 
 

@@ -1,11 +1,13 @@
-"""Fields of samplers beyond the plain ones, by llama.cpp's names, which all endpoints share."""
+"""Fields of all bodies that say how tokens are sampled, made from the sampling table (core/sampling.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
@@ -13,10 +15,11 @@ from llamaclust.cluster.api.schema import Body, SeedField
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, CompletionRequest
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling import Grammar, SamplingParams
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT, MAX_TOP_K, REAL_BOUNDS
+from llamaclust.core.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampling import PARAMS, SAMPLING_TABLE, Grammar, SamplingParams
+from llamaclust.core.sampling_bounds import MAX_TOP_K, Dialect
+
+_AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
 
 _ALIASES = {
     "nucleus": SamplerName.TOP_P,
@@ -60,8 +63,42 @@ def documented(low: float, high: float) -> Any:
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
-def _bounded(name: str) -> Any:
-    return documented(*CHAIN_BOUNDS[name])
+def _openai_top_k(value: int) -> int:
+    return 0 if value == -1 else value
+
+
+_TOP_K = {
+    Dialect.OPENAI: Annotated[int, AfterValidator(_openai_top_k), documented(-1, MAX_TOP_K)],
+    Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
+    Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
+}
+"""Where all tokens are kept, some APIs say it by negative numbers."""
+
+
+def _declared(name: str, dialect: Dialect) -> tuple[str, Any]:
+    """The name and the declaration of a number in bodies of the dialect."""
+    row = SAMPLING_TABLE[name]
+    own_name = row.name_in(dialect, name)
+    kind: Any = int if row.is_whole else float
+    if name == "top_k":
+        kind = _TOP_K[dialect]
+    elif own_name == name:
+        kind = Annotated[kind, documented(row.low, row.high)]
+    else:  # the scheduler would name the other name
+        kind = Annotated[kind, Field(ge=row.low, le=row.high)]
+    return own_name, (kind, Field(row.default_in(dialect), description=row.doc))
+
+
+def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
+    """Adds the numbers of the sampling table to a body, by the dialect's names and with its defaults."""
+
+    def add(kind: type[_AnyFields]) -> type[_AnyFields]:
+        numbers = dict(_declared(name, dialect) for name in SAMPLING_TABLE if name not in without)
+        made = create_model(kind.__name__, __base__=kind, __module__=kind.__module__, __doc__=kind.__doc__, **numbers)
+        made.dialect = dialect
+        return made
+
+    return add
 
 
 _NAMES: dict[str, Any] = {"anyOf": [{"type": "array", "items": {"enum": list(SAMPLERS)}}, {"type": "string"}]}
@@ -72,49 +109,28 @@ TextsField = Annotated[
 
 
 class SamplerFields(Body):
-    """Off by default."""
+    """How tokens are sampled; the decorator `sampled` adds the numbers."""
 
-    top_n_sigma: Annotated[float, _bounded("top_n_sigma")] = -1.0
-    """Only tokens whose logits are within so many standard deviations of the likeliest's; 0 or less: all."""
-    tfs_z: Annotated[float, _bounded("tfs_z")] = 1.0
-    """Tail-free sampling: only the likeliest tokens up to where the curve of probabilities is flat; 1: all."""
-    typical_p: Annotated[float, _bounded("typical_p")] = 1.0
-    """Only the tokens of the most typical probability that reach this one together; 1: all."""
-    xtc_probability: Annotated[float, _bounded("xtc_probability")] = 0.0
-    """How often the likeliest tokens are taken out; 0: never."""
-    xtc_threshold: Annotated[float, _bounded("xtc_threshold")] = 0.1
-    """All that are at least so likely but the last of them; above 0.5: none."""
-    dynatemp_range: Annotated[float, _bounded("dynatemp_range")] = 0.0
-    """The temperature is by so much lower where the model is sure, and higher where it is not."""
-    dynatemp_exponent: Annotated[float, _bounded("dynatemp_exponent")] = 1.0
-    """How it goes with the entropy."""
-    dry_multiplier: Annotated[float, _bounded("dry_multiplier")] = 0.0
-    """DRY: multiplier * base ^ (tokens repeated - allowed length) is subtracted from what repeats; 0: off."""
-    dry_base: Annotated[float, _bounded("dry_base")] = 1.75
-    """That base."""
-    dry_allowed_length: Annotated[int, documented(1, MAX_CONTEXT_TOKENS)] = 2
-    """Shorter repetitions cost nothing."""
-    dry_penalty_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = -1
-    """Last tokens that DRY looks at; -1: all."""
+    dialect: ClassVar[Dialect]
+
     dry_sequence_breakers: TextsField = DEFAULT_BREAKERS
-    """No repetition goes beyond these texts."""
-    mirostat: Annotated[int, documented(0, MAX_MIROSTAT)] = 0
-    """1, 2: Mirostat of that version keeps the surprise near `mirostat_tau`; of the other samplers, penalties, DRY and
-    temperature act alone."""
-    mirostat_tau: Annotated[float, _bounded("mirostat_tau")] = 5.0
-    """In bits."""
-    mirostat_eta: Annotated[float, _bounded("mirostat_eta")] = 0.1
-    """How fast it learns."""
+    """Texts that end a repetition for DRY."""
     penalize_nl: bool = True
-    """Penalties count line breaks too."""
+    """False: penalties do not apply to line breaks."""
     samplers: SamplersField = SAMPLERS
-    """Which samplers act, and in which order; what is not among them does not act."""
+    """The samplers that apply, in this order."""
 
-    def chain(self) -> SamplerChain | None:
-        """The samplers that change anything, in their order; None where the plain ones do the same. ParameterError for
-        a setting out of bounds."""
-        settings = {name: getattr(self, name) for name in (*CHAIN_BOUNDS, "dry_allowed_length", "mirostat")}
-        chain = SamplerChain(self.samplers, **settings)
+    def numbers(self, names: Iterable[str]) -> dict[str, Any]:
+        """Returns values of the sampling table's fields by name; the body may call them differently."""
+        return {name: getattr(self, SAMPLING_TABLE[name].name_in(self.dialect, name)) for name in names}
+
+    def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
+        """Raises ParameterError for a number of a chain that is out of bounds; the scheduler checks the others."""
+        return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
+
+    def _chain(self) -> SamplerChain | None:
+        """The samplers that change anything, in their order; None where the plain ones do the same."""
+        chain = SamplerChain(self.samplers, **self.numbers(CHAIN))
         check_chain(chain)
         chain = replace(chain, order=_effective_order(chain))
         is_plain = chain.order == PLAIN_ORDER and not chain.mirostat and not chain.dynatemp_range
@@ -123,28 +139,24 @@ class SamplerFields(Body):
     @property
     def dry_window(self) -> int | None:
         """None: all tokens."""
-        return None if self.dry_penalty_last_n == -1 else self.dry_penalty_last_n
+        return self._window("dry_penalty_last_n")
+
+    @property
+    def penalty_window(self) -> int | None:
+        """None: all tokens."""
+        return self._window("repeat_last_n") if "repeat_last_n" in type(self).model_fields else None
+
+    def _window(self, name: str) -> int | None:
+        tokens: int = self.numbers((name,))[name]
+        return None if tokens == -1 else tokens
 
 
+@sampled(Dialect.OPENAI, without=("repeat_last_n",))
 class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
     """Of one answer to one chat, where an API has no more to say of how tokens are sampled."""
 
     stream: bool = False
     """Server-sent events."""
-    temperature: float = 1.0
-    """0 chooses the likeliest token."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that reach this probability together."""
-    top_k: Annotated[int, documented(-1, MAX_TOP_K)] = 0
-    """Only that many of the likeliest tokens; 0 and -1: all."""
-    min_p: float = 0.0
-    """Keep tokens with at least this fraction of the top token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that occurred."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it occurred."""
-    presence_penalty: float = 0.0
-    """Subtracted from a token's logit if it occurred."""
     seed: SeedField = None
     """The same seed gives the same answer; drawn where it is absent or -1."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
@@ -154,15 +166,10 @@ class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
         self, max_new_tokens: int | None, stop: tuple[str, ...], grammar: Grammar | None
     ) -> CompletionRequest:
         """Without a prompt."""
-        params = SamplingParams(
-            top_k=0 if self.top_k == -1 else self.top_k,
-            chain=self.chain(),
-            **{name: getattr(self, name) for name in REAL_BOUNDS},
-        )
         return CompletionRequest(
             (),
             max_new_tokens,
-            params,
+            self.params(),
             seed=self.seed,
             stop=stop,
             penalize_nl=self.penalize_nl,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -10,8 +10,9 @@ from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, AdapterScales
-from llamaclust.core.sampler_chain import SamplerChain
-from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampling import PARAMS, SamplingParams
+from llamaclust.core.sampling_bounds import SamplingField
 
 NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128
@@ -59,12 +60,18 @@ def validate(
 
 def check_chain(chain: SamplerChain) -> None:
     """Raises ParameterError for a setting of a sampler that is out of bounds."""
-    for name, (low, high) in bounds.CHAIN_BOUNDS.items():
-        check_number(name, getattr(chain, name), low, high)
-    check_integer("mirostat", chain.mirostat, 0, bounds.MAX_MIROSTAT)
-    check_integer("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
+    _check_rows(chain, CHAIN)
     if len(set(chain.order)) < len(chain.order):
         raise ParameterError("samplers", "a sampler is listed twice")
+
+
+def _check_rows(source: object, rows: Mapping[str, SamplingField]) -> None:
+    for name, value in bounds.numbers_of(source, rows).items():
+        row = rows[name]
+        if row.is_whole:
+            check_integer(name, value, int(row.low), int(row.high))
+        else:
+            check_number(name, value, row.low, row.high)
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
@@ -109,9 +116,7 @@ def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> Non
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:
-    for name, (low, high) in bounds.REAL_BOUNDS.items():
-        check_number(name, getattr(params, name), low, high)
-    check_integer("top_k", params.top_k, 0, bounds.MAX_TOP_K)
+    _check_rows(params, PARAMS)
     if params.chain is not None:
         check_chain(params.chain)
         _check_tokens("unpenalized", params.chain.unpenalized, vocabulary)

@@ -26,9 +26,8 @@ from llamaclust.core.limits import (
     MAX_TOP_LOGPROBS,
     MAX_VOCABULARY,
 )
-from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, ScoreTask
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
+from llamaclust.core.sampling import PARAMS, RowResult, SampleTask, SamplingParams, ScoreTask
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.microbatch.codec import (
     decode_inputs,
@@ -42,6 +41,7 @@ from llamaclust.wire.microbatch.codec import (
 )
 from llamaclust.wire.microbatch.frames import Frame, decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from support.arithmetic.sampling_cases import numbers_within
 from support.paths import ROOT
 from support.wire.rows_of_tasks import chained, in_a_row
 
@@ -85,22 +85,14 @@ microbatches = st.builds(Microbatch, st.text("0123456789abcdef", max_size=64), u
 )
 params = st.builds(
     SamplingParams,
-    temperature=st.floats(0, 10),
-    top_k=st.integers(0, 2**31 - 1),
-    top_p=st.floats(0, 1),
-    min_p=st.floats(0, 1),
-    repetition_penalty=st.floats(0.1, 10),
-    frequency_penalty=reals,
-    presence_penalty=reals,
+    **numbers_within(PARAMS),
     logit_bias=st.lists(st.tuples(tokens, reals), max_size=3).map(tuple),
     chain=st.none()
     | st.builds(
         SamplerChain,
         order=st.lists(st.sampled_from(SAMPLERS), unique=True).map(tuple),
-        dry_allowed_length=st.integers(1, MAX_CONTEXT_TOKENS),
-        mirostat=st.integers(0, 2),
         unpenalized=st.lists(tokens, max_size=3).map(tuple),
-        **{name: st.floats(*bounds) for name, bounds in CHAIN_BOUNDS.items()},
+        **numbers_within(CHAIN),
     ),
 )
 windows = st.none() | st.integers(0, MAX_CONTEXT_TOKENS)

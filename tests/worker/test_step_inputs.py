@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, MAX_VOCABULARY
 from llamaclust.core.sampler_chain import SamplerChain
-from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, RowTask, SampleTask, SamplingParams, ScoreTask
-from llamaclust.core.sampling_bounds import REAL_BOUNDS
+from llamaclust.core.sampling import (
+    PARAMS,
+    Grammar,
+    MatcherRow,
+    MatcherStart,
+    RowTask,
+    SampleTask,
+    SamplingParams,
+    ScoreTask,
+)
 from llamaclust.kernels.sampling import Sampler, row_results
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch, encode_result
@@ -23,6 +31,7 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.step_inputs import StepInputs, inputs_reader
+from support.arithmetic.sampling_cases import numbers_within
 from support.wire.frame_reader import MODEL_ID, reader
 
 VOCABULARY = 50
@@ -30,8 +39,7 @@ MOST_ROWS = 40  # that are sampled in a test
 
 uint64 = st.integers(0, 2**64 - 1)
 tokens = st.integers(0, VOCABULARY)  # the last one is foreign
-reals = {name: st.floats(*bounds) for name, bounds in REAL_BOUNDS.items()}
-params = st.builds(SamplingParams, top_k=st.integers(0, 9) | st.just(2**31 - 1), **reals)
+params = st.builds(SamplingParams, **{**numbers_within(PARAMS), "top_k": st.integers(0, 9) | st.just(2**31 - 1)})
 samples = st.builds(
     SampleTask,
     params,

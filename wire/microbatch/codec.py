@@ -6,18 +6,18 @@ What depends on a loaded stage (vocabulary, KV blocks, limits) is checked by the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from llamaclust.core import limits, sampling_bounds
 from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
-from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask, TopLogprobs
-from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS, MAX_MATCHER_NS
+from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampling import PARAMS, RowResult, RowTask, SampleTask, SamplingParams, ScoreTask, TopLogprobs
+from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS, MAX_MATCHER_NS, SamplingField
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
@@ -194,11 +194,20 @@ def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
     bounded("logit biases", len(message.logit_bias), 0, limits.MAX_VOCABULARY)
     most = -sampling_bounds.MAX_BIAS, sampling_bounds.MAX_BIAS
     return SamplingParams(
-        top_k=bounded("top_k", message.top_k, 0, sampling_bounds.MAX_TOP_K),
         logit_bias=tuple((_token(bias.token), finite("logit_bias", bias.bias, *most)) for bias in message.logit_bias),
         chain=_chain_in(message.chain) if message.HasField("chain") else None,
-        **{name: finite(name, getattr(message, name), *bounds) for name, bounds in sampling_bounds.REAL_BOUNDS.items()},
+        **_numbers(message, PARAMS),
     )
+
+
+def _numbers(message: object, rows: Mapping[str, SamplingField]) -> dict[str, Any]:
+    given = sampling_bounds.numbers_of(message, rows)
+    for name, row in rows.items():
+        if row.is_whole:
+            bounded(name, given[name], int(row.low), int(row.high))
+        else:
+            finite(name, given[name], row.low, row.high)
+    return given
 
 
 def _chain_in(chain: sampling_proto.SamplerChain) -> SamplerChain:
@@ -209,10 +218,8 @@ def _chain_in(chain: sampling_proto.SamplerChain) -> SamplerChain:
     bounded("unpenalized", len(chain.unpenalized), 0, limits.MAX_VOCABULARY)
     return SamplerChain(
         steps,
-        dry_allowed_length=bounded("dry_allowed_length", chain.dry_allowed_length, 1, limits.MAX_CONTEXT_TOKENS),
-        mirostat=bounded("mirostat", chain.mirostat, 0, sampling_bounds.MAX_MIROSTAT),
         unpenalized=_tokens(chain.unpenalized),
-        **{name: finite(name, getattr(chain, name), *bounds) for name, bounds in sampling_bounds.CHAIN_BOUNDS.items()},
+        **_numbers(chain, CHAIN),
     )
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from llamaclust.core import sampling_bounds
-from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
-from llamaclust.core.sampling import MatcherRow, RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampling import PARAMS, MatcherRow, RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampling_bounds import numbers_of
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.microbatch.fields import packed_words, sized, varint
 from llamaclust.wire.microbatch.matchers import matcher_row_out
@@ -103,10 +103,9 @@ _cached_parts = lru_cache(_CACHED_PARTS)(_encoded_parts)
 
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
     return sampling_proto.SamplingParams(
-        top_k=params.top_k,
         logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
         chain=None if params.chain is None else _chain_out(params.chain),
-        **{name: getattr(params, name) for name in sampling_bounds.REAL_BOUNDS},
+        **numbers_of(params, PARAMS),
     )
 
 
@@ -117,8 +116,6 @@ _plain_params_out, _biased_params_out = lru_cache(_PLAIN_PARAMS)(_params_out), l
 def _chain_out(chain: SamplerChain) -> sampling_proto.SamplerChain:
     return sampling_proto.SamplerChain(
         order=[SAMPLERS.index(step) for step in chain.order],
-        dry_allowed_length=chain.dry_allowed_length,
-        mirostat=chain.mirostat,
         unpenalized=chain.unpenalized,
-        **{name: getattr(chain, name) for name in sampling_bounds.CHAIN_BOUNDS},
+        **numbers_of(chain, CHAIN),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.kv_type import KvType
@@ -176,6 +176,4 @@ def following(
 
 def _draft_task(task: SampleTask) -> SampleTask:
     """For the token behind the one that a task chose: the same draws, and what the head can know of the choice."""
-    params = task.params
-    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, logit_bias=params.logit_bias)
-    return SampleTask(draws, task.seed, task.choice, task.position + 1, suppressed=task.suppressed)
+    return SampleTask(task.params.for_drafts, task.seed, task.choice, task.position + 1, suppressed=task.suppressed)

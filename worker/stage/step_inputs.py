@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from llamaclust.core import limits
-from llamaclust.core.sampling_bounds import MAX_TOP_K, REAL_BOUNDS
+from llamaclust.core.sampling import PARAMS
+from llamaclust.core.sampling_bounds import MAX_TOP_K
 from llamaclust.kernels._native import InputsReader, MicrobatchFrame, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, decode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
@@ -28,7 +29,7 @@ def inputs_reader() -> InputsReader:
         max_top_k=MAX_TOP_K,
         max_tokens=MAX_INPUTS_TOKENS,
         max_bytes=MAX_INPUTS_BYTES,
-        reals=tuple(REAL_BOUNDS.values()),
+        reals=tuple((row.low, row.high) for row in PARAMS.values() if not row.is_whole),
     )
 
 

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llamaclust.cluster.api.foreign_fields import CHAT
-from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
 from llamaclust.cluster.api.sampler_schema import SamplerFields
+from llamaclust.core.sampling import MAIN_NUMBERS, SAMPLING_TABLE
 
-_PLAIN: Final = ("temperature", "top_k", "top_p", "min_p")
-_FIELDS: Final = frozenset(
-    (
-        *_PLAIN,
-        "repetition_penalty",
-        "repeat_last_n",
-        "frequency_penalty",
-        "presence_penalty",
-        *SamplerFields.model_fields,
-    )
-)
+_FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Values of fields of `/v1/chat/completions`: the cluster file's `defaults`, then what the model file recommends,
     then llama.cpp's own values."""
-    plain = {name: LlamaCppBody.model_fields[name].default for name in _PLAIN}
+    plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

@@ -10,7 +10,7 @@ from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.openai.schema import ChatFields
-from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
+from llamaclust.cluster.api.sampler_schema import SamplerFields, sampled
 from llamaclust.cluster.api.schema import (
     MAX_PROMPTS,
     Body,
@@ -23,9 +23,8 @@ from llamaclust.cluster.api.schema import (
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.fill_in import Gap, OtherFile
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
-from llamaclust.core.sampling import SamplingParams
-from llamaclust.core.sampling_bounds import MAX_PENALTY
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
+from llamaclust.core.sampling_bounds import Dialect
 
 RANDOM_SEEDS = (-1, 0xFFFFFFFF)
 NEVER = -1e9
@@ -90,6 +89,7 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
+@sampled(Dialect.LLAMACPP)
 class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     """`POST /completion`."""
 
@@ -101,22 +101,6 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """Text, token ids, both mixed, or a list of several."""
     n_predict: WholeLimitField = -1
     """Tokens at most; -1: what the context leaves."""
-    temperature: float = 0.8
-    """0 chooses the likeliest token."""
-    top_k: int = 40
-    """Only that many of the likeliest tokens; 0 or less: all."""
-    top_p: float = 0.95
-    """Only the likeliest tokens that reach this probability together."""
-    min_p: float = 0.05
-    """Keep tokens with at least this fraction of the top token's probability."""
-    repeat_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] = 1.0
-    """Divides positive and multiplies negative logits of tokens that occurred."""
-    repeat_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = 64
-    """Last tokens that penalties count; -1: all."""
-    presence_penalty: float = 0.0
-    """Subtracted from a token's logit if it occurred."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it occurred."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
     """[[token id or text, bias or false], ...]."""
     seed: int = -1
@@ -135,19 +119,6 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """A stream begins with events that say how far the prompt is computed."""
     stream: bool = False
     """Server-sent events."""
-
-    def sampling(self, biases: tuple[tuple[int, float], ...]) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=max(0, self.top_k),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repeat_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            logit_bias=biases,
-            chain=self.chain(),
-        )
 
     @property
     def max_new_tokens(self) -> int | None:

@@ -11,20 +11,21 @@ from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.tools import CallField, FunctionsField
-from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
+from llamaclust.cluster.api.sampler_schema import SamplerFields, sampled
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
-from llamaclust.core.sampling import Grammar, SamplingParams
-from llamaclust.core.sampling_bounds import MAX_PENALTY
+from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling_bounds import Dialect
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
 _EFFORTS: Final = ("low", "medium", "high", "max")
 _MESSAGES: Final = 16_384
 
 
+@sampled(Dialect.OLLAMA)
 class Options(SamplerFields, ReasoningFields, SpeculativeFields):
     """How an answer is sampled."""
 
@@ -32,38 +33,10 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields):
 
     num_predict: WholeLimitField = -1
     """Tokens at most; 0 or less: what the context leaves."""
-    temperature: float = 0.8
-    """0 chooses the likeliest token."""
-    top_k: int = 40
-    """Only that many of the likeliest tokens; 0 or less: all."""
-    top_p: float = 0.9
-    """Only the likeliest tokens that reach this probability together."""
-    min_p: float = 0.0
-    """Keep tokens with at least this fraction of the top token's probability."""
-    repeat_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] = 1.1
-    """Divides positive and multiplies negative logits of tokens that occurred."""
-    repeat_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = 64
-    """Last tokens that penalties count; -1: all."""
-    presence_penalty: float = 0.0
-    """Subtracted from a token's logit if it occurred."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it occurred."""
     seed: SeedField = None
     """-1: drawn."""
     stop: StopField = ()
     """The answer ends before the first of these."""
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=max(0, self.top_k),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repeat_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            chain=self.chain(),
-        )
 
 
 def _options(value: Any, info: ValidationInfo) -> Any:
@@ -120,10 +93,10 @@ class AnswerFields(Body):
         return CompletionRequest(
             prompt,
             options.num_predict if options.num_predict > 0 else None,
-            options.sampling(),
+            options.params(),
             seed=options.seed,
             stop=options.stop,
-            penalty_window=None if options.repeat_last_n == -1 else options.repeat_last_n,
+            penalty_window=options.penalty_window,
             penalize_nl=options.penalize_nl,
             dry_window=options.dry_window,
             dry_breakers=options.dry_sequence_breakers,

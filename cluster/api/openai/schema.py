@@ -13,7 +13,7 @@ from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import MESSAGE
 from llamaclust.cluster.api.openai.content import ContentField
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
-from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
+from llamaclust.cluster.api.sampler_schema import SamplerFields, documented, sampled
 from llamaclust.cluster.api.schema import (
     BiasField,
     Body,
@@ -30,10 +30,8 @@ from llamaclust.cluster.text.chat import ChatRequest, PromptEnd, effort_variable
 from llamaclust.cluster.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
-from llamaclust.core.sampling import SamplingParams
-from llamaclust.core.sampling_bounds import MAX_TOP_K, REAL_BOUNDS
+from llamaclust.core.sampling_bounds import Dialect
 
-DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -126,27 +124,12 @@ class ChatFields(ToolFields):
         return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
 
 
+@sampled(Dialect.OPENAI)
 class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     model: str | None = None
     """The served model's name, or that of an adapter; another name is refused."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it occurred."""
-    presence_penalty: float = 0.0
-    """Subtracted from a token's logit if it occurred."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that occurred."""
-    repeat_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = -1
-    """Last tokens that penalties count, prompt and answer together; -1, the default: all."""
     logit_bias: BiasField = ()
     """Added to the logits of these token ids."""
-    temperature: float = DEFAULT_TEMPERATURE
-    """0 chooses the likeliest token."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that reach this probability together."""
-    top_k: Annotated[int, documented(-1, MAX_TOP_K)] = 0
-    """Only that many of the likeliest tokens; 0 and -1: all."""
-    min_p: float = 0.0
-    """Keep tokens with at least this fraction of the top token's probability."""
     seed: SeedField = None
     """The same seed gives the same answer; drawn and returned where it is absent or -1."""
     stop: StopField = ()
@@ -181,23 +164,17 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, Specula
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
         """The completion of one prompt. `more` are further fields of CompletionRequest."""
-        params = SamplingParams(
-            top_k=0 if self.top_k == -1 else self.top_k,
-            logit_bias=self.logit_bias,
-            chain=self.chain(),
-            **{name: getattr(self, name) for name in REAL_BOUNDS},
-        )
         return CompletionRequest(
             prompt,
             max_new_tokens,
-            params,
+            self.params(self.logit_bias),
             seed=self.seed,
             stop=self.stop,
             stop_token_ids=frozenset(self.stop_token_ids),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             n=self.n,
-            penalty_window=None if self.repeat_last_n == -1 else self.repeat_last_n,
+            penalty_window=self.penalty_window,
             penalize_nl=self.penalize_nl,
             dry_window=self.dry_window,
             dry_breakers=self.dry_sequence_breakers,

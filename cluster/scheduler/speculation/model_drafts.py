@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds, counts_to_try
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
-from llamaclust.core.sampling import SampleTask, SamplingParams
+from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
 """Tokens that a model may lack of a sequence that waits for it: those of the last window are among them."""
@@ -181,8 +181,8 @@ def _accepted(rate: float, count: int) -> float:
 
 def _order(sequence: Sequence, most: int) -> DraftOrder:
     request, length = sequence.request, len(sequence.tokens)
-    params = request.params
-    draws = SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, logit_bias=params.logit_bias)
     stops = request.stop_token_ids if sequence.generated < request.min_tokens else ()
-    task = SampleTask(draws, request.seed, request.choice, position=length, suppressed=tuple(sorted(stops)))
+    task = SampleTask(
+        request.params.for_drafts, request.seed, request.choice, position=length, suppressed=tuple(sorted(stops))
+    )
     return DraftOrder(sequence.key, sequence.tokens, length, most, task)

@@ -1,15 +1,26 @@
-"""Random logits and sampling tasks."""
+"""Random logits, sampling tasks and numbers of the sampling table."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
+from llamaclust.core.sampling_bounds import SamplingField
 
 Logits = NDArray[np.float32]
+
+
+def numbers_within(rows: Mapping[str, SamplingField]) -> dict[str, Any]:
+    """A strategy for each row of the table."""
+    return {
+        name: st.integers(int(row.low), int(row.high)) if row.is_whole else st.floats(row.low, row.high)
+        for name, row in rows.items()
+    }
 
 
 def random_logits(rng: np.random.Generator, vocabulary: int) -> Logits:

@@ -21,6 +21,7 @@ from llamaclust.cluster.api.structured_output import response_format_grammar
 from llamaclust.cluster.text.chat import ChatRequest, effort_variables
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
+from llamaclust.core.sampling import PARAMS
 
 _MAX_METADATA: Final = 16
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -150,6 +151,7 @@ class ResponsesBody(AnswerFields, ReasoningFields):
 
     def shown(self) -> dict[str, Any]:
         """What a response repeats of its request."""
+        given = self.numbers(PARAMS)
         return {
             "background": self.background,
             "instructions": self.instructions,
@@ -158,15 +160,15 @@ class ResponsesBody(AnswerFields, ReasoningFields):
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
             "store": self.store,
-            "temperature": self.temperature,
+            "temperature": given["temperature"],
             "text": {"format": self.text.format},
             "tool_choice": self.tool_choice,
             "tools": [*self.tools.shown],
             "top_logprobs": self.top_logprobs,
-            "top_p": self.top_p,
+            "top_p": given["top_p"],
             "metadata": self.metadata,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": given["presence_penalty"],
+            "frequency_penalty": given["frequency_penalty"],
         }
 
     def check(self) -> None:

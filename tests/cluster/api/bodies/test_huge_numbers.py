@@ -14,9 +14,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.bounds import finite
 from llamaclust.core.errors import ParameterError, ProtocolError
-from llamaclust.core.sampler_chain import SamplerChain
-from llamaclust.core.sampling import SamplingParams
-from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, REAL_BOUNDS
+from llamaclust.core.sampler_chain import CHAIN, SamplerChain
+from llamaclust.core.sampling import PARAMS, SamplingParams
 from support.clusters.served import ScriptedEngine, make_app, says
 
 HUGE = (10**400, -(10**400), 10**25)
@@ -83,10 +82,10 @@ def _values(schema: Any, definitions: dict[str, Any], depth: int = 0) -> Iterato
 
 
 @pytest.mark.parametrize("number", [*HUGE, math.inf, math.nan])
-@pytest.mark.parametrize("name", [*REAL_BOUNDS, *CHAIN_BOUNDS, "logit_bias", "top_k"])
+@pytest.mark.parametrize("name", [*PARAMS, *CHAIN, "logit_bias"])
 def test_programs_get_the_same_refusal(name: str, number: float) -> None:
     value: Any = ((1, number),) if name == "logit_bias" else number
-    chain = SamplerChain(**{name: value}) if name in CHAIN_BOUNDS else None
+    chain = SamplerChain(**{name: value}) if name in CHAIN else None
     params = SamplingParams(chain=chain) if chain else SamplingParams(**{name: value})
     request = GenerationRequest("a", (1,), 1, params)
     with pytest.raises(ParameterError, match=f"^{name}: must be a .*number within") as error:

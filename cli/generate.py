@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from llamaclust.cli import terminal
+from llamaclust.cli.chat.sampling_options import with_samplers
 from llamaclust.cli.options import (
     NO_GPUS,
     CaFile,
@@ -30,7 +31,6 @@ from llamaclust.cli.options import (
     Threads,
     option_value,
     text_of,
-    with_samplers,
 )
 from llamaclust.core.errors import UsageError
 
@@ -47,30 +47,16 @@ ServedModel = Annotated[
     str | None,
     Option("--served-model", metavar="NAME", help="A model or adapter that the cluster serves; default: the first."),
 ]
-Temperature = Annotated[float, Option("--temperature", metavar="X", help="Sampling temperature; 0: greedy.")]
 Seed = Annotated[
     int | None, Option("--seed", metavar="N", help="The same seed gives the same answer; default: random.")
 ]
-TopK = Annotated[int, Option("--top-k", metavar="N", help="Keep the N most probable tokens; 0: all.")]
-TopP = Annotated[
-    float, Option("--top-p", metavar="P", help="Keep the most probable tokens up to this cumulative probability.")
-]
-MinP = Annotated[
-    float,
-    Option("--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."),
-]
-_RECOMMENDED = "Default: what the model's file recommends, else"
 
 
-@with_samplers
+@with_samplers(recommended=False)
 def generate(
     prompt: Annotated[str | None, Argument(metavar="PROMPT", help="The text to complete; `-`: standard input.")] = None,
     max_tokens: Annotated[int, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens.")] = 128,
-    temperature: Temperature = 0.0,
     seed: Seed = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
     stop: Annotated[list[str], Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
     as_json: Json = False,
     endpoint: Endpoint = None,
@@ -106,8 +92,8 @@ def generate(
     )
     target.check_drafts(more.get("speculative"))
     text = given_or_piped(prompt)
-    options: CompletionOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
-    options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, **more}  # type: ignore[typeddict-item]
+    options: CompletionOptions = {"max_tokens": max_tokens, "seed": seed, "stop": stop}
+    options |= more  # type: ignore[typeddict-item]
     with target.open() as client:
         if as_json:
             print(json.dumps(reply_json(client.generate(text, **options))))
@@ -115,7 +101,7 @@ def generate(
             _print_stream(client, text, options)
 
 
-@with_samplers
+@with_samplers(recommended=True)
 def chat(
     system: Annotated[str | None, Option("--system", metavar="TEXT", help="System message.")] = None,
     system_file: Annotated[
@@ -140,21 +126,7 @@ def chat(
     reasoning_budget: Annotated[
         int | None, Option("--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning; 0: none.")
     ] = None,
-    temperature: Annotated[
-        float | None, Option("--temperature", metavar="X", help=f"Sampling temperature; 0: greedy. {_RECOMMENDED} 0.8.")
-    ] = None,
     seed: Seed = None,
-    top_k: Annotated[
-        int | None, Option("--top-k", metavar="N", help=f"Keep the N most probable tokens; 0: all. {_RECOMMENDED} 40.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        Option("--top-p", metavar="P", help=f"Keep tokens up to this cumulative probability. {_RECOMMENDED} 0.95."),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        Option("--min-p", metavar="P", help=f"Keep tokens of this share of the top one. {_RECOMMENDED} 0.05."),
-    ] = None,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
@@ -187,8 +159,7 @@ def chat(
         cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft, mtp
     )
     target.check_drafts(more.get("speculative"))
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, **more}
-    chosen |= {"max_tokens": max_tokens, "seed": seed, "stop": stop, "reasoning_budget": reasoning_budget}
+    chosen = {**more, "max_tokens": max_tokens, "seed": seed, "stop": stop, "reasoning_budget": reasoning_budget}
     instruction = _system_message(system, system_file)
     file = None if session is None else Path(option_value("--session", expand_home, str(session)))
     with target.open() as client:

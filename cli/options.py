@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -256,40 +254,6 @@ def option_value(option: str, read: Callable[[_Given], _Value], given: _Given) -
         raise UsageError(f"{option}: {error}") from error
 
 
-_SAMPLERS: dict[str, tuple[Any, str, str]] = {
-    "top_n_sigma": (float, "X", "Keep tokens within X standard deviations of the highest logit."),
-    "tfs_z": (float, "Z", "Tail-free sampling; 1: off."),
-    "typical_p": (float, "P", "Locally typical sampling: keep tokens up to this probability; 1: off."),
-    "xtc_probability": (float, "P", "How often XTC removes the most probable tokens."),
-    "xtc_threshold": (float, "P", "XTC removes all tokens with at least this probability but the last."),
-    "dynatemp_range": (float, "X", "Range of the dynamic temperature, below and above."),
-    "dynatemp_exponent": (float, "X", "Exponent of the entropy in the dynamic temperature."),
-    "dry_multiplier": (float, "X", "Penalty of repetitions (DRY); 0: off."),
-    "dry_base": (float, "X", "Base of the penalty's growth with each repeated token."),
-    "dry_allowed_length": (int, "N", "Shorter repetitions have no penalty."),
-    "dry_penalty_last_n": (int, "N", "How many last tokens DRY examines; -1: all."),
-    "mirostat": (int, "N", "1 or 2: that version of Mirostat; 0: off."),
-    "mirostat_tau": (float, "X", "Mirostat's target surprise in bits."),
-    "mirostat_eta": (float, "X", "Mirostat's learning rate."),
-    "repetition_penalty": (float, "X", "Divides the logits of tokens that occurred; 1: off."),
-    "frequency_penalty": (float, "X", "Subtracted for each occurrence of a token."),
-    "presence_penalty": (float, "X", "Subtracted from the logits of tokens that occurred."),
-    "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
-    "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
-    "speculative": (str, "WHEN", "auto or on (default): tokens are drafted where that is faster; off: never."),
-    "draft_max": (int, "N", "Drafted tokens in a step, at most; 0: none."),
-    "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
-    "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
-}
-"""Request fields with type, placeholder and help."""
-_OPTIONS = {
-    "repetition_penalty": ("--repeat-penalty",),
-    "dry_sequence_breakers": ("--dry-sequence-breaker",),
-    "draft_max": ("--draft-max", "--spec-draft-n-max"),
-}
-"""Those that are not named as their field."""
-
-
 _MOST_TEXT_BYTES = 64 << 20
 
 
@@ -304,63 +268,3 @@ def text_of(path: Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _json_of(path: Path) -> Any:
-    """ValueError for a file that holds no JSON."""
-    text = text_of(path)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{path}: is nested too deeply") from None
-
-
-_FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
-"""Their values are files."""
-
-
-def with_samplers(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with these options; those that are given reach it in its argument `more`, by name."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [*(parameter for parameter in own if parameter.name != "more"), *map(_parameter, _SAMPLERS)]
-
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        more = {name: value for name in _SAMPLERS if (value := arguments.pop(name)) not in (None, [])}
-        if "samplers" in more:
-            more["samplers"] = [name for name in more["samplers"].replace(";", ",").split(",") if name]
-        for name, read in _FILES.items():
-            if name in more:
-                more[name] = option_value(f"--{name.replace('_', '-')}", read, more[name])
-        command(**arguments, more=_with_most_drafted(more))
-
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Both options as the field `speculative`. UsageError for values that cannot be, or contradict each other."""
-    from llamaclust.cluster.config.values import switched
-    from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
-
-    when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
-    if (is_on := switched(when)) is None:
-        raise UsageError(f"--speculative {when}: give auto, on or off; --draft-max N limits drafted tokens")
-    if most is not None and not 0 <= most <= MAX_WINDOW:
-        raise UsageError(f"--draft-max {most}: give 0 to {MAX_WINDOW}")
-    if not is_on:
-        if most:
-            raise UsageError(f"--speculative {when} drafts no tokens and --draft-max {most} some: give one of them")
-        return {**more, "speculative": False}
-    return more if most is None else {**more, "speculative": most}
-
-
-def _parameter(name: str) -> inspect.Parameter:
-    kind, metavar, text = _SAMPLERS[name]
-    option = Option(*_OPTIONS.get(name, (f"--{name.replace('_', '-')}",)), metavar=metavar, help=text)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )

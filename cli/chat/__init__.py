@@ -1,1 +1,1 @@
-"""The conversation of `llamaclust chat`: commands, input, files in messages, answers on the screen."""
+"""The conversation of `llamaclust chat`: options, commands, input, files in messages, answers on the screen."""

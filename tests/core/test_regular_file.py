@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cli.chat.inserted_files import with_files
-from llamaclust.cli.options import _json_of, text_of
+from llamaclust.cli.chat.sampling_options import _json_of
+from llamaclust.cli.options import text_of
 from llamaclust.cluster.config.document import read_document
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.core.errors import LlamaclustError

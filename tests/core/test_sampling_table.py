@@ -1,12 +1,13 @@
-"""The rows of the sampling table agree with themselves, the messages that carry them and docs/api.md."""
+"""The rows of the sampling table agree with the messages that carry them, the Python client and docs/api.md."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
 from llamaclust.core.sampling import MAIN_NUMBERS, PARAMS, SAMPLING_TABLE, SamplingParams
 from llamaclust.core.sampling_bounds import Dialect
@@ -33,6 +34,13 @@ def test_messages_have_a_field_for_each_row(
     assert sent == {field.name for field in fields(kind)} and rows.keys() <= sent
     reals = [field.name for field in message.DESCRIPTOR.fields if field.type == field.TYPE_DOUBLE]
     assert reals == [name for name in rows if not SAMPLING_TABLE[name].is_whole], "the native reader has their order"
+
+
+@pytest.mark.parametrize("name", SAMPLING_TABLE)
+def test_the_python_client_has_the_option(name: str) -> None:
+    kind = int if SAMPLING_TABLE[name].is_whole else float
+    options = get_type_hints(AnswerOptions)
+    assert options["penalty_window"] == int | None if name == "repeat_last_n" else options[name] is kind
 
 
 def test_keys_and_names_are_unique() -> None:

@@ -4,6 +4,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -21,6 +22,7 @@ namespace {
 
 constexpr int kProbeS = 1;         // of an idle connection, the system's shortest interval
 constexpr double kSilentS = 3.0;  // two probes may be lost
+constexpr int kLostProbes = 3;    // of a connection whose other side has no room, at intervals that double from 0.2 s on
 
 std::string reason_of(int number) { return std::generic_category().message(number); }
 
@@ -84,6 +86,9 @@ bool Socket::is_reached(double answer_s) const {
   tcp_info info{};
   socklen_t length = sizeof info;
   if (getsockopt(descriptor_, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return true;  // a Unix socket
+  int unsent = 0;  // bytes, or not acknowledged
+  ioctl(descriptor_, TIOCOUTQ, &unsent);
+  if (info.tcpi_unacked == 0 && unsent > 0) return info.tcpi_probes < kLostProbes;
   const double silent_s = std::min(info.tcpi_last_ack_recv, info.tcpi_last_data_recv) * 1e-3;
   return silent_s < (info.tcpi_unacked > 0 ? answer_s : std::max(answer_s, kSilentS));
 }

@@ -38,8 +38,9 @@ class Socket {
   // Until one of poll()'s events, or that time of now_ns(): then false.
   bool wait(short events, int64_t until_ns) const;
 
-  // Whether the network still reaches the other side: its system acknowledges bytes on their way within `answer_s`, and
-  // probes of an idle connection within 3 s. A process that does not read is reached all the same.
+  // True while the network reaches the other side: its system acknowledges bytes on their way within `answer_s`, probes
+  // of an idle connection within 3 s or `answer_s`, and one of three probes where it has no room for bytes, since a
+  // process that does not read is reached all the same.
   bool is_reached(double answer_s) const;
 
   // Nothing more is sent. The other side can still read what was, which closing would take from it.

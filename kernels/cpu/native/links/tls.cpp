@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kRecordBytes = 16384, kMostUnsent = 1 << 18;
 constexpr size_t kReadAhead = 1 << 17;  // several records by one system call
 constexpr int kRecordsOfKey = 1 << 16;  // at most 2^24.5 of AES-GCM are safe, and OpenSSL does not count them
+constexpr int kMostRenewals = 8;
 
 template <typename T, void (*free)(T*)>
 struct Freed {
@@ -101,6 +102,11 @@ class TlsChannel : public Channel {
     BIO_set_data(bio, this);
     BIO_set_init(bio, 1);
     SSL_set_bio(raw, bio, bio);
+    SSL_set_msg_callback_arg(raw, this);
+    SSL_set_msg_callback(raw, [](int sent, int, int type, const void* data, size_t bytes, SSL*, void* channel) {
+      if (sent == 0 && type == SSL3_RT_HANDSHAKE && bytes > 0 && *static_cast<const uint8_t*>(data) == SSL3_MT_KEY_UPDATE)
+        static_cast<TlsChannel*>(channel)->renewals_++;
+    });
     SSL_set_hostflags(raw, X509_CHECK_FLAG_NO_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
     check(SSL_set1_host(raw, settings.host.c_str()) == 1, "the peer's name");
     settings.accepts ? SSL_set_accept_state(raw) : SSL_set_connect_state(raw);
@@ -141,7 +147,9 @@ class TlsChannel : public Channel {
 
   size_t read(std::span<uint8_t> room) override {
     const int bytes = static_cast<int>(std::min(room.size(), kReadAhead));
-    return static_cast<size_t>(call([&] { return SSL_read(session_.get(), room.data(), bytes); }));
+    const int count = call([&] { return SSL_read(session_.get(), room.data(), bytes); });
+    if (count > 0) renewals_ = 0;
+    return static_cast<size_t>(count);
   }
 
  private:
@@ -191,6 +199,10 @@ class TlsChannel : public Channel {
 
   int give(BIO* bio, char* data, int bytes) {
     BIO_clear_retry_flags(bio);
+    if (renewals_ > kMostRenewals) {  // OpenSSL goes on reading, whatever the caller's deadline
+      broken_.emplace("the other side sends new keys and no bytes", Fault::Wrong);
+      return -1;
+    }
     try {
       const size_t count = socket_.receive({reinterpret_cast<uint8_t*>(data), static_cast<size_t>(bytes)});
       if (count > 0) return static_cast<int>(count);
@@ -206,6 +218,7 @@ class TlsChannel : public Channel {
   std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
   size_t sent_ = 0;
   uint64_t records_ = 0;  // encrypted so far
+  int renewals_ = 0;      // of the other side's key since it sent other bytes
   std::optional<ConnectionEnded> broken_;  // why the socket takes or gives no more
 };
 

@@ -17,24 +17,12 @@ class Chain:
     @staticmethod
     def make(
         order: Sequence[int],
-        top_n_sigma: float,
-        tfs_z: float,
-        typical_p: float,
-        xtc_probability: float,
-        xtc_threshold: float,
-        dynatemp_range: float,
-        dynatemp_exponent: float,
-        dry_multiplier: float,
-        dry_base: float,
-        dry_allowed_length: int,
-        mirostat: int,
-        mirostat_tau: float,
-        mirostat_eta: float,
         unpenalized: Sequence[int],
         penalty_window: int,
         dry_window: int,
         breakers: Sequence[Sequence[int]],
         mu: float,
+        **numbers: float,  # rows of core/sampler_chain.py
     ) -> Chain: ...
 
 class RowTask:

@@ -26,16 +26,21 @@ RowTask sample_task(float temperature, int32_t top_k, double top_p, double min_p
           top_logprobs};
 }
 
-std::shared_ptr<Chain> make_chain(std::vector<int32_t> order, double top_n_sigma, double tfs_z, double typical_p,
-                                  double xtc_probability, double xtc_threshold, double dynatemp_range,
-                                  double dynatemp_exponent, double dry_multiplier, double dry_base,
-                                  int32_t dry_allowed_length, int32_t mirostat, double mirostat_tau,
-                                  double mirostat_eta, std::vector<int32_t> unpenalized, int32_t penalty_window,
-                                  int32_t dry_window, Breakers breakers, double mu) {
-  return std::make_shared<Chain>(Chain{std::move(order), top_n_sigma, tfs_z, typical_p, xtc_probability, xtc_threshold,
-                                       dynatemp_range, dynatemp_exponent, dry_multiplier, dry_base, dry_allowed_length,
-                                       mirostat, mirostat_tau, mirostat_eta, std::move(unpenalized), penalty_window,
-                                       dry_window, std::move(breakers), mu});
+std::shared_ptr<Chain> make_chain(std::vector<int32_t> order, std::vector<int32_t> unpenalized, int32_t penalty_window,
+                                  int32_t dry_window, Breakers breakers, double mu, const nb::kwargs& numbers) {
+  auto chain = std::make_shared<Chain>();
+  size_t known = 0;
+#define LLAMACLUST_READ(kind, name) chain->name = nb::cast<kind>(numbers[#name]), known++;
+  LLAMACLUST_CHAIN_NUMBERS(LLAMACLUST_READ)
+#undef LLAMACLUST_READ
+  if (numbers.size() != known) throw nb::value_error("a chain has no such number");
+  chain->order = std::move(order);
+  chain->unpenalized = std::move(unpenalized);
+  chain->penalty_window = penalty_window;
+  chain->dry_window = dry_window;
+  chain->breakers = std::move(breakers);
+  chain->mu = mu;
+  return chain;
 }
 
 std::vector<RowOutcome> run(Sampler& sampler, FloatRows logits, const std::vector<RowTask>& tasks) {
@@ -91,10 +96,8 @@ std::vector<RowOutcome> run_ranked(Sampler& sampler, RankedRows records, const s
 
 void bind_sampler(nb::module_& module) {
   nb::class_<Chain>(module, "Chain")
-      .def_static("make", &make_chain, "order"_a, "top_n_sigma"_a, "tfs_z"_a, "typical_p"_a, "xtc_probability"_a,
-                  "xtc_threshold"_a, "dynatemp_range"_a, "dynatemp_exponent"_a, "dry_multiplier"_a, "dry_base"_a,
-                  "dry_allowed_length"_a, "mirostat"_a, "mirostat_tau"_a, "mirostat_eta"_a, "unpenalized"_a,
-                  "penalty_window"_a, "dry_window"_a, "breakers"_a, "mu"_a);
+      .def_static("make", &make_chain, "order"_a, "unpenalized"_a, "penalty_window"_a, "dry_window"_a, "breakers"_a,
+                  "mu"_a, "numbers"_a);
   nb::class_<RowTask>(module, "RowTask")
       .def_static("sample", &sample_task, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
                   "frequency_penalty"_a, "presence_penalty"_a, "logit_bias"_a, "seed"_a, "choice"_a, "position"_a,

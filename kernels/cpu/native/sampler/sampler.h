@@ -25,16 +25,28 @@ enum class Step : int32_t {
   kPenalties, kDry, kTopNSigma, kTopK, kTailFree, kTypical, kTopP, kMinP, kXtc, kTemperature, kCount
 };
 
+// The rows of the sampling table in core/sampler_chain.py: members of a chain, and arguments of the binding by name.
+#define LLAMACLUST_CHAIN_NUMBERS(NUMBER) \
+  NUMBER(double, top_n_sigma)            \
+  NUMBER(double, tfs_z)                  \
+  NUMBER(double, typical_p)              \
+  NUMBER(double, xtc_probability)        \
+  NUMBER(double, xtc_threshold)          \
+  NUMBER(double, dynatemp_range)         \
+  NUMBER(double, dynatemp_exponent)      \
+  NUMBER(double, dry_multiplier)         \
+  NUMBER(double, dry_base)               \
+  NUMBER(int32_t, dry_allowed_length)    \
+  NUMBER(int32_t, mirostat)              \
+  NUMBER(double, mirostat_tau)           \
+  NUMBER(double, mirostat_eta)
+
 // As SamplerChain in core/sampler_chain.py, and what a SampleTask says for it.
 struct Chain {
+#define LLAMACLUST_MEMBER(kind, name) kind name;
+  LLAMACLUST_CHAIN_NUMBERS(LLAMACLUST_MEMBER)
+#undef LLAMACLUST_MEMBER
   std::vector<int32_t> order;
-  double top_n_sigma, tfs_z, typical_p;
-  double xtc_probability, xtc_threshold;
-  double dynatemp_range, dynatemp_exponent;
-  double dry_multiplier, dry_base;
-  int32_t dry_allowed_length;
-  int32_t mirostat;
-  double mirostat_tau, mirostat_eta;
   std::vector<int32_t> unpenalized;
   int32_t penalty_window, dry_window;  // newest tokens of the history; negative: all
   Breakers breakers;

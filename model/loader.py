@@ -69,6 +69,7 @@ class Model:
         self._whole = self.program(0, self.layer_count)
         self._costs: dict[tuple[KvType, int], ModelCosts] = {}
         self._group_costs: dict[tuple[KvType, int], GroupCosts] = {}
+        self._layer_programs: dict[KvType, list[Program]] = {}
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
         self._refuse_other_uses()
@@ -225,7 +226,10 @@ class Model:
         """Of groups of so many members."""
         key = kv_type, members
         if key not in self._group_costs:
-            programs = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
+            if kv_type not in self._layer_programs:
+                layers = range(self.layer_count)
+                self._layer_programs[kv_type] = [self.program(layer, layer + 1, kv_type) for layer in layers]
+            programs = self._layer_programs[kv_type]
             self._group_costs[key] = GroupCosts.of(self.costs(kv_type), programs, self.tensors_for, members)
         return self._group_costs[key]
 

@@ -10,7 +10,8 @@ the coordinator, plain). All are there at the same time, with random weights in 
 in turn: one answer after a short prompt, a long prompt to its first token, several answers at once. Ids and logprobs
 must be those of one worker. The round trip and rate of links between members, and members slower than their cores, are
 emulated by `emulated.cpp`. With --layers, models of two layers are measured as well, and times of the whole model
-follow: what does not depend on layers counts once. Medians of turns, with the least and the most gain.
+follow: what does not depend on layers counts once. Medians of turns, with the least and the most gain, and beside them
+what the planner predicts from products and steps that one core was measured with before.
 
 --speculation: instead, answers that repeat their prompt; all clusters draft.
 """
@@ -22,7 +23,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from emulation import Emulation, LinkSpeed
 from measuring.lines import report
 from measuring.options import chosen, listed, natural, positive
 from served_figures import GROUP, HEADER, ONE, Depth, Turn, rows
+from served_predictions import Predictions
 from served_turns import REPEATED_PROMPT, Comparison, Key
 from shape import LAYOUTS, SHAPES, Shape, check, metadata, tensors
 from ways import Setup, Way, ways_of
@@ -72,7 +74,9 @@ def _neutral(source: TensorSource) -> TensorSource:
     return replace(source, produce=lambda: memoryview(bytes(source.n_bytes)))
 
 
-async def compare(given: argparse.Namespace, layers: int, folder: Path, parts: Sequence[str]) -> dict[Key, list[Turn]]:
+async def compare(
+    given: argparse.Namespace, layers: int, folder: Path, parts: Sequence[str]
+) -> tuple[dict[Key, list[Turn]], Predictions | None]:
     shape, model = replace(given.shape_values, layers=layers), folder / f"layers-{layers}.gguf"
     report(f"writing {layers} layers")
     write_model(model, given.shape, shape, given.type, neutral=given.speculation)
@@ -80,6 +84,9 @@ async def compare(given: argparse.Namespace, layers: int, folder: Path, parts: S
     keys = {"speculative": "auto" if given.speculation else "off", "prefix_cache": given.speculation}
     context = max(1024, given.prompt + given.tokens + 64, 2 * REPEATED_PROMPT + given.tokens)
     setup = Setup(given.coordinator_core, context, emulation, {**keys, "max_sequences": max(8, given.together)})
+    predictions = None
+    if emulation is not None and not given.speculation:
+        predictions = Predictions.measured(model, {"context_length": context, **setup.keys}, given.gbit)
     async with AsyncExitStack() as stack:
         report("starting the clusters")
         served = [await stack.enter_async_context(setup.serving(way, model, layers)) for way in given.ways]
@@ -90,41 +97,60 @@ async def compare(given: argparse.Namespace, layers: int, folder: Path, parts: S
         found = await comparison.measure(parts, given.repeats)
         print(f"{layers} layers: same ids and logprobs; {comparison.idleness}", flush=True)
     model.unlink()
-    return found
+    return found, predictions
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> None:
     sizes = {"decode": 1, "prefill": given.prompt, "together": given.together}
     parts = ["decode"] if given.speculation else [part for part in _PARTS if sizes[part]]
     depth = Depth(given.layers, _SHALLOW, SHAPES[given.shape].layers)
-    if not given.local:
-        show_links(given, Emulation.build(folder))
-    few = await compare(given, _SHALLOW, folder, parts) if depth.layers < depth.whole else {}
-    found = await compare(given, depth.layers, folder, parts)
+    exchanges_us = {} if given.local else show_links(given, Emulation.build(folder))
+    few = (await compare(given, _SHALLOW, folder, parts))[0] if depth.layers < depth.whole else {}
+    found, predictions = await compare(given, depth.layers, folder, parts)
     for part in parts:
         for trip in given.delays:
-            show(given, part, trip, depth, found[part, trip], few.get((part, trip), []))
+            predicted = predicted_ms(given, part, predictions, exchanges_us.get(trip))
+            show(given, part, trip, depth, (found[part, trip], few.get((part, trip), [])), predicted)
 
 
-def show_links(given: argparse.Namespace, emulation: Emulation) -> None:
+def show_links(given: argparse.Namespace, emulation: Emulation) -> dict[float, float]:
+    """Prints and returns what an exchange takes, by round trip."""
     cores = given.cores[:2]
     if len(set(cores)) < 2:
-        return
-    times = []
+        return {}
+    times = {}
     for trip in dict.fromkeys((0.0, *given.delays)):
         emulation.set(LinkSpeed(trip))
-        times.append(f"{emulation.exchange_us(cores):.0f} at {trip:g} ms")
-    print(f"an exchange of 16 KiB between the first two cores takes, us: {', '.join(times)}", flush=True)
+        times[trip] = emulation.exchange_us(cores)
+    text = ", ".join(f"{us:.0f} at {trip:g} ms" for trip, us in times.items())
+    print(f"an exchange of 16 KiB between the first two cores takes, us: {text}", flush=True)
+    return times
+
+
+def predicted_ms(
+    given: argparse.Namespace, part: str, predictions: Predictions | None, exchange_us: float | None
+) -> dict[str, float]:
+    """By way; nothing of parts and links that plans do not predict."""
+    if predictions is None or exchange_us is None:
+        return {}
+    if part == "prefill" and given.prompt != predictions.prompt_tokens:
+        return {}
+    return {way.name: predictions.ms(part, way, exchange_us) for way in given.ways}
 
 
 def show(
-    given: argparse.Namespace, part: str, trip: float, depth: Depth, turns: Sequence[Turn], few: Sequence[Turn]
+    given: argparse.Namespace,
+    part: str,
+    trip: float,
+    depth: Depth,
+    turns: tuple[Sequence[Turn], Sequence[Turn]],
+    predicted: Mapping[str, float],
 ) -> None:
     ways = [way.name for way in given.ways]
     goal = _GOALS.get((given.shape, given.type.name, trip))
     wanted = f", goal of the group {goal:.2f}" if goal and part == "decode" and given.shares == [1, 1] else ""
     print(f"\n{part}, {_PARTS[part]}, round trip {trip:g} ms{wanted}\n{HEADER}")
-    for row in rows(turns, few, depth, ways):
+    for row in rows(*turns, depth, ways, predicted):
         print(row, flush=True)
 
 

@@ -50,27 +50,34 @@ class Row:
     whole_ms: float
     ratios: tuple[float, ...]  # of the one worker's time to this way's, with all layers
     reading: Reading
+    predicted_ms: float | None = None  # beside `raw_ms`
 
     def __str__(self) -> str:
         gain = f"{median(self.ratios):6.2f} ({min(self.ratios):.2f} .. {max(self.ratios):.2f})"
         used = " ".join(f"{ms:.2f}" for ms in self.reading.processor_ms)
         computed = f"{self.reading.compute_ms:9.2f} {self.reading.gathers_ms:8.2f}"
-        return f"{self.way:11}{self.raw_ms:10.2f}{self.whole_ms:11.2f} {gain:22}{computed}   {used}"
+        known = self.predicted_ms
+        predicted = "" if known is None else f"{known:.2f} {100 * (known / self.raw_ms - 1):+.0f} %"
+        return f"{self.way:11}{self.raw_ms:10.2f}{predicted:>15}{self.whole_ms:11.2f} {gain:22}{computed}   {used}"
 
 
 HEADER = (
-    f"{'':11}{'ms':>10}{'all layers':>11} {'one worker / this':22}{'computed':>9} {'gathers':>8}   processor time: "
-    "coordinator, workers"
+    f"{'':11}{'ms':>10}{'predicted':>15}{'all layers':>11} {'one worker / this':22}{'computed':>9} {'gathers':>8}   "
+    "processor time: coordinator, workers"
 )
 
 
-def rows(turns: Sequence[Turn], few: Sequence[Turn], depth: Depth, ways: Iterable[str]) -> list[Row]:
+def rows(
+    turns: Sequence[Turn], few: Sequence[Turn], depth: Depth, ways: Iterable[str], predicted: Mapping[str, float]
+) -> list[Row]:
+    """`predicted`: milliseconds by way, as far as they are known."""
     found, scales = list[Row](), {way: depth.scale(turns, few, way) for way in ways}
     for way, scale in scales.items():
         whole = [scale(turn[way].ms) for turn in turns]
         ratios = tuple(scales[ONE](turn[ONE].ms) / ms for turn, ms in zip(turns, whole, strict=True))
         readings = [turn[way].reading for turn in turns]
-        found.append(Row(way, median(turn[way].ms for turn in turns), median(whole), ratios, _mean(readings)))
+        raw_ms = median(turn[way].ms for turn in turns)
+        found.append(Row(way, raw_ms, median(whole), ratios, _mean(readings), predicted.get(way)))
     return found
 
 

@@ -4,7 +4,7 @@ than it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.links import NO_REACH, Link
 from llamaclust.cluster.planner.roofline import Roofline
 from llamaclust.core.gpus import NO_RULES, Placement
 from llamaclust.core.profile import DeviceProfile, at_rows
-from llamaclust.model.costs import ModelCosts
+from llamaclust.model.costs import LayerCost, ModelCosts
 
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
@@ -71,6 +71,8 @@ class StageCosts:
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
     expert_bytes: Counts  # of weights: routers and experts
     model: ModelCosts
+    _kinds: tuple[LayerCost, ...]  # of layers
+    _kind_of: Counts  # by layer
     _head: Counts  # 1 where a stage has the head; prefill does not need it
     head_share: float = 1.0  # of the head, what is here: steps are measured with all of it
 
@@ -79,6 +81,7 @@ class StageCosts:
         """`head_share`: of a head that the members of a group divide, a member's part."""
         read = sums(layer.weight_bytes for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
+        kinds = {layer: number for number, layer in enumerate(dict.fromkeys(costs.layers))}
         first[0, :], last[:, -1] = 1, 1
         return cls(
             layers=len(costs.layers),
@@ -97,6 +100,8 @@ class StageCosts:
             possible=_possible(costs),
             expert_bytes=sums(layer.expert_bytes for layer in costs.layers),
             model=costs,
+            _kinds=(*kinds,),
+            _kind_of=np.array([kinds[layer] for layer in costs.layers], np.int64),
             _head=last,
             head_share=head_share,
         )
@@ -164,19 +169,24 @@ class StageCosts:
 
     def _touched(self, rows: int) -> Table:
         """Bytes of weights of layers that a step of so many rows reads."""
-        return _float_sums(layer.touched_bytes(rows) for layer in self.model.layers)
+        return self._sums(lambda layer: layer.touched_bytes(rows))
 
     def _moved(self, rows: int, sequences: int) -> Table:
         """The same with states of sequences."""
-        return _float_sums(layer.moved_bytes(rows, sequences) for layer in self.model.layers)
+        return self._sums(lambda layer: layer.moved_bytes(rows, sequences))
 
     def _roofline(self, worker: WorkerFacts, *, concurrent: bool) -> Roofline:
         assert worker.profile is not None
         return Roofline.of(worker.profile, worker.device, self.hidden_bytes, concurrent=concurrent)
 
     def _roofline_s(self, roofline: Roofline, rows: int, sequences: int) -> Table:
-        seconds = {layer: roofline.layer_s(layer, rows, sequences) for layer in dict.fromkeys(self.model.layers)}
-        return _float_sums(seconds[layer] for layer in self.model.layers)
+        return self._sums(lambda layer: roofline.layer_s(layer, rows, sequences))
+
+    def _sums(self, value: Callable[[LayerCost], float]) -> Table:
+        """Of what it has of each layer."""
+        values = np.array([value(kind) for kind in self._kinds], np.float64)[self._kind_of]
+        before: Table = np.concatenate([[0.0], np.cumsum(values)])
+        return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
         """`_moved` of a prompt, but layers without experts beside a mixture count as many bytes as mixtures with their

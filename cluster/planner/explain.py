@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from llamaclust.cluster.planner.costs import Table, WorkerFacts
+from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import IdleWorker
-from llamaclust.cluster.planner.splits.search import least_total
-from llamaclust.cluster.planner.splits.worker_classes import worker_classes
+from llamaclust.cluster.planner.splits.holders import StageTable, worker_classes
+from llamaclust.cluster.planner.splits.orders import least_total
 from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import ranges
@@ -72,9 +72,9 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
 def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> float:
     """Bytes that memory lacks in the best of all splits."""
 
-    def tables(worker: WorkerFacts) -> tuple[Table, Table]:
+    def tables(worker: WorkerFacts) -> tuple[StageTable, ...]:
         shortfall_bytes = np.where(sizes.stages.possible, sizes.shortfall_table(worker, 1), np.inf)
-        return shortfall_bytes, shortfall_bytes
+        return (StageTable(shortfall_bytes, shortfall_bytes),)
 
     return least_total(worker_classes([replace(worker, profile=None) for worker in workers], tables))
 

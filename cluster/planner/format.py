@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
 from typing import Any
@@ -21,7 +21,7 @@ _SPARSE = 0.75
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
     """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured.
     `acceptances`: shares of drafted tokens that are right, for which gains are predicted."""
-    values, predicted = asdict(plan), plan.prediction
+    values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
     values |= {
@@ -32,6 +32,12 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
         "ttft_ms": predicted and 1e3 * predicted.ttft_s,
         "tokens_per_s": predicted and predicted.tokens_per_s,
         "bottleneck": predicted and predicted.bottleneck,
+        "without_groups": other
+        and {
+            "token_ms": 1e3 * other.token_s,
+            "ttft_ms": 1e3 * other.ttft_s,
+            "tokens_per_s": other.tokens_per_s,
+        },
         "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
@@ -62,10 +68,11 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         parts.append(f"{_number(values['gathers_ms'])} in gathers")
     expected = [
         f"{_number(values['token_ms'])} ms/token ({', '.join(parts)})",
-        f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
-        f"{_number(values['tokens_per_s'])} tok/s for many requests",
+        *_prompts_and_requests(plan, values),
         f"bottleneck: {values['bottleneck'] or '?'}",
     ]
+    other = values["without_groups"]
+    single = [] if other is None else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan, other)]
     gap = plan.optimality_gap
     bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
@@ -81,9 +88,17 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     tiles = ["  some weights in wider tiles: more memory, less time (wide_tiles)"] if plan.wide_tiles else []
     lines = (line for stage, decode_ms in stages for line in _stage_lines(plan, stage, decode_ms))
     predicted = f"  predicted: {', '.join(expected)}"
+    without = [f"  without groups: {', '.join(single)}"] if single else []
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
     gains = _gain_lines(plan, acceptances)
-    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, predicted, *unknown, *gains, *bound)
+    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, predicted, *without, *unknown, *gains, *bound)
+
+
+def _prompts_and_requests(plan: Plan, values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
+        f"{_number(values['tokens_per_s'])} tok/s for many requests",
+    ]
 
 
 def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:

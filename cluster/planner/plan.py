@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from llamaclust.core.gpus import DeviceLayers
 
 _PROMPT_TOKENS = 512
+ANSWER_TOKENS: Final = 128
+"""Of a usual answer."""
 
 
 def usual_prompt_tokens(context_length: int) -> int:
@@ -112,6 +115,11 @@ class Prediction:
     rounds: tuple[Round, ...] = ()  # by drafted tokens, ascending; empty: none are drafted, or layers have states
     gathers_s: float = 0.0  # of `token_s`, in groups
 
+    @property
+    def answer_s(self) -> float:
+        """A usual answer alone, with its prompt."""
+        return self.ttft_s + (ANSWER_TOKENS - 1) * self.token_s
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -128,6 +136,7 @@ class Plan:
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
     wide_tiles: bool = False  # weights of some types take more memory and less time than they could
+    without_groups: Prediction | None = None  # of an automatic plan with groups: what the best one without them brings
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:

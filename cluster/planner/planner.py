@@ -1,51 +1,37 @@
-"""Assigns layers to workers and predicts the speed of the plan. Pure.
+"""Assigns layers to workers and groups, and predicts the speed of the plan. Pure.
 
+Objective `latency`: a usual request alone, with 512 tokens of prompt and 128 of answer, takes as little time as can be.
 Objective `throughput`: the slowest stage is as fast as possible for a mix of work that includes the head (on the last
-stage): 512 prompt tokens and 128 output tokens for each of eight concurrent sequences. Objective `latency`: the compute
-time per token is within 10 % of its minimum; of these splits, the one where a percent more of it has made the slowest
-stage three percent faster. So equal workers share the layers where a hop costs little, and much slower ones stay idle
-unless their memory is needed. Of equal splits, the one with fewer stages. There is KV memory for several whole
-contexts, or for one where that makes a step faster by a tenth.
+stage): such a prompt and answer of each of eight concurrent sequences. A plan that is better by less than 2 % gives way
+to a simpler one: of single workers, in the file's order. Of equal splits, the one with fewer stages. There is KV memory
+for several whole contexts, or for one where that makes a plan faster by a tenth.
 
-Workers keep the file's order unless another one is clearly better. Unless every worker has a profile, all are taken to
-be equal.
+Unless every worker has a profile, all are taken to be equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
-import numpy as np
-
-from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, violated_pair
+from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.chain import Chain, is_measured
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
-from llamaclust.cluster.planner.groups.choice import better_groups
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan
-from llamaclust.cluster.planner.splits.search import Best, best_split
-from llamaclust.cluster.planner.splits.worker_classes import WorkerClass, worker_classes
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan
+from llamaclust.cluster.planner.splits.best_chain import Found, best_chain
 from llamaclust.cluster.planner.stage_parts import StageParts
-from llamaclust.cluster.planner.stage_tables import stage_tables
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
-_AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
-"""(percent by which a percent more time per token makes the slowest stage faster at least, most of its least time)."""
-
 _WANTED_CONTEXTS = 4
 """For so many whole contexts a split should leave KV memory; one is the least."""
-
-_WORTH_ROOM = 1.1
-"""Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
@@ -60,11 +46,11 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers, stages.expert_shards)
         check_possible(by_hand, stages.possible, stages.expert_shards)
         _check_adjacency(by_hand, request.partitions)
-        found = _Found(by_hand, contexts=1, optimality_gap=None)
+        found = Found(by_hand, contexts=1)
     else:
         found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
-    chain = Chain.of(sizes, found.split, by_name, found.contexts)
+    chain = Chain.of(sizes, found.entries, by_name, found.contexts)
     held, kv_blocks = chain.members, chain.kv_blocks
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, held)
@@ -76,9 +62,16 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         context_length=request.context_length,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in held}, found.contexts),
         prediction=chain.prediction,
+        without_groups=_without_groups(sizes, by_name, found),
         optimality_gap=found.optimality_gap,
         expert_shards=stages.expert_shards,
     )
+
+
+def _without_groups(sizes: MemoryModel, workers: Mapping[str, WorkerFacts], found: Found) -> Prediction | None:
+    if found.single is None or not found.has_groups:
+        return None
+    return Chain.of(sizes, found.single.entries, workers, found.single.contexts).prediction
 
 
 def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
@@ -127,13 +120,6 @@ def _touched_bytes(costs: StageCosts, part: Held) -> int:
     return moved if part.is_experts else costs.touched_bytes(part.start, part.end) - moved
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    split: tuple[Assignment, ...]
-    contexts: int  # for so many whole contexts there is KV memory at least
-    optimality_gap: float | None  # see `Plan`
-
-
 def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
     if (pair := violated_pair([entry.workers for entry in split], partitions)) is not None:
         raise NetworkPartitionError(
@@ -141,64 +127,24 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
         )
 
 
-def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
+def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
     """Workers without any measurement hold no layers where the others suffice. A worker that lacks only measurements of
     its GPUs is used."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):
             return _automatic(sizes, measured)
-    try:
-        found = _of_single_workers(sizes, workers)
-    except InsufficientMemoryError:
-        groups = better_groups(sizes, workers, None, _contexts(sizes))
-        if groups is None:
-            raise
-    else:
-        groups = better_groups(sizes, workers, found.split, _contexts(sizes))
-        if groups is None:
-            return found
-    return _Found(groups.entries, groups.contexts, None)
-
-
-def _contexts(sizes: MemoryModel) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)))
-
-
-def _of_single_workers(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
-    objective, partitions = sizes.request.objective, sizes.request.partitions
-    if not is_measured(workers):
-        workers = [_nominal(worker) for worker in workers]
-    weight, slack = _AIMS[objective]
-    constrained = frozenset[str]().union(*partitions)
-    chosen: tuple[Best, int] | None = None
-    before: list[WorkerClass] = []
-    for contexts in _contexts(sizes):
-        classes = worker_classes(workers, partial(stage_tables, sizes, contexts), constrained)
-        if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
-            break  # memory is not what decides
-        before = classes
-        ways = constrained_steps(classes, [worker.name for worker in workers], partitions) if partitions else None
-        best = best_split(classes, weight, slack, ways)
-        if best is not None and (chosen is None or _is_worth(best, chosen[0], objective)):
-            chosen = best, contexts
-    if chosen is not None:
-        best, contexts = chosen
-        split = tuple(Assignment((workers[index].name,), start, end) for index, start, end in best.split.stages)
-        return _Found(split, contexts, best.optimality_gap)
-    if partitions:
-        found = _of_single_workers(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
-        _check_adjacency(found.split, partitions)
+    contexts = tuple(dict.fromkeys((min(_WANTED_CONTEXTS, sizes.request.max_sequences), 1)))
+    known = workers if is_measured(workers) else [_nominal(worker) for worker in workers]
+    largest = sizes.request.largest_group if known is workers else 1
+    found = best_chain(replace(sizes, request=replace(sizes.request, largest_group=largest)), known, contexts)
+    if found is not None:
         return found
+    if sizes.request.partitions:
+        joined = _automatic(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
+        _check_adjacency(joined.entries, sizes.request.partitions)
+        return joined
     raise model_memory_error(sizes, workers)
-
-
-def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
-    """Whether it is so much faster where there is room for fewer contexts: fewer layers beside a GPU, say."""
-    fast, slow = less_room.split, more_room.split
-    if objective == "latency":
-        return fast.total * _WORTH_ROOM < slow.total
-    return fast.slowest * _WORTH_ROOM < slow.slowest
 
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:

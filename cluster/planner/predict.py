@@ -12,10 +12,10 @@ from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
 from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+from llamaclust.cluster.planner.work import CHUNKS
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
-_CHUNKS = (1, 2, 4, 8, 16)
 _NS = 1e9
 
 
@@ -60,19 +60,14 @@ def predict(
     slowest = max(times, key=lambda time: time[1].decode_s)
     return Prediction(
         stages=tuple(time for _, time in times),
-        token_s=token_s(split, links),
+        token_s=sum(stage.decode_s() for stage in split) + path.token_s,
         links_s=path.token_s,
         gathers_s=sum(stage.gathers.decode_s(1) for stage in split),
-        ttft_s=min(_ttft_s(split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
-        tokens_per_s=max(_tokens_per_s(split, max_sequences, groups, path) for groups in _CHUNKS),
+        ttft_s=min(_ttft_s(split, prompt_tokens, chunks, path) for chunks in CHUNKS),
+        tokens_per_s=max(_tokens_per_s(split, max_sequences, groups, path) for groups in CHUNKS),
         bottleneck=slowest[0],
         rounds=tuple(_round(split, drafted, path, may_chain=may_chain) for drafted in counts_to_try(max_drafted)),
     )
-
-
-def token_s(split: Sequence[HeldStage], links: Links) -> float:
-    """From token to token of one sequence alone."""
-    return sum(stage.decode_s() for stage in split) + _Path.of(split, links).token_s
 
 
 def _times(stage: HeldStage, prompt_tokens: int) -> Iterator[tuple[str, StagePrediction]]:

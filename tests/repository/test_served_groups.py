@@ -83,9 +83,10 @@ def test_what_does_not_depend_on_layers_counts_once(
     depth: Depth, few: Sequence[Turn], whole_ms: tuple[float, float], gain: float
 ) -> None:
     deep = turns((36.0, 20.0))
-    found = {row.way: row for row in rows(deep, few, depth, ("one worker", "group"))}
+    found = {row.way: row for row in rows(deep, few, depth, ("one worker", "group"), {"group": 25.0})}
     assert (found["one worker"].whole_ms, found["group"].whole_ms) == pytest.approx(whole_ms)
     assert found["group"].ratios == pytest.approx((gain,))
+    assert " 25.00 +25 % " in str(found["group"]) and "%" not in str(found["one worker"])
 
 
 def test_plans_of_the_ways() -> None:

@@ -56,11 +56,20 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartTables:
-    """A table by start and end of stages, as sums of parts: of one member."""
+    """A table of stages, as sums of parts: of one member, or [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
     fine: Table
+
+    @classmethod
+    def of_members(cls, tables: Sequence[PartTables]) -> PartTables:
+        coarse = zip(*(table.coarse for table in tables), strict=True)
+        return cls(
+            np.array([table.whole for table in tables]),
+            tuple(np.array(parts) for parts in coarse),
+            np.array([table.fine for table in tables]),
+        )
 
     def at(self, coarse: Sequence[Table], fine: Table) -> Table:
         """With such parts of each."""
@@ -72,6 +81,11 @@ class PartTables:
     def cut(self, cells: tuple[Counts, Counts]) -> PartTables:
         """Of some stages, by their starts and ends."""
         return PartTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
+
+    def chosen(self, numbers: Counts) -> PartTables:
+        """Of some of these stages."""
+        coarse = tuple(table[..., numbers] for table in self.coarse)
+        return PartTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
 
     def with_coarse(self, coarse: Sequence[Table]) -> PartTables:
         """Such parts of these belong to what is whole."""

@@ -1,183 +1,229 @@
-"""The best chain whose stages are workers or groups: over all sets of workers where these are few, or fall into few
-classes; else over neighbours in likely orders."""
+"""Ways through chains whose stages are workers or groups: over all sets of workers where these are few, or fall into
+few classes; else over neighbours in likely orders. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations, product
 from math import inf, prod
 
 import numpy as np
 
-from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.costs import Table, WorkerFacts
+from llamaclust.cluster.planner.groups.bounds import LayerBounds
 from llamaclust.cluster.planner.groups.gathers import GroupLinks
 from llamaclust.cluster.planner.groups.tables import GroupTable, GroupTables
-from llamaclust.cluster.planner.links import Links
-from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import MemoryModel
-from llamaclust.cluster.planner.splits.dynamic_program import Choice, Split, Step, Steps
-from llamaclust.cluster.planner.splits.search import Aim, best_of, stage_limits
-from llamaclust.cluster.planner.splits.worker_classes import WorkerClass
-from llamaclust.cluster.planner.stage_tables import link_tables
+from llamaclust.cluster.planner.splits.dynamic_program import (
+    Counts,
+    Places,
+    Steps,
+    Ways,
+    any_order,
+    constrained_ends,
+    in_order,
+)
+from llamaclust.cluster.planner.splits.holders import Holder, StageTable, WorkerClass
+from llamaclust.cluster.planner.splits.orders import class_numbers
+from llamaclust.cluster.planner.splits.search import CLOSE, Best, Way, best_of
+from llamaclust.cluster.planner.stage_tables import link_table
+from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
 """All sets are tried where that takes no more steps than with eight workers that are all different."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Of groups where there are more workers."""
 _MEMBER = 1e-3
-"""Each member of a group has to make a token faster by so much of the least time that it could take."""
-
-Counts = tuple[int, ...]
-"""How many workers of each class."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSplit:
-    """A split with a group at least, what it takes by tables, and whether none can be better."""
-
-    entries: tuple[Assignment, ...]
-    split: Split
-    is_best: bool
+"""Each member of a group has to make it faster by so much of the least time that it could take."""
+_LIMITS = 512
+"""Of the slowest stage, between what no split can be below and what one worker takes for all layers."""
+_AT_LEAST = 0.97
+"""Layers differ in what they take on one worker and another."""
+_NEVER_S = 1e300
 
 
-@dataclass(slots=True, eq=False)
-class _Element:
-    """What a stage may be held by."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Workers that may hold a stage together, the leader first; their tables are made when they are needed."""
 
-    members: tuple[int, ...]  # by place in the file; of classes, the first ones that are equal
-    costs: WorkerClass
-    table: GroupTable | None  # None: one worker
+    members: tuple[int, ...]
+    search: GroupSearch
+
+    def table(self, work: int) -> StageTable:
+        return self.search.table(self.members, work)
+
+    def shares(self, start: int, end: int) -> tuple[int, ...]:
+        """Those of a stage that fits."""
+        return self.search.costs_of(self.members).integer_shares(start, end)
 
 
 @dataclass(eq=False)
 class GroupSearch:
-    """`classes`: of all `workers`, each with the tables of its stages."""
+    """`classes`: of all `workers`, those of each with equal links to others; `apart`: pairs that cannot reach each
+    other."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
     classes: Sequence[WorkerClass]
+    works: Sequence[Work]
     tables: GroupTables
-    links: Links
-    largest: int
-    _elements: list[_Element] = field(default_factory=list, init=False)
-    _known: dict[tuple[int, ...], int | None] = field(default_factory=dict, init=False)
-    _token_s: list[float] = field(default_factory=list, init=False)  # of all layers, if memory would suffice
+    apart: Ways
+    holders: list[Holder] = field(default_factory=list, init=False)
+    _numbers: dict[tuple[int, ...], int | None] = field(default_factory=dict, init=False)
+    _costs: dict[tuple[int, ...], GroupTable] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        stages = self.sizes.stages
-        self._token_s = [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
+        self.holders.extend(self.classes)
 
-    def best(self, *, limit: float | None) -> GroupSplit | None:
-        """The split with the least time of a token; or with a `limit`, with the fastest slowest stage, which is within
-        it. None where there is none, or it has no group."""
-        ways, is_complete = self._ways()
-        found: Split | None = None
-        for way in ways:
-            split = way.least(inf if limit is None else limit)
-            if split is not None and limit is not None:
-                limits = stage_limits([element.costs for element in self._elements])
-                split = best_of(way, limits[limits <= limit], Aim())
-            if split is not None and (found is None or self._score(split, limit) < self._score(found, limit)):
-                found = split
-        if found is None or all(self._elements[number].table is None for number, _, _ in found.stages):
+    def best(self, below: float, known: Best | None) -> Best | None:
+        """The best split of less than that time; of all sets, for the work that the best one of neighbours, or else the
+        `known` one, is best for."""
+        neighbours, others = self._places()
+        if len(self.holders) == len(self.classes):
             return None
-        return GroupSplit(tuple(self._entries(found)), found, is_complete)
+        works = range(len(self.works))
+        best = best_of([[self._way(number, places) for places in neighbours for number in works]], below)
+        numbers = {best.way.steps.work} if best is not None else {0, known.way.steps.work if known is not None else 0}
+        limit = below if best is None else CLOSE * best.seconds
+        return best_of([[self._way(number, places) for places in others for number in sorted(numbers)]], limit) or best
 
-    @staticmethod
-    def _score(split: Split, limit: float | None) -> float:
-        return split.total if limit is None else split.slowest
+    def _way(self, number: int, places: Places) -> Way:
+        work, ends = self.works[number], constrained_ends(range(len(self.workers)), self.apart)
+        limits, least = np.array([inf]), 0.0
+        if work.slowest:
+            slow = [*self._slow_s(number)]
+            least = _AT_LEAST / sum(1 / each for each in slow)
+            limits = np.array([*np.geomspace(least, 2 * max(slow), _LIMITS), inf])
+        return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
-    def _ways(self) -> tuple[list[Steps], bool]:
-        sizes = [len(worker_class.workers) for worker_class in self.classes]
-        if prod((size + 1) * (size + 2) // 2 for size in sizes) <= _MOST_STEPS:
-            return [Steps(self._any_sets(sizes))], True
+    def _slow_s(self, number: int) -> Iterator[float]:
+        """What the slowest stage's work takes with all layers on each worker at least, if memory would suffice."""
+        stages = self.sizes.stages
+        for worker, found in enumerate(self.workers):
+            on_processor = sum(
+                step.steps
+                * (stages.prefill_s if step.is_prompt else stages.decode_s)(found, 0, stages.layers, step.rows)
+                for step in self.works[number].slowest
+            )
+            table = self.classes[self._class_numbers[worker]].table(number)
+            yield min(on_processor, stages.layers * _of_layer(table.slow))
+
+    def _bounds(self, number: int) -> LayerBounds:
+        links = [
+            self.sizes.request.links.between(*pair) for pair in combinations([one.name for one in self.workers], 2)
+        ]
+        work = self.works[number]
+        least = Link(
+            min(link.one_way_s for link in links),
+            min(link.byte_s for link in links),
+            min(link.gather_s for link in links),
+        )
+        return LayerBounds.of(
+            [one.table(number).total for one in self.classes], self.tables.least_gathers_s(work, least)
+        )
+
+    def _places(self) -> tuple[list[Places], list[Places]]:
+        """Neighbours in likely orders, and all sets where these are few: the better the best known split is, the fewer
+        of them are looked at."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
-        by_speed = sorted(order, key=self._token_s.__getitem__)
-        orders = dict.fromkeys((tuple(by_speed), tuple(sorted(order)), tuple(sorted(order, key=self._memory))))
-        return [Steps(self._neighbours(one)) for one in orders], False
+        by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
+        by_memory = tuple(sorted(order, key=self._memory))
+        sizes = tuple(len(worker_class.workers) for worker_class in self.classes)
+        if prod((size + 1) * (size + 2) // 2 for size in sizes) <= _MOST_STEPS:
+            return [self._neighbours(by_speed)], [self._any_sets(sizes)]
+        return [self._neighbours(one) for one in dict.fromkeys((by_speed, tuple(sorted(order)), by_memory))], []
 
-    def _any_sets(self, sizes: Sequence[int]) -> list[Step | Choice]:
-        """A step for each set of workers used so far and each set of these that holds the last stage."""
-        places: list[Step | Choice] = []
-        choices: dict[Counts, tuple[int, ...]] = {}
-        for used in np.ndindex(*(size + 1 for size in sizes)):
-            first = len(places)
-            for last in np.ndindex(*(count + 1 for count in used)):
-                before = tuple(count - more for count, more in zip(used, last, strict=True))
-                number = self._element(self._first_of(last)) if any(last) else None
-                if number is not None and (not any(before) or choices[before]):
-                    costs = self._elements[number].costs
-                    places.append(Step(number, costs, choices[before], is_first=not any(before)))
-            steps = tuple(range(first, len(places)))
-            if steps:
-                places.append(Choice(steps))
-            choices[used] = (len(places) - 1,) if steps else ()
-        return places
+    def _neighbours(self, order: Sequence[int]) -> Places:
+        return in_order(order, _SIZES, self._number, lambda number: self.holders[number].members[0], self.apart)
+
+    def _any_sets(self, sizes: Counts) -> Places:
+        held_by = sorted(
+            (counts for counts in product(*(range(size + 1) for size in sizes)) if sum(counts) == 1), reverse=True
+        )
+        numbers = {counts: number for number, counts in enumerate(held_by)}  # as the classes are numbered
+        for counts in product(*(range(size + 1) for size in sizes)):
+            number = self._number(self._first_of(counts)) if sum(counts) > 1 else None
+            if number is not None:
+                numbers[counts] = number
+        leaders = tuple(holder.members[0] for holder in self.holders)
+        return any_order(sizes, tuple(numbers.items()), leaders, self.apart)
 
     def _first_of(self, counts: Counts) -> tuple[int, ...]:
         chosen = zip(counts, self.classes, strict=True)
         return tuple(worker for count, worker_class in chosen for worker in worker_class.workers[:count])
 
-    def _neighbours(self, order: Sequence[int]) -> list[Step | Choice]:
-        """Stages are of workers that follow each other in the order; any may be unused."""
-        places: list[Step | Choice] = []
-        choices: list[tuple[int, ...]] = [()]
-        for end in range(1, len(order) + 1):
-            steps = []
-            for size in (size for size in _SIZES if size <= end):
-                number = self._element(tuple(order[end - size : end]))
-                if number is not None:
-                    places.append(Step(number, self._elements[number].costs, choices[end - size], is_first=True))
-                    steps.append(len(places) - 1)
-            places.append(Choice((*choices[-1], *steps)))
-            choices.append((len(places) - 1,))
-        return places
-
-    def _element(self, members: tuple[int, ...]) -> int | None:
-        """Its number; None where these workers cannot hold a stage together."""
-        key = tuple(sorted(members))
-        if key not in self._known:
-            element = self._made(key)
-            self._known[key] = None if element is None else len(self._elements)
-            if element is not None:
-                self._elements.append(element)
-        return self._known[key]
-
-    @property
-    def _least_token_s(self) -> float:
-        """If all workers together took a part of it by their speeds, and no gather anything."""
-        return 1 / sum(1 / max(seconds, 1e-9) for seconds in self._token_s)
-
-    def _made(self, members: tuple[int, ...]) -> _Element | None:
+    def _number(self, members: tuple[int, ...]) -> int | None:
+        """The number of what these workers are as a stage; None where they cannot hold one together."""
         if len(members) == 1:
-            return _Element(members, self._class_of(members[0]), None)
-        facts = [self.workers[member] for member in members]
-        if len(members) > self.largest or not all(worker.joins_groups for worker in facts):
-            return None
-        names = [worker.name for worker in facts]
-        if not self.links.are_known(names):
-            return None
-        members = tuple(sorted(members, key=self._token_s.__getitem__))
-        facts = [self.workers[member] for member in members]
-        table = self.tables.of(facts, GroupLinks.of(self.links, [worker.name for worker in facts]))
-        if table is None or not np.isfinite(table.token).any():
-            return None
-        sent_s, hops_s = link_tables(self.sizes, facts[0].reach)
-        token = table.token + hops_s + _MEMBER * len(members) * self._least_token_s
-        return _Element(members, WorkerClass(members[:1], np.maximum(table.mix, sent_s), token), table)
+            return self._class_numbers[members[0]]
+        key = tuple(sorted(members, key=self._rank.__getitem__))
+        if key not in self._numbers:
+            is_possible = self._may_hold(key)
+            self._numbers[key] = len(self.holders) if is_possible else None
+            if is_possible:
+                self.holders.append(Group(key, self))
+        return self._numbers[key]
 
-    def _class_of(self, worker: int) -> WorkerClass:
-        return next(worker_class for worker_class in self.classes if worker in worker_class.workers)
+    def _may_hold(self, members: tuple[int, ...]) -> bool:
+        """Gathers must not take longer than the slowest member for whole layers: a chain of these would be as fast."""
+        request, facts = self.sizes.request, [self.workers[member] for member in members]
+        if len(members) > request.largest_group or not all(self.joins[member] for member in members):
+            return False
+        if any(pair <= {*members} for pair in self.apart) or not request.links.are_known([each.name for each in facts]):
+            return False
+        links = self.costs_of(members).links
+        gathers_s = self.tables.gathers_of(len(members)) * links.gather_s
+        return gathers_s < max(self._token_s[member] for member in members)
+
+    @cached_property
+    def joins(self) -> list[bool]:
+        """By worker, whether it may be in a group."""
+        return [worker.joins_groups and not worker.gpus for worker in self.workers]
+
+    @cached_property
+    def _class_numbers(self) -> dict[int, int]:
+        return class_numbers(self.classes)
+
+    @cached_property
+    def _token_s(self) -> list[float]:
+        """By worker, of all layers, if memory would suffice."""
+        stages = self.sizes.stages
+        return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
+
+    @cached_property
+    def _rank(self) -> dict[int, tuple[bool, float, int]]:
+        """By worker: the fastest member leads of those that reach all others, if there are any."""
+        bound = frozenset[int]().union(*self.apart)
+        return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 
     def _memory(self, worker: int) -> float:
         memory_bytes = self.workers[worker].memory_bytes
         return -inf if memory_bytes is None else -float(memory_bytes)
 
-    def _entries(self, split: Split) -> Iterator[Assignment]:
-        """Workers of a class stand for each other: none is used twice."""
-        left = {id(worker_class): list(worker_class.workers) for worker_class in self.classes}
-        for number, start, end in split.stages:
-            element = self._elements[number]
-            names = tuple(self.workers[left[id(self._class_of(member))].pop(0)].name for member in element.members)
-            shares = () if element.table is None else element.table.integer_shares(start, end)
-            yield Assignment(names, start, end, shares)
+    def costs_of(self, members: tuple[int, ...]) -> GroupTable:
+        """Of a group, the leader first."""
+        if members not in self._costs:
+            facts = [self.workers[member] for member in members]
+            links = GroupLinks.of(self.sizes.request.links, [each.name for each in facts])
+            self._costs[members] = self.tables.of(facts, links)
+        return self._costs[members]
+
+    def table(self, members: tuple[int, ...], work: int) -> StageTable:
+        """Costs with the links to other stages."""
+        own = self.costs_of(members).of_work(self.works[work])
+        links = link_table(self.sizes, self.works[work], self.workers[members[0]].reach)
+        token_s = 1 / sum(1 / max(seconds, 1e-9) for seconds in self._token_s)
+        steps = sum(step.steps for step in self.works[work].each)
+        return StageTable(
+            np.maximum(own.slow, links.slow), own.total + links.total + _MEMBER * len(members) * steps * token_s
+        )
+
+
+def _of_layer(costs: Table) -> float:
+    """The least that a layer takes of any stage."""
+    places = np.arange(len(costs))
+    lengths = places - places[:, np.newaxis]
+    return max(float((costs[lengths > 0] / lengths[lengths > 0]).min()), 1e-12)

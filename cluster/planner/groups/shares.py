@@ -9,14 +9,13 @@ import numpy as np
 from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
 
-_HALVINGS = 24
 _FEW = 100
 """Shares are integers with a sum of so many at most where that costs nothing, else of `_MANY`."""
 _MANY = 1000
 _NOTHING = 1.003
 
 
-def balanced(parts: Parts, seconds: Sequence[PartTables], lacking: Sequence[PartTables]) -> Shares:
+def balanced(parts: Parts, seconds: PartTables, lacking: PartTables) -> Shares:
     """[members, stages]: the shares with the least time of the slowest member; a sum below 1 where memory does not
     suffice. By member and stage, `seconds` it takes and bytes `lacking`, which memory suffices for where they are
     negative. Units of what is divided coarsely are given first, and the rest is divided beside them."""
@@ -24,33 +23,30 @@ def balanced(parts: Parts, seconds: Sequence[PartTables], lacking: Sequence[Part
     if not parts.coarse:
         return shares
     given = parts.coarse_parts(shares)
-    own = [[part[member] for part in given] for member in range(len(shares))]
-    rest = _filled(
-        [table.with_coarse(part) for table, part in zip(seconds, own, strict=True)],
-        [table.with_coarse(part) for table, part in zip(lacking, own, strict=True)],
-        parts.least_units,
-    )
+    rest = _filled(seconds.with_coarse(given), lacking.with_coarse(given), parts.least_units)
     same = np.all(
         [(one == other).all(axis=0) for one, other in zip(given, parts.coarse_parts(rest), strict=True)], axis=0
     )
     return np.where(same, rest, shares)
 
 
-def _filled(seconds: Sequence[PartTables], lacking: Sequence[PartTables], units: int) -> Shares:
-    """The time of the slowest member is found by halving an interval."""
-    fixed, each = np.array([table.whole for table in seconds]), np.array([table.divided for table in seconds])
-    short, more = np.array([table.whole for table in lacking]), np.array([table.divided for table in lacking])
-    least = 1 / units
+def _filled(seconds: PartTables, lacking: PartTables, units: int) -> Shares:
+    """What members have after a time is on lines between the times at which one of them begins with more than the least
+    share, or has no room for more."""
+    fixed, each = seconds.whole, np.maximum(seconds.divided, 1e-12)
+    short, more, least = lacking.whole, lacking.divided, 1 / units
     with np.errstate(divide="ignore", invalid="ignore"):
         rooms = np.nan_to_num(-short / more, nan=1.0, posinf=1.0, neginf=0.0)
     most = np.where(short > 0, 0.0, np.clip(rooms - least / 2, 0.0, 1.0))
-    each = np.maximum(each, 1e-12)
-    low, high = np.zeros(fixed.shape[1:]), (fixed + each).max(axis=0)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        is_enough = _taken(middle, fixed, each, least, most).sum(axis=0) >= 1
-        low, high = np.where(is_enough, low, middle), np.where(is_enough, middle, high)
-    taken = _taken(high, fixed, each, least, most)
+    times = np.sort(np.concatenate([fixed + least * each, fixed + np.maximum(most, least) * each]), axis=0)
+    sums = np.array([_taken(time, fixed, each, least, most).sum(axis=0) for time in times])
+    after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices; else the last one
+    before = np.maximum(after - 1, 0)
+    (low, high), (low_sum, high_sum) = (
+        np.take_along_axis(values, np.array([before, after]), 0) for values in (times, sums)
+    )
+    along = np.clip((1 - low_sum) / np.maximum(high_sum - low_sum, 1e-12), 0.0, 1.0)
+    taken = _taken(low + along * (high - low), fixed, each, least, most)
     total = taken.sum(axis=0)
     return np.where(total >= 1 - 1e-9, taken / np.maximum(total, 1e-12), taken)
 

@@ -2,84 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
-from llamaclust.cluster.planner.costs import Counts, Table, WorkerFacts, sums
+from llamaclust.cluster.planner.costs import Counts, Flags, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.groups.gathers import HIDDEN_SHARE, GroupLinks
 from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
 from llamaclust.cluster.planner.groups.shares import as_integers, balanced
+from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import MemoryModel
+from llamaclust.cluster.planner.splits.holders import StageTable
+from llamaclust.cluster.planner.work import Rows, Work
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 _INNER, _FIRST, _LAST, _ALL = range(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """The work whose time the slowest stage should have little of; without rows, only a token counts."""
-
-    prompt_rows: int = 0
-    decode_rows: int = 0
-    decodes: float = 0.0
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class GroupTable:
-    """Of one set of workers, the leader first: seconds, infinite where the stage does not fit."""
+class _Kinds:
+    """Stages by what they cost: those of one kind have equal layers, and begin and end with the model alike."""
 
-    members: tuple[WorkerFacts, ...]
-    mix: Table
-    token: Table
-    _shares: Shares  # [members, stages as `_cells` has them]
-    _seconds: tuple[PartTables, ...]
-    _lacking: tuple[PartTables, ...]
-    _parts: Parts
+    kind_of: Counts  # by start and end
+    places: tuple[Counts, Counts]  # start and end of one of each kind
+    cells: Counts  # by kind, the stage that its shares are those of
 
-    def integer_shares(self, start: int, end: int) -> tuple[int, ...]:
-        """The shares of a stage that fits."""
-        layers = self._parts.whole.layers
-        cell = int(_cells(layers)[start, end])
-        shares, place = self._shares[:, cell], (np.array([start]), np.array([end]))
-        seconds, lacking = [each.cut(place) for each in self._seconds], [each.cut(place) for each in self._lacking]
-
-        def cost(integers: tuple[int, ...]) -> float:
-            exact = np.array(integers, np.float64)[:, np.newaxis] / sum(integers)
-            fine, coarse = exact, self._parts.coarse_parts(exact)
-            own = [[part[member] for part in coarse] for member in range(len(integers))]
-            if any((each.at(o, f) > 0).any() for each, o, f in zip(lacking, own, fine, strict=True)):
-                return float("inf")
-            return max(float(each.at(o, f)[0]) for each, o, f in zip(seconds, own, fine, strict=True))
-
-        return as_integers(shares.tolist(), cost)
+    @classmethod
+    def of(cls, costs: GroupCosts) -> _Kinds:
+        layers = len(costs.layers)
+        starts, ends = np.indices((layers + 1, layers + 1))
+        keys = 2 * (starts == 0) + (ends == layers)
+        for kind in dict.fromkeys(costs.layers):
+            count = sums(int(layer == kind) for layer in costs.layers)
+            keys = np.unique(keys * (2 * layers + 1) + count + layers, return_inverse=True)[1].reshape(keys.shape)
+        keys[starts >= ends] = -1
+        _, firsts, kinds = np.unique(keys, return_index=True, return_inverse=True)
+        places = np.unravel_index(firsts, keys.shape)
+        return cls(kinds.reshape(keys.shape), (places[0], places[1]), _cells(layers)[places])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Gathers of stages: how many, and bytes of a row."""
+    """Gathers of stages: how many, and bytes of a row, by kind of stage."""
 
     count: Table
     row_bytes: Table
-    outputs: int
-    output_bytes: float
+    outputs: Table
+    output_bytes: Table
 
     @classmethod
-    def of(cls, costs: GroupCosts) -> _GatherTables:
+    def of(cls, costs: GroupCosts, kinds: _Kinds) -> _GatherTables:
         known = {id(layer): _row_bytes(layer.gathers) for layer in costs.layers}
+        is_last = kinds.places[1] == len(costs.layers)
         return cls(
-            sums(len(layer.gathers) for layer in costs.layers).astype(np.float64),
-            sums(known[id(layer)] for layer in costs.layers).astype(np.float64),
-            len(costs.head.gathers),
-            float(_row_bytes(costs.head.gathers)),
+            sums(len(layer.gathers) for layer in costs.layers)[kinds.places].astype(np.float64),
+            sums(known[id(layer)] for layer in costs.layers)[kinds.places].astype(np.float64),
+            is_last * float(len(costs.head.gathers)),
+            is_last * float(_row_bytes(costs.head.gathers)),
         )
 
 
 def _row_bytes(gathers: Sequence[GatherCost]) -> int:
     """Of whole rows."""
     return sum(sum(gather.sent_bytes((1,))) for gather in gathers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Divided:
+    """A model in groups of some number of members."""
+
+    parts: Parts
+    kinds: _Kinds
+    gathers: _GatherTables
+    layer_gathers: Table  # by layer
+    layer_bytes: Table  # of a row
 
 
 @dataclass(slots=True, eq=False)
@@ -89,86 +87,170 @@ class GroupTables:
     _sizes: MemoryModel
     _costs_of: Callable[[int], GroupCosts]
     _contexts: int
-    _mix: Mix
-    _known: dict[int, tuple[Parts, _GatherTables]] = field(default_factory=dict)
-    _of_worker: dict[tuple[int, WorkerFacts], tuple[PartTables, PartTables, list[PartTables]]] = field(
-        default_factory=dict
-    )
+    _divided: dict[int, _Divided] = field(default_factory=dict)
+    _seconds: dict[tuple[int, WorkerFacts, Rows], PartTables] = field(default_factory=dict)
+    _lacking: dict[tuple[int, WorkerFacts], PartTables] = field(default_factory=dict)
 
-    def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable | None:
-        """None where gathers take longer than the slowest member for whole layers: a chain of these is as fast."""
-        parts, gathers = self._costs(len(members))
-        tables = [self._tables(parts, member) for member in members]
-        layers = parts.whole.layers
-        whole_s = max(float((token.whole + token.divided)[0, layers]) for token, _, _ in tables)
-        if float(gathers.count[0, layers]) * links.gather_s >= whole_s:
-            return None
-        cells, places = _cells(layers), _places(layers)
-        seconds, lacking = [token.cut(places) for token, _, _ in tables], [lack.cut(places) for _, lack, _ in tables]
-        with np.errstate(invalid="ignore"):
-            shares = balanced(parts, seconds, lacking)
-        fine = [*shares[:, cells]]
-        coarse = [part[:, cells] for part in parts.coarse_parts(shares)]
-        own = [[part[member] for part in coarse] for member in range(len(members))]
-        starts, ends = np.indices(cells.shape)
-        fits = (shares.sum(axis=0) > 1 - 1e-6)[cells] & self._sizes.stages.possible & (starts < ends)
-        for (_, lack, _), o, f in zip(tables, own, fine, strict=True):
-            fits &= lack.at(o, f) <= 0
-        at = partial(_slowest, own, fine)
-        is_last = np.arange(layers + 1) == layers
-        busiest_s = links.all_to_all_s(shares)[cells] * gathers.row_bytes
-        output_s = is_last * (
-            gathers.outputs * links.gather_s + links.to_leader_s(shares)[cells] * gathers.output_bytes
-        )
-        fixed_s = gathers.count * links.gather_s
-        token_s = at([token for token, _, _ in tables]) + fixed_s + busiest_s + output_s
-        mix_s = np.zeros_like(token_s)
-        if self._mix.prompt_rows:
-            prefill_s, decode_s = (at([of_mix[number] for _, _, of_mix in tables]) for number in (0, 1))
-            sent_s = self._mix.prompt_rows * busiest_s
-            mix_s += prefill_s + fixed_s + sent_s - np.minimum(HIDDEN_SHARE * sent_s, prefill_s)
-            mix_s += self._mix.decodes * (decode_s + fixed_s + output_s + self._mix.decode_rows * busiest_s)
-        return GroupTable(
-            tuple(members),
-            np.where(fits, mix_s, np.inf),
-            np.where(fits, token_s, np.inf),
-            shares,
-            tuple(token for token, _, _ in tables),
-            tuple(lack for _, lack, _ in tables),
-            parts,
-        )
+    def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
+        """Of a group, its leader first."""
+        return GroupTable(self, tuple(members), links, self.divided(len(members)))
 
-    def _costs(self, members: int) -> tuple[Parts, _GatherTables]:
-        if members not in self._known:
+    def divided(self, members: int) -> _Divided:
+        if members not in self._divided:
             costs = self._costs_of(members)
-            alike = next((one for one in self._known.values() if one[0].is_of(costs)), None)
-            self._known[members] = alike or (Parts.of(costs), _GatherTables.of(costs))
-        return self._known[members]
+            known = next((one for one in self._divided.values() if one.parts.is_of(costs)), None)
+            if known is None:
+                kinds = _Kinds.of(costs)
+                gathers = np.array([len(layer.gathers) for layer in costs.layers], np.float64)
+                row_bytes = np.array([_row_bytes(layer.gathers) for layer in costs.layers], np.float64)
+                known = _Divided(Parts.of(costs), kinds, _GatherTables.of(costs, kinds), gathers, row_bytes)
+            self._divided[members] = known
+        return self._divided[members]
 
-    def _tables(self, parts: Parts, worker: WorkerFacts) -> tuple[PartTables, PartTables, list[PartTables]]:
-        """(seconds of a token, bytes lacking, seconds of a prompt and of a step of the mix)."""
-        key = id(parts), worker
-        if key not in self._of_worker:
-            self._of_worker[key] = (
-                parts.tables(lambda costs: costs.decode_table(worker, concurrent=True)),
-                parts.tables(lambda costs: self._sizes.of(costs).excess_table(worker, self._contexts)),
-                list(self._mix_tables(parts, worker)),
-            )
-        return self._of_worker[key]
+    def gathers_of(self, members: int) -> float:
+        """How many gathers a group of so many has in all layers."""
+        divided = self.divided(members)
+        return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
-    def _mix_tables(self, parts: Parts, worker: WorkerFacts) -> Sequence[PartTables]:
-        mix = self._mix
-        if not mix.prompt_rows:
-            return ()
-        return (
-            parts.tables(lambda costs: costs.prefill_table(worker, mix.prompt_rows, concurrent=True)),
-            parts.tables(lambda costs: costs.decode_table(worker, mix.decode_rows, concurrent=True)),
-        )
+    def least_gathers_s(self, work: Work, link: Link) -> Table:
+        """What gathers of each layer take at least in any group, over such a link: at least half of each row goes to
+        some member."""
+        steps = sum(step.steps for step in work.each)
+        rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
+        every = [
+            steps * divided.layer_gathers * link.gather_s + rows * divided.layer_bytes * link.byte_s / 2
+            for divided in self._divided.values()
+        ]
+        least: Table = np.min(every, axis=0)
+        return least
+
+    @property
+    def possible(self) -> Flags:
+        return self._sizes.stages.possible
+
+    def seconds(self, divided: _Divided, members: Iterable[WorkerFacts], step: Rows) -> PartTables:
+        """What a step takes, by member and kind of stage."""
+        found = []
+        for member in members:
+            key = id(divided), member, step
+            if key not in self._seconds:
+                table = partial(_step_s, worker=member, step=step)
+                self._seconds[key] = divided.parts.tables(table).cut(divided.kinds.places)
+            found.append(self._seconds[key])
+        return PartTables.of_members(found)
+
+    def lacking(self, divided: _Divided, members: Iterable[WorkerFacts]) -> PartTables:
+        """Bytes that memory lacks, likewise."""
+        found = []
+        for member in members:
+            key = id(divided), member
+            if key not in self._lacking:
+                table = partial(self._excess, worker=member)
+                self._lacking[key] = divided.parts.tables(table).cut(divided.kinds.places)
+            found.append(self._lacking[key])
+        return PartTables.of_members(found)
+
+    def _excess(self, costs: StageCosts, worker: WorkerFacts) -> Table:
+        return self._sizes.of(costs).excess_table(worker, self._contexts)
 
 
-def _slowest(own: Sequence[Sequence[Table]], fine: Sequence[Table], tables: Sequence[PartTables]) -> Table:
-    found: Table = np.max([table.at(o, f) for table, o, f in zip(tables, own, fine, strict=True)], axis=0)
-    return found
+@dataclass(eq=False)
+class GroupTable:
+    """Of one set of workers, the leader first."""
+
+    tables: GroupTables
+    members: tuple[WorkerFacts, ...]
+    links: GroupLinks
+    divided: _Divided
+
+    def of_work(self, work: Work) -> StageTable:
+        """Its seconds, without the links to other stages; infinite where the stage does not fit."""
+        kind_of = self.divided.kinds.kind_of
+        slow = np.where(self._fits, self._work_s(work.slowest), np.inf)
+        starts, ends = np.indices(kind_of.shape)
+        fits = self.tables.possible & (starts < ends)
+        return StageTable(np.where(fits, slow[kind_of], np.inf), self._work_s(work.each)[kind_of])
+
+    def _work_s(self, steps: Iterable[Rows]) -> Table:
+        """By kind of stage."""
+        total: Table = np.zeros(len(self.divided.kinds.cells))
+        for step in steps:
+            total += step.steps * (self._prefill_s(step) if step.is_prompt else self._decode_s(step))
+        return total
+
+    def _computing_s(self, step: Rows) -> Table:
+        """The slowest member; others of its machine may compute too."""
+        steps = Rows(step.rows, 1, step.is_prompt, concurrent=True)
+        found: Table = self.tables.seconds(self.divided, self.members, steps).at(*self._parts).max(axis=0)
+        return found
+
+    def _prefill_s(self, step: Rows) -> Table:
+        computing_s, sent_s = self._computing_s(step), step.rows * self._row_s
+        return computing_s + self._gathers_s + sent_s - np.minimum(HIDDEN_SHARE * sent_s, computing_s)
+
+    def _decode_s(self, step: Rows) -> Table:
+        gathers, shares = self.divided.gathers, self._shares[:, self.divided.kinds.cells]
+        output_s = gathers.outputs * self.links.gather_s
+        output_row_s = self.links.to_leader_s(shares) * gathers.output_bytes
+        return self._computing_s(step) + self._gathers_s + output_s + step.rows * (self._row_s + output_row_s)
+
+    @cached_property
+    def _shares(self) -> Shares:
+        """[members, cells]: see `_cells`."""
+        kinds = self.divided.kinds
+        layers = len(kinds.kind_of) - 1
+        numbers = kinds.kind_of[_places(layers)]
+        with np.errstate(invalid="ignore"):
+            return balanced(self.divided.parts, self._token.chosen(numbers), self._lack.chosen(numbers))
+
+    @cached_property
+    def _token(self) -> PartTables:
+        return self.tables.seconds(self.divided, self.members, Rows(1, 1, concurrent=True))
+
+    @cached_property
+    def _lack(self) -> PartTables:
+        return self.tables.lacking(self.divided, self.members)
+
+    @cached_property
+    def _parts(self) -> tuple[list[Table], Table]:
+        """What members have of all that is divided, [members, kinds of stages]."""
+        cells = self.divided.kinds.cells
+        return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
+
+    @cached_property
+    def _fits(self) -> Flags:
+        has_all = self._parts[1].sum(axis=0) > 1 - 1e-6
+        fits: Flags = has_all & (self._lack.at(*self._parts) <= 0).all(axis=0)
+        return fits
+
+    @cached_property
+    def _row_s(self) -> Table:
+        """Gathers of one row of a stage's layers, without latency."""
+        return self.links.all_to_all_s(self._shares)[self.divided.kinds.cells] * self.divided.gathers.row_bytes
+
+    @property
+    def _gathers_s(self) -> Table:
+        """Their latency."""
+        return self.divided.gathers.count * self.links.gather_s
+
+    def integer_shares(self, start: int, end: int) -> tuple[int, ...]:
+        """The shares of a stage that fits."""
+        kind = np.array([self.divided.kinds.kind_of[start, end]])
+        seconds, lacking, parts = self._token.chosen(kind), self._lack.chosen(kind), self.divided.parts
+
+        def cost(integers: tuple[int, ...]) -> float:
+            fine = np.array(integers, np.float64)[:, np.newaxis] / sum(integers)
+            coarse = parts.coarse_parts(fine)
+            if (lacking.at(coarse, fine) > 0).any():
+                return float("inf")
+            return float(seconds.at(coarse, fine).max())
+
+        return as_integers(self._shares[:, self.divided.kinds.cells[kind[0]]].tolist(), cost)
+
+
+def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
+    table = costs.prefill_table if step.is_prompt else costs.decode_table
+    return table(worker, step.rows, concurrent=step.concurrent)
 
 
 def _cells(layers: int) -> Counts:

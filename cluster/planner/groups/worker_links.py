@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import Links
-from llamaclust.cluster.planner.splits.worker_classes import WorkerClass
+from llamaclust.cluster.planner.splits.holders import WorkerClass
 
 _NOISE = 0.25
 _NOISE_S = 3e-5

@@ -1,25 +1,31 @@
-"""Splits with the least total cost, by dynamic programming over steps: each gives the next layers to one more worker.
-Pure.
+"""Splits with the least total cost, by dynamic programming over steps: each gives the next layers to one more worker or
+group. Pure.
 
-The steps define which workers may be used in which orders, and which may follow which.
+The steps define what may hold stages in which orders, and what may follow what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from functools import lru_cache
+from itertools import product
+from math import inf
+from typing import Protocol
 
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
-from llamaclust.cluster.planner.splits.worker_classes import Order, WorkerClass
+from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""(worker, start, end): layers [start, end) on a worker, by its place in the file."""
+"""(holder, start, end): layers [start, end) on a holder, by its number."""
 
 Ways = frozenset[frozenset[int]]
 """Pairs of workers, by their places in the file."""
+
+Counts = tuple[int, ...]
+"""How many workers of each class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One more worker gets the next layers. `before`: positions of possible predecessors among steps and choices."""
+    """One more holder gets the next layers. `before`: positions of possible predecessors among steps and choices."""
 
-    worker: int
-    worker_class: WorkerClass
+    holder: int
     before: tuple[int, ...]
     is_first: bool  # it may be
+    own: Counts = ()  # the holder's workers; (): not told
+    left: Counts = ()  # workers that are not used then
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,133 +55,230 @@ class Choice:
     before: tuple[int, ...]
 
 
+Places = Sequence[Step | Choice]
+
+
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Workers that may be first (None: all), and those that must not be last then."""
+    """Leaders of the stages that may be first (None: all), and of those that must not be last then."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
+class Bounds(Protocol):
+    """What layers cost at least, whatever the stages, on workers of which there are so many of each class."""
+
+    def together(self, workers: Counts) -> Table:
+        """The first layers, by their number, on all of these together."""
+        ...
+
+    def of_rest(self, workers: Counts) -> Table:
+        """The layers from each one on, on any of these."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
 class Steps:
-    """All splits along steps, with any of `ends`."""
+    """All splits along `places` for one work, with any of `ends`. `bounds`: what layers cost at least."""
 
-    def __init__(self, places: Sequence[Step | Choice], ends: Sequence[Ends] = (Ends(),)) -> None:
-        self._places = places
-        self._ends = ends
-        self._kinds = {id(place.worker_class): place.worker_class for place in places if isinstance(place, Step)}
-        self._layers = next(iter(self._kinds.values())).layers
+    places: Places
+    holders: Sequence[Holder]
+    work: int
+    ends: Sequence[Ends] = (Ends(),)
+    bounds: Bounds | None = None
 
-    def least(self, limit: float) -> Split | None:
-        """The split with the least total whose slowest stage is within the limit; None where there is none."""
-        allowed = {key: worker_class.allowed(limit) for key, worker_class in self._kinds.items()}
-        splits = [split for ends in self._ends if (split := self._least(allowed, ends)) is not None]
+    def least(self, limit: float, most_total: float = inf) -> Split | None:
+        """The split with the least total, `most_total` at most, whose slowest stage is within the limit; None where
+        there is none."""
+        tables = dict[int, tuple[StageTable, Table]]()
+        runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
+        splits = [split for run in runs if (split := run.least()) is not None]
         return min(splits, key=lambda split: split.total, default=None)
 
-    def _least(self, allowed: dict[int, Table], ends: Ends) -> Split | None:
-        never = np.full(self._layers + 1, inf)
-        best: list[Table] = []  # of each place: [layers covered]
-        before: list[Table] = []  # the same without its own stage
+
+class _Run:
+    """One pass over the places."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        ends: Ends,
+        tables: dict[int, tuple[StageTable, Table]],
+        limit: float,
+        most_total: float,
+    ) -> None:
+        self._steps, self._ends, self._tables = steps, ends, tables
+        self._limit, self._most = limit, most_total
+        self._layers = self._table(0)[0].layers
+        self._never = np.full(self._layers + 1, inf)
+        self._best: list[Table] = []  # of each place: [layers covered]
+        self._before: list[Table] = []  # the same without its own stage
+
+    def least(self) -> Split | None:
         last, least = None, inf
-        for number, place in enumerate(self._places):
-            costs = _cheapest(best, place.before, never)
+        for number, place in enumerate(self._steps.places):
+            costs = self._cheapest(place.before)
             if isinstance(place, Choice):
-                best.append(costs)
-                before.append(costs)
+                self._before.append(costs)
+                self._best.append(costs)
                 continue
-            if place.is_first and (ends.first is None or place.worker in ends.first):
+            leader = self._steps.holders[place.holder].members[0]
+            if place.is_first and (self._ends.first is None or leader in self._ends.first):
                 costs = costs.copy()
                 costs[0] = 0.0
-            before.append(costs)
-            own = allowed[id(place.worker_class)]
-            best.append(never if costs is never else (costs[:, np.newaxis] + own).min(axis=0))
-            if best[-1][self._layers] < least and place.worker not in ends.not_last:
-                last, least = number, float(best[-1][self._layers])
-        return None if last is None else self._walk(allowed, before, best, last)
+            self._before.append(costs)
+            self._best.append(self._never if costs is self._never else self._extended(costs, place))
+            total = float(self._best[-1][self._layers])
+            if total < least and leader not in self._ends.not_last:
+                last, least = number, total
+        return None if last is None else self._split(last)
 
-    def _walk(self, allowed: dict[int, Table], before: Sequence[Table], best: Sequence[Table], last: int) -> Split:
+    def _table(self, holder: int) -> tuple[StageTable, Table]:
+        if holder not in self._tables:
+            table = self._steps.holders[holder].table(self._steps.work)
+            self._tables[holder] = table, table.allowed(self._limit)
+        return self._tables[holder]
+
+    def _extended(self, costs: Table, place: Step) -> Table:
+        """With the step's own stage; infinite where the rest would make it too much."""
+        bounds = self._steps.bounds if place.own and self._most < inf else None
+        rest: Table = np.zeros(1)
+        if bounds is not None:
+            own, rest = bounds.together(place.own), bounds.of_rest(place.left)
+            if (np.minimum.accumulate(costs - own) + own + rest).min() > self._most:
+                return self._never
+        totals: Table = (costs[:, np.newaxis] + self._table(place.holder)[1]).min(axis=0)
+        if self._most < inf:
+            totals[totals + rest > self._most] = inf
+        return totals if totals.min() < inf else self._never
+
+    def _cheapest(self, places: tuple[int, ...]) -> Table:
+        found = [self._best[place] for place in places if self._best[place] is not self._never]
+        if len(found) < 2:
+            return found[0] if found else self._never
+        least: Table = np.minimum.reduce(found)
+        return least
+
+    def _split(self, last: int) -> Split:
         """The split behind best[last][layers]."""
-        stages: list[tuple[int, WorkerClass, int, int]] = []  # the last one first
+        stages: list[Stage] = []  # the last one first
         number, end = last, self._layers
         while end:
-            place = self._places[number]
+            place = self._steps.places[number]
             if isinstance(place, Step):
-                start = int((before[number] + allowed[id(place.worker_class)][:, end]).argmin())
-                stages.append((place.worker, place.worker_class, start, end))
+                start = int((self._before[number] + self._table(place.holder)[1][:, end]).argmin())
+                stages.append((place.holder, start, end))
                 end = start
             if end:
-                number = min(place.before, key=lambda one: float(best[one][end]))
-        slowest = max(float(worker_class.slow[start, end]) for _, worker_class, start, end in stages)
-        total = sum(float(worker_class.total[start, end]) for _, worker_class, start, end in stages)
-        return Split(tuple((worker, start, end) for worker, _, start, end in reversed(stages)), slowest, total)
+                number = min(place.before, key=lambda one: float(self._best[one][end]))
+        costs = [(self._table(holder)[0], start, end) for holder, start, end in reversed(stages)]
+        slowest = max(float(table.slow[start, end]) for table, start, end in costs)
+        total = sum(float(table.total[start, end]) for table, start, end in costs)
+        return Split(tuple(reversed(stages)), slowest, total)
 
 
-def _cheapest(best: Sequence[Table], places: tuple[int, ...], never: Table) -> Table:
-    if len(places) < 2:
-        return best[places[0]] if places else never
-    least: Table = np.minimum.reduce([best[place] for place in places])
-    return least
+HolderOf = Callable[[tuple[int, ...]], int | None]
+"""The number of what these workers are as one stage; None where they cannot be."""
+LeaderOf = Callable[[int], int]
 
 
-def in_order(order: Order, partitions: Ways = frozenset()) -> list[Step | Choice]:
-    """Workers in one order, any of which may be unused. Pairs in `partitions` are not adjacent."""
+def in_order(
+    order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
+) -> Places:
+    """Workers in one order, any of which may be unused; as many as `sizes` say that follow each other may hold a stage
+    together. Leaders of pairs in `apart` are not adjacent."""
     places: list[Step | Choice] = []
-    steps: list[Step] = []
-    at: list[int] = []  # places of the steps
-    so_far: tuple[int, ...] = ()  # the choice of all of them
-    for worker, worker_class in order:
-        before = _beside(worker, steps, at, partitions) if _is_bound(worker, partitions) else so_far
-        steps.append(Step(worker, worker_class, before, is_first=True))
-        at.append(len(places))
-        places += (steps[-1], Choice((*so_far, at[-1])))
-        so_far = (len(places) - 1,)
+    upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
+    for end in range(1, len(order) + 1):
+        steps, choice = [*upto[-1][0]], upto[-1][1]
+        for size in (size for size in sizes if size <= end):
+            holder = holder_of(tuple(order[end - size : end]))
+            if holder is not None:
+                before = _following(leader_of(holder), *upto[end - size], places, leader_of, apart)
+                steps.append(len(places))
+                places.append(Step(holder, before, is_first=True))
+        new = steps[len(upto[-1][0]) :]
+        if new:
+            places.append(Choice((*choice, *new)))
+            choice = (len(places) - 1,)
+        upto.append((steps, choice))
     return places
 
 
-def any_order(classes: Sequence[WorkerClass], partitions: Ways = frozenset()) -> list[Step | Choice]:
-    """Any workers in any order, the first ones of a class before its others: a step for each combination of numbers of
-    workers used of each class, and for each class of the last worker. Workers of pairs have classes of their own."""
+@lru_cache(maxsize=8)
+def any_order(
+    sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
+) -> Places:
+    """Any workers in any order, of `sizes` of each class the first ones before the others: a step for each combination
+    of workers used of each class, and each of what may hold the last stage. `held_by`: holders' workers of each class,
+    and their numbers. Workers of pairs have classes of their own."""
+    numbers = dict(held_by)
     places: list[Step | Choice] = []
-    found: dict[tuple[int, ...], tuple[list[Step], list[int], tuple[int, ...]]] = {}  # by workers used
-    for used in np.ndindex(*(len(worker_class.workers) + 1 for worker_class in classes)):
-        steps: list[Step] = []
-        first = len(places)
-        for number, worker_class in enumerate(classes):
-            if used[number]:
-                fewer = (*used[:number], used[number] - 1, *used[number + 1 :])
-                worker = worker_class.workers[used[number] - 1]
-                others, at, choice = found[fewer]
-                before = _beside(worker, others, at, partitions) if _is_bound(worker, partitions) else choice
-                steps.append(Step(worker, worker_class, before, is_first=not any(fewer)))
-        places += steps
-        own = list(range(first, len(places)))
-        if own:
-            places.append(Choice(tuple(own)))
-        found[used] = steps, own, (len(places) - 1,) if own else ()
+    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # by workers used
+    for used in product(*(range(size + 1) for size in sizes)):
+        left = tuple(size - count for size, count in zip(sizes, used, strict=True))
+        steps: list[int] = []
+        for last in _within(used, numbers):
+            before = tuple(count - more for count, more in zip(used, last, strict=True))
+            if last not in numbers or (any(before) and not found[before][0]):
+                continue
+            holder = numbers[last]
+            reached = _following(leaders[holder], *found[before], places, leaders.__getitem__, apart)
+            steps.append(len(places))
+            places.append(Step(holder, reached, not any(before), last, left))
+        if steps:
+            places.append(Choice(tuple(steps)))
+        found[used] = steps, (len(places) - 1,) if steps else ()
     return places
 
 
-def any_order_steps(classes: Sequence[WorkerClass]) -> int:
+def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
+    """Of these, those with no more workers of any class; perhaps others that nothing holds."""
+    subsets = 1
+    for count in used:
+        subsets *= count + 1
+    if subsets < len(held_by):
+        return [*product(*(range(count + 1) for count in used))][1:]
+    return [one for one in held_by if all(more <= count for more, count in zip(one, used, strict=True))]
+
+
+def _following(
+    leader: int,
+    steps: Sequence[int],
+    choice: tuple[int, ...],
+    places: Places,
+    leader_of: LeaderOf,
+    apart: Ways,
+) -> tuple[int, ...]:
+    """Of the steps before, those that this leader's stage may follow."""
+    if not any(leader in pair for pair in apart):
+        return choice
+    reached = []
+    for at in steps:
+        step = places[at]
+        assert isinstance(step, Step)
+        if frozenset((leader, leader_of(step.holder))) not in apart:
+            reached.append(at)
+    return tuple(reached)
+
+
+def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
     """How many steps those are."""
-    sizes = [len(worker_class.workers) + 1 for worker_class in classes]
-    return sum(prod(sizes) // size * (size - 1) for size in sizes)
+    total = 0
+    for counts in held_by:
+        steps = 1
+        for size, count in zip(sizes, counts, strict=True):
+            steps *= size + 1 - count
+        total += steps
+    return total
 
 
-def constrained_ends(workers: Collection[int], partitions: Ways) -> list[Ends]:
-    """The last worker is adjacent to the first one. So each worker of a pair is tried as the first,
+def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
+    """The last stage is adjacent to the first one. So each worker of a pair is tried as the first leader,
     and all others at once."""
-    bound = sorted(worker for worker in workers if _is_bound(worker, partitions))
+    bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:
-        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in partitions}))
+        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in apart}))
     return ends
-
-
-def _is_bound(worker: int, partitions: Ways) -> bool:
-    return any(worker in pair for pair in partitions)
-
-
-def _beside(worker: int, steps: Sequence[Step], at: Sequence[int], partitions: Ways) -> tuple[int, ...]:
-    """Positions of the steps whose workers it may follow."""
-    reached = (frozenset((worker, step.worker)) not in partitions for step in steps)
-    return tuple(place for place, is_fine in zip(at, reached, strict=True) if is_fine)

@@ -319,7 +319,7 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     predicted_keys = {"token_ms", "links_ms", "gathers_ms", "ttft_ms", "tokens_per_s", "bottleneck", "speculation"}
     assert values.keys() == predicted_keys | {
         "stages", "kv_blocks", "window_blocks", "state_blocks", "context_length", "idle_workers", "optimality_gap",
-        "unused_gpus", "prompt_tokens", "wide_tiles",
+        "unused_gpus", "prompt_tokens", "wide_tiles", "without_groups",
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",

@@ -71,8 +71,8 @@ def test_steps_that_a_worker_says_take_no_time_make_a_plan(objective: str) -> No
     assert plan_lines(plan) and plan_json(plan)
 
 
-def test_a_second_stage_that_costs_more_than_a_tenth_stays_a_spare() -> None:
-    slow_python = (step_time(1, 8.0, 30.0, 1.0), step_time(8, 9.0, 90.0, 1.4), step_time(128, 9.0, 900.0, 5.0))
+def test_a_second_stage_that_takes_a_token_more_than_it_saves_a_prompt_stays_a_spare() -> None:
+    slow_python = (step_time(1, 20.0, 30.0, 1.0), step_time(8, 21.0, 90.0, 1.4), step_time(128, 21.0, 900.0, 5.0))
     for tried, stages in ((ISOLATED, 2), (slow_python, 1)):
         workers = [WorkerFacts(name, 20 * GB, profile(20, 300, tried)) for name in "ab"]
         plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB))

@@ -17,12 +17,12 @@ from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.cluster.planner.splits import search
+from llamaclust.cluster.planner.splits import orders
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
 from llamaclust.model.costs import ModelCosts
 from support.plans.plan_inputs import profile, reach, step_time
-from support.plans.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, large, named
+from support.plans.random_plans import GB, MODELS, REQUEST, SIMPLER, WORKERS, Every, large, named
 
 
 def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:
@@ -50,14 +50,8 @@ def test_no_plan_is_clearly_better_in_whatever_order_workers_stand(
         if plan is None:
             continue
         assert plan.optimality_gap is None
-        found, others = every.score_of(plan), every.scores_beside(plan)
-        if objective == "throughput":
-            assert found.slowest * FILE_ORDER <= min(score.slowest for score in others) * 1.0001
-            continue
-        fastest = min(score.total for score in others) * SLACK
-        best = min(score.latency for score in others if score.total <= fastest)
-        assert found.total <= fastest * 1.0001
-        assert found.latency * FILE_ORDER <= best * 1.0001
+        best = min(score.of(objective) for score in every.scores_beside(plan))
+        assert every.score_of(plan).of(objective) * SIMPLER <= best * 1.0001
 
 
 @settings(max_examples=80, deadline=None)
@@ -73,18 +67,16 @@ def test_where_not_all_orders_are_tried_the_bound_holds(
     every = Every(costs, workers)
     scores = every.scores()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_MOST_STEPS", 0)
+        patch.setattr(orders, "_MOST_STEPS", 0)
         plan = planned(costs, workers, objective)
     alike = len(set(costs.layers)) == 1
     assert plan is not None or not scores or not alike
     if plan is None or not scores or plan.optimality_gap is None:
         return
-    found, slowest = every.score_of(plan), min(score.slowest for score in scores)
+    found, best = every.score_of(plan).of(objective), min(score.of(objective) for score in scores)
+    assert found / (1 + plan.optimality_gap) <= best * 1.0001
     if objective == "throughput":
-        assert found.slowest / (1 + plan.optimality_gap) <= slowest * 1.0001
-        assert not alike or found.slowest * FILE_ORDER <= slowest * 1.02
-    else:
-        assert found.total / (1 + plan.optimality_gap) <= min(score.total for score in scores) * 1.0001
+        assert not alike or found * SIMPLER <= best * 1.02
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])

@@ -20,10 +20,7 @@ GB = 10**9
 CONTEXT = 1024
 
 
-FILE_ORDER = 0.95  # of the best score that a plan in the file's order is preferred up to
-
-
-SLACK = 1.1  # of the least time per token, under `latency`
+SIMPLER = 0.975  # up to this share of its time, no plan of another order or with groups is taken
 
 
 Split = tuple[tuple[WorkerFacts, int, int], ...]
@@ -65,12 +62,13 @@ def named(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
 
 @dataclass(frozen=True)
 class Score:
-    slowest: float
-    total: float
+    """Seconds of both objectives."""
 
-    @property
-    def latency(self) -> float:
-        return self.slowest * self.total**3
+    latency: float
+    throughput: float
+
+    def of(self, objective: str) -> float:
+        return self.latency if objective == "latency" else self.throughput
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,20 @@ class Every:
             )
             for stage in split
         )
-        layers = len(self.costs.layers)
-        hops_s = sum(
-            linked * (2 * worker.reach.one_way_s + worker.reach.byte_s * 16_384 * ((start > 0) + (end < layers)))
-            for worker, start, end in split
+        return Score(min(self._request_s(stages, split, chunks) for chunks in (1, 2, 4, 8, 16)), max(mixes))
+
+    def _request_s(self, stages: StageCosts, split: Split, chunks: int) -> float:
+        """A prompt of 512 tokens in chunks, one behind the other, and 128 tokens."""
+        rows, layers, linked = 512 // chunks, len(self.costs.layers), len(split) > 1
+        behind = (
+            max(stages.prefill_s(*stage, rows), linked * 2 * stage[0].reach.byte_s * rows * 16_384) for stage in split
         )
-        return Score(max(mixes), sum(stages.decode_s(*stage) for stage in split) + hops_s)
+        computed = sum(stages.prefill_s(*stage, rows) + 128 * stages.decode_s(*stage) for stage in split)
+        sent = sum(
+            worker.reach.byte_s * 16_384 * (128 + rows) * ((start > 0) + (end < layers)) for worker, start, end in split
+        )
+        hops = sum(2 * 128 * worker.reach.one_way_s for worker, _, _ in split)
+        return computed + (chunks - 1) * max(behind) + linked * (sent + hops)
 
     def score_of(self, plan: Plan) -> Score:
         return self.score(self._split_of(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,10 @@ from functools import partial
 import pytest
 
 from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.plan import ANSWER_TOKENS, Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.sizes import MIB
 from support.plans.plan_inputs import LAYER, REQUEST, SMALL, group_costs, worker
@@ -109,10 +112,29 @@ def test_a_worker_far_from_a_group_has_a_stage_of_its_own() -> None:
     assert {*max(plan.chain, key=len)} == {"a", "b"}
 
 
-def test_pairs_that_cannot_reach_each_other_are_in_no_group() -> None:
+@pytest.mark.parametrize("pairs", [("ab",), ("ab", "cd"), ("ab", "ac", "ad"), ("ab", "bc", "cd", "da")])
+def test_pairs_that_cannot_reach_each_other_are_in_no_group_together(pairs: Sequence[str]) -> None:
     workers = [able(name) for name in "abcd"]
-    plan = planned(workers, partitions=frozenset({frozenset("ab")}))
-    assert {*plan.chain[0]} == {"c", "d"}
+    plan = planned(workers, partitions=frozenset(map(frozenset, pairs)))
+    largest = max(plan.chain, key=len)
+    assert len(largest) == max(
+        size
+        for size in range(1, 5)
+        for some in itertools.combinations("abcd", size)
+        if not any({*pair} <= {*some} for pair in pairs)
+    )
+    for members in plan.chain:
+        assert not any({*pair} <= {*members} for pair in pairs)
+
+
+@pytest.mark.parametrize("memory_mib", [480, 500])
+def test_a_worker_of_a_pair_is_in_a_group_beside_a_stage_of_the_other(memory_mib: int) -> None:
+    """All three are needed: `c` is between the two, or with one of them."""
+    workers = [able(name, memory_mib=memory_mib) for name in "abc"]
+    plan = planned(workers, partitions=frozenset({frozenset("ab")}), max_sequences=1)
+    assert sorted(name for members in plan.chain for name in members) == ["a", "b", "c"]
+    assert sorted(map(len, plan.chain)) == [1, 2] and not any({"a", "b"} <= {*members} for members in plan.chain)
+    assert "c" in (plan.chain[0][0], plan.chain[1][0]), "leaders are neighbours"
 
 
 def test_groups_hold_what_single_workers_cannot() -> None:
@@ -122,6 +144,51 @@ def test_groups_hold_what_single_workers_cannot() -> None:
     request = replace(AUTO, links=network("ab", 5), group_costs=partial(group_costs, huge), max_sequences=1)
     request = replace(request, workspace=lambda place: MIB, context_length=16)
     assert make_plan(huge, workers, request).chain == (("a", "b"),)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_prompt_that_takes_longer_in_a_group_counts(count: int) -> None:
+    """On a slow network, groups decode faster, and take longer with a whole request."""
+    workers = [able(name) for name in "abcd"[:count]]
+    fast, slow = network("abcd"[:count], 5), network("abcd"[:count], 5, byte_s=20e-9)
+    assert planned(workers, links=fast).chain == (tuple("abcd"[:count]),)
+    plan = planned(workers, links=slow)
+    assert all(len(members) == 1 for members in plan.chain)
+    by_hand = planned(workers, links=slow, manual=(Assignment(tuple("abcd"[:count]), 0, 12, (1,) * count),))
+    assert by_hand.prediction is not None and plan.prediction is not None
+    assert by_hand.prediction.token_s < 0.97 * plan.prediction.token_s
+    assert by_hand.prediction.answer_s > plan.prediction.answer_s
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_plan_with_groups_tells_what_stages_would_bring(objective: str) -> None:
+    workers = [able(name, speed) for name, speed in zip("abc", (40, 20, 15), strict=True)]
+    plan, stages = (planned(workers, largest_group=largest, objective=objective) for largest in (16, 1))
+    assert stages.without_groups is None
+    if any(stage.shares for stage in plan.stages):
+        assert plan.without_groups == stages.prediction
+        assert sum("without groups: " in line for line in plan_lines(plan)) == 1
+    else:
+        assert plan == stages
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_answers_by_a_plan_for_throughput_are_no_slower_than_by_stages(seed: int) -> None:
+    source = random.Random(seed)
+    workers = [able(f"w{number}", source.choice((10, 20, 40))) for number in range(source.randint(2, 4))]
+    names = [each.name for each in workers]
+    links = network(names, source.choice((5, 50, 200)), source.choice((0.1e-9, 1e-9, 8e-9)))
+    plan, stages = (planned(workers, links=links, largest_group=largest, objective="throughput") for largest in (16, 1))
+    found, least = (_requests_s(each) for each in (plan, stages))
+    print(f"{plan.chain}: {found:.2f} s for eight requests, stages {least:.2f} s")
+    assert found <= 1.03 * least
+
+
+def _requests_s(plan: Plan) -> float:
+    """Prompts and answers of eight requests at once, by the slowest stage."""
+    assert plan.prediction is not None
+    prompts_s = 8 * plan.prompt_tokens * max(stage.prefill_s for stage in plan.prediction.stages)
+    return prompts_s + 8 * ANSWER_TOKENS / plan.prediction.tokens_per_s
 
 
 def test_throughput_keeps_stages_that_share_the_work_evenly() -> None:

@@ -1,0 +1,124 @@
+"""The chain of workers and groups that takes least for the objective. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from llamaclust.cluster.planner.chain import Chain, is_measured
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.groups.search import Group, GroupSearch
+from llamaclust.cluster.planner.groups.tables import GroupTables
+from llamaclust.cluster.planner.groups.worker_links import split_by_links
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.memory import MemoryModel
+from llamaclust.cluster.planner.plan import usual_prompt_tokens
+from llamaclust.cluster.planner.splits.bounds import least_seconds
+from llamaclust.cluster.planner.splits.dynamic_program import Ways
+from llamaclust.cluster.planner.splits.holders import WorkerClass, worker_classes
+from llamaclust.cluster.planner.splits.orders import class_numbers, is_exact, ways_of_workers
+from llamaclust.cluster.planner.splits.search import CLEARLY_BETTER, Best, Way, best_of
+from llamaclust.cluster.planner.stage_tables import stage_tables
+from llamaclust.cluster.planner.work import Work, works_of
+
+_WORTH_ROOM = 1.1
+"""Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A chain that fits."""
+
+    entries: tuple[Assignment, ...]
+    contexts: int  # for so many whole contexts there is KV memory at least
+    seconds: float = 0.0  # by the objective
+    optimality_gap: float | None = None  # see `Plan`
+    single: Found | None = None  # of a chain with groups: the best one without them, where one fits
+
+    @property
+    def has_groups(self) -> bool:
+        return any(entry.shares for entry in self.entries)
+
+
+def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
+    """None where nothing fits. `contexts`: for how many there should be KV memory, the most wanted number first."""
+    works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
+    unlike = frozenset[str]().union(*sizes.request.partitions)
+    found: Found | None = None
+    before: list[WorkerClass] = []
+    for count in contexts:
+        classes = worker_classes(workers, partial(stage_tables, sizes, count, works), unlike)
+        if found is not None and all(map(WorkerClass.costs_as, classes, before)):
+            break  # memory is not what decides
+        before = classes
+        below = float("inf") if found is None else found.seconds / _WORTH_ROOM
+        new = _Search(sizes, workers, classes, works, count).found(below)
+        if new is not None and new.has_groups and new.single is None and found is not None:
+            new = replace(new, single=found.single if found.has_groups else found)
+        found = new or found
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """With KV memory for so many contexts."""
+
+    sizes: MemoryModel
+    workers: Sequence[WorkerFacts]
+    classes: Sequence[WorkerClass]
+    works: Sequence[Work]
+    contexts: int
+
+    def found(self, below: float) -> Found | None:
+        """The best chain of less than that time."""
+        best = best_of(self._single(), below)
+        single = None if best is None else self._of(best)
+        grouped = self._grouped(below if best is None else CLEARLY_BETTER * best.seconds, best)
+        if grouped is not None:
+            found = replace(self._of(grouped), single=single)
+            if self._fits(found):
+                return found
+        if single is None or is_exact(self.classes, self._apart):
+            return single
+        return replace(single, optimality_gap=single.seconds / least_seconds(self.classes, self.works) - 1)
+
+    def _of(self, best: Best) -> Found:
+        return Found(self._entries(best), self.contexts, best.seconds)
+
+    @property
+    def _apart(self) -> Ways:
+        places = {worker.name: place for place, worker in enumerate(self.workers)}
+        pairs = (pair for pair in self.sizes.request.partitions if pair <= places.keys())
+        return frozenset(frozenset(places[name] for name in pair) for pair in pairs)
+
+    def _single(self) -> Iterator[Sequence[Way]]:
+        return ways_of_workers(self.classes, self.works, self._apart)
+
+    def _grouped(self, below: float, known: Best | None) -> Best | None:
+        """With groups, which need measured links."""
+        request = self.sizes.request
+        if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
+            return None
+        classes = [part for one in self.classes for part in split_by_links(one, self.workers, request.links)]
+        tables = GroupTables(self.sizes, request.group_costs, self.contexts)
+        return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
+
+    def _fits(self, found: Found) -> bool:
+        """Units of what a group divides may be larger than what is left of a memory."""
+        by_name = {worker.name: worker for worker in self.workers}
+        blocks = Chain.of(self.sizes, found.entries, by_name, self.contexts).kv_blocks
+        return blocks >= self.sizes.request.context_blocks
+
+    def _entries(self, best: Best) -> tuple[Assignment, ...]:
+        """Workers of a class stand for each other: none is used twice."""
+        holders = best.way.steps.holders
+        classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
+        numbers, left = class_numbers(classes), [list(one.workers) for one in classes]
+        found = []
+        for number, start, end in best.split.stages:
+            holder = holders[number]
+            names = tuple(self.workers[left[numbers[member]].pop(0)].name for member in holder.members)
+            shares = holder.shares(start, end) if isinstance(holder, Group) else ()
+            found.append(Assignment(names, start, end, shares))
+        return tuple(found)

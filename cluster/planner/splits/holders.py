@@ -1,0 +1,84 @@
+"""What may hold stages: workers, of which equal ones stand for each other, and groups of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Protocol
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageTable:
+    """The cost of a stage of layers [start, end)."""
+
+    slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
+    total: Table  # of which all stages together should have little
+
+    @property
+    def layers(self) -> int:
+        return len(self.slow) - 1
+
+    def where(self, fits: Flags) -> StageTable:
+        """The same, but that only these stages can be."""
+        return StageTable(np.where(fits, self.slow, inf), self.total)
+
+    def within(self, limit: float) -> Flags:
+        """Which stages can be, and are within the limit."""
+        return (self.slow <= limit) & (self.slow < inf)
+
+    def allowed(self, limit: float) -> Table:
+        """Totals of those stages."""
+        return np.where(self.within(limit), self.total, inf)
+
+    def equals(self, other: StageTable) -> bool:
+        return np.array_equal(self.slow, other.slow) and np.array_equal(self.total, other.total)
+
+
+class Holder(Protocol):
+    """What may hold a stage."""
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Workers by their places in the file, the leader first; equal ones stand for each other."""
+        ...
+
+    def table(self, work: int) -> StageTable:
+        """The costs of one of the works that splits are judged by."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkerClass:
+    """Interchangeable workers, each of which may hold a stage."""
+
+    workers: tuple[int, ...]
+    tables: tuple[StageTable, ...]  # by work
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The one that stands for all."""
+        return self.workers[:1]
+
+    def table(self, work: int) -> StageTable:
+        return self.tables[work]
+
+    def costs_as(self, other: WorkerClass) -> bool:
+        """Whether every stage costs the same on both."""
+        return all(one.equals(two) for one, two in zip(self.tables, other.tables, strict=True))
+
+
+def worker_classes(
+    workers: Sequence[WorkerFacts],
+    tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
+    unlike: Collection[str] = (),
+) -> list[WorkerClass]:
+    """Workers by what they cost, those in `unlike` each alone; `tables` has those of one worker of each class."""
+    alike: dict[WorkerFacts, list[int]] = {}
+    for index, worker in enumerate(workers):
+        alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)
+    return [WorkerClass(tuple(indices), tables(facts)) for facts, indices in alike.items()]

@@ -1,0 +1,178 @@
+"""Ways through single workers: in the file's order, in any order where these are few, else in likely ones. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from math import inf
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import Table
+from llamaclust.cluster.planner.splits.dynamic_program import (
+    Places,
+    Steps,
+    Ways,
+    any_order,
+    constrained_ends,
+    in_order,
+    steps_in_any_order,
+)
+from llamaclust.cluster.planner.splits.holders import StageTable, WorkerClass
+from llamaclust.cluster.planner.splits.search import Way, stage_limits
+from llamaclust.cluster.planner.work import Work
+
+_MOST_STEPS = 1024
+"""All orders are tried where that takes no more: with eight workers that are all different."""
+
+_ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_up=True)
+"""Of tables that are no seconds."""
+
+Order = Sequence[int]
+"""Workers by their places in the file."""
+
+
+def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
+    """Those in the file's order, then those in others, one for each work. Pairs in `apart` are not adjacent."""
+    file = sorted(worker for worker_class in classes for worker in worker_class.workers)
+    ends, limits = constrained_ends(file, apart), _limits(classes, works)
+
+    def ways(number: int, orders: Sequence[Places]) -> Iterator[Way]:
+        for places in orders:
+            yield Way(Steps(places, classes, number, ends), works[number], limits[number])
+
+    numbers = [number for number in range(len(works)) if len(limits[number])]
+    as_file = places_in_order(file, classes, apart)
+    yield [way for number in numbers for way in ways(number, [as_file])]
+    if len(classes) == 1:
+        return
+    if is_exact(classes, apart):
+        places = _in_any_order(classes, apart)
+        yield [way for number in numbers for way in ways(number, [places])]
+        return
+    others = [likely_orders(file, classes, number, limits[number], apart) for number in numbers]
+    found = {tuple(order): places_in_order(order, classes, apart) for orders in others for order in orders}
+    for number, orders in zip(numbers, others, strict=True):
+        yield [*ways(number, [found[tuple(order)] for order in orders])]
+
+
+def least_total(classes: Sequence[WorkerClass]) -> float:
+    """Of all splits whose stages can be; infinite where there is none."""
+    ways = (way for kind in ways_of_workers(classes, (_ANY_WORK,), frozenset()) for way in kind)
+    splits = (way.steps.least(inf) for way in ways)
+    return min((split.total for split in splits if split is not None), default=inf)
+
+
+def _limits(classes: Sequence[WorkerClass], works: Sequence[Work]) -> list[Table]:
+    return [stage_limits(one.table(number) for one in classes) for number in range(len(works))]
+
+
+def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
+    """Whether no split of single workers is left out."""
+    if len(classes) == 1:
+        return True
+    file = [worker for worker_class in classes for worker in worker_class.workers]
+    sizes = [len(worker_class.workers) for worker_class in classes]
+    return steps_in_any_order(sizes, _single(len(sizes))) * len(constrained_ends(file, apart)) <= _MOST_STEPS
+
+
+def _single(classes: int) -> tuple[tuple[int, ...], ...]:
+    """One worker of each class."""
+    return tuple(tuple(int(one == other) for one in range(classes)) for other in range(classes))
+
+
+def _in_any_order(classes: Sequence[WorkerClass], apart: Ways) -> Places:
+    leaders = tuple(worker_class.workers[0] for worker_class in classes)
+    held_by = tuple((counts, number) for number, counts in enumerate(_single(len(classes))))
+    return any_order(tuple(len(one.workers) for one in classes), held_by, leaders, apart)
+
+
+def places_in_order(order: Order, classes: Sequence[WorkerClass], apart: Ways) -> Places:
+    """Single workers in such an order."""
+    numbers = class_numbers(classes)
+    return in_order(order, (1,), lambda workers: numbers[workers[0]], lambda number: classes[number].workers[0], apart)
+
+
+def class_numbers(classes: Sequence[WorkerClass]) -> dict[int, int]:
+    """By worker."""
+    return {worker: number for number, one in enumerate(classes) for worker in one.workers}
+
+
+def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits: Table, apart: Ways) -> list[Order]:
+    """Orders in which pairs are kept apart, if there are any, or else with the best first and last worker."""
+    if apart:
+        return [_spread(file, apart), _spread(file[::-1], apart)[::-1]]
+    numbers = class_numbers(classes)
+    return _with_best_ends([(worker, classes[numbers[worker]].table(work)) for worker in file], limits)
+
+
+def _spread(order: Order, apart: Ways) -> list[int]:
+    """The order, changed as little as possible so that no pair is adjacent; workers without such a place come last."""
+    spread: list[int] = []
+    waiting = list(order)
+    while waiting:
+        taken = next((one for one in waiting if not spread or _fine(one, spread[-1], apart)), None)
+        if taken is None:
+            break
+        waiting.remove(taken)
+        spread.append(taken)
+    for one in waiting:
+        spread.insert(next(_gaps(spread, one, apart), len(spread)), one)
+    return spread
+
+
+def _gaps(order: Order, worker: int, apart: Ways) -> Iterator[int]:
+    """Positions between neighbours that the worker reaches."""
+    for place in range(len(order)):
+        if all(_fine(worker, other, apart) for other in (order[place - 1], order[place])):
+            yield place
+
+
+def _fine(one: int, other: int, apart: Ways) -> bool:
+    return frozenset((one, other)) not in apart
+
+
+_Tables = Sequence[tuple[int, StageTable]]
+"""Workers in order, each with its costs."""
+
+
+def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
+    """Orders with the best first and last worker, which hold the embedding and the head besides layers: of all workers,
+    and of the fastest ones. Layers are much alike, so the order in between hardly matters."""
+    by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
+    counts = range(1, len(file) + 1)
+    fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
+    if fewest == len(file):
+        return []
+    found = []
+    for count in sorted({fewest + 1, (fewest + 1 + len(file)) // 2, len(file)}):
+        some = sorted(by_total[:count], key=lambda one: one[0])
+        limit = limits[bisect_left(limits, True, key=lambda limit: _best_ends(some, limit) is not None)]
+        ends = _best_ends(some, limit)
+        assert ends is not None
+        found.append(ends)
+    return found
+
+
+def _best_ends(order: _Tables, limit: float) -> Order | None:
+    """The order with another first and last worker that covers all layers within the limit; None where none does."""
+    layers, numbers = order[0][1].layers, np.arange(len(order))
+    # [workers, layers]: where a stage ends at most
+    reach = np.array([_reach(table, limit) for _, table in order])
+    first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
+    covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]
+    for number in numbers:
+        covered = np.where((first == number) | (last == number), covered, reach[number][covered])
+    covered = np.where(first == last, covered, reach[last, covered])
+    if covered.max() < layers:
+        return None
+    begin, end = map(int, np.unravel_index(int(covered.argmax()), covered.shape))
+    inner = [worker for number, (worker, _) in enumerate(order) if number not in (begin, end)]
+    return [order[begin][0], *inner, *([order[end][0]] if begin != end else [])]
+
+
+def _reach(table: StageTable, limit: float) -> Table:
+    """Where a stage from each layer ends at most, within the limit."""
+    ends = np.arange(table.layers + 1)
+    furthest: Table = np.where(table.within(limit), ends, ends[:, np.newaxis]).max(axis=1)
+    return furthest

@@ -1,0 +1,65 @@
+"""What splits are judged by: the time of a usual request alone, or of the work of several at once. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from llamaclust.cluster.planner.plan import ANSWER_TOKENS
+
+CHUNKS: Final = (1, 2, 4, 8, 16)
+"""Into so many equal parts a prompt may be cut, which stages compute one behind the other."""
+TOGETHER: Final = 8
+"""Sequences that are decoded at once, with the objective `throughput`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Steps of as many rows each: of a prompt, or of a token of each of so many sequences."""
+
+    rows: int
+    steps: float
+    is_prompt: bool = False
+    concurrent: bool = False  # other stages of the machine compute too
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A split takes what its slowest stage takes for `slowest`, and with `adds_up` what all stages take for `each`;
+    without, that decides between equal ones."""
+
+    slowest: tuple[Rows, ...]
+    slowest_rows: int  # that a link carries meanwhile
+    each: tuple[Rows, ...]
+    hops: int  # messages from stage to stage
+    hop_rows: int  # rows of these
+    adds_up: bool
+
+    def seconds(self, slowest: float, total: float) -> float:
+        return slowest + total if self.adds_up else slowest
+
+
+def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
+    """The time of the objective is the least of all these."""
+    if objective == "latency":
+        return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
+    steps = (
+        Rows(prompt_tokens, 1, is_prompt=True, concurrent=True),
+        Rows(TOGETHER, ANSWER_TOKENS / TOGETHER, concurrent=True),
+    )
+    return (Work(steps, prompt_tokens, (Rows(1, 1),), hops=1, hop_rows=1, adds_up=False),)
+
+
+def _request(prompt_tokens: int, chunks: int) -> Work:
+    """The first chunk passes through all stages; each other one is behind it by what the slowest stage takes."""
+    rows = -(-prompt_tokens // chunks)
+    chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
+    behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()
+    return Work(
+        slowest=behind,
+        slowest_rows=(chunks - 1) * rows,
+        each=(chunk, Rows(1, ANSWER_TOKENS)),
+        hops=ANSWER_TOKENS,
+        hop_rows=ANSWER_TOKENS + rows,
+        adds_up=True,
+    )

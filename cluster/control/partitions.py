@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Self
 
+from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import probe
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
@@ -42,6 +43,7 @@ class PartitionTracker:
     _heartbeat_timeout_s: float
     _report: Report
     _on_change: Callable[[Pairs], None]  # gets the new pairs
+    _ports: ClosedPorts
     _partitions: dict[Pair, _Partition] = field(default_factory=dict, init=False)
     _healed: dict[Pair, tuple[float, int]] = field(default_factory=dict, init=False)  # (when, probes that had failed)
     _pending: dict[_Direction, asyncio.Task[None]] = field(default_factory=dict, init=False)
@@ -53,6 +55,7 @@ class PartitionTracker:
 
     def __exit__(self, *_: object) -> None:
         self._tasks.cancel()
+        self._ports.cancel()
 
     @property
     def pairs(self) -> Pairs:
@@ -62,7 +65,7 @@ class PartitionTracker:
         """A worker reports that it cannot reach another one."""
         other = self._workers().get(message.worker)
         if other is not None and other is not caller and (caller, other) not in self._pending:
-            pending = self._tasks.start(self._investigate(caller, other, message.reason))
+            pending = self._tasks.start(self._investigate(caller, other, message))
             self._pending[caller, other] = pending
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
@@ -80,10 +83,12 @@ class PartitionTracker:
         if pairs:
             self._on_change(self.pairs)
 
-    async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> None:
+    async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
         """One partition often comes with others, which would be found one by one, each with a plan of its own: all
         links are probed at the same time."""
-        found = {(caller, other)} if await self._confirm(caller, other, why) else set()
+        if await self._ports.is_found(caller, other, message.epoch):
+            return
+        found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()
         probed: set[_Direction] = set()
         while found:
             directions = self._candidates(found) - probed

@@ -44,7 +44,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.cluster.planner.roofline import retimed
-from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError, WorkerError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 from llamaclust.core.profile import DeviceProfile, Profile
@@ -323,6 +323,10 @@ class ClusterPlanner:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
+        for entry in self.config.plan or ():
+            closed = [workers[name].closed_port for name in entry.workers or ()]
+            if why := next(filter(None, closed), ""):
+                raise NetworkPartitionError(why)
         resources = self._resources(workers, partitions)
         if beside is not None:
             resources = replace(resources, held=beside.beside(self.model.model_id))

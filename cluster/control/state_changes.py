@@ -187,8 +187,9 @@ def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoad
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Returns whether the plan is useless, or another worker joined."""
-    return is_useless(plan, inputs, pool) or not set(pool.usable) <= set(inputs.workers)
+    """Returns whether the plan is useless, another worker joined, or links are not what they were."""
+    is_other_network = inputs.links != pool.links
+    return is_useless(plan, inputs, pool) or is_other_network or not set(pool.usable) <= set(inputs.workers)
 
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:

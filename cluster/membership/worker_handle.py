@@ -135,6 +135,7 @@ class WorkerHandle:
         self.fresh_memory: FreshMemory | None = None
         self.measuring_bytes = 0  # of its memory, taken since its registration to measure, and kept
         self.weights_found: dict[tuple[str, bool], WeightsFound] = {}  # by model id, and whether with a manifest
+        self.closed_port = ""  # why others cannot connect to its port for links of groups; "": they can
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()
         self.loss: Loss | None = None

@@ -167,6 +167,7 @@ def _worker(
         "name": handle.name,
         "pid": handle.registration.pid,
         "address": handle.registration.address,
+        "link_address": handle.registration.link_address or None,
         "device": handle.registration.device,
         "gpus": [asdict(gpu) | {"unused": unused} for gpu in handle.gpus],
         "threads": handle.registration.threads,

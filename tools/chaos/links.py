@@ -4,7 +4,7 @@ and ports of the cluster's members, so that no other traffic is concerned."""
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,14 +28,14 @@ class WorkerLink:
     machine as well has none: connections that it opens are not told from those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
-    port: int
+    ports: frozenset[int]  # for stages, and for links of groups
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
         """Of nft, for a disturbance that the kernel ends after this time: rules find the ports in sets that expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
-        for name, ports in (("port", {self.port}), ("own", self.own_ports)):
+        for name, ports in (("port", self.ports), ("own", self.own_ports)):
             lines.append(f"add set {table} {label}_{name} {{ type inet_service; flags timeout; }}")
             lines += [f"add element {table} {label}_{name} {{ {port} {lifetime} }}" for port in sorted(ports)]
         for hook in ("input", "output"):
@@ -64,23 +64,27 @@ class WorkerLink:
                 yield f"{family} daddr {host} tcp sport {own}"
 
 
-def worker_links(addresses: Mapping[str, str], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
+def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
     """By name, of workers that have network addresses; `coordinator_ports` are those that workers connect to."""
-    found = {name: _resolve(address) for name, address in addresses.items() if not address.startswith(_UNIX)}
+    in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
+    found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}
     here = {name for name, link in known.items() if any(map(_is_here, link.hosts))}
-    own_ports = coordinator_ports | {known[name].port for name in here}
+    own_ports = coordinator_ports.union(*(known[name].ports for name in here))
     return {
-        name: link if name in here else WorkerLink(link.hosts, link.port, own_ports) for name, link in known.items()
+        name: link if name in here else WorkerLink(link.hosts, link.ports, own_ports) for name, link in known.items()
     }
 
 
-def _resolve(address: str) -> WorkerLink:
-    host, _, port = address.rpartition(":")
-    with suppress(OSError):
-        found: list[Any] = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        return WorkerLink(frozenset(entry[4][0].partition("%")[0] for entry in found), int(port))
-    return WorkerLink(frozenset(), int(port))
+def _resolve(addresses: Sequence[str]) -> WorkerLink:
+    """Of one worker."""
+    hosts, ports = set[str](), set[int]()
+    for host, _, port in (address.rpartition(":") for address in addresses):
+        ports.add(int(port))
+        with suppress(OSError):
+            found: list[Any] = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            hosts |= {entry[4][0].partition("%")[0] for entry in found}
+    return WorkerLink(frozenset(hosts), frozenset(ports))
 
 
 def _is_here(host: str) -> bool:

@@ -75,4 +75,5 @@ def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordina
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}
-    return worker_links({worker["name"]: worker["address"] for worker in workers}, own_ports)
+    addresses = {each["name"]: [each["address"], *filter(None, [each.get("link_address")])] for each in workers}
+    return worker_links(addresses, own_ports)

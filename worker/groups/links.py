@@ -76,7 +76,8 @@ class GroupLinks:
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
-                yield self._order.members[place].worker, self._failures[place]
+                member = self._order.members[place]
+                yield member.worker, self._failures.get(place, f"no connection to {member.address} is accepted")
 
     def _peers(self) -> list[int]:
         """The places of the others."""
@@ -98,17 +99,14 @@ class GroupLinks:
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
-            begun_s = loop.time()
+            self._unreached_s.setdefault(place, loop.time())
             try:
                 with await self._connection_to(self._order.members[place].address) as connection:
                     self._unreached_s.pop(place, None)
                     await loop.sock_sendall(connection, own)
                     return await self._shaken(connection, place, own, theirs)
-            except LinkError as error:
+            except (OSError, DeadlineError) as error:  # LinkError is one of the first
                 self._failures[place] = str(error)
-            except (OSError, DeadlineError) as error:
-                self._failures[place] = str(error)
-                self._unreached_s.setdefault(place, begun_s)
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:

@@ -16,6 +16,8 @@ from llamaclust.worker.groups.links import GroupLinks
 _LOADS_S = 86400.0
 """The others may load for hours; the coordinator ends that by unloading this stage."""
 
+_MOST_PAUSE_S = 60.0
+"""Between two reports of the same member that cannot be reached."""
 _LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
 
 Fault = GroupFault | PeerUnreachable
@@ -40,11 +42,13 @@ class MemberLinks:
 
     async def _open(self, on_open: Callable[[Links], None]) -> None:
         opening = asyncio.create_task(self._group.open(self._gather_s, _LOADS_S, self._answer_s))
+        pause_s = self._answer_s
         try:
             while not opening.done():
-                await asyncio.wait([opening], timeout=self._answer_s)
+                await asyncio.wait([opening], timeout=pause_s)
                 for worker, reason in self._group.unreached(self._answer_s):
                     await self._tell(PeerUnreachable(self._epoch, worker, reason))
+                    pause_s = min(2 * pause_s, _MOST_PAUSE_S)
         finally:
             opening.cancel()
         self._links = opening.result()

@@ -9,6 +9,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
 from llamaclust.cluster.control.pool.drain import WorkerOperations
 from llamaclust.cluster.control.pool.membership_watch import MembershipWatch
 from llamaclust.cluster.control.pool.newcomers import Newcomers
@@ -41,7 +42,13 @@ class WorkerPool:
         self.workers = workers
         self.runners: list[ActionRunner] = []  # of each model
         self.ending = TaskSet()  # processes of lost workers, whose memory loads need
-        self.partitions = PartitionTracker(lambda: registry.present, config.timeouts.worker, report, self._partitioned)
+        self.partitions = PartitionTracker(
+            lambda: registry.present,
+            config.timeouts.worker,
+            report,
+            self._partitioned,
+            ClosedPorts(report, self._ports_changed),
+        )
         self.operations = WorkerOperations(registry, workers.record, self.runners, self.partitions, report)
         self._report = report
         self._links = LinkMonitor(workers.measure_links, registry, self.runners, report)
@@ -62,6 +69,10 @@ class WorkerPool:
     def not_restarted(self, name: str, why: str) -> None:
         """The launcher's report that it restarts a worker no more."""
         self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
+
+    def _ports_changed(self) -> None:
+        for runner in self.runners:
+            runner.observed.post(seen.Signal.LINKS_CHANGED)
 
     def _partitioned(self, pairs: Pairs) -> None:
         for runner in self.runners:

@@ -48,7 +48,7 @@ class WorkerResources:
             registration.gpu_layers,
             registration.memory_group,
             registration.threads,
-            bool(registration.link_address),
+            bool(registration.link_address) and not worker.closed_port,
             is_fresh=fresh is not None,
             measuring_bytes=taken_bytes,
         )

@@ -9,6 +9,7 @@ import pytest
 
 from llamaclust.cluster.control import partitions
 from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.pool.closed_ports import ClosedPorts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.state.events import Event, Notice
@@ -42,7 +43,9 @@ class Members:
     def __post_init__(self) -> None:
         self.enough = asyncio.Event()
         self.workers = {name: self._worker(name) for name in self.names}
-        self.tracker = PartitionTracker(self._present, 5.0, self._report, self._changed)
+        self.tracker = PartitionTracker(
+            self._present, 5.0, self._report, self._changed, ClosedPorts(self._report, lambda: None)
+        )
 
     def _worker(self, name: str) -> WorkerHandle:
         async def say(message: CoordinatorMessage) -> None:

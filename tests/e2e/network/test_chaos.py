@@ -29,7 +29,8 @@ import sys
 from llamaclust.tools.chaos.firewall import Firewall
 from llamaclust.tools.chaos.links import Disturbance, WorkerLink
 firewall = Firewall()
-firewall.run(WorkerLink(frozenset({sys.argv[1]}), 7102).commands(firewall.table, "f1", Disturbance.CUT, 60.0))
+link = WorkerLink(frozenset({sys.argv[1]}), frozenset({7102}))
+firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 60.0))
 print("cut", flush=True)
 sys.stdin.read()
 """
@@ -72,7 +73,7 @@ def pair() -> Iterator[tuple[Host, Host]]:
 def test_a_link_is_cut_in_both_directions_until_its_end(pair: tuple[Host, Host]) -> None:
     a, b = pair
     firewall = a.call(Firewall)
-    link = WorkerLink(frozenset({b.address}), PORT, frozenset({OWN_PORT}))
+    link = WorkerLink(frozenset({b.address}), frozenset({PORT}), frozenset({OWN_PORT}))
     firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 60.0))
     assert not reaches(a, b, PORT) and not reaches(b, a, OWN_PORT)
     assert reaches(a, b, OTHER_PORT)
@@ -85,7 +86,7 @@ def test_a_link_is_cut_in_both_directions_until_its_end(pair: tuple[Host, Host])
 def test_the_kernel_ends_a_fault_at_its_time(pair: tuple[Host, Host]) -> None:
     a, b = pair
     firewall = b.call(Firewall)
-    link = WorkerLink(frozenset({b.address}), PORT)
+    link = WorkerLink(frozenset({b.address}), frozenset({PORT}))
     firewall.run(link.commands(firewall.table, "f1", Disturbance.CUT, 1.0))
     assert not reaches(a, b, PORT)
     eventually(lambda: reaches(a, b, PORT), 10.0, "the end of the fault")
@@ -106,7 +107,7 @@ def test_rules_go_with_their_process_and_are_no_one_elses(pair: tuple[Host, Host
 def test_a_slow_link_drops_what_is_too_much(pair: tuple[Host, Host]) -> None:
     a, b = pair
     firewall = a.call(Firewall)
-    link = WorkerLink(frozenset({b.address}), OTHER_PORT, frozenset({OWN_PORT}))
+    link = WorkerLink(frozenset({b.address}), frozenset({OTHER_PORT}), frozenset({OWN_PORT}))
     firewall.run(link.commands(firewall.table, "f1", Disturbance.SLOW, 60.0))
     with a.connect(b, OTHER_PORT) as connection:
         connection.settimeout(AT_ONCE_S)
@@ -127,16 +128,24 @@ def succeeded(done: Done) -> bool:
     return "\npartition of a worker: " in done.out and "\nslow link of a worker: " in done.out
 
 
-def test_workers_on_other_machines_change_no_answer(model: Path) -> None:
+PLANS: dict[str, dict[str, Any]] = {
+    "stages": {},
+    "a group": {"plan": [{"workers": ["a", "b"], "layers": [0, 4]}]},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_workers_on_other_machines_change_no_answer(model: Path, plan: str) -> None:
     with (
         Box((COORDINATOR, "a", "b")) as box,
-        distant_cluster(box, model, timeouts={"worker": "1s"}) as cluster,
+        distant_cluster(box, model, timeouts={"worker": "1s"}, **PLANS[plan]) as cluster,
     ):
         assert succeeded(cluster.line.start("chaos", *FAULTS, network=box[COORDINATOR].namespace).wait(120))
         assert tables(box[COORDINATOR]) == []
 
 
-def test_workers_on_the_same_machine_change_no_answer(model: Path, line: CommandLine) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_workers_on_the_same_machine_change_no_answer(model: Path, line: CommandLine, plan: str) -> None:
     speed = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
     keys: dict[str, Any] = {
         "launcher": "static",
@@ -145,6 +154,7 @@ def test_workers_on_the_same_machine_change_no_answer(model: Path, line: Command
         "workers": [{"name": name, **speed} for name in "ab"],
         "objective": "throughput",
         "timeouts": {"worker": "1s"},
+        **PLANS[plan],
     }
     file = line.cluster_file(model, **keys)
     with Box(("all",)) as box:

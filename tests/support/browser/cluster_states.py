@@ -73,6 +73,7 @@ def worker(name: str, index: int) -> dict[str, Any]:
         "name": name,
         "pid": 100 + index,
         "address": "127.0.0.1:1",
+        "link_address": "127.0.0.1:1001",
         "device": "cpu",
         "layers": [index * LAYERS, (index + 1) * LAYERS],
         "state": "ready",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Self, TypeVar
 
-from support.network.link import Link, drop_rule, loss_rule, queue_commands, refuse_rule
+from support.network.link import Link, drop_rule, loss_rule, port_rule, queue_commands, refuse_rule
 from support.network.namespaces import BoxError, inside, named, new_prefix, remove, run, stale
 from support.paths import TESTS
 
@@ -137,6 +137,15 @@ class Box:
     def refuse(self, source: str, target: str) -> None:
         """Connections of `source` to `target` are reset, those that are there and new ones."""
         self._filter(target, refuse_rule(self.hosts[source].address))
+
+    def close_port(self, target: str, port: int, *, refuses: bool = False) -> None:
+        """As a firewall on the host does: packets to this port are dropped, or connections to it reset."""
+        self._filter(target, port_rule(port, refuses=refuses))
+
+    def filtered(self, target: str) -> int:
+        """Packets that the host's rules have met."""
+        lines = self.hosts[target].command("iptables", "-w", "-nvxL", "INPUT").splitlines()[2:]
+        return sum(int(line.split()[0]) for line in lines)
 
     def _filter(self, target: str, rule: list[str]) -> None:
         if (target, *rule) not in self._filters:

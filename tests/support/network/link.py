@@ -50,6 +50,12 @@ def drop_rule(source: str) -> list[str]:
     return ["INPUT", "-s", source, "-j", "DROP"]
 
 
+def port_rule(port: int, *, refuses: bool) -> list[str]:
+    """Of iptables: TCP to this port is answered with a reset, or dropped silently."""
+    target = ("REJECT", "--reject-with", "tcp-reset") if refuses else ("DROP",)
+    return ["INPUT", "-p", "tcp", "--dport", str(port), "-j", *target]
+
+
 def refuse_rule(source: str) -> list[str]:
     """Of iptables: TCP from this address is answered with a reset."""
     return ["INPUT", "-s", source, "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"]

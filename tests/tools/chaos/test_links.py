@@ -19,11 +19,16 @@ def matches(commands: str) -> list[str]:
 
 
 def test_of_another_machine_only_the_members_ports_are_cut() -> None:
-    addresses = {"a": f"{NOT_HERE}:7102", "b": "127.0.0.1:7103", "c": "unix:/run/c.sock"}
+    """Those for stages, and those for links of groups."""
+    addresses = {
+        "a": [f"{NOT_HERE}:7102", f"{NOT_HERE}:8102"],
+        "b": ["127.0.0.1:7103", "127.0.0.1:8103"],
+        "c": ["unix:/run/c.sock", "unix:/run/c.sock.l"],
+    }
     links = worker_links(addresses, frozenset({7100, 7101}))
     assert links == {
-        "a": WorkerLink(frozenset({NOT_HERE}), 7102, frozenset({7100, 7101, 7103})),
-        "b": WorkerLink(frozenset({"127.0.0.1"}), 7103),
+        "a": WorkerLink(frozenset({NOT_HERE}), frozenset({7102, 8102}), frozenset({7100, 7101, 7103, 8103})),
+        "b": WorkerLink(frozenset({"127.0.0.1"}), frozenset({7103, 8103})),
     }
     commands = links["a"].commands(TABLE, "f1", Disturbance.CUT, 2.5)
     assert matches(commands) == [
@@ -32,13 +37,13 @@ def test_of_another_machine_only_the_members_ports_are_cut() -> None:
         f"output ip daddr {NOT_HERE} tcp dport port",
         f"output ip daddr {NOT_HERE} tcp sport own",
     ]
-    ports = [f"port {{ {port} timeout 2500ms }}" for port in (7102,)]
-    ports += [f"own {{ {port} timeout 2500ms }}" for port in (7100, 7101, 7103)]
+    ports = [f"port {{ {port} timeout 2500ms }}" for port in (7102, 8102)]
+    ports += [f"own {{ {port} timeout 2500ms }}" for port in (7100, 7101, 7103, 8103)]
     assert [line.partition("f1_")[2] for line in commands.splitlines() if "add element" in line] == ports
 
 
 def test_on_this_machine_packets_are_dropped_once() -> None:
-    link = WorkerLink(frozenset({"::1"}), 7103)
+    link = WorkerLink(frozenset({"::1"}), frozenset({7103}))
     assert matches(link.commands(TABLE, "f1", Disturbance.CUT, 1.0)) == [
         "input ip6 daddr ::1 tcp dport port",
         "input ip6 saddr ::1 tcp sport port",
@@ -47,9 +52,9 @@ def test_on_this_machine_packets_are_dropped_once() -> None:
 
 
 def test_names_that_do_not_resolve_and_clusters_without_ports_have_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = {"a": "[2001:db8::1]:7102"}
+    address = {"a": ["[2001:db8::1]:7102"]}
     assert worker_links(address, frozenset({7100})) == {
-        "a": WorkerLink(frozenset({"2001:db8::1"}), 7102, frozenset({7100}))
+        "a": WorkerLink(frozenset({"2001:db8::1"}), frozenset({7102}), frozenset({7100}))
     }
     assert worker_links(address, frozenset()) == {}
 

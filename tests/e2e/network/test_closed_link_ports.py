@@ -1,0 +1,83 @@
+"""Firewalls that let stages through, but not links of groups: one line names the port, and groups come back with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.clusters.command_line import eventually
+from support.network.box import Box
+from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
+from support.wire.group_links import needs_tls
+
+pytestmark = needs_tls
+
+GENERATIONS = eight(max_tokens=TOKENS)
+PORT = 8102  # 1000 above the one for stages
+SLOW = {"memory_bandwidth_gb_s": 0.01, "int8_gmac_s": 0.2}  # a group is faster than one worker
+SYNS = 8
+"""Packets of new connections to a closed port, in whose time the prober of partitions would have looked twice."""
+
+
+@contextmanager
+def workers(box: Box, model: Path, **keys: Any) -> Iterator[DistantCluster]:
+    with distant_cluster(box, model, timeouts={"worker": "2s"}, **keys) as cluster:
+        yield cluster
+
+
+def said(cluster: DistantCluster, text: str) -> int:
+    return cluster.coordinator.err.read_text().count(text)
+
+
+def names_the_port_once(cluster: DistantCluster, box: Box, closed: str) -> None:
+    """However often it is tried meanwhile."""
+    line = f"cannot connect to worker {closed} at {box[closed].address}:{PORT}, its port for links of groups: open it"
+    cluster.coordinator.says(line, 60.0)
+    cluster.coordinator.says(f"until then, worker {closed} is in no group of a plan")
+    before = box.filtered(closed)
+    eventually(lambda: box.filtered(closed) >= before + SYNS, 60.0, "more tries")
+    assert said(cluster, f"until then, worker {closed} is in no group of a plan") == 1
+    assert said(cluster, "cannot reach each other; until they can") <= 1
+    assert said(cluster, "reach each other again") <= 1
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["dropped", "refused"])
+@pytest.mark.parametrize(("names", "closed"), [("ab", "a"), ("abc", "b")])
+def test_requests_of_a_group_by_hand_wait_for_the_port(
+    small_model: Path, small_answers: list[Answer], names: str, closed: str, refuses: bool
+) -> None:
+    plan = [{"workers": [*names], "layers": [0, 6]}]
+    with Box((COORDINATOR, *names)) as box, workers(box, small_model, plan=plan) as cluster:
+        assert cluster.answers(GENERATIONS[:2]) == small_answers[:2]
+        box.close_port(closed, PORT, refuses=refuses)
+        asked = cluster.asked(GENERATIONS)
+        names_the_port_once(cluster, box, closed)
+        assert said(cluster, "waiting for a link, requests for 120 s at most") >= 1
+        box.heal()
+        assert asked.result(120.0) == small_answers
+        assert said(cluster, f"the port for links of worker {closed} is open again") == 1
+        assert all(worker["state"] != "lost" and worker["quarantine"] is None for worker in cluster.status["workers"])
+
+
+def has_group(cluster: DistantCluster) -> bool:
+    return any(worker["share"] is not None for worker in cluster.status["workers"])
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["dropped", "refused"])
+def test_an_automatic_plan_has_no_group_until_the_port_is_open(
+    small_model: Path, small_answers: list[Answer], refuses: bool
+) -> None:
+    keys: dict[str, Any] = {"objective": "latency", "workers": [{"name": name, **SLOW} for name in "ab"]}
+    with Box((COORDINATOR, *"ab")) as box:
+        box.close_port("a", PORT, refuses=refuses)
+        with workers(box, small_model, **keys) as cluster:
+            assert not has_group(cluster)
+            assert cluster.answers(GENERATIONS[:4]) == small_answers[:4]
+            names_the_port_once(cluster, box, "a")
+            box.heal()
+            eventually(lambda: has_group(cluster), 60.0, "a group")
+            assert cluster.answers(GENERATIONS[:4]) == small_answers[:4]

@@ -1,7 +1,7 @@
 """Kills and stops workers at random while requests run, and compares every answer with an undisturbed run's.
 
     python benchmarks/clusters/chaos.py MODEL.gguf [--faults 200] [--seed N] [--streams 32] [--workers 3]
-        [--launcher local|static] [--group 3] [--minutes M] [--silence 1] [--verbose]
+        [--launcher local|static] [--group 3 [--spares 1]] [--minutes M] [--silence 1] [--verbose]
 
 Faults are SIGKILL and SIGSTOP of any worker: while it computes a prompt, while it decodes, while it loads layers, while
 another loss is recovered from, and of two at once. Every worker has the model's file. Requests are greedy and sampled,
@@ -9,7 +9,9 @@ with penalties, two choices and top logprobs, with short and long prompts. The n
 on and two workers are there.
 
 With `--group`, so many workers hold the first two thirds of the layers together, and one more has the rest: no other
-worker can take their places, so requests wait until a lost one is started again.
+worker can take their places, so requests wait until a lost one is started again. With `--spares` as well, the plan is
+automatic: a group of so many workers has all layers, and others take the places of lost ones at once. Such workers are
+stated to be slow, and their network to be fast, so that a group is the best plan. Each fault strikes a whole group.
 
 Prints a table by kind of fault: how soon losses were noticed, how long requests paused (from the fault to the next
 token of any of them), and how many tokens were lost or changed (ids and logprob bits).
@@ -28,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -39,8 +42,10 @@ tune_grpc()
 from running import Bench, Layout  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.control.observations import Signal  # noqa: E402
 from llamaclust.cluster.engine.engine import EngineState  # noqa: E402
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState  # noqa: E402
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links  # noqa: E402
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.events import Event, Notice  # noqa: E402
@@ -66,6 +71,8 @@ _PARAMS = (
 _TOP_LOGPROBS = (0, 0, 5)
 _MOMENTS = ("prefill",) * 5 + ("decode",) * 7 + ("loading",) * 3 + ("recovery",) * 3 + ("two at once",) * 2
 _TOGETHER = "two losses"
+_SLOW = {"threads": 1, "memory_bandwidth_gb_s": 0.1, "int8_gmac_s": 2.0}
+_NEAR = Link(one_way_s=1.6e-4, byte_s=1e-10, network_s=1e-5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +160,10 @@ async def until(happens: Callable[[], bool], limit_s: float = 120.0) -> None:
 class Chaos:
     """Faults of one cluster, and requests that run meanwhile."""
 
-    def __init__(self, cluster: Cluster, source: Random, faults: int, end_s: float) -> None:
+    def __init__(self, cluster: Cluster, source: Random, faults: int, end_s: float, *, members: int = 0) -> None:
+        """`members`: of the group that an automatic plan is to have before each fault."""
         self.outcome = Outcome()
+        self._members = members
         self._cluster = cluster
         self._left = faults
         self._end_s = end_s
@@ -209,6 +218,8 @@ class Chaos:
         """One fault, or two; returns when requests go on."""
         self._cluster.launcher.reset_restarts()  # a worker may be killed more than six times a minute
         await until(lambda: len(self._present) > 1)
+        if self._members:
+            await form_group(self._cluster, self._members)
         moment = self._source.choice(_MOMENTS)
         if moment == "prefill":
             self._start_late()
@@ -284,6 +295,25 @@ class Chaos:
             self.outcome.pauses_s.setdefault(kind, []).append(self.outcome.last_token_s - struck[0].at_s)
 
 
+def group_keys(given: argparse.Namespace) -> dict[str, object]:
+    """Of a cluster file: a group by hand, or workers of which a group is the best plan."""
+    if not given.spares:
+        return {"plan": group_plan(given.model, given.group)}
+    workers = [{"name": name, **_SLOW} for name in "abcdefgh"[: given.group + given.spares]]
+    return {"workers": workers, "objective": "latency", "groups": given.group}
+
+
+async def form_group(cluster: Cluster, members: int) -> None:
+    """Returns when so many workers are a group, since the network is known to be fast, and no worker is suspected."""
+    names, supervisor = [worker.name for worker in cluster.config.workers], cluster.supervisor
+    await until(lambda: len(cluster.registry.present) == len(names))
+    if supervisor.planner.update(Links({frozenset(pair): _NEAR for pair in combinations((COORDINATOR, *names), 2)})):
+        supervisor.observed.post(Signal.LINKS_CHANGED)
+    for name in names:
+        cluster.pool.operations.undrain(name)
+    await until(lambda: len(supervisor.epoch.plan.stages) == members and supervisor.retiring_epoch is None)
+
+
 def group_plan(model: Path, members: int) -> list[dict[str, object]]:
     """A group of so many workers, and a stage behind it."""
     layers = Model.open(model).layer_count
@@ -302,7 +332,7 @@ async def run(given: argparse.Namespace) -> bool:
         "timeouts": {"worker": f"{given.silence:g}s"},
     }
     if given.group:
-        keys["plan"] = group_plan(given.model, given.group)
+        keys |= group_keys(given)
     begun_s = time.monotonic()
 
     def report(event: Event) -> None:
@@ -310,7 +340,7 @@ async def run(given: argparse.Namespace) -> bool:
             print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:
-        workers = given.group + 1 if given.group else given.workers
+        workers = given.group + max(1, given.spares) if given.group else given.workers
         layout = Layout(launcher=given.launcher, workers=workers, keys=keys)
         bench = Bench(given.model, layout, Path(folder))
         os.environ.update(bench.environment)
@@ -319,7 +349,9 @@ async def run(given: argparse.Namespace) -> bool:
                 config = load_config(bench.file)
                 async with open_cluster(config, given.model, bench.directory, report) as cluster:
                     end_s = time.monotonic() + 60.0 * given.minutes
-                    outcome = await Chaos(cluster, Random(given.seed), given.faults, end_s).run(given.streams)
+                    members = given.group if given.spares else 0
+                    chaos = Chaos(cluster, Random(given.seed), given.faults, end_s, members=members)
+                    outcome = await chaos.run(given.streams)
                     recoveries = cluster.supervisor.recoveries
     outcome.show(recoveries)
     print(f"{time.monotonic() - begun_s:.0f} s in all")
@@ -335,6 +367,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--group", type=int, default=0, help="workers that hold the first layers together")
+    parser.add_argument("--spares", type=int, default=0, help="more workers than the group's, for an automatic plan")
     parser.add_argument("--launcher", choices=("local", "static"), default="local")
     parser.add_argument(
         "--silence", type=float, default=1.0, help="timeouts.worker in seconds (a cluster's default: 5)"

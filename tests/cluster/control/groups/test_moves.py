@@ -15,11 +15,9 @@ from support.plans.automatic_groups import FAR_S, NAMES, NEAR_S, automatic, grou
 TOKENS = 150
 
 
-@pytest.mark.parametrize("objective", ["throughput", "latency"])
 @pytest.mark.parametrize("stays", [True, False], ids=["requests stay", "requests move"])
 async def test_plans_change_between_stages_and_groups(
     stays: bool,
-    objective: str,
     model: Path,
     requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
@@ -29,7 +27,7 @@ async def test_plans_change_between_stages_and_groups(
     """As the network gets faster and slower again, twice."""
     if stays:
         request.getfixturevalue("staying")
-    async with recovering(automatic(model, tmp_path, objective)) as run:
+    async with recovering(automatic(model, tmp_path)) as run:
         supervisor = run.cluster.supervisor
         for one_way_s in (NEAR_S, FAR_S) * 2:
             assert bool(run.groups) == (one_way_s == FAR_S)
@@ -44,7 +42,7 @@ async def test_plans_change_between_stages_and_groups(
         assert supervisor.recoveries == 0, run.told
 
 
-@pytest.mark.parametrize("name", ["a", "d"])
+@pytest.mark.parametrize("name", ["a", "c"])
 async def test_members_are_drained_and_come_back(
     name: str, model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -62,9 +60,7 @@ async def test_members_are_drained_and_come_back(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-@pytest.mark.parametrize("objective", ["throughput", "latency"])
 async def test_another_plan_takes_a_lost_members_place_until_it_is_back(
-    objective: str,
     number: signal.Signals,
     model: Path,
     requests: tuple[GenerationRequest, ...],
@@ -72,7 +68,7 @@ async def test_another_plan_takes_a_lost_members_place_until_it_is_back(
     tmp_path: Path,
 ) -> None:
     """Requests do not wait for its return: the others are another group, or stages, before."""
-    async with recovering(automatic(model, tmp_path, objective)) as run:
+    async with recovering(automatic(model, tmp_path)) as run:
         measured(run, NEAR_S)
         await grouped(run)
         for victim in "cb":

@@ -15,20 +15,18 @@ from support.plans.automatic_groups import NAMES, NEAR_S, automatic, grouped, me
 TOKENS = 40
 
 
-@pytest.mark.parametrize("objective", ["throughput", "latency"])
 @pytest.mark.parametrize("member", NAMES)
 async def test_the_member_is_left_out(
     member: str,
-    objective: str,
     model: Path,
     requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stages of groups of two, and one group of all: leaders and others, of the first stage and of the last."""
+    """The leader of a group of all, or another one."""
     break_worker(monkeypatch, tmp_path, member, "a portion that is not finite")
-    async with recovering(automatic(model, tmp_path, objective)) as run:
+    async with recovering(automatic(model, tmp_path)) as run:
         measured(run, NEAR_S)
         await grouped(run)
         assert await asyncio.gather(*run.start(requests)) == expected

@@ -384,6 +384,7 @@ class Plan:
     ) -> None: ...
 
 class Gatherer:
+    bands: int
     def gather(
         self,
         number: int,

@@ -14,18 +14,27 @@ from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _INT8_OF_FLOAT = 4
-LEAST_BANDED_ROWS = 256
-_BANDS = 2
+LEAST_BANDED_ROWS = 64
+LEAST_ROWS_OF_BAND = 32
+MOST_BANDS = 4
+_TILE_ROWS = 16
 _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
-def bands_of(program: ir.Program, rows: int) -> int:
-    """Into how many bands the native executor divides a run of so many rows: each of them has its own gathers, up to
-    the output rows."""
-    if rows < LEAST_BANDED_ROWS or program.states or not program.is_causal:
-        return 1
+def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
+    """Where the bands begin and end into which the native executor divides a run of so many rows, `most` at most: each
+    of them has its own gathers, up to the output rows. The first one has two thirds of the rows of each other one."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
-    return _BANDS if any(isinstance(step, ir.Gather) for step in before) else 1
+    is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
+    if is_whole or not any(isinstance(step, ir.Gather) for step in before):
+        return [0, rows]
+    bands = min(most, rows // LEAST_ROWS_OF_BAND)
+    inner = (rows * (3 * band - 1) // (3 * bands - 1) for band in range(1, bands))
+    return [0, *((row + _TILE_ROWS // 2) // _TILE_ROWS * _TILE_ROWS for row in inner), rows]
+
+
+def bands_of(program: ir.Program, rows: int, most: int) -> int:
+    return len(band_borders(program, rows, most)) - 1
 
 
 def borders_in(step: ir.Gather, width: int) -> list[int]:

@@ -77,6 +77,7 @@ class MultiDeviceStage:
         self.stages = tuple(stages)
         self._programs = tuple(programs)
         self._rows = 0  # of the run
+        self._gatherers: list[tuple[Gatherer, Gatherer]] = []  # of a part, and of the whole stage
         self.weight_bytes = sum(stage.weight_bytes for stage in stages)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         self.workspace_bytes = sum(stage.workspace_bytes for stage in stages)
@@ -86,7 +87,7 @@ class MultiDeviceStage:
         return [stage.weights for stage in self.stages]
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        self._rows = batch.rows
+        self._begin(batch)
         for stage in self.stages:
             hidden = stage.run(batch, hidden)
         assert hidden is not None
@@ -99,19 +100,26 @@ class MultiDeviceStage:
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
         """See `kernels.backend.RanksLogits`."""
-        self._rows = batch.rows
+        self._begin(batch)
         *others, last = self.stages
         for stage in others:
             hidden = stage.run(batch, hidden)
         assert isinstance(last, RanksLogits)
         return last.run_ranked(batch, hidden)
 
+    def _begin(self, batch: Batch) -> None:
+        self._rows = batch.rows
+        for own, whole in self._gatherers:
+            own.bands = whole.bands
+
     def gather_by(self, gatherer: Gatherer) -> None:
         """See `kernels.backend.GathersRows`."""
-        first = 0
+        first, self._gatherers = 0, []
         for stage, program in zip(self.stages, self._programs, strict=True):
             assert isinstance(stage, GathersRows), "experts in RAM are refused in groups"
-            stage.gather_by(self._numbered(gatherer, first, program))
+            own = self._numbered(gatherer, first, program)
+            stage.gather_by(own)
+            self._gatherers.append((own, gatherer))
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
@@ -119,7 +127,7 @@ class MultiDeviceStage:
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
-            bands = bands_of(program, self._rows)
+            bands = bands_of(program, self._rows, gatherer.bands)
             step = gathers[number // bands]
             gatherer.gather(first * bands + number, own, whole, borders_in(step, whole.shape[1]), step.to)
 

@@ -14,7 +14,8 @@ from llamaclust.model.program import Program
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
     """Gathers of a run of so many rows by the links. `accuse` gets the place of a member whose columns of the first
     gather with such numbers have some. Where all members have some, they all began with what is not finite."""
-    gathers, bands = [step for step in program.steps if isinstance(step, Gather)], bands_of(program, rows)
+    gathers = [step for step in program.steps if isinstance(step, Gather)]
+    bands = bands_of(program, rows, links.bands)
 
     def gather(number: int, own: Float32, whole: Float32) -> None:
         step = gathers[number // bands]
@@ -26,4 +27,6 @@ def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callab
         if wrong and len(wrong) < len(with_columns):
             accuse(wrong[0])
 
-    return PythonGatherer(gather)
+    checking = PythonGatherer(gather)
+    checking.bands = links.bands
+    return checking

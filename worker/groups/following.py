@@ -49,6 +49,7 @@ class FollowingStage:
         self._member_links = links
         self._give_up = give_up
         self._loop = asyncio.get_running_loop()
+        self._links: Links | None = None  # once they are open
         self._steps = 0
         self._ended: asyncio.Future[None] | None = None  # of the thread
         self._reporting: asyncio.Task[Fault] | None = None
@@ -70,6 +71,7 @@ class FollowingStage:
     def _start(self, links: Links) -> None:
         self._ended = self._loop.create_future()
         self.runner.gather_by(links)
+        self._links = links
         threading.Thread(target=self._follow, args=(links,), name="follow", daemon=True).start()
 
     def _follow(self, links: Links) -> None:
@@ -88,7 +90,8 @@ class FollowingStage:
         self._reporting = asyncio.create_task(self._member_links.give_up(error))
 
     def _step(self, data: bytes) -> None:
-        frame, tokens = decode_step(data)
+        assert self._links is not None
+        frame, tokens, self._links.bands = decode_step(data)
         arrival = Arrival.read(frame, self._reader, perf_counter_ns(), 0)
         if arrival.epoch != self.epoch or arrival.failure is not None:
             raise ProtocolError(f"the leader announces what is no microbatch of epoch {epoch_text(self.epoch)}")

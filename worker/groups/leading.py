@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 
 from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.kernels._native import Gatherer, LinkError, Links
 from llamaclust.model.program import Program
 from llamaclust.wire.microbatch.messages import SampledTokens
+from llamaclust.worker.groups.bands import BandChoice
 from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.groups.step_message import encode_step
@@ -28,6 +30,7 @@ class Leader:
         self._member_links = links
         self._gather_by = gather_by
         self._steps = 0
+        self._choice = BandChoice()
         self._links: Links | None = None
         links.open(self._start)
 
@@ -44,11 +47,15 @@ class Leader:
         members come to by themselves; any other error is a MemberFailedError. `checked`: the stage's program, if
         numbers were not finite before; a LinkError names the member at fault if they are not again."""
         assert self._links is not None, "a stream is accepted when the links are open"
-        self._links.send_step(self._epoch, self._steps, encode_step(frame, followed))
+        self._links.bands = bands = self._choice.of(rows)
+        self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
         self._steps += 1
+        waited_s, begun_s = self._links.counters().waited_s, perf_counter()
         try:
             with self._member_links.step(rows), self._checking(checked, rows):
                 yield
+            waited_s = self._links.counters().waited_s - waited_s
+            self._choice.add(rows, waited_s / (perf_counter() - begun_s))
         except (LinkError, WorkerError):
             raise
         except Exception as error:

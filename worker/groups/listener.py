@@ -26,7 +26,7 @@ from llamaclust.worker.groups.callers import caller_of, of_the_most
 _log = logging.getLogger(__name__)
 
 _HELLO = struct.Struct("<8s16sII")
-_VERSION = b"lcgroup1"
+_VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
 """Connections that have not said their hello; of more, the oldest of the host with the most is closed."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
-from llamaclust.kernels.gathers import bands_of, packed_width
+from llamaclust.kernels.gathers import band_borders, packed_width
 from llamaclust.model.program import Gather, Program
 from llamaclust.model.quant_types import ActivationFormat
 
@@ -26,15 +27,13 @@ def gather_rows(
     """Fills `whole`. Where members send int8 values, products quantize its rows to just these."""
     step = host.step
     assert isinstance(step, Gather)
-    bands, borders, given = bands_of(program, batch_rows), list(step.borders), whole
+    places, borders, given = band_borders(program, batch_rows, gatherer.bands), list(step.borders), whole
+    bands = len(places) - 1
     if host.form is not None:
         borders = [packed_width(border, host.form) for border in borders]
         own, given = pack(own, host.form), np.empty((len(own), borders[-1]), np.float32)
-    pieces = 1 if host.selected else bands
-    places = [len(own) * piece // pieces for piece in range(pieces + 1)]
-    for piece in range(pieces):
-        rows = slice(places[piece], places[piece + 1])
-        gatherer.gather(host.number * bands + piece, own[rows], given[rows], borders, step.to)
+    for band, (begin, end) in enumerate(pairwise([0, len(own)] if host.selected else places)):
+        gatherer.gather(host.number * bands + band, own[begin:end], given[begin:end], borders, step.to)
     if host.form is not None:
         whole[:] = unpack(given, host.form)
 

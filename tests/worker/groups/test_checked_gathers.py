@@ -26,6 +26,7 @@ from support.models.tiny_model import build_tiny_model
 from support.seed import SEED
 
 SHARES = (2, 1, 1)
+BANDS = 2  # of gatherers at first
 LARGE = replace(LIMITS, max_batch_tokens=320)
 SHORT = batch_of([(TOKENS, range(len(TOKENS)), range(4))])
 LONG = batch_of([((TOKENS * 300)[:300], range(300), range(20))], outputs=[0, 150, 299])
@@ -43,7 +44,7 @@ class Spoiled:
 
     def run(self, batch: Batch, at: int, members: Collection[int], value: np.float32) -> list[int]:
         self.accused.clear()
-        gathers, bands = gathers_of(self.program), bands_of(self.program, batch.rows)
+        gathers, bands = gathers_of(self.program), bands_of(self.program, batch.rows, BANDS)
 
         def spoils(member: int) -> PythonGatherer:
             def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -74,7 +75,7 @@ def check_all(model: Model, batch: Batch, shares: tuple[int, ...] = SHARES) -> N
     drawn, whole = Random(SEED), model.program(0, model.layer_count, KvType.F16, LARGE.max_context_tokens, 1)
     program = divide(whole, shares, 0)
     spoiled = Spoiled(LinkedGroup(model, whole, shares, 1, LARGE), program)
-    last, members = (len(gathers_of(program)) - 1) * bands_of(program, batch.rows), range(len(shares))
+    last, members = (len(gathers_of(program)) - 1) * bands_of(program, batch.rows, BANDS), range(len(shares))
     for at in {0, last, *drawn.sample(range(last), 6)}:
         for member in members:
             value = drawn.choice(VALUES)

@@ -19,8 +19,8 @@ def test_a_step_arrives_as_it_was(count: int) -> None:
     source = Random(SEED)
     followed = [SampledTokens(7 * number, tuple(source.sample(range(1000), number))) for number in range(count)]
     frame = source.randbytes(source.randrange(1, 500))
-    found, tokens = decode_step(encode_step(frame, followed))
-    assert found == frame
+    found, tokens, bands = decode_step(encode_step(frame, followed, count + 1))
+    assert (found, bands) == (frame, count + 1)
     assert [tokens.of(sampled.number) for sampled in followed] == [sampled.tokens for sampled in followed]
 
 
@@ -29,12 +29,13 @@ def test_a_step_arrives_as_it_was(count: int) -> None:
     [
         b"",
         b"\1\0\0",
-        struct.pack("<I", 1),
-        struct.pack("<I", 1 << 31) + bytes(64),
+        struct.pack("<II", 1, 1),
         struct.pack("<II", 1, 1 << 31) + bytes(64),
-        struct.pack("<II", 1, 9) + b"\xff" * 9,
-        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(4, (1,))]),
-        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(3, (1,))]),
+        struct.pack("<III", 1, 1, 1 << 31) + bytes(64),
+        struct.pack("<III", 1, 1, 9) + b"\xff" * 9,
+        *(struct.pack("<II", bands, 0) for bands in (0, 5, 1 << 31)),
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(4, (1,))], 1),
+        encode_step(b"", [SampledTokens(4, (1,)), SampledTokens(3, (1,))], 1),
     ],
 )
 def test_what_is_no_step_is_refused(data: bytes) -> None:

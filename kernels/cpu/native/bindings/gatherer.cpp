@@ -25,7 +25,7 @@ class PythonGatherer : public Gatherer {
     function_(gathering.number, own, whole);
   }
   void advance() override {}
-  void finish() override {}
+  void finish(const std::function<void()>&) override {}
 
  private:
   const nb::object function_;
@@ -40,13 +40,20 @@ void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<fl
   const nb::gil_scoped_release unlocked;
   gatherer.start({number, static_cast<int>(own.shape(0)), to.value_or(-1), borders, static_cast<int>(own.shape(1)), own.data(),
                   whole.data()});
-  gatherer.finish();
+  gatherer.finish([] {});
+}
+
+void set_bands(Gatherer& gatherer, int bands) {
+  if (bands < 1 || bands > Gatherer::kMostBands)
+    throw std::invalid_argument("bands must be 1 to " + std::to_string(Gatherer::kMostBands));
+  gatherer.set_bands(bands);
 }
 
 }  // namespace
 
 void bind_gatherer(nb::module_& module) {
   nb::class_<Gatherer>(module, "Gatherer")
+      .def_prop_rw("bands", &Gatherer::bands, &set_bands, "In how many bands runs of many rows are computed, at most.")
       .def("gather", &gather, "number"_a, "own"_a, "whole"_a.noconvert(), "borders"_a,
            "to"_a.none() = nb::none(), "One gather, outside of a run.");
   nb::class_<PythonGatherer, Gatherer>(module, "PythonGatherer").def(nb::init<nb::object>(), "function"_a);

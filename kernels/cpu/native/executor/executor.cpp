@@ -73,6 +73,16 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
   }
 }
 
+int bands_of(int rows, int most) { return rows < kLeastBandedRows ? 1 : std::min(most, rows / kLeastRowsOfBand); }
+
+// The first band has two thirds of the rows of each other one: its gathers then fit into the time of others' products
+// where these are short. Whole tiles of rows, but for the last band.
+int band_border(int rows, int bands, int at) {
+  constexpr int kTileRows = 16;
+  if (at == 0 || at == bands) return at == 0 ? 0 : rows;
+  return (rows * (3 * at - 1) / (3 * bands - 1) + kTileRows / 2) / kTileRows * kTileRows;
+}
+
 // Rows [first, end) of a batch.
 void set_band(Band& band, const Batch& batch, int first, int end) {
   const std::span<const int32_t> starts = batch.sequence_starts;
@@ -94,14 +104,14 @@ void set_band(Band& band, const Batch& batch, int first, int end) {
 
 void Stage::set_batch(const Batch& batch) {
   whole.batch = batch;
-  const int rows = batch.rows();
-  bands.resize(joins_at > 0 && rows >= kLeastBandedRows ? kBands : 0);
-  for (size_t i = 0; i < bands.size(); i++) {
-    const auto border = [&](size_t at) { return static_cast<int>(static_cast<size_t>(rows) * at / kBands); };
-    set_band(bands[i], batch, border(i), border(i + 1));
-    if (batch.hidden != nullptr) bands[i].batch.hidden += int64_t{border(i)} * plan.hidden_width;
-    bands[i].tilings = whole.tilings;
-    for (Tiling& tiling : bands[i].tilings) cut_into_tiles(bands[i].batch, tiling);
+  const int rows = batch.rows(), count = joins_at > 0 && gatherer != nullptr ? bands_of(rows, gatherer->bands()) : 1;
+  bands.resize(count > 1 ? static_cast<size_t>(count) : 0);
+  for (int at = 0; Band& band : bands) {
+    const int first = band_border(rows, count, at);
+    set_band(band, batch, first, band_border(rows, count, ++at));
+    if (batch.hidden != nullptr) band.batch.hidden += int64_t{first} * plan.hidden_width;
+    band.tilings = whole.tilings;
+    for (Tiling& tiling : band.tilings) cut_into_tiles(band.batch, tiling);
   }
   for (Tiling& tiling : whole.tilings) cut_into_tiles(batch, tiling);
 }
@@ -161,7 +171,7 @@ void Worker::execute(const GatherStep& step) {
     const Buffer& own = buffer(step.x);
     stage_.gatherer->start(
         {number, rows_ * own.multiple, step.to, step.borders, own.width, line(step.x, 0), line(step.out, 0)});
-    if (is_whole) stage_.gatherer->finish();
+    if (is_whole) stage_.gatherer->finish(fetching());
     else in_flight_++;
   } catch (...) {
     fail();
@@ -173,7 +183,7 @@ void Worker::finish_gather() {
   if (thread_ != 0 || in_flight_ == 0) return;
   in_flight_--;
   try {
-    stage_.gatherer->finish();
+    stage_.gatherer->finish(fetching());
   } catch (...) {
     fail();
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 
 #include "executor/executor.h"
 
@@ -78,6 +79,12 @@ class Worker {
   bool run(size_t begin, size_t last);
   void finish_gather();
   void fail();
+  // What a thread does while a gather goes on.
+  std::function<void()> fetching() {
+    return [this] {
+      for (int i = 0; i < 4 && lookahead_.fetch(); i++) continue;
+    };
+  }
   void scan_head(const ScanStep& step, int sequence, int head);
   void scan_rows(const ScanStep& step, int head, int row, int rows, float* state);
   void compute(size_t begin, size_t end);
@@ -114,7 +121,8 @@ class Worker {
   }
 
   void synchronize(bool after_gather = false) {
-    barrier_.arrive([this] { return lookahead_.fetch(); }, !after_gather);
+    const int64_t spin_ns = after_gather ? kLongWaitNs : kShortWaitNs;
+    barrier_.arrive([this] { return lookahead_.fetch(); }, !after_gather, spin_ns);
   }
 
   // Where this thread's, or another's, part of the first `fixed` units begins, all together.

@@ -11,8 +11,8 @@ namespace llamaclust {
 
 // Up to this many rows, every thread does the row by row steps for itself.
 inline constexpr int kPrivateRows = 4;
-// From so many on, a group's member computes rows in so many bands, which gather in turn.
-inline constexpr int kLeastBandedRows = 256, kBands = 2;
+// A group's member computes so many rows or more in bands, which gather in turn, of so many rows in the mean.
+inline constexpr int kLeastBandedRows = 64, kLeastRowsOfBand = 32;
 // Up to this many, products wait for weights rather than for multipliers.
 inline constexpr int kFewRows = 8;
 

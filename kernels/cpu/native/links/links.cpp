@@ -1,20 +1,16 @@
 #include "links/links.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "links/waiting.h"
+#include "runtime/core_sharing.h"
 #include "runtime/thread_pool.h"
 
 namespace llamaclust {
 namespace {
 
-// A thread that waits keeps its core at first, then gives it to others between two looks, and is parked in the end: it comes
-// back some 10 us late from there on an idle core, and later from a deep sleep.
-constexpr int64_t kKeepsCoreNs = 40'000, kPollNs = 200'000;
 constexpr size_t kMostBytes = std::numeric_limits<uint32_t>::max();  // of a frame
 
 LinkError closed() { return {"the links of this group were closed by this process", Fault::Closed, -1}; }
@@ -134,14 +130,14 @@ void Links::advance() {
   }
 }
 
-void Links::finish() {
+void Links::finish(const std::function<void()>& idle) {
   in_turn([&] {
     require(!started_.empty(), "no gather has begun");
     const std::vector<Link::Mark> marks = std::move(started_.front());
     started_.pop_front();
     const int64_t began_ns = now_ns();
     last_.reset();
-    move([&](size_t member) { return links_[member]->has_reached(marks[member]); }, deadline_ns());
+    move([&](size_t member) { return links_[member]->has_reached(marks[member]); }, deadline_ns(), idle);
     count_gather(now_ns() - began_ns);
   });
 }
@@ -150,7 +146,7 @@ int64_t Links::deadline_ns() const { return now_ns() + static_cast<int64_t>(dead
 
 // Sends and receives what links have begun, until each of them is ready.
 template <typename F>
-void Links::move(F is_ready, int64_t until_ns) {
+void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle) {
   const auto look_ns = static_cast<int64_t>(answer_s_ / 4 * 1e9);
   for (int64_t waits_from_ns = now_ns(), looked_ns = waits_from_ns;;) {
     bool moved = false, ready = true;
@@ -171,8 +167,8 @@ void Links::move(F is_ready, int64_t until_ns) {
       looked_ns = now;
     }
     if (moved) waits_from_ns = now;
-    else if (now - waits_from_ns >= kPollNs) park(std::min(until_ns, now + look_ns));
-    else if (now - waits_from_ns >= kKeepsCoreNs) sched_yield();
+    else if (parks_after(now - waits_from_ns, kLongWaitNs)) park(std::min(until_ns, now + look_ns));
+    else idle();
   }
 }
 

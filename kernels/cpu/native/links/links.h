@@ -43,7 +43,7 @@ class Links : public Gatherer {
   // all later ones, where a peer sends anything else than its rows, or not all of them in time.
   void start(const Gathering& gathering) override;
   void advance() override;
-  void finish() override;
+  void finish(const std::function<void()>& idle) override;
 
   // On any thread, at any time.
   LinkCounters counters() const;
@@ -59,7 +59,7 @@ class Links : public Gatherer {
   template <typename F>
   void in_turn(F work);
   template <typename F>
-  void move(F is_ready, int64_t until_ns);
+  void move(F is_ready, int64_t until_ns, const std::function<void()>& idle = [] {});
   int64_t deadline_ns() const;
   void begin_frames(const Gathering& gathering);
   void send(size_t member, uint32_t number, std::span<const uint8_t> data);

@@ -123,13 +123,21 @@ class TlsChannel : public Channel {
     }
   }
 
-  // Records are encrypted into memory first, so that those of a frame go by one system call.
-  size_t write(std::span<const uint8_t> data, bool) override {
+  // Records are encrypted into memory first, so that those of a frame go by one system call. A piece that `more` follow
+  // is in one record with these.
+  size_t write(std::span<const uint8_t> data, bool more) override {
     if (unsent() >= kMostUnsent && !flush()) return 0;
-    const int bytes = static_cast<int>(std::min(data.size(), kRecordBytes));
-    if (records_++ % kRecordsOfKey == kRecordsOfKey - 1)
-      check(SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) == 1, "another key of TLS");
-    return static_cast<size_t>(call([&] { return SSL_write(session_.get(), data.data(), bytes); }));
+    const std::span<const uint8_t> piece = data.first(std::min(data.size(), kRecordBytes - held_.size()));
+    if (!more && held_.empty()) {
+      encrypt(piece);
+      return piece.size();
+    }
+    held_.insert(held_.end(), piece.begin(), piece.end());
+    if (!more || held_.size() == kRecordBytes) {
+      encrypt(held_);
+      held_.clear();
+    }
+    return piece.size();
   }
 
   bool flush() override {
@@ -154,6 +162,14 @@ class TlsChannel : public Channel {
 
  private:
   size_t unsent() const { return out_.size() - sent_; }
+
+  // One record.
+  void encrypt(std::span<const uint8_t> data) {
+    if (records_++ % kRecordsOfKey == kRecordsOfKey - 1)
+      check(SSL_key_update(session_.get(), SSL_KEY_UPDATE_NOT_REQUESTED) == 1, "another key of TLS");
+    const int bytes = static_cast<int>(data.size());
+    check(call([&] { return SSL_write(session_.get(), data.data(), bytes); }) == bytes, "a record of TLS");
+  }
 
   // The result of a call of OpenSSL, or 0 where it wants more of the socket.
   template <typename F>
@@ -215,6 +231,7 @@ class TlsChannel : public Channel {
 
   const Context context_;
   const Session session_;
+  std::vector<uint8_t> held_;  // not encrypted: others share their record
   std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
   size_t sent_ = 0;
   uint64_t records_ = 0;  // encrypted so far

@@ -14,8 +14,6 @@
 namespace llamaclust {
 namespace {
 
-constexpr int64_t kSpinNs = 40'000;
-
 // Pauses between two looks at the clock.
 constexpr int kSpinsPerLook = 64;
 
@@ -34,7 +32,7 @@ int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old) {
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t spin_ns) {
   const auto spin = [&] {
     for (int i = 0; i < kSpinsPerLook; i++, pause())
       if (word.load(std::memory_order_acquire) != old) return true;
@@ -43,7 +41,7 @@ int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old) {
   if (spin()) return 0;
   const int64_t start = now_ns();
   while (!spin())
-    if (now_ns() - start > kSpinNs) {
+    if (parks_after(now_ns() - start, spin_ns)) {
       word.wait(old, std::memory_order_acquire);
       break;
     }

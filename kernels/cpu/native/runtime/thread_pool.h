@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/core_sharing.h"
 #include "runtime/thread_speeds.h"
 
 namespace llamaclust {
@@ -23,8 +24,8 @@ namespace llamaclust {
 int64_t now_ns();
 
 // Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a
-// moment.
-int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
+// moment. It spins for `spin_ns` at most.
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old, int64_t spin_ns = kShortWaitNs);
 
 // All callers of arrive() leave it together.
 class Barrier {
@@ -37,16 +38,16 @@ class Barrier {
   }
 
   // `idle` is called again and again while others are waited for, until it returns false. `counts`: what the caller
-  // waits here is added to waited_ns().
+  // waits here is added to waited_ns(). `spin_ns`: see wait_while_equal().
   template <typename Idle = bool (*)()>
-  void arrive(Idle idle = [] { return false; }, bool counts = true) {
+  void arrive(Idle idle = [] { return false; }, bool counts = true, int64_t spin_ns = kShortWaitNs) {
     const int threads = threads_;  // before the increment: after it, the next open() may have changed it
     if (threads == 1) return;
     const uint64_t opening = opening_;
     const int32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
       while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
-      const int64_t waited_ns = wait_while_equal(phase_, phase);
+      const int64_t waited_ns = wait_while_equal(phase_, phase, spin_ns);
       if (waited_ns > 0 && counts) add_waited(opening, static_cast<uint64_t>(waited_ns));
       return;
     }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import LinkError, PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.gathers import band_borders
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -24,7 +27,7 @@ from support.seed import SEED
 
 REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
 MANY = replace(LIMITS, max_batch_tokens=320, max_outputs=320)
-LEAST = 256
+LEAST = 64
 """From so many rows on there are bands."""
 TWO = ("qwen3", "lfm2")
 
@@ -46,9 +49,9 @@ def whole(model: Model, layers: tuple[int, int] | None = None) -> Program:
     return model.program(*(layers or (0, model.layer_count)), KvType.F16, MANY.max_context_tokens, 1)
 
 
-def load(model: Model, program: Program, threads: int = 1) -> CpuStage:
+def load(model: Model, program: Program, threads: int = 1, limits: StageLimits = MANY) -> CpuStage:
     backend = CpuBackend(threads, yields=False)
-    return backend.load(program, model.tensors_for(program), MANY, lambda done_bytes: None)
+    return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
 
 
 def results(stage: CpuStage) -> list[Float32]:
@@ -65,29 +68,56 @@ def test_bands_have_the_bits_of_one(tmp_path: Path, name: str) -> None:
             assert group.run(batch, None)[0].tobytes() == logits.tobytes()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "bands"), [(1, 2), (3, 2), (2, 4), (2, 1)])
 @pytest.mark.parametrize("name", TWO)
-def test_bands_over_links(tmp_path: Path, name: str, threads: int) -> None:
+def test_bands_over_links(tmp_path: Path, name: str, threads: int, bands: int) -> None:
     """Two stages, the second of which is given hidden states; a layer with states has all rows together."""
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         expected = results(load(model, whole(model)))
         programs = [whole(model, layers) for layers in ((0, 1), (1, model.layer_count))]
         first, second = (LinkedGroup(model, each, (2.0, 1.0, 1.0), threads, MANY) for each in programs)
+        for links in (*first.links, *second.links):
+            links.bands = bands
         for batch, logits in zip(batches(), expected, strict=True):
             hidden, *others = first.run(batch, None)
             assert all(other.tobytes() == hidden.tobytes() for other in others)
             assert second.run(batch, hidden)[0].tobytes() == logits.tobytes()
 
 
-@pytest.mark.parametrize(("rows", "bands"), [(LEAST - 1, 1), (LEAST, 2)])
-def test_runs_that_have_bands(tmp_path: Path, rows: int, bands: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "most", "borders"),
+    [
+        (LEAST - 1, 4, [0, LEAST - 1]),
+        (LEAST, 2, [0, 32, LEAST]),
+        (LEAST, 4, [0, 32, LEAST]),
+        (100, 3, [0, 32, 64, 100]),
+        (500, 1, [0, 500]),
+        (500, 3, [0, 128, 320, 500]),
+        (512, 4, [0, 96, 240, 368, 512]),
+    ],
+)
+def test_runs_that_have_bands(tmp_path: Path, rows: int, most: int, borders: list[int]) -> None:
     """Each gather of a layer is one of each band; logits are gathered once."""
     with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
-        group = LinkedGroup(model, whole(model), (1.0, 1.0), 1, MANY)
-        group.run(batch_of([(tokens(rows), range(rows), range(20))]), None)
-        program = divide(whole(model), (1.0, 1.0), 0)
+        program, limits = divide(whole(model), (1.0, 1.0), 0), replace(MANY, max_batch_tokens=512)
+        stage = load(model, program, limits=limits)
+    seen = list[tuple[int, int]]()
+    gatherer = PythonGatherer(lambda number, own, whole: seen.append((number, len(own))))
+    stage.gather_by(gatherer)
+    gatherer.bands = most
+    stage.run(batch_of([(tokens(rows), range(rows), range(32))], outputs=[0]), None)
     layers = sum(isinstance(step, Gather) for step in program.steps) - 1
-    assert [links.counters().gathers for links in group.links] == [bands * layers + 1] * 2
+    assert band_borders(program, rows, most) == borders
+    bands = [end - begin for begin, end in pairwise(borders)]
+    assert seen == [*enumerate(bands * layers), (len(bands) * layers, 1)]
+
+
+def test_a_group_has_one_to_four_bands() -> None:
+    gatherer = PythonGatherer(print)
+    assert gatherer.bands == 2
+    for wrong in (0, 5, -1):
+        with pytest.raises(ValueError, match="bands must be 1 to 4"):
+            gatherer.bands = wrong
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -152,20 +152,24 @@ def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
 def _spoil_portion() -> None:
     """Of each step, as damaged weights or memory would."""
     gather_by, run, rows = StageRunner.gather_by, Arrival.run, [1]
+    held: dict[StageRunner, tuple[Any, Any]] = {}
 
-    def counts(arrival: Arrival, *given: Any) -> Any:
+    def counts(arrival: Arrival, runner: StageRunner, *given: Any) -> Any:
         rows[0] = arrival.rows
-        return run(arrival, *given)
+        spoiling, gatherer = held[runner]
+        spoiling.bands = gatherer.bands
+        return run(arrival, runner, *given)
 
     def spoils(runner: StageRunner, gatherer: Any) -> None:
         gathers = [step for step in runner.program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Any, whole: Any) -> None:
-            step = gathers[number // bands_of(runner.program, rows[0])]
+            step = gathers[number // bands_of(runner.program, rows[0], gatherer.bands)]
             own[:, -1] = np.nan
             gatherer.gather(number, own, whole, borders_in(step, whole.shape[1]), step.to)
 
-        gather_by(runner, PythonGatherer(gather))
+        held[runner] = PythonGatherer(gather), gatherer
+        gather_by(runner, held[runner][0])
 
     Arrival.run = counts  # type: ignore[method-assign, assignment]
     StageRunner.gather_by = spoils  # type: ignore[method-assign, assignment]

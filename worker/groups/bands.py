@@ -1,0 +1,66 @@
+"""Decides in how many bands the members of a group compute the rows of a prompt, from what their gathers waited before.
+
+While the gathers of one band go on, others are computed: more bands hide more of a slow network, but each one decodes
+the weights again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS
+
+_DECODED_ROWS = 8
+"""To decode the weights takes about as long as to compute so many rows."""
+_MANY_ROWS = 256
+"""Runs of so many begin with two bands, others with one."""
+_MUCH, _LITTLE = 0.04, 0.01
+"""Shares of a run: another number of bands is tried where gathers wait longer, or hardly at all."""
+_REMEMBERED_RUNS = 64
+
+
+class BandChoice:
+    """The leader's, over the runs of an epoch. Runs whose rows have the same power of two are taken to be alike."""
+
+    def __init__(self) -> None:
+        self._alike: dict[int, _SimilarRuns] = {}
+
+    def of(self, rows: int) -> int:
+        """For the next run of so many rows."""
+        return self._runs(rows).bands if rows >= LEAST_BANDED_ROWS else 1
+
+    def add(self, rows: int, waited_share: float) -> None:
+        """After such a run, whose gathers waited that share of its time."""
+        if rows >= LEAST_BANDED_ROWS:
+            self._runs(rows).add(rows, waited_share)
+
+    def _runs(self, rows: int) -> _SimilarRuns:
+        least = 1 << rows.bit_length() - 1
+        begins = _SimilarRuns(min(MOST_BANDS, least // LEAST_ROWS_OF_BAND), 2 if rows >= _MANY_ROWS else 1)
+        return self._alike.setdefault(least, begins)
+
+
+@dataclass(slots=True)
+class _SimilarRuns:
+    most: int
+    bands: int
+    _waited: dict[int, float] = field(default_factory=dict)  # by number of bands, the share of the last runs
+    _count: int = 0
+
+    def add(self, rows: int, waited_share: float) -> None:
+        before = self._waited.get(self.bands, waited_share)
+        self._waited[self.bands] = (before + waited_share) / 2
+        self._count += 1
+        if self._count % _REMEMBERED_RUNS == 0:  # the network may be another one by now
+            self._waited = {self.bands: self._waited[self.bands]}
+        self.bands = self._next(rows)
+
+    def _next(self, rows: int) -> int:
+        decoded = _DECODED_ROWS / rows
+        best = min(self._waited, key=lambda bands: self._waited[bands] + bands * decoded)
+        more, fewer, waited = best + 1, best - 1, self._waited[best]
+        if waited > max(_MUCH, decoded) and more not in self._waited and more <= self.most:
+            return more
+        if waited < max(_LITTLE, decoded) and fewer not in self._waited and fewer > 0:
+            return fewer
+        return best

@@ -75,9 +75,13 @@ class Emulation:
 
     def prefix(self, core: int, speed: float = 1.0, caller: str = _CALLER) -> tuple[str, ...]:
         """Words before a command that runs it on a core. A `speed` below 1 is that of a slower core."""
-        variables = {"LD_PRELOAD": self.library, "EMULATED_LINK": self._path, "EMULATED_CALLER": caller}
-        words = [f"{name}={value}" for name, value in {**variables, "EMULATED_SPEED": speed}.items()]
+        words = [f"{name}={value}" for name, value in self.variables(speed, caller).items()]
         return ("taskset", "-c", str(core), "env", *words)
+
+    def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
+        """The environment of a process that has such links."""
+        places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
+        return {**places, "EMULATED_SPEED": str(speed)}
 
     def exchange_us(self, cores: Sequence[int], count: int = 200) -> float:
         """The median time of an exchange of 16 KiB between two processes: what the links of members are made of."""

@@ -1,10 +1,12 @@
 """A prompt's rows through some layers: two members of a group, in turns with one process that has all of each layer.
 
-    python benchmarks/groups/prefill.py 7b IQ2_XXS [--rows 512] [--layers 2] [--pairs 5] [--hosts 127.0.0.1,127.0.0.1]
+    python benchmarks/groups/prefill.py 7b IQ2_XXS [--rows 512] [--layers 2] [--pairs 5] [--bands 1,2,3,4]
+    python benchmarks/groups/prefill.py 7b IQ2_XXS --gbit 1 --round-trip 0.2 [--realtime]
 
-Each process has one thread and a core of its own; members have the links of the product, over TLS. Prints medians in
-milliseconds a layer, the speedup of pairs, what a member waits in gathers and what it sends, and bits must be those of
-one process. `--hosts` are the addresses of the two members, of which the second may be that of a slower link.
+Each process has one thread and a core of its own; members have the links of the product, over TLS, with a round trip
+and a rate that `emulated.cpp` adds. Prints medians in milliseconds a layer, the speedup of pairs, what a member waits
+in gathers and what it sends, for each number of bands; bits must be those of one process. One row is a step of decode.
+`--hosts` are the addresses of the two members, of which the second may be that of a slower link.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-from measuring.options import chosen, listed, positive
+from emulation import Emulation, LinkSpeed
+from measuring.options import chosen, listed, positive, zero_or_more
 from shape import LAYOUTS, SHAPES, check, write_shape
 
 from llamaclust.cli.interrupts import ends_in_one_line
@@ -62,6 +65,7 @@ class Setting:
     member: int = 0
     end: socket.socket | None = None
     identities: tuple[Identity, Identity] | None = None
+    is_realtime: bool = False
 
     def load(self, model: Model) -> CpuStage:
         program = model.program(0, self.layers, KvType.F16, self.rows, 1)
@@ -93,6 +97,8 @@ class Outcome:
 def serve(setting: Setting, orders: Connection) -> None:
     """Runs the prompt each time it is told to."""
     os.sched_setaffinity(0, {setting.core})
+    if setting.is_realtime:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     rows, blocks = setting.rows, np.arange(-(-setting.rows // KV_BLOCK_TOKENS), dtype=np.int32)
     tokens = np.random.default_rng(SEED).integers(3, 300, rows, np.int32)
     starts, tables = np.array([0, rows], np.int32), (np.array([0, len(blocks)], np.int32), blocks)
@@ -104,10 +110,11 @@ def serve(setting: Setting, orders: Connection) -> None:
         stage.gather_by(links)
     orders.send(None)
     step = 0
-    while orders.recv():
+    while bands := orders.recv():
         step += 1
         if links is not None:
             links.begin(1, step)
+            links.bands = bands
         before = None if links is None else links.counters()
         began_ns = perf_counter_ns()
         result = stage.run(batch, None)
@@ -142,9 +149,9 @@ def _answer(orders: Connection) -> Any:
     return orders.recv()
 
 
-def run(orders: Sequence[Connection]) -> list[Outcome]:
+def run(orders: Sequence[Connection], bands: int) -> list[Outcome]:
     for each in orders:
-        each.send(True)
+        each.send(bands)
     return [Outcome(*_answer(each)) for each in orders]
 
 
@@ -162,23 +169,36 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     write_shape(model, given.shape, shape, given.type, SEED, alike=True)
     authority = Authority.open(folder / "authority")
     first, second = (authority.identity(Principal(name)) for name in _NAMES)
+    if given.gbit or given.round_trip:
+        emulation = Emulation.build(folder)
+        emulation.set(LinkSpeed(given.round_trip, given.gbit))
+        os.environ.update(emulation.variables())
     cores = sorted(os.sched_getaffinity(0))
-    alone = Setting(model, given.layers, given.rows, cores[0])
+    alone = Setting(model, given.layers, given.rows, cores[0], is_realtime=given.realtime)
     members = [
         replace(alone, core=cores[member % len(cores)], member=member, end=end, identities=(first, second))
         for member, end in enumerate(connected(given.hosts))
     ]
     with served([alone]) as one, served(members) as group:
-        run(one), run(group)  # the first runs take memory from the system
-        pairs = [(run(one)[0], run(group)) for _ in range(given.pairs)]
-    if len({each.digest for alone, outcomes in pairs for each in (alone, *outcomes)}) != 1:
+        run(one, 1), run(group, given.bands[0])  # the first runs take memory from the system
+        pairs = [(run(one, 1)[0], [run(group, bands) for bands in given.bands]) for _ in range(given.pairs)]
+    if (
+        len({each.digest for alone, turns in pairs for each in (alone, *(each for turn in turns for each in turn))})
+        != 1
+    ):
         raise LlamaclustError("a group has other bits than one process")
+    for place, bands in enumerate(given.bands):
+        show(given, bands, [(alone, turns[place]) for alone, turns in pairs])
+
+
+def show(given: argparse.Namespace, bands: int, pairs: Sequence[tuple[Outcome, list[Outcome]]]) -> None:
     one_ms, group_ms = median(a.run_ms for a, _ in pairs), median(m[0].run_ms for _, m in pairs)
     speedup = median(a.run_ms / m[0].run_ms for a, m in pairs)
     waited_ms, sent = median(m[0].waited_ms for _, m in pairs), pairs[0][1][0].sent_bytes
     print(
-        f"{given.shape} {given.type.name}, {given.rows} rows, a layer: one process {one_ms / given.layers:.1f} ms, "
-        f"group {group_ms / given.layers:.1f} ms, of which {waited_ms / given.layers:.1f} ms waiting; "
+        f"{given.shape} {given.type.name}, {given.rows} rows, bands: {bands}, a layer: "
+        f"one process {one_ms / given.layers:.1f} ms, group {group_ms / given.layers:.1f} ms, "
+        f"of which {waited_ms / given.layers:.1f} ms waiting; "
         f"speedup {speedup:.2f}; {sent / given.layers / 1e6:.2f} MB sent; same bits"
     )
 
@@ -194,6 +214,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--hidden", type=positive, help="another width, for tests")
     add("--pairs", type=positive, default=5, help="%(default)s by default")
     add("--hosts", type=listed(str), default="127.0.0.1,127.0.0.1", help="of the members; loopback by default")
+    add("--bands", type=listed(positive), default="2", help="of the prompt, in turns; %(default)s by default")
+    add("--round-trip", type=zero_or_more, default=0.0, metavar="MS", help="that is added to links; none by default")
+    add("--gbit", type=zero_or_more, default=0.0, help="that a member receives, 0 (default): no limit")
+    add("--realtime", action="store_true", help="other programs wait for the measured ones; for root")
     given = parser.parse_args(arguments)
     if len(given.hosts) != 2:
         parser.error("--hosts: one address for each of two members")

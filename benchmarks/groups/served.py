@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from emulation import Emulation, LinkSpeed
 from measuring.lines import report
-from measuring.options import chosen, listed, natural, positive
+from measuring.options import chosen, listed, natural, positive, zero_or_more
 from served_figures import GROUP, HEADER, ONE, Depth, Turn, rows
 from served_predictions import Predictions
 from served_turns import REPEATED_PROMPT, Comparison, Key
@@ -154,12 +154,6 @@ def show(
         print(row, flush=True)
 
 
-def _zero_or_more(text: str) -> float:
-    if not 0 <= float(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 to 1000")
-    return float(text)
-
-
 def _speed(text: str) -> float:
     if not 0.01 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 0.01 to 1")
@@ -174,8 +168,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("type", type=chosen("type", types), metavar="TYPE")
     add("--layers", type=positive, help="fewer than the shape has, 3 or more; times are also of the whole model")
     add("--hidden", type=positive, help="another width, for tests")
-    add("--delays", type=listed(_zero_or_more), default="0,0.1,0.5,2", help="round trips, ms; %(default)s by default")
-    add("--gbit", type=_zero_or_more, default=0.0, help="at which a member receives; 0: as it can")
+    add("--delays", type=listed(zero_or_more), default="0,0.1,0.5,2", help="round trips, ms; %(default)s by default")
+    add("--gbit", type=zero_or_more, default=0.0, help="at which a member receives; 0: as it can")
     add("--shares", type=listed(positive), default="1,1", help="of the members; %(default)s by default")
     add("--speeds", type=listed(_speed), help="of the members, relative to a core; 1 by default")
     add("--cores", type=listed(natural), help="of the members; in turn by default")

@@ -22,6 +22,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def zero_or_more(text: str) -> float:
+    if not 0 <= float(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 to 1000")
+    return float(text)
+
+
 def listed(one: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
     """What reads values that commas separate."""
     return lambda text: [one(part) for part in text.split(",")]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Float32
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.model.groups.formats import format_of_readers
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _INT8_OF_FLOAT = 4
@@ -61,28 +61,9 @@ def packed_width(columns: int, form: ActivationFormat) -> int:
 
 def gather_formats(program: ir.Program, types: Mapping[str, QuantType]) -> Iterator[ActivationFormat | None]:
     """The format of each gather's rows, in the order of steps; None: as they are."""
+    results = program.out, program.normed
     for at, step in enumerate(program.steps):
         if isinstance(step, ir.Gather):
-            form = _format_of_readers(program, at + 1, step.out, types)
+            form = format_of_readers(program.steps[at + 1 :], step.out, results, types.__getitem__)
             has_whole_segments = form is not None and not any(border % form.value for border in step.borders)
             yield form if has_whole_segments else None
-
-
-def _format_of_readers(
-    program: ir.Program, at: int, buffer: ir.Buffer, types: Mapping[str, QuantType]
-) -> ActivationFormat | None:
-    """What all steps from `at` on that read the buffer quantize it to; None where one does not, or to another."""
-    formats = set[ActivationFormat | None]()
-    for step in program.steps[at:]:
-        if buffer in reads_of(step):
-            formats.add(_format(step, types) if isinstance(step, ir.MatMul) else None)
-        if written_by(step).name == buffer.name:
-            break
-    else:
-        formats |= {None for result in (program.out, program.normed) if result == buffer}
-    return formats.pop() if len(formats) == 1 else None
-
-
-def _format(step: ir.MatMul, types: Mapping[str, QuantType]) -> ActivationFormat | None:
-    form = types[step.weight].info.activation
-    return None if form is ActivationFormat.F32 else form

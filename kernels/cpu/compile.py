@@ -94,7 +94,7 @@ class Compiler:
     def _experts(self) -> PlanExperts:
         """Not kept: it has methods of this object, which would then live on with all weights until it is collected."""
         copy = None if self._observed is None else self._copy
-        return PlanExperts(self.plan, self._buffers, self._weights, self._quantize, self._observe, copy)
+        return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
     def run(self) -> Compiled:
         if not self._program.is_first:
@@ -154,11 +154,11 @@ class Compiler:
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
         """Members quantize their own columns as the products that read the row would: these are of whole segments."""
-        x, own, whole = self._buffers.read(step.x), _packed(step.x, form), _packed(step.out, form)
-        packed = self._buffers.write(own)
-        self.plan.pack(x, packed, _FORMATS.index(form))
+        own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
+        packed = self._buffers.write(_packed(own, form), step.lines)
+        self.plan.pack(self._buffers.read(own), packed, _FORMATS.index(form))
         borders = [packed_width(border, form) for border in step.borders]
-        self.plan.gather(packed, self._buffers.write(whole), borders, step.to)
+        self.plan.gather(packed, self._buffers.write(_packed(whole, form), step.lines), borders, step.to)
         self._buffers.packed[step.out.name] = form
 
     def _emit_rows(self, step: ir.RowStep) -> None:

@@ -20,13 +20,13 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """`quantize`: a buffer for weights of some types, to activation slots. `observe`: copies the inputs of weights if
+    """`quantize`: a line for weights of some types, to activation slots. `observe`: copies the inputs of weights if
     they are observed; `copy`: a buffer, None where nothing is."""
 
     plan: Plan
     buffers: Buffers
     weights: Mapping[str, Weight]
-    quantize: Callable[[int, Sequence[QuantType]], list[int]]
+    quantize: Callable[[ir.Buffer, Sequence[QuantType]], list[int]]
     observe: Callable[[Sequence[str], ir.Buffer, int | None, int], None]
     copy: Callable[[int, int], int] | None
 
@@ -63,7 +63,7 @@ class PlanExperts:
         buffers, router, routed = self.buffers, self.weights[step.router], step.routed or step.x
         self.observe([step.router], routed, None, 1)
         logits = buffers.write(ir.Buffer("router logits", step.experts))
-        (slot,) = self.quantize(buffers.read(routed), [router.quant_type])
+        (slot,) = self.quantize(routed, [router.quant_type])
         self.plan.multiply([(router.matrix, self.vector(step.router_bias), logits, slot)])
         choice = buffers.write(out, private=True)
         self.plan.choose_experts(
@@ -178,7 +178,7 @@ class _Experts:
     ) -> None:
         experts, used, first = self.plan_experts, self.step.used, None if self.shards is None else self.shards[0].start
         held = [[weight for _, weight in self._held(name)] for name, _ in products]
-        slots = experts.quantize(experts.buffers.read(x), [weights[0].quant_type for weights in held])
+        slots = experts.quantize(x, [weights[0].quant_type for weights in held])
         outs = [experts.buffers.write(out, used) for _, out in products]
         for slot in dict.fromkeys(slots):
             chosen: list[tuple[list[PackedMatrix], int]] = [

@@ -12,12 +12,11 @@ from functools import partial
 from itertools import pairwise, takewhile
 
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights, is_before_head, is_embedding, steps_cost
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.groups.formats import format_of_readers
 from llamaclust.model.groups.portions import Division, Gathered, borders
 from llamaclust.model.program import (
     Attention,
-    Buffer,
     ExpertDown,
     ExpertInner,
     HeadMatMul,
@@ -39,23 +38,20 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` of `width` channels for each row, which members divide in `units`. `as_int8`: only products
-    that quantize the row read it, so it can travel as int8 values and scales. `to_leader`: only the leader needs it."""
+    """A gather of `lines` of `width` channels for each row, which members divide in `units`. It travels in the format
+    `form`, in which alone it is read, if portions are of whole segments. `to_leader`: only the leader needs it."""
 
     width: int
     units: int
     lines: int = 1
-    as_int8: bool = False
+    form: ActivationFormat | None = None
     to_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
         """Bytes of one row that each member sends to each one that receives them."""
-        places, unit = borders(self.units, shares), self.width // self.units
-        return tuple(self.lines * self._bytes(unit * (end - begin)) for begin, end in pairwise(places))
-
-    def _bytes(self, channels: int) -> int:
-        """A float32 scale for every 32 int8 values."""
-        return channels + 4 * -(-channels // 32) if self.as_int8 else 4 * channels
+        places = [self.width // self.units * place for place in borders(self.units, shares)]
+        form = None if self.form is None or any(place % self.form for place in places) else self.form
+        return tuple(self.lines * _bytes(end - begin, form) for begin, end in pairwise(places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +180,18 @@ class _DividedProgram:
     def _gather(self, gathered: Gathered, number: int) -> GatherCost:
         buffer, lines = gathered.buffer, gathered.lines
         is_logits = self.program.has_logits and buffer == self.program.out
-        return GatherCost(buffer.width // lines, gathered.units, lines, self._quantized(buffer, number), is_logits)
+        form = format_of_readers(
+            [divided.step for divided in self.division.steps[number:]],
+            buffer,
+            (self.program.out, self.program.normed),
+            lambda name: self.tensors[name].quant_type,
+        )
+        return GatherCost(buffer.width // lines, gathered.units, lines, form, is_logits)
 
-    def _quantized(self, buffer: Buffer, number: int) -> bool:
-        """Whether only products read the row from step `number` on, which quantize it in the same way."""
-        formats = set[ActivationFormat | None]()
-        for divided in self.division.steps[number:]:
-            step = divided.step
-            if buffer in reads_of(step):
-                formats.add(self._format(step))
-            if written_by(step).name == buffer.name:
-                break
-        return len(formats) == 1 and not formats & {ActivationFormat.F32, None}
 
-    def _format(self, step: Step) -> ActivationFormat | None:
-        """How a step stores what it reads."""
-        return self.tensors[step.weight].quant_type.info.activation if isinstance(step, MatMul) else None
+def _bytes(channels: int, form: ActivationFormat | None) -> int:
+    """Int8 values with a float32 scale for each segment of a format."""
+    return 4 * channels if form is None else channels + 4 * (channels // form)
 
 
 def _has_part(step: Step) -> bool:

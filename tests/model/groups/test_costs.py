@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.kernels.gathers import gather_formats, packed_width
 from llamaclust.model.costs import LayerCost, is_before_head, layer_cost, steps_cost
 from llamaclust.model.groups.costs import GatherCost
 from llamaclust.model.groups.division import divide
@@ -15,7 +16,7 @@ from llamaclust.model.groups.gather import Gather
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
-from llamaclust.model.quant_types import TILE_ROWS, QuantType
+from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 from support.models.tiny_architectures import MODELS, build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -68,9 +69,10 @@ def test_a_members_costs_are_those_of_its_program(tmp_path: Path, name: str) -> 
                 assert found.embedding_bytes == model.costs(KvType.Q8_0).embedding_bytes
 
 
+@pytest.mark.parametrize("kind", [QuantType.F16, QuantType.Q8_0])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_gathers_are_those_of_programs(tmp_path: Path, name: str) -> None:
-    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+def test_gathers_are_those_of_programs(tmp_path: Path, name: str, kind: QuantType) -> None:
+    with Model.open(build_architecture(tmp_path / "model.gguf", name, kind)) as model:
         costs = model.group_costs(KvType.F16, 3)
         for number, layer in enumerate(costs.layers):
             program = divide(model.program(number, number + 1), (5, 3, 2), 0)
@@ -78,9 +80,12 @@ def test_gathers_are_those_of_programs(tmp_path: Path, name: str) -> None:
             found = [*layer.gathers, *(costs.head.gathers if program.is_last else ())]
             figures = [(gather.lines, gather.lines * gather.width) for gather in found]
             assert figures == [(step.lines, step.out.width) for step in gathers]
-            own = [gather.sent_bytes((5, 3, 2))[0] for gather in found if not gather.as_int8]
-            plain = zip(found, gathers, strict=True)
-            assert own == [4 * step.x.width for gather, step in plain if not gather.as_int8]
+            types = {name: tensor.quant_type for name, tensor in model.tensors_for(program).items()}
+            widths = [
+                step.x.width if form is None else packed_width(step.x.width, form)
+                for step, form in zip(gathers, gather_formats(program, types), strict=True)
+            ]
+            assert [gather.sent_bytes((5, 3, 2))[0] for gather in found] == [4 * width for width in widths]
         assert [gather.to_leader for gather in costs.head.gathers] == [True] * bool(model.generates)
 
 
@@ -102,15 +107,23 @@ def test_all_members_together_have_what_is_divided_once_and_the_rest_each(tmp_pa
 
 def test_bytes_of_gathers() -> None:
     assert GatherCost(4096, 256).sent_bytes((3, 1)) == (4 * 3072, 4 * 1024)
-    assert GatherCost(4096, 256, as_int8=True).sent_bytes((3, 1)) == (3072 + 4 * 96, 1024 + 4 * 32)
+    narrow = GatherCost(4096, 256, lines=2, form=ActivationFormat.Q8_32)
+    assert narrow.sent_bytes((3, 1)) == (2 * (3072 + 4 * 96), 2 * (1024 + 4 * 32))
+    wide = GatherCost(4096, 256, form=ActivationFormat.Q8_256)
+    assert wide.sent_bytes((3, 1)) == (3072 + 4 * 12, 1024 + 4 * 4)
+    assert wide.sent_bytes((5, 4)) == (4 * 16 * 142, 4 * 16 * 114), "portions that end within a segment"
     assert GatherCost(256, 2).sent_bytes((3, 1)) == (512, 512), "no half units"
 
 
 @pytest.mark.parametrize(
-    ("quant_type", "as_int8"), [(QuantType.Q4_0, True), (QuantType.IQ1_S, True), (QuantType.F16, False)]
+    ("quant_type", "form"),
+    [(QuantType.Q4_0, ActivationFormat.Q8_32), (QuantType.IQ1_S, ActivationFormat.Q8_256), (QuantType.F16, None)],
 )
-def test_rows_travel_as_int8_where_products_quantize_them(tmp_path: Path, quant_type: QuantType, as_int8: bool) -> None:
-    with Model.open(build_tiny_model(tmp_path / "m.gguf", quant_type=quant_type)) as model:
+@pytest.mark.parametrize("experts", [0, 4])
+def test_rows_travel_as_int8_where_products_quantize_them(
+    tmp_path: Path, quant_type: QuantType, form: ActivationFormat | None, experts: int
+) -> None:
+    with Model.open(build_tiny_model(tmp_path / "m.gguf", quant_type=quant_type, experts=experts)) as model:
         layer, head = model.group_costs(KvType.F16, 2).layers[0], model.group_costs(KvType.F16, 2).head
-    assert [gather.as_int8 for gather in layer.gathers] == [as_int8, False, as_int8, False], "norms read the others"
-    assert not any(gather.as_int8 for gather in head.gathers)
+    assert [gather.form for gather in layer.gathers] == [form, None, form, None], "norms and sums read the others"
+    assert not any(gather.form for gather in head.gathers)

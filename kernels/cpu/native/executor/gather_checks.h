@@ -31,8 +31,9 @@ inline Access into_slot(Plan& plan, BufferId x, int index, ActivationSlot writte
 }
 
 inline Access check_pack(const Plan& plan, const PackStep& step) {
-  const Buffer &x = line_of(plan, step.x), &out = line_of(plan, step.out);
-  require(x.width % segment_cols(step.format) == 0 && out.width == packed_floats(step.format, x.width),
+  const Buffer &x = buffer_of(plan, step.x), &out = buffer_of(plan, step.out);
+  require(x.width % segment_cols(step.format) == 0 && out.width == packed_floats(step.format, x.width) &&
+              out.multiple == x.multiple,
           "whole segments, packed");
   require(!out.private_copy, "packed rows that all threads share");
   return {{step.x}, {step.out}, true};
@@ -40,8 +41,9 @@ inline Access check_pack(const Plan& plan, const PackStep& step) {
 
 inline Access check_unpack(Plan& plan, const UnpackStep& step) {
   const int segment = segment_cols(step.format);
-  require(line_of(plan, step.x).width % packed_floats(step.format, segment) == 0, "whole segments, packed");
-  return into_slot(plan, step.x, step.slot, {0, plan.unpacked_cols(step), 1, step.format});
+  const Buffer& x = buffer_of(plan, step.x);
+  require(x.width % packed_floats(step.format, segment) == 0, "whole segments, packed");
+  return into_slot(plan, step.x, step.slot, {0, plan.unpacked_cols(step), x.multiple, step.format});
 }
 
 inline Access check_gather(Plan& plan, const GatherStep& step) {

@@ -162,9 +162,12 @@ struct RowStep {
   }
 
   void operator()(const UnpackStep& step) const {
+    const Buffer& x = worker.buffer(step.x);
     const int cols = worker.stage_.plan.unpacked_cols(step);
-    uint8_t* to = worker.slot(step.slot) + static_cast<size_t>(row) * activation_bytes(step.format, cols);
-    matmul().unpack(step.format, line(step.x), cols, to);
+    const size_t bytes = activation_bytes(step.format, cols), first = static_cast<size_t>(row) * x.multiple;
+    const float* from = line(step.x);
+    uint8_t* to = worker.slot(step.slot) + first * bytes;
+    for (int i = 0; i < x.multiple; i++, from += x.width, to += bytes) matmul().unpack(step.format, from, cols, to);
   }
 
   // The best experts first, ties to the lower id; the sum of their weights is added in that order. A row without numbers

@@ -66,6 +66,17 @@ def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
             assert_bits(LinkedGroup(model, whole(model), shares, threads), expected)
 
 
+@pytest.mark.parametrize("kind", [QuantType.Q4_0, QuantType.Q6_K, QuantType.MXFP4, QuantType.F16], ids=str)
+def test_lines_of_experts(tmp_path: Path, kind: QuantType) -> None:
+    """What each chosen expert makes of gate and up, of which members send their columns."""
+    path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=2, experts=4)
+    packs = kind.info.activation in FORMATS
+    with Model.open(path) as model:
+        assert formats(model, (1, 1))[kind.info.activation] == 4 * packs
+        for threads, shares in ((1, (1.0, 1.0)), (3, (1.0, 1.0)), (2, (2.0, 1.0, 1.0))):
+            assert_bits(LinkedGroup(model, whole(model), shares, threads), results(model))
+
+
 @pytest.mark.parametrize("kind", [QuantType.Q8_0, QuantType.IQ4_NL])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - REFUSED))
 def test_every_family(tmp_path: Path, name: str, kind: QuantType) -> None:

@@ -1,0 +1,37 @@
+"""The form in which members of a group send each other rows: as the products that read them quantize them, if all do so
+alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llamaclust.model.dataflow import reads_of, written_by
+from llamaclust.model.program import Buffer, ExpertDown, MatMul, Step
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+
+def format_of_readers(
+    steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
+) -> ActivationFormat | None:
+    """What all these steps that read the buffer quantize it to; None where one does not, or to another format.
+    `results`: what is read behind the steps. `type_of` is that of a tensor."""
+    formats = set[ActivationFormat | None]()
+    for step in steps:
+        if buffer in reads_of(step):
+            formats.add(_format(step, type_of))
+        if written_by(step).name == buffer.name:
+            break
+    else:
+        formats |= {None for result in results if result == buffer}
+    return formats.pop() if len(formats) == 1 else None
+
+
+def _format(step: Step, type_of: Callable[[str], QuantType]) -> ActivationFormat | None:
+    match step:
+        case MatMul():
+            form = type_of(step.weight).info.activation
+        case ExpertDown():
+            form = type_of(step.mixture.down).info.activation
+        case _:
+            return None
+    return None if form is ActivationFormat.F32 else form

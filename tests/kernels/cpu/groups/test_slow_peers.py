@@ -55,7 +55,7 @@ def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         files = "-CAfile", tmp_path / "ca", "-cert", tmp_path / "certificate", "-key", tmp_path / "key"
-        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", *files]
+        command: list[str | Path] = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", *files]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as it:

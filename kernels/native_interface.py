@@ -9,7 +9,9 @@ from types import ModuleType
 
 from llamaclust.core.errors import LlamaclustError
 
-_DEFINITION = re.compile(r"^(?P<within> {4})?(?P<kind>def|class) (?P<name>[A-Za-z]\w*)", re.MULTILINE)
+_DEFINITION = re.compile(
+    r"^(?P<within> {4})?(?P<kind>def|class) (?P<name>[A-Za-z]\w*)|^ {4}(?P<attribute>[A-Za-z]\w*): ", re.MULTILINE
+)
 _MOST_TOLD = 3
 
 
@@ -28,10 +30,10 @@ def check_interface(module: ModuleType, stub: Path) -> None:
 def _missing(module: ModuleType, stub: str) -> Iterator[str]:
     holder: object = module
     for found in _DEFINITION.finditer(stub):
-        name = found["name"]
-        if found["within"] is None:
+        name = found["name"] or found["attribute"]
+        if found["kind"] is not None and found["within"] is None:
             holder = getattr(module, name, None) if found["kind"] == "class" else None
             if not hasattr(module, name):
                 yield name
-        elif holder is not None and not hasattr(holder, name):
-            yield f"{getattr(holder, '__name__', '')}.{name}"
+        elif isinstance(holder, type) and not issubclass(holder, Exception) and not hasattr(holder, name):
+            yield f"{holder.__name__}.{name}"

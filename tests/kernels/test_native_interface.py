@@ -17,6 +17,7 @@ OTHERS = {
     "a class": ("class Gone:\n    def method(self) -> None: ...", "it lacks Gone;"),
     "a method": ("class Links(Gatherer):\n    def gone(self) -> None: ...", "it lacks Links.gone;"),
     "a property": ("class Link:\n    @property\n    def gone(self) -> float: ...", "it lacks Link.gone;"),
+    "an attribute": ("class Gatherer:\n    gone: int", "it lacks Gatherer.gone;"),
     "several": (
         "\n".join(f"def gone_{n}() -> None: ..." for n in range(5)),
         "it lacks gone_0, gone_1, gone_2 and 2 more;",

@@ -13,7 +13,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.api.early_replies import has_body
-from llamaclust.cluster.api.errors import HttpError, error_response
+from llamaclust.cluster.api.error_responses import error_response
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.sharing.shares import fits

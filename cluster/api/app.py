@@ -19,7 +19,7 @@ from llamaclust.cluster.api.browser.endpoint import PageRoute
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.embeddings.rerank import RerankEndpoint
-from llamaclust.cluster.api.errors import add_error_handlers, unsupported
+from llamaclust.cluster.api.error_responses import add_error_handlers, unsupported
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions

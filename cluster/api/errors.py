@@ -1,25 +1,25 @@
-"""Errors as replies, in the shape that the API of the request has (`error_shapes`)."""
+"""Errors of requests, and their JSON in the forms of the APIs' owners, chosen by the path of a request."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Scope
+from llamaclust.cluster.api.json_values import to_json
+from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
-from llamaclust.cluster.api.error_shapes import Failure, chosen_shape, to_json
-from llamaclust.cluster.api.paths import given_path
-from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError, QueueFullError
+_STATE: Final = "error_shape"
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_LLAMACPP_TYPES: Final = {**_TYPES, 404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
-CLIENT_GONE = 499
-
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_ANTHROPIC_TYPES: Final = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class HttpError(LlamaclustError):
@@ -40,23 +40,15 @@ def internal_error() -> LlamaclustError:
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
-class JsonResponse(Response):
-    """A body of JSON."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a reply says about an error."""
 
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content)
-
-
-def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a path that clients of other servers know and this one refuses."""
-
-    async def refuse(request: Request) -> Response:
-        raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
-
-    refuse.__doc__ = f"Refused: {what}."
-    return refuse
+    status: int  # of HTTP
+    message: str
+    code: str
+    param: str | None = None  # the field that is wrong
+    numbers: Mapping[str, int] = field(default_factory=dict)  # for programs, by llama.cpp's names
 
 
 def failure_of(error: LlamaclustError) -> Failure:
@@ -68,55 +60,81 @@ def failure_of(error: LlamaclustError) -> Failure:
     return Failure(error.http_status, str(error), error.code, param, numbers)
 
 
-def error_response(error: LlamaclustError, scope: Scope) -> Response:
-    """In the shape of the request's API."""
-    headers = dict(error.headers) if isinstance(error, HttpError) else {}
-    if isinstance(error, QueueFullError):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return _response(failure_of(error), scope, headers)
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How the clients of an API expect errors."""
+
+    body: Callable[[Failure], dict[str, Any]]
+    """The JSON of a reply."""
+    event_name: str = ""
+    """Of the event that ends a stream, and its `type`; "": it has none."""
+
+    def event(self, failure: Failure) -> bytes:
+        """The last event of a stream that fails."""
+        if not self.event_name:
+            return b"data: " + to_json(self.body(failure)) + b"\n\n"
+        value = {"type": self.event_name, **self.body(failure)}
+        return f"event: {self.event_name}\n".encode() + b"data: " + to_json(value) + b"\n\n"
 
 
-def add_error_handlers(app: Starlette) -> None:
-    """Every error leaves the app in the same shape."""
-    app.add_exception_handler(LlamaclustError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_client_gone)
-    app.add_exception_handler(Exception, _on_bug)
+def error_shape(path: str) -> ErrorShape:
+    """Of the requests to a path, as the client wrote it behind the prefix."""
+    return next((shape for prefix, shape in _SHAPES if path.startswith(prefix)), LLAMACPP)
 
 
-def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
-    return JsonResponse(chosen_shape(scope).body(failure), status_code=failure.status, headers=headers)
+def choose_shape(scope: MutableMapping[str, Any], shape: ErrorShape) -> None:
+    """All errors of the request have this shape."""
+    scope["state"] = {**scope.get("state", {}), _STATE: shape}
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LlamaclustError)
-    return error_response(error, request.scope)
+def chosen_shape(scope: MutableMapping[str, Any]) -> ErrorShape:
+    shape: ErrorShape = scope.get("state", {}).get(_STATE, OPENAI)
+    return shape
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    headers = error.headers
-    if headers and "Allow" in headers:
-        headers = {**headers, "Allow": _methods(request)}
-        if request.method == "OPTIONS":
-            return Response(status_code=204, headers=headers)
-    message = f"{request.method} {given_path(request.scope)}: {error.detail}"
-    failure = Failure(error.status_code, message, _CODES.get(error.status_code, "invalid_request_error"))
-    return _response(failure, request.scope, headers)
+def _openai(failure: Failure) -> dict[str, Any]:
+    kind = _TYPES.get(failure.status, _kind(failure))
+    return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
-def _methods(request: Request) -> str:
-    """Of all routes with the path of the request. HEAD is served as GET."""
-    path = request.scope["path"]
-    routes = (route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path))
-    methods = {method for route in routes for method in route.methods or ()}
-    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+def _ollama(failure: Failure) -> dict[str, Any]:
+    return {"error": failure.message}
 
 
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)
+def _llamacpp(failure: Failure) -> dict[str, Any]:
+    """OpenAI's, with llama.cpp's types, and numbers where it has them."""
+    kind = "exceed_context_size_error" if failure.numbers else _LLAMACPP_TYPES.get(failure.status, _kind(failure))
+    error = _openai(failure)["error"]
+    return {"error": {**error, "type": kind, **failure.numbers}}
 
 
-async def _on_bug(request: Request, error: Exception) -> Response:
-    """The server logs the error itself, once it is re-raised."""
-    return error_response(internal_error(), request.scope)
+def _anthropic(failure: Failure) -> dict[str, Any]:
+    """Clients shorten a chat upon the words "prompt is too long"."""
+    kind = _ANTHROPIC_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
+    message = failure.message
+    if failure.numbers:
+        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
+        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
+    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
+    return {"type": "error", "error": error}
+
+
+def _kind(failure: Failure) -> str:
+    return "invalid_request_error" if failure.status < 500 else "server_error"
+
+
+OPENAI: Final = ErrorShape(_openai)
+LLAMACPP: Final = ErrorShape(_llamacpp)
+RESPONSES: Final = ErrorShape(_openai, "error")
+ANTHROPIC: Final = ErrorShape(_anthropic, "error")
+OLLAMA: Final = ErrorShape(_ollama)
+
+_SHAPES: Final = (
+    ("/v1/messages", ANTHROPIC),
+    ("/v1/responses", RESPONSES),
+    ("/responses", RESPONSES),
+    ("/v1/", OPENAI),
+    ("/cluster", OPENAI),
+    ("/api/", OLLAMA),
+)
+"""By the beginning of the path, the first that fits; llama.cpp's where none does."""

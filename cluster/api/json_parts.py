@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from llamaclust.cluster.api.error_shapes import DeferredValue, to_json
+from llamaclust.cluster.api.json_values import DeferredValue, to_json
 from llamaclust.cluster.text.threads import Threads, run_on
 
 _LARGE_ENTRIES = 1024

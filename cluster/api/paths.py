@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute
 from starlette.routing import Route as ServedRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llamaclust.cluster.api.error_shapes import choose_shape, error_shape
+from llamaclust.cluster.api.errors import choose_shape, error_shape
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
 """First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""

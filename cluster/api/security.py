@@ -14,7 +14,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.browser.assets import assets
-from llamaclust.cluster.api.errors import HttpError, error_response
+from llamaclust.cluster.api.error_responses import error_response
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.addresses import bounded_host, is_loopback

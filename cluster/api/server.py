@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.api.browser.endpoint import page_reply
-from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
+from llamaclust.cluster.api.errors import OPENAI, Failure
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.port.body_writer import BODY, EXTENSIONS, WRITE
 from llamaclust.cluster.api.port.http_connection import HttpConnection, canonical_name, chunk, parts_of

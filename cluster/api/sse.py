@@ -1,4 +1,4 @@
-"""Streamed replies, cancelled when the client disconnects."""
+"""Streamed replies, as server-sent events or lines of JSON; a client that disconnects cancels them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,56 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from enum import Enum
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.api.error_shapes import chosen_shape, to_json
-from llamaclust.cluster.api.errors import failure_of, internal_error
+from llamaclust.cluster.api.errors import ErrorShape, Failure, chosen_shape, failure_of, internal_error
 from llamaclust.cluster.api.json_parts import json_parts
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.port.body_writer import body_writer
-from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.core.errors import LlamaclustError
 
 DONE = b"data: [DONE]\n\n"
+WAITING = b": waiting\n\n"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _Value = TypeVar("_Value")
 
 _log = logging.getLogger(__name__)
+
+
+class StreamFormat(Enum):
+    """By media type."""
+
+    EVENTS = "text/event-stream"
+    LINES = "application/x-ndjson"
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether a part tells its client where the reply is found again."""
+        return self is StreamFormat.EVENTS
+
+    @property
+    def keepalive(self) -> bytes:
+        """What is sent when nothing came for a while; clients that read lines would take it for a part."""
+        return WAITING if self is StreamFormat.EVENTS else b""
+
+    def part(self, event_id: str, data: bytes) -> bytes:
+        """One event, with its id where the form has ids."""
+        return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
+
+    def error(self, shape: ErrorShape, failure: Failure) -> bytes:
+        """The last part of a stream that fails."""
+        return shape.event(failure) if self is StreamFormat.EVENTS else line(shape.body(failure))
+
+
+def line(value: object) -> bytes:
+    """A part of a stream of lines."""
+    return to_json(value) + b"\n"
 
 
 def event(value: Any, *, is_large: bool = False) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -40,5 +41,13 @@ def test_imports_have_no_circle_and_a_bounded_depth(kind: str) -> None:
     assert chain and len(chain) <= MOST_DEPTH[kind], " > ".join(chain)
 
 
-def test_rooms_of_the_cluster_have_no_circle() -> None:
-    assert circle_of(arrows(modules().graph(lazy=True))) == "none"
+@pytest.mark.parametrize("package", ["llamaclust.cluster", "llamaclust.cluster.api"])
+def test_rooms_have_no_circle(package: str) -> None:
+    assert circle_of(arrows(modules().graph(lazy=True), package)) == "none"
+
+
+def test_what_all_apis_share_knows_no_web_framework() -> None:
+    shared = ["errors", "json_values", "schema", "fields.keep_alive", "fields.sampling", "fields.timings"]
+    imports = "; ".join(f"import llamaclust.cluster.api.{name}" for name in shared)
+    code = f"import sys; {imports}; print(*sorted({{'starlette', 'uvicorn'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "\n"

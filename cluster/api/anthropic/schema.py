@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 from llamaclust.cluster.api.anthropic.tools import OutputConfig, ThinkingField, ToolChoice, ToolsField, output_grammar
 from llamaclust.cluster.api.anthropic.turns import merged_turns, read_system, read_turn
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
-from llamaclust.cluster.api.sampler_schema import AnswerFields
+from llamaclust.cluster.api.fields.sampling import AnswerFields
 from llamaclust.cluster.api.schema import LimitField, StopField
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.text.reasoning import ReasoningBudget

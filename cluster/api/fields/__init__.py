@@ -1,1 +1,1 @@
-"""Fields of requests that several dialects share."""
+"""Fields of requests and replies that several dialects share."""

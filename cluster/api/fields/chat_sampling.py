@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from llamaclust.cluster.api.fields.sampling import SamplerFields
 from llamaclust.cluster.api.foreign_fields import CHAT
-from llamaclust.cluster.api.sampler_schema import SamplerFields
 from llamaclust.core.sampling import MAIN_NUMBERS, SAMPLING_TABLE
 
 _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))

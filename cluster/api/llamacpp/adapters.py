@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import LARGE_BYTES, parse_json, read_bytes
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.fields.adapters import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.api.security import require_first_key

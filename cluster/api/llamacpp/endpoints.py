@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import converted, parse_body, read_body
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
 from llamaclust.cluster.api.llamacpp.schema import (

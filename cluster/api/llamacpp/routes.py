@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.error_responses import unsupported
 from llamaclust.cluster.api.llamacpp.adapters import AdapterList, AllScales
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, InfillBody, LlamaCppBody, TemplateBody, TokenizeBody

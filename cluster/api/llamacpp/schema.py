@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
+from llamaclust.cluster.api.fields.sampling import SamplerFields, sampled
 from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.openai.schema import ChatFields
-from llamaclust.cluster.api.sampler_schema import SamplerFields, sampled
 from llamaclust.cluster.api.schema import (
     MAX_PROMPTS,
     Body,

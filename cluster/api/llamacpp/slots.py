@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body, read_bytes
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.llamacpp.slot_files import SlotFolder
 from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN

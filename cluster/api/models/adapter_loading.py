@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.error_responses import unsupported
 from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.operations.controls import AdapterControl

@@ -11,8 +11,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
-from llamaclust.cluster.api.errors import HttpError, error_response
-from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
+from llamaclust.cluster.api.error_responses import error_response
+from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.fields.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings

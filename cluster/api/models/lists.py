@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import parse_object_in_time, read_bytes
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
 from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames

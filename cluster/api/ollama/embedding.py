@@ -12,7 +12,7 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.embeddings.answering import check_single, embedded
 from llamaclust.cluster.api.embeddings.schema import MAX_INPUTS
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.foreign_fields import anything
 from llamaclust.cluster.api.ollama.bodies import ModelBody
 from llamaclust.cluster.api.ollama.names import OllamaNames

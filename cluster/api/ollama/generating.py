@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from llamaclust.cluster.api.body import converted, parse_body
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.fields.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.foreign_fields import OLLAMA
-from llamaclust.cluster.api.models.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.reply import Lines, LoadReply, OllamaShape, Show, as_message, as_text
 from llamaclust.cluster.api.ollama.schema import AnswerFields, GenerateBody, OllamaChatBody

@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.ollama.bodies import CREATE, DELETE, PULL, CopyBody, CreateBody, DeleteBody, PullBody
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.pulling import CatalogPulls
-from llamaclust.cluster.api.replies.stream_format import StreamFormat, line
 from llamaclust.cluster.api.schema import NOTHING_FOREIGN
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import EventResponse, unless_disconnected
+from llamaclust.cluster.api.sse import EventResponse, StreamFormat, line, unless_disconnected
 
 
 class OllamaManaging:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.ollama.bodies import SHOW, ShowBody
 from llamaclust.cluster.api.ollama.details import ModelDetails
 from llamaclust.cluster.api.ollama.names import OllamaNames

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamaclust.cluster.api.errors import unsupported
+from llamaclust.cluster.api.error_responses import unsupported
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
 from llamaclust.cluster.api.ollama.embedding import EmbedBody, EmbeddingsBody, OllamaEmbeddings
 from llamaclust.cluster.api.ollama.generating import OllamaGenerating
@@ -14,7 +14,7 @@ from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.replies.stream_format import StreamFormat
+from llamaclust.cluster.api.sse import StreamFormat
 from llamaclust.cluster.text.service import TextService
 
 

@@ -8,10 +8,10 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonS
 
 from llamaclust.cluster.api.fields.foreign_parts import media_text
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
+from llamaclust.cluster.api.fields.sampling import SamplerFields, sampled
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
 from llamaclust.cluster.api.openai.tools import CallField, FunctionsField
-from llamaclust.cluster.api.sampler_schema import SamplerFields, sampled
 from llamaclust.cluster.api.schema import Body, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.text.request import CompletionRequest

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import converted, parse_body, read_body
-from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.foreign_fields import CHAT
 from llamaclust.cluster.api.openai.answer_message import MessageDeltas, message_of
 from llamaclust.cluster.api.openai.models import ModelNames

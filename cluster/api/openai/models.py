@@ -9,7 +9,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.fields.chat_sampling import chat_sampling
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import check_adapters

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
-from llamaclust.cluster.api.error_shapes import to_json
+from llamaclust.cluster.api.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.json_parts import is_large, off_loop_if_large
-from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.openai.schema import StreamOptions
 from llamaclust.cluster.api.openai.shapes import FINGERPRINT
 from llamaclust.cluster.api.replies.json_body import JsonBody, json_body

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.api.fields.adapters import AdapterFields
+from llamaclust.cluster.api.fields.sampling import SamplerFields, documented, sampled
 from llamaclust.cluster.api.fields.slots import SlotFields
 from llamaclust.cluster.api.fields.speculative import SpeculativeFields
 from llamaclust.cluster.api.foreign_fields import MESSAGE
 from llamaclust.cluster.api.openai.content import ContentField
 from llamaclust.cluster.api.openai.tools import CallField, ToolFields
-from llamaclust.cluster.api.sampler_schema import SamplerFields, documented, sampled
 from llamaclust.cluster.api.schema import (
     BiasField,
     Body,

@@ -10,7 +10,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.operations.controls import DrainControl
 from llamaclust.cluster.api.operations.properties import properties
 from llamaclust.cluster.api.operations.readings import ReadModel, metrics_reply, requests_reply, waterfall_reply

@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.llamacpp.metrics import llamacpp_metrics
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.metrics import CONTENT_TYPE

@@ -8,7 +8,8 @@ from contextlib import suppress
 from enum import Enum, auto
 from typing import Any, Final
 
-from llamaclust.cluster.api.error_shapes import OPENAI, Failure, to_json
+from llamaclust.cluster.api.errors import OPENAI, Failure
+from llamaclust.cluster.api.json_values import to_json
 
 _READ_BYTES: Final = 1 << 16
 

@@ -19,11 +19,16 @@ from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
-from llamaclust.cluster.api.replies.stream_format import StreamFormat
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import EventResponse, begin_events, unless_disconnected, wait_for_disconnect
+from llamaclust.cluster.api.sse import (
+    EventResponse,
+    StreamFormat,
+    begin_events,
+    unless_disconnected,
+    wait_for_disconnect,
+)
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import LlamaclustError
 

@@ -17,8 +17,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.api import json_parts as json_parts_module
-from llamaclust.cluster.api.error_shapes import to_json
 from llamaclust.cluster.api.json_parts import json_parts
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.openai import completions
 from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.openai.shapes import completion_logprobs

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import converted, parse_body, read_body
-from llamaclust.cluster.api.error_shapes import to_json
-from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.foreign_fields import RESPONSES
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
 from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references, messages_of

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
+from llamaclust.cluster.api.fields.sampling import AnswerFields
 from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.openai.responses.items import Item, read_items
 from llamaclust.cluster.api.openai.responses.response import Details
 from llamaclust.cluster.api.openai.responses.tools import ToolSet, read_tools
 from llamaclust.cluster.api.openai.tool_choice import MODES, ToolChoice, read_choice
-from llamaclust.cluster.api.sampler_schema import AnswerFields
 from llamaclust.cluster.api.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.api.structured_output import response_format_grammar
 from llamaclust.cluster.text.chat import ChatRequest, effort_variables

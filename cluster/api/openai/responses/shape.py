@@ -8,8 +8,8 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final
 
+from llamaclust.cluster.api.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.json_parts import is_large, off_loop_if_large
-from llamaclust.cluster.api.llamacpp.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
 from llamaclust.cluster.api.openai.responses.response import Details, ResponseHead, Status, end_status, shown_usage

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.models.keep_alive import read_keep_alive
+from llamaclust.cluster.api.fields.keep_alive import read_keep_alive
 
 
 @pytest.mark.parametrize(

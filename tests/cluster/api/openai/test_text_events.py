@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.api.error_shapes import to_json
+from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.openai.reply import OpenAiReply
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving
 

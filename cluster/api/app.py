@@ -20,6 +20,7 @@ from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.embeddings.rerank import RerankEndpoint
 from llamaclust.cluster.api.error_responses import add_error_handlers, unsupported
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions
@@ -31,7 +32,7 @@ from llamaclust.cluster.api.models.lists import ModelLists
 from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
-from llamaclust.cluster.api.openai.models import ModelNames, ModelsEndpoint
+from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody

@@ -9,8 +9,8 @@ from llamaclust.cluster.api.anthropic.message import MessageShape
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import MESSAGES
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.replies.answer_reply import AnswerReply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings

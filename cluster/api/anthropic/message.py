@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import call_id_of
+from llamaclust.cluster.api.fields.function_tools import call_id_of
 from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.sse import named_event
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings

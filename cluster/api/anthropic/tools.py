@@ -7,8 +7,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.foreign_parts import leave_out
+from llamaclust.cluster.api.fields.function_tools import MAX_TOOLS, function_tool, present
 from llamaclust.cluster.api.foreign_fields import ANTHROPIC_TOOL, THINKING
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, function_tool, present
 from llamaclust.cluster.api.schema import Body, read_part
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError

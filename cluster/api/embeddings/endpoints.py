@@ -13,8 +13,8 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.embeddings.answering import check_single, embedded
 from llamaclust.cluster.api.embeddings.schema import EmbeddingFields, LlamaCppEmbeddingBody, OpenAiEmbeddingBody
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import EMBEDDING
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.embedder import Embedding

@@ -15,8 +15,8 @@ from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.embeddings.schema import MAX_INPUTS
 from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import RERANK
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.api.settings import ApiSettings

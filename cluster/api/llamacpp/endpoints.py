@@ -10,6 +10,7 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
 from llamaclust.cluster.api.llamacpp.schema import (
@@ -19,7 +20,6 @@ from llamaclust.cluster.api.llamacpp.schema import (
     TemplateBody,
     TokenizeBody,
 )
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected

@@ -9,10 +9,10 @@ from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.body import converted
+from llamaclust.cluster.api.fields.logprobs import row_entry
 from llamaclust.cluster.api.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.api.json_parts import is_large
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
-from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
 from llamaclust.cluster.api.replies.reply import Event

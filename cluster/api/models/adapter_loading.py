@@ -13,8 +13,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.error_responses import unsupported
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.operations.controls import AdapterControl
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.schema import Body

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.openai.models import ModelNames
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.values import TAG, tagged
 from llamaclust.core.limits import AdapterScales

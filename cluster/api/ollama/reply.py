@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from llamaclust.cluster.api.fields.logprobs import row_entry
 from llamaclust.cluster.api.fields.timings import shown_timings
 from llamaclust.cluster.api.json_parts import off_loop_if_large
 from llamaclust.cluster.api.ollama.pieces import Piece, PieceReader
-from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.api.replies.answer_reply import ShowProgress
 from llamaclust.cluster.api.replies.json_body import JsonBody, rendered_body
 from llamaclust.cluster.api.replies.reply import Event

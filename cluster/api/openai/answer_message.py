@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llamaclust.cluster.api.openai.function_tools import ClientTool, call_id_of, text_of_call
+from llamaclust.cluster.api.fields.function_tools import ClientTool, call_id_of, text_of_call
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
     ArgumentText,

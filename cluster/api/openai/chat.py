@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.fields.logprobs import row_entry
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import CHAT
 from llamaclust.cluster.api.openai.answer_message import MessageDeltas, message_of
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import ChatBody
-from llamaclust.cluster.api.openai.shapes import ending, row_entry
+from llamaclust.cluster.api.openai.shapes import ending
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from llamaclust.cluster.api.body import converted, parse_body
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import COMPLETION
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo

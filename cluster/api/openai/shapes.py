@@ -18,19 +18,6 @@ FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
 
 
-def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
-    """A chosen token with the likeliest ones in its place."""
-    top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
-    return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
-
-
-def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """As /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
-    data = tokenizer.token_bytes(token)
-    text = data.decode("utf-8", "replace")
-    return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
-
-
 def ending(part: TextChunk) -> dict[str, Any]:
     """How a choice ended, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id."""
     if part.finish_reason is None or part.timings is None:

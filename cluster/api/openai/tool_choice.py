@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS, ClientTool
+from llamaclust.cluster.api.fields.function_tools import MAX_TOOLS, ClientTool
 from llamaclust.cluster.text.chat import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.fields.foreign_parts import leave_out
-from llamaclust.cluster.api.fields.reasoning import ReasoningFields
-from llamaclust.cluster.api.openai.function_tools import (
+from llamaclust.cluster.api.fields.function_tools import (
     MAX_TOOLS,
     ClientTool,
     arguments_of_text,
@@ -18,6 +17,7 @@ from llamaclust.cluster.api.openai.function_tools import (
     present,
     text_tool,
 )
+from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.openai.tool_choice import ALLOWED, MODES, ToolChoice, read_choice
 
 

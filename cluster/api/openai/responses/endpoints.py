@@ -11,9 +11,9 @@ from starlette.responses import Response
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import RESPONSES
 from llamaclust.cluster.api.json_values import to_json
-from llamaclust.cluster.api.openai.models import ModelNames
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
 from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references, messages_of
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed

@@ -15,7 +15,7 @@ from llamaclust.cluster.api.fields.foreign_parts import (
     readable,
     tool_text,
 )
-from llamaclust.cluster.api.openai.function_tools import arguments_of_text, flat_name
+from llamaclust.cluster.api.fields.function_tools import arguments_of_text, flat_name
 from llamaclust.cluster.api.openai.responses.tools import BUILT_IN
 
 Item = dict[str, Any]

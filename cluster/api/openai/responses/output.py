@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import ClientTool, call_id_of, text_of_call
+from llamaclust.cluster.api.fields.function_tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.api.openai.responses.response import Status
 from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.tools import BUILT_IN

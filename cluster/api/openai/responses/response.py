@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
-from llamaclust.cluster.api.openai.function_tools import ClientTool
+from llamaclust.cluster.api.fields.function_tools import ClientTool
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError

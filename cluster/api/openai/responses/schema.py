@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.api.fields.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.fields.reasoning import ReasoningFields
 from llamaclust.cluster.api.fields.sampling import AnswerFields
-from llamaclust.cluster.api.openai.function_tools import MAX_TOOLS
 from llamaclust.cluster.api.openai.responses.items import Item, read_items
 from llamaclust.cluster.api.openai.responses.response import Details
 from llamaclust.cluster.api.openai.responses.tools import ToolSet, read_tools

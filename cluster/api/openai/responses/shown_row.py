@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from llamaclust.cluster.api.fields.logprobs import row_entry
 from llamaclust.cluster.api.json_values import DeferredValue
-from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llamaclust.cluster.api.fields.foreign_parts import leave_out
-from llamaclust.cluster.api.openai.function_tools import (
+from llamaclust.cluster.api.fields.function_tools import (
     MAX_TOOLS,
     ClientTool,
     flat_name,

@@ -338,9 +338,19 @@ class WorkerHandle:
                     self.unreachable_peer(epoch).report(other)
             case GroupFault(epoch):
                 if epoch in self.stages:
+                    self._check_fault(message)
                     self.group_faults(epoch).report(message)
             case messages.Register() | messages.RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
+
+    def _check_fault(self, fault: GroupFault) -> None:
+        """ProtocolError for a report that this worker cannot make: of a worker that is not in its group, or that
+        another one has failed by itself."""
+        group = self.stages[fault.epoch][0].group
+        members = () if group is None else tuple(member.worker for member in group.members)
+        if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
+            whose = f"whose group is {', '.join(members)}" if members else "which is in no group"
+            raise ProtocolError(f"worker {self.name}, {whose}, reports worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
         """The worker is lost; every pending request fails. The first reason stays."""

@@ -110,13 +110,14 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
 async def _all_have_reported(epoch: int, members: Sequence[WorkerHandle]) -> bool:
     """Returns when all members of a group have reported its end, but those that do nothing any more."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
+    names = {member.name for member in members}
     try:
         while True:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             reports = _reports(epoch, members)
             late = {fault.worker for fault in reports.values() if fault.kind == "late"}
             cut_off = {member.name for member in members if member.unreachable_peer(epoch).reported.is_set()}
-            if len(reports.keys() | late | cut_off) == len(members):
+            if names <= reports.keys() | late | cut_off:
                 return True
     finally:
         for task in waiting:

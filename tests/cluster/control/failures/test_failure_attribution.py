@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.control.failures import failure_attribution
-from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, root_cause
+from llamaclust.cluster.control.failures.failure_attribution import (
+    _all_have_reported,
+    attribute_failure,
+    root_cause,
+)
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.wire.control.codec import encode_coordinator_message
-from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
+from llamaclust.wire.control.groups import FAULTS, GroupFault, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import (
     Admitted,
     CoordinatorMessage,
@@ -134,6 +138,39 @@ async def test_members_that_cannot_reach_each_other_are_no_fault_of_the_one_that
         error = await asking
         assert error.worker is None
         assert str(error) == f"workers {reporter} and {other} of a group cannot reach each other"
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("sender", "abd")
+@pytest.mark.parametrize("accused", ["a", "b", "c", "d", "e", "nobody"])
+async def test_a_member_reports_others_of_its_group_and_by_itself_that_it_failed(
+    sender: str, accused: str, kind: str
+) -> None:
+    """Workers d and e hold stages alone."""
+    workers = group_of_three()
+    for name in "de":
+        workers[name] = WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "", INSECURE)
+        workers[name].stages[3] = (LOAD, Loaded(3, 1, 1, 1))
+    report = GroupFault(3, accused, kind, "-")
+    if sender in "abc" and accused in "abc" and (kind != "failed" or accused == sender):
+        workers[sender].receive(report)
+        error = await attribute_failure(3, [workers[sender]], None)
+        assert error.worker == accused
+    else:
+        with pytest.raises(ProtocolError, match=f"worker {sender}, .* reports worker {accused} as {kind}"):
+            workers[sender].receive(report)
+        assert workers[sender].group_faults(3).fault is None
+    workers[sender].receive(replace(report, epoch=4))  # of no stage: it was unloaded meanwhile
+
+
+async def test_all_members_have_reported_whomever_they_name() -> None:
+    """Names of others are not counted as members."""
+    workers = group_of_three()
+    members = [*workers.values()]
+    for name, late in zip("abc", "xyz", strict=True):
+        workers[name].group_faults(3).report(GroupFault(3, late, "late", "-"))
+    async with asyncio.timeout(20):
+        assert await _all_have_reported(3, members)
 
 
 @pytest.mark.parametrize("guilty", ["b", "c"])

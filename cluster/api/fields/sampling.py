@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -75,10 +75,9 @@ _TOP_K = {
 """Where all tokens are kept, some APIs say it by negative numbers."""
 
 
-def _declared(name: str, dialect: Dialect) -> tuple[str, Any]:
-    """The name and the declaration of a number in bodies of the dialect."""
+def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
+    """The type and the field of a number in bodies of the dialect."""
     row = SAMPLING_TABLE[name]
-    own_name = row.name_in(dialect, name)
     kind: Any = int if row.is_whole else float
     if name == "top_k":
         kind = _TOP_K[dialect]
@@ -86,16 +85,17 @@ def _declared(name: str, dialect: Dialect) -> tuple[str, Any]:
         kind = Annotated[kind, documented(row.low, row.high)]
     else:  # the scheduler would name the other name
         kind = Annotated[kind, Field(ge=row.low, le=row.high)]
-    return own_name, (kind, Field(row.default_in(dialect), description=row.doc))
+    return kind, Field(row.default_in(dialect), description=row.doc)
 
 
 def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
     """Adds the numbers of the sampling table to a body, by the dialect's names and with its defaults."""
 
     def add(kind: type[_AnyFields]) -> type[_AnyFields]:
-        numbers = dict(_declared(name, dialect) for name in SAMPLING_TABLE if name not in without)
+        names = {name: row.name_in(dialect, name) for name, row in SAMPLING_TABLE.items() if name not in without}
+        numbers: dict[str, Any] = {own_name: _declared(name, own_name, dialect) for name, own_name in names.items()}
         made = create_model(kind.__name__, __base__=kind, __module__=kind.__module__, __doc__=kind.__doc__, **numbers)
-        made.dialect = dialect
+        made.own_names = names
         return made
 
     return add
@@ -111,7 +111,7 @@ TextsField = Annotated[
 class SamplerFields(Body):
     """How tokens are sampled; the decorator `sampled` adds the numbers."""
 
-    dialect: ClassVar[Dialect]
+    own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
 
     dry_sequence_breakers: TextsField = DEFAULT_BREAKERS
     """Texts that end a repetition for DRY."""
@@ -122,7 +122,8 @@ class SamplerFields(Body):
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
         """Returns values of the sampling table's fields by name; the body may call them differently."""
-        return {name: getattr(self, SAMPLING_TABLE[name].name_in(self.dialect, name)) for name in names}
+        own_names = self.own_names
+        return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
         """Raises ParameterError for a number of a chain that is out of bounds; the scheduler checks the others."""
@@ -144,7 +145,7 @@ class SamplerFields(Body):
     @property
     def penalty_window(self) -> int | None:
         """None: all tokens."""
-        return self._window("repeat_last_n") if "repeat_last_n" in type(self).model_fields else None
+        return self._window("repeat_last_n") if "repeat_last_n" in self.own_names else None
 
     def _window(self, name: str) -> int | None:
         tokens: int = self.numbers((name,))[name]

@@ -64,6 +64,7 @@ def gather_formats(program: ir.Program, types: Mapping[str, QuantType]) -> Itera
     results = program.out, program.normed
     for at, step in enumerate(program.steps):
         if isinstance(step, ir.Gather):
-            form = format_of_readers(program.steps[at + 1 :], step.out, results, types.__getitem__)
+            readers = program.steps[at + 1 :]
+            form = None if step.is_of_one else format_of_readers(readers, step.out, results, types.__getitem__)
             has_whole_segments = form is not None and not any(border % form.value for border in step.borders)
             yield form if has_whole_segments else None

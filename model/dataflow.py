@@ -37,6 +37,8 @@ def reads_of(step: ir.Step) -> tuple[ir.Buffer, ...]:
             return step.x, step.choice
         case ir.Exchange():
             return step.reads
+        case ir.Gather():
+            return () if step.x is None else (step.x,)
         case _:
             return (step.x,)
 

@@ -147,13 +147,17 @@ class Compiler:
         form = next(self._gather_formats)
         if form is not None and self._observed is None:
             return self._gather_packed(step, form)
-        x, lines = self._buffers.read(step.x), step.lines
-        own = x if self._buffers.is_shared(step.x) else self._copy(x, step.x.width // lines, lines)
+        own, lines = None if step.x is None else self._shared(step.x, step.lines), step.lines
         out = ir.Buffer(step.out.name, step.out.width // lines)
         return self.plan.gather(own, self._buffers.write(out, lines), step.borders, step.to)
 
+    def _shared(self, x: ir.Buffer, lines: int) -> int:
+        read = self._buffers.read(x)
+        return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
+
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
         """Members quantize their own columns as the products that read the row would: these are of whole segments."""
+        assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
         self.plan.pack(self._buffers.read(own), packed, _FORMATS.index(form))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 
 import numpy as np
@@ -54,7 +54,8 @@ class ReferenceStage:
 
     def _gather(self, step: Gather, number: int, state: State) -> None:
         assert self._gatherer is not None, "the program of a group's member"
-        own = np.ascontiguousarray(state[step.x]).reshape(-1, step.x.width // step.lines)
+        given = np.empty((state.batch.rows, 0), np.float32) if step.x is None else state[step.x]
+        own = np.ascontiguousarray(given).reshape(len(given) * step.lines, given.shape[1] // step.lines)
         whole = np.empty((len(own), step.out.width // step.lines), np.float32)
         if len(own):
             self._gatherer.gather(number, own, whole, step.borders, step.to)
@@ -106,20 +107,26 @@ class ReferenceGroup:
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
         """Each member's result. Rows of a gather to one member are NaN at the others."""
         states = [member.begin(batch, hidden) for member in self.members]
-        for steps in zip(*(member.program.steps for member in self.members), strict=True):
-            gathers = [step for step in steps if isinstance(step, Gather)]
-            if gathers:
-                _gather(gathers, states)
-                continue
-            for step, state in zip(steps, states, strict=True):
-                run_step(step, state)
+        runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
+        for gathers in zip(*runs, strict=True):
+            _gather(gathers, states)
         return [member.end(state) for member, state in zip(self.members, states, strict=True)]
+
+
+def _run(program: Program, state: State) -> Iterator[Gather]:
+    """Yields each gather, which is to be done before it goes on."""
+    for step in program.steps:
+        if isinstance(step, Gather):
+            yield step
+        else:
+            run_step(step, state)
 
 
 def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
     assert len(gathers) == len(states)
     assert len({(step.out, step.borders, step.lines, step.to) for step in gathers}) == 1
-    parts = [of_heads(state[step.x], step.lines) for step, state in zip(gathers, states, strict=True)]
+    given = zip(gathers, states, strict=True)
+    parts = [of_heads(state[step.x], step.lines) for step, state in given if step.x is not None]
     whole = np.concatenate(parts, axis=2).reshape(-1, gathers[0].out.width)
     for member, (step, state) in enumerate(zip(gathers, states, strict=True)):
         state[step.out] = whole if step.to in (None, member) else np.full_like(whole, np.nan)

@@ -11,12 +11,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, takewhile
 
-from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights, is_before_head, is_embedding, steps_cost
+from llamaclust.model.costs import (
+    LayerCost,
+    ModelCosts,
+    TypedWeights,
+    is_before_head,
+    is_embedding,
+    steps_cost,
+    weight_bytes,
+)
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.groups.formats import format_of_readers
 from llamaclust.model.groups.portions import Division, Gathered, borders
 from llamaclust.model.program import (
     Attention,
+    Embed,
     ExpertDown,
     ExpertInner,
     HeadMatMul,
@@ -39,16 +48,20 @@ _SUMS = (
 @dataclass(frozen=True, slots=True)
 class GatherCost:
     """A gather of `lines` of `width` channels for each row, which members divide in `units`. It travels in the format
-    `form`, in which alone it is read, if portions are of whole segments. `to_leader`: only the leader needs it."""
+    `form`, in which alone it is read, if portions are of whole segments. `to_leader`: only the leader needs it;
+    `from_leader`: it has all of it, and members no units."""
 
     width: int
     units: int
     lines: int = 1
     form: ActivationFormat | None = None
     to_leader: bool = False
+    from_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
         """Bytes of one row that each member sends to each one that receives them."""
+        if self.from_leader:
+            return self.lines * _bytes(self.width, None), *(0 for _ in shares[1:])
         places = [self.width // self.units * place for place in borders(self.units, shares)]
         form = None if self.form is None or any(place % self.form for place in places) else self.form
         return tuple(self.lines * _bytes(end - begin, form) for begin, end in pairwise(places))
@@ -103,13 +116,23 @@ class DividedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingCost:
+    """What stands before the first layer: tables of tokens at the leader, whose rows it sends to the others, and what
+    every member has, as tables of positions."""
+
+    whole_bytes: int
+    gathers: tuple[GatherCost, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """A model in groups of so many members. The head is one more divided layer; the embedding is whole at all."""
+    """A model in groups of so many members. The head is one more divided layer."""
 
     members: int
     model: ModelCosts
     layers: tuple[DividedLayer, ...]
     head: DividedLayer
+    embedding: EmbeddingCost
 
     @classmethod
     def of(cls, model: ModelCosts, layers: Sequence[Program], tensors_for: TensorsFor, members: int) -> GroupCosts:
@@ -117,14 +140,15 @@ class GroupCosts:
         alike: dict[DividedLayer, DividedLayer] = {}
         divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
         costs = [layer.layer_cost() for layer in divided]
-        return cls(members, model, tuple(alike.setdefault(cost, cost) for cost in costs), divided[-1].head_cost())
+        kinds = tuple(alike.setdefault(cost, cost) for cost in costs)
+        return cls(members, model, kinds, divided[-1].head_cost(), divided[0].embedding_cost())
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:
         """The costs of a member, as if it held a model of its own."""
         assert len(shares) == self.members
         kinds = {layer: layer.member(shares, member) for layer in dict.fromkeys(self.layers)}
         head = self.head.member(shares, member)
-        return replace(
+        found = replace(
             self.model,
             layers=tuple(kinds[layer] for layer in self.layers),
             head_bytes=head.weight_bytes,
@@ -134,6 +158,11 @@ class GroupCosts:
             head_weights=head.weights,
             tied_bytes=0 if self.head.portions else self.model.tied_bytes,
         )
+        return self.of_follower(found) if member else found
+
+    def of_follower(self, leader: ModelCosts) -> ModelCosts:
+        """The same without tables of tokens."""
+        return replace(leader, embedding_bytes=self.embedding.whole_bytes, tied_bytes=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +182,13 @@ class _DividedProgram:
 
     def layer_cost(self) -> DividedLayer:
         return self._costs(range(self.head), () if self.program.is_last else self.division.gathered)
+
+    def embedding_cost(self) -> EmbeddingCost:
+        embedding = [divided.step for divided in self.division.steps if is_embedding(divided.step)]
+        tables = [step for step in embedding if isinstance(step, Embed)]
+        whole = [step for step in embedding if not isinstance(step, Embed)]
+        gathers = (GatherCost(step.out.width, 1, from_leader=True) for step in tables)
+        return EmbeddingCost(weight_bytes(self.tensors, whole), tuple(gathers))
 
     def head_cost(self) -> DividedLayer:
         return self._costs(range(self.head, len(self.division.steps)), self.division.gathered)

@@ -1,8 +1,9 @@
 """The program of one member of a group, which computes some output rows of every product.
 
 Values that a product begins, and those that follow from them channel by channel or head by head, stay divided; every
-other step needs whole rows, which a `Gather` before it puts together. All members have the same steps, so they meet at
-the same gathers. Each output is computed by one member in the order of the whole program: results have its bits.
+other step needs whole rows, which a `Gather` before it puts together. The leader alone has the tables of tokens, and
+sends their rows to the others. All members meet at the same gathers. Each output is computed by one member in the order
+of the whole program: results have its bits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llamaclust.model.program import (
     Adapt,
     Attention,
     Buffer,
+    Embed,
     ExpertDown,
     ExpertInner,
     ExpertSum,
@@ -34,7 +36,7 @@ from llamaclust.model.program import (
 )
 
 LEADER = 0
-"""The member that samples: it alone needs the results of the last stage."""
+"""The member that samples: it alone needs the results of the last stage. It alone has the tables of tokens, too."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
@@ -56,10 +58,21 @@ class _Member:
         return replace(division.program, steps=tuple(steps))
 
     def _steps(self, divided: DividedStep) -> Iterator[Step]:
+        if isinstance(divided.step, Embed):
+            yield from self._embedded(divided.step)
+            return
         yield from map(self._gather, divided.gathered)
         for buffer in divided.cut:
             yield Slice(buffer, self._own(buffer, divided.units), self._range(divided.units, buffer.width).start)
         yield self._part(divided.step, divided.units) if divided.units else divided.step
+
+    def _embedded(self, step: Embed) -> Iterator[Step]:
+        """Rows of the leader's table."""
+        width, own = step.out.width, None
+        if self.member == LEADER:
+            own = Buffer(f"own {step.out.name}", width)
+            yield replace(step, out=own)
+        yield Gather(own, step.out, (0, *(width for _ in self.shares)))
 
     def _gather(self, gathered: Gathered) -> Gather:
         buffer, lines = gathered.buffer, gathered.lines

@@ -13,7 +13,7 @@ from llamaclust.model.program import Program
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
     """Gathers of a run of so many rows by the links. `accuse` gets the place of a member whose columns of the first
-    gather with such numbers have some. Where all members have some, they all began with what is not finite."""
+    gather with such numbers have some. Where several members have columns, and all some, they began with them."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 
@@ -24,7 +24,7 @@ def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callab
         are_finite = finite_members(step, whole)
         with_columns = [place for place in range(len(are_finite)) if borders[place] < borders[place + 1]]
         wrong = [place for place in with_columns if not are_finite[place]]
-        if wrong and len(wrong) < len(with_columns):
+        if wrong and (len(wrong) < len(with_columns) or step.is_of_one):
             accuse(wrong[0])
 
     checking = PythonGatherer(gather)

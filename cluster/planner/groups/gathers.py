@@ -46,6 +46,11 @@ class GroupLinks:
         slowest: Parts = np.maximum(out, into).max(axis=0)
         return slowest
 
+    @property
+    def from_leader_byte_s(self) -> float:
+        """Of a byte that the leader sends to each follower."""
+        return float(self.byte_s[0].sum())
+
     def to_leader_s(self, sent: Parts) -> Parts:
         """Each follower sends so many bytes to the leader: [members, ...]."""
         found: Parts = np.tensordot(self.byte_s[:, 0], sent, axes=1)
@@ -54,7 +59,7 @@ class GroupLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes:
-    """Seconds of the gathers of a stage: those of its layers, and of the rows that it samples."""
+    """Seconds of the gathers of a stage: those of its layers and of the embedding, and of the rows that it samples."""
 
     layers_s: float = 0.0
     row_s: float = 0.0  # more for each row
@@ -63,7 +68,8 @@ class GatherTimes:
 
     @classmethod
     def of(cls, costs: GroupCosts, shares: Sequence[int], start: int, end: int, links: GroupLinks) -> Self:
-        gathers = [gather for layer in costs.layers[start:end] for gather in layer.gathers]
+        gathers = [] if start else [*costs.embedding.gathers]
+        gathers += (gather for layer in costs.layers[start:end] for gather in layer.gathers)
         layers = _seconds(gathers, shares, links)
         return cls(*layers, *(_seconds(costs.head.gathers, shares, links) if end == len(costs.layers) else ()))
 

@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table
+from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
@@ -20,10 +21,11 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Costs of a model in groups, by what is divided alike. `whole`: what every member has; with each of `coarse`, what
-    is divided in so many units besides; `fine`: likewise, divided at will."""
+    """Costs of a model in groups, by what is divided alike. `whole`: what the leader has at all; with each of `coarse`,
+    what is divided in so many units besides; `fine`: likewise, divided at will. `follower`: what others have at all."""
 
     whole: StageCosts
+    follower: StageCosts
     coarse: tuple[tuple[int, StageCosts], ...]
     fine: StageCosts
     least_units: int  # of what is divided at will
@@ -34,17 +36,19 @@ class Parts:
         kinds = {portion.units for layer in (*costs.layers, costs.head) for portion in layer.portions}
         coarse, fine = sorted(units for units in kinds if units < _FINE), {units for units in kinds if units >= _FINE}
         kept = ((units, _costs(costs, {units})) for units in coarse)
-        return cls(_costs(costs, set()), tuple(kept), _costs(costs, fine), min(fine, default=_FINE), _divided(costs))
+        whole, least_units = _costs(costs, set()), min(fine, default=_FINE)
+        follower = _stage_costs(costs, costs.of_follower(whole.model))
+        return cls(whole, follower, tuple(kept), _costs(costs, fine), least_units, _divided(costs))
 
     def is_of(self, costs: GroupCosts) -> bool:
         """Whether groups of this size divide the model alike."""
         return self.divided == _divided(costs)
 
-    def tables(self, table: Callable[[StageCosts], Table]) -> PartTables:
+    def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> PartTables:
         """`table` is to be a sum over what a member has."""
         whole = table(self.whole)
         return PartTables(
-            whole,
+            whole if leads else table(self.follower),
             tuple(_more(table(costs), whole) for _, costs in self.coarse),
             _more(table(self.fine), whole),
         )
@@ -102,12 +106,15 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Of a member that has all of what is divided in `kinds` of units, and nothing of all else that is divided."""
+    """Of a leader that has all of what is divided in `kinds` of units, and nothing of all else that is divided."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
     )
-    own = kept.member((1,), 0)
+    return _stage_costs(costs, kept.member((1,), 0))
+
+
+def _stage_costs(costs: GroupCosts, own: ModelCosts) -> StageCosts:
     return StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1))
 
 

@@ -51,16 +51,20 @@ class _GatherTables:
     row_bytes: Table
     outputs: Table
     output_bytes: Table
+    inputs: Table  # of the embedding, likewise
+    input_bytes: Table
 
     @classmethod
     def of(cls, costs: GroupCosts, kinds: _Kinds) -> _GatherTables:
         known = {id(layer): _row_bytes(layer.gathers) for layer in costs.layers}
-        is_last = kinds.places[1] == len(costs.layers)
+        is_first, is_last = kinds.places[0] == 0, kinds.places[1] == len(costs.layers)
         return cls(
             sums(len(layer.gathers) for layer in costs.layers)[kinds.places].astype(np.float64),
             sums(known[id(layer)] for layer in costs.layers)[kinds.places].astype(np.float64),
             is_last * float(len(costs.head.gathers)),
             is_last * float(_row_bytes(costs.head.gathers)),
+            is_first * float(len(costs.embedding.gathers)),
+            is_first * float(_row_bytes(costs.embedding.gathers)),
         )
 
 
@@ -89,7 +93,7 @@ class GroupTables:
     _contexts: int
     _divided: dict[int, _Divided] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], PartTables] = field(default_factory=dict)
-    _lacking: dict[tuple[int, WorkerFacts], PartTables] = field(default_factory=dict)
+    _lacking: dict[tuple[int, WorkerFacts, bool], PartTables] = field(default_factory=dict)
 
     def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
         """Of a group, its leader first."""
@@ -140,13 +144,13 @@ class GroupTables:
         return PartTables.of_members(found)
 
     def lacking(self, divided: _Divided, members: Iterable[WorkerFacts]) -> PartTables:
-        """Bytes that memory lacks, likewise."""
+        """Bytes that memory lacks, likewise; the first one leads."""
         found = []
-        for member in members:
-            key = id(divided), member
+        for place, member in enumerate(members):
+            key = id(divided), member, place == 0
             if key not in self._lacking:
                 table = partial(self._excess, worker=member)
-                self._lacking[key] = divided.parts.tables(table).cut(divided.kinds.places)
+                self._lacking[key] = divided.parts.tables(table, leads=place == 0).cut(divided.kinds.places)
             found.append(self._lacking[key])
         return PartTables.of_members(found)
 
@@ -226,12 +230,14 @@ class GroupTable:
     @cached_property
     def _row_s(self) -> Table:
         """Gathers of one row of a stage's layers, without latency."""
-        return self.links.all_to_all_s(self._shares)[self.divided.kinds.cells] * self.divided.gathers.row_bytes
+        gathers = self.divided.gathers
+        layers_s = self.links.all_to_all_s(self._shares)[self.divided.kinds.cells] * gathers.row_bytes
+        return layers_s + self.links.from_leader_byte_s * gathers.input_bytes
 
     @property
     def _gathers_s(self) -> Table:
         """Their latency."""
-        return self.divided.gathers.count * self.links.gather_s
+        return (self.divided.gathers.count + self.divided.gathers.inputs) * self.links.gather_s
 
     def integer_shares(self, start: int, end: int) -> tuple[int, ...]:
         """The shares of a stage that fits."""

@@ -209,7 +209,8 @@ class CudaStage:
         if isinstance(host.step, Gather):
             if self._gatherer is None:
                 raise ValueError("batch: a group's member that was given no gatherer")
-            gather_rows(self._gatherer, plan.program, host, batch.rows, read[0], result)
+            own = read[0] if read else np.empty((rows, 0), np.float32)
+            gather_rows(self._gatherer, plan.program, host, batch.rows, own, result)
         elif not _exchanged(host, read, result, experts):
             return
         with self._gpu_lock.exclusive():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.kernels.gathers import gather_formats, packed_width
-from llamaclust.model.costs import LayerCost, is_before_head, layer_cost, steps_cost
+from llamaclust.model.costs import LayerCost, is_before_head, is_embedding, layer_cost, steps_cost, weight_bytes
 from llamaclust.model.groups.costs import GatherCost
 from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.gather import Gather
@@ -66,7 +67,8 @@ def test_a_members_costs_are_those_of_its_program(tmp_path: Path, name: str) -> 
                     assert_same(model, cost, layer)
                 head = head_of(model, programs[-1])
                 assert (found.head_bytes, found.head_macs) == (head.weight_bytes, head.macs_per_token)
-                assert found.embedding_bytes == model.costs(KvType.Q8_0).embedding_bytes
+                embedding = [step for step in programs[0].steps if is_embedding(step)]
+                assert found.embedding_bytes == weight_bytes(model.tensors_for(programs[0]), embedding)
 
 
 @pytest.mark.parametrize("kind", [QuantType.F16, QuantType.Q8_0])
@@ -77,16 +79,34 @@ def test_gathers_are_those_of_programs(tmp_path: Path, name: str, kind: QuantTyp
         for number, layer in enumerate(costs.layers):
             program = divide(model.program(number, number + 1), (5, 3, 2), 0)
             gathers = [step for step in program.steps if isinstance(step, Gather)]
-            found = [*layer.gathers, *(costs.head.gathers if program.is_last else ())]
+            first, last = costs.embedding.gathers if program.is_first else (), costs.head.gathers
+            found = [*first, *layer.gathers, *(last if program.is_last else ())]
             figures = [(gather.lines, gather.lines * gather.width) for gather in found]
             assert figures == [(step.lines, step.out.width) for step in gathers]
             types = {name: tensor.quant_type for name, tensor in model.tensors_for(program).items()}
+            own = [0 if step.x is None else step.x.width for step in gathers]
+            formats = gather_formats(program, types)
             widths = [
-                step.x.width if form is None else packed_width(step.x.width, form)
-                for step, form in zip(gathers, gather_formats(program, types), strict=True)
+                width if form is None else packed_width(width, form) for width, form in zip(own, formats, strict=True)
             ]
             assert [gather.sent_bytes((5, 3, 2))[0] for gather in found] == [4 * width for width in widths]
         assert [gather.to_leader for gather in costs.head.gathers] == [True] * bool(model.generates)
+        assert all(gather.from_leader for gather in costs.embedding.gathers)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_tokens_are_the_leaders(tmp_path: Path, tied: bool) -> None:
+    """Of a head that is the same tensor, members have their rows beside."""
+    path = build_tiny_model(tmp_path / "m.gguf", quant_type=QuantType.Q4_0, tied=tied)
+    with Model.open(path) as model:
+        whole, costs = model.costs(KvType.F16), model.group_costs(KvType.F16, 3)
+        for member in range(3):
+            program = divide(model.program(0, model.layer_count), (2, 1, 1), member)
+            held = sum(tensor.resident_bytes for tensor in model.tensors_for(program).values())
+            found = StageCosts.of(costs.member((2, 1, 1), member))
+            assert found.weight_bytes(0, model.layer_count) == held
+            assert found.model.embedding_bytes == (0 if member else whole.embedding_bytes)
+            assert 0 < found.model.head_bytes < whole.head_bytes
 
 
 def test_all_members_together_have_what_is_divided_once_and_the_rest_each(tmp_path: Path) -> None:
@@ -101,7 +121,7 @@ def test_all_members_together_have_what_is_divided_once_and_the_rest_each(tmp_pa
                 assert total == getattr(layer, name) + getattr(divided.whole, name)
             assert divided.divided_share > 0.99
         assert members[0].head_bytes + members[1].head_bytes == whole.head_bytes + costs.head.whole.weight_bytes
-        assert costs.member((1, 1), 0) == costs.member((5, 5), 1)
+        assert costs.member((1, 1), 1) == costs.member((5, 5), 1) == costs.of_follower(costs.member((5, 5), 0))
         assert {portion.units for portion in costs.layers[0].portions} == {2, 16, 32}, "KV heads, tiles of 16 rows"
 
 
@@ -113,6 +133,7 @@ def test_bytes_of_gathers() -> None:
     assert wide.sent_bytes((3, 1)) == (3072 + 4 * 12, 1024 + 4 * 4)
     assert wide.sent_bytes((5, 4)) == (4 * 16 * 142, 4 * 16 * 114), "portions that end within a segment"
     assert GatherCost(256, 2).sent_bytes((3, 1)) == (512, 512), "no half units"
+    assert GatherCost(256, 1, from_leader=True).sent_bytes((1, 2, 5)) == (1024, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import pytest
 
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.gathers import gather_formats
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup, ReferenceStage
 from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.gather import Gather
 from llamaclust.model.groups.portions import borders
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, HeadMatMul, MatMul, Moe, Program
+from llamaclust.model.program import Attention, Embed, HeadMatMul, MatMul, Moe, Program
 from support.arithmetic.batches import LIMITS, batch_of
 from support.models.tiny_architectures import MODELS, build_architecture
 from support.paths import ROOT
@@ -68,9 +69,27 @@ def test_a_layer_has_four_gathers_and_all_of_its_attention_is_divided(tmp_path: 
         parts = members(program, (1.0, 1.0))
         for part in parts:
             gathers = [step for step in part.steps if isinstance(step, Gather)]
-            assert len(gathers) <= 4 * model.layer_count + 1  # the head's
+            assert len(gathers) <= 4 * model.layer_count + 2  # those of the embedding and the head
         heads = [[step.kv_heads for step in part.kv_layers] for part in parts]
         assert [sum(each) for each in zip(*heads, strict=True)] == [step.kv_heads for step in program.kv_layers]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_leader_alone_has_tables_of_tokens(tmp_path: Path, name: str) -> None:
+    """It sends their rows as they are."""
+    with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
+        program = whole(model)
+        parts = members(program, SHARES[2])
+        types = {name: tensor.quant_type for part in parts for name, tensor in model.tensors_for(part).items()}
+    tables = {step.weight for step in program.steps if isinstance(step, Embed)}
+    assert tables and [tables & {*part.weights} for part in parts] == [tables, set(), set()]
+    for part in parts:
+        gathers = [step for step in part.steps if isinstance(step, Gather)]
+        sent = [step for step in gathers if step.is_of_one]
+        assert [step.borders for step in sent] == [(0, *(step.out.width,) * 3) for step in sent]
+        assert len(sent) == len(tables) and {step.x is None for step in sent} == {part is not parts[0]}
+        forms = dict(zip(gathers, gather_formats(part, types), strict=True))
+        assert {forms[step] for step in sent} == {None}
 
 
 def test_stages_are_divided_too(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts
-from llamaclust.model.groups.costs import DividedLayer, GatherCost, GroupCosts, PortionCost
+from llamaclust.model.groups.costs import DividedLayer, EmbeddingCost, GatherCost, GroupCosts, PortionCost
 
 LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per_token=4096)
 
@@ -69,4 +69,5 @@ def group_costs(model: ModelCosts, members: int, gathers: int = 4, width: int = 
         model,
         tuple(divided(layer, (GatherCost(width, 1200),) * gathers) for layer in model.layers),
         divided(head, (GatherCost(4 * width, 1200, to_leader=True),)),
+        EmbeddingCost(0, (GatherCost(width, 1, from_leader=True),)),
     )

@@ -161,8 +161,9 @@ ActivationFormat format_of(int number) {
   return static_cast<ActivationFormat>(number);
 }
 
-void add_gather(PlanBuilder& builder, int x, int out, std::vector<int> borders, std::optional<int> to) {
-  builder.plan.add(GatherStep{x, out, builder.plan.gathers, std::move(borders), to.value_or(-1)});
+void add_gather(PlanBuilder& builder, std::optional<int> x, int out, std::vector<int> borders, std::optional<int> to) {
+  require(!x || *x >= 0, "a buffer that there is");
+  builder.plan.add(GatherStep{x.value_or(-1), out, builder.plan.gathers, std::move(borders), to.value_or(-1)});
 }
 
 void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int out, int slot) {
@@ -341,7 +342,7 @@ void bind_executor(nb::module_& module) {
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a,
            "first"_a.none() = nb::none())
-      .def("gather", &add_gather, "x"_a, "out"_a, "borders"_a, "to"_a.none() = nb::none())
+      .def("gather", &add_gather, "x"_a.none(), "out"_a, "borders"_a, "to"_a.none() = nb::none())
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
       .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),

@@ -2,7 +2,6 @@
 #include "executor/gatherer.h"
 
 #include <algorithm>
-#include <functional>
 
 #include "bindings/bindings.h"
 
@@ -35,7 +34,7 @@ void gather(Gatherer& gatherer, int number, const FloatRows& own, const Array<fl
             const std::vector<int>& borders, std::optional<int> to) {
   const size_t width = borders.empty() || borders.back() < 0 ? 0 : static_cast<size_t>(borders.back());
   if (own.shape(0) == 0 || own.shape(0) != whole.shape(0) || own.shape(1) > width || whole.shape(1) != width ||
-      !std::ranges::is_sorted(borders, std::less_equal()) || borders.front() != 0)
+      !std::ranges::is_sorted(borders) || borders.front() != 0)
     throw std::invalid_argument("gather: rows and columns that fit the borders");
   const nb::gil_scoped_release unlocked;
   gatherer.start({number, static_cast<int>(own.shape(0)), to.value_or(-1), borders, static_cast<int>(own.shape(1)), own.data(),

@@ -168,9 +168,10 @@ void Worker::execute(const GatherStep& step) {
   const int bands = std::max(1, static_cast<int>(stage_.bands.size()));
   const int number = step.number * bands + (is_whole ? 0 : static_cast<int>(band_ - stage_.bands.data()));
   try {
-    const Buffer& own = buffer(step.x);
-    stage_.gatherer->start(
-        {number, rows_ * own.multiple, step.to, step.borders, own.width, line(step.x, 0), line(step.out, 0)});
+    const int columns = step.has_columns() ? buffer(step.x).width : 0;
+    float* out = line(step.out, 0);
+    stage_.gatherer->start({number, rows_ * buffer(step.out).multiple, step.to, step.borders, columns,
+                            step.has_columns() ? line(step.x, 0) : out, out});
     if (is_whole) stage_.gatherer->finish(fetching());
     else in_flight_++;
   } catch (...) {

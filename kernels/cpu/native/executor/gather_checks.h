@@ -47,17 +47,21 @@ inline Access check_unpack(Plan& plan, const UnpackStep& step) {
 }
 
 inline Access check_gather(Plan& plan, const GatherStep& step) {
-  const Buffer &x = buffer_of(plan, step.x), &out = buffer_of(plan, step.out);
+  const Buffer& out = buffer_of(plan, step.out);
   const std::vector<int>& borders = step.borders;
   const int members = static_cast<int>(borders.size()) - 1;
-  require(x.multiple == out.multiple && !x.private_copy, "gathered lines that all threads share");
-  require(members > 0 && borders[0] == 0 && std::ranges::adjacent_find(borders, std::ranges::greater_equal()) ==
-              borders.end(), "columns of members one after the other");
+  if (step.has_columns()) {
+    const Buffer& x = buffer_of(plan, step.x);
+    require(x.multiple == out.multiple && !x.private_copy, "gathered lines that all threads share");
+  }
+  require(members > 0 && borders[0] == 0 && std::ranges::is_sorted(borders), "columns of members one after the other");
+  const int width = step.has_columns() ? buffer_of(plan, step.x).width : 0;
   bool is_own = false;
-  for (size_t i = 1; i < borders.size(); i++) is_own |= borders[i] - borders[i - 1] == x.width;
+  for (size_t i = 1; i < borders.size(); i++) is_own |= borders[i] - borders[i - 1] == width;
   require(is_own && borders.back() == out.width, "as many columns as those of a member, and of all");
   require(step.to >= -1 && step.to < members, "rows for a member that there is not");
   require(step.number == plan.gathers++, "gathers in their order");
+  if (!step.has_columns()) return {{}, {step.out}, false};
   return {{step.x}, {step.out}, false};
 }
 

@@ -6,7 +6,7 @@
 
 namespace llamaclust {
 
-// One gather of a run. Member i computes columns [borders[i], borders[i + 1]) of a row.
+// One gather of a run. Member i computes columns [borders[i], borders[i + 1]) of a row; some may have none.
 struct Gathering {
   int number;  // in the order of the run's gathers
   int rows;

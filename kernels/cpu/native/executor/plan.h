@@ -286,10 +286,11 @@ struct ScanStep {  // Mamba 2: x has the channels of all heads, then b and c of 
 };
 
 struct GatherStep {  // out = the columns of all members of a group, of which x has this one's, line by line; see Gathering
-  BufferId x, out;
+  BufferId x, out;  // x: -1 for a member without columns
   int number;
   std::vector<int> borders;
   int to;  // the only member that gets them; -1: all
+  bool has_columns() const { return x >= 0; }
 };
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,

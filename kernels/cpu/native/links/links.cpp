@@ -172,6 +172,7 @@ void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle
   }
 }
 
+// A member without columns sends no frame.
 void Links::begin_frames(const Gathering& gathering) {
   require(gathering.borders.size() == links_.size() + 1, "as many members as the gather has");
   const std::span<const uint8_t> own = own_bytes(gathering);
@@ -183,8 +184,8 @@ void Links::begin_frames(const Gathering& gathering) {
     if (!links_[member]) continue;
     const Block theirs = block_of(gathering, member);
     require(std::max(own.size(), theirs.bytes()) <= kMostBytes, "rows of less than 4 GiB");
-    if (gathering.to < 0 || gathering.to == static_cast<int>(member)) send(member, number, own);
-    if (gathering.to < 0 || gathering.to == own_) {
+    if (!own.empty() && (gathering.to < 0 || gathering.to == static_cast<int>(member))) send(member, number, own);
+    if (theirs.bytes() > 0 && (gathering.to < 0 || gathering.to == own_)) {
       links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
       received_bytes += sizeof(FrameHeader) + theirs.bytes();
     }

@@ -52,12 +52,12 @@ def test_each_member_has_an_entry() -> None:
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (2, 1), (5, 3, 2), (1, 1, 1, 1)])
-def test_members_have_their_portions_of_layers_and_the_whole_embedding(shares: tuple[int, ...]) -> None:
+def test_members_have_their_portions_of_layers_and_the_leader_the_embedding(shares: tuple[int, ...]) -> None:
     alone = planned(Assignment(("a",), 0, 12)).stages[0]
     members = planned(Assignment(tuple("abcde"[: len(shares)]), 0, 12, shares)).stages
     for member, share in zip(members, shares, strict=True):
-        part = share / sum(shares)
-        assert member.weight_bytes == pytest.approx(20 * MIB + part * (alone.weight_bytes - 20 * MIB), rel=1e-3)
+        part, embedding_bytes = share / sum(shares), 20 * MIB if member is members[0] else 0
+        assert member.weight_bytes == pytest.approx(embedding_bytes + part * (alone.weight_bytes - 20 * MIB), rel=1e-3)
         assert member.touched_bytes == pytest.approx(part * alone.touched_bytes, rel=1e-3)
         assert member.kv_bytes == pytest.approx(part * alone.kv_bytes, rel=1e-3)
 

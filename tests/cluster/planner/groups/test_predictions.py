@@ -50,7 +50,8 @@ def test_a_token_takes_the_largest_portion_and_all_gathers(shares: tuple[int, ..
     others = 1 - min(shares) / sum(shares)
     slowest = max((len(shares) - 1) * most, others) * row * 8e-9
     logits = (1 - shares[0] / sum(shares)) * 4 * row * 8e-9
-    gathers = 48 * (100e-6 + GATHER_S + slowest) + 100e-6 + GATHER_S + logits
+    embedding = (len(shares) - 1) * row * 8e-9  # from the leader to all others
+    gathers = 48 * slowest + embedding + logits + 50 * (100e-6 + GATHER_S)
     assert found.gathers_s == pytest.approx(gathers, rel=1e-3)
     computing = most * (12 * 10 + 20) * (1 << 20) / READ_S
     assert found.token_s == pytest.approx(computing + gathers, rel=1e-3)
@@ -63,7 +64,7 @@ def test_the_slowest_link_of_a_group_counts() -> None:
     entry = Assignment(("a", "b", "c"), 0, 12, (1, 1, 1))
     usual = predicted(planned(entry)).gathers_s
     late = predicted(planned(entry, of=links(ac=Link(3e-3, 8e-9, 2e-3)))).gathers_s
-    assert late - usual == pytest.approx(49 * 1.9e-3, rel=1e-3)
+    assert late - usual == pytest.approx(50 * 1.9e-3, rel=1e-3)
     narrow = predicted(planned(entry, of=links(bc=Link(250e-6, 80e-9, 100e-6)))).gathers_s
     assert narrow - usual == pytest.approx(48 * 38_400 / 3 * 72e-9, rel=1e-2)
     outside = predicted(planned(entry, of=links(ad=Link(3e-3, 8e-9, 2e-3)))).gathers_s
@@ -78,9 +79,9 @@ def test_a_link_whose_network_is_unknown_has_what_programs_do_not_take() -> None
 
 def test_bytes_of_a_prompt_travel_while_others_are_computed() -> None:
     alone, slow = (planned(Assignment(("a", "b"), 0, 12, (1, 1)), of=links(byte_s=byte_s)) for byte_s in (0.0, 8e-9))
-    sent = 48 * 19_200 * 8e-9  # of each prompt token
+    sent = (48 * 19_200 + 38_400) * 8e-9  # of each prompt token
     more = predicted(slow).stages[0].prefill_s - predicted(alone).stages[0].prefill_s
-    hidden = min(HIDDEN_SHARE * sent, predicted(alone).stages[0].prefill_s - 48 * 120e-6 / 512)
+    hidden = min(HIDDEN_SHARE * sent, predicted(alone).stages[0].prefill_s - 49 * 120e-6 / 512)
     assert more == pytest.approx(sent - hidden, rel=1e-2)
 
 

@@ -145,14 +145,19 @@ def test_a_member_without_a_gatherer_does_not_run(tmp_path: Path) -> None:
         (32, [0], "one after the other"),
         (32, [0, 48, 32, 64], "one after the other"),
         (32, [32, 64], "one after the other"),
-        (32, [0, 32, 32, 64], "one after the other"),
+        (0, [0, 32, 64], "as many columns as those of a member"),
+        (64, [0, 32, 32, 64], "as many columns as those of a member"),
+        (0, [0, 32, 32, 48], "as many columns as those of a member, and of all"),
     ],
 )
 def test_borders_that_do_not_fit_are_refused(own: int, borders: list[int], words: str) -> None:
+    """Members may have no columns."""
     plan = Plan(4, 4, 1, 16, 1)
-    x, out = (plan.add_buffer(width, 1, False, False) for width in (own, 64))
+    x, out = (plan.add_buffer(width, 1, False, False) if width else None for width in (own, 64))
+    assert out is not None
     with pytest.raises(ValueError, match=words):
         plan.gather(x, out, borders)
+    plan.gather(x, out, [0, own, own, 64])
 
 
 def test_what_each_thread_has_for_itself_is_not_gathered() -> None:

@@ -31,10 +31,16 @@ def gathered(links: Links, own: Float32 = OWN, number: int = 0) -> Float32:
     return whole
 
 
-@pytest.mark.parametrize("borders", [[0, 16, 64], [0, 2048, 4096], [0, 16, 17, 80], [0, 4096, 4112, 8192, 20000]])
+@pytest.mark.parametrize(
+    "borders",
+    [
+        *([0, 16, 64], [0, 2048, 4096], [0, 16, 17, 80], [0, 4096, 4112, 8192, 20000]),
+        *([0, 64, 64], [0, 0, 4096], [0, 4096, 4096, 4096], [0, 20000, 20000, 20000, 20000]),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
-    """Any bits, NaN as well; members that are ahead or behind; more bytes than sockets hold."""
+    """Any bits, NaN as well; members that are ahead or behind, or have no columns; more bytes than sockets hold."""
     print(f"seed {SEED}")
     made = np.random.default_rng(SEED)
     members = len(borders) - 1

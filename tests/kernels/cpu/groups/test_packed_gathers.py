@@ -60,7 +60,7 @@ def test_every_type_of_weights(tmp_path: Path, kind: QuantType) -> None:
     with Model.open(path) as model:
         expected = results(model)
         assert formats(model, (1, 1)) == Counter(
-            {kind.info.activation if packs else None: 4, None: 5 + 4 * (not packs)}
+            {kind.info.activation if packs else None: 4, None: 6 + 4 * (not packs)}
         )
         for threads, shares in ((1, (1.0, 1.0)), (2, (1.0, 1.0)), (2, (2.0, 1.0))):
             assert_bits(LinkedGroup(model, whole(model), shares, threads), expected)
@@ -91,15 +91,16 @@ def test_every_family(tmp_path: Path, name: str, kind: QuantType) -> None:
     [(QuantType.Q4_0, (256 + 32, 512 + 64)), (QuantType.Q4_K, (256 + 4, 512 + 8)), (QuantType.F16, (1024, 2048))],
 )
 def test_bytes_of_a_row(tmp_path: Path, kind: QuantType, row_bytes: tuple[int, int]) -> None:
-    """Both members send halves: of attention, of the product behind it, of the activations, and of the last product."""
+    """Both members send halves: of attention, of the product behind it, of the activations, and of the last product.
+    Rows of the embedding go one way, logits the other."""
     path = build_tiny_model(tmp_path / "model.gguf", quant_type=kind, hidden=512, ffn=1024, layers=3)
     with Model.open(path) as model:
         group = LinkedGroup(model, whole(model), (1.0, 1.0), 1)
         group.run(BATCHES[1], None)
     first, second = (links.counters() for links in group.links)
     header, layer = 24, row_bytes[0] + 1024 + row_bytes[1] + 1024
-    assert first.sent_bytes == second.received_bytes == 3 * (4 * header + layer)
-    assert second.sent_bytes == first.received_bytes == first.sent_bytes + header + 320 // 2 * 4, "logits go one way"
+    assert first.sent_bytes == second.received_bytes == 3 * (4 * header + layer) + header + 512 * 4
+    assert second.sent_bytes == first.received_bytes == 3 * (4 * header + layer) + header + 320 // 2 * 4
 
 
 def test_a_row_that_others_read_too_goes_as_it_is(tmp_path: Path) -> None:

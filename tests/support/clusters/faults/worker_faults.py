@@ -165,7 +165,7 @@ def _spoil_portion() -> None:
 
         def gather(number: int, own: Any, whole: Any) -> None:
             step = gathers[number // bands_of(runner.program, rows[0], gatherer.bands)]
-            own[:, -1] = np.nan
+            own[:, -1:] = np.nan
             gatherer.gather(number, own, whole, borders_in(step, whole.shape[1]), step.to)
 
         held[runner] = PythonGatherer(gather), gatherer

@@ -10,7 +10,8 @@ from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
-from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
+from llamaclust.worker.devices.workspace import program_workspace_bytes, weight_rounding_bytes
+from llamaclust.worker.stage.stage_runner import model_program
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
             at = replace(limits, max_context_tokens=place.context_length)
             stages = _largest_stages(model, at, place) if place.layers is None else [(*place.layers, at)]
             known[limits, place] = max(
-                planned_workspace_bytes(model, start, end, limit, place.threads, place.device)
+                program_workspace_bytes(
+                    model, model_program(model, start, end, limit, place.portion), limit, place.threads, place.device
+                )
                 for start, end, limit in stages
             )
         return known[limits, place]

@@ -14,6 +14,7 @@ from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import Prediction, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import predict
 from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+from llamaclust.model.groups.portion import Portion
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Chain:
     @property
     def kv_blocks(self) -> int:
         """Blocks that every worker has room for."""
-        return min(self.sizes.of(member.costs).kv_blocks(member.parts) for member in self.members)
+        return min(self.sizes.of(member.costs, member.portion).kv_blocks(member.parts) for member in self.members)
 
     @property
     def prediction(self) -> Prediction | None:
@@ -60,8 +61,8 @@ def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, Wor
     if entry.shares:
         assert sizes.request.group_costs is not None, "groups are refused before"
 
-        def held_of(name: str, portion: StageCosts) -> tuple[Held, ...]:
-            return sizes.of(portion).held(workers[name], entry.start, entry.end, contexts)
+        def held_of(name: str, costs: StageCosts, portion: Portion) -> tuple[Held, ...]:
+            return sizes.of(costs, portion).held(workers[name], entry.start, entry.end, contexts)
 
         return held_by_group(entry, held_of, sizes.request.group_costs, sizes.request.links)
     (name,) = entry.workers

@@ -25,7 +25,7 @@ _CONTEXT_STEP = 256
 
 def split_memory_error(sizes: MemoryModel, split: Sequence[StageParts]) -> InsufficientMemoryError:
     """Says what every worker of a split lacks."""
-    lacking = "; ".join(text for stage in split for text in _lacking(sizes.of(stage.costs), stage))
+    lacking = "; ".join(text for stage in split for text in _lacking(sizes.of(stage.costs, stage.portion), stage))
     tokens = sizes.request.context_length
     return InsufficientMemoryError(
         f"the plan does not fit for {tokens} tokens of context: {lacking}; change the layers, or give more memory"

@@ -18,6 +18,7 @@ from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS
+from llamaclust.model.groups.portion import Portion
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
@@ -30,6 +31,7 @@ class StagePlace:
     is_last: bool  # it has the head
     device: str = "cpu"
     layers: tuple[int, int] | None = None  # which it holds; None: whichever of its kind take most
+    portion: Portion | None = None  # of the stage, what a group's member computes
 
 
 Workspace = Callable[[StagePlace], int]
@@ -80,10 +82,11 @@ class MemoryModel:
 
     stages: StageCosts
     request: PlanRequest
+    portion: Portion | None = None  # `stages` are of
 
-    def of(self, stages: StageCosts) -> MemoryModel:
+    def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
         """The same for a portion of the model."""
-        return self if stages is self.stages else replace(self, stages=stages)
+        return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
         """What a stage takes beside weights and KV memory, without the experts of `cpu_moe`."""
@@ -97,9 +100,8 @@ class MemoryModel:
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
         is_last = end == self.stages.layers
-        return self.request.workspace(
-            StagePlace(device.threads, self.request.context_length, is_last, layers=(start, end))
-        )
+        place = StagePlace(device.threads, self.request.context_length, is_last, "cpu", (start, end), self.portion)
+        return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
         """Rounding that experts on a device add to that of their layer, by layer."""
@@ -108,8 +110,10 @@ class MemoryModel:
         return each
 
     def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
-        place = StagePlace(worker.threads, self.request.context_length, end == self.stages.layers, worker.device)
-        return self.request.workspace(place)
+        is_last, context_length = end == self.stages.layers, self.request.context_length
+        return self.request.workspace(
+            StagePlace(worker.threads, context_length, is_last, worker.device, portion=self.portion)
+        )
 
     @property
     def kv_groups(self) -> KvGroups:

@@ -55,7 +55,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, held)
     return Plan(
-        stages=tuple(_stage(sizes.of(stage.costs), by_name[stage.worker], stage, kv_blocks) for stage in held),
+        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in held),
         kv_blocks=kv_blocks,
         window_blocks=sizes.kv_groups.window_blocks(kv_blocks),
         state_blocks=sizes.kv_groups.state_blocks(kv_blocks),
@@ -75,7 +75,7 @@ def _without_groups(sizes: MemoryModel, workers: Mapping[str, WorkerFacts], foun
 
 
 def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
-    """`sizes`: of the model, or of a member's portion of it."""
+    sizes = sizes.of(stage.costs, stage.portion)
     parts = tuple(
         DevicePlan(
             device=part.device.device,

@@ -115,7 +115,7 @@ def _stage_again(
     assert group_costs is not None
     held = {stage.worker: _held(stage, workers) for stage in stages}
     entry = Assignment((*held,), first.start, first.end, first.shares)
-    return held_by_group(entry, lambda name, portion: held[name], group_costs, links)
+    return held_by_group(entry, lambda name, *_: held[name], group_costs, links)
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:

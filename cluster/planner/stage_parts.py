@@ -10,6 +10,7 @@ import numpy as np
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held
 from llamaclust.cluster.planner.groups.gathers import NO_GATHERS, GatherTimes
+from llamaclust.model.groups.portion import Portion
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class StageParts:
     costs: StageCosts  # of the model, or of a member's portion of it
     shares: tuple[int, ...] = ()  # see `StagePlan`
     member: int = 0
+
+    @property
+    def portion(self) -> Portion | None:
+        """Of a group's member."""
+        return Portion(self.shares, self.member) if self.shares else None
 
     @property
     def start(self) -> int:

@@ -6,6 +6,7 @@ from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.split_experts import without_experts
 from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
 from llamaclust.worker.stage.nextn import nextn_limits, nextn_program_of
 from llamaclust.worker.stage.stage_runner import model_program
 
@@ -15,9 +16,14 @@ def planned_workspace_bytes(
 ) -> int:
     """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
     `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
+    return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
+
+
+def program_workspace_bytes(model: Model, program: Program, limits: StageLimits, threads: int, device: str) -> int:
+    """The same of a program of the model, as that of a portion."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
-    program, head_bytes = model_program(model, start, end, limits), 0
+    head_bytes = 0
     if limits.nextn and program.is_last:
         head = nextn_program_of(model, limits)
         head_bytes = workspace_bytes(head, model.tensors_for(head), nextn_limits(limits), threads)

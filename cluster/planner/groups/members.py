@@ -11,12 +11,13 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
 from llamaclust.model.groups.costs import GroupCosts
+from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
 """Costs of a model in groups of so many members. It is to remember."""
 
 
-HeldOf = Callable[[str, StageCosts], tuple[Held, ...]]
+HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
 """Which devices of a worker hold which layers of a stage, by the costs of its portion."""
 
 
@@ -27,7 +28,7 @@ def held_by_group(entry: Assignment, held_of: HeldOf, costs_of: GroupCostsOf, li
     portions = [StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)) for own in members]
     return HeldStage(
         tuple(
-            StageParts(name, held_of(name, portion), portion, shares, member)
+            StageParts(name, held_of(name, portion, Portion(shares, member)), portion, shares, member)
             for member, (name, portion) in enumerate(zip(entry.workers, portions, strict=True))
         ),
         GatherTimes.of(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),

@@ -188,7 +188,7 @@ def test_figures_of_an_open_model_are_computed_once(tmp_path: Path, monkeypatch:
         computed.append(1)
         return 7 * len(computed)
 
-    monkeypatch.setattr(stage_memory, "planned_workspace_bytes", counted)
+    monkeypatch.setattr(stage_memory, "program_workspace_bytes", counted)
     place, limits = StagePlace(1, 64, is_last=True), StageLimits(544, 64, 32, 1024, 8)
     assert [workspace_of(model, limits)(place) for _ in range(3)] == [7, 7, 7]
     assert workspace_of(model, replace(limits, max_outputs=2))(place) == 14

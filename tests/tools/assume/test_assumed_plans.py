@@ -7,11 +7,14 @@ from math import ceil
 
 import pytest
 
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.control.limits import stage_limits
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
 from llamaclust.cluster.planner.roofline import LAYER_S
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.sizes import mib
+from llamaclust.model.groups.portion import Portion
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -19,6 +22,8 @@ from llamaclust.tools.assume import planning, rates
 from llamaclust.tools.assume.assumed_model import assumed_model
 from llamaclust.tools.assume.assumed_plan import AssumedPlan, plan_assumed, plan_shapes
 from llamaclust.tools.assume.shapes import SHAPES
+from llamaclust.worker.devices.workspace import program_workspace_bytes
+from llamaclust.worker.stage.stage_runner import model_program
 
 MIXES = ("q4_k_m", "iq1_s")
 MIB = 1 << 20
@@ -160,6 +165,29 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     text = "\n".join(found.lines())
     assert "in groups, a gather takes 0.05 ms one way" in text and "12 µs of the programs" in text
     assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
+
+
+@pytest.mark.parametrize(
+    ("machines", "model"),
+    [
+        ("2x7GB,1Gbit", "qwen3-14b"),
+        ("2x8GB + 12GB,1Gbit", "gpt-oss-20b"),
+        ("3x32GB,1Gbit", "glm-4.5-air"),
+        ("4x6GB,1Gbit", "8b"),
+    ],
+)
+def test_members_have_memory_for_what_they_load(machines: str, model: str) -> None:
+    """Each with the workspace of its own program, which a worker plans again when it loads."""
+    found = plan_assumed(machines, model, ())
+    opened, limits = found.model.opened, stage_limits(load_config(None, ["name=a"]), 4096, kv_blocks=1)
+    assert any(stage.shares for stage in found.plan.stages)
+    for stage in found.plan.stages:
+        portion = Portion(stage.shares, stage.member) if stage.shares else None
+        program = model_program(opened, stage.start, stage.end, limits, portion)
+        held = sum(tensor.resident_bytes for tensor in opened.tensors_for(program).values())
+        assert stage.weight_bytes == pytest.approx(held, rel=2e-3)
+        assert stage.workspace_bytes >= program_workspace_bytes(opened, program, limits, 4, "cpu")
+        assert stage.memory_bytes is not None and stage.bytes <= stage.memory_bytes
 
 
 @pytest.mark.parametrize("model", ["8b", "llama-3.2-3b-instruct"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import DeadlineError, ProtocolError
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.model.loader import Model
@@ -54,6 +55,42 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
         return loop._wire_ns
 
     assert asyncio.run(run()) < computed_ns
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "width", "why"),
+    [
+        ((0, 3), {"model_id": "f" * 64}, None, "microbatch of model f"),
+        ((0, 3), {"chunks": (Chunk((1, 2), 0, (4000, 1), 1),)}, None, "KV block 4000"),
+        ((0, 1), {"chunks": (Chunk((1, 1 << 19), 0, (0, 1), 1),)}, None, "token 524288"),
+        ((1, 3), {"chunks": (Chunk((1,), 90, (0, 1), 1),)}, 64, "block table of 1 blocks for 91"),
+        ((1, 3), {}, 63, "hidden"),
+        ((0, 3), {"chunks": (Chunk((0,), 2, (0, 1), 1, (0, 0)),)}, None, "no token to follow"),
+    ],
+)
+async def test_a_leader_announces_no_microbatch_that_does_not_fit(
+    model: Model, layers: tuple[int, int], changes: dict[str, Any], width: int | None, why: str
+) -> None:
+    """It ends the stream as at a worker alone: whoever sent it is at fault, and no member of the group."""
+    announced: list[int] = []
+
+    def step(frame: bytes, followed: object, rows: int, checked: object) -> nullcontext[None]:
+        announced.append(rows)
+        return nullcontext()
+
+    leader: Any = SimpleNamespace(step=step)
+    loop = StageLoop(1, runner_of(model, *layers), StageContext("w", Compute(), Counters(), leader), DEADLINES)
+    fits = Microbatch(model.model_id, 1, 0, (Chunk((1, 2), 0, (0, 1), 1),))
+    hidden = None if width is None else np.ones((len(fits.chunks[0].tokens), 64), np.float32)
+    loop._run_layers(loop.receive(encode_hidden(encode_microbatch(fits), (), hidden), 0))
+    assert announced == [2]
+    wrong = replace(fits, number=1, **changes)
+    if width is not None:
+        hidden = np.ones((sum(len(chunk.tokens) for chunk in wrong.chunks), width), np.float32)
+    arrival = loop.receive(encode_hidden(encode_microbatch(wrong), (), hidden), 1)
+    with pytest.raises((ProtocolError, WorkerError), match=why):
+        loop._run_layers(arrival)
+    assert announced == [2]
 
 
 @pytest.mark.parametrize("is_local", [True, False])

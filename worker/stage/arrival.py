@@ -131,6 +131,14 @@ class Arrival:
             return runner.run_to_sample(tokens.fill(self.microbatch), None)
         return runner.run_to_sample(self.microbatch, hidden)
 
+    def check_fits(self, runner: StageRunner, tokens: SampledTokensBox) -> None:
+        """ProtocolError and WorkerError as of `run`, before anything is computed."""
+        program = runner.program
+        if self.native is not None and (not program.is_first or tokens.fill_frame(self.native)):
+            return
+        self.frame.hidden(self.rows, 0 if program.is_first else program.hidden.width)
+        runner.check_fits(tokens.fill(self.microbatch) if program.is_first else self.microbatch)
+
     def check(self, hidden: Logits) -> None:
         """WorkerError where the hidden state of a checked chunk, which is never read natively, is not finite."""
         assert not isinstance(hidden, RankedLogits), "those of a last stage"

@@ -233,6 +233,7 @@ class StageLoop:
     def _run_layers(self, arrival: Arrival) -> Logits:
         if self._leader is None:
             return arrival.run(self.runner, self._tokens)
+        arrival.check_fits(self.runner, self._tokens)  # whoever sent it is at fault, and no member of the group
         followed = self._tokens.all_of(arrival.depends_on if self.runner.program.is_first else [])
         checked = self.runner.program if arrival.is_checked else None
         with self._leader.step(arrival.data, followed, arrival.rows, checked):

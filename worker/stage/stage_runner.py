@@ -226,6 +226,10 @@ class StageRunner:
         assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
         self._stage.gather_by(gatherer)
 
+    def check_fits(self, microbatch: Microbatch) -> None:
+        """ProtocolError where the microbatch does not fit this stage."""
+        self._batch_of(microbatch)
+
     def _batch_of(self, microbatch: Microbatch) -> Batch:
         if microbatch.model_id != self.model_id:
             raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")

@@ -97,6 +97,7 @@ class Loads:
         self._worker.terms.see(term_of(order.epoch))
         if order.epoch in service:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
+        links = None if order.group is None else self._member_links(order.epoch, order.group)
         received_bytes = weights.received_bytes
         if self._worker.kv_disk is not None:
             _check_kv_disk(order)
@@ -111,20 +112,24 @@ class Loads:
                 runner = await load_stage(order, self._worker.device, session.send, weights, session.source)
         finally:
             held.clear()
-        if self._has_ended:
+        try:
+            if self._has_ended:
+                raise LoadCancelledError("the membership has ended")
+            service.add(self._held(order, runner, links))
+        except BaseException:
+            if links is not None:
+                links.close()
             await self._worker.compute.run(runner.close)
-            raise LoadCancelledError("the membership has ended")
-        service.add(self._held(order, runner))
+            raise
         memory = runner.memory
         epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
         _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 
-    def _held(self, order: Load, runner: StageRunner) -> HeldStage:
+    def _held(self, order: Load, runner: StageRunner, links: MemberLinks | None) -> HeldStage:
         """The stage as it serves from now on."""
         session, name, counters = self._session, self._worker.name, self._session.counters
-        links = None if order.group is None else self._member_links(order.epoch, order.group)
         if links is not None and runner.portion is not None and not runner.portion.leads:
             return FollowingStage(order.epoch, runner, counters, links, self._worker.compute.give_up)
         context = StageContext(name, self._worker.compute, counters)

@@ -95,7 +95,8 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
     anything: Any = SimpleNamespace(received_bytes=0)
     worker = Worker("a", anything, StageService("a"), Compute(), anything)
     member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
-    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=False, limits=SimpleNamespace(expert_shards=1))
+    limits = SimpleNamespace(expert_shards=1)
+    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=False, limits=limits, group=None)
     if when == "before the load":
         member.end()
     loading = asyncio.create_task(member.load(order))

@@ -1,0 +1,71 @@
+"""A member of a group whose links cannot be opened, or whose last step does not end: it is said, and nothing leaks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.core.limits import GROUP_ID_BYTES
+from llamaclust.wire.control.groups import GroupMember, GroupOrder
+from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.groups.listener import LinkListener
+from llamaclust.worker.session import Session
+from llamaclust.worker.stage import loads
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.worker import Worker
+from support.wire.control_messages import LOAD
+
+MEMBERS = GroupMember("a", "192.0.2.1:7000"), GroupMember("b", "unix:/b")
+ORDER = GroupOrder(bytes(GROUP_ID_BYTES), MEMBERS, 1)
+
+
+@pytest.mark.parametrize("fails", ["its links", "as a follower", "as the leader", "nothing"])
+async def test_what_a_load_cannot_serve_is_known_before_it_or_freed(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address of another member is not for these credentials; or the stage cannot begin when it is loaded."""
+    told: list[WorkerMessage] = []
+    loaded: list[str] = []
+
+    async def send(message: WorkerMessage) -> None:
+        told.append(message)
+
+    async def load_stage(*_: object) -> object:
+        loaded.append("loaded")
+        memory = SimpleNamespace(weight_bytes=1, kv_bytes=2, workspace_bytes=3)
+        portion = SimpleNamespace(leads=fails == "as the leader")
+        return SimpleNamespace(
+            memory=memory, portion=portion, gather_by=None, close=lambda: loaded.append("freed"), model_id="m"
+        )
+
+    class Failing:
+        def __init__(self, *_: object) -> None:
+            if fails != "nothing":
+                raise RuntimeError("it cannot begin")
+            self.epoch = 3
+
+    monkeypatch.setattr(loads, "load_stage", load_stage)
+    monkeypatch.setattr(loads, "FollowingStage", Failing)
+    monkeypatch.setattr(loads, "StageStreams", Failing)
+    anything: Any = SimpleNamespace(received_bytes=0, see=lambda _: None)
+    compute, service = Compute(), StageService("a")
+    worker = Worker("a", anything, service, compute, anything, anything, links=LinkListener(), terms=anything)
+    credentials = ClusterToken("t" * 40) if fails == "its links" else Insecure()
+    monkeypatch.setattr(loads, "Leader", lambda *_: None)
+    member = Loads(Session(worker, credentials, Deadlines(), Counters(), send))
+    await member.load(replace(LOAD, epoch=3, group=ORDER, exclusive=False))
+    compute.close()
+    if fails == "nothing":
+        assert loaded == ["loaded"] and 3 in service
+        return
+    (answer,) = told
+    assert isinstance(answer, LoadFailed) and 3 not in service
+    assert loaded == ([] if fails == "its links" else ["loaded", "freed"])

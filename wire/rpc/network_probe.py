@@ -5,44 +5,55 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
 from llamaclust.core.addresses import split_address
+from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.unix_streams import PREFIX
 
 _CONNECTIONS = 8
 _CONNECT_S = 2.0
+_MOST_S = 4.0
+"""With the name's resolution."""
 
 
 async def network_round_trip(address: str) -> float | None:
-    """The shortest of some connections to HOST:PORT or unix:PATH, in seconds; None where none is accepted."""
-    return await asyncio.to_thread(_shortest, address) if address else None
-
-
-def _shortest(address: str) -> float | None:
-    """Ends with the first that is not accepted: where packets are dropped, each takes long."""
-    shortest_s = None
-    for _ in range(_CONNECTIONS):
-        if (seconds := _connected(address)) is None:
-            break
-        shortest_s = seconds if shortest_s is None else min(seconds, shortest_s)
-    return shortest_s
-
-
-def _connected(address: str) -> float | None:
+    """The shortest of some connections to HOST:PORT or unix:PATH, in seconds; None where none is accepted soon."""
+    if not address:
+        return None
     try:
-        if address.startswith(PREFIX):
-            return _connecting_s(socket.AF_UNIX, address.removeprefix(PREFIX))
-        family, _, _, _, place = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)[0]
-        return _connecting_s(family, place)
-    except OSError:
+        async with deadline(f"a round trip to {address}", _MOST_S):
+            family, place = await asyncio.to_thread(_resolved, address)
+            return await asyncio.to_thread(_shortest, family, place)
+    except (OSError, DeadlineError):
         return None
 
 
-def _connecting_s(family: int, place: Any) -> float:
+def _resolved(address: str) -> tuple[int, Any]:
+    if address.startswith(PREFIX):
+        return socket.AF_UNIX, address.removeprefix(PREFIX)
+    family, _, _, _, place = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)[0]
+    return family, place
+
+
+def _shortest(family: int, place: Any) -> float | None:
+    """Ends with the first that is not accepted, or when the time of all is over."""
+    shortest_s, ends = None, perf_counter() + _CONNECT_S
+    with suppress(OSError):
+        for _ in range(_CONNECTIONS):
+            if (left_s := ends - perf_counter()) <= 0:
+                break
+            seconds = _connecting_s(family, place, left_s)
+            shortest_s = seconds if shortest_s is None else min(seconds, shortest_s)
+    return shortest_s
+
+
+def _connecting_s(family: int, place: Any, most_s: float) -> float:
     with socket.socket(family) as connection:
-        connection.settimeout(_CONNECT_S)
+        connection.settimeout(most_s)
         begun = perf_counter()
         connection.connect(place)
         return perf_counter() - begun

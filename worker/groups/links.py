@@ -63,9 +63,11 @@ class GroupLinks:
         return Links(self._order.member, links, gather_s, answer_s)
 
     @property
-    def missing(self) -> tuple[str, str]:
-        """The first member without a link, and why, in a line."""
-        place = next(place for place in self._peers() if place not in self._linked)
+    def missing(self) -> tuple[str, str] | None:
+        """The first member without a link, and why, in a line; None where there are all."""
+        place = next((place for place in self._peers() if place not in self._linked), None)
+        if place is None:
+            return None
         member = self._order.members[place]
         reason = self._failures.get(place, "it has not been heard of")
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"

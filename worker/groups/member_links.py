@@ -11,7 +11,7 @@ from llamaclust.kernels._native import LinkError, Links
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, PeerUnreachable
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.groups.links import GroupLinks
+from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 
 _LOADS_S = 86400.0
 """The others may load for hours; the coordinator ends that by unloading this stage."""
@@ -22,6 +22,12 @@ _LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
 
 Fault = GroupFault | PeerUnreachable
 Report = Callable[[Fault], Awaitable[None]]
+
+
+def _retrieved(opening: asyncio.Task[None]) -> None:
+    """Its error is reported, and may have nobody else who waits for it."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 class MemberLinks:
@@ -38,7 +44,16 @@ class MemberLinks:
 
     def open(self, on_open: Callable[[Links], None]) -> None:
         """Begins to open them. `on_open` is called on the event loop."""
-        self._opening = asyncio.create_task(self._open(on_open))
+        self._opening = asyncio.create_task(self._open_or_give_up(on_open))
+        self._opening.add_done_callback(_retrieved)
+
+    async def _open_or_give_up(self, on_open: Callable[[Links], None]) -> None:
+        """Only a leader waits for them: whoever else cannot open its links reports that."""
+        try:
+            await self._open(on_open)
+        except Exception as error:
+            await self._tell(self.fault(error))
+            raise
 
     async def _open(self, on_open: Callable[[Links], None]) -> None:
         opening = asyncio.create_task(self._group.open(self._gather_s, _LOADS_S, self._answer_s))
@@ -64,7 +79,9 @@ class MemberLinks:
             async with deadline("the links of a group", seconds):
                 await asyncio.shield(self._opening)
         except DeadlineError as late:
-            worker, reason = self._group.missing
+            if (missing := self._group.missing) is None:
+                raise  # they are about to be opened
+            worker, reason = missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late
 
     @property
@@ -109,6 +126,8 @@ class MemberLinks:
             if error.kind == "unreachable":
                 return PeerUnreachable(self._epoch, worker, str(error))
             return GroupFault(self._epoch, worker, error.kind, str(error))
+        if isinstance(error, MemberLostError) and error.worker is not None:
+            return GroupFault(self._epoch, error.worker, "late", str(error))
         if isinstance(error, ProtocolError):
             return GroupFault(self._epoch, self._order.members[0].worker, "wrong", str(error))
         own = self._order.members[self._order.member].worker

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from llamaclust.core.errors import DeadlineError
 from llamaclust.core.limits import GROUP_ID_BYTES
-from llamaclust.wire.control.groups import GroupMember, GroupOrder
+from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
+from llamaclust.worker.groups.member_links import Fault, MemberLinks
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import Compute
@@ -69,3 +73,47 @@ async def test_what_a_load_cannot_serve_is_known_before_it_or_freed(
     (answer,) = told
     assert isinstance(answer, LoadFailed) and 3 not in service
     assert loaded == ([] if fails == "its links" else ["loaded", "freed"])
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (RuntimeError("can't start new thread"), ("b", "failed", "RuntimeError: can't start new thread")),
+        (OSError(24, "Too many open files"), ("b", "failed", "OSError: [Errno 24] Too many open files")),
+        (MemberLostError("a link to a: not in time", worker="a"), ("a", "late", "a link to a: not in time")),
+    ],
+)
+async def test_a_member_that_cannot_open_its_links_reports_that_once(
+    error: Exception, fault: tuple[str, str, str]
+) -> None:
+    """Nobody waits for the links of a member that does not lead."""
+    reports: list[Fault] = []
+    reported = asyncio.Event()
+
+    async def report(found: Fault) -> None:
+        reports.append(found)
+        reported.set()
+
+    async def fails(*_: float) -> None:
+        raise error
+
+    group: Any = SimpleNamespace(open=fails, unreached=lambda _: [])
+    links = MemberLinks(3, ORDER, group, Deadlines(), report)
+    links.open(lambda _: None)
+    async with asyncio.timeout(20):
+        await reported.wait()
+        with pytest.raises(type(error)):
+            await links.opened(20.0)
+    assert reports == [GroupFault(3, *fault)]
+
+
+async def test_links_that_are_made_and_not_yet_open_in_time_are_late() -> None:
+    async def nothing(_: Fault) -> None: ...
+
+    group = GroupLinks(ORDER, Insecure(), LinkListener())
+    links = MemberLinks(3, ORDER, group, Deadlines(), nothing)
+    links.open(lambda _: None)
+    group._linked.add(0)
+    with pytest.raises(DeadlineError, match="the links of a group"):
+        await links.opened(0.0)
+    links.close()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from time import perf_counter_ns
 
 from llamaclust.core.epochs import epoch_text
-from llamaclust.core.errors import DeviceLostError, ProtocolError, WorkerError
+from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, WorkerError
 from llamaclust.kernels._native import Links
 from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
@@ -110,11 +110,17 @@ class FollowingStage:
         self._steps += 1
 
     async def release(self) -> StageRunner:
-        """Ends the links and what is being computed; what is loaded is the caller's then. DeadlineError."""
+        """Ends the links and what is being computed; what is loaded is the caller's then. DeviceLostError where that
+        does not end: nobody counts any more what it holds."""
         self._member_links.close()
         if self._ended is not None:
-            async with deadline("the end of a group's step", _STEP_S):
-                await asyncio.shield(self._ended)
+            try:
+                async with deadline("the end of a group's step", _STEP_S):
+                    await asyncio.shield(self._ended)
+            except DeadlineError as late:
+                lost = DeviceLostError(f"{late}: this process ends")
+                self._give_up(lost)
+                raise lost from late
         if self._reporting is not None:
             self._reporting.cancel()
         return self.runner

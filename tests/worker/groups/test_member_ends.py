@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, DeviceLostError
 from llamaclust.core.limits import GROUP_ID_BYTES
+from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.groups import following
+from llamaclust.worker.groups.following import FollowingStage
 from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
 from llamaclust.worker.groups.member_links import Fault, MemberLinks
@@ -117,3 +120,20 @@ async def test_links_that_are_made_and_not_yet_open_in_time_are_late() -> None:
     with pytest.raises(DeadlineError, match="the links of a group"):
         await links.opened(0.0)
     links.close()
+
+
+async def test_a_step_that_does_not_end_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stage is not among the worker's any more, and keeps its memory."""
+    given_up: list[DeviceLostError] = []
+    monkeypatch.setattr(following, "_STEP_S", 0.01)
+    monkeypatch.setattr(following, "frame_reader", lambda _: None)
+    limits, program = SimpleNamespace(max_batch_tokens=1), SimpleNamespace(is_first=True)
+    runner: Any = SimpleNamespace(limits=limits, program=program, experts_cache=CacheCounts())
+    links: Any = SimpleNamespace(open=lambda _: None, close=lambda: None)
+    service = StageService("b")
+    stage = FollowingStage(3, runner, Counters(), links, given_up.append)
+    stage._ended = asyncio.get_running_loop().create_future()
+    service.add(stage)
+    with pytest.raises(DeviceLostError, match=r"the end of a group's step: not within 0\.01 s") as caught:
+        await service.remove(3)
+    assert given_up == [caught.value]

@@ -30,7 +30,7 @@ def require_thread_sanitizer(folder: Path) -> None:
 def test_jobs_in_a_row_have_neither_data_races_nor_waits_of_each_other(tmp_path: Path) -> None:
     require_thread_sanitizer(tmp_path)
     program = tmp_path / "pool_jobs"
-    sources = (NATIVE / "runtime" / name for name in ("thread_pool.cpp", "thread_speeds.cpp"))
+    sources = (NATIVE / "runtime" / name for name in ("thread_pool.cpp", "thread_speeds.cpp", "core_sharing.cpp"))
     built = build(program, ROOT / "tests/kernels/native/pool_jobs.cpp", *sources)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)

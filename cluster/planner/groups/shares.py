@@ -13,6 +13,8 @@ _FEW = 100
 """Shares are integers with a sum of so many at most where that costs nothing, else of `_MANY`."""
 _MANY = 1000
 _NOTHING = 1.003
+_LEAST_DIVIDED = 1e-6
+"""The least that is divided at will, relative to what is not: shares are differences of times, divided by it."""
 
 
 def balanced(parts: Parts, seconds: PartTables, lacking: PartTables) -> Shares:
@@ -33,7 +35,8 @@ def balanced(parts: Parts, seconds: PartTables, lacking: PartTables) -> Shares:
 def _filled(seconds: PartTables, lacking: PartTables, units: int) -> Shares:
     """What members have after a time is on lines between the times at which one of them begins with more than the least
     share, or has no room for more."""
-    fixed, each = seconds.whole, np.maximum(seconds.divided, 1e-12)
+    fixed = seconds.whole
+    each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
     with np.errstate(divide="ignore", invalid="ignore"):
         rooms = np.nan_to_num(-short / more, nan=1.0, posinf=1.0, neginf=0.0)

@@ -1,0 +1,25 @@
+"""Shares of a group's members."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.planner.groups.portions import PartTables
+from llamaclust.cluster.planner.groups.shares import balanced
+
+
+@pytest.mark.parametrize("whole_s", [1e-6, 0.24, 1e3])
+@pytest.mark.parametrize("speeds", [(1.0, 1.0), (1.0, 3.0), (1.0, 1.0, 5.0)])
+def test_shares_are_whole_where_all_is_divided_in_few_units(whole_s: float, speeds: tuple[float, ...]) -> None:
+    """A small model has nothing that is divided at will; memory is ample."""
+    zeros = np.zeros((len(speeds), 1))
+    seconds = PartTables(zeros + whole_s, (np.array([[0.1 / speed] for speed in speeds]),), zeros)
+    lacking = PartTables(zeros - 1e10, (zeros + 1e5,), zeros)
+    parts: Any = SimpleNamespace(
+        coarse=((8, None),), least_units=64, coarse_parts=lambda shares: [np.round(shares * 8) / 8]
+    )
+    assert balanced(parts, seconds, lacking).sum(axis=0) == pytest.approx(1.0, abs=1e-7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 
 import numpy as np
 
@@ -10,19 +11,20 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
 
 _FEW = 100
-"""Shares are integers with a sum of so many at most where that costs nothing, else of `_MANY`."""
-_MANY = 1000
+"""Shares are integers with a sum of so many at most where that costs nothing, else of `MANY`."""
+MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
 """The least that is divided at will, relative to what is not: shares are differences of times, divided by it."""
 
 
-def balanced(parts: Parts, seconds: PartTables, lacking: PartTables) -> Shares:
+def balanced(parts: Parts, seconds: PartTables, lacking: PartTables, *, nearly: bool = False) -> Shares:
     """[members, stages]: the shares with the least time of the slowest member; a sum below 1 where memory does not
     suffice. By member and stage, `seconds` it takes and bytes `lacking`, which memory suffices for where they are
-    negative. Units of what is divided coarsely are given first, and the rest is divided beside them."""
-    shares = _filled(seconds, lacking, parts.least_units)
-    if not parts.coarse:
+    negative. Units of what is divided coarsely are given first, and the rest is divided beside them. `nearly`: all is
+    divided at will, up to the last byte."""
+    shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
+    if nearly or not parts.coarse:
         return shares
     given = parts.coarse_parts(shares)
     rest = _filled(seconds.with_coarse(given), lacking.with_coarse(given), parts.least_units)
@@ -32,15 +34,15 @@ def balanced(parts: Parts, seconds: PartTables, lacking: PartTables) -> Shares:
     return np.where(same, rest, shares)
 
 
-def _filled(seconds: PartTables, lacking: PartTables, units: int) -> Shares:
+def _filled(seconds: PartTables, lacking: PartTables, units: int, *, margin: float = 0.5) -> Shares:
     """What members have after a time is on lines between the times at which one of them begins with more than the least
-    share, or has no room for more."""
+    share, or has no room for more. `margin`: so much of a unit is left of each memory."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
     with np.errstate(divide="ignore", invalid="ignore"):
         rooms = np.nan_to_num(-short / more, nan=1.0, posinf=1.0, neginf=0.0)
-    most = np.where(short > 0, 0.0, np.clip(rooms - least / 2, 0.0, 1.0))
+    most = np.where(short > 0, 0.0, np.clip(rooms - margin * least, 0.0, 1.0))
     times = np.sort(np.concatenate([fixed + least * each, fixed + np.maximum(most, least) * each]), axis=0)
     sums = np.array([_taken(time, fixed, each, least, most).sum(axis=0) for time in times])
     after = np.minimum((sums < 1).sum(axis=0), len(times) - 1)  # the first time that suffices; else the last one
@@ -61,20 +63,22 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
     """Small integers that cost hardly more than exact shares; `cost`: infinite where memory does not suffice."""
-    exact = _rounded(shares, _MANY)
+    exact = in_total(shares, MANY)
     limit = _NOTHING * cost(exact)
+    if limit == inf:
+        return exact
     few = (found for total in range(len(shares), _FEW + 1) for found in _near(shares, total))
     return next((found for found in few if cost(found) <= limit), exact)
 
 
 def _near(shares: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
-    found = _rounded(shares, total)
+    found = in_total(shares, total)
     if sum(found) == total:
         yield found
 
 
-def _rounded(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """With that sum, unless members would have none."""
+def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
+    """As integers with that sum, unless members would have none."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

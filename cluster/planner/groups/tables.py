@@ -17,6 +17,7 @@ from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Rows, Work
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
+from llamaclust.model.groups.portion import Portion
 
 _INNER, _FIRST, _LAST, _ALL = range(4)
 
@@ -91,9 +92,11 @@ class GroupTables:
     _sizes: MemoryModel
     _costs_of: Callable[[int], GroupCosts]
     _contexts: int
+    nearly: bool = False
+    """A stage fits if shares at will do, with workspaces of portions: whole units are for `fitted`."""
     _divided: dict[int, _Divided] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], PartTables] = field(default_factory=dict)
-    _lacking: dict[tuple[int, WorkerFacts, bool], PartTables] = field(default_factory=dict)
+    _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], PartTables] = field(default_factory=dict)
 
     def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
         """Of a group, its leader first."""
@@ -143,19 +146,20 @@ class GroupTables:
             found.append(self._seconds[key])
         return PartTables.of_members(found)
 
-    def lacking(self, divided: _Divided, members: Iterable[WorkerFacts]) -> PartTables:
+    def lacking(self, divided: _Divided, members: Sequence[WorkerFacts]) -> PartTables:
         """Bytes that memory lacks, likewise; the first one leads."""
         found = []
         for place, member in enumerate(members):
-            key = id(divided), member, place == 0
+            portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
+            key = id(divided), member, place == 0, portion
             if key not in self._lacking:
-                table = partial(self._excess, worker=member)
+                table = partial(self._excess, worker=member, portion=portion)
                 self._lacking[key] = divided.parts.tables(table, leads=place == 0).cut(divided.kinds.places)
             found.append(self._lacking[key])
         return PartTables.of_members(found)
 
-    def _excess(self, costs: StageCosts, worker: WorkerFacts) -> Table:
-        return self._sizes.of(costs).excess_table(worker, self._contexts)
+    def _excess(self, costs: StageCosts, worker: WorkerFacts, portion: Portion | None) -> Table:
+        return self._sizes.of(costs, portion).excess_table(worker, self._contexts)
 
 
 @dataclass(eq=False)
@@ -204,8 +208,9 @@ class GroupTable:
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
+        seconds, lacking = self._token.chosen(numbers), self._lack.chosen(numbers)
         with np.errstate(invalid="ignore"):
-            return balanced(self.divided.parts, self._token.chosen(numbers), self._lack.chosen(numbers))
+            return balanced(self.divided.parts, seconds, lacking, nearly=self.tables.nearly)
 
     @cached_property
     def _token(self) -> PartTables:
@@ -223,7 +228,9 @@ class GroupTable:
 
     @cached_property
     def _fits(self) -> Flags:
-        has_all = self._parts[1].sum(axis=0) > 1 - 1e-6
+        has_all: Flags = self._parts[1].sum(axis=0) > 1 - 1e-6
+        if self.tables.nearly:
+            return has_all
         fits: Flags = has_all & (self._lack.at(*self._parts) <= 0).all(axis=0)
         return fits
 

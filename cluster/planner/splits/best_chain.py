@@ -8,6 +8,7 @@ from functools import partial
 
 from llamaclust.cluster.planner.chain import Chain, is_measured
 from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.groups.fitting import fitted
 from llamaclust.cluster.planner.groups.search import Group, GroupSearch
 from llamaclust.cluster.planner.groups.tables import GroupTables
 from llamaclust.cluster.planner.groups.worker_links import split_by_links
@@ -74,11 +75,13 @@ class _Search:
         """The best chain of less than that time."""
         best = best_of(self._single(), below)
         single = None if best is None else self._of(best)
-        grouped = self._grouped(below if best is None else CLEARLY_BETTER * best.seconds, best)
-        if grouped is not None:
-            found = replace(self._of(grouped), single=single)
-            if self._fits(found):
-                return found
+        limit = below if best is None else CLEARLY_BETTER * best.seconds
+        for nearly in (False, True):
+            grouped = self._grouped(limit, best, nearly=nearly)
+            if grouped is not None and (found := self._fitted(self._of(grouped))) is not None:
+                return replace(found, single=single)
+            if grouped is None and single is not None:
+                break
         if single is None or is_exact(self.classes, self._apart):
             return single
         return replace(single, optimality_gap=single.seconds / least_seconds(self.classes, self.works) - 1)
@@ -95,20 +98,21 @@ class _Search:
     def _single(self) -> Iterator[Sequence[Way]]:
         return ways_of_workers(self.classes, self.works, self._apart)
 
-    def _grouped(self, below: float, known: Best | None) -> Best | None:
-        """With groups, which need measured links."""
+    def _grouped(self, below: float, known: Best | None, *, nearly: bool) -> Best | None:
+        """With groups, which need measured links. `nearly`: see `GroupTables`."""
         request = self.sizes.request
         if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
             return None
         classes = [part for one in self.classes for part in split_by_links(one, self.workers, request.links)]
-        tables = GroupTables(self.sizes, request.group_costs, self.contexts)
+        tables = GroupTables(self.sizes, request.group_costs, self.contexts, nearly)
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
-    def _fits(self, found: Found) -> bool:
+    def _fitted(self, found: Found) -> Found | None:
         """Units of what a group divides may be larger than what is left of a memory."""
         by_name = {worker.name: worker for worker in self.workers}
-        blocks = Chain.of(self.sizes, found.entries, by_name, self.contexts).kv_blocks
-        return blocks >= self.sizes.request.context_blocks
+        entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
+        blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks
+        return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
         """Workers of a class stand for each other: none is used twice."""

@@ -1,0 +1,56 @@
+"""Shares of groups whose memory is nearly full, so that every member has room for its whole units. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.devices import Held
+from llamaclust.cluster.planner.groups.members import GroupCostsOf
+from llamaclust.cluster.planner.groups.shares import MANY, in_total
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.memory import MemoryModel
+from llamaclust.model.groups.portion import Portion
+
+_MOVES = 100
+
+
+def fitted(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> Assignment:
+    """The group with shares moved from the member that lacks most memory to the one that has most left, until none
+    lacks any for so many whole contexts; as it was where that does not come about."""
+    costs_of, shares = sizes.request.group_costs, entry.shares
+    if not shares or costs_of is None:
+        return entry
+    for _ in range(_MOVES):
+        lacking = [_lacking_bytes(sizes, costs_of, entry, shares, workers[name], contexts) for name in entry.workers]
+        if max(lacking) <= 0:
+            return replace(entry, shares=shares)
+        moved = [*(in_total(shares, MANY) if shares is entry.shares else shares)]
+        moved[int(np.argmax(lacking))] -= 1
+        moved[int(np.argmin(lacking))] += 1
+        shares = tuple(moved)
+        if min(shares) < 1:
+            break
+    return entry
+
+
+def _lacking_bytes(
+    sizes: MemoryModel,
+    costs_of: GroupCostsOf,
+    entry: Assignment,
+    shares: tuple[int, ...],
+    worker: WorkerFacts,
+    contexts: int,
+) -> float:
+    """Negative where some is left. The workspace is that of the first shares: moves change it little, and each takes a
+    program."""
+    if worker.memory_bytes is None:
+        return -inf
+    member = entry.workers.index(worker.name)
+    costs = StageCosts.of(costs_of(len(shares)).member(shares, member))
+    own = sizes.of(costs, Portion(entry.shares, member))
+    return sum(own.parts(Held(worker, entry.start, entry.end), contexts).values()) - worker.memory_bytes

@@ -86,7 +86,8 @@ async def compare(
     setup = Setup(given.coordinator_core, context, emulation, {**keys, "max_sequences": max(8, given.together)})
     predictions = None
     if emulation is not None and not given.speculation:
-        predictions = Predictions.measured(model, {"context_length": context, **setup.keys}, given.gbit)
+        given_keys = {"context_length": context, **setup.keys}
+        predictions = await asyncio.to_thread(Predictions.measured, model, given_keys, given.gbit)
     async with AsyncExitStack() as stack:
         report("starting the clusters")
         served = [await stack.enter_async_context(setup.serving(way, model, layers)) for way in given.ways]

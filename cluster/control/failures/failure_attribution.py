@@ -13,6 +13,9 @@ from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
 """A stream breaks before the loss of the worker behind it is known."""
+_REPORTS_S = 10.0
+"""A member reports the end of its group at its next gather, later on a crowded machine. One report alone may accuse a
+worker that is not at fault."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -54,8 +57,10 @@ async def attribute_failure(
     that a stream ended with, as soon as it is known that live workers cannot reach each other."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
-    signs += [asyncio.create_task(_all_have_reported(epoch, group)) for group in groups_of(epoch, workers)]
-    await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
+    signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
+    done, _ = await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
+    if not done and _reports(epoch, workers):
+        await asyncio.wait(signs, timeout=_REPORTS_S, return_when=asyncio.FIRST_COMPLETED)
     for sign in signs:
         sign.cancel()
     if (cause := root_cause(epoch, workers)) is not None:
@@ -107,8 +112,9 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
     return any(member.name == name for member in members)
 
 
-async def _all_have_reported(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns when all members of a group have reported its end, but those that do nothing any more."""
+async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
+    """Returns when a member of a group has reported its own failure, or when all of them have reported the group's end,
+    but those that do nothing any more."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     names = {member.name for member in members}
     try:
@@ -117,7 +123,8 @@ async def _all_have_reported(epoch: int, members: Sequence[WorkerHandle]) -> boo
             reports = _reports(epoch, members)
             late = {fault.worker for fault in reports.values() if fault.kind == "late"}
             cut_off = {member.name for member in members if member.unreachable_peer(epoch).reported.is_set()}
-            if names <= reports.keys() | late | cut_off:
+            has_failed_itself = any(fault.kind == "failed" for fault in reports.values())
+            if has_failed_itself or names <= reports.keys() | late | cut_off:
                 return True
     finally:
         for task in waiting:

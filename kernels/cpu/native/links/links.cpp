@@ -126,7 +126,7 @@ void Links::advance() {
       link->receive();
     }
   } catch (const LinkError& error) {
-    end(closing_ ? closed() : error);
+    end(closing_ ? closed() : cause_of(error));
   }
 }
 
@@ -172,24 +172,28 @@ void Links::move(F is_ready, int64_t until_ns, const std::function<void()>& idle
   }
 }
 
-// A member without columns sends no frame.
+// A member without columns sends a header alone, which is read with a later frame: others see what it takes this gather
+// for, even where it finds their frames wrong.
 void Links::begin_frames(const Gathering& gathering) {
   require(gathering.borders.size() == links_.size() + 1, "as many members as the gather has");
   const std::span<const uint8_t> own = own_bytes(gathering);
-  require(own.size() == block_of(gathering, static_cast<size_t>(own_)).bytes(), "as many columns as this member has");
+  for (size_t member = 0; member < links_.size(); member++) {
+    const size_t bytes = block_of(gathering, member).bytes();
+    require(bytes <= kMostBytes, "rows of less than 4 GiB");
+    require(member != static_cast<size_t>(own_) || bytes == own.size(), "as many columns as this member has");
+  }
   const auto number = static_cast<uint32_t>(gathering.number);
   size_t received_bytes = 0;
   std::vector<Link::Mark> marks(links_.size());
   for (size_t member = 0; member < links_.size(); member++) {
     if (!links_[member]) continue;
-    const Block theirs = block_of(gathering, member);
-    require(std::max(own.size(), theirs.bytes()) <= kMostBytes, "rows of less than 4 GiB");
-    if (!own.empty() && (gathering.to < 0 || gathering.to == static_cast<int>(member))) send(member, number, own);
-    if (theirs.bytes() > 0 && (gathering.to < 0 || gathering.to == own_)) {
-      links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
-      received_bytes += sizeof(FrameHeader) + theirs.bytes();
-    }
+    if (gathering.to < 0 || gathering.to == static_cast<int>(member)) send(member, number, own);
     marks[member] = links_[member]->mark();
+    if (gathering.to >= 0 && gathering.to != own_) continue;
+    const Block theirs = block_of(gathering, member);
+    links_[member]->begin_receiving({epoch_, step_, number, static_cast<uint32_t>(theirs.bytes())}, theirs);
+    received_bytes += sizeof(FrameHeader) + theirs.bytes();
+    if (theirs.bytes() > 0) marks[member] = links_[member]->mark();
   }
   started_.push_back(std::move(marks));
   const std::lock_guard locked(counting_);

@@ -13,7 +13,7 @@ import pytest
 
 from llamaclust.cluster.control.failures import failure_attribution
 from llamaclust.cluster.control.failures.failure_attribution import (
-    _all_have_reported,
+    _can_be_judged,
     attribute_failure,
     root_cause,
 )
@@ -170,7 +170,28 @@ async def test_all_members_have_reported_whomever_they_name() -> None:
     for name, late in zip("abc", "xyz", strict=True):
         workers[name].group_faults(3).report(GroupFault(3, late, "late", "-"))
     async with asyncio.timeout(20):
-        assert await _all_have_reported(3, members)
+        assert await _can_be_judged(3, members)
+
+
+async def test_a_group_whose_members_report_late_is_not_judged_by_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guilty one sees the frames of all others as wrong."""
+    monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 0.0)
+    workers = group_of_three()
+    workers["b"].receive(GroupFault(3, "a", "wrong", "-"))
+    asking = asyncio.create_task(attribute_failure(3, list(workers.values()), None))
+    await asyncio.sleep(0.05)
+    for name in "ac":
+        assert not asking.done()
+        workers[name].receive(GroupFault(3, "b", "wrong", "-"))
+        await asyncio.sleep(0)
+    assert (await asking).worker == "b"
+
+
+async def test_a_member_that_reports_its_own_failure_is_judged_at_once() -> None:
+    workers = group_of_three()
+    workers["c"].receive(GroupFault(3, "c", "failed", "-"))
+    async with asyncio.timeout(20):
+        assert await _can_be_judged(3, [*workers.values()])
 
 
 @pytest.mark.parametrize("guilty", ["b", "c"])

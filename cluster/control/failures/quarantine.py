@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from llamaclust.core.backoff import Backoff
 
 _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
-_RETRY = Backoff(first_s=0.5, max_s=5.0)
+_RETRY = Backoff(first_s=0.25, max_s=5.0)
 _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
 """Failures before the first exclusion."""
@@ -37,17 +37,21 @@ class FailureRecord:
     end_s: float
     reason: str  # of the last one
     requests: frozenset[int] = frozenset()
-    failures_within: int = 0  # its quarantine, where it was used all the same
+    failures_within: int = 0  # its quarantine, where it was used all the same; each soon after the one before
     retry_at_s: float = 0.0  # until then requests wait for others to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """After a failure in its quarantine, which does not extend that."""
+        """After a failure in its quarantine, which does not extend that. A worker that was used for longer than the
+        last pause before a retry begins with the shortest one again."""
+        before = self.failures_within
+        if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
+            before = 0
         return replace(
             self,
             reason=reason,
             requests=self.requests & requests,
-            failures_within=self.failures_within + 1,
-            retry_at_s=now_s + _RETRY.pause_s(self.failures_within),
+            failures_within=before + 1,
+            retry_at_s=now_s + _RETRY.pause_s(before),
         )
 
     def is_forgotten(self, now_s: float) -> bool:

@@ -140,9 +140,9 @@ def test_requests_wait_where_a_failing_worker_is_the_only_one_until_another_is_t
         cluster.see(seen.Signal.WORKERS_EXPELLED)
         assert cluster.plan(ONLY_B) == LoadEpoch(ONLY_B, is_exclusive=True)
         cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
-    assert cluster.lose_pipeline(fault_of("b")) == Wait(0.5)
-    assert cluster.at(0.5) == LoadEpoch(ONLY_B, is_exclusive=True)
+    assert cluster.lose_pipeline(fault_of("b")) == Wait(0.25)
+    assert cluster.at(0.25) == LoadEpoch(ONLY_B, is_exclusive=True)
     cluster.see(seen.Signal.EPOCH_LOADED, seen.Signal.EPOCH_SERVING)
-    assert cluster.lose_pipeline(fault_of("b")) == Wait(1.5)
+    assert cluster.lose_pipeline(fault_of("b")) == Wait(0.75)
     cluster.see(seen.WorkerSeen("a", 3))
     assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=True), "at once"

@@ -77,7 +77,16 @@ def test_a_worker_that_no_other_one_can_replace_is_used_again_after_growing_paus
     for _ in range(6):
         quarantine = failing(quarantine, "b", 2.0, 1)
         pauses.append(quarantine.retry_at_s(["a", "b"]) - 2.0)
-    assert pauses == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0] and quarantine.retry_at_s(["a"]) == 0.0
+    assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0] and quarantine.retry_at_s(["a"]) == 0.0
+
+
+def test_pauses_grow_no_more_where_the_worker_was_used_for_longer_than_the_last_one() -> None:
+    quarantine, now_s = failing(failing(Quarantine(), "b", 0.0, 1), "b", 1.0, 1), 2.0
+    for served_s, pause_s in ((0.0, 0.25), (0.2, 0.5), (0.4, 1.0), (1.1, 0.25), (0.25, 0.5), (0.6, 0.25)):
+        now_s += served_s
+        quarantine = failing(quarantine, "b", now_s, 1)
+        assert quarantine.retry_at_s(["b"]) - now_s == pytest.approx(pause_s)
+        now_s = quarantine.retry_at_s(["b"])
 
 
 def test_failures_are_forgotten_where_the_worker_serves_for_long_enough() -> None:

@@ -63,6 +63,22 @@ def test_rows_arrive_as_they_are(borders: list[int], rows: int) -> None:
             assert found == [whole.tobytes() for whole in steps]
 
 
+def test_a_member_without_columns_is_known_by_its_header() -> None:
+    """It finds the frames of all others wrong before it has rows to send, and they find its header wrong."""
+    links = linked(3)
+
+    def accused(member: int) -> int:
+        links[member].begin(1 + (member == 1), 0)
+        with pytest.raises(LinkError, match="has sent epoch") as caught:
+            for number, borders in enumerate(([0, 64, 64, 64], [0, 16, 32, 64])):
+                own = np.zeros((1, borders[member + 1] - borders[member]), np.float32)
+                links[member].gather(number, own, np.zeros((1, 64), np.float32), borders)
+        return caught.value.place
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(accused, range(3))] == [1, 0, 1]
+
+
 WRONG: dict[str, tuple[bytes, str]] = {
     "another epoch": (frame(ROWS, epoch=2), "worker 1 has sent epoch 2 where 1 is expected"),
     "an older step": (frame(ROWS, step=1), "worker 1 has sent step 1 where 2 is expected"),

@@ -15,8 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core")
 _SOURCES = {".py", ".cpp", ".h", ".cu", ".proto"}
+_COUNTED = _SOURCES | {".cuh", ".js", ".css", ".html", ".pyi", ".jinja"}
 _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
+FRONT = ("cluster/front/", "cluster/api/", "cluster/text/", "cluster/client/", "cluster/state/journal")
+"""What stands between the bytes of a request and the engine, with the Python clients, by the beginnings of paths."""
+_FRONT_PARTS = ("cluster/engine/request_stream", "cluster/server/front", "cluster/server/model_apis")
+_FRONT_PARTS += ("cluster/engine/inbox", "cluster/server/default_fields", "cluster/server/answer_digest")
 
 Graph = Mapping[str, frozenset[str]]
 """Modules by name, with those that each imports."""
@@ -24,13 +29,13 @@ Graph = Mapping[str, frozenset[str]]
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """Source files of the repository, relative to its root."""
+    """Source files of the repository, relative to its root: whatever is written by hand."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = (Path(line) for line in listed.splitlines())
     return tuple(
         path
         for path in paths
-        if path.suffix in _SOURCES and not path.name.endswith(_GENERATED) and (ROOT / path).is_file()
+        if path.suffix in _COUNTED and not path.name.endswith(_GENERATED) and (ROOT / path).is_file()
     )
 
 
@@ -39,8 +44,13 @@ def product() -> Iterator[Path]:
     return (path for path in tracked() if path.parts[0] in (*PACKAGES, "proto", "src"))
 
 
+def front() -> list[Path]:
+    """The Python modules of the front."""
+    return [path for path in product() if path.suffix == ".py" and path.as_posix().startswith(FRONT + _FRONT_PARTS)]
+
+
 def files_in_folders() -> Counter[Path]:
-    return Counter(path.parent for path in tracked())
+    return Counter(path.parent for path in tracked() if path.suffix in _SOURCES)
 
 
 def folders_in_folders() -> Counter[Path]:
@@ -53,8 +63,12 @@ def lines() -> Counter[str]:
     """Of the program, by folder of the root."""
     counts = Counter[str]()
     for path in product():
-        counts[path.parts[0]] += (ROOT / path).read_text().count("\n")
+        counts[path.parts[0]] += _lines_of(path)
     return counts
+
+
+def _lines_of(path: Path) -> int:
+    return (ROOT / path).read_text().count("\n")
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,16 @@ def circle(graph: Graph) -> list[str]:
     except CycleError as error:
         return list(error.args[1])
     return []
+
+
+def longest(graph: Graph) -> list[str]:
+    """The longest chain of imports of the whole program. The graph has no circle."""
+
+    @cache
+    def chain(module: str) -> tuple[str, ...]:
+        return (module, *max((chain(imported) for imported in sorted(graph[module])), key=len, default=()))
+
+    return list(max(map(chain, graph), key=len, default=()))
 
 
 def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
@@ -190,8 +214,12 @@ def report() -> Iterator[str]:
         if not found:
             chain = deepest(graph)
             yield f"  depth to a native call: {len(chain)}: {' > '.join(map(_short, chain))}"
+            chain = longest(graph)
+            yield f"  longest chain: {len(chain)}: {' > '.join(map(_short, chain))}"
     yield from (f"large class: {line}" for line in large_classes(modules))
     yield from (f"parameters: {line}" for line in long_signatures(modules))
+    paths = front()
+    yield f"front: {sum(map(_lines_of, paths))} lines in {len(paths)} files"
     counts = lines()
     yield f"{sum(counts.values())} lines: {', '.join(f'{name} {count}' for name, count in counts.most_common())}"
 

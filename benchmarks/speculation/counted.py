@@ -38,7 +38,8 @@ from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch  # noqa: 
 from llamaclust.cluster.scheduler.requests import GenerationRequest  # noqa: E402
 from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402
 from llamaclust.cluster.scheduler.settings import SchedulerSettings  # noqa: E402
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings  # noqa: E402
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW  # noqa: E402
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings  # noqa: E402
 from llamaclust.core.sampling import RowResult  # noqa: E402
 from llamaclust.model.program import KV_BLOCK_TOKENS  # noqa: E402
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs  # noqa: E402

@@ -38,8 +38,8 @@ from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
 

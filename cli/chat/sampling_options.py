@@ -80,7 +80,7 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
     """Both options as the field `speculative`. UsageError for values that cannot be, or contradict each other."""
     from llamaclust.cluster.config.values import switched
-    from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+    from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 
     when, most = more.pop("speculative", "auto"), more.pop("draft_max", None)
     if (is_on := switched(when)) is None:

@@ -25,7 +25,7 @@ from llamaclust.cluster.config.values import (
     expand_home,
     parse_ray_address,
 )
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.addresses import JOIN_PORT
 from llamaclust.core.limits import (
     MAX_ADAPTER_SCALE,

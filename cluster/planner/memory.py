@@ -16,7 +16,7 @@ from llamaclust.cluster.planner.groups.members import GroupCostsOf
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.groups.portion import Portion
 from llamaclust.model.program import KV_BLOCK_TOKENS

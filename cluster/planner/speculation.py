@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.cluster.planner.plan import Prediction
-from llamaclust.cluster.scheduler.speculation.settings import LONGEST_DRAFT
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
+from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, Candidate
+from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_windows, speed_of
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
 """From drafts that are often wrong to copies of a text with few edits."""

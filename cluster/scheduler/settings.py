@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

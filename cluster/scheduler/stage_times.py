@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, inf
 
+from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 from llamaclust.wire.microbatch.messages import Result, StageTiming
-
-_SLOW_WEIGHT = 0.1
-_FAST_WEIGHT = 0.4
-"""A sample above the estimate weighs less than one below it: hiccups make a step slow, nothing makes one too fast."""
 
 _RECENT_WEIGHT = 0.2
 
@@ -27,12 +24,6 @@ _NEGLIGIBLE = 0.02
 def _occupied_ns(timing: StageTiming) -> int:
     """How long a microbatch keeps a stage from the next one."""
     return timing.compute_ns + timing.wire_ns
-
-
-def moved(estimate: float, sample: float) -> float:
-    """The estimate after a sample of the same time."""
-    weight = _SLOW_WEIGHT if sample > estimate else _FAST_WEIGHT
-    return estimate + weight * (sample - estimate)
 
 
 class Curve:

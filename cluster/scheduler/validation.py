@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from llamaclust.cluster.scheduler.breakers import check_size
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, AdapterScales

@@ -20,8 +20,11 @@ _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
 FRONT = ("cluster/front/", "cluster/api/", "cluster/text/", "cluster/client/", "cluster/state/journal")
 """What stands between the bytes of a request and the engine, with the Python clients, by the beginnings of paths."""
-_FRONT_PARTS = ("cluster/engine/request_stream", "cluster/server/front", "cluster/server/model_apis")
-_FRONT_PARTS += ("cluster/engine/inbox", "cluster/server/default_fields", "cluster/server/answer_digest")
+_FRONT_PARTS = (
+    *("cluster/engine/request_stream", "cluster/engine/inbox"),
+    *("cluster/server/front", "cluster/server/model_apis", "cluster/server/default_fields"),
+    "cluster/server/answer_digest",
+)
 
 Graph = Mapping[str, frozenset[str]]
 """Modules by name, with those that each imports."""
@@ -134,9 +137,11 @@ def longest(graph: Graph) -> list[str]:
 
     @cache
     def chain(module: str) -> tuple[str, ...]:
-        return (module, *max((chain(imported) for imported in sorted(graph[module])), key=len, default=()))
+        tails: list[tuple[str, ...]] = [chain(imported) for imported in sorted(graph[module])]
+        return (module, *max(tails, key=len, default=()))
 
-    return list(max(map(chain, graph), key=len, default=()))
+    chains: list[tuple[str, ...]] = [chain(module) for module in graph]
+    return list(max(chains, key=len, default=()))
 
 
 def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.api.schema import Body, Leniency
 from llamaclust.cluster.config.values import shown, switched
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 
 _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": such a number}}'
 

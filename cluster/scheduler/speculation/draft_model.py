@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
-from llamaclust.cluster.scheduler.stage_times import moved
+from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.drafting.drafter import Drafters
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
-
-MAX_WINDOW = 32
-LONGEST_DRAFT = 4 * MAX_WINDOW
-"""Several windows of it may be under way."""
 
 
 @dataclass(frozen=True, slots=True)

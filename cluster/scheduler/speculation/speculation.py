@@ -13,12 +13,13 @@ from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
+from llamaclust.cluster.scheduler.speculation.candidates import Candidate
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
 from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
 from llamaclust.cluster.scheduler.speculation.model_drafts import ModelDrafts
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts, order_drafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_chain, best_windows, speed_of
+from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_windows, speed_of
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4

@@ -8,11 +8,12 @@ many as make tokens a second the most; none where that is not clearly faster tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heapify, heappop, heapreplace
 from math import inf
 from typing import Protocol
 
+from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
@@ -21,27 +22,6 @@ _DEEPEST = 6
 """Windows under way."""
 _MARGIN_BESIDE = 0.2
 """The same where several microbatches are under way: ones of different lengths wait for each other, too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sequence's draft, and how probable it is that a token of it is accepted where those before it are."""
-
-    tokens: tuple[int, ...] = ()
-    rate: float = 0.0
-    forced: int = 0  # how many of the first ones a grammar forces
-    forced_rate: float = 1.0  # of these
-
-    def gain(self, depth: int) -> float:
-        """How probable it is that all tokens up to the one at this depth are accepted."""
-        forced = min(depth, self.forced)
-        return self.forced_rate**forced * self.rate ** (depth - forced)
-
-    @property
-    def most_gain(self) -> float:
-        """No draft of these rates gains more tokens, however long it is."""
-        others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
-        return self.forced + others
 
 
 class RoundTimes(Protocol):
@@ -55,16 +35,6 @@ class RoundTimes(Protocol):
 
     def slowest_ns(self, rows: int) -> float:
         """Of the stage that takes longest, with so many rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Windows of one sequence behind each other, each behind the drafted tokens of the one before it."""
-
-    window: int  # drafted tokens of each
-    depth: int  # windows under way, at most
-    rate: float  # of acceptance
-    speed: float  # tokens a nanosecond, expected: what is certain of them
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:

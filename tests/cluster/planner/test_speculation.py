@@ -15,9 +15,10 @@ from llamaclust.cluster.planner.plan import Plan, Prediction, Round
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.speculation import SpeculationGain, predict_gain
 from llamaclust.cluster.scheduler.drafting.drafter import Draft, Drafter, Drafters
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW, Candidate
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, best_windows
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.cluster.scheduler.speculation.windows import best_windows
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.costs import LayerCost, ModelCosts

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation
 from support.plans.drafting import SaidDrafters, replayed
 from support.plans.simulations import check_answer, generation, simulation

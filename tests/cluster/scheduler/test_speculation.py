@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation as module
-from llamaclust.cluster.scheduler.speculation.settings import MAX_WINDOW, SpeculationSettings
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from support.clusters.fakes import VOCABULARY, Simulation, expected
 from support.plans.drafting import AnyChains, AnyWindows, SaidDrafters, Says, nonsense, replayed
 from support.plans.simulations import check_answer, check_writes, generation, random_request, simulation

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from llamaclust.cluster.scheduler.speculation.candidates import Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
-from llamaclust.cluster.scheduler.speculation.windows import Chain, best_chain
+from llamaclust.cluster.scheduler.speculation.windows import best_chain
 from support.seed import SEED
 
 LENGTH = 128

@@ -14,7 +14,8 @@ from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, RoundTimes
+from llamaclust.cluster.scheduler.speculation.candidates import Candidate
+from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.grammars import definitions
 from support.chat.constrained_requests import grammar_requests, reasoning_requests

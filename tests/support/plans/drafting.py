@@ -11,7 +11,8 @@ import pytest
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES, Draft, Drafter
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, Chain, RoundTimes
+from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
+from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
 
 Says = Callable[[Sequence[int], int], tuple[int, ...]]
 """A draft for these tokens, of about so many."""

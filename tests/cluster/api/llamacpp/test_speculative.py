@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.scheduler.speculation import speculation
+from llamaclust.cluster.scheduler.speculation.candidates import Candidate
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.cluster.scheduler.speculation.windows import Candidate, RoundTimes
+from llamaclust.cluster.scheduler.speculation.windows import RoundTimes
 from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, events_of, ids, make_app, real_engine, says
 from support.plans.drafting import SaidDrafters
 

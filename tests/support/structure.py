@@ -141,7 +141,8 @@ def longest(graph: Graph) -> list[str]:
         return (module, *max(tails, key=len, default=()))
 
     chains: list[tuple[str, ...]] = [chain(module) for module in graph]
-    return list(max(chains, key=len, default=()))
+    found: tuple[str, ...] = max(chains, key=len, default=())
+    return list(found)
 
 
 def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
@@ -152,12 +153,12 @@ def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
         if module == target:
             return (module,)
         tails = (chain(imported) for imported in sorted(graph[module]))
-        longest = max((tail for tail in tails if tail), key=len, default=())
-        return (module, *longest) if longest else ()
+        tail = max((tail for tail in tails if tail), key=len, default=())
+        return (module, *tail) if tail else ()
 
     starts: list[tuple[str, ...]] = [chain(module) for module in graph if module.startswith("llamaclust.cli")]
-    longest: tuple[str, ...] = max(starts, key=len, default=())
-    return list(longest)
+    found: tuple[str, ...] = max(starts, key=len, default=())
+    return list(found)
 
 
 def arrows(graph: Graph, package: str = "llamaclust.cluster") -> dict[str, set[str]]:

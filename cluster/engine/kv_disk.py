@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol
 
 from llamaclust.cluster.engine.pipeline import KvDisks
-from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS
+from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.errors import DeadlineError, LlamaclustError

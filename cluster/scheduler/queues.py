@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
-from llamaclust.cluster.scheduler.kv.memory import KvMemory
+from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.turns import Running, first_in_turn, gives_way, in_turn, startable, takes_turn
 from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import fits
-
-RESERVE_BLOCKS = 2
-"""Left for each running sequence when another one starts: it must not be preempted again at once."""
 
 _OVERTAKING = 8
 """Sequences that are tried where the one whose turn it is does not fit."""

@@ -14,11 +14,11 @@ from operator import attrgetter
 
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
-from llamaclust.cluster.scheduler.kv.memory import KvMemory
+from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.lookahead import Lookahead
 from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
-from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS, SequenceQueues
+from llamaclust.cluster.scheduler.queues import SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
 from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, embedded_rows, scored_rows

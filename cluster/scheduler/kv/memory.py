@@ -14,6 +14,9 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
+RESERVE_BLOCKS = 2
+"""Left for each running sequence when another one starts: it must not be preempted again at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:

@@ -8,8 +8,7 @@ from math import inf
 from typing import Self
 
 from llamaclust.cluster.scheduler.drafting.drafter import CLASSES
-from llamaclust.cluster.scheduler.kv.memory import KvMemory
-from llamaclust.cluster.scheduler.queues import RESERVE_BLOCKS
+from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance

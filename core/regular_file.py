@@ -1,15 +1,21 @@
-"""Files of users, read with care: a pipe would block for ever, and text has several encodings."""
+"""Single files, read and written with care: a pipe would block for ever, text has several encodings, and a reader sees
+no part of what is written."""
 
 from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
+import json
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+_JSON_BYTES = 16 << 20
+"""Of a file of JSON; measured profiles take a few KiB a machine."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
@@ -53,3 +59,72 @@ def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = 
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")
     return file
+
+
+def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> bytes:
+    """OSError where the file cannot be read, ValueError where it is larger than so many bytes."""
+    with open_regular(path, follows_links=follows_links) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"larger than {most_bytes >> 20} MiB")
+    return data
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """As `read_bytes`. ValueError also for what is no text."""
+    return decode_text(read_bytes(path, most_bytes))
+
+
+def read_json(path: Path) -> Any:
+    """OSError where the file cannot be read, ValueError where it holds no JSON."""
+    try:
+        return json.loads(read_text(path, _JSON_BYTES))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old data or the new, never a part; `is_synced`: also after a
+    power failure, and the new data once this returns. Processes of several machines may write it at once: in containers
+    all of them have the same id.
+
+    OSError where it cannot be written, as on a full disk; nothing new stays then.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if is_synced:
+            sync_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, *, is_synced: bool = True) -> None:
+    """As `write_bytes`."""
+    write_bytes(path, text.encode(), is_synced=is_synced)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk afterwards."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks a file at once. False where another process, or another descriptor of this one, has it locked."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,16 +1,20 @@
-"""This machine: the addresses of its network interfaces, and its identity."""
+"""This machine: the addresses of its network interfaces, identity, processes and the clock that is never set."""
 
 from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 
+_START = 19
+"""Field 22 of /proc/PID/stat, counted from the third."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
@@ -109,9 +113,30 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
             yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), int(flags, 16)
 
 
+@cache
 def machine_id() -> str:
     """Equal in all processes of a running kernel; host names may be equal on several machines."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def boot_s() -> float:
+    """Seconds since the machine started; goes on while it sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def process_fields(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat after the second, the name, which may hold anything; none if there is no process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return []
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks after the boot; None where there is none. The kernel gives the pid of one
+    that has ended to another."""
+    fields = process_fields(pid)
+    return int(fields[_START]) if fields else None

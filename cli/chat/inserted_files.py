@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.cluster.config.values import expand_home
-from llamaclust.cluster.state.regular_file import read_text
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import read_text
 
 _MOST_BYTES: Final = 1 << 20
 _PUNCTUATION: Final = ".,;:!?)'"

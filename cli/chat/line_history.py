@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from llamaclust.cluster.state.regular_file import read_text, write_regular
+from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
 _CHARACTERS: Final = 4096
@@ -46,6 +46,6 @@ class LineHistory:
             lines = read_text(self._path, _MOST_BYTES).split("\n")[:-1]
             if len(lines) > _LINES:
                 lines = lines[-_LINES:]
-                write_regular(self._path, "".join(f"{line}\n" for line in lines))
+                write_text(self._path, "".join(f"{line}\n" for line in lines))
             return lines
         return []

@@ -23,8 +23,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES
 from llamaclust.cluster.server.drafting import DraftModelMemory, draft_model_memory
 from llamaclust.cluster.state.api_keys import read_api_keys
-from llamaclust.cluster.state.directory import read_other_loads, read_profiles
-from llamaclust.cluster.state.other_load import OtherLoad, disturbance
+from llamaclust.cluster.state.measurements import OtherLoad, disturbance, read_other_loads, read_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 from llamaclust.cluster.client.types import Message, Options
 from llamaclust.cluster.config.values import expand_home
-from llamaclust.cluster.state.regular_file import read_json, write_regular
 from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import read_json, write_text
 
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
@@ -66,7 +66,7 @@ class Conversation:
         try:
             if place.exists() and not place.is_file():
                 raise UsageError(f"{path}: cannot save: it is not a file")
-            write_regular(place, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
+            write_text(place, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"{path}: cannot save: {error.strerror}") from error
         except (ValueError, TypeError, RecursionError) as error:

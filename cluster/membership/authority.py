@@ -18,9 +18,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.cluster.state.regular_file import read_bytes
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.model.gguf.atomic_file import sync_folder
+from llamaclust.core.regular_file import read_bytes, sync_folder
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
 from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identity, KeyPair, Principal
 from llamaclust.wire.security.token import JoinToken

@@ -20,7 +20,7 @@ from llamaclust.cluster.server.start import check_models, launching, link_meter,
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
-from llamaclust.cluster.state.other_load import OtherLoad
+from llamaclust.cluster.state.measurements import OtherLoad
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.sched_slice import short_slices

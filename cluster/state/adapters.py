@@ -15,9 +15,9 @@ from typing import Any
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
-from llamaclust.cluster.state.regular_file import read_json
 from llamaclust.core.errors import LlamaclustError, RequestError
 from llamaclust.core.limits import MAX_ADAPTERS, AdapterScales
+from llamaclust.core.regular_file import read_json
 
 _PAST = 1024
 """Unloaded adapters whose names are known."""

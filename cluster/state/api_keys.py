@@ -9,10 +9,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any
 
-from llamaclust.cluster.state.regular_file import read_text, write_regular
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import read_text, write_text
 
 FILE_NAME = "api-keys"
 """The file in the state directory, unless another one is named."""
@@ -70,13 +70,7 @@ class LiveKeys(Sequence[str]):
                 _log.warning("%s; the API keys of before stay", error)
         return self._keys
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, index: Any) -> Any:
         return self._current()[index]
 
     def __len__(self) -> int:
@@ -139,7 +133,7 @@ def remove_key(path: Path, name: str) -> None:
 
 def _write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_regular(path.resolve(), "".join(f"{line}\n" for line in lines))
+    write_text(path.resolve(), "".join(f"{line}\n" for line in lines))
 
 
 def _named(lines: list[str]) -> list[NamedKey]:

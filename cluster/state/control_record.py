@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
-from llamaclust.cluster.state.regular_file import read_json
 from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
+from llamaclust.core.regular_file import read_json
 
 _MAX_EXCEEDED = MAX_TERM >> 1
 """A worker that reports a larger term cannot use up all terms."""

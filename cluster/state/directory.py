@@ -18,21 +18,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.cluster.state.log_files import limit_logs
-from llamaclust.cluster.state.other_load import OtherLoad
-from llamaclust.cluster.state.processes import own_start_ticks, start_ticks
-from llamaclust.cluster.state.regular_file import read_json, write_regular
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.core.profile import Profile, read_profile
+from llamaclust.core.regular_file import read_json, write_text
+from llamaclust.core.this_machine import start_ticks
 
 Value = TypeVar("Value")
 
-_PROFILES = ".profiles.json"  # no cluster's name begins with a dot
-_OTHER_LOAD = "other_load"  # beside the fields of a profile
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than a process that checks for a running cluster has its lock."""
@@ -42,6 +38,12 @@ _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 _STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
 """Between two looks whether a running cluster's folder is still there."""
+
+
+def _own_start_ticks() -> int:
+    ticks = start_ticks(os.getpid())
+    assert ticks is not None
+    return ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class ClusterRecord:
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
     launcher: str = "local"
     api_certificate: str | None = None  # the one that https shows, for this user's programs
-    start_ticks: int = field(default_factory=own_start_ticks)  # of the process
+    start_ticks: int = field(default_factory=_own_start_ticks)  # of the process
 
     def signal(self, number: signal.Signals) -> None:
         """LlamaclustError where the pid is another process's."""
@@ -66,7 +68,6 @@ class ClusterRecord:
 
 
 _RECORD = TypeAdapter(ClusterRecord)
-_LOAD = TypeAdapter(OtherLoad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +284,8 @@ class ClusterDir:
 
     def read_record(self) -> ClusterRecord | None:
         try:
-            return _RECORD.validate_python(read_json(self._record))
-        except (OSError, ValueError, TypeError):
+            return read_as(self._record, _RECORD)
+        except (OSError, ValueError):
             return None
 
     def remove_record(self) -> None:
@@ -334,32 +335,6 @@ def _check_owner(user: int, path: Path) -> None:
         raise UsageError(f"{what}: set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
 
 
-def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds to what is known already. `load`: of other programs, while these profiles were measured."""
-    loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
-    loads |= {} if load is None else dict.fromkeys(profiles, load)
-    values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
-    for key, other in loads.items():
-        values[key][_OTHER_LOAD] = asdict(other)
-    write_private(state_dir / _PROFILES, json.dumps(values), is_synced=False)
-
-
-def read_profiles(state_dir: Path) -> dict[str, Profile]:
-    """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
-    return read_values(state_dir / _PROFILES, read_profile)
-
-
-def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
-    """Load of other programs during measurements, by the keys of profiles; without those where it is unknown."""
-    found = read_values(state_dir / _PROFILES, _read_other_load)
-    return {key: load for key, load in found.items() if load is not None}
-
-
-def _read_other_load(profile: Mapping[str, Any]) -> OtherLoad | None:
-    value = profile.get(_OTHER_LOAD)
-    return None if value is None else _LOAD.validate_python(value)
-
-
 def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:
     """What `write_values` wrote; empty where the file is missing or damaged."""
     try:
@@ -373,10 +348,18 @@ def write_values(path: Path, values: Mapping[str, Any]) -> None:
     write_private(path, json.dumps({key: asdict(value) for key, value in values.items()}), is_synced=False)
 
 
-def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """As `write_regular`. LlamaclustError that names the file where it cannot be written."""
+def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
+    """The content of a JSON file. OSError where it cannot be read, ValueError, in one line, for other content."""
     try:
-        write_regular(path, text, is_synced=is_synced)
+        return kind.validate_python(read_json(path))
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from error
+
+
+def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
+    """As `write_text`. LlamaclustError that names the file where it cannot be written."""
+    try:
+        write_text(path, text, is_synced=is_synced)
     except OSError as error:
         what = f"{path}: cannot be written: {error.strerror}"
         raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error

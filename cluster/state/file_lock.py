@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import take_lock
 
 
 class FileLock:
@@ -23,7 +24,7 @@ class FileLock:
     def take(self) -> bool:
         """Whether it could be had at once. UsageError for a folder."""
         descriptor = self._open()
-        if not _lock(descriptor, fcntl.LOCK_EX):
+        if not take_lock(descriptor):
             os.close(descriptor)
             return False
         return self._has_taken(descriptor)
@@ -33,7 +34,7 @@ class FileLock:
         its file was deleted."""
         if self._awaited is None:
             self._awaited = self._open()
-        if not _lock(self._awaited, fcntl.LOCK_EX):
+        if not take_lock(self._awaited):
             return False
         descriptor, self._awaited = self._awaited, None
         return self._has_taken(descriptor)
@@ -71,17 +72,9 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _lock(descriptor, fcntl.LOCK_SH)
+        return not take_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.config.sections import Lease
-from llamaclust.cluster.state.instants import boot_s
 from llamaclust.core.errors import LlamaclustError, SupersededError
+from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
 """Of the duration: a holder that has not renewed for so long is none any more."""

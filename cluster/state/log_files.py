@@ -6,8 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from llamaclust.cluster.state.regular_file import write_bytes
-from llamaclust.core.regular_file import open_regular
+from llamaclust.core.regular_file import open_regular, write_bytes
 
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20

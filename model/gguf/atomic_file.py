@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from llamaclust.core.errors import UsageError
+from llamaclust.core.regular_file import sync_folder, take_lock
 from llamaclust.core.sizes import MIB
 
 _RESERVE_BYTES: Final = 1 << 24
@@ -120,15 +120,6 @@ def _locked(path: Path) -> Iterator[None]:
         raise
 
 
-def take_lock(file: BinaryIO | int) -> bool:
-    """False where another process, or another descriptor of this one, has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _is_at(file: BinaryIO, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
@@ -155,12 +146,3 @@ def _delete_unlocked(parts: Sequence[Path]) -> None:
         if take_lock(file):
             for part in reversed(parts):
                 part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in it are on the disk afterwards."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

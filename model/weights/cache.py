@@ -21,8 +21,8 @@ from pathlib import Path
 from threading import Lock
 
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.regular_file import take_lock
 from llamaclust.core.sizes import mib
-from llamaclust.model.gguf.atomic_file import take_lock
 from llamaclust.model.gguf.tensors import FileIdentity
 
 WHOLE, UNFINISHED, KNOWN, LEASE = ".weights", ".part", ".manifest", ".load"

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.state.directory import read_other_loads, read_profiles, write_profiles
-from llamaclust.cluster.state.other_load import OtherLoad
+from llamaclust.cluster.state.measurements import OtherLoad, read_other_loads, read_profiles, write_profiles
 from llamaclust.core.profile import Profile
 from support.clusters.command_line import CommandLine
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cli.main import main
-from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad
+from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.costs import LayerCost, ModelCosts

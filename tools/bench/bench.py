@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad
+from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend

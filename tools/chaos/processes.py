@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.core.addresses import AddressError, split_address
+from llamaclust.core.this_machine import process_fields
 
 _PROC = Path("/proc")
 _STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name
@@ -29,8 +30,8 @@ class Process:
     @property
     def is_running(self) -> bool:
         """Neither ended nor waiting to be reaped."""
-        fields = _stat(self.pid)
-        return fields is not None and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
+        fields = process_fields(self.pid)
+        return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
         """Whether it was there to be signalled: the id cannot change hands between check and signal."""
@@ -66,7 +67,7 @@ class Process:
 
     def children(self) -> Iterator[Process]:
         for folder in _PROC.iterdir():
-            if folder.name.isdecimal() and (fields := _stat(int(folder.name))) and int(fields[_PARENT]) == self.pid:
+            if folder.name.isdecimal() and (fields := process_fields(folder.name)) and int(fields[_PARENT]) == self.pid:
                 yield Process(int(folder.name), int(fields[_START]))
 
 
@@ -75,8 +76,8 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
     process = _own_process(worker["pid"])
     if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
         return None
-    fields = _stat(process.pid)
-    return process if fields is not None and int(fields[_PARENT]) == coordinator_pid else None
+    fields = process_fields(process.pid)
+    return process if fields and int(fields[_PARENT]) == coordinator_pid else None
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
@@ -109,15 +110,8 @@ def _own_process(pid: int) -> Process | None:
         is_own = (_PROC / str(pid)).stat().st_uid == os.getuid()
     except OSError:
         return None
-    fields = _stat(pid)
-    return Process(pid, int(fields[_START])) if is_own and fields is not None else None
-
-
-def _stat(pid: int) -> list[str] | None:
-    try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+    fields = process_fields(pid)
+    return Process(pid, int(fields[_START])) if is_own and fields else None
 
 
 def _command_line(pid: int) -> list[str]:

@@ -13,11 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.state.regular_file import read_bytes, write_bytes
 from llamaclust.cluster.text.slots import SlotTokens
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.regular_file import open_regular
+from llamaclust.core.regular_file import open_regular, read_bytes, write_bytes
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _FORMAT: Final = "llamaclust slot 1"

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.cluster.state.regular_file import read_bytes
 from llamaclust.core.addresses import ANYWHERE
+from llamaclust.core.regular_file import read_bytes
 from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.security.certificates import load_private, private_pem
 

@@ -11,9 +11,15 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.resources.resource_shares import measurement_key, most_similar_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_worker
-from llamaclust.cluster.state.directory import read_other_loads, read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, Notice, Report
-from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad, disturbance
+from llamaclust.cluster.state.measurements import (
+    LoadMeter,
+    OtherLoad,
+    disturbance,
+    read_other_loads,
+    read_profiles,
+    write_profiles,
+)
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.profile import DeviceProfile, Profile, mean_profile
 from llamaclust.model.loader import Model

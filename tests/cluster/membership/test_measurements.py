@@ -23,9 +23,8 @@ from llamaclust.cluster.membership.worker_requests import (
     profile_worker,
     refresh_memory,
 )
-from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.cluster.state.other_load import LoadMeter, OtherLoad
+from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad, read_profiles
 from llamaclust.core.profile import DeviceProfile, ProductTime, Profile, StepTime
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control.messages import (

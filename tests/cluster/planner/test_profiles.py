@@ -20,7 +20,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.cluster.state.directory import read_profiles, write_profiles
+from llamaclust.cluster.state.measurements import read_profiles, write_profiles
 from llamaclust.core.profile import Profile, StepTime, at_rows, mean_step_times
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend

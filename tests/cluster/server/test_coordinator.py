@@ -24,12 +24,8 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.server import coordinator
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
-from llamaclust.cluster.state.directory import (
-    ClusterDir,
-    ClusterRecord,
-    read_profiles,
-    write_profiles,
-)
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from llamaclust.cluster.state.measurements import read_profiles, write_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.kernels import _native

@@ -21,17 +21,12 @@ import pytest
 
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.directory import (
-    ClusterDir,
-    ClusterRecord,
-    open_log,
-    read_profiles,
-    write_profiles,
-)
-from llamaclust.cluster.state.processes import start_ticks
-from llamaclust.cluster.state.regular_file import write_regular
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, open_log
+from llamaclust.cluster.state.measurements import read_profiles, write_profiles
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.profile import DeviceProfile, Profile
+from llamaclust.core.regular_file import write_text
+from llamaclust.core.this_machine import start_ticks
 from support.clusters.command_line import eventually
 
 
@@ -183,7 +178,7 @@ def test_a_file_that_several_write_at_once_is_one_of_theirs(tmp_path: Path) -> N
 
     def write(text: str) -> None:
         for _ in range(10):
-            write_regular(path, text, is_synced=False)
+            write_text(path, text, is_synced=False)
 
     with ThreadPoolExecutor(len(texts)) as pool:
         assert list(pool.map(write, texts)) == [None] * len(texts)

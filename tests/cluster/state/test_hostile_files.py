@@ -12,7 +12,8 @@ import pytest
 from llamaclust.cluster.api.port.self_signed import keep_self_signed
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.log_tail import last_error
-from llamaclust.cluster.state.directory import ClusterDir, read_other_loads, read_profiles
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.measurements import read_other_loads, read_profiles
 from llamaclust.core.errors import LlamaclustError, UsageError
 from support.wire.trust import authority
 

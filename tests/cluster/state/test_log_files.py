@@ -13,7 +13,7 @@ from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state import log_files
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, open_log
 from llamaclust.cluster.state.log_files import limit_logs
-from llamaclust.cluster.state.regular_file import write_bytes
+from llamaclust.core.regular_file import write_bytes
 from support.clusters.command_line import eventually
 
 

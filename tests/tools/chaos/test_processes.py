@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from llamaclust.cluster.state.directory import ClusterRecord
-from llamaclust.cluster.state.processes import start_ticks
+from llamaclust.core.this_machine import start_ticks
 from llamaclust.tools.chaos import processes
 from llamaclust.tools.chaos.targets import Permissions, find_targets
 

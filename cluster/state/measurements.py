@@ -1,15 +1,25 @@
-"""Processor load of other programs during a measurement, which much of it makes meaningless."""
+"""Measurements that a state directory keeps, and the processor load of other programs meanwhile, which much of it makes
+meaningless."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
+from llamaclust.cluster.state.directory import read_values, write_private
+from llamaclust.core.profile import Profile, read_profile
+from llamaclust.core.this_machine import process_fields
+
+_PROFILES = ".profiles.json"  # no cluster's name begins with a dot
+_OTHER_LOAD = "other_load"  # beside the fields of a profile
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
@@ -35,6 +45,9 @@ class OtherLoad:
     def text(self) -> str:
         stolen = f", other virtual machines {self.stolen:.1f}" if self.stolen >= 0.05 else ""
         return f"other programs used {self.others:.1f} of {self.cores} cores{stolen}"
+
+
+_LOAD = TypeAdapter(OtherLoad)
 
 
 def disturbance(loads: Iterable[OtherLoad]) -> str | None:
@@ -105,7 +118,30 @@ def _descendants(pid: str) -> Iterator[str]:
 
 
 def _ticks(pid: str) -> int:
-    try:
-        return sum(map(int, (_PROC / pid / "stat").read_text().rpartition(")")[2].split()[_CPU_TIMES]))
-    except (OSError, ValueError):
-        return 0  # it has ended meanwhile
+    return sum(map(int, process_fields(pid)[_CPU_TIMES]))  # 0 if it has ended meanwhile
+
+
+def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
+    """Adds to what is known already. `load`: of other programs, while these profiles were measured."""
+    loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
+    loads |= {} if load is None else dict.fromkeys(profiles, load)
+    values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
+    for key, other in loads.items():
+        values[key][_OTHER_LOAD] = asdict(other)
+    write_private(state_dir / _PROFILES, json.dumps(values), is_synced=False)
+
+
+def read_profiles(state_dir: Path) -> dict[str, Profile]:
+    """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
+    return read_values(state_dir / _PROFILES, read_profile)
+
+
+def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
+    """Load of other programs during measurements, by the keys of profiles; without those where it is unknown."""
+    found = read_values(state_dir / _PROFILES, _read_other_load)
+    return {key: load for key, load in found.items() if load is not None}
+
+
+def _read_other_load(profile: Mapping[str, Any]) -> OtherLoad | None:
+    value = profile.get(_OTHER_LOAD)
+    return None if value is None else _LOAD.validate_python(value)

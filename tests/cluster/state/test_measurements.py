@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.state import other_load as load_module
-from llamaclust.cluster.state.directory import read_other_loads, read_profiles, write_profiles
-from llamaclust.cluster.state.other_load import CpuSeconds, LoadMeter, OtherLoad, disturbance, other_load
+from llamaclust.cluster.state import measurements as load_module
+from llamaclust.cluster.state.measurements import (
+    CpuSeconds,
+    LoadMeter,
+    OtherLoad,
+    disturbance,
+    other_load,
+    read_other_loads,
+    read_profiles,
+    write_profiles,
+)
 from llamaclust.core.profile import DeviceProfile, Profile
 
 START = CpuSeconds(busy=1000.0, stolen=50.0, own=3.0, at=10.0)

@@ -106,7 +106,7 @@ def _signal_end(_: ClusterDir, record: ClusterRecord) -> None:
 
 def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
     """Kills a cluster that does not end in time."""
-    from llamaclust.cluster.state.unanswered import left_unanswered
+    from llamaclust.cluster.state.journal_records import left_unanswered
 
     if not folder.ends_within(_IDLE_S):
         what = "running requests are finished first; `llamaclust down` again stops at once"

@@ -29,10 +29,14 @@ from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Draining, Notice, Report
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
-from llamaclust.cluster.state.unanswered import found_unanswered, left_unanswered
+from llamaclust.cluster.state.journal_records import (
+    Instant,
+    OpenRequest,
+    found_unanswered,
+    left_unanswered,
+    read_journal,
+)
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
 from llamaclust.core.process_settings import allow_many_files, collect_rarely, share_interpreter

@@ -3,7 +3,6 @@ for the next coordinator."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
@@ -11,18 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import Annotated
 
-from llamaclust.cluster.state.directory import write_private
+from pydantic import AfterValidator, Field, TypeAdapter
+
+from llamaclust.cluster.state.directory import read_as, write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
-from llamaclust.core.errors import LlamaclustError, RequestError
+from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import MAX_ADAPTERS, AdapterScales
-from llamaclust.core.regular_file import read_json
 
 _PAST = 1024
 """Unloaded adapters whose names are known."""
-_WRITE_S = 10.0
-"""Until a disk is taken for one that hangs."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +39,17 @@ class ServedAdapter:
     path: str
     scale: float = 1.0  # of requests that name it as their model
     content: str = ""
+
+
+def _checked(adapter: ServedAdapter) -> ServedAdapter:
+    if not (adapter.name and adapter.path and adapter.content):
+        raise ValueError("an adapter without a name, a path or a digest")
+    return adapter
+
+
+_Loaded = tuple[Annotated[int, Field(ge=0, lt=MAX_ADAPTERS)], Annotated[ServedAdapter, AfterValidator(_checked)]]
+_MODELS = TypeAdapter(dict[str, list[_Loaded]])
+"""Adapters that clients loaded, by the names of models."""
 
 
 @dataclass(slots=True, eq=False)
@@ -137,13 +146,14 @@ class AdapterRecord:
     def __init__(self, path: Path) -> None:
         """What cannot be read is left out, with a warning."""
         self.path = path
+        self._disk = DiskThread("adapter record")
         self._models: dict[str, list[tuple[int, ServedAdapter]]] = {}
         self._absent: dict[str, list[tuple[int, ServedAdapter]]] = {}
         try:
-            self._models = {name: [*map(_adapter, listed)] for name, listed in read_json(path).items()}
+            self._models = read_as(path, _MODELS)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s: cannot be read: %s; adapters that clients loaded are not loaded again", path, error)
 
     def of(self, model: str) -> list[tuple[int, ServedAdapter]]:
@@ -173,31 +183,7 @@ class AdapterRecord:
         self, model: str, loaded: Sequence[tuple[int, ServedAdapter]], absent: list[tuple[int, ServedAdapter]]
     ) -> None:
         models = {**self._models, model: [*loaded, *absent]}
-        values = {
-            name: [
-                {"number": number, "name": adapter.name, "path": adapter.path, "content": adapter.content}
-                for number, adapter in listed
-            ]
-            for name, listed in models.items()
-            if listed
-        }
-        disk = DiskThread("adapter record", _WRITE_S)
-        try:
-            await disk.call(partial(write_private, self.path, json.dumps(values)))
-        except TimeoutError as error:
-            raise LlamaclustError(f"{self.path}: cannot be written: {error.strerror}") from error
-        finally:
-            disk.close()
+        text = _MODELS.dump_json({name: listed for name, listed in models.items() if listed}).decode()
+        await self._disk.write(self.path, partial(write_private, self.path, text))
         self._models = models
         self._absent[model] = absent
-
-
-def _adapter(entry: Any) -> tuple[int, ServedAdapter]:
-    number, name, path, content = (entry[key] for key in ("number", "name", "path", "content"))
-    if not isinstance(number, int) or not 0 <= number < MAX_ADAPTERS or not all(map(_is_text, (name, path, content))):
-        raise ValueError("an adapter without a number, a name, a path or a digest")
-    return number, ServedAdapter(name, path, content=content)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)

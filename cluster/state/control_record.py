@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from llamaclust.cluster.state.directory import write_private
+from pydantic import Field, TypeAdapter
+
+from llamaclust.cluster.state.directory import read_as, write_private
 from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
-from llamaclust.core.regular_file import read_json
 
 _MAX_EXCEEDED = MAX_TERM >> 1
 """A worker that reports a larger term cannot use up all terms."""
-_WRITE_S = 10.0
-"""Until a disk is taken for one that hangs."""
-_MOST_SHOWN = 40
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What is on disk."""
+
+    term: Annotated[int, Field(ge=0, lt=MAX_TERM)]
+    drained: frozenset[str]  # names of workers
+
+
+_WRITTEN = TypeAdapter(_Written)
 
 
 @dataclass(slots=True)
@@ -34,23 +43,24 @@ class ControlRecord:
     _epochs: int = field(default=0, init=False)
     _written_term: int = field(default=0, init=False)
     _written_drained: frozenset[str] | None = field(default=None, init=False)
-    _disk: DiskThread | None = field(default=None, init=False, compare=False)  # of the newest write
+    _disk: DiskThread = field(default_factory=partial(DiskThread, "control record"), init=False, compare=False)
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, compare=False)
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
         """A new term, larger than that of the last coordinator. LlamaclustError where it cannot be written."""
-        term, drained = 0, frozenset[str]()
+        last = _Written(0, frozenset())
         try:
-            term, drained = _read(path)
+            last = read_as(path, _WRITTEN)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s: cannot be read: %s; no worker counts as drained", path, error)
-        if term + 1 >= MAX_TERM:
-            raise LlamaclustError(f"{path}: term {term} is the last one: remove the file while no coordinator runs")
-        record = cls(path, term + 1, drained)
-        record._written_term = term
+        if last.term + 1 >= MAX_TERM:
+            what = f"{path}: term {last.term} is the last one"
+            raise LlamaclustError(f"{what}: remove the file while no coordinator runs")
+        record = cls(path, last.term + 1, last.drained)
+        record._written_term = last.term
         record._write(record.term, record.drained)
         return record
 
@@ -77,39 +87,20 @@ class ControlRecord:
     def newer_term(self) -> int:
         """Of a coordinator that has begun since, in the same state directory; 0 where there is none."""
         try:
-            term = 0 if self.path is None else _read(self.path)[0]
-        except (OSError, ValueError, TypeError, KeyError):
+            term = 0 if self.path is None else read_as(self.path, _WRITTEN).term
+        except (OSError, ValueError):
             return 0
         return term if term > self._written_term else 0
 
     async def _save(self, term: int) -> None:
         """One write at a time, in the order of the changes: none begins while an earlier one hangs."""
         async with self._writing:
-            if self._disk is not None and self._disk.hangs:
-                raise LlamaclustError(f"{self.path}: cannot be written: an earlier write has not returned")
-            disk = self._disk = DiskThread("control record", _WRITE_S)
-            try:
-                await disk.call(partial(self._write, max(term, self._written_term), self.drained))
-            except TimeoutError as error:
-                raise LlamaclustError(f"{self.path}: cannot be written: {error.strerror}") from error
-            finally:
-                disk.close()
+            await self._disk.write(self.path, partial(self._write, max(term, self._written_term), self.drained))
 
     def _write(self, term: int, drained: frozenset[str]) -> None:
         if newer := self.newer_term():
             raise SupersededError(f"{self.path}: a newer coordinator (term {newer}) has the cluster")
         self._written_term = term
         if self.path is not None:
-            write_private(self.path, json.dumps({"term": term, "drained": sorted(drained)}))
+            write_private(self.path, _WRITTEN.dump_json(_Written(term, drained)).decode())
         self._written_drained = drained
-
-
-def _read(path: Path) -> tuple[int, frozenset[str]]:
-    """Term and drained workers. OSError, ValueError, TypeError, KeyError."""
-    values = read_json(path)
-    term, drained = values["term"], values["drained"]
-    if not isinstance(term, int) or not 0 <= term < MAX_TERM:
-        raise ValueError(f"term {str(term)[:_MOST_SHOWN]}, where 0 to {MAX_TERM - 1} are possible")
-    if not isinstance(drained, list):
-        raise ValueError("the names of drained workers are no list")
-    return term, frozenset(map(str, drained))

@@ -16,9 +16,17 @@ from pathlib import Path
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.disk_thread import DiskThread
-from llamaclust.cluster.state.journal_contents import JournalContents
-from llamaclust.cluster.state.journal_file import JournalFile
-from llamaclust.cluster.state.journal_records import Admission, ChoiceKey, OpenRequest
+from llamaclust.cluster.state.journal_file import JournalContents, JournalFile
+from llamaclust.cluster.state.journal_records import (
+    Admission,
+    Answered,
+    ChoiceKey,
+    Ended,
+    OpenRequest,
+    Record,
+    Restored,
+    Sent,
+)
 from llamaclust.core.errors import SupersededError
 from llamaclust.core.sampling import RowResult
 
@@ -26,12 +34,8 @@ _PAUSE_S = 0.02
 """From the begin of one write to that of the next: admissions of that time share it. Less than a prompt takes."""
 _LATER_S = 0.1
 """Until lines are written that nothing waits for, unless an admission takes them along."""
-_TOGETHER_S = 1.0
-"""Requests whose replies were sent so closely end together."""
 _RETRY_S = 5.0
 """Between two attempts to write to a disk that is full, read-only or away."""
-_WRITE_S = 10.0
-"""Until a disk is taken for one that hangs: as long as one request at most waits for it."""
 _ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
 
@@ -49,91 +53,77 @@ class Journal:
         has begun, the file is that one's."""
         self._sent_s = sent_s
         self._contents = JournalContents()
-        self._writer = _Writer(path, JournalFile(path, record), self._contents)
-        self._timer: asyncio.TimerHandle | None = None  # of those that were sent
+        self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Iterable[OpenRequest]) -> None:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
         for request in requests:
-            self._contents.restore(request, asyncio.get_running_loop().time())
-        self._await_oldest()
-        await self._writer.written(is_synced=True)
+            for record in request.records():
+                self._contents.add(record)
+            if request.is_sent:
+                self.sent(request.admission.id)
+        await self._writer.written(b"", is_synced=True)
 
     def admit(self, admission: Admission) -> Awaitable[None]:
         """Done once the record is on disk, or cannot be. Admissions at about the same time share one fsync.
         SupersededError where the journal is sealed."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
-        self._writer.put(self._contents.admit(admission))
-        return self._writer.written(is_synced=True)
+        return self._writer.written(self._contents.add(admission), is_synced=True)
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
         """Tokens of a choice from its token number `start` on; written soon, and not synced."""
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.answer(request_id, choice, start, rows))
+        self._add(Answered.of(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
         """Requests, by id, are computed for a client again, so many times now without a token. Returns once that will
         be found whatever this process does next."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
-            self._writer.put(b"".join(self._contents.restored(*restored) for restored in times.items()))
-            await self._writer.written(is_synced=False)
+            lines = b"".join(self._contents.add(Restored(*restored)) for restored in times.items())
+            await self._writer.written(lines, is_synced=False)
 
     def progressed(self, request_id: str) -> None:
         """A restored request has got further than before."""
         self._without_progress.pop(request_id, None)
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.restored(request_id, 0))
+        self._add(Restored(request_id, 0))
 
     def sent(self, request_id: str) -> None:
         """Its whole reply was sent: it ends in a while, the oldest earlier where these are many."""
         if not self._writer.is_sealed:
-            self._writer.add(self._contents.sent(request_id, asyncio.get_running_loop().time()))
-            self._await_oldest()
+            self._writer.add(self._contents.sent(request_id))
+            asyncio.get_running_loop().call_later(self._sent_s, self._add, Ended(request_id))
 
     def completed(self, request_id: str) -> None:
         """Its whole reply is there for its client, which does not wait: a successor computes it if it is asked for."""
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.completed(request_id))
+        self._add(Sent(request_id))
 
     def end(self, request_id: str) -> None:
         """The request needs no record any more."""
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.end(request_id))
+        self._add(Ended(request_id))
 
     def end_sent(self) -> None:
         """All whose replies were sent: clients that come back later are too late."""
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.end_sent(math.inf))
+        for request_id in self._contents.sent_ids:
+            self._add(Ended(request_id))
 
     def stop_in_order(self) -> None:
         """This coordinator's end does not count against the requests that it restored."""
-        if not self._writer.is_sealed:
-            for request_id, times in self._without_progress.items():
-                self._writer.add(self._contents.restored(request_id, times - 1))
-            self._without_progress.clear()
+        for request_id, times in self._without_progress.items():
+            self._add(Restored(request_id, times - 1))
+        self._without_progress.clear()
 
     def seal(self) -> None:
         """What is open is left to the next coordinator: from now on nothing is recorded."""
         self._writer.is_sealed = True
 
-    def _await_oldest(self) -> None:
-        if self._timer is None and (sent_s := self._contents.oldest_sent_s) is not None:
-            self._timer = asyncio.get_running_loop().call_at(sent_s + self._sent_s + _TOGETHER_S, self._end_sent)
-
-    def _end_sent(self) -> None:
-        """Those that were kept for long enough."""
-        self._timer = None
+    def _add(self, record: Record) -> None:
         if not self._writer.is_sealed:
-            self._writer.add(self._contents.end_sent(asyncio.get_running_loop().time() - self._sent_s))
-            self._await_oldest()
+            self._writer.add(self._contents.add(record))
 
     async def aclose(self) -> None:
         """Writes what is left. Unless it is sealed, clients that come back later are too late."""
-        if self._timer is not None:
-            self._timer.cancel()
         self.end_sent()
         await self._writer.aclose()
 
@@ -141,24 +131,18 @@ class Journal:
 class _Writer:
     """Puts lines into the file, on a thread of its own: together, and not more often than needed."""
 
-    def __init__(self, path: Path, file: JournalFile, contents: JournalContents) -> None:
+    def __init__(self, file: JournalFile, contents: JournalContents) -> None:
         self.is_sealed = False
-        self._path = path
         self._file = file
         self._contents = contents
-        self._thread = DiskThread("journal", _WRITE_S)
+        self._thread = DiskThread("journal")
         self._pending: list[bytes] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._is_sync_due = False
         self._due: asyncio.TimerHandle | None = None  # of the next write
         self._writing: asyncio.Task[None] | None = None
         self._begun_s = -math.inf  # the last write
-        self._is_whole = False  # the file has the lines of all open requests
         self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
-
-    def put(self, lines: bytes) -> None:
-        """They are `written` before what comes later."""
-        self._pending.append(lines)
 
     def add(self, lines: bytes) -> None:
         """They are written in a while."""
@@ -166,9 +150,10 @@ class _Writer:
             self._pending.append(lines)
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
-    def written(self, *, is_synced: bool) -> asyncio.Future[None]:
-        """Done once all lines so far are in the file, or cannot be; with `is_synced`, on disk."""
+    def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
+        """Done once these and all lines before are in the file, or cannot be; with `is_synced`, on disk."""
         loop = asyncio.get_running_loop()
+        self._pending.append(lines)
         written: asyncio.Future[None] = loop.create_future()
         self._waiting.append(written)
         self._is_sync_due |= is_synced
@@ -184,7 +169,6 @@ class _Writer:
             await self._writing
         if self._due is not None:
             self._due.cancel()
-        self._thread.close()
         if not self._thread.hangs:
             self._file.close()
 
@@ -228,25 +212,25 @@ class _Writer:
             await self._put(b"".join(pending), is_synced=is_synced)
         except SupersededError as error:
             if not self.is_sealed:
-                _log.error("%s: %s", self._path, error)
+                _log.error("%s: %s", self._file.path, error)
             self.is_sealed = True
         except Exception as error:  # noqa: BLE001  requests are served, whatever the cause
             if self._failed_s is None:
                 _log.warning(
                     "%s: cannot be written: %s; requests are served, but would not survive the coordinator until "
                     "it can be written again",
-                    self._path,
+                    self._file.path,
                     error.strerror if isinstance(error, OSError) else repr(error),
                 )
-            self._is_whole, self._failed_s = False, asyncio.get_running_loop().time()
+            self._failed_s = asyncio.get_running_loop().time()
         else:
             if self._failed_s is not None:
-                _log.warning("%s: can be written again", self._path)
-            self._is_whole, self._failed_s = True, None
+                _log.warning("%s: can be written again", self._file.path)
+            self._failed_s = None
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
         """Nothing of the file is touched outside of the thread."""
-        if self._is_whole and not self._is_mostly_ended(len(data)):
+        if self._failed_s is None and not self._is_mostly_ended(len(data)):
             if await self._thread.call(partial(self._file.append, data, is_synced)):
                 return
             self._pending.clear()  # what came meanwhile is in the contents

@@ -1,4 +1,5 @@
-"""Requests as the journal has them, and its lines: JSON behind its CRC-32; an admission's body follows as it is.
+"""Records of the journal, each a line: a CRC-32, the kind of record and its fields as JSON; and the requests that they
+make up.
 
 A torn or damaged line is skipped, and with it the tokens that follow its own.
 """
@@ -6,59 +7,54 @@ A torn or damaged line is skipped, and with it the tokens that follow its own.
 from __future__ import annotations
 
 import json
+import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
 from struct import Struct
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, get_args
 
-from pydantic_core import from_json
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter
 
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.regular_file import open_regular
 from llamaclust.core.sampling import RowResult
+from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
 """More than the largest body needs; of a longer line, which is none of ours, no more is held."""
-_CHECKSUM_DIGITS = 8
-_BODY = b"\t"
-"""Before a body; JSON of ours has none."""
-_ADMISSION = [
-    str,
-    int,
-    int,
-    str,
-    str,
-    str,
-    str,
-    str,
-    str,
-    str,
-    float,
-    float,
-    str,
-    float,
-    str,
-    bool,
-    bool,
-    bool,
-    list,
-    list,
-    list,
-]
-"""Types of its fields, in the order of `admission_line`."""
 _ROW = Struct("<id")
-"""A token and its logprob, in hexadecimal digits on a line: a journal of many tokens is read several times as fast as
-one of decimal numbers."""
-_encoder = json.JSONEncoder(separators=(",", ":"))
-"""One for all lines: to make one takes as long as a line."""
+"""A token and its logprob: a journal of many tokens is read several times as fast as one of decimal numbers."""
+_CHECKSUM = b"%08x "
+_BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 ChoiceKey = tuple[int, int]
 """Prompt and choice of a request."""
+_Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), BeforeValidator(json.loads)]
+"""JSON within JSON: texts may have halves of surrogate pairs, which Pydantic refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """A point in time that later processes measure from, by two clocks: the time since the machine started, which is
+    never set, and Unix time for other machines."""
+
+    unix_s: float
+    boot_s: float
+    machine: str  # see `machine_id`; another one after each start of the machine
+
+    @classmethod
+    def now(cls) -> Instant:
+        return cls(time.time(), boot_s(), machine_id())
+
+    def passed_s(self, until: Instant) -> float:
+        """Between machines, at least 0: their clocks may differ."""
+        if self.machine == until.machine:
+            return until.boot_s - self.boot_s
+        return max(0.0, until.unix_s - self.unix_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +86,10 @@ class Admission:
     is_streamed: bool = True
     is_background: bool = False  # its client does not wait for it
     has_grammar: bool = False  # its answers obey a grammar
-    earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that its body continues
+    earlier: _Messages = ()  # messages of the stored chat that its body continues
     adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded
+
+    __pydantic_config__ = _BASE64
 
     @property
     def id(self) -> str:
@@ -103,6 +101,49 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """Tokens of a choice, from its token number `start` on."""
+
+    id: str
+    prompt: int
+    choice: int
+    start: int
+    rows: bytes
+
+    __pydantic_config__ = _BASE64
+
+    @classmethod
+    def of(cls, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> Answered:
+        return cls(request_id, *choice, start, b"".join(_ROW.pack(row.token, row.logprob) for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Coordinators began to compute the request again, so many times without a new token."""
+
+    id: str
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The whole reply was sent; its client may not have read it."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The request needs no record any more."""
+
+    id: str
+
+
+Record = Admission | Answered | Restored | Sent | Ended
+_KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kind) for kind in get_args(Record)}
+
+
+@dataclass(frozen=True, slots=True)
 class OpenRequest:
     """A request of the journal that has not ended, and the tokens of its choices so far."""
 
@@ -111,179 +152,120 @@ class OpenRequest:
     is_sent: bool = False  # the whole reply was; its client may not have read it
     restores: int = 0  # by coordinators that ended before they added a token
 
+    def records(self) -> Iterator[Record]:
+        """Its admission, its tokens and its restores."""
+        yield self.admission
+        for choice, rows in self.answered.items():
+            yield Answered.of(self.admission.id, choice, 0, rows)
+        if self.restores:
+            yield Restored(self.admission.id, self.restores)
 
-def admission_line(admission: Admission) -> bytes:
-    """RequestError for one that no coordinator would read again."""
-    identity = admission.identity
-    fields = (
-        identity.id,
-        identity.seed,
-        identity.created,
-        identity.owner,
-        identity.client,
-        identity.conversation,
-        identity.idempotency_key,
-        identity.traceparent,
-        identity.tracestate,
-        admission.endpoint,
-        admission.admitted.unix_s,
-        admission.admitted.boot_s,
-        admission.admitted.machine,
-        admission.limit_s,
-        admission.served,
-        admission.is_streamed,
-        admission.is_background,
-        admission.has_grammar,
-        admission.earlier,
-        identity.scales,
-        admission.adapters,
-    )
-    body = admission.body.replace(b"%", b"%25").replace(b"\n", b"%0A")
-    line = _line(_json({"admit": fields}) + _BODY + body)
+
+def to_line(record: Record) -> bytes:
+    """RequestError for a record that no coordinator would read again."""
+    kind = type(record).__name__.encode()
+    line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude_defaults=True))
     if len(line) >= _MAX_LINE_BYTES:  # a line of just this length would be read as one that is longer
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
         raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
     return line
 
 
-def answer_line(request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> bytes:
-    packed = b"".join(_ROW.pack(row.token, row.logprob) for row in rows)
-    return _line(_json({"answer": request_id, "choice": choice, "after": start, "rows": packed.hex()}))
-
-
-def restores_line(request_id: str, restores: int) -> bytes:
-    return _line(_json({"restored": request_id, "times": restores}))
-
-
-def sent_line(request_id: str) -> bytes:
-    return _line(_json({"sent": request_id}))
-
-
-def end_line(request_ids: Sequence[str]) -> bytes:
-    return _line(_json({"end": request_ids}))
-
-
-def _json(record: Mapping[str, Any]) -> bytes:
-    return _encoder.encode(record).encode()
-
-
 def _line(text: bytes) -> bytes:
-    return b"%08x %s\n" % (zlib.crc32(text), text)
+    return _CHECKSUM % zlib.crc32(text) + text + b"\n"
+
+
+_HEAD = b"llamaclust journal 2"
+HEAD_LINE = _line(_HEAD)
+"""The first line of a journal that is not empty: the version of its records."""
 
 
 def read_journal(path: Path, now: Instant) -> list[OpenRequest]:
     """The requests that an earlier coordinator left and that are not too old, in the order of their admission; empty
-    where there is no journal. OSError where it cannot be read."""
-    requests: dict[str, _Request] = {}
-    for record, body in _records(path):
-        try:
-            _apply(record, body, requests)
-        except (TypeError, KeyError, ValueError, OverflowError):  # a line that another program or version wrote
-            continue
-    return [request.as_open() for request in requests.values() if request.admission.left_s(now) > 0]
+    where there is no journal. OSError where it cannot be read, ValueError for one of another version."""
+    admissions: dict[str, Admission] = {}
+    later: dict[str, list[Record]] = {}
+    for record in _records(path):
+        if isinstance(record, Admission):
+            admissions[record.id], later[record.id] = record, []
+        elif isinstance(record, Ended):
+            admissions.pop(record.id, None)
+        elif record.id in admissions:
+            later[record.id].append(record)
+    return [_opened(each, later[each.id]) for each in admissions.values() if each.left_s(now) > 0]
 
 
-def _apply(record: Any, body: bytes, requests: dict[str, _Request]) -> None:
-    """What one line changes. TypeError, KeyError, ValueError or OverflowError for one that is none of ours, which
-    changes nothing."""
-    kind = next(iter(record), None)
-    if kind == "answer":  # most lines
-        if (request := requests.get(record[kind])) is not None:
-            request.answer(record["choice"], record["after"], record["rows"])
-    elif kind == "admit":
-        admission = _admission(record[kind], body)
-        requests[admission.id] = _Request(admission)
-    elif kind == "restored":
-        if (request := requests.get(record[kind])) is not None:
-            request.restores = int(record["times"])
-    elif kind == "sent":
-        if (request := requests.get(record[kind])) is not None:
-            request.is_sent = True
-    elif kind == "end":
-        for request_id in set(record[kind]):
-            requests.pop(request_id, None)
+def _opened(admission: Admission, later: Iterable[Record]) -> OpenRequest:
+    rows: dict[ChoiceKey, bytearray] = {}
+    is_sent, restores = False, 0
+    for record in later:
+        match record:
+            case Answered(_, prompt, choice, start, more) if not len(more) % _ROW.size:
+                known = rows.setdefault((prompt, choice), bytearray())
+                if len(known) == start * _ROW.size:
+                    known += more
+                    restores = 0
+            case Restored():
+                restores = record.times
+            case Sent():
+                is_sent = True
+    answered = {choice: tuple(starmap(RowResult, _ROW.iter_unpack(known))) for choice, known in rows.items() if known}
+    return OpenRequest(admission, answered, is_sent, restores)
 
 
-@dataclass(slots=True)
-class _Request:
-    """One that is read."""
-
-    admission: Admission
-    answered: dict[ChoiceKey, bytearray] = field(default_factory=dict)  # rows of each choice
-    is_sent: bool = False
-    restores: int = 0
-
-    def answer(self, choice: Sequence[Any], start: int, rows: str) -> None:
-        prompt, index = choice
-        key, more = (int(prompt), int(index)), bytes.fromhex(rows)
-        if len(more) % _ROW.size:
-            raise ValueError("a part of a row")
-        if start * _ROW.size == len(self.answered.get(key, b"")):
-            self.answered.setdefault(key, bytearray()).extend(more)
-            self.restores = 0
-
-    def as_open(self) -> OpenRequest:
-        answered = {choice: tuple(starmap(RowResult, _ROW.iter_unpack(rows))) for choice, rows in self.answered.items()}
-        return OpenRequest(self.admission, answered, self.is_sent, self.restores)
-
-
-def _admission(fields: Sequence[Any], body: bytes) -> Admission:
-    if [type(value) for value in fields] != _ADMISSION:
-        raise TypeError("other fields than those of an admission")
-    request_id, seed, created, owner, client, conversation, idempotency_key, traceparent, tracestate, *more = fields
-    endpoint, unix_s, boot_s, machine, limit_s, served, is_streamed, is_background, has_grammar, *last = more
-    earlier, scales, adapters = last
-    identity = RequestIdentity(
-        id=request_id,
-        seed=seed,
-        created=created,
-        owner=owner,
-        client=client,
-        conversation=conversation,
-        idempotency_key=idempotency_key,
-        scales=tuple((int(number), float(scale)) for number, scale in scales),
-        traceparent=traceparent,
-        tracestate=tracestate,
-    )
-    body = body.replace(b"%0A", b"\n").replace(b"%25", b"%")
-    return Admission(
-        identity=identity,
-        endpoint=endpoint,
-        body=body,
-        admitted=Instant(unix_s, boot_s, machine),
-        limit_s=limit_s,
-        served=served,
-        is_streamed=is_streamed,
-        is_background=is_background,
-        has_grammar=has_grammar,
-        earlier=tuple(earlier),
-        adapters=tuple(map(str, adapters)),
-    )
-
-
-def _records(path: Path) -> Iterable[tuple[Any, bytes]]:
-    """What is on whole lines, with the body that follows."""
+def _records(path: Path) -> Iterator[Record]:
+    """What is on undamaged lines of this version."""
     try:
         file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
-        while line := file.readline(_MAX_LINE_BYTES):
-            if len(line) == _MAX_LINE_BYTES:
-                _skip_line(file, line)
+        for number, text in enumerate(_texts(file)):
+            if number == 0 and text not in (b"", _HEAD):
+                raise ValueError("another version of llamaclust wrote it")
+            kind, _, fields = text.partition(b" ")
+            if kind not in _KINDS:
                 continue
-            text = line[_CHECKSUM_DIGITS + 1 :].removesuffix(b"\n")
             try:
-                if int(line[:_CHECKSUM_DIGITS], 16) != zlib.crc32(text):
-                    continue
-                record, _, body = text.partition(_BODY)
-                value = from_json(record)
-            except ValueError:
+                record: Record = _KINDS[kind].validate_json(fields)
+            except (ValueError, TypeError, RecursionError):  # another program wrote the line
                 continue
-            yield value, body
+            yield record
 
 
-def _skip_line(file: BinaryIO, part: bytes) -> None:
-    """The rest of a line that is too long: a client's bytes, which are no lines."""
-    while part and not part.endswith(b"\n"):
-        part = file.readline(_MAX_LINE_BYTES)
+def _texts(file: BinaryIO) -> Iterator[bytes]:
+    """The text of each line behind its checksum; b"" for a damaged one."""
+    while line := file.readline(_MAX_LINE_BYTES):
+        text = line[len(_CHECKSUM % 0) :].removesuffix(b"\n")
+        is_whole = len(line) < _MAX_LINE_BYTES and line.startswith(_CHECKSUM % zlib.crc32(text))
+        yield text if is_whole else b""
+        while line and not line.endswith(b"\n"):  # the rest of one that is too long: a client's bytes are no lines
+            line = file.readline(_MAX_LINE_BYTES)
+
+
+def left_unanswered(journal: Path) -> str:
+    """One line about the requests that a coordinator has left at its end; "" for none. A journal that cannot be read is
+    reported by the next start."""
+    try:
+        number = _unanswered(read_journal(journal, Instant.now()))
+    except (OSError, ValueError):
+        return ""
+    return f"{_counted(number)} computed again at the next start" if number else ""
+
+
+def found_unanswered(requests: Sequence[OpenRequest], restored: Sequence[OpenRequest]) -> str:
+    """One line about the requests that a start has found, and those of them that it answers; "" for none."""
+    number = _unanswered(restored)
+    dropped = _unanswered(requests) - number
+    lines = [f"{_counted(number)} computed again"] if number else []
+    if dropped:
+        lines.append(f"{_counted(dropped)} dropped, since the model, its settings or the version have changed")
+    return "; ".join(lines)
+
+
+def _unanswered(requests: Sequence[OpenRequest]) -> int:
+    return sum(not request.is_sent for request in requests)
+
+
+def _counted(requests: int) -> str:
+    return "1 unanswered request is" if requests == 1 else f"{requests} unanswered requests are"

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.journal_records import read_journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import CommandLine
 from support.clusters.static_cluster import free_port

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission
+from llamaclust.cluster.state.journal_records import Admission, Instant
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Constraint, EarlierChat, Ticket
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.state.journal_records import Instant, OpenRequest
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet

@@ -21,9 +21,8 @@ from llamaclust.cluster.api.replies.reply import Event, Position
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until

@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.journal_records import read_journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from llamaclust.cluster.text import choice as choice_text
 from support.clusters.resumable import (
     KEY,

@@ -18,9 +18,8 @@ from llamaclust.cluster.api.replies import kept_reply, restoring
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService, TokenizedRequest

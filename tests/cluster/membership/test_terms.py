@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.join_rules import JoinSettings
-from llamaclust.cluster.state import control_record
+from llamaclust.cluster.state import control_record, disk_thread
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.epochs import MAX_TERM, epoch_number, epoch_text, term_of
@@ -254,7 +254,7 @@ async def test_a_disk_that_hangs_does_not_stop_the_event_loop(path: Path, monkey
 
     record = ControlRecord.begin(path)
     monkeypatch.setattr(control_record, "write_private", hanging)
-    monkeypatch.setattr(control_record, "_WRITE_S", 0.2)
+    monkeypatch.setattr(disk_thread, "_CALL_S", 0.2)
     try:
         draining = asyncio.create_task(record.drain(frozenset("a")))
         await asyncio.sleep(0)
@@ -275,7 +275,7 @@ async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monke
 
     record = ControlRecord.begin(path)
     monkeypatch.setattr(control_record, "write_private", hanging)
-    monkeypatch.setattr(control_record, "_WRITE_S", 0.1)
+    monkeypatch.setattr(disk_thread, "_CALL_S", 0.1)
     try:
         with pytest.raises(LlamaclustError, match=r"no answer within 0.1 s"):
             await record.drain(frozenset("a"))
@@ -283,8 +283,8 @@ async def test_a_write_that_hangs_does_not_replace_a_later_one(path: Path, monke
             await record.drain(frozenset("ab"))
     finally:
         back.set()
-    monkeypatch.setattr(control_record, "_WRITE_S", 30.0)
-    await until(lambda: record._disk is None or not record._disk.hangs)
+    monkeypatch.setattr(disk_thread, "_CALL_S", 30.0)
+    await until(lambda: not record._disk.hangs)
     await record.drain(frozenset("ab"))  # though the record has these names already
     assert ControlRecord.begin(path).drained == {"a", "b"}
 

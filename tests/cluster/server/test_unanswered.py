@@ -17,8 +17,7 @@ from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.front import Front
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Event, Notice
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.unanswered import left_unanswered
+from llamaclust.cluster.state.journal_records import Instant, left_unanswered
 from support.clusters.journals import admission, journal
 
 DROPPED = "dropped, since the model, its settings or the version have changed"

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 
 ADMITTED = Instant(unix_s=2e9, boot_s=50.0, machine="m")
 LIMIT_S, DAY_S = 60.0, 86400.0

@@ -1,19 +1,93 @@
-"""Lines of the journal near the most bytes that one may have."""
+"""Lines of the journal: damaged ones, those of other versions, and those near the most bytes that one may have."""
 
 from __future__ import annotations
 
+import json
+import random
 import tracemalloc
+import zlib
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llamaclust.cluster.state import journal_records
-from llamaclust.cluster.state.journal_records import admission_line, read_journal
+from llamaclust.cluster.state.journal_records import OpenRequest, left_unanswered, read_journal, to_line
 from llamaclust.core.errors import RequestError
-from support.clusters.journals import NOW, admission, journal
+from support.clusters.journals import NOW, admission, journal, row
+from support.seed import SEED
 
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
+
+
+async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(3):
+            await writing.admit(admission(number))
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        complete = whole[:length].count(b"\n") + (length < len(whole) and whole[length : length + 1] == b"\n")
+        assert len(read_journal(path, NOW)) == max(0, complete - 1), length  # the first line is none of a request
+    drawn = random.Random(SEED)
+    for _ in range(50):
+        damaged = bytearray(whole)
+        place = drawn.randrange(len(whole))
+        damaged[place] ^= 1 << drawn.randrange(8)
+        path.write_bytes(damaged)
+        left = {request.admission.id for request in read_journal(path, NOW)}
+        assert len(left) >= 1 and left <= {"id0", "id1", "id2"}
+
+
+async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> None:
+    """Its checksum is right: another program, or another version, wrote it."""
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        await writing.admit(admission(0))
+        writing.answer("id0", (0, 0), 0, [row(1), row(2)])
+    whole = json.loads(to_line(admission(1)).split(b" ", 2)[2])
+    wrong: list[object] = [None, [], {"a": 1}]
+    tokens = {"id": "id0", "prompt": 0, "choice": 0, "start": 2, "rows": ""}
+    foreign: list[tuple[str, object]] = [
+        *((kind, value) for kind in ("Admission", "Answered", "Ended") for value in (*wrong, 7, "id0")),
+        *(("Admission", {**whole, name: value}) for name in whole for value in wrong),
+        *(("Admission", {**whole, "earlier": earlier}) for earlier in (7, "", "7", "[7]", "[" * 100_000)),
+        *(("Answered", {**tokens, name: value}) for name in tokens for value in (*wrong, 1.5)),
+        *(("Answered", {**tokens, "rows": rows}) for rows in ("AAAA", "A", "!", "AAAA" * 5)),
+        *(("Restored", {"id": "id0", "times": times}) for times in ("often", 1e999, None)),
+        *(("Sent", {"id": []}), ("Later", {"id": "id0"}), ("", {}), ("Admission", "[" * 100_000)),
+    ]
+    lines = [f"{kind} {json.dumps(value)}".encode() for kind, value in foreign] + [b"Ended " + b"[" * 100_000]
+    with path.open("ab") as file:
+        file.write(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
+    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
+
+
+@pytest.mark.parametrize(
+    "first", [b"llamaclust journal 1", b"llamaclust journal 3", b'{"admit":["id1"]}', b"Admission {}"]
+)
+async def test_a_journal_of_another_version_is_refused(tmp_path: Path, first: bytes) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        await writing.admit(admission(1, BODY))
+        head, admitted = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"%08x %b\n" % (zlib.crc32(first), first) + admitted)
+        with pytest.raises(ValueError, match="another version of llamaclust wrote it"):
+            read_journal(path, NOW)
+        assert left_unanswered(path) == ""
+        path.write_bytes(b"x" + head[1:] + admitted)  # only damaged
+        assert [request.admission.id for request in read_journal(path, NOW)] == ["id1"]
+
+
+@pytest.mark.parametrize("text", ["é", "\ud800", "a\n\t\0\x7f", '"\\'])
+async def test_messages_of_an_earlier_chat_are_found_as_they_were(tmp_path: Path, text: str) -> None:
+    messages: list[dict[str, object]] = [{"role": "user", "content": text}, {text: [1, 0.1, None, {"a": True}]}]
+    async with journal(tmp_path / "journal") as writing:
+        await writing.admit(replace(admission(1), earlier=messages))
+        (found,) = read_journal(tmp_path / "journal", NOW)
+        assert found.admission.earlier == messages
 
 
 @pytest.mark.parametrize("more", [0, 1, 500, 700])
@@ -21,7 +95,7 @@ async def test_the_rest_of_a_line_that_is_too_long_is_no_line(
     tmp_path: Path, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client's bytes could be made to look like another request's record."""
-    path, forged = tmp_path / "journal", admission_line(admission(9, BODY))
+    path, forged = tmp_path / "journal", to_line(admission(9, BODY))
     async with journal(path) as writing:
         await writing.admit(admission(1, BODY))
         written = path.read_bytes()
@@ -32,7 +106,7 @@ async def test_the_rest_of_a_line_that_is_too_long_is_no_line(
     assert [request.admission.id for request in read_journal(path, NOW)] == ["id1"]
 
 
-@pytest.mark.parametrize("body", [b"a" * 600, b"%" * 200, b"\n" * 200])
+@pytest.mark.parametrize("body", [b"a" * 600, b"\xff" * 300, b"\n" * 400])
 async def test_a_request_that_could_not_be_read_again_is_refused(
     tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +123,7 @@ async def test_what_is_admitted_at_the_limit_is_read_again(
     tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longest = admission(1, b"a" * 300)
-    monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", len(admission_line(longest)) + room)
+    monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", len(to_line(longest)) + room)
     async with journal(tmp_path / "journal") as writing:
         with nullcontext() if room else pytest.raises(RequestError, match="send less at once"):
             await writing.admit(longest)

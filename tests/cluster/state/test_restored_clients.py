@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService, TokenizedRequest

@@ -9,9 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 from llamaclust.core.sampling import RowResult
 
 NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")

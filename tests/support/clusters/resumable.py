@@ -16,9 +16,8 @@ from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import read_journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, make_app, real_engine, serving
 

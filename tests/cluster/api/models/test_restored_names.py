@@ -10,9 +10,8 @@ import pytest
 
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, RequestIdentity
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity
 from support.clusters.resumable import PATHS, SERVED, body_of, served, stream
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.state.instants import Instant
-from llamaclust.cluster.state.journal_records import read_journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.journals import admission, journal, until
 from support.clusters.resumable import KilledJournal, served, stream
 from support.clusters.served import ended_response

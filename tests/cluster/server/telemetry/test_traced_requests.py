@@ -24,9 +24,8 @@ from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettin
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry
 from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler
 from llamaclust.cluster.state.control_record import ControlRecord
-from llamaclust.cluster.state.instants import Instant
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import read_journal
+from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.fakes import FakePipeline
 from support.clusters.resumable import KilledJournal
 from support.clusters.served import MODEL, make_app, real_engine, serving, until

@@ -54,7 +54,7 @@ class HeldStage:
     """A stage as its workers hold it: one of them, or the members of a group, the leader first."""
 
     members: tuple[StageParts, ...]
-    gathers: GatherTimes = NO_GATHERS
+    gathers: GatherTimes[float] = NO_GATHERS
 
     @property
     def leader(self) -> StageParts:
@@ -82,7 +82,7 @@ class HeldStage:
         """Likewise."""
         concurrent = concurrent or self._is_group
         computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
-        return [seconds + self.gathers.prefill_s(rows, seconds) for seconds in computing]
+        return [seconds + float(self.gathers.prefill_s(rows, seconds)) for seconds in computing]
 
 
 class _StepTable(Protocol):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
@@ -19,8 +19,7 @@ than a loop that only sends and receives 16 KiB (docs/groups-internals.md)."""
 HIDDEN_SHARE = 0.5
 """Of bytes of a prompt, at most so many travel while members compute others."""
 
-Parts = NDArray[np.float64]
-"""By member, what it has of something."""
+_Seconds = TypeVar("_Seconds", float, Table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +27,7 @@ class GroupLinks:
     """The links between all members of a group, the leader first."""
 
     gather_s: float  # of a gather that carries nothing
-    byte_s: NDArray[np.float64]  # [sender, receiver]; 0 from a member to itself
+    byte_s: Table  # [sender, receiver]; 0 from a member to itself
 
     @classmethod
     def of(cls, links: Links, members: Sequence[str]) -> Self:
@@ -38,12 +37,12 @@ class GroupLinks:
         latency_s = max(links.between(*pair).gather_s for pair in combinations(members, 2))
         return cls(latency_s + GATHER_S, byte_s)
 
-    def all_to_all_s(self, sent: Parts) -> Parts:
+    def all_to_all_s(self, sent: Table) -> Table:
         """Each member sends so many bytes to each other one: [members, ...]. It sends to all of them and receives from
         all of them at the same time."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
-        slowest: Parts = np.maximum(out, into).max(axis=0)
+        slowest: Table = np.maximum(out, into).max(axis=0)
         return slowest
 
     @property
@@ -51,40 +50,45 @@ class GroupLinks:
         """Of a byte that the leader sends to each follower."""
         return float(self.byte_s[0].sum())
 
-    def to_leader_s(self, sent: Parts) -> Parts:
+    def to_leader_s(self, sent: Table) -> Table:
         """Each follower sends so many bytes to the leader: [members, ...]."""
-        found: Parts = np.tensordot(self.byte_s[:, 0], sent, axes=1)
+        found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class GatherTimes:
-    """Seconds of the gathers of a stage: those of its layers and of the embedding, and of the rows that it samples."""
+class GatherTimes(Generic[_Seconds]):
+    """Seconds of the gathers of one stage, or tables of those of many stages: of its layers and of the embedding, and
+    of the rows that it samples."""
 
-    layers_s: float = 0.0
-    row_s: float = 0.0  # more for each row
-    output_s: float = 0.0
-    output_row_s: float = 0.0
+    layers_s: _Seconds
+    row_s: _Seconds  # more for each row
+    output_s: _Seconds
+    output_row_s: _Seconds
 
-    @classmethod
-    def of(cls, costs: GroupCosts, shares: Sequence[int], start: int, end: int, links: GroupLinks) -> Self:
-        gathers = [] if start else [*costs.embedding.gathers]
-        gathers += (gather for layer in costs.layers[start:end] for gather in layer.gathers)
-        layers = _seconds(gathers, shares, links)
-        return cls(*layers, *(_seconds(costs.head.gathers, shares, links) if end == len(costs.layers) else ()))
-
-    def decode_s(self, rows: int) -> float:
-        """A step with a token of each of `rows` sequences."""
+    def decode_s(self, rows: int) -> _Seconds:
+        """Returns the time in a step with a token of each of `rows` sequences."""
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
-    def prefill_s(self, rows: int, computing_s: float) -> float:
-        """A step of so many prompt tokens, a part of which travels while others are computed."""
+    def prefill_s(self, rows: int, computing_s: _Seconds) -> _Seconds:
+        """Returns the time in a step of so many prompt tokens, a part of which travels while others are computed."""
         bytes_s = rows * self.row_s
-        return self.layers_s + bytes_s - min(HIDDEN_SHARE * bytes_s, computing_s)
+        found: _Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
+        return found
 
 
-NO_GATHERS = GatherTimes()
-"""Of a stage that one worker holds."""
+NO_GATHERS = GatherTimes(0.0, 0.0, 0.0, 0.0)
+"""A stage that one worker holds has none."""
+
+
+def gather_times(
+    costs: GroupCosts, shares: Sequence[int], start: int, end: int, links: GroupLinks
+) -> GatherTimes[float]:
+    """The gathers of a stage in these shares."""
+    gathers = [] if start else [*costs.embedding.gathers]
+    gathers += (gather for layer in costs.layers[start:end] for gather in layer.gathers)
+    outputs = costs.head.gathers if end == len(costs.layers) else ()
+    return GatherTimes(*_seconds(gathers, shares, links), *_seconds(outputs, shares, links))
 
 
 def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:

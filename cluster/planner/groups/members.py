@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.devices import Held
-from llamaclust.cluster.planner.groups.gathers import GatherTimes, GroupLinks
+from llamaclust.cluster.planner.groups.gathers import GroupLinks, gather_times
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
@@ -31,5 +31,5 @@ def held_by_group(entry: Assignment, held_of: HeldOf, costs_of: GroupCostsOf, li
             StageParts(name, held_of(name, portion, Portion(shares, member)), portion, shares, member)
             for member, (name, portion) in enumerate(zip(entry.workers, portions, strict=True))
         ),
-        GatherTimes.of(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),
+        gather_times(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),
     )

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, Flags, StageCosts, Table, WorkerFacts, sums
-from llamaclust.cluster.planner.groups.gathers import HIDDEN_SHARE, GroupLinks
+from llamaclust.cluster.planner.groups.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks
 from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
 from llamaclust.cluster.planner.groups.shares import as_integers, balanced
 from llamaclust.cluster.planner.links import Link
@@ -183,7 +183,9 @@ class GroupTable:
         """By kind of stage."""
         total: Table = np.zeros(len(self.divided.kinds.cells))
         for step in steps:
-            total += step.steps * (self._prefill_s(step) if step.is_prompt else self._decode_s(step))
+            computing_s, gathers, rows = self._computing_s(step), self._gathers, step.rows
+            gathers_s = gathers.prefill_s(rows, computing_s) if step.is_prompt else gathers.decode_s(rows)
+            total += step.steps * (computing_s + gathers_s)
         return total
 
     def _computing_s(self, step: Rows) -> Table:
@@ -191,16 +193,6 @@ class GroupTable:
         steps = Rows(step.rows, 1, step.is_prompt, concurrent=True)
         found: Table = self.tables.seconds(self.divided, self.members, steps).at(*self._parts).max(axis=0)
         return found
-
-    def _prefill_s(self, step: Rows) -> Table:
-        computing_s, sent_s = self._computing_s(step), step.rows * self._row_s
-        return computing_s + self._gathers_s + sent_s - np.minimum(HIDDEN_SHARE * sent_s, computing_s)
-
-    def _decode_s(self, step: Rows) -> Table:
-        gathers, shares = self.divided.gathers, self._shares[:, self.divided.kinds.cells]
-        output_s = gathers.outputs * self.links.gather_s
-        output_row_s = self.links.to_leader_s(shares) * gathers.output_bytes
-        return self._computing_s(step) + self._gathers_s + output_s + step.rows * (self._row_s + output_row_s)
 
     @cached_property
     def _shares(self) -> Shares:
@@ -235,16 +227,16 @@ class GroupTable:
         return fits
 
     @cached_property
-    def _row_s(self) -> Table:
-        """Gathers of one row of a stage's layers, without latency."""
-        gathers = self.divided.gathers
-        layers_s = self.links.all_to_all_s(self._shares)[self.divided.kinds.cells] * gathers.row_bytes
-        return layers_s + self.links.from_leader_byte_s * gathers.input_bytes
-
-    @property
-    def _gathers_s(self) -> Table:
-        """Their latency."""
-        return (self.divided.gathers.count + self.divided.gathers.inputs) * self.links.gather_s
+    def _gathers(self) -> GatherTimes[Table]:
+        """The gathers of stages, by kind of stage."""
+        gathers, cells, links = self.divided.gathers, self.divided.kinds.cells, self.links
+        layers_s = links.all_to_all_s(self._shares)[cells] * gathers.row_bytes
+        return GatherTimes(
+            (gathers.count + gathers.inputs) * links.gather_s,
+            layers_s + links.from_leader_byte_s * gathers.input_bytes,
+            gathers.outputs * links.gather_s,
+            links.to_leader_s(self._shares[:, cells]) * gathers.output_bytes,
+        )
 
     def integer_shares(self, start: int, end: int) -> tuple[int, ...]:
         """The shares of a stage that fits."""

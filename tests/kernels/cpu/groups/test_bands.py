@@ -14,7 +14,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import LinkError, PythonGatherer
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.gathers import band_borders
+from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS, band_borders
 from llamaclust.model.groups.division import divide
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -27,8 +27,7 @@ from support.seed import SEED
 
 REFUSED = {"gemma3n", "gemma4-inputs"}  # layers read the keys and values of others
 MANY = replace(LIMITS, max_batch_tokens=320, max_outputs=320)
-LEAST = 64
-"""From so many rows on there are bands."""
+LEAST = LEAST_BANDED_ROWS
 TWO = ("qwen3", "lfm2")
 
 
@@ -112,11 +111,31 @@ def test_runs_that_have_bands(tmp_path: Path, rows: int, most: int, borders: lis
     assert seen == [*enumerate(bands * layers), (len(bands) * layers, 1)]
 
 
+def test_native_bands_are_those_that_other_members_count(tmp_path: Path) -> None:
+    """The limits stand in C++ and in `kernels/gathers.py`."""
+    with Model.open(build_architecture(tmp_path / "model.gguf", "qwen3")) as model:
+        program = divide(whole(model), (1.0, 1.0), 0)
+        stage = load(model, program)
+    bands = list[int]()
+    gatherer = PythonGatherer(lambda number, own, whole: bands.append(len(own)))
+    stage.gather_by(gatherer)
+    print(f"seed {SEED}")
+    limits = (LEAST_BANDED_ROWS, 3 * LEAST_ROWS_OF_BAND, MOST_BANDS * LEAST_ROWS_OF_BAND)
+    drawn = random.Random(SEED).sample(range(1, MANY.max_batch_tokens), 4)
+    for rows in (*drawn, *(limit - less for limit in limits for less in (0, 1))):
+        for most in range(1, MOST_BANDS + 1):
+            gatherer.bands = most
+            bands.clear()
+            stage.run(batch_of([(tokens(rows), range(rows), range(32))], outputs=[0]), None)
+            borders = band_borders(program, rows, most)
+            assert bands[: len(borders) - 1] == [end - begin for begin, end in pairwise(borders)], (rows, most)
+
+
 def test_a_group_has_one_to_four_bands() -> None:
     gatherer = PythonGatherer(print)
     assert gatherer.bands == 2
-    for wrong in (0, 5, -1):
-        with pytest.raises(ValueError, match="bands must be 1 to 4"):
+    for wrong in (0, MOST_BANDS + 1, -1):
+        with pytest.raises(ValueError, match=f"bands must be 1 to {MOST_BANDS}"):
             gatherer.bands = wrong
 
 

@@ -8,12 +8,11 @@ from typing import Self
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
-from llamaclust.cluster.planner.groups.members import held_by_group
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
 from llamaclust.cluster.planner.plan import Prediction, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import predict
-from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts, held_by_group
 from llamaclust.model.groups.portion import Portion
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.devices import DeviceNeeds, Division, Held, MoeLayers, devices_of, divide
-from llamaclust.cluster.planner.groups.members import GroupCostsOf
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.stage_parts import GroupCostsOf
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core.limits import MAX_KV_BLOCKS

@@ -20,10 +20,10 @@ from llamaclust.cluster.planner.chain import Chain, is_measured
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
+from llamaclust.cluster.planner.groups.best_chain import Found, best_chain
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan
-from llamaclust.cluster.planner.splits.best_chain import Found, best_chain
 from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
-from llamaclust.cluster.planner.groups.members import GroupCostsOf, held_by_group
 from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan, Prediction, Round, StagePlan, StagePrediction
-from llamaclust.cluster.planner.stage_parts import HeldStage, StageParts
+from llamaclust.cluster.planner.stage_parts import GroupCostsOf, HeldStage, StageParts, held_by_group
 from llamaclust.cluster.planner.work import CHUNKS
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try

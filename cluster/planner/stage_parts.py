@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +10,16 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Held
-from llamaclust.cluster.planner.groups.gathers import NO_GATHERS, GatherTimes
+from llamaclust.cluster.planner.gathers import NO_GATHERS, GatherTimes, GroupLinks, gather_times
+from llamaclust.cluster.planner.links import Links
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.groups.portion import Portion
+
+GroupCostsOf = Callable[[int], GroupCosts]
+"""Returns the costs of a model in groups of so many members, and remembers them."""
+HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
+"""Returns which devices of a worker hold which layers of a stage, by the costs of its portion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,20 @@ class HeldStage:
         concurrent = concurrent or self._is_group
         computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
         return [seconds + float(self.gathers.prefill_s(rows, seconds)) for seconds in computing]
+
+
+def held_by_group(entry: Assignment, held_of: HeldOf, costs_of: GroupCostsOf, links: Links) -> HeldStage:
+    """The stage of a group, of which each member holds its portion."""
+    shares, costs = entry.shares, costs_of(len(entry.shares))
+    members = (costs.member(shares, member) for member in range(len(shares)))
+    portions = [StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)) for own in members]
+    return HeldStage(
+        tuple(
+            StageParts(name, held_of(name, portion, Portion(shares, member)), portion, shares, member)
+            for member, (name, portion) in enumerate(zip(entry.workers, portions, strict=True))
+        ),
+        gather_times(costs, shares, entry.start, entry.end, GroupLinks.of(links, entry.workers)),
+    )
 
 
 class _StepTable(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from llamaclust.cluster.planner.costs import EXCHANGE_BYTE_S, EXCHANGE_S
-from llamaclust.cluster.planner.groups.gathers import GATHER_S, HIDDEN_SHARE
+from llamaclust.cluster.planner.gathers import GATHER_S, HIDDEN_SHARE
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
 from llamaclust.cluster.planner.roofline import LAUNCHES_S, LAYER_S, ROW_MACS

@@ -1,1 +1,1 @@
-"""Groups of workers that hold a stage together: what each member holds and takes."""
+"""Search for plans whose stages may be held by groups of workers: costs of portions, shares, and the best chain."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held
-from llamaclust.cluster.planner.groups.members import GroupCostsOf
 from llamaclust.cluster.planner.groups.shares import MANY, in_total
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import MemoryModel
+from llamaclust.cluster.planner.stage_parts import GroupCostsOf
 from llamaclust.model.groups.portion import Portion
 
 _MOVES = 100

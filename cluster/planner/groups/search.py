@@ -12,8 +12,8 @@ from math import inf, prod
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table, WorkerFacts
+from llamaclust.cluster.planner.gathers import GroupLinks
 from llamaclust.cluster.planner.groups.bounds import LayerBounds
-from llamaclust.cluster.planner.groups.gathers import GroupLinks
 from llamaclust.cluster.planner.groups.tables import GroupTable, GroupTables
 from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import MemoryModel
@@ -29,7 +29,7 @@ from llamaclust.cluster.planner.splits.dynamic_program import (
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable, WorkerClass
 from llamaclust.cluster.planner.splits.orders import class_numbers
 from llamaclust.cluster.planner.splits.search import CLOSE, Best, Way, best_of
-from llamaclust.cluster.planner.stage_tables import link_table
+from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, Flags, StageCosts, Table, WorkerFacts, sums
-from llamaclust.cluster.planner.groups.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks
+from llamaclust.cluster.planner.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks
 from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
 from llamaclust.cluster.planner.groups.shares import as_integers, balanced
 from llamaclust.cluster.planner.links import Link

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.groups.gathers import GATHER_S, HIDDEN_SHARE, GroupLinks
+from llamaclust.cluster.planner.gathers import GATHER_S, HIDDEN_SHARE, GroupLinks
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import Plan, Prediction

@@ -20,7 +20,7 @@ from llamaclust.cluster.planner.splits.dynamic_program import Ways
 from llamaclust.cluster.planner.splits.holders import WorkerClass, worker_classes
 from llamaclust.cluster.planner.splits.orders import class_numbers, is_exact, ways_of_workers
 from llamaclust.cluster.planner.splits.search import CLEARLY_BETTER, Best, Way, best_of
-from llamaclust.cluster.planner.stage_tables import stage_tables
+from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1

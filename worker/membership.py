@@ -22,11 +22,11 @@ from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.wire.security.renewal import until_renewal
 from llamaclust.worker.devices.system_info import resident_bytes
+from llamaclust.worker.loads import Loads
 from llamaclust.worker.requests import Requests
 from llamaclust.worker.seen_terms import ClusterKey
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.worker import Worker
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.service import StageService
 
 IDLE_S = 10.0
 """A member without an order for so long is idle."""

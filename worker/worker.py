@@ -18,9 +18,9 @@ from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
 from llamaclust.worker.readiness import Readiness
 from llamaclust.worker.seen_terms import SeenTerms
+from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)

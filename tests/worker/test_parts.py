@@ -32,18 +32,18 @@ from llamaclust.wire.control.messages import (
 )
 from llamaclust.wire.microbatch.codec import MAX_STAGES, encode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.worker import loads
 from llamaclust.worker import session as session_module
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.nvidia import advice
+from llamaclust.worker.loads import Loads
+from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
-from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.step_limit import step_limit_s
 from llamaclust.worker.weights import load

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.worker import readiness
 from llamaclust.worker.readiness import Readiness
-from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.streams import StageStreams
 
 

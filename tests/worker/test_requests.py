@@ -10,9 +10,9 @@ from typing import Any
 from llamaclust.wire.control.messages import Deadlines, RequestFailed, WorkerMessage
 from llamaclust.wire.control.profiles import ProfileWorker
 from llamaclust.worker.requests import Requests
+from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.worker import Worker
 
 

@@ -24,10 +24,10 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.loop import StageContext
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import microbatches

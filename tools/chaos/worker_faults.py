@@ -22,7 +22,7 @@ Active = Callable[[], bool]
 
 def break_steps(is_active: Active) -> None:
     """Steps of this process's stages fail meanwhile, also its portions of groups' steps."""
-    from llamaclust.worker.groups.following import FollowingStage  # not where faults are only begun
+    from llamaclust.worker.stage.following import FollowingStage  # not where faults are only begun
     from llamaclust.worker.stage.loop import StageLoop
 
     run_layers, follow = StageLoop._run_layers, FollowingStage._step
@@ -43,7 +43,7 @@ def break_steps(is_active: Active) -> None:
 
 def silence(is_active: Active) -> None:
     """Stages of this process pass nothing on meanwhile, and portions of groups' steps get no further."""
-    from llamaclust.worker.groups.following import FollowingStage
+    from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 
     send_answers, follow = StageLoop._send_answers, FollowingStage._step

@@ -1,1 +1,1 @@
-"""A worker as a member of groups: its links to the other members."""
+"""Links between the members of a group: listener, connections by plan and certificate, and gathers over them."""

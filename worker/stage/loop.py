@@ -27,12 +27,12 @@ from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTimi
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.worker.groups.leading import Leader, MemberFailedError
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.incoming import Incoming
+from llamaclust.worker.stage.leading import Leader, MemberFailedError
 from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
 from llamaclust.worker.stage.sampled_tokens import needs_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner

@@ -41,6 +41,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
+from llamaclust.wire.control.messages import Load
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
 from llamaclust.worker.stage.batches import build_batch, embedded_rows
 from llamaclust.worker.stage.matchers import StageMatchers
@@ -97,6 +98,11 @@ def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> in
     """Of its weights, those that the program of its stage does not have."""
     names = {*nextn_program_of(model, limits).weights} - {*beside.weights}
     return sum(model.file.tensor(name).resident_bytes for name in names)
+
+
+def portion_of(order: Load) -> Portion | None:
+    """Returns the portion of a group's member; None: the whole stage."""
+    return None if order.group is None else Portion(order.group.shares, order.group.member)
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:

@@ -20,8 +20,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import Principal
-from llamaclust.worker.groups.leading import MemberFailedError
 from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.stage.leading import MemberFailedError
 from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner

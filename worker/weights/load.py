@@ -16,9 +16,8 @@ from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.system_info import release_freed_memory
-from llamaclust.worker.groups.portions import portion_of
 from llamaclust.worker.stage.nextn import nextn_program_of
-from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program
+from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program, portion_of
 from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Progress, Reach, Weights
 

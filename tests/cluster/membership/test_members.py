@@ -38,7 +38,7 @@ from llamaclust.wire.security import renewal
 from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure, KeyPair, Principal
 from llamaclust.worker.membership import Renewal
-from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.service import StageService
 from support.clusters.members import ANY, Joined, join, registry, registry_of
 from support.clusters.real_cluster import microbatches
 from support.clusters.stage_chain import chain

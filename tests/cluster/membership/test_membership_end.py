@@ -14,14 +14,13 @@ from llamaclust.core.errors import WorkerError
 from llamaclust.wire.control.codec import encode_coordinator_message
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, Shutdown, Unload, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
-from llamaclust.worker import membership
+from llamaclust.worker import loads, membership
+from llamaclust.worker.loads import Loads
 from llamaclust.worker.membership import Member
+from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.worker import Worker
 
 

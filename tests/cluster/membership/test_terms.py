@@ -37,10 +37,10 @@ from llamaclust.wire.rpc.methods import JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR
 from llamaclust.wire.security.terms import TermProof, is_term_proven, prove_term
+from llamaclust.worker.loads import Loads
 from llamaclust.worker.membership import Member
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.worker import Worker
 from support.clusters.members import ANY, join, registry_of
 from support.clusters.served import until

@@ -22,10 +22,10 @@ from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import Credentials, Principal
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.service import StageService
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.loop import StageContext
-from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import LIMITS

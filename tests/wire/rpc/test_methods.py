@@ -27,7 +27,7 @@ from llamaclust.wire.rpc.pieces import pieces_of, read_message
 from llamaclust.wire.rpc.server import Handler, Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure, Principal
 from llamaclust.wire.security.permits import is_permitted, permit
-from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.service import StageService
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.members import registry
 from support.seed import SEED

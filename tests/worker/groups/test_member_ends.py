@@ -16,17 +16,17 @@ from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
-from llamaclust.worker.groups import following
-from llamaclust.worker.groups.following import FollowingStage
+from llamaclust.worker import loads
 from llamaclust.worker.groups.links import GroupLinks, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
 from llamaclust.worker.groups.member_links import Fault, MemberLinks
+from llamaclust.worker.loads import Loads
+from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage import loads
+from llamaclust.worker.stage import following
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loads import Loads
-from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.worker import Worker
 from support.wire.control_messages import LOAD
 

@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import SampledTokens
-from llamaclust.worker.groups.step_message import decode_step, encode_step
+from llamaclust.worker.stage.leading import decode_step, encode_step
 from support.seed import SEED
 
 

@@ -38,11 +38,11 @@ from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ECHO, JOIN
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure, Principal
+from llamaclust.worker.loads import Loads
 from llamaclust.worker.membership import Member
 from llamaclust.worker.readiness import Readiness
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.counters import Counters
-from llamaclust.worker.stage.loads import Loads
 from llamaclust.worker.worker import Worker
 from support.clusters.real_cluster import real_cluster
 from support.models.tiny_model import build_tiny_model

@@ -25,7 +25,7 @@ from llamaclust.kernels.gathers import bands_of, borders_in
 from llamaclust.model.groups.gather import Gather
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.wire.microbatch.codec import decode_result, encode_result
-from llamaclust.worker.groups import leading
+from llamaclust.worker.stage import leading
 from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.loop import StageLoop
@@ -183,7 +183,7 @@ def _announce_rubbish() -> None:
     def rubbish(*given: Any) -> bytes:
         return b"no step"
 
-    leading.encode_step = rubbish  # type: ignore[assignment, attr-defined]
+    leading.encode_step = rubbish  # type: ignore[assignment]
 
 
 def _damage_file() -> None:

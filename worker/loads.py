@@ -15,13 +15,13 @@ from llamaclust.wire.control.groups import GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.groups.following import FollowingStage
-from llamaclust.worker.groups.leading import Leader
 from llamaclust.worker.groups.links import GroupLinks
 from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.service import HeldStage
 from llamaclust.worker.session import Session
+from llamaclust.worker.stage.following import FollowingStage
+from llamaclust.worker.stage.leading import Leader
 from llamaclust.worker.stage.loop import StageContext
-from llamaclust.worker.stage.service import HeldStage
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.weights.load import load_stage

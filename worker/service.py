@@ -13,9 +13,8 @@ from llamaclust.wire.control.messages import Load, StageProgress
 from llamaclust.wire.rpc.link_probe import serve_echo
 from llamaclust.wire.rpc.methods import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Handler, ServerStream
-from llamaclust.worker.groups.following import FollowingStage
-from llamaclust.worker.groups.portions import portion_of
-from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.following import FollowingStage
+from llamaclust.worker.stage.stage_runner import StageRunner, portion_of
 from llamaclust.worker.stage.streams import StageStreams
 
 HeldStage = StageStreams | FollowingStage

@@ -19,9 +19,9 @@ from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.member_links import Fault, MemberLinks
-from llamaclust.worker.groups.step_message import decode_step
 from llamaclust.worker.stage.arrival import Arrival, frame_reader
 from llamaclust.worker.stage.counters import Counters
+from llamaclust.worker.stage.leading import decode_step
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from llamaclust.wire.control.groups import GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.groups.links import GroupLinks
+from llamaclust.worker.groups.link_opener import LinkOpener
 from llamaclust.worker.groups.member_links import MemberLinks
-from llamaclust.worker.service import HeldStage
+from llamaclust.worker.service import LoadedStage
 from llamaclust.worker.session import Session
 from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.stage.leading import Leader
@@ -127,7 +127,7 @@ class Loads:
         fetched_bytes = weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 
-    def _held(self, order: Load, runner: StageRunner, links: MemberLinks | None) -> HeldStage:
+    def _held(self, order: Load, runner: StageRunner, links: MemberLinks | None) -> LoadedStage:
         """The stage as it serves from now on."""
         session, name, counters = self._session, self._worker.name, self._session.counters
         if links is not None and runner.portion is not None and not runner.portion.leads:
@@ -148,7 +148,7 @@ class Loads:
     def _member_links(self, epoch: int, group: GroupOrder) -> MemberLinks:
         """UsageError for addresses that these credentials do not allow."""
         session = self._session
-        links = GroupLinks(group, session.credentials, self._worker.links)
+        links = LinkOpener(group, session.credentials, self._worker.links)
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:

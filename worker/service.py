@@ -17,7 +17,7 @@ from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.stage.stage_runner import StageRunner, portion_of
 from llamaclust.worker.stage.streams import StageStreams
 
-HeldStage = StageStreams | FollowingStage
+LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
@@ -25,8 +25,8 @@ class StageService:
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
-        self._stages: dict[int, HeldStage] = {}
-        self._kept: list[HeldStage] = []
+        self._stages: dict[int, LoadedStage] = {}
+        self._kept: list[LoadedStage] = []
         self._ended = CacheCounts()  # of stages that were freed
 
     @property
@@ -46,7 +46,7 @@ class StageService:
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._stages
 
-    def add(self, streams: HeldStage) -> None:
+    def add(self, streams: LoadedStage) -> None:
         assert streams.epoch not in self._stages
         self._stages[streams.epoch] = streams
 
@@ -56,7 +56,7 @@ class StageService:
         if streams is not None:
             await self._close(streams)
 
-    async def _close(self, streams: HeldStage) -> None:
+    async def _close(self, streams: LoadedStage) -> None:
         self._ended += replace(streams.runner.experts_cache, used_bytes=0)
         await streams.close()
 

@@ -11,7 +11,7 @@ from llamaclust.kernels._native import LinkError, Links
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.messages import Deadlines, PeerUnreachable
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.worker.groups.links import GroupLinks, MemberLostError
+from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 
 _LOADS_S = 86400.0
 """The others may load for hours; the coordinator ends that by unloading this stage."""
@@ -33,8 +33,8 @@ def _retrieved(opening: asyncio.Task[None]) -> None:
 class MemberLinks:
     """Opens the links of a stage and reports their end to the coordinator, unless this member ends them itself."""
 
-    def __init__(self, epoch: int, order: GroupOrder, group: GroupLinks, deadlines: Deadlines, report: Report) -> None:
-        self._epoch, self._order, self._group, self._report = epoch, order, group, report
+    def __init__(self, epoch: int, order: GroupOrder, opener: LinkOpener, deadlines: Deadlines, report: Report) -> None:
+        self._epoch, self._order, self._opener, self._report = epoch, order, opener, report
         self._gather_s = deadlines.forward_s
         self._answer_s = max(deadlines.peer_s / 2, _LEAST_ANSWER_S)
         self._links: Links | None = None
@@ -56,12 +56,12 @@ class MemberLinks:
             raise
 
     async def _open(self, on_open: Callable[[Links], None]) -> None:
-        opening = asyncio.create_task(self._group.open(self._gather_s, _LOADS_S, self._answer_s))
+        opening = asyncio.create_task(self._opener.open(self._gather_s, _LOADS_S, self._answer_s))
         pause_s = self._answer_s
         try:
             while not opening.done():
                 await asyncio.wait([opening], timeout=pause_s)
-                for worker, reason in self._group.unreached(self._answer_s):
+                for worker, reason in self._opener.unreached(self._answer_s):
                     await self._tell(PeerUnreachable(self._epoch, worker, reason))
                     pause_s = min(2 * pause_s, _MOST_PAUSE_S)
         finally:
@@ -79,7 +79,7 @@ class MemberLinks:
             async with deadline("the links of a group", seconds):
                 await asyncio.shield(self._opening)
         except DeadlineError as late:
-            if (missing := self._group.missing) is None:
+            if (missing := self._opener.missing) is None:
                 raise  # they are about to be opened
             worker, reason = missing
             raise WorkerError(f"{reason}, after {seconds:g} s", worker=worker) from late

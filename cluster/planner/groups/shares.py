@@ -8,7 +8,7 @@ from math import inf
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
-from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
+from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
 """Shares are integers with a sum of so many at most where that costs nothing, else of `MANY`."""
@@ -18,7 +18,7 @@ _LEAST_DIVIDED = 1e-6
 """The least that is divided at will, relative to what is not: shares are differences of times, divided by it."""
 
 
-def balanced(parts: Parts, seconds: PartTables, lacking: PartTables, *, nearly: bool = False) -> Shares:
+def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
     """[members, stages]: the shares with the least time of the slowest member; a sum below 1 where memory does not
     suffice. By member and stage, `seconds` it takes and bytes `lacking`, which memory suffices for where they are
     negative. Units of what is divided coarsely are given first, and the rest is divided beside them. `nearly`: all is
@@ -34,7 +34,7 @@ def balanced(parts: Parts, seconds: PartTables, lacking: PartTables, *, nearly: 
     return np.where(same, rest, shares)
 
 
-def _filled(seconds: PartTables, lacking: PartTables, units: int, *, margin: float = 0.5) -> Shares:
+def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
     """What members have after a time is on lines between the times at which one of them begins with more than the least
     share, or has no room for more. `margin`: so much of a unit is left of each memory."""
     fixed = seconds.whole

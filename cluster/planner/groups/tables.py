@@ -10,7 +10,7 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, Flags, StageCosts, Table, WorkerFacts, sums
 from llamaclust.cluster.planner.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks
-from llamaclust.cluster.planner.groups.portions import Parts, PartTables, Shares
+from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 from llamaclust.cluster.planner.groups.shares import as_integers, balanced
 from llamaclust.cluster.planner.links import Link
 from llamaclust.cluster.planner.memory import MemoryModel
@@ -75,10 +75,10 @@ def _row_bytes(gathers: Sequence[GatherCost]) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Divided:
+class _DividedModel:
     """A model in groups of some number of members."""
 
-    parts: Parts
+    parts: DividedCosts
     kinds: _Kinds
     gathers: _GatherTables
     layer_gathers: Table  # by layer
@@ -94,15 +94,15 @@ class GroupTables:
     _contexts: int
     nearly: bool = False
     """A stage fits if shares at will do, with workspaces of portions: whole units are for `fitted`."""
-    _divided: dict[int, _Divided] = field(default_factory=dict)
-    _seconds: dict[tuple[int, WorkerFacts, Rows], PartTables] = field(default_factory=dict)
-    _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], PartTables] = field(default_factory=dict)
+    _divided: dict[int, _DividedModel] = field(default_factory=dict)
+    _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
+    _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
 
     def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
         """Of a group, its leader first."""
         return GroupTable(self, tuple(members), links, self.divided(len(members)))
 
-    def divided(self, members: int) -> _Divided:
+    def divided(self, members: int) -> _DividedModel:
         if members not in self._divided:
             costs = self._costs_of(members)
             known = next((one for one in self._divided.values() if one.parts.is_of(costs)), None)
@@ -110,7 +110,7 @@ class GroupTables:
                 kinds = _Kinds.of(costs)
                 gathers = np.array([len(layer.gathers) for layer in costs.layers], np.float64)
                 row_bytes = np.array([_row_bytes(layer.gathers) for layer in costs.layers], np.float64)
-                known = _Divided(Parts.of(costs), kinds, _GatherTables.of(costs, kinds), gathers, row_bytes)
+                known = _DividedModel(DividedCosts.of(costs), kinds, _GatherTables.of(costs, kinds), gathers, row_bytes)
             self._divided[members] = known
         return self._divided[members]
 
@@ -135,7 +135,7 @@ class GroupTables:
     def possible(self) -> Flags:
         return self._sizes.stages.possible
 
-    def seconds(self, divided: _Divided, members: Iterable[WorkerFacts], step: Rows) -> PartTables:
+    def seconds(self, divided: _DividedModel, members: Iterable[WorkerFacts], step: Rows) -> DividedTables:
         """What a step takes, by member and kind of stage."""
         found = []
         for member in members:
@@ -144,9 +144,9 @@ class GroupTables:
                 table = partial(_step_s, worker=member, step=step)
                 self._seconds[key] = divided.parts.tables(table).cut(divided.kinds.places)
             found.append(self._seconds[key])
-        return PartTables.of_members(found)
+        return DividedTables.of_members(found)
 
-    def lacking(self, divided: _Divided, members: Sequence[WorkerFacts]) -> PartTables:
+    def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
         """Bytes that memory lacks, likewise; the first one leads."""
         found = []
         for place, member in enumerate(members):
@@ -156,7 +156,7 @@ class GroupTables:
                 table = partial(self._excess, worker=member, portion=portion)
                 self._lacking[key] = divided.parts.tables(table, leads=place == 0).cut(divided.kinds.places)
             found.append(self._lacking[key])
-        return PartTables.of_members(found)
+        return DividedTables.of_members(found)
 
     def _excess(self, costs: StageCosts, worker: WorkerFacts, portion: Portion | None) -> Table:
         return self._sizes.of(costs, portion).excess_table(worker, self._contexts)
@@ -169,7 +169,7 @@ class GroupTable:
     tables: GroupTables
     members: tuple[WorkerFacts, ...]
     links: GroupLinks
-    divided: _Divided
+    divided: _DividedModel
 
     def of_work(self, work: Work) -> StageTable:
         """Its seconds, without the links to other stages; infinite where the stage does not fit."""
@@ -205,11 +205,11 @@ class GroupTable:
             return balanced(self.divided.parts, seconds, lacking, nearly=self.tables.nearly)
 
     @cached_property
-    def _token(self) -> PartTables:
+    def _token(self) -> DividedTables:
         return self.tables.seconds(self.divided, self.members, Rows(1, 1, concurrent=True))
 
     @cached_property
-    def _lack(self) -> PartTables:
+    def _lack(self) -> DividedTables:
         return self.tables.lacking(self.divided, self.members)
 
     @cached_property

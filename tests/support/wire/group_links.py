@@ -16,7 +16,7 @@ from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels._native import Links, tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.security.credentials import Credentials, Principal
-from llamaclust.worker.groups.links import GroupLinks
+from llamaclust.worker.groups.link_opener import LinkOpener
 from llamaclust.worker.groups.listener import LinkListener
 from support.seed import SEED
 
@@ -55,7 +55,7 @@ async def opened(started: list[LinkListener], given: Given, seconds: float = GAT
     order = order_of(started)
     return await asyncio.gather(
         *(
-            GroupLinks(replace(order, member=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
+            LinkOpener(replace(order, member=own), given(NAMES[own]), listener).open(GATHER_S, seconds)
             for own, listener in enumerate(started)
         )
     )

@@ -21,8 +21,8 @@ from llamaclust.kernels._native import tls_library
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.security.credentials import Credentials, Insecure, Principal
 from llamaclust.wire.security.token import ClusterToken
-from llamaclust.worker.groups import links as group_links
-from llamaclust.worker.groups.links import GroupLinks, MemberLostError
+from llamaclust.worker.groups import link_opener
+from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
 from support.clusters.served import until
 from support.descriptors import open_files
@@ -59,7 +59,7 @@ async def test_members_that_no_connection_reaches_are_told_from_those_that_load(
             (other.address, True),
         ):
             order = GroupOrder(GROUP, (GroupMember("a", address), GroupMember("b", "unix:/b")), 1)
-            links = GroupLinks(order, ClusterToken("t" * 40), LinkListener())
+            links = LinkOpener(order, ClusterToken("t" * 40), LinkListener())
             opening = asyncio.create_task(links.open(GATHER_S, GATHER_S))
             await until(lambda: bool(links._failures))  # noqa: B023
             assert [worker for worker, _ in links.unreached(0.0)] == ([] if is_reached else ["a"])
@@ -138,7 +138,7 @@ def addresses_of_kinds(kinds: str, true: str) -> Iterator[list[str]]:
 async def test_an_address_that_never_answers_leaves_time_for_the_others(
     kinds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_links, "_CONNECT_S", 0.2)
+    monkeypatch.setattr(link_opener, "_CONNECT_S", 0.2)
     find = socket.getaddrinfo
     async with listeners(2) as started:
         with addresses_of_kinds(kinds, started[0].address) as found:
@@ -202,7 +202,7 @@ async def test_a_member_that_is_not_there_is_named(own: int) -> None:
         with pytest.raises(
             MemberLostError, match=f"a link to worker {NAMES[1 - own]} at .*: not within 0.3 s"
         ) as raised:
-            await GroupLinks(order, Insecure(), started[own]).open(GATHER_S, 0.3)
+            await LinkOpener(order, Insecure(), started[own]).open(GATHER_S, 0.3)
         assert raised.value.worker == NAMES[1 - own]
 
 
@@ -212,7 +212,7 @@ async def test_a_member_without_tls_opens_no_links_to_other_machines(
     async with listeners(2) as started:
         with pytest.raises(UsageError, match="only unix:PATH and loopback"):
             members = GroupMember("a", started[0].address), GroupMember("b", "192.0.2.1:7102")
-            GroupLinks(GroupOrder(GROUP, members, 0), ClusterToken("t" * 40), started[0])
-        monkeypatch.setattr(group_links, "tls_library", lambda: "")
+            LinkOpener(GroupOrder(GROUP, members, 0), ClusterToken("t" * 40), started[0])
+        monkeypatch.setattr(link_opener, "tls_library", lambda: "")
         with pytest.raises(UsageError, match="need OpenSSL, without which this llamaclust was built"):
-            GroupLinks(order_of(started), trust.identity(Principal("a")), started[0])
+            LinkOpener(order_of(started), trust.identity(Principal("a")), started[0])

@@ -17,7 +17,7 @@ from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessag
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker import loads
-from llamaclust.worker.groups.links import GroupLinks, MemberLostError
+from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 from llamaclust.worker.groups.listener import LinkListener
 from llamaclust.worker.groups.member_links import Fault, MemberLinks
 from llamaclust.worker.loads import Loads
@@ -113,7 +113,7 @@ async def test_a_member_that_cannot_open_its_links_reports_that_once(
 async def test_links_that_are_made_and_not_yet_open_in_time_are_late() -> None:
     async def nothing(_: Fault) -> None: ...
 
-    group = GroupLinks(ORDER, Insecure(), LinkListener())
+    group = LinkOpener(ORDER, Insecure(), LinkListener())
     links = MemberLinks(3, ORDER, group, Deadlines(), nothing)
     links.open(lambda _: None)
     group._linked.add(0)

@@ -16,9 +16,9 @@ from llamaclust.core.addresses import split_address
 from llamaclust.kernels._native import Link, LinkError, TlsSettings
 from llamaclust.wire.control.groups import GroupMember
 from llamaclust.wire.security.credentials import Credentials, Identity, Insecure, Principal
-from llamaclust.worker.groups import links as group_links
+from llamaclust.worker.groups import link_opener
 from llamaclust.worker.groups.handshakes import MOST_HANDSHAKES
-from llamaclust.worker.groups.links import GroupLinks, MemberLostError
+from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 from llamaclust.worker.groups.listener import Hello
 from support.clusters.served import until
 from support.wire.group_links import (
@@ -55,14 +55,14 @@ async def test_impostors_get_no_link(
     who: str, at: int, trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at the first place accepts, one at the second place connects."""
-    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 2)
+    monkeypatch.setattr(link_opener, "_HANDSHAKE_S", SOON_S / 2)
 
     def given(name: str) -> Credentials:
         return IMPOSTORS[who](trust, tmp_path, name) if name == NAMES[at] else trust.identity(Principal(name))
 
     async with listeners(2) as started:
         order = order_of(started)
-        members = [GroupLinks(replace(order, member=own), given(NAMES[own]), started[own]) for own in range(2)]
+        members = [LinkOpener(replace(order, member=own), given(NAMES[own]), started[own]) for own in range(2)]
         tried = [asyncio.create_task(member.open(GATHER_S, GATHER_S)) for member in members]
         failures = members[1 - at]._failures
         await until(lambda: at in failures)
@@ -77,12 +77,12 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Silent connections, wrong hellos, half-open handshakes, a recorded beginning and impostors are no obstacle."""
-    monkeypatch.setattr(group_links, "_HANDSHAKE_S", SOON_S / 4)
+    monkeypatch.setattr(link_opener, "_HANDSHAKE_S", SOON_S / 4)
     hello = Hello(GROUP, 1, 0).encode()
     async with listeners(2) as started:
         order = order_of(started)
         first = asyncio.create_task(
-            GroupLinks(order, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
+            LinkOpener(order, trust.identity(Principal("a")), started[0]).open(GATHER_S, GATHER_S)
         )
         host, _, port = started[0].address.rpartition(":")
         sent = [
@@ -97,10 +97,10 @@ async def test_the_true_member_gets_its_link_after_others_have_tried(
             others.append(socket.create_connection((host, int(port))))
             others[-1].sendall(data)
             await asyncio.sleep(0)
-        impostor = GroupLinks(replace(order, member=1), trust.identity(Principal("z")), started[1])
+        impostor = LinkOpener(replace(order, member=1), trust.identity(Principal("z")), started[1])
         with pytest.raises(MemberLostError, match="a link to worker a"):
             await impostor.open(GATHER_S, SOON_S)
-        true = GroupLinks(replace(order, member=1), trust.identity(Principal("b")), started[1])
+        true = LinkOpener(replace(order, member=1), trust.identity(Principal("b")), started[1])
         await assert_gathers([*await asyncio.gather(first, true.open(GATHER_S))])
         for other in others:
             other.close()
@@ -132,11 +132,11 @@ async def test_a_recorded_connection_is_worth_nothing(trust: Authority) -> None:
         through = replace(order, member=1, members=(GroupMember("a", f"127.0.0.1:{port}"), order.members[1]))
         a, b = trust.identity(Principal("a")), trust.identity(Principal("b"))
         true = await asyncio.gather(
-            GroupLinks(order, a, started[0]).open(GATHER_S), GroupLinks(through, b, started[1]).open(GATHER_S)
+            LinkOpener(order, a, started[0]).open(GATHER_S), LinkOpener(through, b, started[1]).open(GATHER_S)
         )
         await assert_gathers([*true])
         relay.close()
-        again = asyncio.create_task(GroupLinks(order, a, started[0]).open(GATHER_S, SOON_S))
+        again = asyncio.create_task(LinkOpener(order, a, started[0]).open(GATHER_S, SOON_S))
         host, _, at = started[0].address.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(at))
         writer.write(bytes(recorded))
@@ -169,17 +169,17 @@ async def test_who_replays_a_hello_keeps_no_member_out(
     who: str, trust: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes all places, again and again, before the member comes and while it does."""
-    attempts, connect = [], GroupLinks._connection_to
+    attempts, connect = [], LinkOpener._connection_to
 
-    async def counted(links: GroupLinks, address: str) -> socket.socket:
+    async def counted(links: LinkOpener, address: str) -> socket.socket:
         attempts.append(address)
         return await connect(links, address)
 
-    monkeypatch.setattr(GroupLinks, "_connection_to", counted)
+    monkeypatch.setattr(LinkOpener, "_connection_to", counted)
     async with listeners(2) as started:
         order, hello = order_of(started), Hello(GROUP, 1, 0).encode()
         true = [
-            GroupLinks(replace(order, member=own), trust.identity(Principal(NAMES[own])), started[own])
+            LinkOpener(replace(order, member=own), trust.identity(Principal(NAMES[own])), started[own])
             for own in (0, 1)
         ]
         first = asyncio.create_task(true[0].open(GATHER_S, GATHER_S))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamaclust.cluster.planner.groups.portions import PartTables
+from llamaclust.cluster.planner.groups.divided_costs import DividedTables
 from llamaclust.cluster.planner.groups.shares import balanced
 
 
@@ -17,8 +17,8 @@ from llamaclust.cluster.planner.groups.shares import balanced
 def test_shares_are_whole_where_all_is_divided_in_few_units(whole_s: float, speeds: tuple[float, ...]) -> None:
     """A small model has nothing that is divided at will; memory is ample."""
     zeros = np.zeros((len(speeds), 1))
-    seconds = PartTables(zeros + whole_s, (np.array([[0.1 / speed] for speed in speeds]),), zeros)
-    lacking = PartTables(zeros - 1e10, (zeros + 1e5,), zeros)
+    seconds = DividedTables(zeros + whole_s, (np.array([[0.1 / speed] for speed in speeds]),), zeros)
+    lacking = DividedTables(zeros - 1e10, (zeros + 1e5,), zeros)
     parts: Any = SimpleNamespace(
         coarse=((8, None),), least_units=64, coarse_parts=lambda shares: [np.round(shares * 8) / 8]
     )

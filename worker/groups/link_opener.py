@@ -35,8 +35,8 @@ class MemberLostError(LlamaclustError):
     """A member of a group that cannot be reached, or is another one; `worker` names it."""
 
 
-class GroupLinks:
-    """A member's way to its links. Of two members, the later one connects to the earlier one."""
+class LinkOpener:
+    """Opens a member's links to the others, once. Of two members, the later one connects to the earlier one."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
         """UsageError for an address that such credentials do not allow, or where TLS lacks."""

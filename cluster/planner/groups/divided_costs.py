@@ -20,7 +20,7 @@ Shares = Table
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class DividedCosts:
     """Costs of a model in groups, by what is divided alike. `whole`: what the leader has at all; with each of `coarse`,
     what is divided in so many units besides; `fine`: likewise, divided at will. `follower`: what others have at all."""
 
@@ -44,10 +44,10 @@ class Parts:
         """Whether groups of this size divide the model alike."""
         return self.divided == _divided(costs)
 
-    def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> PartTables:
+    def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
         """`table` is to be a sum over what a member has."""
         whole = table(self.whole)
-        return PartTables(
+        return DividedTables(
             whole if leads else table(self.follower),
             tuple(_more(table(costs), whole) for _, costs in self.coarse),
             _more(table(self.fine), whole),
@@ -59,7 +59,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PartTables:
+class DividedTables:
     """A table of stages, as sums of parts: of one member, or [members, ...]."""
 
     whole: Table
@@ -67,7 +67,7 @@ class PartTables:
     fine: Table
 
     @classmethod
-    def of_members(cls, tables: Sequence[PartTables]) -> PartTables:
+    def of_members(cls, tables: Sequence[DividedTables]) -> DividedTables:
         coarse = zip(*(table.coarse for table in tables), strict=True)
         return cls(
             np.array([table.whole for table in tables]),
@@ -82,18 +82,18 @@ class PartTables:
             found = found + part * table
         return found
 
-    def cut(self, cells: tuple[Counts, Counts]) -> PartTables:
+    def cut(self, cells: tuple[Counts, Counts]) -> DividedTables:
         """Of some stages, by their starts and ends."""
-        return PartTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
+        return DividedTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
 
-    def chosen(self, numbers: Counts) -> PartTables:
+    def chosen(self, numbers: Counts) -> DividedTables:
         """Of some of these stages."""
         coarse = tuple(table[..., numbers] for table in self.coarse)
-        return PartTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
+        return DividedTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
 
-    def with_coarse(self, coarse: Sequence[Table]) -> PartTables:
+    def with_coarse(self, coarse: Sequence[Table]) -> DividedTables:
         """Such parts of these belong to what is whole."""
-        return PartTables(self.at(coarse, np.zeros(())), (), self.fine)
+        return DividedTables(self.at(coarse, np.zeros(())), (), self.fine)
 
     @property
     def divided(self) -> Table:

@@ -1,7 +1,7 @@
 """Kills and stops workers at random while requests run, and compares every answer with an undisturbed run's.
 
-    python benchmarks/clusters/chaos.py MODEL.gguf [--faults 200] [--seed N] [--streams 32] [--workers 3]
-        [--launcher local|static] [--group 3 [--spares 1]] [--minutes M] [--silence 1] [--verbose]
+    python benchmarks/clusters/chaos.py MODEL.gguf [--faults 200] [--seed N] [--streams 32]
+        [--workers 3 | --group 3 [--spares 1]] [--launcher local|static] [--minutes M] [--silence 1] [--verbose]
 
 Faults are SIGKILL and SIGSTOP of any worker: while it computes a prompt, while it decodes, while it loads layers, while
 another loss is recovered from, and of two at once. Every worker has the model's file. Requests are greedy and sampled,
@@ -39,7 +39,7 @@ from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from running import Bench, Layout  # noqa: E402
+from running import MOST_WORKERS, Bench, Layout  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.control.observations import Signal  # noqa: E402
@@ -299,7 +299,7 @@ def group_keys(given: argparse.Namespace) -> dict[str, object]:
     """Of a cluster file: a group by hand, or workers of which a group is the best plan."""
     if not given.spares:
         return {"plan": group_plan(given.model, given.group)}
-    workers = [{"name": name, **_SLOW} for name in "abcdefgh"[: given.group + given.spares]]
+    workers = [{"name": name, **_SLOW} for name in Layout(workers=given.workers).names]
     return {"workers": workers, "objective": "latency", "groups": given.group}
 
 
@@ -317,7 +317,7 @@ async def form_group(cluster: Cluster, members: int) -> None:
 def group_plan(model: Path, members: int) -> list[dict[str, object]]:
     """A group of so many workers, and a stage behind it."""
     layers = Model.open(model).layer_count
-    *group, last = list("abcdefgh"[: members + 1])
+    *group, last = list(Layout(workers=members + 1).names)
     return [
         {"workers": group, "layers": [0, layers * 2 // 3]},
         {"worker": last, "layers": [layers * 2 // 3, layers]},
@@ -340,8 +340,7 @@ async def run(given: argparse.Namespace) -> bool:
             print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:
-        workers = given.group + max(1, given.spares) if given.group else given.workers
-        layout = Layout(launcher=given.launcher, workers=workers, keys=keys)
+        layout = Layout(launcher=given.launcher, workers=given.workers, keys=keys)
         bench = Bench(given.model, layout, Path(folder))
         os.environ.update(bench.environment)
         async with bench.static_workers():
@@ -358,14 +357,14 @@ async def run(given: argparse.Namespace) -> bool:
     return outcome.is_intact
 
 
-def main() -> None:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=1e6, help="at most; the verdict is of the faults until then")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--workers", type=int, help="3 by default; not with --group, which has its own number")
     parser.add_argument("--group", type=int, default=0, help="workers that hold the first layers together")
     parser.add_argument("--spares", type=int, default=0, help="more workers than the group's, for an automatic plan")
     parser.add_argument("--launcher", choices=("local", "static"), default="local")
@@ -373,7 +372,19 @@ def main() -> None:
         "--silence", type=float, default=1.0, help="timeouts.worker in seconds (a cluster's default: 5)"
     )
     parser.add_argument("--verbose", action="store_true", help="print the cluster's events")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if given.group == 1 or given.spares < 0 or (given.spares and not given.group):
+        parser.error("--group: 2 members or more; --spares: so many workers beside these")
+    if given.group and given.workers is not None:
+        parser.error("--workers: a --group has its members, and --spares more, or one for the stage behind it")
+    given.workers = given.group + max(1, given.spares) if given.group else given.workers or 3
+    if not 1 < given.workers <= MOST_WORKERS:
+        parser.error(f"{given.workers} workers: there may be 2 to {MOST_WORKERS}")
+    return given
+
+
+def main() -> None:
+    given = parse(sys.argv[1:])
     print(
         f"seed {given.seed}, {given.launcher}, {given.workers} workers, {given.streams} streams, "
         f"timeouts.worker {given.silence:g} s",

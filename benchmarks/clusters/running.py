@@ -28,6 +28,8 @@ _END_S = 60.0
 _LOOK_S = 0.02
 _NAME = "bench"
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
+_NAMES = "abcdefgh"
+MOST_WORKERS = len(_NAMES)
 _SPEED = {"threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
@@ -51,7 +53,7 @@ class Layout:
 
     @property
     def names(self) -> str:
-        return "abcdefgh"[: self.workers]
+        return _NAMES[: self.workers]
 
 
 class Bench:

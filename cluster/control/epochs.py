@@ -7,12 +7,11 @@ import logging
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failures.failure_attribution import root_cause
 from llamaclust.cluster.control.limits import plan_limits, scheduler_settings
-from llamaclust.cluster.control.load_orders import StageLoads, load_order
+from llamaclust.cluster.control.load_orders import StageLoads, load_orders
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.observations import Suspect
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
@@ -38,7 +37,7 @@ from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ModelFileError, StalledError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.file_manifests import FileManifests
-from llamaclust.wire.control.messages import Loaded, LoadProgress
+from llamaclust.wire.control.messages import Load, Loaded, LoadProgress
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
@@ -72,9 +71,12 @@ async def load_stages(
     if lost:  # meanwhile: the others would load in vain
         raise StageLoadError(lost[0].error, lost)
 
-    async def load(index: int, handle: WorkerHandle) -> Loaded:
-        order = load_order(loads, handles, index, weights.get(handle.name))
+    try:
+        orders = load_orders(loads, handles, weights)
+    except WorkerError as error:
+        raise StageLoadError(error, (Suspect(error.worker or "", error),)) from error
 
+    async def load(order: Load, handle: WorkerHandle) -> Loaded:
         def loading(progress: LoadProgress) -> None:
             if report is not None:
                 done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
@@ -89,7 +91,7 @@ async def load_stages(
                 raise
             raise DeadlineError(str(stalled)) from stalled
 
-    answers = await asyncio.gather(*map(load, count(), handles), return_exceptions=True)
+    answers = await asyncio.gather(*map(load, orders, handles), return_exceptions=True)
     suspects = _suspects(handles, answers)
     if suspects:
         for suspect in suspects:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from secrets import token_bytes
 
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
@@ -34,11 +33,25 @@ class StageLoads:
     links: Links = UNKNOWN
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
     own: OwnCopy | None = None  # the coordinator's copy of the file
-    group_ids: Mapping[int, bytes] = field(default_factory=lambda: defaultdict(_group_id))  # by the leader's place
 
 
-def load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, weights: WeightSources | None) -> Load:
-    """The order of the worker at `index`; that of a leader has the stages that its own calls and is called by."""
+def load_orders(loads: StageLoads, handles: Sequence[WorkerHandle], weights: Mapping[str, WeightSources]) -> list[Load]:
+    """The order of each worker; that of a leader has the stages that its own calls and is called by. WorkerError for a
+    member of a group that accepts no links."""
+    groups = _group_orders(loads.stages, handles)
+    return [
+        _load_order(loads, handles, index, weights.get(handle.name), group)
+        for index, (handle, group) in enumerate(zip(handles, groups, strict=True))
+    ]
+
+
+def _load_order(
+    loads: StageLoads,
+    handles: Sequence[WorkerHandle],
+    index: int,
+    weights: WeightSources | None,
+    group: GroupOrder | None,
+) -> Load:
     stage, chain = loads.stages[index], leaders(handles, loads.stages)
     place = len(leaders(handles[: index + 1], loads.stages[: index + 1])) - 1
     leads, is_first, is_last = stage.member == 0, place == 0, place + 1 == len(chain)
@@ -61,7 +74,7 @@ def load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, w
         weights=weights,
         devices=stage.devices,
         adapter_paths=loads.model.adapter_paths,
-        group=_group_order(loads, handles, index) if stage.shares else None,
+        group=group,
     )
 
 
@@ -70,17 +83,18 @@ def leaders(handles: Sequence[WorkerHandle], stages: Sequence[StageInfo]) -> lis
     return [handle for handle, stage in zip(handles, stages, strict=True) if stage.member == 0]
 
 
-def _group_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int) -> GroupOrder:
-    """The group of the worker at `index`. WorkerError for a member that accepts no links."""
-    stage = loads.stages[index]
-    begin = index - stage.member
-    held = [*zip(handles[begin : begin + len(stage.shares)], stage.shares, strict=True)]
-    for handle, _ in held:
-        if not handle.registration.link_address:
-            raise WorkerError(f"worker {handle.name} takes no part in groups: it accepts no links", worker=handle.name)
-    members = (GroupMember(handle.name, handle.registration.link_address, share) for handle, share in held)
-    return GroupOrder(loads.group_ids[begin], tuple(members), stage.member)
+def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) -> Iterator[GroupOrder | None]:
+    """Yields the part of each worker in its group; None where it holds its stage alone."""
+    for begin, stage in enumerate(stages):
+        if not stage.shares:
+            yield None
+        elif stage.member == 0:
+            group_id, shares = token_bytes(GROUP_ID_BYTES), stage.shares
+            members = tuple(map(_group_member, handles[begin : begin + len(shares)], shares))
+            yield from (GroupOrder(group_id, members, place) for place in range(len(members)))
 
 
-def _group_id() -> bytes:
-    return token_bytes(GROUP_ID_BYTES)
+def _group_member(handle: WorkerHandle, share: int) -> GroupMember:
+    if not handle.registration.link_address:
+        raise WorkerError(f"worker {handle.name} takes no part in groups: it accepts no links", worker=handle.name)
+    return GroupMember(handle.name, handle.registration.link_address, share)

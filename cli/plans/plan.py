@@ -149,7 +149,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
                 gpus=gpus[spec.name],
                 gpu_layers=spec.gpu_layers,
                 threads=spec.threads or 1,
-                accepts_links=not gpus[spec.name],
+                accepts_links=True,
             )
             for spec in specs
         }

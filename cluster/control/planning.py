@@ -251,9 +251,7 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
         profile = resources.profiles.get(name)
         cpu = None if profile is None else profile.cpu
         own = resources.workers[name]
-        worker = WorkerFacts(
-            name, memory[name], cpu, own.threads, reaches[name], joins_groups=own.accepts_links and not own.gpus
-        )
+        worker = WorkerFacts(name, memory[name], cpu, own.threads, reaches[name], joins_groups=own.joins_groups)
         facts.append(with_gpus(worker, _beside(gpus[name], name, held), profile))
     return facts
 

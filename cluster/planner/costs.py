@@ -49,7 +49,7 @@ class WorkerFacts:
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
     device: str = "cpu"
-    joins_groups: bool = False  # whether it may hold a stage together with others
+    joins_groups: bool = False  # automatic plans may have it in a group
     placement: Placement = NO_RULES  # what the user says of layers on its GPUs
 
 

@@ -37,6 +37,11 @@ class WorkerResources:
     is_fresh: bool = False  # its memory is less than what its machine's shares are made from
     measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
 
+    @property
+    def joins_groups(self) -> bool:
+        """True where automatic plans may have the worker in a group."""
+        return self.accepts_links and not self.gpus
+
     @classmethod
     def of(cls, worker: WorkerHandle) -> WorkerResources:
         registration, fresh, taken_bytes = worker.registration, worker.fresh_memory, worker.measuring_bytes

@@ -170,18 +170,13 @@ class GroupSearch:
     def _may_hold(self, members: tuple[int, ...]) -> bool:
         """Gathers must not take longer than the slowest member for whole layers: a chain of these would be as fast."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
-        if len(members) > request.largest_group or not all(self.joins[member] for member in members):
+        if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
         if any(pair <= {*members} for pair in self.apart) or not request.links.are_known([each.name for each in facts]):
             return False
         links = self.costs_of(members).links
         gathers_s = self.tables.gathers_of(len(members)) * links.gather_s
         return gathers_s < max(self._token_s[member] for member in members)
-
-    @cached_property
-    def joins(self) -> list[bool]:
-        """By worker, whether it may be in a group."""
-        return [worker.joins_groups and not worker.gpus for worker in self.workers]
 
     @cached_property
     def _class_numbers(self) -> dict[int, int]:

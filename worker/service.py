@@ -83,7 +83,10 @@ class StageService:
         return streams.runner
 
     def keep(self) -> None:
-        """The coordinator is gone, and with it all epochs; what is loaded waits for a load that wants the same."""
+        """The coordinator is gone, and with it all epochs and the links of their groups; what is loaded waits for a
+        load that wants the same."""
+        for stage in self._stages.values():
+            stage.close_links()
         self._kept += self._stages.values()
         self._stages.clear()
 

@@ -30,6 +30,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class LoadedStage:
     epoch = 1
 
+    def close_links(self) -> None: ...
+
 
 def test_layers_make_it_ready_and_a_load_does_not(file: Path) -> None:
     is_ready = file.exists

@@ -109,10 +109,14 @@ class FollowingStage:
         self._counters.tokens += arrival.rows
         self._steps += 1
 
+    def close_links(self) -> None:
+        """Ends the links to other members, and all attempts to open them."""
+        self._member_links.close()
+
     async def release(self) -> StageRunner:
         """Ends the links and what is being computed; what is loaded is the caller's then. DeviceLostError where that
         does not end: nobody counts any more what it holds."""
-        self._member_links.close()
+        self.close_links()
         if self._ended is not None:
             try:
                 async with deadline("the end of a group's step", _STEP_S):

@@ -205,12 +205,17 @@ class StageStreams:
         async with deadline(f"opening the {which} stage at {stage.address}", self._forward_s, stage.worker):
             await stream.opened()
 
+    def close_links(self) -> None:
+        """Ends the links to other members, where a group holds the stage, and all attempts to open them."""
+        if self._links is not None:
+            self._links.close()
+
     async def release(self) -> StageRunner:
         """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""
         if self._forwarding is not None:
             self._forwarding.cancel()
+        self.close_links()
         if self._links is not None:
-            self._links.close()
             await self._compute.idle(_STEP_S)
             self._compute.close()
         peers = (self._neighbours.next, self._neighbours.first)

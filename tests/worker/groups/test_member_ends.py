@@ -23,11 +23,14 @@ from llamaclust.worker.groups.member_links import Fault, MemberLinks
 from llamaclust.worker.loads import Loads
 from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
-from llamaclust.worker.stage import following
+from llamaclust.worker.stage import following, streams
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.following import FollowingStage
+from llamaclust.worker.stage.leading import Leader
+from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from llamaclust.worker.worker import Worker
+from support.clusters.served import until
 from support.wire.control_messages import LOAD
 
 MEMBERS = GroupMember("a", "192.0.2.1:7000"), GroupMember("b", "unix:/b")
@@ -137,3 +140,34 @@ async def test_a_step_that_does_not_end_ends_the_process(monkeypatch: pytest.Mon
     with pytest.raises(DeviceLostError, match=r"the end of a group's step: not within 0\.01 s") as caught:
         await service.remove(3)
     assert given_up == [caught.value]
+
+
+@pytest.mark.parametrize("member", [0, 1])
+async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator has gone before the other member was there. The leader accepts, the follower connects."""
+    attempts: list[str] = []
+
+    async def refused(_: LinkOpener, address: str) -> None:
+        attempts.append(address)
+        raise OSError("nobody is there")
+
+    async def nothing(_: Fault) -> None: ...
+
+    monkeypatch.setattr(LinkOpener, "_connection_to", refused)
+    monkeypatch.setattr(following, "frame_reader", lambda _: None)
+    monkeypatch.setattr(streams, "StageLoop", lambda *_: None)
+    limits, program = SimpleNamespace(max_batch_tokens=1), SimpleNamespace(is_first=True)
+    runner: Any = SimpleNamespace(limits=limits, program=program, gather_by=None)
+    members = GroupMember("a", "127.0.0.1:7000"), GroupMember("b", "127.0.0.1:7001")
+    order, service = replace(ORDER, members=members, member=member), StageService("ab"[member])
+    links = MemberLinks(3, order, LinkOpener(order, Insecure(), LinkListener()), Deadlines(), nothing)
+    if member == 0:
+        context: Any = SimpleNamespace(compute=None, leader=Leader(3, links, runner.gather_by))
+        neighbours = Neighbours(lambda *_: asyncio.sleep(0))
+        service.add(StageStreams(3, runner, context, Deadlines(), neighbours, links))
+    else:
+        service.add(FollowingStage(3, runner, Counters(), links, lambda _: None))
+    async with asyncio.timeout(20):
+        await until(lambda: len(attempts) > 1 or (member == 0 and len(asyncio.all_tasks()) > 2))
+        service.keep()
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})

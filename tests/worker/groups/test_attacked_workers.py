@@ -85,11 +85,11 @@ def says(data: bytes) -> Stranger:
     return say
 
 
-def shakes_hands(hello: bytes) -> Stranger:
-    """With the certificate of a worker that the cluster does not have."""
+def shakes_hands(hello: bytes, worker: str = "z") -> Stranger:
+    """With the certificate of a worker, by default one that the cluster does not have."""
 
     def shake(connection: socket.socket, authority: Authority) -> None:
-        own = authority.identity(Principal("z"))
+        own = authority.identity(Principal(worker))
         tls = TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, Principal("a").host(own.cluster), False)
         with suppress(ConnectionError):
             connection.sendall(hello)
@@ -103,6 +103,7 @@ STRANGERS: dict[str, tuple[int, Stranger]] = {
     "plain text": (40, says(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 9)),
     "a certificate without a hello": (10, shakes_hands(b"")),
     "a certificate of another worker, for another group": (10, shakes_hands(UNKNOWN)),
+    "a certificate of a member, for another group": (10, shakes_hands(UNKNOWN, "b")),
     "another group": (40, says(UNKNOWN + b"\x16\x03\x01")),
     "a part of a hello": (100, says(UNKNOWN[:17])),
     "garbage before a hello": (40, says(random.Random(SEED).randbytes(99) + UNKNOWN)),

@@ -41,6 +41,9 @@ def _foreign(trust: Authority, folder: Path, name: str) -> Identity:
 
 IMPOSTORS: dict[str, Callable[[Authority, Path, str], Credentials]] = {
     "another worker's certificate": lambda trust, folder, name: trust.identity(Principal("z")),
+    "the certificate of the member that it speaks to": lambda trust, folder, name: trust.identity(
+        Principal(NAMES[1 - NAMES.index(name)])
+    ),
     "the coordinator's certificate": lambda trust, folder, name: trust.identity(Principal(None)),
     "an expired certificate": lambda trust, folder, name: expired(trust, Principal(name)),
     "a certificate of another authority": _foreign,

@@ -1,4 +1,4 @@
-"""The thread pool, built with the compiler's search for data races."""
+"""Threads of the native module, built with the compiler's search for data races."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def require_thread_sanitizer(folder: Path) -> None:
         pytest.skip("no C++ compiler with a thread sanitizer that runs here")
 
 
-def test_jobs_in_a_row_have_neither_data_races_nor_waits_of_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pool_jobs", "core_sharing"])
+def test_threads_have_no_data_races_and_wait_as_they_should(name: str, tmp_path: Path) -> None:
     require_thread_sanitizer(tmp_path)
-    program = tmp_path / "pool_jobs"
+    program = tmp_path / name
     sources = (NATIVE / "runtime" / name for name in ("thread_pool.cpp", "thread_speeds.cpp", "core_sharing.cpp"))
-    built = build(program, ROOT / "tests/kernels/native/pool_jobs.cpp", *sources)
+    built = build(program, ROOT / f"tests/kernels/native/{name}.cpp", *sources)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr

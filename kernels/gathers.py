@@ -1,4 +1,5 @@
-"""What all members of a group do alike at a gather: the form in which rows travel, and bands of rows."""
+"""Rules that all members of a group follow at a gather: the form in which rows travel, and bands of rows. The native
+executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Where the bands begin and end into which the native executor divides a run of so many rows, `most` at most: each
-    of them has its own gathers, up to the output rows. The first one has two thirds of the rows of each other one."""
+    """The borders of the bands into which the native executor divides a run of so many rows, `most` bands at most. Each
+    band has its own gathers, up to the output rows. The first one has two thirds of the rows of each other one."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -43,8 +44,8 @@ def borders_in(step: ir.Gather, width: int) -> list[int]:
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """By member, whether all numbers of its columns in gathered rows [rows, width] are finite. Of int8 values only the
-    scales say so."""
+    """Tells for each member whether all numbers of its columns in gathered rows [rows, width] are finite. Int8 values
+    show it by their scales alone."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:
@@ -55,7 +56,7 @@ def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:
-    """How many floats have the room of so many columns' int8 values and scales."""
+    """The number of floats that take as much room as so many columns' int8 values and scales."""
     return columns // _INT8_OF_FLOAT + columns // form.value
 
 

@@ -51,7 +51,7 @@ _KUBERNETES = "https://kubernetes.default.svc"
 
 
 class Section(DocumentedModel):
-    """What has keys of its own."""
+    """A part of the cluster file with keys of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
@@ -236,12 +236,12 @@ class PlanEntry(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the worker, or of all members of the group."""
+        """The names of the worker, or of all members of the group."""
         return self.workers or (() if self.worker is None else (self.worker,))
 
     @property
     def all_shares(self) -> tuple[int, ...]:
-        """By member of the group; empty for one worker."""
+        """The shares by member of the group; empty for one worker."""
         return self.shares or (1,) * len(self.workers or ())
 
     @model_validator(mode="after")

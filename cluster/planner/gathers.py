@@ -1,4 +1,4 @@
-"""What a group takes to put rows together: latency of its slowest link, and bytes on its links. Pure."""
+"""Times of gathers: the latency of a group's slowest link, and the bytes on its links. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATHER_S = 12e-6
 """Of a gather, beside what the network takes: encryption, system calls, rows that are copied. Measured: 11.4 us more
 than a loop that only sends and receives 16 KiB (docs/groups-internals.md)."""
 HIDDEN_SHARE = 0.5
-"""Of bytes of a prompt, at most so many travel while members compute others."""
+"""The share of a prompt's bytes that travels while members compute other rows, at most."""
 
 _Seconds = TypeVar("_Seconds", float, Table)
 
@@ -47,7 +47,7 @@ class GroupLinks:
 
     @property
     def from_leader_byte_s(self) -> float:
-        """Of a byte that the leader sends to each follower."""
+        """The seconds that a byte takes which the leader sends to each follower."""
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
@@ -58,8 +58,8 @@ class GroupLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[_Seconds]):
-    """Seconds of the gathers of one stage, or tables of those of many stages: of its layers and of the embedding, and
-    of the rows that it samples."""
+    """The gathers of one stage in seconds, or tables of those of many stages: gathers of layers and of the embedding,
+    and of the rows that are sampled."""
 
     layers_s: _Seconds
     row_s: _Seconds  # more for each row
@@ -92,7 +92,7 @@ def gather_times(
 
 
 def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:
-    """(of all gathers, more for each row)."""
+    """Returns the seconds of all gathers, and those that each row adds."""
     fixed_s = row_s = 0.0
     known: dict[GatherCost, float] = {}
     for gather in gathers:

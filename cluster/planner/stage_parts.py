@@ -34,12 +34,12 @@ class StageParts:
 
     @property
     def portion(self) -> Portion | None:
-        """Of a group's member."""
+        """The portion of a group's member; None where one worker holds the stage."""
         return Portion(self.shares, self.member) if self.shares else None
 
     @property
     def start(self) -> int:
-        """Its first layer."""
+        """The first layer."""
         return min(part.start for part in self.parts)
 
     @property
@@ -72,7 +72,7 @@ class HeldStage:
 
     @property
     def _is_group(self) -> bool:
-        """Its members compute at the same time, some perhaps on one machine."""
+        """True where several members compute at the same time, some perhaps on one machine."""
         return len(self.members) > 1
 
     def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
@@ -83,12 +83,12 @@ class HeldStage:
         return max(self.member_prefill_s(rows, concurrent=concurrent))
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
-        """What each member takes, if none waits for another one."""
+        """The time of each member, if none waits for another one."""
         gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 
     def member_prefill_s(self, rows: int, *, concurrent: bool = False) -> list[float]:
-        """Likewise."""
+        """The time of each member for a prompt, if none waits for another one."""
         concurrent = concurrent or self._is_group
         computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
         return [seconds + float(self.gathers.prefill_s(rows, seconds)) for seconds in computing]
@@ -113,7 +113,7 @@ class _StepTable(Protocol):
 
 
 def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
-    """What a device takes for its layers, or for experts of layers on a GPU with their way there and back."""
+    """The time of a device for its layers, or for experts of layers on a GPU with their way there and back."""
     start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
     experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
     if held.is_experts:

@@ -59,7 +59,7 @@ class GatherCost:
     from_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
-        """Bytes of one row that each member sends to each one that receives them."""
+        """Returns the bytes of one row that each member sends to each one that receives them."""
         if self.from_leader:
             return self.lines * _bytes(self.width, None), *(0 for _ in shares[1:])
         places = [self.width // self.units * place for place in borders(self.units, shares)]
@@ -69,7 +69,7 @@ class GatherCost:
 
 @dataclass(frozen=True, slots=True)
 class PortionCost:
-    """What members divide in `units`; `cost` is that of all units."""
+    """A part of a layer that members divide in `units`; `cost` is that of all units."""
 
     units: int
     cost: LayerCost
@@ -102,7 +102,7 @@ class DividedLayer:
 
     @property
     def divided_share(self) -> float:
-        """Of the weights that one row reads, the part that is divided."""
+        """The part that is divided of the weights that one row reads."""
         divided = sum(portion.cost.touched_bytes(1) for portion in self.portions)
         return divided / (divided + self.whole.touched_bytes(1)) if divided else 0.0
 
@@ -117,7 +117,7 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """What stands before the first layer: tables of tokens at the leader, whose rows it sends to the others, and what
+    """The costs before the first layer: tables of tokens at the leader, whose rows it sends to the others, and what
     every member has, as tables of positions."""
 
     whole_bytes: int
@@ -161,7 +161,7 @@ class GroupCosts:
         return self.of_follower(found) if member else found
 
     def of_follower(self, leader: ModelCosts) -> ModelCosts:
-        """The same without tables of tokens."""
+        """Returns a member's costs without tables of tokens."""
         return replace(leader, embedding_bytes=self.embedding.whole_bytes, tied_bytes=0)
 
 
@@ -231,8 +231,8 @@ def _bytes(channels: int, form: ActivationFormat | None) -> int:
 
 
 def _has_part(step: Step) -> bool:
-    """Whether a member has a part of the weights or the KV memory of a divided step. Heads share the weights of their
-    norm, and a single head of keys. Adapters, of which members have one matrix whole, count as whole."""
+    """True where a member has a part of a divided step's weights or KV memory. Heads share the weights of their norm,
+    and a single head of keys. Adapters, of which members have one matrix whole, count as whole."""
     if isinstance(step, Attention):
         return step.kv_heads > 1
     return isinstance(step, MatMul | HeadMatMul | ExpertInner | ExpertDown)

@@ -40,7 +40,7 @@ LEADER = 0
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """What `member` computes, in proportion to the shares. UsageError for parts of layers."""
+    """The program of `member`, in proportion to the shares. UsageError for parts of layers."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 
@@ -113,7 +113,7 @@ class _Member:
         }
 
     def _inner(self, mixture: Moe, units: int) -> Moe:
-        """With the member's rows of gate and up."""
+        """The step with the member's rows of gate and up."""
         rows, ffn_width = self._range(units, mixture.ffn_width), mixture.ffn_width
         up, gate = rows, None if mixture.gate is None else rows_name(mixture.gate, rows)
         if mixture.fused:
@@ -130,7 +130,7 @@ class _Member:
         )
 
     def _down(self, mixture: Moe, units: int) -> Moe:
-        """With the member's rows of down."""
+        """The step with the member's rows of down."""
         rows, out = self._range(units, mixture.out.width), self._own(mixture.out, units)
         bias = _rows_of(mixture.down_bias, rows)
         return replace(mixture, out=out, down=rows_name(mixture.down, rows), down_bias=bias)

@@ -13,7 +13,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """What all these steps that read the buffer quantize it to; None where one does not, or to another format.
+    """The format to which all steps that read the buffer quantize it; None where one does not, or to another format.
     `results`: what is read behind the steps. `type_of` is that of a tensor."""
     formats = set[ActivationFormat | None]()
     for step in steps:

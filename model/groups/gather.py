@@ -1,4 +1,4 @@
-"""Where the members of a group put a row together that each of them has computed a portion of."""
+"""The step at which the members of a group put a row together, of which each has computed a portion."""
 
 from __future__ import annotations
 

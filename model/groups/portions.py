@@ -1,4 +1,4 @@
-"""Which values of a program are divided among the members of a group, and in how many units.
+"""Decides which values of a program the members of a group divide, and in how many units.
 
 Values that a product begins, and those that follow from them channel by channel or head by head, stay divided; every
 other step reads whole rows.
@@ -35,11 +35,11 @@ from llamaclust.model.row_steps import Activate, Add, Mul, PositionScale, Scale,
 
 _SEGMENT_COLUMNS = ActivationFormat.Q8_256.value
 _LEAST_SEGMENTS = 16
-"""A member's, so that portions are a thirtieth from their shares at most."""
+"""A member has so many segments at least, so that portions are a thirtieth from their shares at most."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Where the portions of so many units begin and end: each of at least one, nearly in proportion to the shares."""
+    """The borders of the portions of so many units: each has one at least, and is nearly in proportion to its share."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -116,7 +116,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Of each step's result. What has fewer units than there are members is not divided."""
+    """The units of each step's result; 0 where it is not divided, as with fewer units than members."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -152,8 +152,8 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """What is divided after the steps so far, in how many units, and which of it is put together already. `normed`: a
-    result that is whole when rows are selected."""
+    """The values that are divided after the steps so far, their units, and which of them are put together already.
+    `normed`: a result that is whole when rows are selected."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class _Rows:
 
 
 def divided_reads(step: Step) -> tuple[Buffer, ...]:
-    """What a step reads of in the portion that its result is in; it reads whole rows of the rest. Where all heads have
+    """The buffers that a step reads in the portion of its result; it reads whole rows of the others. If all heads have
     the same keys and values, as in latent attention, these are whole."""
     match step:
         case Attention(kv_heads=1):

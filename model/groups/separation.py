@@ -54,7 +54,7 @@ def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
 
 
 def _rows_of(step: MatMul | Adapt, cut: Slice) -> Step:
-    """What makes the slice alone."""
+    """The step that makes the slice alone."""
     rows = range(cut.start, cut.start + cut.out.width)
     if isinstance(step, Adapt):
         return replace(step, out=cut.out, up=shard_name(step.up, rows))
@@ -86,5 +86,5 @@ def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
 
 
 def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
-    """Whether one of the steps reads what the buffer has before them."""
+    """True where one of the steps reads what the buffer has before them."""
     return buffer.name in {read.name for read in read_before_written(steps)}

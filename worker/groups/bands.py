@@ -20,17 +20,17 @@ _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's, over the runs of an epoch. Runs whose rows have the same power of two are taken to be alike."""
+    """The leader's choice, over the runs of an epoch. Runs count as alike whose rows have the same power of two."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}
 
     def of(self, rows: int) -> int:
-        """For the next run of so many rows."""
+        """The bands of the next run of so many rows."""
         return self._runs(rows).bands if rows >= LEAST_BANDED_ROWS else 1
 
     def add(self, rows: int, waited_share: float) -> None:
-        """After such a run, whose gathers waited that share of its time."""
+        """Takes in such a run, whose gathers waited that share of its time."""
         if rows >= LEAST_BANDED_ROWS:
             self._runs(rows).add(rows, waited_share)
 

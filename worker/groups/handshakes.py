@@ -14,7 +14,7 @@ from llamaclust.kernels._native import Link, LinkError
 from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 MOST_HANDSHAKES = 8
-"""With one place of a group. Each has a thread."""
+"""So many run with one place of a group at a time, each on a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class _Claim:
     connection: socket.socket  # a copy, for the descriptor is the handshake's
 
     def end(self) -> None:
-        """The handshake fails at once."""
+        """Ends the handshake at once."""
         with suppress(OSError):  # the other end was faster
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()

@@ -32,9 +32,9 @@ _MOST_SILENT = 64
 """Connections that have not said their hello; of more, the oldest of the host with the most is closed."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
-"""Of the path of a Unix socket, behind that for stages."""
+"""The end of a Unix socket's path, behind that for stages."""
 LINK_PORTS = 1000
-"""So far from the port for stages: the next one may be another worker's of the same machine."""
+"""The distance from the port for stages: the next port may be another worker's of the same machine."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -52,8 +52,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Where a worker accepts links that serves its stages at an address; port 0 is any free one. None: it is fixed if
-    that of the stages is."""
+    """The address at which a worker accepts links, by that of its stages; port 0 is any free one. None: the port is
+    fixed if that of the stages is."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -67,7 +67,7 @@ Take = Callable[[socket.socket], None]
 
 
 class LinkListener:
-    """One for all groups of a worker, wherever it listens at the time."""
+    """Listens for all groups of a worker, at one address at a time."""
 
     def __init__(self) -> None:
         self.address = ""  # where it listens; "": it does not
@@ -161,7 +161,7 @@ class LinkListener:
 
 
 def _listening_socket(address: str) -> socket.socket:
-    """Bound to the first address of a host's name."""
+    """A socket that is bound to the first address of a host's name."""
     if address.startswith(PREFIX):
         listening = socket.socket(socket.AF_UNIX)
         try:

@@ -17,7 +17,7 @@ _LOADS_S = 86400.0
 """The others may load for hours; the coordinator ends that by unloading this stage."""
 
 _MOST_PAUSE_S = 60.0
-"""Between two reports of the same member that cannot be reached."""
+"""The longest pause between two reports of a member that cannot be reached."""
 _LEAST_ANSWER_S = 1.0  # of a lossy link, or a crowded machine
 
 Fault = GroupFault | PeerUnreachable
@@ -25,7 +25,7 @@ Report = Callable[[Fault], Awaitable[None]]
 
 
 def _retrieved(opening: asyncio.Task[None]) -> None:
-    """Its error is reported, and may have nobody else who waits for it."""
+    """Takes the error of a task that has reported it, and that nobody else may wait for."""
     if not opening.cancelled():
         opening.exception()
 
@@ -116,7 +116,7 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """Since this member waited for another one last; 0.0 while it waits, and before its first step."""
+        """The time since this member waited for another one last; 0.0 while it waits, and before its first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:

@@ -64,7 +64,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """Of its step, since it waited for another member last."""
+        """The time that its step has computed since it waited for another member last."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 

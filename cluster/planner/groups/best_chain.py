@@ -63,7 +63,7 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """With KV memory for so many contexts."""
+    """A search for the best chain with KV memory for so many contexts."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -99,7 +99,7 @@ class _Search:
         return ways_of_workers(self.classes, self.works, self._apart)
 
     def _grouped(self, below: float, known: Best | None, *, nearly: bool) -> Best | None:
-        """With groups, which need measured links. `nearly`: see `GroupTables`."""
+        """The best chain with groups, which need measured links. `nearly`: see `GroupTables`."""
         request = self.sizes.request
         if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
             return None

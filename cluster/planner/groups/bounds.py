@@ -1,4 +1,4 @@
-"""What layers cost at least on workers and groups: what the search leaves out by. Pure."""
+"""Lower bounds of the time of layers on workers and groups, by which the search leaves out chains. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """Of one work. Members of a group divide a layer at will, at best."""
+    """The bounds for one work. At best, members of a group divide a layer at will."""
 
     _rates: Table  # [classes, layers]: layers a second of one worker
     _gathers_s: Table  # of each layer, in a group
@@ -55,7 +55,7 @@ class LayerBounds:
 
 
 def _layers_s(total: Table) -> Table:
-    """What each layer adds to stages of any length, at least."""
+    """The least time that each layer adds to stages of any length."""
     layers = len(total) - 1
     starts, ends = np.triu_indices(layers + 1, 1)
     longer: Table = np.full(layers, np.inf)
@@ -66,6 +66,6 @@ def _layers_s(total: Table) -> Table:
 
 
 def _before(seconds: Table) -> Table:
-    """Of the first layers, by their number."""
+    """Sums of the first layers, by their number."""
     found: Table = np.concatenate([[0.0], np.cumsum(seconds)])
     return found

@@ -13,7 +13,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""What is divided in so many units or more counts as divided at will; less in whole units (heads, say)."""
+"""Values of so many units or more count as divided at will, others in whole units (heads, say)."""
 
 Shares = Table
 """[members, ...]: the part of each; the sum over members is 1."""
@@ -41,7 +41,7 @@ class DividedCosts:
         return cls(whole, follower, tuple(kept), _costs(costs, fine), least_units, _divided(costs))
 
     def is_of(self, costs: GroupCosts) -> bool:
-        """Whether groups of this size divide the model alike."""
+        """True where groups of this size divide the model alike."""
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
@@ -54,7 +54,7 @@ class DividedCosts:
         )
 
     def coarse_parts(self, shares: Shares) -> list[Shares]:
-        """What members have of each `coarse`, in whole units."""
+        """The parts that members have of each `coarse`, in whole units."""
         return [_in_units(units, shares) for units, _ in self.coarse]
 
 
@@ -76,23 +76,23 @@ class DividedTables:
         )
 
     def at(self, coarse: Sequence[Table], fine: Table) -> Table:
-        """With such parts of each."""
+        """The table of members with such parts of each."""
         found = self.whole + fine * self.fine
         for part, table in zip(coarse, self.coarse, strict=True):
             found = found + part * table
         return found
 
     def cut(self, cells: tuple[Counts, Counts]) -> DividedTables:
-        """Of some stages, by their starts and ends."""
+        """The tables of some stages, by their starts and ends."""
         return DividedTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
 
     def chosen(self, numbers: Counts) -> DividedTables:
-        """Of some of these stages."""
+        """The tables of some of these stages."""
         coarse = tuple(table[..., numbers] for table in self.coarse)
         return DividedTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
 
     def with_coarse(self, coarse: Sequence[Table]) -> DividedTables:
-        """Such parts of these belong to what is whole."""
+        """Returns these tables with such parts as parts of what is whole."""
         return DividedTables(self.at(coarse, np.zeros(())), (), self.fine)
 
     @property
@@ -106,7 +106,7 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Of a leader that has all of what is divided in `kinds` of units, and nothing of all else that is divided."""
+    """Costs of a leader that has all of what is divided in `kinds` of units, and nothing else that is divided."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
@@ -128,13 +128,13 @@ def _portions(layer: DividedLayer, kinds: set[int]) -> Iterator[PortionCost]:
 
 
 def _more(table: Table, whole: Table) -> Table:
-    """What `table` has beyond `whole`; nothing where neither is finite."""
+    """The part of `table` beyond `whole`; 0 where one is not finite."""
     both = np.isfinite(table) & np.isfinite(whole)
     return np.subtract(table, whole, out=np.zeros_like(whole), where=both)
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """As `borders` divides them."""
+    """Shares in whole units, as `borders` divides them."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

@@ -35,11 +35,11 @@ from llamaclust.cluster.planner.work import Work
 _MOST_STEPS = 3**8
 """All sets are tried where that takes no more steps than with eight workers that are all different."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Of groups where there are more workers."""
+"""Sizes of groups that are tried where there are more workers."""
 _MEMBER = 1e-3
 """Each member of a group has to make it faster by so much of the least time that it could take."""
 _LIMITS = 512
-"""Of the slowest stage, between what no split can be below and what one worker takes for all layers."""
+"""So many limits of the slowest stage are tried, from what no split can be below to one worker with all layers."""
 _AT_LEAST = 0.97
 """Layers differ in what they take on one worker and another."""
 _NEVER_S = 1e300
@@ -56,7 +56,7 @@ class Group:
         return self.search.table(self.members, work)
 
     def shares(self, start: int, end: int) -> tuple[int, ...]:
-        """Those of a stage that fits."""
+        """The shares of a stage that fits."""
         return self.search.costs_of(self.members).integer_shares(start, end)
 
 
@@ -100,7 +100,7 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """What the slowest stage's work takes with all layers on each worker at least, if memory would suffice."""
+        """The least time of the slowest stage's work with all layers on each worker, if memory would suffice."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -184,13 +184,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """By worker, of all layers, if memory would suffice."""
+        """The time of a token by worker, with all layers, if memory would suffice."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """By worker: the fastest member leads of those that reach all others, if there are any."""
+        """The order by worker in which members lead: the fastest first of those that reach all others."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 
@@ -199,7 +199,7 @@ class GroupSearch:
         return -inf if memory_bytes is None else -float(memory_bytes)
 
     def costs_of(self, members: tuple[int, ...]) -> GroupTable:
-        """Of a group, the leader first."""
+        """The table of a group, whose leader is the first of the members."""
         if members not in self._costs:
             facts = [self.workers[member] for member in members]
             links = GroupLinks.of(self.sizes.request.links, [each.name for each in facts])

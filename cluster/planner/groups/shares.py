@@ -35,8 +35,9 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """What members have after a time is on lines between the times at which one of them begins with more than the least
-    share, or has no room for more. `margin`: so much of a unit is left of each memory."""
+    """Fills members up to the time at which they have everything. Shares by time are on lines between the times at
+    which a member begins with more than the least share, or has no room for more. `margin`: so much of a unit is left
+    of each memory."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -57,7 +58,7 @@ def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margi
 
 
 def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -> Shares:
-    """What members have who take that long."""
+    """The shares of members that take that long."""
     return np.minimum(np.maximum((limit - fixed) / each, least), most)
 
 
@@ -78,7 +79,7 @@ def _near(shares: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """As integers with that sum, unless members would have none."""
+    """Shares as integers with that sum, unless members would have none."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -70,7 +70,7 @@ class _GatherTables:
 
 
 def _row_bytes(gathers: Sequence[GatherCost]) -> int:
-    """Of whole rows."""
+    """Returns the bytes of whole rows in all these gathers."""
     return sum(sum(gather.sent_bytes((1,))) for gather in gathers)
 
 
@@ -87,7 +87,7 @@ class _DividedModel:
 
 @dataclass(slots=True, eq=False)
 class GroupTables:
-    """Of all sets of workers, as they are asked for. Workers that are equal for plans share their tables."""
+    """Tables of all sets of workers, made when they are needed. Workers that are equal for plans share them."""
 
     _sizes: MemoryModel
     _costs_of: Callable[[int], GroupCosts]
@@ -99,7 +99,7 @@ class GroupTables:
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
 
     def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
-        """Of a group, its leader first."""
+        """The table of a group, its leader first."""
         return GroupTable(self, tuple(members), links, self.divided(len(members)))
 
     def divided(self, members: int) -> _DividedModel:
@@ -120,8 +120,8 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """What gathers of each layer take at least in any group, over such a link: at least half of each row goes to
-        some member."""
+        """The least time of each layer's gathers in any group, over such a link: at least half of each row goes to some
+        member."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -136,7 +136,7 @@ class GroupTables:
         return self._sizes.stages.possible
 
     def seconds(self, divided: _DividedModel, members: Iterable[WorkerFacts], step: Rows) -> DividedTables:
-        """What a step takes, by member and kind of stage."""
+        """The time of a step, by member and kind of stage."""
         found = []
         for member in members:
             key = id(divided), member, step
@@ -147,7 +147,7 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """Bytes that memory lacks, likewise; the first one leads."""
+        """The bytes that memory lacks, by member and kind of stage; the first member leads."""
         found = []
         for place, member in enumerate(members):
             portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
@@ -164,7 +164,7 @@ class GroupTables:
 
 @dataclass(eq=False)
 class GroupTable:
-    """Of one set of workers, the leader first."""
+    """The table of one set of workers, the leader first."""
 
     tables: GroupTables
     members: tuple[WorkerFacts, ...]
@@ -172,7 +172,7 @@ class GroupTable:
     divided: _DividedModel
 
     def of_work(self, work: Work) -> StageTable:
-        """Its seconds, without the links to other stages; infinite where the stage does not fit."""
+        """The seconds of the work, without the links to other stages; infinite where the stage does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -180,7 +180,7 @@ class GroupTable:
         return StageTable(np.where(fits, slow[kind_of], np.inf), self._work_s(work.each)[kind_of])
 
     def _work_s(self, steps: Iterable[Rows]) -> Table:
-        """By kind of stage."""
+        """The seconds of these steps, by kind of stage."""
         total: Table = np.zeros(len(self.divided.kinds.cells))
         for step in steps:
             computing_s, gathers, rows = self._computing_s(step), self._gathers, step.rows
@@ -214,7 +214,7 @@ class GroupTable:
 
     @cached_property
     def _parts(self) -> tuple[list[Table], Table]:
-        """What members have of all that is divided, [members, kinds of stages]."""
+        """The parts that members have of all that is divided, [members, kinds of stages]."""
         cells = self.divided.kinds.cells
         return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
 
@@ -259,8 +259,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """By start and end, the number of a stage of as many layers, which begins and ends with the model as this one does:
-    shares are made for these, since layers are much alike."""
+    """The number of the stage of as many layers that begins and ends with the model alike, by start and end: shares are
+    made for these, since layers are much alike."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

@@ -32,8 +32,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Times are the leader's, which is the stage's. `waited_for_s`: what the gathers of all others waited for a
-    member."""
+    """Times are the leader's, which is the stage's. `waited_for_s`: what the gathers of all others waited for a member.
+    A gather's wait counts as a whole for the member that was ready last, so of two late members only the later one has
+    it: that one is to be looked at first."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 from llamaclust.core.bounds import MAX_GPUS, Integer, Rate, Real, Size
 from llamaclust.core.errors import ProtocolError
@@ -181,13 +181,6 @@ def _joined(new: ProductTimes, known: ProductTimes) -> ProductTimes:
 
 def _place(time: ProductTime) -> tuple[int, int]:
     return time.quant_type, time.rows
-
-
-def read_profile(value: Mapping[str, Any]) -> Profile:
-    """From the JSON of `dataclasses.asdict`. ValueError for anything else."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Profile).validate_python(value)
 
 
 def _values(point: StepTime) -> tuple[float, ...]:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -269,7 +268,7 @@ class ClusterDir:
 
     def write_record(self, record: ClusterRecord) -> None:
         """From now on other processes find the cluster, through a link where they would not look in its folder."""
-        write_private(self._record, json.dumps(asdict(record)))
+        write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
             with contextlib.suppress(OSError):  # it serves all the same
@@ -335,17 +334,12 @@ def _check_owner(user: int, path: Path) -> None:
         raise UsageError(f"{what}: set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own")
 
 
-def read_values(path: Path, read: Callable[[Any], Value]) -> dict[str, Value]:
-    """What `write_values` wrote; empty where the file is missing or damaged."""
+def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Value]:
+    """As `read_as`; empty where the file is missing or damaged."""
     try:
-        return {key: read(value) for key, value in read_json(path).items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return read_as(path, kind)
+    except (OSError, ValueError):
         return {}
-
-
-def write_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Dataclasses by key. A power failure may lose them."""
-    write_private(path, json.dumps({key: asdict(value) for key, value in values.items()}), is_synced=False)
 
 
 def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:

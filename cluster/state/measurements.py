@@ -10,16 +10,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
 from llamaclust.cluster.state.directory import read_values, write_private
-from llamaclust.core.profile import Profile, read_profile
+from llamaclust.core.profile import Profile
 from llamaclust.core.this_machine import process_fields
 
-_PROFILES = ".profiles.json"  # no cluster's name begins with a dot
-_OTHER_LOAD = "other_load"  # beside the fields of a profile
+_FILE = ".profiles.json"  # no cluster's name begins with a dot
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
@@ -47,7 +46,15 @@ class OtherLoad:
         return f"other programs used {self.others:.1f} of {self.cores} cores{stolen}"
 
 
-_LOAD = TypeAdapter(OtherLoad)
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What stands beside the fields of a profile."""
+
+    other_load: OtherLoad | None = None
+
+
+_PROFILES = TypeAdapter(dict[str, Profile])
+_LOADS = TypeAdapter(dict[str, _Measured])
 
 
 def disturbance(loads: Iterable[OtherLoad]) -> str | None:
@@ -127,21 +134,16 @@ def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: Other
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
     for key, other in loads.items():
-        values[key][_OTHER_LOAD] = asdict(other)
-    write_private(state_dir / _PROFILES, json.dumps(values), is_synced=False)
+        values[key]["other_load"] = asdict(other)
+    write_private(state_dir / _FILE, json.dumps(values), is_synced=False)
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
     """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
-    return read_values(state_dir / _PROFILES, read_profile)
+    return read_values(state_dir / _FILE, _PROFILES)
 
 
 def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
     """Load of other programs during measurements, by the keys of profiles; without those where it is unknown."""
-    found = read_values(state_dir / _PROFILES, _read_other_load)
-    return {key: load for key, load in found.items() if load is not None}
-
-
-def _read_other_load(profile: Mapping[str, Any]) -> OtherLoad | None:
-    value = profile.get(_OTHER_LOAD)
-    return None if value is None else _LOAD.validate_python(value)
+    found = read_values(state_dir / _FILE, _LOADS)
+    return {key: each.other_load for key, each in found.items() if each.other_load is not None}

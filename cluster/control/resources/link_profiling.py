@@ -8,14 +8,16 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import TypeAdapter
 
 from llamaclust.cluster.control.observations import Signal
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
-from llamaclust.cluster.state.directory import read_values, write_values
+from llamaclust.cluster.state.directory import read_values, write_private
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.addresses import is_loopback, split_address
 from llamaclust.core.errors import LlamaclustError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.control.actions import ActionRunner
 
 _FILE = ".links.json"  # no cluster's name begins with a dot
+_LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
 """That are measured pair by pair: of more, that would take minutes."""
@@ -71,7 +74,8 @@ async def measure_links(
         found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
         known |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if attempted:
-        write_values(state_dir / _FILE, _newest(known, keys.values()))
+        kept = _LINKS.dump_json(_newest(known, keys.values())).decode()
+        write_private(state_dir / _FILE, kept, is_synced=False)
     links = _links(keys, known)
     return links if len(wanted) == len(keys) else links.estimated(frozenset(pair) for pair in keys.keys() - {*wanted})
 
@@ -113,12 +117,7 @@ def stored_links(workers: Mapping[str, WorkerHandle], state_dir: Path) -> Links:
 
 
 def _read(state_dir: Path) -> dict[str, Link]:
-    return read_values(state_dir / _FILE, _read_link)
-
-
-def _read_link(values: Mapping[str, Any]) -> Link:
-    network_s = values.get("network_s")
-    return Link(float(values["one_way_s"]), float(values["byte_s"]), None if network_s is None else float(network_s))
+    return read_values(state_dir / _FILE, _LINKS)
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import tracemalloc
@@ -63,6 +64,33 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
     with path.open("ab") as file:
         file.write(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
+
+
+@pytest.mark.parametrize("number", range(4))
+async def test_lines_of_any_content_do_no_harm(tmp_path: Path, number: int) -> None:
+    """Their checksums are right. What is read of them can be written again."""
+    path, drawn = tmp_path / "journal", random.Random(f"{SEED} {number}")
+    async with journal(path) as writing:
+        await asyncio.gather(*(writing.admit(admission(number, BODY)) for number in range(3)))
+        writing.answer("id0", (0, 0), 0, [row(1), row(2)])
+        await writing.begin_restored({"id1": 2})
+        writing.sent("id2")
+        writing.seal()
+    head, *lines = path.read_bytes().splitlines()
+    for _ in range(200):
+        texts = [_changed(line[9:], drawn) for line in lines]
+        path.write_bytes(b"\n".join((head, *(b"%08x %b" % (zlib.crc32(text), text) for text in texts))))
+        for request in read_journal(path, NOW):
+            assert all(to_line(record) for record in request.records())
+
+
+def _changed(text: bytes, drawn: random.Random) -> bytes:
+    changed = bytearray(text)
+    for _ in range(drawn.randrange(4)):
+        place = drawn.randrange(len(changed) + 1)
+        more = drawn.choice((b"{", b'"', b"[", b"null", b"1e999", b"-", b"\xff", b"\\ud800", b",", b"9" * 30))
+        changed[place : place + drawn.randrange(9)] = drawn.choice((more, b"", drawn.randbytes(1), changed[:9]))
+    return bytes(changed).replace(b"\n", b"")
 
 
 @pytest.mark.parametrize(

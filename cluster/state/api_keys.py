@@ -79,9 +79,6 @@ class LiveKeys(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._current())
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._current()
-
 
 def _version(path: Path) -> tuple[int, ...]:
     try:

@@ -105,7 +105,7 @@ class Journal:
 
     def end_sent(self) -> None:
         """All whose replies were sent: clients that come back later are too late."""
-        for request_id in self._contents.sent_ids:
+        for request_id in tuple(self._contents.sent_ids):
             self._add(Ended(request_id))
 
     def stop_in_order(self) -> None:
@@ -230,12 +230,10 @@ class _Writer:
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
         """Nothing of the file is touched outside of the thread."""
-        if self._failed_s is None and not self._is_mostly_ended(len(data)):
+        size = self._file.size + len(data)
+        is_mostly_ended = not self._contents or size > 2 * self._contents.size_bytes + _ENDED_BYTES
+        if self._failed_s is None and not is_mostly_ended:
             if await self._thread.call(partial(self._file.append, data, is_synced)):
                 return
             self._pending.clear()  # what came meanwhile is in the contents
         await self._thread.call(partial(self._file.rewrite, self._contents.data))
-
-    def _is_mostly_ended(self, more_bytes: int) -> bool:
-        size = self._file.size + more_bytes
-        return not self._contents or size > 2 * self._contents.size_bytes + _ENDED_BYTES

@@ -23,7 +23,7 @@ class JournalContents:
     def __init__(self) -> None:
         self.size_bytes = 0
         self._lines: dict[str, list[bytes]] = {}
-        self._sent: dict[str, None] = {}  # requests whose whole replies were sent; the oldest first
+        self.sent_ids: dict[str, None] = {}  # requests whose whole replies were sent; the oldest first
         self._sent_bytes = 0
 
     def __bool__(self) -> bool:
@@ -32,10 +32,6 @@ class JournalContents:
     @property
     def data(self) -> bytes:
         return b"".join(line for lines in self._lines.values() for line in lines)
-
-    @property
-    def sent_ids(self) -> list[str]:
-        return [*self._sent]
 
     def add(self, record: Record) -> bytes:
         line = to_line(record)
@@ -52,21 +48,21 @@ class JournalContents:
 
     def sent(self, request_id: str) -> bytes:
         """The oldest of these end if they are many."""
-        if request_id in self._sent or not (lines := self.add(Sent(request_id))):
+        if request_id in self.sent_ids or not (lines := self.add(Sent(request_id))):
             return b""
-        self._sent[request_id] = None
+        self.sent_ids[request_id] = None
         self._sent_bytes += sum(map(len, self._lines[request_id]))
         while self._sent_bytes > _SENT_BYTES:
-            lines += self.add(Ended(next(iter(self._sent))))
+            lines += self.add(Ended(next(iter(self.sent_ids))))
         return lines
 
     def _remove(self, request_id: str) -> None:
         self._count(request_id, -sum(map(len, self._lines.pop(request_id))))
-        self._sent.pop(request_id, None)
+        self.sent_ids.pop(request_id, None)
 
     def _count(self, request_id: str, more_bytes: int) -> None:
         self.size_bytes += more_bytes
-        if request_id in self._sent:
+        if request_id in self.sent_ids:
             self._sent_bytes += more_bytes
 
 

@@ -29,14 +29,14 @@ _CONTEXT_TOKENS = 128
 _WITHOUT = """
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 tune_grpc()
-from llamaclust.cluster.server import serve
+from llamaclust.cluster.server import model_apis
 from llamaclust.cli.main import main
-class Replies(serve.Replies):
+class Replies(model_apis.Replies):
     def __init__(self, settings, durability):
         super().__init__(settings)
     async def restore(self, requests):
         pass
-serve.Replies = Replies
+model_apis.Replies = Replies
 main()
 """
 """The program, whose replies are not journalled."""
@@ -108,8 +108,8 @@ async def run(given: argparse.Namespace) -> None:
     async with running(given.model, layout) as (bench, process), running(given.model, layout, command) as (bare, other):
         servers = (Server(bench.api, psutil.Process(process.pid)), Server(bare.api, psutil.Process(other.pid)))
         await compare(*servers, given)
-        if not bench.directory.journal.is_file() or bare.directory.journal.exists():
-            raise SystemExit("one cluster was to have a journal, the other none")
+        if not bench.directory.has_requests or bare.directory.has_requests:
+            raise SystemExit("one cluster was to have requests in its journal, the other none")
 
 
 def main() -> None:

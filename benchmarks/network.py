@@ -148,7 +148,7 @@ async def _opened(
     directory = ClusterDir(folder)
     directory.create()
     config = load_config(None, [f"model={model}", "context_length=1024", "objective=throughput", *keys])
-    async with open_cluster(config, model, directory, report) as cluster:
+    async with open_cluster(config, [model], directory, report) as cluster:
         yield cluster
 
 

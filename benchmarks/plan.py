@@ -112,7 +112,7 @@ async def opened(shape: Shape, model: Path, box: Box | None, context_length: int
             keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
             keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
             report = _starter(shape, box, directory.path.parent / ".trust" / "token", hosts)
-        async with open_cluster(load_config(None, keys), model, directory, report, GivenPlans) as cluster:
+        async with open_cluster(load_config(None, keys), [model], directory, report, GivenPlans) as cluster:
             yield cluster
 
 

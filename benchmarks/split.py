@@ -61,7 +61,7 @@ async def cluster_of(workers: int, model: Path, folder: Path, *more: str) -> Asy
     overrides = [f"model={model}", f"workers=[{names}]", "context_length=1024", "objective=throughput", *more]
     directory = ClusterDir(folder / f"{workers}")
     directory.create()
-    async with open_cluster(load_config(None, overrides), model, directory) as cluster:
+    async with open_cluster(load_config(None, overrides), [model], directory) as cluster:
         yield cluster
 
 

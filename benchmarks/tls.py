@@ -80,7 +80,7 @@ async def cluster_of(model: Path, folder: Path, *, insecure: bool) -> AsyncItera
                         program("worker", "--join", found[1], "--name", name, *known, "--threads", "1")
                     )
 
-        async with open_cluster(load_config(None, overrides), model, directory, report) as cluster:
+        async with open_cluster(load_config(None, overrides), [model], directory, report) as cluster:
             yield cluster
 
 

@@ -346,7 +346,7 @@ async def run(given: argparse.Namespace) -> bool:
         async with bench.static_workers():
             with bench.directory.locked():
                 config = load_config(bench.file)
-                async with open_cluster(config, given.model, bench.directory, report) as cluster:
+                async with open_cluster(config, [given.model], bench.directory, report) as cluster:
                     end_s = time.monotonic() + 60.0 * given.minutes
                     members = given.group if given.spares else 0
                     chaos = Chaos(cluster, Random(given.seed), given.faults, end_s, members=members)

@@ -86,7 +86,7 @@ async def started(given: argparse.Namespace, folder: Path) -> AsyncIterator[tupl
     workers = ", ".join(f"{{name: {name}, {each}}}" for name in names)
     keys = [f"model={given.model}", f"context_length={_CONTEXT}", f"workers=[{workers}]"]
     keys += ["max_sequences=1", f"kv_memory={given.kv}MiB", f"state_dir={folder}"]
-    async with open_cluster(load_config(None, keys), given.model, directory, start.report) as cluster:
+    async with open_cluster(load_config(None, keys), [given.model], directory, start.report) as cluster:
         start.ready_s = start.passed_s
         yield cluster, start
 

@@ -153,7 +153,7 @@ async def run(model: Path, given: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory(prefix="llamaclust-moves-") as folder:
         directory = ClusterDir(Path(folder) / "moves")
         with directory.locked():
-            async with open_cluster(load_config(None, overrides), model, directory, lambda event: None) as cluster:
+            async with open_cluster(load_config(None, overrides), [model], directory, lambda event: None) as cluster:
                 requests = make_requests(Random(given.seed), given.streams, _PROMPT_TOKENS, given.tokens)
                 load = Load(cluster, requests)
                 await load.undisturbed()

@@ -1,16 +1,16 @@
-"""The HTTP API of one served model, put together."""
+"""The HTTP API of the served models, put together."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute
+from starlette.routing import Route as PathRoute
 
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.anthropic.endpoint import MessagesEndpoint
@@ -19,144 +19,108 @@ from llamaclust.cluster.api.browser.endpoint import PageRoute
 from llamaclust.cluster.api.early_replies import EarlyReplies
 from llamaclust.cluster.api.embeddings.endpoints import embedding_routes
 from llamaclust.cluster.api.embeddings.rerank import RerankEndpoint
-from llamaclust.cluster.api.error_responses import add_error_handlers, unsupported
+from llamaclust.cluster.api.error_responses import add_error_handlers
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.ignored import HEADER as IGNORED_HEADER
 from llamaclust.cluster.api.ignored import IgnoredFields
 from llamaclust.cluster.api.llamacpp.completions import Completions
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp.routes import llamacpp_routes
-from llamaclust.cluster.api.models.adapter_loading import AdapterLoading
-from llamaclust.cluster.api.models.door import DoorModel, ModelDoor
-from llamaclust.cluster.api.models.lists import ModelLists
+from llamaclust.cluster.api.models.adapter_loading import adapter_routes
+from llamaclust.cluster.api.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.routes import ollama_routes
 from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
-from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.openai.models import ModelEndpoints
 from llamaclust.cluster.api.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.api.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.store import ResponseStore
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.openapi import ApiRoute, Document
-from llamaclust.cluster.api.operations.controls import Controls
+from llamaclust.cluster.api.openapi import Document
 from llamaclust.cluster.api.operations.endpoints import Operations, Workers, disabled, no_proxy
-from llamaclust.cluster.api.paths import Paths, RouteNames
+from llamaclust.cluster.api.paths import Paths, Route
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.reply import MakeReply
 from llamaclust.cluster.api.security import KeyGate, Security, page_origins
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-_ONE_MODEL = "one model is served, which stays loaded; list several as `models` in the cluster file"
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.pool.drain import WorkerOperations
+
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
-"""Of replies, that scripts of web pages may read beside those that they always may."""
+"""Headers of replies that scripts of web pages may read beside those that they always may."""
 
 
 def create_app(
-    service: TextService,
-    replies: Replies,
-    engine: Engine,
-    cluster_status: Callable[[], Mapping[str, Any]],
-    admission: Admission | None = None,
-    controls: Controls | None = None,
+    models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app. The owner
-    of `replies` closes them."""
-    app = model_app(service, replies, engine, cluster_status, controls or Controls(), ResponseStore())
-    for operation in ("load", "unload"):
-        _route(app, "POST", f"/v1/models/{operation}", unsupported(_ONE_MODEL))
-    add_gates(app, replies.settings, admission, app.routes)
+    """The app of one model or several, all with the same settings of the server. `admission` lets its owner drain the
+    app; `workers`: of a model without any, there are no endpoints. The owner of the models closes their replies."""
+    router, store = ModelRouter(models), ResponseStore()
+    app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
+    add_error_handlers(app)
     return app
 
 
-def create_models_app(models: Sequence[DoorModel], settings: ApiSettings, admission: Admission) -> Starlette:
-    """The app of several models, each behind its own app."""
-    app = Starlette()
-    add_error_handlers(app)
-    door = ModelDoor(models, settings)
-    lists = ModelLists(models, door, settings)
-    _route(app, "GET", "/v1/models", lists.list)
-    _route(app, "POST", "/v1/models/load", lists.load)
-    _route(app, "POST", "/v1/models/unload", lists.unload)
-    _route(app, "GET", "/v1/models/{model:path}", lists.retrieve)
-    _route(app, "GET", "/api/tags", lists.tags)
-    _route(app, "GET", "/api/ps", lists.ps)
-    _route(app, "GET", "/metrics", disabled if "metrics" in settings.disabled else lists.metrics)
-    _route(app, "GET", "/props", disabled if "props" in settings.disabled else lists.props)
-    _add_requests(app, lists)
-    app.router.default = door
-    of_models = (route for model in models if isinstance(model.app, Starlette) for route in model.app.routes)
-    add_gates(app, settings, admission, [*app.routes, *of_models])
-    return app
+def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
+    """The middlewares, the outermost first. CORS is outside all that refuses requests of allowed pages: they may read
+    why."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origin_regex=page_origins(settings).pattern,
+        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
+    return [
+        Middleware(Paths, prefix=settings.prefix),
+        Middleware(EarlyReplies),
+        Middleware(Security, settings=settings),
+        *([cors] if settings.allowed_origins else []),
+        Middleware(KeyGate, settings=settings),
+        Middleware(AdmissionGate, admission=admission or Admission(settings)),
+        Middleware(IgnoredFields),
+    ]
 
 
-def model_app(
-    service: TextService,
-    replies: Replies,
-    engine: Engine,
-    cluster_status: Callable[[], Mapping[str, Any]],
-    controls: Controls,
-    store: ResponseStore,
-) -> Starlette:
-    """The endpoints of one model, which all clients reach."""
-    settings = replies.settings
-    app = Starlette()
-    add_error_handlers(app)
-    document = Document(app.routes, is_strict=settings.is_strict)
-    app.add_route("/openapi.json", document.show)
-    app.router.routes.append(PageRoute())
-    models = ModelsEndpoint(service, settings)
-    counting = ChatEndpoint(service, settings, ModelNames(service.settings.model_name, settings, any_by_default=True))
+def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations | None) -> Iterator[BaseRoute]:
+    settings = router.settings
+    document = Document(is_strict=settings.is_strict)
+    yield PathRoute("/openapi.json", document.show)
+    yield PageRoute()
+    yield from map(router.route, zip(*(_model_routes(model, store) for model in router.models), strict=True))
+    yield from ModelEndpoints(router).routes()
+    yield from OllamaModels(router).routes()
+    yield from Operations(router).routes()
+    if workers is not None:
+        yield from Workers(workers).routes()
+    yield Route("GET", "/docs", disabled if "docs" in settings.disabled else document.show_page)
+    yield Route("GET", "/cors-proxy", no_proxy)
+
+
+def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
+    """The endpoints of one model, in an order that is the same for all."""
+    service, replies, settings = model.service, model.replies, model.settings
+    counting = ChatEndpoint(service, settings, ModelNames(model.name, settings, any_by_default=True))
     for prefix in ("/v1", ""):
-        _post(app, f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
-    _post(app, "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
+        yield Route("POST", f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
+    yield Route("POST", "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
     for path, make, body in _generating(service, settings):
-        _post(app, path, replies.endpoint(path, make), body)
-    _add_responses(app, service, replies, store)
-    _route(app, "GET", "/v1/streams/{id:path}", replies.resume)
-    _route(app, "GET", "/v1/stream/{id:path}", replies.replay)
-    _route(app, "GET", "/v1/stream", replies.replay)
+        yield Route("POST", path, replies.endpoint(path, make), body, computes=True)
+    yield from _response_routes(service, replies, store)
+    yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
+    yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)
+    yield Route("GET", "/v1/stream", replies.replay, names_reply=True)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}", "/v1/stream"):
-        _route(app, "DELETE", path, replies.stop)
-    _route(app, "GET", "/v1/models", models.list)
-    _route(app, "GET", "/v1/models/{model:path}", models.retrieve)
-    own = (*embedding_routes(service, settings), *RerankEndpoint(service, settings).routes())
-    loading = AdapterLoading(controls.adapters, service.settings.model_name, settings).routes()
-    for route in (*own, *llamacpp_routes(service, replies), *ollama_routes(service, replies), *loading):
-        _route(app, route.method, route.path, route.endpoint, route.body)
-    operations = Operations(service, engine, cluster_status, settings)
-    for name in ("health", "live", "metrics", "cluster", "props", "slots"):
-        _route(app, "GET", f"/{name}", disabled if name in settings.disabled else getattr(operations, name))
-    _add_requests(app, operations)
-    if controls.workers is not None:
-        workers = Workers(controls.workers)
-        for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
-            _route(app, method, f"/cluster/workers/{{worker}}/{name}", getattr(workers, name))
-    _route(app, "GET", "/docs", disabled if "docs" in settings.disabled else document.show_page)
-    _route(app, "GET", "/cors-proxy", no_proxy)
-    app.add_middleware(IgnoredFields)
-    return app
-
-
-def add_gates(app: Starlette, settings: ApiSettings, admission: Admission | None, routes: Sequence[BaseRoute]) -> None:
-    """What all requests pass before an endpoint, which is one of the routes."""
-    app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
-    app.add_middleware(RouteNames, routes=routes)
-    app.add_middleware(KeyGate, settings=settings)
-    if settings.allowed_origins:  # outside all that refuses requests of these pages: they may read why
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origin_regex=page_origins(settings).pattern,
-            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-            allow_headers=["*"],
-            expose_headers=_EXPOSED_HEADERS,
-        )
-    app.add_middleware(Security, settings=settings)
-    app.add_middleware(EarlyReplies)
-    app.add_middleware(Paths, prefix=settings.prefix)
+        yield Route("DELETE", path, replies.stop, names_reply=True)
+    yield from embedding_routes(service, settings)
+    yield from RerankEndpoint(service, settings).routes()
+    yield from llamacpp_routes(service, replies)
+    yield from ollama_routes(service, replies)
+    yield from adapter_routes(model.adapter_control, model.name, settings)
 
 
 def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
@@ -174,7 +138,7 @@ def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[s
     yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
 
 
-def _add_responses(app: Starlette, service: TextService, replies: Replies, store: ResponseStore) -> None:
+def _response_routes(service: TextService, replies: Replies, store: ResponseStore) -> Iterator[Route]:
     """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
     settings = replies.settings
     stored = StoredResponses(replies, store)
@@ -182,23 +146,11 @@ def _add_responses(app: Starlette, service: TextService, replies: Replies, store
         path = f"{prefix}/responses"
         models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
         endpoint = ResponsesEndpoint(service, settings, models, store)
-        _post(app, path, replies.endpoint(path, endpoint.create), ResponsesBody)
-        _post(app, f"{path}/compact", replies.endpoint(f"{path}/compact", endpoint.compact), CompactionBody)
-        _post(app, f"{path}/input_tokens", endpoint.count, ResponsesBody)
-        _route(app, "GET", f"{path}/{{id}}/input_items", stored.input_items)
-        _route(app, "POST", f"{path}/{{id}}/cancel", stored.cancel)
-        _route(app, "GET", f"{path}/{{id}}", stored.retrieve)
-        _route(app, "DELETE", f"{path}/{{id}}", stored.delete)
-
-
-def _add_requests(app: Starlette, of: Operations | ModelLists) -> None:
-    _route(app, "GET", "/cluster/requests", of.requests)
-    _route(app, "GET", "/cluster/requests/{request}", of.waterfall)
-
-
-def _route(app: Starlette, method: str, path: str, endpoint: Endpoint, body: type[BaseModel] | None = None) -> None:
-    app.routes.append(ApiRoute(method, path, endpoint, body))
-
-
-def _post(app: Starlette, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
-    _route(app, "POST", path, endpoint, body)
+        compact = replies.endpoint(f"{path}/compact", endpoint.compact)
+        yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True)
+        yield Route("POST", f"{path}/compact", compact, CompactionBody, computes=True)
+        yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
+        yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True)
+        yield Route("POST", f"{path}/{{id}}/cancel", stored.cancel, names_reply=True)
+        yield Route("GET", f"{path}/{{id}}", stored.retrieve, names_reply=True)
+        yield Route("DELETE", f"{path}/{{id}}", stored.delete, names_reply=True)

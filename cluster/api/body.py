@@ -23,6 +23,7 @@ from llamaclust.cluster.text.ignored import report_ignored
 from llamaclust.cluster.text.threads import Threads, run_on
 from llamaclust.core.errors import ParameterError
 
+_READ = "read_body"
 LARGE_BYTES = 1 << 16
 """Larger bodies are counted, parsed and checked on a thread."""
 _MOST_OF_A_PLACE = 200
@@ -197,8 +198,15 @@ async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | 
     return data
 
 
+def hand_on(request: Request, data: bytes) -> None:
+    """Leaves a body that was read to the next call of `read_bytes` for this request."""
+    request.scope[_READ] = data
+
+
 async def _read_all(request: Request, max_bytes: int) -> bytes | None:
     """None where there is more; the rest is still to come then."""
+    if (read := request.scope.pop(_READ, None)) is not None:
+        return read if len(read) <= max_bytes else None
     data = bytearray()
     async for part in request.stream():
         data += part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from html import escape
 from typing import Any, Final
@@ -11,9 +11,9 @@ from typing import Any, Final
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
-from llamaclust.cluster.api.paths import template
+from llamaclust.cluster.api.paths import Route, template
 from llamaclust.cluster.api.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 
@@ -104,35 +104,18 @@ _STYLE: Final = (
 _HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
 
 
-class ApiRoute(Route):
-    """One operation, which the document describes. `body`: the class of its fields; the endpoint reads its body
-    itself."""
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        endpoint: Callable[[Request], Awaitable[Response]],
-        body: type[BaseModel] | None = None,
-    ) -> None:
-        super().__init__(path, endpoint, methods=[method])
-        self.method = method
-        self.body = body
-
-
 class Document:
-    """Of an app's routes, also of those that are added later."""
+    """Describes the routes of the app that serves it."""
 
-    def __init__(self, routes: Sequence[BaseRoute], *, is_strict: bool) -> None:
-        self._routes = routes
+    def __init__(self, *, is_strict: bool) -> None:
         self._is_strict = is_strict
 
     async def show(self, request: Request) -> Response:
-        return JSONResponse(describe(self._routes, is_strict=self._is_strict))
+        return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
         """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
-        return HTMLResponse(_page(describe(self._routes, is_strict=self._is_strict)), headers=_HEADERS)
+        return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
@@ -145,11 +128,11 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 
-def describe(routes: Sequence[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
+def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        if isinstance(route, ApiRoute):
+        if isinstance(route, Route):
             path = template(route.path)
             paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, is_strict)
     keys = {
@@ -176,7 +159,7 @@ def _page(document: Mapping[str, Any]) -> str:
     return f"{head}<main>{intro}{parts}</main></html>"
 
 
-def _operation(route: ApiRoute, path: str, is_strict: bool) -> dict[str, Any]:
+def _operation(route: Route, path: str, is_strict: bool) -> dict[str, Any]:
     method, body = route.method, {} if route.body is None else _request_body(route.body)
     streams = "stream" in _fields(body)
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))

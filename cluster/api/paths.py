@@ -1,18 +1,17 @@
-"""Paths: what the app serves under them, how clients write them, behind a prefix, without `/v1`, with HEAD, and by
+"""The operations of the API and their paths: how clients write these, behind a prefix, without `/v1`, with HEAD, and by
 which names traces show them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute
-from starlette.routing import Route as ServedRoute
+from starlette.routing import Route as PathRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import choose_shape, error_shape
@@ -26,14 +25,25 @@ _GIVEN: Final = "given_path"
 _UNKNOWN: Final = "other"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One endpoint. `body`: the class of its fields, for openapi.json; it reads its body itself."""
+class Route(PathRoute):
+    """One operation of the API. `body`: the class of its fields, for openapi.json; the endpoint reads its body itself.
+    `computes`: the model must be loaded. `names_reply`: the path or `?conv_id=` names a kept reply."""
 
-    method: str
-    path: str
-    endpoint: Callable[[Request], Awaitable[Response]]
-    body: type[BaseModel] | None = None
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Callable[[Request], Awaitable[Response]],
+        body: type[BaseModel] | None = None,
+        *,
+        computes: bool = False,
+        names_reply: bool = False,
+    ) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.method = method
+        self.body = body
+        self.computes = computes
+        self.names_reply = names_reply
 
 
 class Paths:
@@ -51,9 +61,9 @@ class Paths:
                 given = given.removeprefix(self._prefix)
             path = canonical_path(given)
             method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
-            scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
-            choose_shape(scope, error_shape(given))
+            choose_shape(scope, error_shape(given))  # what is around this has the shape as well, for errors of ours
             scope["state"][_GIVEN] = given
+            scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
         await self._app(scope, receive, send)
 
 
@@ -77,31 +87,23 @@ def template(path: str) -> str:
 
 @dataclass(slots=True)
 class TracedRoute:
-    """Of a request, for what is around the app. `name`: None until its key has been checked; no text of the client."""
+    """The route of a request, for what is around the app. `name`: None until the key was checked; no text of the
+    client."""
 
     name: str | None = None
 
     @classmethod
     def of(cls, scope: Scope) -> TracedRoute:
-        """Of a request that the app is about to get."""
+        """The route of a request that the app is about to get."""
         route = cls()
         scope["state"] = {**scope.get("state", {}), _STATE: route}
         return route
 
 
-class RouteNames:
-    """Names the routes of traced requests. Inside of all that checks access: other requests stay without names."""
-
-    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
-        self._app = app
-        own = [route for route in routes if isinstance(route, ServedRoute)]
-        self._posts = [(route.path_regex, template(route.path)) for route in own if "POST" in (route.methods or ())]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state = scope.get("state", {})
-        if _STATE in state and state["is_trusted"]:
-            state[_STATE].name = self._name(scope["path"])
-        await self._app(scope, receive, send)
-
-    def _name(self, path: str) -> str:
-        return next((name for pattern, name in self._posts if pattern.match(path)), _UNKNOWN)
+def name_route(scope: Scope) -> None:
+    """Names the route of a request whose key was checked, if the request is traced."""
+    traced = scope.get("state", {}).get(_STATE)
+    if traced is not None:
+        posts = (route for route in scope["app"].routes if isinstance(route, Route) and route.method == "POST")
+        paths = (template(route.path) for route in posts if route.path_regex.match(scope["path"]))
+        traced.name = next(paths, _UNKNOWN)

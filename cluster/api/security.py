@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llamaclust.cluster.api.browser.assets import assets
 from llamaclust.cluster.api.error_responses import error_response
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.paths import name_route
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.core.addresses import bounded_host, is_loopback
@@ -83,7 +84,8 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Refuses requests without a key before the app sees them, and notes whose requests the others are."""
+    """Refuses requests without a key before the app sees them. Notes whose requests the others are, and names their
+    routes for traces: others could make any number of names."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -101,6 +103,8 @@ class KeyGate:
             scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
             client = scope.get("client")
             current_owner.set(owner(headers, self._api_keys) or (bounded_host(client[0]) if client else ""))
+            if error is None:
+                name_route(scope)
         await self._app(scope, receive, send)
 
 

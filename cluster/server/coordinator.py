@@ -35,15 +35,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel, fixed_names
 from llamaclust.cluster.server.drafting import drafting
-from llamaclust.cluster.server.start import (
-    check_models,
-    launching,
-    link_meter,
-    named_errors,
-    open_model,
-    registry_of,
-    weight_cache,
-)
+from llamaclust.cluster.server.start import launching, link_meter, named_errors, open_models, registry_of, weight_cache
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
@@ -115,14 +107,13 @@ class Cluster:
 @asynccontextmanager
 async def open_cluster(
     config: ClusterConfig,
-    model_path: Path,
+    model_paths: Sequence[Path],
     folder: ClusterDir,
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
-    further: Sequence[Path] = (),
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
-    `further`: the files of the models after the first one.
+    `model_paths`: the file of each model.
 
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
@@ -131,9 +122,7 @@ async def open_cluster(
         launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = registry_of(config, launcher, record)
-        paths = (model_path, *further)
-        models = [await open_model(stack, *of) for of in zip(config.of_each_model(), paths, strict=True)]
-        check_models(config, models, launcher)
+        models = await open_models(stack, config, model_paths, launcher)
         drafts = await drafting(stack, models, report)  # workers' memory is what this leaves
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)

@@ -53,7 +53,6 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
         strict_model=config.api.strict_model,
         max_loaded_models=config.max_loaded_models,
         load_on_demand=config.load_on_demand,
-        aliases=config.api.aliases,
         tags=config.api.tags,
         adapter_folder=_existing(config.api.adapter_folder, "api.adapter_folder"),
         disabled=config.api.disabled,

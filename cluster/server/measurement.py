@@ -16,7 +16,7 @@ from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, Links
-from llamaclust.cluster.server.start import check_models, launching, link_meter, open_model, registry_of
+from llamaclust.cluster.server.start import launching, link_meter, open_models, registry_of
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
@@ -78,8 +78,7 @@ async def measure_workers(
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
         registry = registry_of(config, launcher, ControlRecord.begin(folder.control))
-        models = [await open_model(stack, *of) for of in zip(config.of_each_model(), paths, strict=True)]
-        check_models(config, models, launcher)
+        models = await open_models(stack, config, paths, launcher)
         await stack.enter_async_context(launcher)
         await stack.enter_async_context(registry)
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)

@@ -16,6 +16,8 @@ from pathlib import Path
 import uvicorn
 
 from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.models.router import ApiModel
 from llamaclust.cluster.api.server import StartingReplies, server_config
 from llamaclust.cluster.api.sse import first_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -23,7 +25,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.front import Front, api_settings, cluster_record, open_port, ready_event
-from llamaclust.cluster.server.model_apis import ModelApi, cluster_app, model_apis, restore
+from llamaclust.cluster.server.model_apis import api_models, restore
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry
@@ -37,7 +39,6 @@ from llamaclust.cluster.state.journal_records import (
     left_unanswered,
     read_journal,
 )
-from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError, LlamaclustError, SupersededError
 from llamaclust.core.process_settings import allow_many_files, collect_rarely, share_interpreter
 
@@ -103,7 +104,7 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
         folder.write_record(front.record)
         async with (
             _starting_replies(config, front) as replies,
-            open_cluster(config, model_paths[0], folder, replies.report, further=model_paths[1:]) as cluster,
+            open_cluster(config, model_paths, folder, replies.report) as cluster,
         ):
             replies.close()
             _settle_memory()
@@ -138,11 +139,11 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
     async with (
         aclosing(Journal(folder.journal, cluster.record, config.timeouts.resume)) as journal,
         _telemetry(cluster, front) as telemetry,  # around what aborts sequences: these have spans as well
-        model_apis(cluster, front.settings, journal) as apis,
+        api_models(cluster, front.settings, journal, partial(cluster_status, cluster, front.record)) as models,
     ):
-        app = cluster_app(apis, cluster, admission, partial(cluster_status, cluster, front.record))
+        app = create_app(models, admission, cluster.pool.operations)
         with _left_to_the_next(journal):
-            await restore(apis, journal, await _restorable(folder, apis, front))
+            await restore(models, journal, await _restorable(folder, models, front))
             traced = app if telemetry is None else telemetry.traced(app)
             server = _Server(server_config(traced, front.settings, front.port))
             serving = asyncio.create_task(server.serve(sockets=front.port.listeners))
@@ -152,8 +153,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
                 front.report(ready_event(cluster, front))
                 await first_of(_asked(signals), cluster.registry.superseded())
                 left = _Inheritance(journal, None if config.lease is None else cluster.registry)
-                engines, services = [api.served.engine for api in apis], [api.service for api in apis]
-                await first_of(_drain(engines, admission, left), _report_requests(services, front.report))
+                engines = [model.engine for model in models]
+                await first_of(_drain(engines, admission, left), _report_requests(models, front.report))
                 server.should_exit = True  # replies that are being written have a moment
                 await _ended(serving)
             finally:
@@ -181,10 +182,10 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
         raise
 
 
-async def _restorable(folder: ClusterDir, apis: Sequence[ModelApi], front: Front) -> list[OpenRequest]:
+async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Front) -> list[OpenRequest]:
     """What an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
-    restorable = [request for request in left if any(api.continues(request) for api in apis)]
+    restorable = [request for request in left if any(model.continues(request) for model in models)]
     _report_line(front, found_unanswered(left, restorable))
     return restorable
 
@@ -198,11 +199,11 @@ def _left_requests(path: Path) -> list[OpenRequest]:
         return []
 
 
-async def _report_requests(services: Sequence[TextService], report: Report) -> None:
+async def _report_requests(models: Sequence[ApiModel], report: Report) -> None:
     """How many requests are left, whenever that changes."""
     reported = 0
     while True:
-        left = sum(service.active_requests for service in services)
+        left = sum(model.service.active_requests for model in models)
         if left not in (0, reported):
             report(Draining(left, _DRAIN_S))
             reported = left

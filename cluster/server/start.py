@@ -33,20 +33,22 @@ _HEARTBEATS = 5
 """The number of heartbeats in the heartbeat timeout."""
 
 
-async def open_model(stack: AsyncExitStack, config: ClusterConfig, path: Path) -> tuple[ClusterConfig, Model]:
-    adapters = [adapter.path for adapter in config.adapters]
-    model = await asyncio.to_thread(Model.open, path, config.chat_template, adapters)
-    stack.callback(model.close)
-    return config, model
-
-
-def check_models(config: ClusterConfig, models: Sequence[tuple[ClusterConfig, Model]], launcher: Launcher) -> None:
-    """UsageError for what no worker can mend."""
+async def open_models(
+    stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher
+) -> list[tuple[ClusterConfig, Model]]:
+    """Each model with the cluster as this model has it. UsageError for what no worker can mend."""
+    models = []
+    for own, path in zip(config.of_each_model(), paths, strict=True):
+        adapters = [adapter.path for adapter in own.adapters]
+        model = await asyncio.to_thread(Model.open, path, own.chat_template, adapters)
+        stack.callback(model.close)
+        models.append((own, model))
     for own, model in models:
         with named_errors(own):
             check_plan(own, model)
             launcher.check(worker_settings(config), model)
     check_distinct((own.model_name, model.model_id) for own, model in models)
+    return models
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Start:
         directory = ClusterDir(self.folder / "cluster")
         directory.create()
         config = load_config(None, overrides)
-        async with asyncio.timeout(DEADLINE_S), open_cluster(config, self.model, directory) as cluster:
+        async with asyncio.timeout(DEADLINE_S), open_cluster(config, [self.model], directory) as cluster:
             engine = cluster.engine
             answers = [await answer_of(engine.submit(generation)) for generation in generations(salt)]
             await until(lambda: engine._lane.kv_disk.is_idle)

@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.text.slots import Slots
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model
+from support.several_models.api_models import api_model
 
 PROMPT = [3 + 7 * place % 300 for place in range(90)]
 FIRST: dict[str, Any] = {"prompt": PROMPT, "n_predict": 40, "ignore_eos": True, "seed": 5, "return_tokens": True}
@@ -28,8 +28,7 @@ async def serving(model: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]
     local = LocalClient(model, threads=1, settings=LocalSettings(context_length=256))
     async with local._stage.serve() as service:
         service.slots = Slots(service._engine, 2)
-        replies = Replies(ApiSettings(slot_folder=folder))
-        async with client(create_app(service, replies, service._engine, dict)) as http:
+        async with client(create_app([api_model(service, service._engine, ApiSettings(slot_folder=folder))])) as http:
             yield http
 
 

@@ -20,8 +20,6 @@ from typer.main import get_command
 
 from llamaclust.cli.app import app
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
@@ -33,6 +31,7 @@ from support.clusters.command_line import command_line
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
+from support.several_models.api_models import api_model
 
 README = ROOT / "README.md"
 PAGES = (
@@ -324,7 +323,7 @@ async def demo_api(folder: Path) -> AsyncIterator[str]:
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         text = TextSettings("smollm2-135m-instruct", 512)
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
-        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
+        async with serving(create_app([api_model(service, engine)])) as url:
             yield url
 
 

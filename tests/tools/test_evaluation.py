@@ -17,8 +17,6 @@ import pytest
 from llamaclust import Client
 from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -30,6 +28,7 @@ from llamaclust.tools.evaluate.kl_divergence import Divergence, Estimate, compar
 from llamaclust.tools.evaluate.logits_file import Float32, LogitsFile, LogitsShape, writing
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
+from support.several_models.api_models import api_model
 
 CONTEXT, VOCABULARY = 16, 37
 WORDS = "the cat sat on a mat and then it went away over hills and far from here while rain fell "
@@ -264,7 +263,7 @@ async def test_endings_are_chosen_alike_here_and_over_http(
     stage = LocalStage(tiny, 1, "generic", LocalSettings())
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, TextSettings("tiny", 512))
-        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
+        async with serving(create_app([api_model(service, engine)])) as url:
             _, there, _ = await asyncio.to_thread(run, capsys, *words, "--endpoint", url)
     assert here == there
     read = read_tasks(tasks, stage.model.tokenizer, None)

@@ -14,8 +14,6 @@ import pytest
 from llamaclust import Client
 from llamaclust.cli.main import main
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -26,6 +24,7 @@ from llamaclust.tools.evaluate.perplexity import Accumulator, cut, measure, read
 from support.clusters.served import ScriptedEngine, make_app, says, serving
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
+from support.several_models.api_models import api_model
 
 CONTEXT = 32
 WORDS = "the cat sat on a mat and then it went away over hills and far from here while rain fell "
@@ -108,7 +107,7 @@ async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         settings = TextSettings("tiny", stage.scheduling.context_length)
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, settings)
-        async with serving(create_app(service, Replies(ApiSettings()), engine, dict)) as url:
+        async with serving(create_app([api_model(service, engine)])) as url:
             over_http = await asyncio.to_thread(command, capsys, *arguments, "--endpoint", url)
     assert over_http == (0, here, "")
 

@@ -57,7 +57,7 @@ async def temporary_cluster(
         config = ClusterConfig.model_validate(values)
         directory = ClusterDir(config.state_dir / config.name)
         with directory.locked():
-            async with open_cluster(config, model, directory) as cluster:
+            async with open_cluster(config, [model], directory) as cluster:
                 yield cluster
 
 

@@ -26,9 +26,9 @@ _Fields = TypeVar("_Fields", bound=EmbeddingFields)
 
 def embedding_routes(service: TextService, settings: ApiSettings) -> Iterator[Route]:
     endpoints = EmbeddingEndpoints(service, settings)
-    yield Route("POST", "/v1/embeddings", endpoints.openai, OpenAiEmbeddingBody)
+    yield Route("POST", "/v1/embeddings", endpoints.openai, OpenAiEmbeddingBody, computes=True)
     for path in ("/embedding", "/embeddings"):
-        yield Route("POST", path, endpoints.llamacpp, LlamaCppEmbeddingBody)
+        yield Route("POST", path, endpoints.llamacpp, LlamaCppEmbeddingBody, computes=True)
 
 
 class EmbeddingEndpoints:

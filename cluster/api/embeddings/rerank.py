@@ -88,7 +88,7 @@ class RerankEndpoint:
 
     def routes(self) -> Iterator[Route]:
         for path in RERANK_PATHS:
-            yield Route("POST", path, self.rerank, RerankBody)
+            yield Route("POST", path, self.rerank, RerankBody, computes=True)
 
     async def rerank(self, request: Request) -> Response:
         """Documents by their score for a query, the best first."""

@@ -20,8 +20,8 @@ _NO_SLOTS: Final = "no folder for slots is set: name one as `api.slot_folder` in
 
 def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     endpoints = LlamaCppEndpoints(service, replies.settings)
-    yield Route("POST", "/completion", replies.endpoint("/completion", endpoints.complete), LlamaCppBody)
-    yield Route("POST", "/infill", replies.endpoint("/infill", endpoints.infill), InfillBody)
+    yield Route("POST", "/completion", replies.endpoint("/completion", endpoints.complete), LlamaCppBody, computes=True)
+    yield Route("POST", "/infill", replies.endpoint("/infill", endpoints.infill), InfillBody, computes=True)
     yield Route("POST", "/tokenize", endpoints.tokenize, TokenizeBody)
     yield Route("POST", "/detokenize", endpoints.detokenize, DetokenizeBody)
     yield Route("POST", "/apply-template", endpoints.apply_template, TemplateBody)

@@ -1,1 +1,1 @@
-"""Several models behind one API."""
+"""The served models, one or several, behind one API."""

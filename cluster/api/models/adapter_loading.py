@@ -3,8 +3,8 @@ is served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -15,7 +15,6 @@ from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.error_responses import unsupported
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import OF_ADAPTERS
-from llamaclust.cluster.api.operations.controls import AdapterControl
 from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.api.security import require_first_key
@@ -25,6 +24,14 @@ from llamaclust.core.errors import ParameterError
 
 _OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterControl:
+    """Loads and unloads adapters of a model while it is served."""
+
+    load: Callable[[str, str], Awaitable[None]]  # name and path
+    unload: Callable[[str], Awaitable[None]]
 
 
 class LoadAdapterBody(Body):
@@ -47,19 +54,22 @@ class UnloadAdapterBody(Body):
     """The model that the adapter is of; of several, without it the first one."""
 
 
+def adapter_routes(control: AdapterControl | None, served: str, settings: ApiSettings) -> Iterator[Route]:
+    load = unload = unsupported(_OFF)
+    if control is not None and settings.adapter_folder is not None:
+        loading = AdapterLoading(control, served, settings)
+        load, unload = loading.load, loading.unload
+    yield Route("POST", "/v1/load_lora_adapter", load, LoadAdapterBody)
+    yield Route("POST", "/v1/unload_lora_adapter", unload, UnloadAdapterBody)
+
+
 class AdapterLoading:
     """For clients with the first key, if there are keys."""
 
-    def __init__(self, control: AdapterControl | None, served: str, settings: ApiSettings) -> None:
+    def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
         self._models = ModelNames(served, replace(settings, strict_model=True))
         self._settings = settings
-
-    def routes(self) -> Iterator[Route]:
-        is_on = self._control is not None and self._settings.adapter_folder is not None
-        load, unload = (self.load, self.unload) if is_on else (unsupported(_OFF), unsupported(_OFF))
-        yield Route("POST", "/v1/load_lora_adapter", load, LoadAdapterBody)
-        yield Route("POST", "/v1/unload_lora_adapter", unload, UnloadAdapterBody)
 
     async def load(self, request: Request) -> Response:
         """Answers when requests may use the adapter."""
@@ -68,7 +78,6 @@ class AdapterLoading:
         self._models.check(body.model)
         if body.lora_name.removesuffix(TAG) in self._settings.copies:
             raise ParameterError("lora_name", f"{body.lora_name!r} is a copy of the model: delete it first")
-        assert self._control is not None
         await self._control.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -77,6 +86,5 @@ class AdapterLoading:
         require_first_key(request.headers, self._settings, "unload adapters")
         body = await read_body(request, UnloadAdapterBody, OF_ADAPTERS, self._settings)
         self._models.check(body.model)
-        assert self._control is not None
         await self._control.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -9,11 +11,11 @@ from starlette.responses import PlainTextResponse, Response
 
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
+from llamaclust.cluster.api.models.router import ApiModel, ModelRouter
 from llamaclust.cluster.api.ollama.bodies import SHOW, ShowBody
 from llamaclust.cluster.api.ollama.details import ModelDetails
 from llamaclust.cluster.api.ollama.names import OllamaNames
-from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.api.paths import Route
 
 API_VERSION: Final = "0.12.11"
 """The release of Ollama whose API this is: clients compare it with the one that they need."""
@@ -21,13 +23,18 @@ _NEVER: Final = "2318-12-31T00:00:00Z"
 
 
 class OllamaModels:
-    """One served model under all its names."""
+    """The served models under all their names."""
 
-    def __init__(self, service: TextService, settings: ApiSettings, names: OllamaNames) -> None:
-        self._service = service
-        self._settings = settings
-        self._names = names
-        self._details = ModelDetails.of(service.settings)
+    def __init__(self, router: ModelRouter) -> None:
+        self._router = router
+        self._details = {model.name: ModelDetails.of(model.service.settings) for model in router.models}
+
+    def routes(self) -> Iterator[Route]:
+        yield Route("GET", "/", self.root)
+        yield Route("GET", "/api/version", self.version)
+        yield Route("GET", "/api/tags", self.tags)
+        yield Route("GET", "/api/ps", self.ps)
+        yield Route("POST", "/api/show", self.show, ShowBody)
 
     async def root(self, request: Request) -> Response:
         """What clients look for to find a server."""
@@ -38,55 +45,44 @@ class OllamaModels:
         return JsonResponse({"version": API_VERSION})
 
     async def tags(self, request: Request) -> Response:
-        """The served model, once for each name."""
-        return JsonResponse({"models": self.tag_entries()})
-
-    def tag_entries(self) -> list[dict[str, Any]]:
-        """One for each name."""
-        modified = {"modified_at": self._details.modified_at}
-        return [self._entry(name) | modified for name in self._names.all]
+        """The served models, once for each name."""
+        entries = [
+            self._entry(model, name) | {"modified_at": self._details[model.name].modified_at}
+            for model in self._router.models
+            for name in _names(model)
+        ]
+        return JsonResponse({"models": entries})
 
     async def ps(self, request: Request) -> Response:
-        """The served model, which stays in memory."""
-        return JsonResponse({"models": [self.loaded_entry()]})
-
-    def loaded_entry(self, expires_at: str | None = None) -> dict[str, Any]:
-        """Of a loaded model; without a time when it is unloaded, it stays."""
-        context = self._service.settings.context_length
-        loaded = {"expires_at": expires_at or _NEVER, "size_vram": 0, "context_length": context}
-        return self._entry(self._names.all[0]) | loaded
+        """The models that are loaded, and not about to be unloaded."""
+        awake = (model for model in self._router.models if not (model.resident.is_asleep or model.resident.is_leaving))
+        return JsonResponse({"models": [self._loaded_entry(model) for model in awake]})
 
     async def show(self, request: Request) -> Response:
-        """The served model's file and chat template."""
-        body = await read_body(request, ShowBody, SHOW, self._settings)
-        self._names.check_known(body.model)
-        details = self._details
+        """A model's file and chat template."""
+        body = await read_body(request, ShowBody, SHOW, self._router.settings)
+        model = self._router.named(body.model)
+        OllamaNames(model.name, model.settings).check_known(body.model)
+        service, details = model.service, self._details[model.name]
         return JsonResponse(
             {
-                "modelfile": f"FROM {self._service.settings.model_name}\n",
-                "parameters": f"num_ctx {self._service.settings.context_length}",
-                "template": self._service.chat_template.source or "",
+                "modelfile": f"FROM {model.name}\n",
+                "parameters": f"num_ctx {service.settings.context_length}",
+                "template": service.chat_template.source or "",
                 "details": details.shown,
                 "model_info": details.info,
-                "capabilities": await self._capabilities(),
+                "capabilities": await _capabilities(model),
                 "modified_at": details.modified_at,
             }
         )
 
-    async def _capabilities(self) -> list[str]:
-        """By Ollama's names. Every template takes tools: their definitions are written into the chat otherwise."""
-        reasons = (await self._service.chat_format.get()).knows_reasoning
-        fills_in = self._service.tokenizer.vocabulary.fill_in is not None
-        return [
-            "completion",
-            "tools",
-            "embedding",
-            *(["thinking"] if reasons else []),
-            *(["insert"] if fills_in else []),
-        ]
+    def _loaded_entry(self, model: ApiModel) -> dict[str, Any]:
+        context = model.service.settings.context_length
+        loaded = {"expires_at": _expiry(model), "size_vram": 0, "context_length": context}
+        return self._entry(model, _names(model)[0]) | loaded
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        details = self._details
+    def _entry(self, model: ApiModel, name: str) -> dict[str, Any]:
+        details = self._details[model.name]
         return {
             "name": name,
             "model": name,
@@ -94,3 +90,27 @@ class OllamaModels:
             "digest": details.digest,
             "details": details.shown,
         }
+
+
+def _names(model: ApiModel) -> list[str]:
+    return OllamaNames(model.name, model.settings).all
+
+
+def _expiry(model: ApiModel) -> str:
+    """When the model is unloaded unless a request comes. While it has requests, counted from now."""
+    seconds = model.resident.expires_in_s
+    if seconds is None:
+        return _NEVER
+    if not model.resident.is_idle:
+        assert model.resident.keep_alive_s is not None
+        seconds = model.resident.keep_alive_s
+    return f"{datetime.now(UTC) + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%SZ}"
+
+
+async def _capabilities(model: ApiModel) -> list[str]:
+    """The capabilities by Ollama's names. Every template takes tools: their definitions are written into the chat
+    otherwise."""
+    reasons = (await model.service.chat_format.get()).knows_reasoning
+    fills_in = model.service.tokenizer.vocabulary.fill_in is not None
+    thinking, insert = ["thinking"] if reasons else [], ["insert"] if fills_in else []
+    return ["completion", "tools", "embedding", *thinking, *insert]

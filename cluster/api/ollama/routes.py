@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamaclust.cluster.api.error_responses import unsupported
-from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
+from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody
 from llamaclust.cluster.api.ollama.embedding import EmbedBody, EmbeddingsBody, OllamaEmbeddings
 from llamaclust.cluster.api.ollama.generating import OllamaGenerating
 from llamaclust.cluster.api.ollama.managing import OllamaManaging
-from llamaclust.cluster.api.ollama.models import OllamaModels
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody
 from llamaclust.cluster.api.paths import Route
@@ -26,13 +25,8 @@ def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
         ("/api/generate", generating.generate, GenerateBody),
         ("/api/chat", generating.chat, OllamaChatBody),
     ):
-        yield Route("POST", path, replies.endpoint(path, make, form=StreamFormat.LINES), body)
-    models, managing = OllamaModels(service, settings, names), OllamaManaging(settings, names)
-    yield Route("GET", "/", models.root)
-    yield Route("GET", "/api/version", models.version)
-    yield Route("GET", "/api/tags", models.tags)
-    yield Route("GET", "/api/ps", models.ps)
-    yield Route("POST", "/api/show", models.show, ShowBody)
+        yield Route("POST", path, replies.endpoint(path, make, form=StreamFormat.LINES), body, computes=True)
+    managing = OllamaManaging(settings, names)
     yield Route("POST", "/api/pull", managing.pull, PullBody)
     yield Route("POST", "/api/create", managing.create, CreateBody)
     yield Route("POST", "/api/copy", managing.copy, CopyBody)
@@ -41,5 +35,5 @@ def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/api/blobs/{digest}", unsupported("models are not made from uploaded files", 403))
     yield Route("POST", "/api/push", unsupported("models are not uploaded to registries", 403))
     embeddings = OllamaEmbeddings(service, settings, names)
-    yield Route("POST", "/api/embed", embeddings.embed, EmbedBody)
-    yield Route("POST", "/api/embeddings", embeddings.embeddings, EmbeddingsBody)
+    yield Route("POST", "/api/embed", embeddings.embed, EmbedBody, computes=True)
+    yield Route("POST", "/api/embeddings", embeddings.embeddings, EmbeddingsBody, computes=True)

@@ -9,7 +9,6 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from llamaclust.cluster.api.operations.controls import Controls
 from support.clusters.served import ScriptedEngine, client, make_app, says
 
 
@@ -21,7 +20,7 @@ class NoWorkers:
 
 @pytest.fixture
 async def document() -> dict[str, Any]:
-    async with client(make_app(ScriptedEngine(says("a")), controls=Controls(NoWorkers()))) as http:
+    async with client(make_app(ScriptedEngine(says("a")), workers=NoWorkers())) as http:
         document: dict[str, Any] = (await http.get("/openapi.json")).json()
     return document
 
@@ -64,7 +63,7 @@ async def test_the_document_allows_what_the_server_accepts(is_strict: bool) -> N
 
 
 async def test_the_page_lists_every_operation_and_loads_nothing(document: dict[str, Any]) -> None:
-    async with client(make_app(ScriptedEngine(says("a")), controls=Controls(NoWorkers()))) as http:
+    async with client(make_app(ScriptedEngine(says("a")), workers=NoWorkers())) as http:
         page = await http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]

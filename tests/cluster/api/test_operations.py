@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api import early_replies
-from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.state.api_keys import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.logs import LogTail
@@ -108,7 +107,7 @@ DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
 async def test_draining_workers_needs_an_api_key() -> None:
     workers = Workers()
     key = {"Authorization": "Bearer first-key"}
-    async with client(app(controls=Controls(workers), api_keys=("first-key",))) as http:
+    async with client(app(workers=workers, api_keys=("first-key",))) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert (await http.post(DRAIN, headers=headers)).status_code == 401
         assert (await http.post(DRAIN, headers=key | {"host": "evil.example"})).status_code == 403
@@ -119,7 +118,7 @@ async def test_draining_workers_needs_an_api_key() -> None:
         assert workers.drained == ["a"]
         assert (await http.post(UNDRAIN, headers=key)).json() == {"worker": "a", "drained": False}
         assert workers.drained == []
-    async with client(app(controls=Controls(workers))) as http:
+    async with client(app(workers=workers)) as http:
         assert (await http.post(DRAIN, headers={"origin": "https://evil.example"})).status_code == 403
         assert workers.drained == []
         assert (await http.post(DRAIN)).status_code == 200
@@ -127,7 +126,7 @@ async def test_draining_workers_needs_an_api_key() -> None:
 
 async def test_logs_of_workers_need_an_api_key() -> None:
     key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
-    async with client(app(controls=Controls(Workers()), api_keys=("first-key",))) as http:
+    async with client(app(workers=Workers(), api_keys=("first-key",))) as http:
         assert (await http.get(path)).status_code == 401
         assert (await http.get(path, headers=key | {"host": "evil.example"})).status_code == 403
         told = (await http.get(path, headers=key)).json()
@@ -136,7 +135,7 @@ async def test_logs_of_workers_need_an_api_key() -> None:
 
 
 async def test_workers_that_cannot_be_drained() -> None:
-    async with client(app(controls=Controls(Workers()))) as http:
+    async with client(app(workers=Workers())) as http:
         refused = await http.post("/cluster/workers/b/drain")
         assert refused.status_code == 507 and refused.json()["error"]["message"] == "12 MiB are missing"
         unknown = await http.post("/cluster/workers/%0Ac/drain")

@@ -276,6 +276,29 @@ async def test_failures_have_their_status() -> None:
         assert lost.running == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/v1/completions", {"error": {"type": "server_error", "code": "internal_error"}}),
+        ("/v1/messages", {"type": "error", "error": {"type": "api_error", "code": "internal_error"}}),
+        ("/api/generate", {"error": "internal error; the coordinator's log says more"}),
+    ],
+)
+async def test_an_error_of_ours_has_the_form_of_the_requests_api(path: str, shown: dict[str, Any]) -> None:
+    def script(generation: object) -> list[int]:
+        raise ZeroDivisionError
+
+    body = {"model": "tiny", "prompt": "Hi", "messages": CHAT["messages"], "max_tokens": 3}
+    transport = httpx.ASGITransport(make_app(ScriptedEngine(script)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as http:
+        reply = await http.post(path, json=body)
+    error = reply.json()
+    assert reply.status_code == 500
+    if isinstance(error["error"], dict):
+        error["error"] = {name: error["error"][name] for name in ("type", "code")}
+    assert error == shown
+
+
 async def test_a_failure_in_a_stream_is_its_last_event() -> None:
     engine = ScriptedEngine(says(ANSWER), failure=WorkerError("worker b (layers 3-5) is gone"), failure_after=3)
     reply = await post("/v1/chat/completions", CHAT | {"stream": True}, engine)

@@ -13,8 +13,6 @@ from jsonschema import Draft202012Validator
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.openai.schema import CompletionBody
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.structured_output import GrammarFields
 from llamaclust.cluster.client.local import LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
@@ -24,6 +22,7 @@ from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.checker import GrammarChecker
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model
+from support.several_models.api_models import api_model
 
 SCHEMA = {
     "type": "object",
@@ -118,7 +117,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def post(model: Path, path: str, fields: dict[str, Any], context_length: int = 256) -> Response:
     stage = LocalStage(model, 1, None, LocalSettings(context_length=context_length))
     async with stage.serve() as service:
-        app = create_app(service, Replies(ApiSettings()), service._engine, dict)
+        app = create_app([api_model(service, service._engine)])
         async with client(app) as http:
             return await http.post(path, json=fields)
 

@@ -16,7 +16,6 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
@@ -27,6 +26,7 @@ from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
+from support.several_models.api_models import api_model
 
 CONTEXT = 640
 SEEDED: AnswerOptions = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 11, "ignore_eos": True}
@@ -116,7 +116,7 @@ async def http(tiny: Path) -> AsyncIterator[str]:
     text = TextSettings("tiny", CONTEXT, embedding_length=stage.model.hyperparameters.embedding_length)
     async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
         service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
-        async with serving(create_app(service, Replies(ApiSettings(is_strict=True)), engine, dict)) as url:
+        async with serving(create_app([api_model(service, engine, ApiSettings(is_strict=True))])) as url:
             yield url
 
 

@@ -48,7 +48,7 @@ async def opened(model: Path, folder: Path, **values: object) -> AsyncIterator[C
     config = ClusterConfig.model_validate({**base, "state_dir": folder, **values})
     directory = ClusterDir(folder / config.name)
     with directory.locked():
-        async with open_cluster(config, model, directory) as cluster:
+        async with open_cluster(config, [model], directory) as cluster:
             yield cluster
 
 
@@ -179,7 +179,7 @@ async def test_errors_of_a_start_name_the_model_of_several(tiny: Path, tmp_path:
         directory.locked(),
         pytest.raises(UsageError, match="models: 'b': context_length: 257: the model was"),
     ):
-        async with open_cluster(config, tiny, directory, further=[tiny]):
+        async with open_cluster(config, [tiny, tiny], directory):
             pass
 
 

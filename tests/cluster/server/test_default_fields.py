@@ -12,7 +12,7 @@ from llamaclust.cluster.api.llamacpp.adapters import AllScales
 from llamaclust.cluster.api.llamacpp.slot_schema import SlotBody
 from llamaclust.cluster.api.models.adapter_loading import LoadAdapterBody, UnloadAdapterBody
 from llamaclust.cluster.api.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
-from llamaclust.cluster.api.openapi import ApiRoute
+from llamaclust.cluster.api.paths import Route
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
 from llamaclust.cluster.server.front import api_settings
@@ -36,7 +36,7 @@ NO_DEFAULTS: dict[type[BaseModel], str] = {
 def test_every_endpoint_with_a_body_takes_part_or_has_a_reason() -> None:
     bodies = [kind for kind, _ in ENDPOINTS] + [*NO_DEFAULTS]
     app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
-    given = {route.path: route.body for route in app.routes if isinstance(route, ApiRoute) and route.body}
+    given = {route.path: route.body for route in app.routes if isinstance(route, Route) and route.body}
     assert [path for path, body in given.items() if body not in bodies] == []
     assert [body for body in bodies if body not in given.values()] == []
 

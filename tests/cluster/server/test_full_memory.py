@@ -41,7 +41,7 @@ async def test_what_was_planned_to_fill_all_memory_loads_at_once(
     found: list[Answer] = []
     for is_measured in (False, True):
         events: list[Event] = []
-        async with open_cluster(load_config(None, keys), model, directory, events.append) as cluster:
+        async with open_cluster(load_config(None, keys), [model], directory, events.append) as cluster:
             taken = [stage.bytes for stage in cluster.plan.stages]
             assert max(taken) > MEMORY * 3 // 4, "it fills the memory of one"
             found += [await answer_of(cluster.engine.submit(request)) for request in REQUESTS]

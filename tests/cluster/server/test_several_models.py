@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.server.front import api_settings
-from llamaclust.cluster.server.model_apis import cluster_app, model_apis, restore
+from llamaclust.cluster.server.model_apis import api_models, restore
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.cluster.state.journal import Journal
@@ -49,14 +49,13 @@ class Api:
 
 @asynccontextmanager
 async def api_of(files: list[Path], folder: Path, *, tight: bool) -> AsyncIterator[Api]:
-    settings = ApiSettings()
     async with (
         models(files, folder, tight=tight) as found,
         aclosing(Journal(folder / "journal", found.cluster.record, 30.0)) as journal,
-        model_apis(found.cluster, settings, journal) as apis,
+        api_models(found.cluster, ApiSettings(), journal, partial(cluster_status, found.cluster, RECORD)) as served,
     ):
-        await restore(apis, journal, [])
-        app = cluster_app(apis, found.cluster, Admission(settings), partial(cluster_status, found.cluster, RECORD))
+        await restore(served, journal, [])
+        app = create_app(served)
         async with serving(app) as address, httpx.AsyncClient(base_url=address, trust_env=False, timeout=60) as http:
             yield Api(found, http)
 

@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
@@ -28,13 +27,14 @@ from support.clusters.static_cluster import named
 from support.models.record_rerank import DOCUMENTS, QUERY, recorded
 from support.models.tiny_encoders import RANK, RERANKERS, build_encoder
 from support.models.tiny_model import build_tiny_model
+from support.several_models.api_models import api_model
 
 
 @asynccontextmanager
 async def served(path: Path, settings: ApiSettings | None = None) -> AsyncIterator[httpx.AsyncClient]:
     stage, idle = LocalStage(path, 1, None, LocalSettings(context_length=256)), Engine(FakePipeline(1), SETTINGS)
     async with stage.serve() as service:
-        app = create_app(service, Replies(settings or ApiSettings()), idle, dict)
+        app = create_app([api_model(service, idle, settings)])
         async with client(app) as http:
             yield http
 

@@ -88,7 +88,7 @@ async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[],
     config = load_config(None, [f"model={model}", "context_length=64", "max_sequences=2", *overrides])
     directory = ClusterDir(folder)
     directory.create()
-    async with asyncio.timeout(DEADLINE_S), open_cluster(config, model, directory) as cluster:
+    async with asyncio.timeout(DEADLINE_S), open_cluster(config, [model], directory) as cluster:
         found = await asyncio.gather(*(generation(cluster, one, on_token) for one in GENERATIONS))
         while not all(map(has_reported_copies, cluster.registry.workers.values())):  # noqa: ASYNC110  no event tells
             await asyncio.sleep(0.05)

@@ -8,13 +8,11 @@ from typing import Any
 from starlette.applications import Starlette
 
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations.controls import Controls, DrainControl
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import CONTEXT, MODEL, SETTINGS, ScriptedEngine, chat_template, says, tokenizer
+from support.several_models.api_models import api_model
 
 LAYERS = 6
 _MIB = 1 << 20
@@ -120,7 +118,7 @@ def group(cluster: dict[str, Any], shares: dict[str, int]) -> None:
 
 def cluster_app(
     status: Callable[[], dict[str, Any]],
-    pool: DrainControl | None = None,
+    workers: Any = None,
     model_name: str = MODEL,
     engine: ScriptedEngine | Engine | None = None,
 ) -> Starlette:
@@ -129,7 +127,7 @@ def cluster_app(
     spoken: Any = engine or ScriptedEngine(says("a"))
     service = TextService(spoken, tokenizer(), chat_template(), settings)
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    return create_app(service, Replies(ApiSettings()), idle, status, None, Controls(pool))
+    return create_app([api_model(service, idle, status=status)], workers=workers)
 
 
 def _named(cluster: dict[str, Any], name: str) -> dict[str, Any]:

@@ -171,7 +171,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
     config = load_config(None, overrides)
     directory = ClusterDir(folder / "cluster")
     directory.create()
-    async with asyncio.timeout(_DEADLINE_S), open_cluster(config, model, directory) as cluster:
+    async with asyncio.timeout(_DEADLINE_S), open_cluster(config, [model], directory) as cluster:
         if way.wide_tiles:
             with Model.open(model) as opened:
                 assert cluster.plan.wide_tiles == opened.has_wider_tiles

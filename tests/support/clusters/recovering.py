@@ -209,7 +209,7 @@ async def recovering(
     with directory.locked():
         async with (
             asyncio.timeout(deadline_s),
-            open_cluster(settings, Path(settings.model), directory, report) as cluster,
+            open_cluster(settings, [Path(settings.model)], directory, report) as cluster,
         ):
             running.append(Recovering(cluster, told))
             yield running[0]

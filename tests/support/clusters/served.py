@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations.controls import Controls
+from llamaclust.cluster.api.models.adapter_loading import AdapterControl
 from llamaclust.cluster.api.port.api_port import ApiPort
 from llamaclust.cluster.api.port.certificate import ServerCertificate
 from llamaclust.cluster.api.replies.handlers import Replies
@@ -48,6 +48,7 @@ from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from support.clusters.fakes import WIDTH, FakePipeline
 from support.models.tiny_tokenizers import byte_level
+from support.several_models.api_models import api_model
 
 VOCABULARY = 320
 CONTEXT = 200
@@ -189,10 +190,14 @@ def says(text: str) -> Script:
 
 
 def make_service(
-    engine: Any, template: ChatTemplate | None = None, slots: int = 0, adapters: ServedAdapters | None = None
+    engine: Any,
+    template: ChatTemplate | None = None,
+    slots: int = 0,
+    adapters: ServedAdapters | None = None,
+    name: str = MODEL,
 ) -> TextService:
     settings = TextSettings(
-        MODEL,
+        name,
         CONTEXT,
         SETTINGS.max_sequences,
         embedding_length=WIDTH,
@@ -207,7 +212,8 @@ def make_app(
     engine: Any,
     chat_template: ChatTemplate | None = None,
     admission: Admission | None = None,
-    controls: Controls | None = None,
+    workers: Any = None,
+    control: AdapterControl | None = None,
     replies: Replies | None = None,
     **settings: Any,
 ) -> Starlette:
@@ -217,7 +223,7 @@ def make_app(
     slots = SETTINGS.max_sequences if "slot_folder" in settings else 0
     service = make_service(engine, chat_template, slots, replies.settings.adapters)
     show = {"status": {"name": "test"}}.copy
-    return create_app(service, replies, idle, show, admission, controls)
+    return create_app([api_model(service, idle, replies, show, control)], admission, workers)
 
 
 def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:

@@ -88,7 +88,7 @@ async def models(
     with directory.locked():
         async with (
             asyncio.timeout(120),
-            open_cluster(settings, files[0], directory, report, planner, files[1:]) as cluster,
+            open_cluster(settings, files, directory, report, planner) as cluster,
         ):
             found = Models(Recovering(cluster, told))
             watching = asyncio.create_task(found.watch())

@@ -108,7 +108,7 @@ async def answers(
 
     directory = ClusterDir(settings.state_dir / settings.name)
     with directory.locked():
-        async with open_cluster(settings, model, directory, report) as cluster:
+        async with open_cluster(settings, [model], directory, report) as cluster:
             return [await answer_of(cluster.engine.submit(generation)) for generation in requests]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,10 +21,10 @@ from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.api.openai.responses.shape import ResponseShape, Storing
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
 from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.json_body import rendered
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.reply import Position
-from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
@@ -36,17 +36,6 @@ from llamaclust.core.errors import ClusterStoppingError
 _MOST_LISTED = 100
 _LISTED = 20
 _RUNNING = (Status.QUEUED, Status.IN_PROGRESS)
-
-
-class KeptReplies(Protocol):
-    """The replies of the API, as far as they are kept."""
-
-    settings: ApiSettings
-    cache: ReplyCache
-
-    async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
-        """The rest of a kept reply."""
-        ...
 
 
 class ResponsesEndpoint:
@@ -131,7 +120,7 @@ class ResponsesEndpoint:
 class StoredResponses:
     """Reads responses, also those that are computed in the background, and ends them."""
 
-    def __init__(self, replies: KeptReplies, store: ResponseStore) -> None:
+    def __init__(self, replies: Replies, store: ResponseStore) -> None:
         self._replies = replies
         self._store = store
 

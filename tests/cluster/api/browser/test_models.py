@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from starlette.applications import Starlette
 
-from llamaclust.cluster.api.admission import Admission
-from llamaclust.cluster.api.app import create_models_app, model_app
-from llamaclust.cluster.api.models.door import DoorModel
-from llamaclust.cluster.api.openai.responses.store import ResponseStore
-from llamaclust.cluster.api.operations.controls import Controls
-from llamaclust.cluster.api.replies.handlers import Replies
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.models.router import ApiModel
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.session import ChatSession
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.text.service import TextService
 from support.browser.chatting import answers, ended, send
 from support.browser.chromium import opened
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, ScriptedEngine, make_service, says, serving
-from support.several_models.door_models import ScriptedResident
+from support.several_models.api_models import api_model
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -38,20 +32,14 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def door_model(name: str, engine: ScriptedEngine) -> DoorModel:
-    settings = ApiSettings(recommended=RECOMMENDED[name], strict_model=True)
-    made = make_service(engine)
-    service = TextService(
-        cast(Engine, engine), made.tokenizer, made.chat_template, replace(made.settings, model_name=name)
-    )
-    idle, replies = Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS), Replies(settings)
-    app = model_app(service, replies, idle, {"status": {"name": name}}.copy, Controls(), ResponseStore())
-    return DoorModel(app, service, replies, ScriptedResident(), idle)
+def model_of(name: str, engine: ScriptedEngine) -> ApiModel:
+    settings = ApiSettings(recommended=RECOMMENDED[name], strict_model=True, can_unload=True)
+    idle, status = Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS), {"status": {"name": name}}
+    return api_model(make_service(engine, name=name), idle, settings, status.copy)
 
 
 def models_app(engines: Mapping[str, ScriptedEngine]) -> Starlette:
-    models = [door_model(name, engine) for name, engine in engines.items()]
-    return create_models_app(models, ApiSettings(), Admission(ApiSettings()))
+    return create_app([model_of(name, engine) for name, engine in engines.items()])
 
 
 def chat_of_the_command(address: str, model: str) -> None:

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
+from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.models.door import ModelDoor
+from llamaclust.cluster.api.models.adapter_loading import AdapterControl
 from llamaclust.cluster.api.ollama.names import OllamaNames
-from llamaclust.cluster.api.operations.controls import Controls
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.adapters import AdapterUnloadedError, ServedAdapter, ServedAdapters
 from llamaclust.core.errors import InsufficientMemoryError
-from support.clusters.served import SETTINGS, ScriptedEngine, client, make_app, real_engine, says, until
-from support.several_models.door_models import door_model
+from support.clusters.fakes import FakePipeline
+from support.clusters.served import SETTINGS, ScriptedEngine, client, make_app, make_service, real_engine, says, until
+from support.several_models.api_models import api_model
 
 PATH, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 BODY = {"lora_name": "poet", "lora_path": "poet.gguf"}
@@ -53,7 +55,7 @@ def app(
 ) -> Any:
     return make_app(
         engine or ScriptedEngine(says("So.")),
-        controls=Controls(adapters=loader),
+        control=AdapterControl(loader.load, loader.unload),
         adapters=loader.adapters,
         adapter_folder=folder,
         **settings,
@@ -140,8 +142,13 @@ async def test_a_known_request_has_the_name_of_its_adapter() -> None:
 
 async def test_of_several_models_the_named_one_gets_an_adapter() -> None:
     loaders = [Loader(), Loader()]
-    models = [door_model(name, app(loader, aliases=(name,))) for name, loader in zip("ab", loaders, strict=True)]
-    async with client(ModelDoor(models, ApiSettings())) as http:
+    models, engine = [], ScriptedEngine(says("So."))
+    for name, loader in zip("ab", loaders, strict=True):
+        own = ApiSettings(can_unload=True, adapters=loader.adapters, adapter_folder=Path("/adapters"))
+        idle = Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+        control = AdapterControl(loader.load, loader.unload)
+        models.append(api_model(make_service(engine, name=name), idle, own, control=control))
+    async with client(create_app(models)) as http:
         for body, loaded in (
             ({**BODY, "model": "b"}, [[], ["poet"]]),
             ({**BODY, "lora_name": "clerk"}, [["clerk"], ["poet"]]),

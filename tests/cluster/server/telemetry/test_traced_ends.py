@@ -34,10 +34,11 @@ async def test_telemetry_is_open_until_the_apis_have_ended(tmp_path: Path, monke
         raise SupersededError("another coordinator serves")
 
     monkeypatch.setattr(serve, "open_telemetry", lambda *_: noted("telemetry", None))
-    monkeypatch.setattr(serve, "model_apis", lambda *_: noted("apis", []))
-    monkeypatch.setattr(serve, "cluster_app", superseded)
+    monkeypatch.setattr(serve, "api_models", lambda *_: noted("apis", []))
+    monkeypatch.setattr(serve, "create_app", superseded)
     config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}]})
-    cluster: Any = SimpleNamespace(config=config, record=ControlRecord(), models=(), metrics=CollectorRegistry())
+    pool, metrics = SimpleNamespace(operations=None), CollectorRegistry()
+    cluster: Any = SimpleNamespace(config=config, record=ControlRecord(), models=(), metrics=metrics, pool=pool)
     telemetry = TelemetrySettings(traces=Target("http://127.0.0.1:1/v1/traces"), metrics=None)
     signals: Any = None  # of no use before requests are served
     front: Any = SimpleNamespace(settings=ApiSettings(), telemetry=telemetry, record=None)

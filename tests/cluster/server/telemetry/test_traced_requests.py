@@ -15,7 +15,7 @@ import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client import CollectorRegistry
 
-from llamaclust.cluster.api.models.door import ModelDoor
+from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
@@ -28,9 +28,9 @@ from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.fakes import FakePipeline
 from support.clusters.resumable import KilledJournal
-from support.clusters.served import MODEL, make_app, real_engine, serving, until
+from support.clusters.served import MODEL, make_app, make_service, real_engine, serving, until
 from support.hub.otlp_collector import OtlpCollector, otlp_collector, values
-from support.several_models.door_models import door_model
+from support.several_models.api_models import api_model
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
@@ -286,11 +286,11 @@ async def test_each_of_several_models_has_its_own_spans_and_metrics() -> None:
         traces, metrics = (Target(f"{collector.url}/v1/{signal}") for signal in ("traces", "metrics"))
         own = TelemetrySettings(traces=traces, metrics=metrics, span_delay_s=0.01, metrics_interval_s=0.02)
         async with asyncio.timeout(60), real_engine() as (first, _), real_engine() as (second, _):
-            models = [door_model("x", make_app(first)), door_model("y", make_app(second))]
-            door = ModelDoor(models, ApiSettings())
+            engines, several = {"x": first, "y": second}, ApiSettings(can_unload=True)
+            models = [api_model(make_service(engine, name=name), engine, several) for name, engine in engines.items()]
             async with (
-                open_telemetry(own, "house", {"x": first, "y": second}, CollectorRegistry()) as telemetry,
-                serving(telemetry.traced(door)) as address,
+                open_telemetry(own, "house", engines, CollectorRegistry()) as telemetry,
+                serving(telemetry.traced(create_app(models))) as address,
                 httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
             ):
                 reply = await http.post("/completion", json={"model": "y", "prompt": "Hello", "n_predict": 4})

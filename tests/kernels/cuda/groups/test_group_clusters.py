@@ -63,7 +63,7 @@ async def answers(model: Path, folder: Path, *overrides: str) -> tuple[list[Answ
     config = load_config(None, [f"model={model}", "context_length=64", "max_sequences=2", *overrides])
     directory = ClusterDir(folder)
     directory.create()
-    async with asyncio.timeout(DEADLINE_S), open_cluster(config, model, directory) as cluster:
+    async with asyncio.timeout(DEADLINE_S), open_cluster(config, [model], directory) as cluster:
         found = await asyncio.gather(*(generation(cluster, one) for one in GENERATIONS))
         held = {name: worker.device_layers for name, worker in cluster.registry.workers.items()}
         return found, [[(part.device, part.start, part.end) for part in held[name]] for name in sorted(held)]

@@ -1,16 +1,16 @@
-"""Models behind a door without a cluster: apps, and residents of a scripted state."""
+"""Served models of an app without a cluster, with residents of a scripted state."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
-from starlette.types import ASGIApp
-
-from llamaclust.cluster.api.models.door import DoorModel
+from llamaclust.cluster.api.models.adapter_loading import AdapterControl
+from llamaclust.cluster.api.models.router import ApiModel
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService
 
@@ -39,20 +39,33 @@ class ScriptedResident:
         self.is_asleep = self.is_idle
 
 
-def door_model(
+def api_model(
+    service: TextService,
+    engine: Engine,
+    settings: ApiSettings | Replies | None = None,
+    status: Callable[[], Mapping[str, Any]] = dict,
+    control: AdapterControl | None = None,
+) -> ApiModel:
+    """A model that is always loaded. `engine`: the one that operators see."""
+    replies = settings if isinstance(settings, Replies) else Replies(settings or ApiSettings())
+    return ApiModel(service, replies, engine, cast(Resident, ScriptedResident()), status, control)
+
+
+def named_model(
     name: str,
-    app: ASGIApp,
     resident: ScriptedResident | None = None,
     *,
     aliases: tuple[str, ...] = (),
     kept: Collection[str] = (),
-) -> DoorModel:
-    """`kept`: the names of its replies that are kept."""
+    **settings: Any,
+) -> ApiModel:
+    """One of several models, which only its name and its state are known of. `kept`: the names of its kept replies."""
+    own = ApiSettings(aliases=aliases, **{"can_unload": True, **settings})
     cache = SimpleNamespace(named=lambda owner, reply: reply if reply in kept else None)
-    return DoorModel(
-        app,
+    return ApiModel(
         cast(TextService, SimpleNamespace(settings=SimpleNamespace(model_name=name))),
-        cast(Replies, SimpleNamespace(settings=ApiSettings(aliases=aliases), cache=cache)),
-        resident or ScriptedResident(),
+        cast(Replies, SimpleNamespace(settings=own, cache=cache)),
         cast(Engine, SimpleNamespace()),
+        cast(Resident, resident or ScriptedResident()),
+        dict,
     )

@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Message
 
 from llamaclust.cluster.api import body
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.models import lists
-from llamaclust.cluster.api.models.door import ModelDoor
-from llamaclust.cluster.api.models.lists import ModelLists
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.models.router import ModelRouter
+from llamaclust.cluster.api.openai import models
+from llamaclust.cluster.api.openai.models import ModelEndpoints
 from llamaclust.core.errors import DeadlineError
-from support.several_models.door_models import ScriptedResident, door_model
-
-SETTINGS = ApiSettings()
+from support.several_models.api_models import ScriptedResident, named_model
 
 
-def lists_of(resident: ScriptedResident) -> ModelLists:
-    return ModelLists([], ModelDoor([door_model("a", Response(), resident)], SETTINGS), SETTINGS)
+def endpoints(resident: ScriptedResident) -> ModelEndpoints:
+    return ModelEndpoints(ModelRouter([named_model("a", resident)]))
 
 
 def request(**fields: Any) -> Request:
@@ -47,7 +43,7 @@ async def test_large_bodies_are_parsed_on_a_thread(call: str, monkeypatch: pytes
 
     monkeypatch.setattr(body, "parse_object", parse)
     resident = ScriptedResident()
-    await getattr(lists_of(resident), call)(request(model="a", more=[0.5] * 100_000))
+    await getattr(endpoints(resident), call)(request(model="a", more=[0.5] * 100_000))
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
     assert resident.is_asleep is (call == "unload")
 
@@ -56,10 +52,10 @@ async def test_a_model_with_requests_is_not_unloaded() -> None:
     resident = ScriptedResident()
     resident.enter()
     with pytest.raises(HttpError, match="'a' has requests and stays loaded") as refused:
-        await lists_of(resident).unload(request(model="a"))
+        await endpoints(resident).unload(request(model="a"))
     assert refused.value.http_status == 409 and not resident.is_asleep
     resident.leave()
-    assert (await lists_of(resident).unload(request(model="a"))).status_code == 200 and resident.is_asleep
+    assert (await endpoints(resident).unload(request(model="a"))).status_code == 200 and resident.is_asleep
 
 
 async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +63,6 @@ async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytes
         async def sleep(self) -> None:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(lists, "_UNLOAD_S", 0.01)
+    monkeypatch.setattr(models, "_UNLOAD_S", 0.01)
     with pytest.raises(DeadlineError, match="the end of a load of 'a', which is unloaded then: not within"):
-        await lists_of(Loading()).unload(request(model="a"))
+        await endpoints(Loading()).unload(request(model="a"))

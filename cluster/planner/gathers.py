@@ -13,9 +13,10 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
-GATHER_S = 12e-6
-"""Of a gather, beside what the network takes: encryption, system calls, rows that are copied. Measured: 11.4 us more
-than a loop that only sends and receives 16 KiB (docs/groups-internals.md)."""
+GATHER_S = 35e-6
+"""The time of a gather beside that of the network: members that are not ready together, encryption, system calls, rows
+that are copied. Members of served groups of two wait 30 to 40 us on loopback, of which encryption and system calls are
+11 (docs/groups-internals.md)."""
 HIDDEN_SHARE = 0.5
 """The share of a prompt's bytes that travels while members compute other rows, at most."""
 

@@ -159,10 +159,10 @@ def test_what_would_help_does() -> None:
     ("machines", "model", "least"),
     [
         ("3x16GB@40GB/s,1Gbit", "70b", 1.95),
-        ("3x16GB@40GB/s,2.5Gbit", "70b", 2.1),
+        ("3x16GB@40GB/s,2.5Gbit", "70b", 2.05),
         ("3x24GB@40GB/s,1Gbit", "70b", 1.9),
-        ("3x24GB@40GB/s,2.5Gbit", "70b", 2.15),
-        ("2x16GB@40GB/s,1Gbit", "8b", 11.0),
+        ("3x24GB@40GB/s,2.5Gbit", "70b", 2.1),
+        ("2x16GB@40GB/s,1Gbit", "8b", 10.9),
     ],
 )
 def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least: float) -> None:
@@ -170,7 +170,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     assert all(stage.memory_bytes is not None and stage.bytes <= stage.memory_bytes for stage in found.plan.stages)
     assert len(found.plan.chain) == 1 and 1 / token_s(found) >= least
     text = "\n".join(found.lines())
-    assert "in groups, a gather takes 0.05 ms one way" in text and "12 µs of the programs" in text
+    assert "in groups, a gather takes 0.05 ms one way" in text and "35 µs of the programs" in text
     if "16GB" not in machines or model != "70b":  # whole layers do not fit there
         assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
 

@@ -77,6 +77,12 @@ class Renewal:
         _log.info("the certificate is renewed")
 
 
+def _retrieved(writing: asyncio.Task[None]) -> None:
+    """Takes the error of a stream that ends, which its reader reports."""
+    if not writing.cancelled():
+        writing.exception()
+
+
 class Member:
     """One membership, from the handshake until the coordinator ends it or is lost."""
 
@@ -209,7 +215,9 @@ class Member:
 
     async def send(self, message: messages.WorkerMessage) -> None:
         """Goes on if the caller is cancelled, such as a stage's stream that breaks: gRPC would end the membership."""
-        await asyncio.shield(self._write(message))
+        writing = asyncio.create_task(self._write(message))
+        writing.add_done_callback(_retrieved)  # its caller may be gone
+        await asyncio.shield(writing)
 
     async def _write(self, message: messages.WorkerMessage) -> None:
         assert self._stream is not None

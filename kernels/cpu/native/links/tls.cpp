@@ -104,7 +104,9 @@ class TlsChannel : public Channel {
     SSL_set_bio(raw, bio, bio);
     SSL_set_msg_callback_arg(raw, this);
     SSL_set_msg_callback(raw, [](int sent, int, int type, const void* data, size_t bytes, SSL*, void* channel) {
-      if (sent == 0 && type == SSL3_RT_HANDSHAKE && bytes > 0 && *static_cast<const uint8_t*>(data) == SSL3_MT_KEY_UPDATE)
+      if (sent != 0 || type != SSL3_RT_HANDSHAKE || bytes == 0) return;
+      const uint8_t message = *static_cast<const uint8_t*>(data);
+      if (message == SSL3_MT_KEY_UPDATE || message == SSL3_MT_NEWSESSION_TICKET)
         static_cast<TlsChannel*>(channel)->renewals_++;
     });
     SSL_set_hostflags(raw, X509_CHECK_FLAG_NO_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
@@ -216,7 +218,7 @@ class TlsChannel : public Channel {
   int give(BIO* bio, char* data, int bytes) {
     BIO_clear_retry_flags(bio);
     if (renewals_ > kMostRenewals) {  // OpenSSL goes on reading, whatever the caller's deadline
-      broken_.emplace("the other side sends new keys and no bytes", Fault::Wrong);
+      broken_.emplace("the other side sends new keys or tickets and no bytes", Fault::Wrong);
       return -1;
     }
     try {
@@ -235,7 +237,7 @@ class TlsChannel : public Channel {
   std::vector<uint8_t> out_;  // encrypted, of which `sent_` bytes are with the system
   size_t sent_ = 0;
   uint64_t records_ = 0;  // encrypted so far
-  int renewals_ = 0;      // of the other side's key since it sent other bytes
+  int renewals_ = 0;      // new keys and tickets of the other side since it sent other bytes
   std::optional<ConnectionEnded> broken_;  // why the socket takes or gives no more
 };
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.kernels._native import LinkError, Links, tls_library
 from llamaclust.wire.security.credentials import Principal
-from support.arithmetic.linked import DEADLINE_S, GREETING, link_to, tls_settings
+from support.arithmetic.linked import DEADLINE_S, GREETING, connected, link_to, tls_settings
 
 BORDERS = [0, 32, 48]
 ROWS = 1 << 18
@@ -40,18 +42,22 @@ def test_a_peer_that_has_no_room_is_reached_all_the_same() -> None:
         links.close()
 
 
-@pytest.mark.skipif(not tls_library() or shutil.which("openssl") is None, reason="needs OpenSSL and its command")
-def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path) -> None:
-    """OpenSSL reads key updates by itself and returns for bytes only."""
-    trust = Authority.open(tmp_path / "authority")
+def write_identity(trust: Authority, folder: Path) -> None:
     identity = trust.identity(Principal("w1"))
     for name, data in (
         ("ca", identity.ca),
         ("certificate", identity.pair.certificate),
         ("key", identity.pair.private_key),
     ):
-        (tmp_path / name).touch(mode=0o600)
-        (tmp_path / name).write_bytes(data)
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.skipif(not tls_library() or shutil.which("openssl") is None, reason="needs OpenSSL and its command")
+def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path) -> None:
+    """OpenSSL reads key updates by itself and returns for bytes only."""
+    trust = Authority.open(tmp_path / "authority")
+    write_identity(trust, tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         port = listener.getsockname()[1]
         files = "-CAfile", tmp_path / "ca", "-cert", tmp_path / "certificate", "-key", tmp_path / "key"
@@ -79,3 +85,29 @@ def test_a_peer_that_renews_its_keys_again_and_again_is_at_fault(tmp_path: Path)
             assert raised.value.kind == "wrong"
             links.close()
             it.kill()
+
+
+@pytest.mark.skipif(not tls_library(), reason="needs OpenSSL")
+@pytest.mark.parametrize("tickets", [9, 100, 5000])
+def test_a_peer_that_sends_tickets_and_no_bytes_is_at_fault(tickets: int, tmp_path: Path) -> None:
+    """OpenSSL reads tickets of sessions by itself, too, and members send none."""
+    trust = Authority.open(tmp_path / "authority")
+    write_identity(trust, tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    context.load_verify_locations(tmp_path / "ca")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = tickets
+    ours, theirs = connected()
+
+    def accept() -> None:
+        with suppress(OSError), context.wrap_socket(theirs, server_side=True) as end:
+            end.recv(1 << 16)  # the greeting
+            end.recv(1)  # until the member closes the link
+
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(accept)
+        with pytest.raises(LinkError, match="tickets") as raised:
+            link_to(1, ours, DEADLINE_S, tls_settings(trust, 2, 1))
+        assert raised.value.kind == "wrong"
+        accepted.result(DEADLINE_S)

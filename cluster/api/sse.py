@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -109,20 +108,6 @@ class EventResponse(Response):
     async def _watch(self, receive: Receive) -> None:
         await wait_for_disconnect(receive)
         self._is_cut = True
-
-
-async def begin_events(
-    request: Request,
-    first: Awaitable[None],
-    events: AsyncGenerator[bytes, None],
-    *,
-    form: StreamFormat,
-    cleanup: AsyncExitStack,
-) -> EventResponse:
-    """A stream's reply once there is something to say: what fails before gets a status of its own. What `cleanup`
-    holds is the reply's from then on, until its end."""
-    await unless_disconnected(request, first)
-    return EventResponse(events, cleanup.pop_all().aclose, form)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:

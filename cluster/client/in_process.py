@@ -18,9 +18,9 @@ from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.http_codec import sampling_options
 from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.completion import Completion
 from llamaclust.cluster.text.pooler import Vector
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import LlamaclustError, ParameterError
 
 OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
@@ -152,12 +152,12 @@ class ServiceClient(TextClient):
     def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
         chat = read_fields(ChatBody, body)
 
-        async def start() -> CompletionStream:
+        async def start() -> Completion:
             return await self._service.start(await self._service.chat(chat.request()))
 
         return self._stream(start)
 
-    def _stream(self, start: Callable[[], Coroutine[Any, Any, CompletionStream]]) -> Generator[TextChunk, None, None]:
+    def _stream(self, start: Callable[[], Coroutine[Any, Any, Completion]]) -> Generator[TextChunk, None, None]:
         stream = self._thread.call(start())
         try:
             yield TextChunk(prompt_token_ids=stream.generation.prompt, seed=stream.generation.seed)
@@ -167,5 +167,5 @@ class ServiceClient(TextClient):
             self._thread.finish(stream.aclose())
 
 
-async def _next(stream: CompletionStream) -> TextChunk | None:
+async def _next(stream: Completion) -> TextChunk | None:
     return await anext(stream, None)

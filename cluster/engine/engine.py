@@ -14,7 +14,7 @@ from llamaclust.cluster.engine.failures import EngineOwner, PipelineFailure, fai
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
-from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, RequestStream
+from llamaclust.cluster.engine.request_stream import OpenRequests, RequestStream, Sink, SubmittedRequest
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.engine.waterfall import ComputedMicrobatch
 from llamaclust.cluster.engine.waterfalls import Waterfalls
@@ -148,6 +148,10 @@ class Engine:
             await lane.wait_stopped()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
+        """Queues a request whose events are read from a stream. Raises what `begin` raises."""
+        return RequestStream(partial(self.begin, request))
+
+    def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine refuses or is down.
 
         Requests are accepted while it drains: the API refuses new ones, and accepted ones still submit their further
@@ -156,17 +160,18 @@ class Engine:
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
-        mailbox = Mailbox(sequence)
-        for row in request.answered:
-            mailbox.put(TokenSampled(row))
+        submitted = SubmittedRequest(sequence, sink, partial(self._abort, sequence.key))
         end = sequence.known_end
         if end is None:
-            self.requests.open(mailbox, self.deadlines.request_s, partial(self._expire, sequence.key))
+            self.requests.open(submitted, self.deadlines.request_s, partial(self._expire, sequence.key))
             self._lane.arrived(sequence)
-        else:
-            mailbox.put(Finished(end, sequence.timings()))
-            mailbox.close()
-        return RequestStream(mailbox, partial(self._abort, sequence.key))
+        sink.begin(submitted)
+        for row in request.answered:
+            sink.take(TokenSampled(row))
+        if end is not None:
+            sink.take(Finished(end, submitted.timings))
+            submitted.end()
+        return submitted
 
     def prepare_matchers(self) -> None:
         """Answers with a matcher are about to come: the last stage prepares while their grammars are checked."""

@@ -1,4 +1,4 @@
-"""A submitted request: a stream of events, and cancellation. Its engine's side: a mailbox for each open request."""
+"""A submitted request: events for its sink, or for a reader as a stream, and cancellation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from copy import copy
 from time import monotonic_ns
 from typing import Protocol, Self
 
-from llamaclust.cluster.engine.inbox import Inbox
 from llamaclust.cluster.engine.metrics import EndedRequest, Metrics
 from llamaclust.cluster.engine.waterfalls import Waterfalls
 from llamaclust.cluster.scheduler.requests import (
@@ -29,9 +28,13 @@ from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerEr
 _log = logging.getLogger(__name__)
 
 
-class Follower(Protocol):
+class Sink(Protocol):
     """Takes a request's events within the engine's own work: it must return soon, raise nothing, and end no request
     meanwhile."""
+
+    def begin(self, request: SubmittedRequest) -> None:
+        """Called once, before any event."""
+        ...
 
     def take(self, event: Event) -> None: ...
 
@@ -40,67 +43,57 @@ class Follower(Protocol):
         ...
 
 
-class Mailbox:
-    """Events from the engine to one reader, and their end."""
+class SubmittedRequest:
+    """A request that the engine took: how far it is, and its cancellation."""
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, sink: Sink, abort: Callable[[], None]) -> None:
         self.sequence = sequence
+        self.sink = sink
         self.deadline: asyncio.TimerHandle | None = None
-        self._follower: Follower | None = None  # gets what comes instead of the inbox
-        self._events: Inbox[Event | LlamaclustError | None] = Inbox()  # an error or None ends them
+        self.abort = abort
+        """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""
 
-    def put(self, event: Event) -> None:
-        if self._follower is None:
-            self._events.put(event)
-        else:
-            self._follower.take(event)
+    @property
+    def timings(self) -> Timings:
+        """As far as the request came."""
+        return self.sequence.timings()
 
-    def close(self, error: LlamaclustError | None = None) -> None:
-        """No more events; the reader gets `error` after those that are there."""
+    @property
+    def progress(self) -> PromptProgress | None:
+        """Progress of the prompt; None before the request is started."""
+        sequence = self.sequence
+        if sequence.cached_tokens is None:
+            return None
+        total = sequence.prompt_length
+        processed = total if sequence.first_ns else min(total, max(sequence.cached_tokens, sequence.computed))
+        since_ms = ((sequence.first_ns or monotonic_ns()) - sequence.started_ns) / 1e6
+        return PromptProgress(total, sequence.cached_tokens, processed, since_ms)
+
+    def end(self, error: LlamaclustError | None = None) -> None:
+        """Tells the sink that no more events come."""
         if self.deadline is not None:
             self.deadline.cancel()
-        if self._follower is None:
-            self._events.put(error)
-        else:
-            self._follower.end(copy(error))
-
-    def follow(self, follower: Follower) -> None:
-        """It gets what is there and what comes."""
-        while len(self._events):
-            event = self._events.take()
-            if event is None or isinstance(event, LlamaclustError):
-                follower.end(copy(event))
-            else:
-                follower.take(event)
-        self._follower = follower
-
-    async def get(self) -> Event:
-        """The next event. StopAsyncIteration after the last one, or the error."""
-        event = await self._events.get()
-        if event is not None and not isinstance(event, LlamaclustError):
-            return event
-        self._events.put(event)  # the end stays
-        raise StopAsyncIteration if event is None else copy(event)
+        self.sink.end(copy(error))
 
 
 class OpenRequests:
-    """The mailboxes of an engine's requests that have not ended, by their sequences' keys."""
+    """An engine's requests that have not ended, by their sequences' keys."""
 
     def __init__(self, metrics: Metrics, waterfalls: Waterfalls) -> None:
         self._metrics = metrics
         self._waterfalls = waterfalls
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._requests: dict[int, SubmittedRequest] = {}
         self._empty = asyncio.Event()
         self._empty.set()
         self._present = asyncio.Event()
 
     @property
     def keys(self) -> list[int]:
-        return list(self._mailboxes)
+        return list(self._requests)
 
     @property
     def are_empty(self) -> bool:
-        return not self._mailboxes
+        return not self._requests
 
     async def wait_empty(self) -> None:
         await self._empty.wait()
@@ -109,25 +102,25 @@ class OpenRequests:
         """Returns while there is one."""
         await self._present.wait()
 
-    def open(self, mailbox: Mailbox, timeout_s: float, expire: Callable[[], None]) -> None:
-        mailbox.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
-        self._mailboxes[mailbox.sequence.key] = mailbox
-        self._waterfalls.opened(mailbox.sequence)
+    def open(self, request: SubmittedRequest, timeout_s: float, expire: Callable[[], None]) -> None:
+        request.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
+        self._requests[request.sequence.key] = request
+        self._waterfalls.opened(request.sequence)
         self._empty.clear()
         self._present.set()
 
     def sequence(self, key: int) -> Sequence:
-        return self._mailboxes[key].sequence
+        return self._requests[key].sequence
 
     def deliver(self, key: int, updates: Iterable[Update]) -> int:
-        """Hands a sequence's updates to its reader; how many tokens were among them."""
+        """Hands a sequence's updates to its sink; how many tokens were among them."""
         tokens = 0
         for update in updates:
             if isinstance(update, Failed):
                 error = RequestFailedError if update.is_request_fault else WorkerError
                 self.abort(key, error(update.message))
                 continue
-            self._mailboxes[key].put(update)
+            self._requests[key].sink.take(update)
             tokens += isinstance(update, TokenSampled)
             if isinstance(update, Finished):
                 self._close(key, update.reason)
@@ -136,16 +129,16 @@ class OpenRequests:
     def abort(self, key: int, error: LlamaclustError | None = None) -> None:
         """Ends a request: cancelled, or failed with an error."""
         if error is None:
-            mailbox = self._mailboxes[key]
-            mailbox.put(Finished(FinishReason.ABORT, mailbox.sequence.timings()))
+            request = self._requests[key]
+            request.sink.take(Finished(FinishReason.ABORT, request.timings))
         self._close(key, "error" if error else FinishReason.ABORT, error)
 
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
-        mailbox = self._mailboxes.pop(key)
-        mailbox.close(error)
+        submitted = self._requests.pop(key)
+        submitted.end(error)
         now_ns = monotonic_ns()
         self._waterfalls.ended(key, str(reason), now_ns)
-        sequence = mailbox.sequence
+        sequence = submitted.sequence
         request, timings, seconds = sequence.request, sequence.timings(), (now_ns - sequence.arrived_ns) / 1e9
         ended = EndedRequest(str(reason), timings, seconds, request.operation, is_restored=bool(request.answered))
         self._metrics.finished(ended)
@@ -159,7 +152,7 @@ class OpenRequests:
                 "seconds": round(seconds, 3),
             }
             _log.info("request ended%s", f": {error}" if error else "", extra=fields)
-        if not self._mailboxes:
+        if not self._requests:
             self._empty.set()
             self._present.clear()
 
@@ -171,36 +164,22 @@ class RequestStream:
     memory. It also ends at its deadline.
     """
 
-    def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
-        self._mailbox = mailbox
-        self._abort = abort
-        self._dropped = weakref.finalize(self, _abort_later, asyncio.get_running_loop(), abort)
+    def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
+        """Raises what `submit` raises."""
+        self._events = _EventQueue()
+        self._request = submit(self._events)
+        self._dropped = weakref.finalize(self, _abort_later, asyncio.get_running_loop(), self._request.abort)
         self._dropped.atexit = False
 
     @property
     def timings(self) -> Timings:
         """As far as the request came."""
-        return self._mailbox.sequence.timings()
-
-    @property
-    def progress(self) -> PromptProgress | None:
-        """Of the prompt; None before the request is started."""
-        sequence = self._mailbox.sequence
-        if sequence.cached_tokens is None:
-            return None
-        total = sequence.prompt_length
-        processed = total if sequence.first_ns else min(total, max(sequence.cached_tokens, sequence.computed))
-        since_ms = ((sequence.first_ns or monotonic_ns()) - sequence.started_ns) / 1e6
-        return PromptProgress(total, sequence.cached_tokens, processed, since_ms)
-
-    def follow(self, follower: Follower) -> None:
-        """Instead of reading: it gets the events as they come, without a change of task for each."""
-        self._mailbox.follow(follower)
+        return self._request.timings
 
     def abort(self) -> None:
-        """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""
+        """See `SubmittedRequest.abort`."""
         self._dropped.detach()
-        self._abort()
+        self._request.abort()
 
     async def __aenter__(self) -> Self:
         return self
@@ -213,10 +192,34 @@ class RequestStream:
 
     async def __anext__(self) -> Event:
         try:
-            return await self._mailbox.get()
+            return await self._events.next()
         except asyncio.CancelledError:
             self.abort()
             raise
+
+
+class _EventQueue:
+    """A sink for one reader. The engine holds it, not the stream, which may be dropped."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
+
+    def begin(self, request: SubmittedRequest) -> None:
+        """See `Sink`."""
+
+    def take(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    def end(self, error: LlamaclustError | None) -> None:
+        self._events.put_nowait(error)
+
+    async def next(self) -> Event:
+        """The next event. StopAsyncIteration after the last one, or the error."""
+        event = await self._events.get()
+        if event is not None and not isinstance(event, LlamaclustError):
+            return event
+        self._events.put_nowait(event)  # the end stays
+        raise StopAsyncIteration if event is None else copy(event)
 
 
 def _abort_later(loop: asyncio.AbstractEventLoop, abort: Callable[[], None]) -> None:

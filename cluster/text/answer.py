@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from array import array
 from collections.abc import AsyncIterable, Iterable, Sequence
@@ -37,7 +36,7 @@ class TextChunk:
     offsets: Sequence[int] = ()
     prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
     prompt_rows: Sequence[RowResult] = ()
-    finish_reason: FinishReason | None = None  # on the last chunk of a choice, with its timings
+    finish_reason: FinishReason | None = None  # on the last chunk of a choice, which has timings
     stopped_by: str | int | None = None  # the stop string or end token
     timings: Timings | None = None
     prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
@@ -79,35 +78,25 @@ class Answer(TextChunk):
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
     """The answers of all choices, by index. Raises what ended a choice early."""
-    by_index: dict[int, _Collected] = {}
+    by_index: dict[int, Collected] = {}
     async for chunk in chunks:
         if chunk.index not in by_index:
-            by_index[chunk.index] = _Collected(chunk)
+            by_index[chunk.index] = Collected(chunk)
         by_index[chunk.index].add(chunk)
     return [by_index[index].answer() for index in sorted(by_index)]
-
-
-async def collect_all(streams: Iterable[AsyncIterable[TextChunk]]) -> list[list[Answer]]:
-    """Those of several requests, which are read at the same time: chunks that wait take more memory than answers."""
-    tasks = [asyncio.create_task(collect(stream)) for stream in streams]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:
     """The answer that a choice's chunks, from first to last, make."""
     first, *others = chunks
-    collected = _Collected(first)
+    collected = Collected(first)
     for chunk in (first, *others):
         collected.add(chunk)
     return collected.answer()
 
 
-class _Collected:
-    """A choice so far."""
+class Collected:
+    """A choice so far, its rows packed."""
 
     def __init__(self, first: TextChunk) -> None:
         self._first = self._last = first
@@ -150,4 +139,6 @@ class _Collected:
 
 
 def _entries(rows: Sequence[RowResult]) -> int:
-    return rows.entries if isinstance(rows, PackedRows) else sum(1 + len(row.top_logprobs) for row in rows)
+    if isinstance(rows, PackedRows):
+        return rows.entries
+    return len(rows) + sum([len(row.top_logprobs) for row in rows]) if rows else 0

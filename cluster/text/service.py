@@ -14,17 +14,18 @@ from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.text.budget import NOTHING, ReplyBudget
+from llamaclust.cluster.text.answer_log import AnswerLog, LogContent
+from llamaclust.cluster.text.budget import NOTHING, ReplyBudget, RowStorage
 from llamaclust.cluster.text.call_constraint import answer_grammar
 from llamaclust.cluster.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.text.chat_format import ChatFormat
 from llamaclust.cluster.text.choice import ChoiceText
+from llamaclust.cluster.text.completion import Completion, TokenizedRequest
 from llamaclust.cluster.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.reasoning import answer_reasoning
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.text.slots import Slots
-from llamaclust.cluster.text.stream import CompletionStream, Record
 from llamaclust.cluster.text.threads import BREAKERS, TOKENIZING, run_on, tokenizing
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
@@ -62,14 +63,6 @@ class TextSettings:
     recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedRequest:
-    """A request in tokens, and what makes text of its answers."""
-
-    generation: GenerationRequest
-    choices: Sequence[ChoiceText]
-
-
 class TextService:
     """One served model. Use from one event loop."""
 
@@ -87,7 +80,7 @@ class TextService:
         self.chat_format = ChatFormat(chat_template, tokenizer)
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
-        self._active: set[CompletionStream] = set()
+        self._active: set[Completion] = set()
         self._in_preparation = 0
 
     async def aclose(self) -> None:
@@ -99,9 +92,11 @@ class TextService:
         """Requests that were accepted and have not ended; those in preparation too."""
         return len(self._active) + self._in_preparation
 
-    async def start(self, request: CompletionRequest) -> CompletionStream:
-        """Prepares and submits a request."""
-        return self.submit(request, await self.prepare(request))
+    async def start(self, request: CompletionRequest) -> Completion:
+        """Prepares and submits a request, whose chunks the caller reads."""
+        ready, log = await self.prepare(request), AnswerLog()
+        log.begin([ready.generation], LogContent(RowStorage.STREAMED))
+        return self.submit(request, ready, log)
 
     async def prepare(self, request: CompletionRequest) -> TokenizedRequest:
         """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
@@ -115,36 +110,33 @@ class TextService:
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             generation = self._generation(request, prompt, await self._breakers(request))
-            return TokenizedRequest(generation, await self._choices(request, generation))
+            return TokenizedRequest(generation, await self._choices(request, generation), request.answered)
 
     def submit(
-        self, request: CompletionRequest, ready: TokenizedRequest, record: Record | None = None
-    ) -> CompletionStream:
-        """Submits a request that was prepared; the caller must close the stream. `record` gets each token as it is
-        sampled.
+        self, request: CompletionRequest, ready: TokenizedRequest, log: AnswerLog, prompt: int = 0
+    ) -> Completion:
+        """Submits a request that was prepared; the caller must close the completion. What comes goes to the log, which
+        has begun, as that of its prompt `prompt`.
 
         Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors
-        come from the stream.
+        come from the log.
         """
         scales = ready.generation.adapters
         self.settings.adapters.use(scales, request.received_ns)
         try:
-            return self._submit(request, ready, record)
+            if self.slots.count and request.slot is not None:
+                log.subscribe(self.slots.recording(request.slot, ready.generation, prompt))
+            completion = Completion(self._engine, ready, self._closed, log=log, prompt=prompt)
         except BaseException:
             self.settings.adapters.release(scales)
             raise
+        self._active.add(completion)
+        return completion
 
-    def _submit(self, request: CompletionRequest, ready: TokenizedRequest, record: Record | None) -> CompletionStream:
-        if self.slots.count and request.slot is not None:
-            record = self.slots.recording(request.slot, ready.generation, record)
-        stream = CompletionStream(self._engine, ready.generation, request.answered, ready.choices, self._closed, record)
-        self._active.add(stream)
-        return stream
-
-    def _closed(self, stream: CompletionStream) -> None:
-        if stream in self._active:
-            self._active.remove(stream)
-            self.settings.adapters.release(stream.generation.adapters)
+    def _closed(self, completion: Completion) -> None:
+        if completion in self._active:
+            self._active.remove(completion)
+            self.settings.adapters.release(completion.generation.adapters)
 
     @asynccontextmanager
     async def embed(

@@ -4,14 +4,14 @@ belongs to no slot: requests share it by their tokens."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import Subscriber
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import RowResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +41,20 @@ class Slots:
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError("id_slot", f"{slot}, but there are {self.count} slots, numbered from 0")
 
-    def recording(
-        self, slot: int, request: GenerationRequest, record: Callable[[int, RowResult], None] | None
-    ) -> Callable[[int, RowResult], None]:
-        """The slot has the request's prompt now, and gets the tokens of its first answer, which the result takes one by
-        one. They go to `record` as well."""
+    def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
+        """The slot has the request's prompt now, and gets the tokens of its first answer, which the result takes from
+        the chunks of a log's prompt `prompt`."""
         tokens = array("I", request.prompt)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
         last: int | None = None
 
-        def take(choice: int, row: RowResult) -> None:
+        def take(of: int, chunk: TextChunk) -> None:
             nonlocal last
-            if choice == 0:
-                if last is not None:  # it has no keys and values before its successor is computed
-                    tokens.append(last)
-                last = row.token
-            if record is not None:
-                record(choice, row)
+            if of == prompt and chunk.index == 0:
+                for row in chunk.rows:
+                    if last is not None:  # it has no keys and values before its successor is computed
+                        tokens.append(last)
+                    last = row.token
 
         return take
 

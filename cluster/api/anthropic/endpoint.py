@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.api.anthropic.message import MessageShape
+from llamaclust.cluster.api.anthropic.message import MessageView
 from llamaclust.cluster.api.anthropic.schema import MessagesBody
 from llamaclust.cluster.api.body import converted, parse_body, read_body
 from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import MESSAGES
-from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.replies.reply import Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.answer_log import Timed
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 
@@ -28,16 +31,22 @@ class MessagesEndpoint:
         self._settings = settings
         self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
 
-    async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
+    async def create(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         chat = (await converted(body, body.request)).admitted(ticket.created, adapters)
 
-        async def request() -> CompletionRequest:
-            return await self._service.chat(chat)
+        async def requests() -> list[CompletionRequest]:
+            return [await self._service.chat(chat)]
 
-        shape = MessageShape(model, ticket.id)
-        return AnswerReply(self._service, self._settings, ticket, shape, request, is_streamed=body.stream)
+        return Reply(
+            service=self._service,
+            requests=requests,
+            view=partial(MessageView, model, ticket.id),
+            is_streamed=body.stream,
+            timed=Timed.FIRST,
+            has_measurements=True,  # the first event has counts of the prefix cache
+        )
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from llamaclust.cluster.api.fields.function_tools import call_id_of
-from llamaclust.cluster.api.replies.answer_reply import ShowProgress
+from llamaclust.cluster.api.replies.reply import Event, View
 from llamaclust.cluster.api.sse import named_event
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.cluster.text.answer import TextChunk, join
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogItem
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
@@ -30,36 +30,35 @@ _STARTS: Final[dict[str, Block]] = {
 _DELTAS: Final = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
-class MessageShape:
-    """One answer. See `AnswerShape`."""
+class MessageView(View):
+    """One answer."""
 
-    has_measurements = True  # the first event has counts of the prefix cache
-    keeps_logprobs = False
-    progress: ShowProgress | None = None
-
-    def __init__(self, model: str, reply_id: str) -> None:
+    def __init__(self, model: str, reply_id: str, log: AnswerLog) -> None:
         self._model = model
         self._reply_id = reply_id
+        self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._is_begun = False
         self._blocks = _StreamedBlocks(reply_id)
         self._tokens = 0
 
-    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
-        answer = join(chunks)
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`."""
+        ((answer,),) = parts
         blocks = _whole_blocks(answer.events or (ContentText(answer.text),), self._reply_id)
         return self._message(
             blocks or [dict(_STARTS["text"])],
-            _usage(answer.timings, stream, len(answer.rows)),
+            self._usage(answer.timings, len(answer.rows)),
             _stop(answer, has_calls=any(block["type"] == "tool_use" for block in blocks)),
         )
 
-    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
-        return [*self._events(chunk, stream)]
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`."""
+        return [Event(0, data) for data in self._events(item)] if isinstance(item, TextChunk) else []
 
-    def _events(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+    def _events(self, chunk: TextChunk) -> Iterator[bytes]:
         if not self._is_begun:
             self._is_begun = True
-            message = self._message([], _usage(stream.timings(), stream, 0), _UNSTOPPED)
+            message = self._message([], self._usage(chunk.timings, 0), _UNSTOPPED)
             yield named_event("message_start", {"type": "message_start", "message": message})
             yield named_event("ping", {"type": "ping"})
         self._tokens += len(chunk.rows)
@@ -68,10 +67,20 @@ class MessageShape:
         if chunk.finish_reason is None:
             return
         yield from self._blocks.end()
-        usage = _usage(chunk.timings or stream.timings(), stream, self._tokens)
+        usage = self._usage(chunk.timings, self._tokens)
         delta = _stop(chunk, has_calls=self._blocks.has_calls)
         yield named_event("message_delta", {"type": "message_delta", "delta": delta, "usage": usage})
         yield named_event("message_stop", {"type": "message_stop"})
+
+    def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
+        """Anthropic counts the tokens of the prompt that the cache held apart from the others."""
+        cached = 0 if timings is None else timings.cached_tokens
+        return {
+            "input_tokens": self._prompt_tokens - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": tokens,
+        }
 
     def _message(self, blocks: list[Block], usage: dict[str, int], stop: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -189,13 +198,3 @@ def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
     if isinstance(part.stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
     return {"stop_reason": "end_turn", "stop_sequence": None}
-
-
-def _usage(timings: Timings, stream: CompletionStream, tokens: int) -> dict[str, int]:
-    """Anthropic counts the tokens of the prompt that the cache held apart from the others."""
-    return {
-        "input_tokens": len(stream.generation.prompt) - timings.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": timings.cached_tokens,
-        "output_tokens": tokens,
-    }

@@ -12,7 +12,7 @@ from llamaclust.cluster.api.error_responses import JsonResponse
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import LLAMACPP, TEXT_ONLY
-from llamaclust.cluster.api.llamacpp.reply import InfillReply, LlamaCppReply
+from llamaclust.cluster.api.llamacpp.reply import InfillRequests, LlamaCppRequests
 from llamaclust.cluster.api.llamacpp.schema import (
     DetokenizeBody,
     InfillBody,
@@ -20,6 +20,7 @@ from llamaclust.cluster.api.llamacpp.schema import (
     TemplateBody,
     TokenizeBody,
 )
+from llamaclust.cluster.api.replies.reply import Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import unless_disconnected
@@ -41,19 +42,19 @@ class LlamaCppEndpoints:
         self._settings = settings
         self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
 
-    async def infill(self, data: bytes, ticket: Ticket) -> InfillReply:
+    async def infill(self, data: bytes, ticket: Ticket) -> Reply:
         tokens = self._service.tokenizer.vocabulary.fill_in
         if tokens is None:
             message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
             raise HttpError(501, "not_supported", message)
         body = await parse_body(data, InfillBody, LLAMACPP, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
-        return InfillReply(self._service, self._settings, ticket, body, adapters, tokens=tokens)
+        return InfillRequests(self._service, body, adapters, tokens=tokens).reply()
 
-    async def complete(self, data: bytes, ticket: Ticket) -> LlamaCppReply:
+    async def complete(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, LlamaCppBody, LLAMACPP, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
-        return LlamaCppReply(self._service, self._settings, ticket, body, adapters)
+        return LlamaCppRequests(self._service, body, adapters).reply()
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody, TEXT_ONLY, self._settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -11,21 +11,15 @@ from typing import Any, Final
 from llamaclust.cluster.api.body import converted
 from llamaclust.cluster.api.fields.logprobs import row_entry
 from llamaclust.cluster.api.fields.timings import shown_progress, shown_timings
-from llamaclust.cluster.api.json_parts import is_large
 from llamaclust.cluster.api.llamacpp.schema import NEVER, RANDOM_SEEDS, InfillBody, LlamaCppBody, LlamaCppPrompt
-from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
-from llamaclust.cluster.api.replies.prompt_streams import PromptStreams
-from llamaclust.cluster.api.replies.reply import Event
-from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.replies.reply import Event, Reply, View
 from llamaclust.cluster.api.sse import event
-from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress
-from llamaclust.cluster.text.answer import Answer, TextChunk, collect_all
-from llamaclust.cluster.text.budget import RowStorage
+from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.text.fill_in import fill_in_prompt
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 from llamaclust.model.tokenizers.fill_in import FillInTokens
@@ -34,60 +28,41 @@ _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_pref
 """Fields that are no settings of the generation."""
 
 
-class LlamaCppReply:
-    """One answer to each prompt. See `Reply`."""
+class LlamaCppRequests:
+    """The completions of a body, one a prompt."""
 
-    acknowledgement: bytes | None = None
-
-    def __init__(
-        self, service: TextService, settings: ApiSettings, ticket: Ticket, body: LlamaCppBody, adapters: AdapterScales
-    ) -> None:
-        self.is_streamed = body.stream
-        self._adapters = adapters
+    def __init__(self, service: TextService, body: LlamaCppBody, adapters: AdapterScales) -> None:
         self._service = service
-        self._settings = settings
         self._body = body
-        self._prompts = PromptStreams(service, ticket, RowStorage.STREAMED if body.stream else RowStorage.PACKED)
+        self._adapters = adapters
 
-    @property
-    def has_measurements(self) -> bool:
-        return self._body.timings_per_token or self._body.return_progress
-
-    async def start(self) -> None:
+    async def __call__(self) -> list[CompletionRequest]:
+        """See `Requests`."""
         biases = await self._biases(self._body.logit_bias)
-        first, *others = [await self._prompt(prompt) for prompt in self._body.prompt]
+        first, *others = await self._prompts()
         request = await converted(self._body, self._request, first, biases)
-        await self._prompts.submit([request, *(replace(request, prompt=prompt) for prompt in others)])
+        return [request, *(replace(request, prompt=prompt) for prompt in others)]
 
-    async def wait_first(self) -> None:
-        await self._prompts.streams[0].wait_first(self._settings.first_chunk_s)
+    def reply(self) -> Reply:
+        """The reply with an answer to each."""
+        body = self._body
+        return Reply(
+            service=self._service,
+            requests=self,
+            view=partial(LlamaCppView, self._service, body),
+            is_streamed=body.stream,
+            timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
+            with_progress=body.return_progress,
+            has_measurements=body.timings_per_token or body.return_progress,
+        )
 
-    async def aclose(self) -> None:
-        await self._prompts.aclose()
+    async def _prompts(self) -> list[str | tuple[int, ...]]:
+        return [await self._tokenized(prompt) for prompt in self._body.prompt]
 
-    async def whole(self) -> JsonBody:
-        answers = [answers[0] for answers in await collect_all(self._prompts.streams)]
-        return json_body(partial(self._whole, answers), is_large=is_large(sum(answer.entries for answer in answers)))
-
-    def _whole(self, answers: Sequence[Answer]) -> Any:
-        """A list where there are several prompts."""
-        shown = [shape.whole(answer) for shape, answer in zip(self._shapes(), answers, strict=True)]
-        return shown[0] if len(shown) == 1 else shown
-
-    async def events(self) -> AsyncGenerator[Event | None, None]:
-        shapes = self._shapes()
-        read = self._prompts.chunks_and_progress if self._body.return_progress else self._prompts.chunks
-        async for prompt, chunk in read(self._settings.keepalive_s):
-            if chunk is None:
-                yield None
-            elif isinstance(chunk, PromptProgress):
-                yield Event(self._prompts.choices + 1, event(shapes[prompt].progress(chunk)))
-            else:
-                yield Event(prompt, event(shapes[prompt].chunk(chunk)))
-
-    def _shapes(self) -> list[_Shape]:
-        streams = self._prompts.streams
-        return [_Shape(self._service, self._body, stream, index) for index, stream in enumerate(streams)]
+    async def _tokenized(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
+        if isinstance(prompt, str):
+            return prompt
+        return tuple(chain(*await self._service.tokenize_all(prompt, "prompt", add_special=True)))
 
     def _request(self, prompt: str | tuple[int, ...], biases: tuple[tuple[int, float], ...]) -> CompletionRequest:
         body = self._body
@@ -110,11 +85,6 @@ class LlamaCppReply:
             max_drafted=body.speculative,
         )
 
-    async def _prompt(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
-        if isinstance(prompt, str):
-            return prompt
-        return tuple(chain(*await self._service.tokenize_all(prompt, "prompt", add_special=True)))
-
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
         """A text's bias goes to each of its tokens."""
         tokens = [token for token, _ in given]
@@ -125,41 +95,54 @@ class LlamaCppReply:
         return tuple(sorted(biases.items()))
 
 
-class InfillReply(LlamaCppReply):
-    """One answer that fills a gap."""
+class InfillRequests(LlamaCppRequests):
+    """One completion that fills a gap."""
 
     def __init__(
-        self,
-        service: TextService,
-        settings: ApiSettings,
-        ticket: Ticket,
-        body: InfillBody,
-        adapters: AdapterScales,
-        *,
-        tokens: FillInTokens,
+        self, service: TextService, body: InfillBody, adapters: AdapterScales, *, tokens: FillInTokens
     ) -> None:
-        super().__init__(service, settings, ticket, body, adapters)
+        super().__init__(service, body, adapters)
         self._gap = body.gap
         self._max_new_tokens = body.max_new_tokens
         self._tokens = tokens
 
-    async def _prompt(self, prompt: LlamaCppPrompt) -> tuple[int, ...]:
+    async def _prompts(self) -> list[str | tuple[int, ...]]:
         context = self._service.settings.context_length
-        return await fill_in_prompt(self._service.tokenizer, self._tokens, self._gap, context, self._max_new_tokens)
+        tokenizer = self._service.tokenizer
+        return [await fill_in_prompt(tokenizer, self._tokens, self._gap, context, self._max_new_tokens)]
 
 
-class _Shape:
+class LlamaCppView(View):
+    """One answer to each prompt."""
+
+    def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
+        self._answers = [_PromptView(service, body, place, one) for place, one in enumerate(log.generations)]
+
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`. Progress is in a slot of its own: a reply that is computed again has other ones."""
+        answer = self._answers[prompt]
+        if isinstance(item, PromptProgress):
+            return [Event(len(self._answers) + 1, event(answer.progress(item)))]
+        return [Event(prompt, event(answer.chunk(item)))]
+
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
+        """See `View`. A list where there are several prompts."""
+        shown = [view.whole(answer) for view, (answer,) in zip(self._answers, parts, strict=True)]
+        return shown[0] if len(shown) == 1 else shown
+
+
+class _PromptView:
     """The answer to one prompt."""
 
-    def __init__(self, service: TextService, body: LlamaCppBody, stream: CompletionStream, index: int) -> None:
+    def __init__(self, service: TextService, body: LlamaCppBody, index: int, generation: GenerationRequest) -> None:
         self._service = service
         self._body = body
-        self._stream = stream
+        self._generation = generation
         self._index = index
         self._predicted = 0
         self._has_new_line = False
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: TextChunk) -> dict[str, Any]:
         tokens = answer.token_ids if self._body.return_tokens else ()
         return {
             "index": self._index,
@@ -176,7 +159,9 @@ class _Shape:
         shown = {"index": self._index, "content": chunk.text, "tokens": chunk.token_ids}
         if chunk.finish_reason is not None:
             return {**shown, **self._end(chunk)}
-        timings = {"timings": shown_timings(self._stream.timings())} if self._body.timings_per_token else {}
+        timings = {}
+        if self._body.timings_per_token and chunk.timings is not None:
+            timings["timings"] = shown_timings(chunk.timings)
         return {**shown, **self._counts(self._predicted), "stop": False, **timings, **self._probabilities(chunk)}
 
     def progress(self, progress: PromptProgress) -> dict[str, Any]:
@@ -202,7 +187,7 @@ class _Shape:
         }
 
     def _counts(self, predicted: int) -> dict[str, int]:
-        slot, evaluated = self._body.slot or 0, len(self._stream.generation.prompt)
+        slot, evaluated = self._body.slot or 0, len(self._generation.prompt)
         return {"id_slot": slot, "tokens_predicted": predicted, "tokens_evaluated": evaluated}
 
     def _probabilities(self, part: TextChunk) -> dict[str, Any]:
@@ -215,16 +200,16 @@ class _Shape:
         most, wanted = self._service.settings.max_drafted, self._body.speculative
         return {
             **fields,
-            "lora": [{"id": number, "scale": scale} for number, scale in self._stream.generation.adapters],
+            "lora": [{"id": number, "scale": scale} for number, scale in self._generation.adapters],
             "logit_bias": self._shown_biases(),
-            "seed": self._stream.generation.seed,
+            "seed": self._generation.seed,
             "speculative.n_max": most if wanted is None else min(most, wanted),
             "n_ctx": self._service.settings.context_length,
         }
 
     def _shown_biases(self) -> list[dict[str, Any]]:
         """null: the token may not be chosen."""
-        biases: dict[int, float | None] = dict(self._stream.generation.params.logit_bias)
+        biases: dict[int, float | None] = dict(self._generation.params.logit_bias)
         if self._body.ignore_eos:
             biases |= dict.fromkeys(self._service.tokenizer.end_of_generation)
         return [{"token": token, "bias": None if bias == NEVER else bias} for token, bias in sorted(biases.items())]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from llamaclust.cluster.api.body import converted, parse_body
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.fields.keep_alive import KeepAlive, read_keep_alive
 from llamaclust.cluster.api.foreign_fields import OLLAMA
 from llamaclust.cluster.api.ollama.names import OllamaNames
-from llamaclust.cluster.api.ollama.reply import Lines, LoadReply, OllamaShape, Show, as_message, as_text
+from llamaclust.cluster.api.ollama.reply import Lines, LoadView, OllamaView, Show, as_message, as_text
 from llamaclust.cluster.api.ollama.schema import AnswerFields, GenerateBody, OllamaChatBody
-from llamaclust.cluster.api.replies.answer_reply import AnswerReply, MakeRequest
-from llamaclust.cluster.api.replies.reply import Reply
+from llamaclust.cluster.api.replies.reply import MakeView, Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.fill_in import Gap, fill_in_prompt
@@ -54,18 +55,25 @@ class OllamaGenerating:
         self,
         body: GenerateBody | OllamaChatBody,
         ticket: Ticket,
-        request: MakeRequest,
+        request: Callable[[], Awaitable[CompletionRequest]],
         show: Show,
         *,
         with_context: bool,
     ) -> Reply:
         service = self._service
         lines = Lines(self._names.shown(body.model), ticket.created, show)
+        view: MakeView = partial(
+            OllamaView, service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context
+        )
         if body.is_load:
             unloads = self._settings.can_unload and read_keep_alive({"keep_alive": body.keep_alive}) == KeepAlive(0)
-            return LoadReply(lines, is_streamed=body.stream, unloads=unloads)
-        shape = OllamaShape(service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context)
-        return AnswerReply(service, self._settings, ticket, shape, request, is_streamed=body.stream)
+            loaded = LoadView(lines, "unload" if unloads else "load")
+            return Reply(service=service, requests=_nothing, view=lambda _: loaded, is_streamed=body.stream)
+
+        async def requests() -> list[CompletionRequest]:
+            return [await request()]
+
+        return Reply(service=service, requests=requests, view=view, is_streamed=body.stream)
 
     async def _generation(self, body: GenerateBody, ticket: Ticket) -> CompletionRequest:
         """The context of an earlier reply stands before the prompt, whose BOS it has."""
@@ -101,3 +109,8 @@ class OllamaGenerating:
         if body.wants_reasoning and not (await self._service.chat_format.get()).knows_reasoning:
             message = f"{self._service.settings.model_name!r} does not support thinking; leave think out"
             raise HttpError(400, "unsupported_parameter", message, param="think")
+
+
+async def _nothing() -> list[CompletionRequest]:
+    """A request that only loads a model computes nothing."""
+    return []

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from llamaclust.cluster.api.fields.logprobs import row_entry
 from llamaclust.cluster.api.fields.timings import shown_timings
-from llamaclust.cluster.api.json_parts import off_loop_if_large
 from llamaclust.cluster.api.ollama.pieces import Piece, PieceReader
-from llamaclust.cluster.api.replies.answer_reply import ShowProgress
-from llamaclust.cluster.api.replies.json_body import JsonBody, rendered_body
-from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.reply import Event, View
 from llamaclust.cluster.api.sse import line
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import TextChunk, join
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogItem
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NS_OF_MS: Final = 1_000_000
@@ -52,46 +49,51 @@ class Lines:
         return {**self._begin, **self._show(piece), "done": done, **more}
 
 
-class OllamaShape:
-    """One answer. See `AnswerShape`."""
+class OllamaView(View):
+    """One answer."""
 
-    has_measurements = False
-    keeps_logprobs = False
-    progress: ShowProgress | None = None
-
-    def __init__(self, tokenizer: Tokenizer, lines: Lines, *, with_logprobs: bool, with_context: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, lines: Lines, log: AnswerLog, *, with_logprobs: bool, with_context: bool
+    ) -> None:
         """`with_context`: the last line has all token ids."""
         self._tokenizer = tokenizer
         self._lines = lines
+        self._prompt = log.generations[0].prompt if with_context and log.generations else ()
         self._with_logprobs = with_logprobs
         self._with_context = with_context
         self._reader = PieceReader()
         self._tokens: list[int] = []
 
-    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
-        answer = join(chunks)
-        last = self._last(answer, self._reader.read(answer), answer.token_ids, stream)
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`."""
+        ((answer,),) = parts
+        last = self._last(answer, self._reader.read(answer), answer.token_ids)
         return {**last, **self._logprobs(answer)}
 
-    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
-        """The last line may have the whole context."""
-        is_last = chunk.finish_reason is not None and self._with_context
-        context = len(stream.generation.prompt) + len(self._tokens) if is_last else 0
-        entries = context + (chunk.entries if self._with_logprobs else 0)
-        return await off_loop_if_large(lambda: [*self._lines_of(chunk, stream)], entries)
+    def size(self, prompt: int, item: LogItem) -> int:
+        """See `View`. The last line may have the whole context."""
+        if not isinstance(item, TextChunk):
+            return 0
+        is_last = item.finish_reason is not None and self._with_context
+        context = len(self._prompt) + len(self._tokens) if is_last else 0
+        return context + (item.entries if self._with_logprobs else 0)
 
-    def _lines_of(self, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`."""
+        return [Event(0, line(value)) for value in self._values(item)] if isinstance(item, TextChunk) else []
+
+    def _values(self, chunk: TextChunk) -> Iterator[dict[str, Any]]:
         self._tokens += chunk.token_ids
         piece, logprobs = self._reader.read(chunk), self._logprobs(chunk)
         if logprobs or not piece.is_empty:
-            yield line(self._lines.make(piece, **logprobs))
+            yield self._lines.make(piece, **logprobs)
         if chunk.finish_reason is not None:
-            yield line(self._last(chunk, Piece(), self._tokens, stream))
+            yield self._last(chunk, Piece(), self._tokens)
 
-    def _last(self, chunk: TextChunk, piece: Piece, tokens: Sequence[int], stream: CompletionStream) -> dict[str, Any]:
+    def _last(self, chunk: TextChunk, piece: Piece, tokens: Sequence[int]) -> dict[str, Any]:
         """What ends an answer."""
         assert chunk.timings is not None
-        context = {"context": [*stream.generation.prompt, *tokens]} if self._with_context else {}
+        context = {"context": [*self._prompt, *tokens]} if self._with_context else {}
         end = {"done_reason": str(chunk.finish_reason), **context, **durations(chunk.timings)}
         return self._lines.make(piece, done=True, **end)
 
@@ -101,30 +103,23 @@ class OllamaShape:
         return {"logprobs": (row_entry(self._tokenizer, row) for row in chunk.rows)}
 
 
-class LoadReply:
-    """The reply to a request without a prompt, which loads a model, or unloads one of several. See `Reply`."""
+class LoadView(View):
+    """The reply to a request without a prompt, which loads a model, or unloads one of several."""
 
-    acknowledgement: bytes | None = None
-    has_measurements = False
+    def __init__(self, lines: Lines, done_reason: str) -> None:
+        self._line = lines.make(Piece(), done=True, done_reason=done_reason)
 
-    def __init__(self, lines: Lines, *, is_streamed: bool, unloads: bool) -> None:
-        self.is_streamed = is_streamed
-        self._line = line(lines.make(Piece(), done=True, done_reason="unload" if unloads else "load"))
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`; its log has no entries."""
+        return []
 
-    async def start(self) -> None:
-        """There is nothing to compute."""
+    def closing(self) -> list[Event]:
+        """See `View`."""
+        return [Event(0, line(self._line))]
 
-    async def wait_first(self) -> None:
-        """It is there."""
-
-    async def aclose(self) -> None:
-        """Nothing runs."""
-
-    async def whole(self) -> JsonBody:
-        return rendered_body([self._line])
-
-    async def events(self) -> AsyncGenerator[Event | None, None]:
-        yield Event(0, self._line)
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`."""
+        return self._line
 
 
 def durations(timings: Timings) -> dict[str, int]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from llamaclust.cluster.api.body import converted, parse_body
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import COMPLETION
-from llamaclust.cluster.api.openai.reply import Choice, OpenAiReply
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo
+from llamaclust.cluster.api.openai.view import Choice, OpenAiHead, OpenAiView, ReplyKind
+from llamaclust.cluster.api.replies.reply import Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_KIND: Final = ReplyKind("cmpl-", "text_completion", "text_completion")
 
 
 class CompletionEndpoint:
@@ -28,7 +33,7 @@ class CompletionEndpoint:
         self._settings = settings
         self._models = models
 
-    async def create(self, data: bytes, ticket: Ticket) -> OpenAiReply:
+    async def create(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, CompletionBody, COMPLETION, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         body.check()
@@ -36,35 +41,29 @@ class CompletionEndpoint:
         async def requests() -> list[CompletionRequest]:
             return [replace(request, adapters=adapters) for request in await converted(body, body.requests)]
 
-        shape = _CompletionShape(self._service, body, self._models.shown(body.model))
-        return OpenAiReply(self._service, self._settings, ticket, shape, requests, body.streaming)
+        head = OpenAiHead.of(_KIND, body, ticket, self._models.shown(body.model))
+        return head.reply(self._service, requests, partial(CompletionView, body, head, self._service.tokenizer))
 
 
-class _CompletionShape:
-    id_prefix = "cmpl-"
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
+class CompletionView(OpenAiView):
+    """Choices as text."""
 
-    def __init__(self, service: TextService, body: CompletionBody, model: str) -> None:
-        self.model = model
-        self._tokenizer = service.tokenizer
+    def __init__(self, body: CompletionBody, head: OpenAiHead, tokenizer: Tokenizer, log: AnswerLog) -> None:
+        super().__init__(head, tokenizer, log)
         self._body = body
-        self.shows_timings = body.timings_per_token
-        self.shows_progress = body.return_progress
-        self.shows_prompt = body.verbose
         self._echoes: dict[int, Echo] = {}
 
-    def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
+    def _opening(self, prompt: int, index: int) -> Choice | None:
         if not (self._body.echo or self._body.return_token_ids):
             return None
-        echo = self._echo(prompt, stream)
+        echo = self._echo(prompt)
         logprobs = self._logprobs(echo.unscored)
         choice = {"index": self._index(prompt, index), "text": echo.text, "logprobs": logprobs, "finish_reason": None}
-        return choice | self._ids(token_ids=(), prompt_token_ids=stream.generation.prompt)
+        return choice | self._ids(token_ids=(), prompt_token_ids=self._generations[prompt].prompt)
 
-    def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
+    def _chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
         has_tokens = bool(chunk.rows) and self._body.return_token_ids
-        logprobs = None if self._body.logprobs is None else self._logprobs(self._tokens(prompt, chunk))
+        logprobs = None if self._body.logprobs is None else self._logprobs(self._shown_tokens(prompt, chunk))
         if not (chunk.text or has_tokens or logprobs or chunk.finish_reason):
             return None
         return {
@@ -75,17 +74,17 @@ class _CompletionShape:
             **ending(chunk),
         }
 
-    def text(self, chunk: TextChunk) -> tuple[str, str] | None:
+    def _text(self, chunk: TextChunk) -> tuple[str, str] | None:
         has_more = self._body.logprobs is not None or self._body.return_token_ids or chunk.finish_reason is not None
         return None if has_more or not chunk.text else ("text", chunk.text)
 
-    def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
-        echo = self._echo(prompt, stream)
+    def _answer(self, prompt: int, answer: TextChunk) -> Choice:
+        echo = self._echo(prompt)
         return {
             "index": self._index(prompt, answer.index),
             "text": echo.text + answer.text,
-            "logprobs": self._logprobs([*echo.unscored, *self._tokens(prompt, answer)]),
-            **self._ids(token_ids=answer.token_ids, prompt_token_ids=stream.generation.prompt),
+            "logprobs": self._logprobs([*echo.unscored, *self._shown_tokens(prompt, answer)]),
+            **self._ids(token_ids=answer.token_ids, prompt_token_ids=self._generations[prompt].prompt),
             **ending(answer),
         }
 
@@ -95,16 +94,17 @@ class _CompletionShape:
     def _ids(self, **ids: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return ids if self._body.return_token_ids else {}
 
-    def _echo(self, prompt: int, stream: CompletionStream) -> Echo:
+    def _echo(self, prompt: int) -> Echo:
         """Made once a prompt."""
         if prompt not in self._echoes:
             given = self._body.prompt[prompt]
             score_from = self._body.score_from or 0
-            echo = make_echo(self._tokenizer, given, stream, score_from) if self._body.echo else NO_ECHO
+            ids = self._generations[prompt].prompt
+            echo = make_echo(self._tokenizer, given, ids, score_from) if self._body.echo else NO_ECHO
             self._echoes[prompt] = echo
         return self._echoes[prompt]
 
-    def _tokens(self, prompt: int, part: TextChunk) -> list[ShownToken]:
+    def _shown_tokens(self, prompt: int, part: TextChunk) -> list[ShownToken]:
         echo = self._echoes.get(prompt, NO_ECHO)
         first = part.prompt_start
         scored = zip(part.prompt_rows, echo.offsets[first : first + len(part.prompt_rows)], strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from llamaclust.cluster.api.schema import Prompt
 from llamaclust.cluster.text.answer import TextChunk, json_logprob
-from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.version import VERSION
@@ -50,9 +49,8 @@ class Echo:
 NO_ECHO = Echo("", (), ())
 
 
-def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream, score_from: int) -> Echo:
+def make_echo(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
     """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
-    ids = stream.generation.prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
     detokenizer = Detokenizer(tokenizer, text_start=True)
     offsets, length = [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 
@@ -13,10 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.body import read_bytes
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.json_body import JsonParts, rendered_body
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
-from llamaclust.cluster.api.replies.reply import Event, MakeReply, Position, Reply
+from llamaclust.cluster.api.replies.reading import Framing, Position, stream_parts, whole_body
+from llamaclust.cluster.api.replies.reply import MakeReply, Reply
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.restoring import Restoring
 from llamaclust.cluster.api.replies.ticket import Ticket
@@ -25,11 +27,11 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import (
     EventResponse,
     StreamFormat,
-    begin_events,
     unless_disconnected,
     wait_for_disconnect,
 )
 from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.text.answer_log import AnswerLog, LogReader
 from llamaclust.core.errors import LlamaclustError
 
 
@@ -75,23 +77,25 @@ class Replies:
     async def _direct(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
         """No completion outlives the connection. A stream of events can be resumed after this process ended."""
         async with AsyncExitStack() as cleanup:
-            cleanup.push_async_callback(reply.aclose)
-            await unless_disconnected(request, reply.start())
+            computation, log = Computation(reply, ticket), AnswerLog()
+            cleanup.push_async_callback(computation.aclose)
+            await unless_disconnected(request, computation.submit(log, is_kept=False))
             if not reply.is_streamed:
-                return JsonParts(await unless_disconnected(request, reply.whole()), cleanup.pop_all())
-            form = self._forms[path]
-            if self._journal is None or not form.has_ids:  # no client could ask for the rest
-                first = reply.wait_first()
-            else:
+                await unless_disconnected(request, log.wait_over())
+                return JsonParts(whole_body(reply.view(log), log), cleanup.pop_all())
+            form, admitted = self._forms[path], None
+            if self._journal is not None and form.has_ids:  # else no client could ask for the rest
                 cleanup.callback(self._journal.sent, ticket.id)
-                first = self._admitted_first(reply, ticket, path, body)
-            events = _numbered(ticket, reply.events(), Position(), form, with_ids=_wants_ids(request))
-            return await begin_events(request, first, events, form=form, cleanup=cleanup)
+                admitted = self._admit(ticket, path, body, is_streamed=True, is_background=False)
+            await unless_disconnected(request, self._first(log, admitted))
+            framing = Framing(form, ticket.id, self.settings.keepalive_s, with_ids=_wants_ids(request))
+            parts = stream_parts(LogReader(log), log, partial(reply.view, log), framing)
+            return EventResponse(parts, cleanup.pop_all().aclose, form)
 
-    async def _admitted_first(self, reply: Reply, ticket: Ticket, path: str, body: bytes) -> None:
-        """Nothing is sent before the admission is on disk; it is written while the prompt is computed."""
-        admitted = self._admit(ticket, path, body, is_streamed=True, is_background=False)
-        await reply.wait_first()
+    async def _first(self, log: AnswerLog, admitted: Awaitable[None] | None) -> None:
+        """Waits a moment for the first part, so that what fails before gets a status of its own. Nothing is sent before
+        the admission is on disk; it is written while the prompt is computed."""
+        await log.first(self.settings.first_chunk_s)
         if admitted is not None:
             await admitted
 
@@ -109,7 +113,7 @@ class Replies:
         kept = self.cache.add(ticket, path, body, **kind)
         try:
             admit = partial(self._admit, ticket, path, body, **kind)
-            admitted = await unless_disconnected(request, kept.begin(reply, admit=admit))
+            admitted = await unless_disconnected(request, kept.begin(Computation(reply, ticket), admit=admit))
         except BaseException:
             await self.cache.forget(kept)
             raise
@@ -127,9 +131,16 @@ class Replies:
         """The rest of a kept reply."""
         if not kept.is_streamed:
             return await self._respond_whole(request, kept)
-        ticket, form = kept.ticket, self._form(kept)
-        events = kept.read(after, with_comments=not ticket.identity.conversation)  # its clients count bytes
-        return EventResponse(_numbered(ticket, events, after, form), self._sent(kept), form)
+        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, after)
+        framing.with_comments = not kept.ticket.identity.conversation  # its clients count bytes
+        return self._stream(kept, framing)
+
+    def _stream(self, kept: KeptReply, framing: Framing) -> Response:
+        async def close() -> None:
+            if framing.is_done:
+                self.cache.sent(kept)
+
+        return EventResponse(stream_parts(kept.reading(), kept.log, kept.view, framing), close, framing.form)
 
     def _form(self, kept: KeptReply) -> StreamFormat:
         return self._forms.get(self.cache.path_of(kept), StreamFormat.EVENTS)
@@ -141,13 +152,6 @@ class Replies:
         except LlamaclustError:  # it is all that the client gets
             sent()
             raise
-
-    def _sent(self, kept: KeptReply) -> Callable[[], Awaitable[None]]:
-        async def close() -> None:
-            if kept.is_sent:
-                self.cache.sent(kept)
-
-        return close
 
     # -- clients that come back ----------------------------------------------------------------------------------------
 
@@ -169,9 +173,9 @@ class Replies:
         if int(start) and is_restored and await unless_disconnected(request, kept.has_measurements()):
             why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
             raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")
-        events, form = kept.read(Position(), with_comments=False), self._form(kept)
-        parts = _from_byte(_numbered(kept.ticket, events, Position(), form), int(start))
-        return EventResponse(parts, self._sent(kept), form)
+        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, skipped_bytes=int(start))
+        framing.with_comments = False
+        return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
         """`DELETE` of either: ends the reply. 204 also where there is none."""
@@ -243,36 +247,3 @@ def _given(request: Request, ticket: Ticket) -> Position:
 def _wants_ids(request: Request) -> bool:
     """Whether a client that named no request reads ids of events: some read nothing but `data:`."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()
-
-
-async def _numbered(
-    ticket: Ticket,
-    events: AsyncGenerator[Event | None, None],
-    sent: Position,
-    form: StreamFormat,
-    *,
-    with_ids: bool = True,
-) -> AsyncGenerator[bytes, None]:
-    """Events after those of `sent`, with their ids."""
-    try:
-        async for event in events:
-            if event is not None:
-                if with_ids:
-                    sent.add(event)
-                    yield form.part(f"{ticket.id}:{sent}", event.data)
-                else:
-                    yield event.data
-            elif form.keepalive:
-                yield form.keepalive
-    finally:
-        await events.aclose()
-
-
-async def _from_byte(parts: AsyncGenerator[bytes, None], start: int) -> AsyncGenerator[bytes, None]:
-    try:
-        async for part in parts:
-            if start < len(part):
-                yield part[start:]
-            start = max(0, start - len(part))
-    finally:
-        await parts.aclose()

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llamaclust.cluster.api.errors import HttpError
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.durability import Durability
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
 from llamaclust.cluster.api.replies.recording import Restoration
@@ -120,7 +121,7 @@ class Restoring:
             await self._attempt(self._begin_alone(restored))
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ALONE_S):
-                    await first_of(restored.restoration.progressed(), restored.kept.ended())
+                    await first_of(restored.restoration.progressed(), restored.kept.log.wait_over())
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
         """One that is tried again, because the machine is busy, does not hold up the others for long."""
@@ -143,7 +144,7 @@ class Restoring:
         end_s = asyncio.get_running_loop().time() + admission.left_s(Instant.now())
         try:
             reply = await endpoint(admission.body, kept.ticket)
-            await kept.begin(reply, until_s=end_s)
+            await kept.begin(Computation(reply, kept.ticket), until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)
         except Exception:  # noqa: BLE001  the others are restored all the same

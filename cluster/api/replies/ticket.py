@@ -16,9 +16,9 @@ from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
+from llamaclust.cluster.text.answer_log import Subscriber
 from llamaclust.cluster.text.owner import current_owner
 from llamaclust.cluster.text.request import CompletionRequest, draw_seed
-from llamaclust.cluster.text.stream import Record
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import RowResult
@@ -114,14 +114,16 @@ class Ticket:
         name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
         return self.constraint.kept(request.identified(name, self.id, seed, answered, received_ns=self.received_ns))
 
-    def recording(self, prompt: int, request: CompletionRequest) -> Record | None:
-        """Takes the tokens of the completion into the journal, where tokens are all that it needs to go on."""
+    def recording(self, requests: Sequence[CompletionRequest]) -> Subscriber | None:
+        """Takes the tokens of its prompts' answers into the journal, where tokens are all that they need to go on."""
         if self.journal is None:
             return None
-        if request.top_logprobs or request.score_from is not None or request.params.needs_state:
+        if any(request.top_logprobs or request.score_from is not None for request in requests) or any(
+            request.params.needs_state for request in requests
+        ):
             return None if self.restoration is None else self.restoration.sampled
-        known = {choice: len(rows) for choice, rows in request.answered.items()}
-        return Recording(self.journal, self.id, prompt, known, self.restoration).add
+        known = {choice: len(rows) for choice, rows in self.answered.items()}
+        return Recording(self.journal, self.id, known, self.restoration).add
 
 
 def _name(headers: Headers, header: str) -> str:

@@ -18,6 +18,7 @@ from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.engine.request_stream import Sink
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.state.control_record import ControlRecord
@@ -27,7 +28,7 @@ from llamaclust.cluster.text.owner import current_owner
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import (
     ScriptedEngine,
-    ScriptedStream,
+    ScriptedRequest,
     events_of,
     make_app,
     make_service,
@@ -174,13 +175,13 @@ async def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothi
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
         engine.gate.clear()
-        submit = engine.submit
+        begin = engine.begin
 
-        def submit_and_end(generation: GenerationRequest) -> ScriptedStream:
+        def begin_and_end(generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
             server.admission.end()
-            return submit(generation)
+            return begin(generation, sink)
 
-        engine.submit = submit_and_end  # type: ignore[method-assign]
+        engine.begin = begin_and_end  # type: ignore[method-assign]
         assert_told(await server.post(path, {"prompt": "Hello"}))
         assert len(engine.submitted) == 1 and engine.running == 0
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,22 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.api.errors import HttpError
-from llamaclust.cluster.api.openai.reply import OpenAiReply
-from llamaclust.cluster.api.replies.json_body import JsonBody, json_body, rendered_body
+from llamaclust.cluster.api.openai.view import OpenAiView
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
-from llamaclust.cluster.api.replies.reply import Event, Position
+from llamaclust.cluster.api.replies.reading import Framing, stream_parts
+from llamaclust.cluster.api.replies.reply import Event, Reply, View
 from llamaclust.cluster.api.replies.reply_cache import ReplyCache
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import StreamFormat
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogContent, LogItem
+from llamaclust.cluster.text.budget import RowStorage
+from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
@@ -30,39 +37,46 @@ from support.clusters.served import until
 TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
 
 
-class EndlessReply:
-    """Submitted at once, without events."""
+class PlainView(View):
+    """Texts as they are."""
 
-    is_streamed = True
-    acknowledgement: bytes | None = None
-    has_measurements = False
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        return [Event(0, item.text.encode())] if isinstance(item, TextChunk) else []
 
-    def __init__(self) -> None:
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
+        return ["".join(chunk.text for chunk in chunks) for chunks in parts]
+
+
+class Endless(Computation):
+    """A computation that is submitted at once, without text."""
+
+    def __init__(self, view: Callable[[AnswerLog], View] = lambda _: PlainView()) -> None:
+        service: Any = None
+        super().__init__(Reply(service=service, requests=_nothing, view=view, is_streamed=True), TICKET)
         self.closed = 0
 
-    async def start(self) -> None:
-        pass
-
-    async def wait_first(self) -> None:
-        pass
-
-    async def events(self) -> AsyncGenerator[Event | None, None]:
-        await asyncio.Event().wait()
-        yield None
-
-    async def whole(self) -> JsonBody:
-        return rendered_body([])
+    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
+        log.begin([GenerationRequest("a", (), 1)], LogContent(RowStorage.CHUNKS))
 
     async def aclose(self) -> None:
         self.closed += 1
+
+
+async def _nothing() -> list[CompletionRequest]:
+    return []
+
+
+async def read_all(kept: KeptReply) -> bytes:
+    framing = Framing(StreamFormat.LINES, "a", 20.0, with_ids=False)
+    return b"".join([part async for part in stream_parts(kept.reading(), kept.log, kept.view, framing)])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
     """Also before the first step of its task."""
     kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
-    reply = EndlessReply()
-    reading = asyncio.create_task(anext(kept.read(Position(), with_comments=False)))
+    reply = Endless()
+    reading = asyncio.create_task(read_all(kept))
     await asyncio.sleep(0)
     await kept.begin(reply)
     for _ in range(steps):
@@ -78,7 +92,7 @@ async def test_readers_learn_that_the_coordinator_ends() -> None:
     """Also of a reply that is being restored: they come back to the next coordinator."""
     cache = ReplyCache(ApiSettings(), None)
     replies = [cache.add(TICKET, "/", b"", is_streamed=True), KeptReply(TICKET, ApiSettings(), cache, is_streamed=True)]
-    reading = asyncio.create_task(anext(replies[0].read(Position(), with_comments=False)))
+    reading = asyncio.create_task(read_all(replies[0]))
     replies[1].stop()
     cache.stop()
     await cache.aclose()
@@ -86,13 +100,13 @@ async def test_readers_learn_that_the_coordinator_ends() -> None:
         with pytest.raises(ClusterStoppingError):
             await reading
         with pytest.raises(ClusterStoppingError):
-            await replies[1].begin(EndlessReply())
+            await replies[1].begin(Endless())
 
 
 async def test_a_reply_that_was_closed_does_not_begin() -> None:
     kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
     await kept.aclose()
-    reply = EndlessReply()
+    reply = Endless()
     with pytest.raises(RequestCancelledError):
         await kept.begin(reply)
     assert reply.closed
@@ -120,7 +134,7 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
         second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
         (kept,) = [entry.kept for entry in server.replies.cache._entries.values()]
         await until(lambda: kept.is_running and kept._readers == 1)  # the second one's
-        assert kept.is_running and not kept.held_bytes and not (first.done() or second.done())
+        assert kept.is_running and kept.log.entry(0) is None and not (first.done() or second.done())
         on_disk.set()
         assert (await first).content == (await second).content and len(asked) == 1
 
@@ -132,7 +146,7 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
     def mistaken(*arguments: Any, **named: Any) -> Any:
         raise TypeError("a mistake of ours")
 
-    monkeypatch.setattr(OpenAiReply, "_reply", mistaken)
+    monkeypatch.setattr(OpenAiView, "_reply", mistaken)
     async with served(tmp_path / "journal") as server:
         body = body_of(PATHS[0], stream=is_streamed)
         if is_streamed:
@@ -149,44 +163,24 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
         await until(lambda: [request.is_sent for request in left()] == [True])
 
 
-class SlowReply(EndlessReply):
-    """A large one that is not streamed, whose second part is rendered until `gate` is set."""
-
-    is_streamed = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_rendering, self.gate = threading.Event(), threading.Event()
-
-    async def whole(self) -> JsonBody:
-        return json_body(self._items, is_large=True)
-
-    def _items(self) -> Generator[str, None, None]:
-        yield "x" * (1 << 16)
-        self.is_rendering.set()
-        assert self.gate.wait(20)
-        yield "y"
-
-
-@pytest.mark.parametrize("end", ["timeout", "failure", "close"])
-async def test_a_reply_that_ends_while_it_is_rendered_has_the_cause(end: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("end", ["timeout", "failure", "close", "stop"])
+async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: pytest.LogCaptureFixture) -> None:
     kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=False)
-    reply, cause = SlowReply(), LlamaclustError("a cause")
-    await kept.begin(reply, until_s=asyncio.get_running_loop().time() + 1.0 if end == "timeout" else None)
-    rendering = kept._task
-    assert rendering is not None
-    await until(reply.is_rendering.is_set)
-    closing = asyncio.create_task(kept.aclose()) if end == "close" else None
+    computing = Endless()
+    await kept.begin(computing, until_s=asyncio.get_running_loop().time() + 0.01 if end == "timeout" else None)
+    reading = asyncio.create_task(kept.whole())
     if end == "failure":
-        kept.fail(cause)
-    await until(lambda: rendering.cancelling() > 0)
-    assert not rendering.done()
-    reply.gate.set()
+        kept.fail(LlamaclustError("a cause"))
+    if end == "close":
+        await kept.aclose()
+    if end == "stop":
+        kept.stop()
+    causes = {"timeout": DeadlineError, "failure": LlamaclustError, "stop": ClusterStoppingError}
     async with asyncio.timeout(5):
-        await asyncio.wait([rendering, *filter(None, [closing])])
-        with pytest.raises({"timeout": DeadlineError, "failure": LlamaclustError}.get(end, RequestCancelledError)):
-            await kept.whole()
-    assert reply.closed and not caplog.records
+        with pytest.raises(causes.get(end, RequestCancelledError)):
+            await reading
+        await until(lambda: computing.closed > 0)
+    assert not caplog.records
     await kept.aclose()
 
 
@@ -195,50 +189,56 @@ def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
     return cache.add(ticket, PATHS[0], b"", is_streamed=True)
 
 
-class LongReply(EndlessReply):
-    """Many events, then none."""
+class Long(Endless):
+    """Many chunks that take 1,256 bytes each, then none."""
 
-    def __init__(self, events: int) -> None:
+    def __init__(self, chunks: int) -> None:
         super().__init__()
-        self._events = events
+        self.chunks = chunks
+        self.is_submitted = False
 
-    async def events(self) -> AsyncGenerator[Event | None, None]:
-        for _ in range(self._events):
-            yield Event(0, b"x" * 1000)
-        await asyncio.Event().wait()
+    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
+        await super().submit(log, is_kept=is_kept)
+        asyncio.get_running_loop().call_soon(self._append, log)
+
+    def _append(self, log: AnswerLog) -> None:
+        with suppress(LlamaclustError):
+            for _ in range(self.chunks):
+                log.append(0, TextChunk(text="x" * 656))
 
 
-class CompleteReply(LongReply):
-    async def events(self) -> AsyncGenerator[Event | None, None]:
-        for _ in range(self._events):
-            yield Event(0, b"x" * 1000)
+class Complete(Long):
+    """An end behind them."""
+
+    def _append(self, log: AnswerLog) -> None:
+        super()._append(log)
+        log.end(0)
 
 
 async def test_running_replies_are_bounded_together() -> None:
     """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
     cache = ReplyCache(ApiSettings(max_kept_bytes=100_000), None)
-    replies = {"complete": CompleteReply(30), "read": LongReply(40), "unread": LongReply(20), "small": LongReply(1)}
+    replies = {"complete": Complete(30), "read": Long(40), "unread": Long(20), "small": Long(1)}
     kept = {name: kept_in(cache, name) for name in replies}
-    reading = kept["read"].read(Position(), with_comments=False)
-    for name in ("complete", "small"):
-        await kept[name].begin(replies[name])
-    await until(lambda: kept["complete"].gives_way)
-    await kept["read"].begin(replies["read"])
-    assert (await anext(reading)) is not None
-    assert cache.named("", "complete") is not None
-    await kept["unread"].begin(replies["unread"])
-    await until(lambda: cache.named("", "complete") is None)
-    assert kept["read"].is_running and kept["unread"].is_running and kept["small"].is_running
-    more = kept_in(cache, "more")
-    await more.begin(LongReply(40))
-    await until(lambda: not more.is_running or not kept["unread"].is_running)
-    assert kept["read"].is_running and kept["small"].is_running
-    failed = kept["unread"] if more.is_running else more
-    with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
-        await anext(failed.read(Position(), with_comments=False))
-    assert error.value.code == "reply_too_large" and failed.held_bytes == 0
-    await until(lambda: bool(replies["unread"].closed) or failed is more)
-    await reading.aclose()
+    with kept["read"].reading() as reader:
+        for name in ("complete", "small"):
+            await kept[name].begin(replies[name])
+        await until(lambda: kept["complete"].gives_way)
+        await kept["read"].begin(replies["read"])
+        await until(reader.take)  # type: ignore[arg-type]
+        assert cache.named("", "complete") is not None
+        await kept["unread"].begin(replies["unread"])
+        await until(lambda: cache.named("", "complete") is None)
+        assert kept["read"].is_running and kept["unread"].is_running and kept["small"].is_running
+        more = kept_in(cache, "more")
+        await more.begin(Long(40))
+        await until(lambda: not more.is_running or not kept["unread"].is_running)
+        assert kept["read"].is_running and kept["small"].is_running
+        failed = kept["unread"] if more.is_running else more
+        with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
+            await read_all(failed)
+        assert error.value.code == "reply_too_large" and failed.held_bytes == 0
+        await until(lambda: bool(replies["unread"].closed) or failed is more)
     await cache.aclose()
 
 
@@ -246,8 +246,8 @@ async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None
     """Nor is, of one that is kept, what it was computed from."""
     cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0), None)
 
-    async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[CompleteReply]]:
-        kept, reply = kept_in(cache, "a"), CompleteReply(2)
+    async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
+        kept, reply = kept_in(cache, "a"), Complete(2)
         await kept.begin(reply)
         await until(lambda: kept.gives_way and reply.closed > 0)
         return weakref.ref(kept), weakref.ref(reply)
@@ -268,7 +268,7 @@ async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, A
 
     async def keep(owner: str, name: str) -> KeptReply:
         kept = kept_in(cache, name, owner)
-        reply = CompleteReply(1)
+        reply = Complete(1)
         await kept.begin(reply)
         await until(lambda: kept.gives_way)
         return kept
@@ -292,7 +292,7 @@ async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
         kept[name] = kept_in(cache, name, name[0])
     for name, events in sizes.items():
         reply = kept[name]
-        await reply.begin(LongReply(events))
+        await reply.begin(Long(events))
         await until(partial(_has_grown, reply, events))
     assert [name for name, reply in kept.items() if not reply.is_running] == ["a20", "b15"]
     await cache.aclose()
@@ -308,10 +308,10 @@ async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> 
     for number in range(8):
         for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
             kept[name] = kept_in(cache, name, f"client {number}")
-            await kept[name].begin(CompleteReply(events))
+            await kept[name].begin(Complete(events))
             await until(lambda name=name: kept[name].gives_way)  # type: ignore[misc]
     running = kept_in(cache, "running", "running")
-    await running.begin(LongReply(30))
+    await running.begin(Long(30))
     await until(partial(_has_grown, running, 30))
     assert running.is_running
     assert sum(entry.held_bytes for entry in cache._entries.values()) <= 80_000
@@ -327,12 +327,12 @@ async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
     """They grow to their ends while all together have room."""
     cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), list[KeptReply]()
     complete = kept_in(cache, "complete", "a")
-    await complete.begin(CompleteReply(5))
+    await complete.begin(Complete(5))
     await until(lambda: complete.gives_way)
     each = {f"other {number}": events for number, events in enumerate(others)} | {"a": own - 8}
     for client, events in each.items():
         reply = kept_in(cache, client, client)
-        await reply.begin(LongReply(events * 4 // 5))
+        await reply.begin(Long(events * 4 // 5))
         await until(partial(_has_grown, reply, events * 4 // 5))
         running.append(reply)
     assert all(reply.is_running for reply in running) and cache.named("", "complete") is complete
@@ -344,7 +344,7 @@ async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room
     cache = ReplyCache(ApiSettings(max_kept_bytes=40_000), None)
     for number in range(200):
         reply = kept_in(cache, f"id{number}", f"client {number % clients}")
-        await reply.begin(CompleteReply(1))
+        await reply.begin(Complete(1))
         await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
     ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"))
     kept = cache.add(ticket, PATHS[0], b"x" * 10_000, is_streamed=True)
@@ -354,7 +354,7 @@ async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room
 
 async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:
     cache = ReplyCache(ApiSettings(max_kept_bytes=10_000), None)
-    kept, reply = kept_in(cache, "a"), LongReply(1000)
+    kept, reply = kept_in(cache, "a"), Long(1000)
     await kept.begin(reply)
     await until(lambda: reply.closed > 0)
     assert (kept.is_running, kept.held_bytes) == (False, 0)

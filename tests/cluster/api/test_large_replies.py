@@ -20,8 +20,8 @@ from llamaclust.cluster.api import json_parts as json_parts_module
 from llamaclust.cluster.api.json_parts import json_parts
 from llamaclust.cluster.api.json_values import to_json
 from llamaclust.cluster.api.openai import completions
-from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.openai.shapes import completion_logprobs
+from llamaclust.cluster.api.openai.view import OpenAiView
 from llamaclust.cluster.api.replies.json_body import JsonBody, json_body
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.server.serve import serve
@@ -143,13 +143,13 @@ async def test_the_budget_is_taken_until_the_client_has_the_reply(
 async def test_a_prompt_that_is_shown_is_rendered_off_the_event_loop(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, verbose = set[int](), OpenAiReply._verbose
+    threads, verbose = set[int](), OpenAiView._verbose
 
     def spied(*given: Any) -> Any:
         threads.add(threading.get_ident())
         return verbose(*given)
 
-    monkeypatch.setattr(OpenAiReply, "_verbose", spied)
+    monkeypatch.setattr(OpenAiView, "_verbose", spied)
     monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 100)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"prompt": [5] * 150, "max_tokens": 1, "verbose": True, "stream": stream}

@@ -11,6 +11,7 @@ import pytest
 from llamaclust.cluster.api.replies import recording
 from llamaclust.cluster.api.replies.recording import Recording
 from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.sampling import RowResult
 from support.seed import SEED
 
@@ -30,13 +31,13 @@ class Written:
 def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     source, now_s, written = Random(SEED), 0.0, Written()
     monkeypatch.setattr(recording, "monotonic", lambda: now_s)
-    recorded = Recording(cast(Journal, written), "id", 0, {}, None)
+    recorded = Recording(cast(Journal, written), "id", {}, None)
     sampled: dict[int, list[tuple[float, int]]] = {0: [], 1: []}
     for token in range(2000):
         now_s += source.expovariate(20)
         choice = source.randrange(2)
         sampled[choice].append((now_s, token))
-        recorded.add(choice, RowResult(token, -1.0))
+        recorded.add(0, TextChunk(choice, rows=(RowResult(token, -1.0),)))
         for number, tokens in sampled.items():
             missing = tokens[len(written.tokens.get(number, ())) :]
             assert len(missing) < 64

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
-from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.replies import kept_reply, restoring
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
+from llamaclust.cluster.api.replies.reply import Reply
 from llamaclust.cluster.api.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.text.answer_log import AnswerLog
 from llamaclust.cluster.text.chat import ChatRequest
+from llamaclust.cluster.text.completion import Completion, TokenizedRequest
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.service import TextService, TokenizedRequest
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.cluster.text.service import TextService
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 from llamaclust.core.limits import AdapterScales
@@ -140,16 +142,15 @@ async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path
 
 async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
-    path, computed, is_full = tmp_path / "journal", [], True
-    start = OpenAiReply.start
+    path, submit, computed, is_full = tmp_path / "journal", Computation.submit, list[Computation](), True
 
-    async def refusing(self: OpenAiReply) -> None:
+    async def refusing(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
         if is_full:
             raise QueueFullError("the queue is full", 0.01)
-        await start(self)
+        await submit(self, log, is_kept=is_kept)
         computed.append(self)
 
-    monkeypatch.setattr(OpenAiReply, "start", refusing)
+    monkeypatch.setattr(Computation, "submit", refusing)
     body = json.dumps(body_of(PATHS[0], stream=False))
     await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
     async with served(path) as server:
@@ -168,15 +169,15 @@ async def test_restored_requests_wait_where_the_machine_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as for the chat template, at a start on busy cores; one that waits does not hold up the next one."""
-    path, start, refused, is_busy = tmp_path / "journal", OpenAiReply.start, list[OpenAiReply](), True
+    path, submit, refused, is_busy = tmp_path / "journal", Computation.submit, list[Computation](), True
 
-    async def busy(self: OpenAiReply) -> None:
+    async def busy(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
         if is_busy and (not refused or self is refused[0]):
             refused.append(self)
             raise DeadlineError("the chat template was busy")
-        await start(self)
+        await submit(self, log, is_kept=is_kept)
 
-    monkeypatch.setattr(OpenAiReply, "start", busy)
+    monkeypatch.setattr(Computation, "submit", busy)
     monkeypatch.setattr(kept_reply, "_BUSY", Backoff(0.05, 0.05))
     monkeypatch.setattr(restoring, "_ALONE_S", 0.05)
     await write_journal(path, *(admission(number, json.dumps(body_of(PATHS[0]))) for number in range(2)))
@@ -191,7 +192,7 @@ async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, m
     """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
     submit, refusals = TextService.submit, [False, True]
 
-    def refusing(self: TextService, *arguments: Any) -> CompletionStream:
+    def refusing(self: TextService, *arguments: Any) -> Completion:
         if refusals and refusals.pop(0):
             raise QueueFullError("the queue is full", 0.01)
         return submit(self, *arguments)
@@ -269,7 +270,7 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
     await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
     is_over = asyncio.Event()
 
-    async def deadly(self: CompletionEndpoint, data: bytes, ticket: Ticket) -> OpenAiReply:
+    async def deadly(self: CompletionEndpoint, data: bytes, ticket: Ticket) -> Reply:
         if b"poison" in data:
             is_over.set()
             await asyncio.Event().wait()

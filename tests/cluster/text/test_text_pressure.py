@@ -10,8 +10,7 @@ from threading import Event
 import pytest
 
 from llamaclust.cluster.engine.engine import EngineState
-from llamaclust.cluster.text import stream as stream_module
-from llamaclust.cluster.text import threads
+from llamaclust.cluster.text import answer_log, completion, threads
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.cluster.text.request import CompletionRequest
@@ -29,37 +28,37 @@ async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list
 
 async def test_later_choices_wait_where_the_queue_is_full() -> None:
     engine = ScriptedEngine(says("a b"))
-    submit = engine.submit
+    begin = engine.begin
     refusals = [QueueFullError("full", 0.01), QueueFullError("full", 0.01)]
 
-    def picky(generation):  # type: ignore[no-untyped-def]
+    def picky(generation, sink):  # type: ignore[no-untyped-def]
         if generation.choice and refusals:
             raise refusals.pop()
-        return submit(generation)
+        return begin(generation, sink)
 
-    engine.submit = picky  # type: ignore[method-assign]
+    engine.begin = picky  # type: ignore[method-assign]
     assert len(await answers(engine, replace(GENERATION, n=2))) == 2
     assert not refusals
 
 
 async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "_QUEUE_S", 0.05)
+    monkeypatch.setattr(completion, "_QUEUE_S", 0.05)
     engine = ScriptedEngine(says("a b"))
-    submit = engine.submit
+    begin = engine.begin
 
-    def picky(generation):  # type: ignore[no-untyped-def]
+    def picky(generation, sink):  # type: ignore[no-untyped-def]
         if generation.choice:
             raise QueueFullError("full", 0.01)
-        return submit(generation)
+        return begin(generation, sink)
 
-    engine.submit = picky  # type: ignore[method-assign]
+    engine.begin = picky  # type: ignore[method-assign]
     with pytest.raises(QueueFullError):
         await answers(engine, replace(GENERATION, n=2))
     assert engine.running == 0
 
 
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
         await anext(stream)
@@ -105,7 +104,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
 
 async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one request are read one after the other."""
-    monkeypatch.setattr(stream_module, "MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(GENERATION) as stream:
         await until(lambda: engine.running == 0)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -27,7 +26,7 @@ from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.request_stream import Follower
+from llamaclust.cluster.engine.request_stream import Sink, SubmittedRequest
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -82,55 +81,43 @@ def logprob(place: int) -> float:
 
 
 @dataclass
-class ScriptedStream:
-    """The events of one scripted request."""
+class ScriptedRequest:
+    """One scripted request, whose events a task hands to its sink."""
 
     engine: ScriptedEngine
     generation: GenerationRequest
-    events: deque[Event | LlamaclustError]
+    sink: Sink
     given: int = 0
     is_done: bool = False
-    task: asyncio.Task[None] | None = None  # that hands events to a follower
+    progress: None = None
+    task: asyncio.Task[None] | None = None
 
-    def follow(self, follower: Follower) -> None:
-        self.task = asyncio.get_running_loop().create_task(self._give(follower))
-
-    async def _give(self, follower: Follower) -> None:
-        try:
-            async for event in self:
-                follower.take(event)
-        except LlamaclustError as error:
-            follower.end(error)
-        else:
-            follower.end(None)
-
-    def __aiter__(self) -> ScriptedStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        await asyncio.sleep(0)
-        await self.engine.gate.wait()
-        if self.is_done:
-            raise StopAsyncIteration
-        event = self.events.popleft()
-        self.given += isinstance(event, TokenSampled)
-        if isinstance(event, LlamaclustError):
-            self.abort()
-            raise event
-        if isinstance(event, Finished):
-            self.abort()
-        return event
+    async def give(self, events: Sequence[Event | LlamaclustError]) -> None:
+        for event in events:
+            await asyncio.sleep(0)
+            await self.engine.gate.wait()
+            self.given += isinstance(event, TokenSampled)
+            if isinstance(event, LlamaclustError | Finished):
+                self._end()
+            if isinstance(event, LlamaclustError):
+                self.sink.end(event)
+                return
+            self.sink.take(event)
+        self.sink.end(None)
 
     @property
     def timings(self) -> Timings:
         return Timings(1.0, 2.0, 3.0, 4.0, len(self.generation.prompt), 0, self.given)
 
     def abort(self) -> None:
+        self._end()
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+
+    def _end(self) -> None:
         if not self.is_done:
             self.is_done = True
             self.engine.running -= 1
-        if self.task is not None and self.task is not asyncio.current_task():
-            self.task.cancel()
 
 
 @dataclass
@@ -151,13 +138,16 @@ class ScriptedEngine:
     def prepare_matchers(self) -> None:
         """No worker has matchers."""
 
-    def submit(self, generation: GenerationRequest) -> ScriptedStream:
+    def begin(self, generation: GenerationRequest, sink: Sink) -> ScriptedRequest:
         if self.refusal is not None:
             raise self.refusal
         validate(generation, VOCABULARY, CONTEXT, adapters=(0, 1))
         self.submitted.append(generation)
         self.running += 1
-        return ScriptedStream(self, generation, deque(self._events(generation)))
+        request = ScriptedRequest(self, generation, sink)
+        sink.begin(cast(SubmittedRequest, request))
+        request.task = asyncio.get_running_loop().create_task(request.give(self._events(generation)))
+        return request
 
     def _events(self, generation: GenerationRequest) -> list[Event | LlamaclustError]:
         events: list[Event | LlamaclustError] = []

@@ -12,13 +12,12 @@ from llamaclust.cluster.api.fields.adapters import AdapterFields
 from llamaclust.cluster.api.openai.responses.items import summary_item
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, shown_usage
 from llamaclust.cluster.api.openai.responses.schema import InputField, with_one_system_prompt
-from llamaclust.cluster.api.replies.answer_reply import ShowProgress
-from llamaclust.cluster.api.replies.ticket import Ticket
-from llamaclust.cluster.text.answer import TextChunk, join
+from llamaclust.cluster.api.replies.reply import Event, View
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.text.chat import ChatRequest
 from llamaclust.cluster.text.reasoning import ReasoningBudget
 from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.tools.events import ContentText
 
@@ -59,30 +58,31 @@ def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [*messages, {"role": "user", "content": _TASK}]
 
 
-class CompactionShape:
-    """One summary; what exceeds `MAX_TOKENS` is cut off. See `AnswerShape`."""
+class CompactionView(View):
+    """One summary; what exceeds `MAX_TOKENS` is cut off."""
 
-    has_measurements = False
-    keeps_logprobs = False
-    progress: ShowProgress | None = None
+    def __init__(self, reply_id: str, created: int, log: AnswerLog) -> None:
+        self._reply_id = reply_id
+        self._created = created
+        self._log = log
 
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`. Summaries are not streamed."""
+        return []
 
-    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
-        answer = join(chunks)
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`."""
+        ((answer,),) = parts
+        (generation,) = self._log.generations
+        assert answer.timings is not None
         events = answer.events or (ContentText(answer.text),)
         summary = "".join(event.text for event in events if isinstance(event, ContentText)).strip()
         if not summary:
             raise HttpError(422, "summary_failed", "the model's summary is empty; keep the messages as they are")
         return {
-            "id": ID_PREFIX + self._ticket.id,
+            "id": ID_PREFIX + self._reply_id,
             "object": "response.compaction",
-            "created_at": self._ticket.created,
-            "output": [summary_item(f"cmp_{self._ticket.id}", summary)],
-            "usage": shown_usage(answer.timings, len(stream.generation.prompt), len(answer.rows), 0),
+            "created_at": self._created,
+            "output": [summary_item(f"cmp_{self._reply_id}", summary)],
+            "usage": shown_usage(answer.timings, len(generation.prompt), len(answer.rows), 0),
         }
-
-    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
-        """Summaries are not streamed."""
-        return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -14,21 +15,22 @@ from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.fields.model_name import ModelNames
 from llamaclust.cluster.api.foreign_fields import RESPONSES
 from llamaclust.cluster.api.json_values import to_json
-from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionShape
+from llamaclust.cluster.api.openai.responses.compaction import CompactionBody, CompactionView
 from llamaclust.cluster.api.openai.responses.items import REFERENCE, Item, has_references, messages_of
 from llamaclust.cluster.api.openai.responses.response import ID_PREFIX, ResponseHead, Status, cancelled, failed
 from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
-from llamaclust.cluster.api.openai.responses.shape import ResponseShape, Storing
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
-from llamaclust.cluster.api.replies.answer_reply import AnswerReply
+from llamaclust.cluster.api.openai.responses.view import ResponseView, Storing
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.json_body import rendered
 from llamaclust.cluster.api.replies.kept_reply import KeptReply
-from llamaclust.cluster.api.replies.reply import Position
+from llamaclust.cluster.api.replies.reading import Position
+from llamaclust.cluster.api.replies.reply import Reply
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.security import owner
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import DONE, unless_disconnected
+from llamaclust.cluster.api.sse import unless_disconnected
+from llamaclust.cluster.text.answer_log import Timed
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import ClusterStoppingError
@@ -47,45 +49,46 @@ class ResponsesEndpoint:
         self._models = models
         self._store = store
 
-    async def create(self, data: bytes, ticket: Ticket) -> AnswerReply:
+    async def create(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         body.check()
         items, messages = self._chat(body, ticket)
         chat = (await converted(body, body.request, messages)).admitted(ticket.created, adapters)
-        head = ResponseHead(ID_PREFIX + ticket.id, ticket.created, model, body.shown())
+        head, details = ResponseHead(ticket.id, ticket.created, model, body.shown()), body.details
         storing = Storing(self._store, ticket.identity.owner, items, messages) if body.store else None
 
-        async def request() -> CompletionRequest:
+        async def requests() -> list[CompletionRequest]:
             completion = await self._service.chat(chat)
             if storing is not None and body.background:
                 storing.begin(head)
-            return completion
+            return [completion]
 
-        shape = ResponseShape(head, ticket.id, self._service.tokenizer, storing, body.details)
-        acknowledgement = to_json(head.shown(head.first_status)) if body.background else None
-        return AnswerReply(
-            self._service,
-            self._settings,
-            ticket,
-            shape,
-            request,
+        return Reply(
+            service=self._service,
+            requests=requests,
+            view=partial(ResponseView, head, self._service.tokenizer, storing, details),
             is_streamed=body.stream,
-            acknowledgement=acknowledgement,
+            timed=Timed.ALWAYS if details.timings else Timed.NEVER,
+            with_progress=details.progress,
+            keeps_chunks=details.logprobs,
+            has_measurements=details.timings or details.progress,
+            acknowledgement=to_json(head.shown(head.first_status)) if body.background else None,
+            is_stored=body.store,
         )
 
-    async def compact(self, data: bytes, ticket: Ticket) -> AnswerReply:
+    async def compact(self, data: bytes, ticket: Ticket) -> Reply:
         """A summary of a chat."""
         body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         _, messages = self._chat(body, ticket)
         chat = (await converted(body, body.request, messages)).admitted(ticket.created, adapters)
 
-        async def request() -> CompletionRequest:
-            return await self._service.chat(chat)
+        async def requests() -> list[CompletionRequest]:
+            return [await self._service.chat(chat)]
 
-        shape = CompactionShape(ticket)
-        return AnswerReply(self._service, self._settings, ticket, shape, request, is_streamed=False)
+        view = partial(CompactionView, ticket.id, ticket.created)
+        return Reply(service=self._service, requests=requests, view=view, is_streamed=False)
 
     async def count(self, request: Request) -> Response:
         """The tokens of a response's prompt."""
@@ -129,11 +132,11 @@ class StoredResponses:
         number `starting_after`."""
         if request.query_params.get("stream", "false").lower() in ("true", "1"):
             return await self._events(request)
-        return rendered(self._shown(request))
+        return rendered(await self._shown(request))
 
     async def cancel(self, request: Request) -> Response:
         """Ends a response that is computed in the background."""
-        kept, response = self._kept(request), self._shown(request)
+        kept, response = self._kept(request), await self._shown(request)
         if not response["background"]:
             raise HttpError(
                 400, "not_in_background", f"response {response['id']} was not created with background: true"
@@ -179,7 +182,7 @@ class StoredResponses:
     async def _events(self, request: Request) -> Response:
         kept = self._kept(request)
         if kept is None or not kept.is_streamed:
-            self._shown(request)
+            await self._shown(request)
             raise HttpError(
                 400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
             )
@@ -188,7 +191,7 @@ class StoredResponses:
             after = Position.parse(str(_number(request, "starting_after", 0) + 1), "starting_after")
         return await self._replies.respond(request, kept, after)
 
-    def _shown(self, request: Request) -> dict[str, Any]:
+    async def _shown(self, request: Request) -> dict[str, Any]:
         """HttpError where there is none."""
         stored = self._store.get(self._owner(request), request.path_params["id"])
         if stored is not None and stored.response["status"] not in _RUNNING:
@@ -197,7 +200,10 @@ class StoredResponses:
         if kept is None:
             raise self._not_found(request)
         kept.resume()
-        return _completed(kept) if kept.is_complete else _unended(kept, request.path_params["id"])
+        if kept.is_complete:  # the store has no room for it any more, or gets it now
+            complete: dict[str, Any] = await kept.value()
+            return complete
+        return _unended(kept, request.path_params["id"])
 
     def _kept(self, request: Request) -> KeptReply | None:
         """The reply of a response in the background; others are kept too."""
@@ -210,16 +216,6 @@ class StoredResponses:
 
     def _not_found(self, request: Request) -> HttpError:
         return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
-
-
-def _completed(kept: KeptReply) -> dict[str, Any]:
-    """A response that the store has no room for any more."""
-    if not kept.is_streamed:
-        whole: dict[str, Any] = json.loads(b"".join(kept.parts))
-        return whole
-    ends = (part.partition(b"data: ")[2] for part in reversed(kept.parts) if part != DONE)
-    response: dict[str, Any] = json.loads(next(ends))["response"]
-    return response
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -41,10 +40,15 @@ class Details:
 class ResponseHead:
     """What a response says of its request, at any time."""
 
-    response_id: str
+    reply_id: str
     created: int  # Unix time in seconds
     model: str
     request: Mapping[str, Any]  # the fields that it repeats
+
+    @property
+    def response_id(self) -> str:
+        """The id that is shown."""
+        return ID_PREFIX + self.reply_id
 
     @property
     def first_status(self) -> Status:
@@ -57,14 +61,19 @@ class ResponseHead:
         return (("created", self.first_status), *queued, ("in_progress", Status.IN_PROGRESS))
 
     def shown(
-        self, status: Status, output: Sequence[Mapping[str, Any]] = (), usage: Mapping[str, Any] | None = None
+        self,
+        status: Status,
+        output: Sequence[Mapping[str, Any]] = (),
+        usage: Mapping[str, Any] | None = None,
+        *,
+        ended_s: float | None = None,
     ) -> dict[str, Any]:
-        """The whole object."""
+        """The whole object. `ended_s`: Unix time of the answer's end."""
         return {
             "id": self.response_id,
             "object": "response",
             "created_at": self.created,
-            "completed_at": int(time.time()) if status is Status.COMPLETED else None,
+            "completed_at": int(ended_s) if ended_s is not None and status is Status.COMPLETED else None,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status is Status.INCOMPLETE else None,

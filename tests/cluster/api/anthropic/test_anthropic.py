@@ -13,10 +13,9 @@ from anthropic import AsyncAnthropic, AuthenticationError, BadRequestError, Defa
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from llamaclust.cluster.api.anthropic.message import MessageShape
+from llamaclust.cluster.api.anthropic.message import MessageView
 from llamaclust.cluster.text import service as service_module
 from llamaclust.cluster.text.answer import TextChunk
-from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import MODEL, ScriptedEngine, client, events_of, make_app, says, serving, tokenizer
@@ -263,13 +262,13 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
 
 
 async def test_a_stream_that_meets_a_mistake_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = MessageShape._events
+    events = MessageView._events
 
-    def broken(shape: MessageShape, chunk: TextChunk, stream: CompletionStream) -> Iterator[bytes]:
-        yield from events(shape, chunk, stream)
+    def broken(view: MessageView, chunk: TextChunk) -> Iterator[bytes]:
+        yield from events(view, chunk)
         raise KeyError(0)
 
-    monkeypatch.setattr(MessageShape, "_events", broken)
+    monkeypatch.setattr(MessageView, "_events", broken)
     *_, last = await stream_of("Yes.")
     assert last["type"] == "error" and "internal error" in last["error"]["message"]
 

@@ -9,10 +9,12 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
+from llamaclust.cluster.text.answer_log import AnswerLog
 from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
 
@@ -184,9 +186,10 @@ async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     make_app(engine, replies=replies)
     reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', ticket)
     adapters.default = ()
-    await reply.start()
+    computation = Computation(reply, ticket)
+    await computation.submit(AnswerLog(), is_kept=False)
     assert engine.submitted[0].adapters == ((1, 0.5),)
-    await reply.aclose()
+    await computation.aclose()
 
 
 @pytest.mark.parametrize(

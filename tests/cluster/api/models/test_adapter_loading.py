@@ -14,11 +14,13 @@ from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.models.adapter_loading import AdapterControl
 from llamaclust.cluster.api.ollama.names import OllamaNames
+from llamaclust.cluster.api.replies.computation import Computation
 from llamaclust.cluster.api.replies.handlers import Replies
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.state.adapters import AdapterUnloadedError, ServedAdapter, ServedAdapters
+from llamaclust.cluster.text.answer_log import AnswerLog
 from llamaclust.core.errors import InsufficientMemoryError
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import SETTINGS, ScriptedEngine, client, make_app, make_service, real_engine, says, until
@@ -122,7 +124,7 @@ async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_a
     if is_another_loaded:
         loader.adapters.add(0, ServedAdapter("poet", "other.gguf", content="cd"))
     with pytest.raises(AdapterUnloadedError) as refused:
-        await reply.start()
+        await Computation(reply, ticket).submit(AnswerLog(), is_kept=False)
     assert refused.value.http_status == 404 and not engine.submitted and loader.adapters.uses(0) == 0
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llamaclust.cluster.api.openai.reply import OpenAiReply
 from llamaclust.cluster.api.openai.schema import StreamOptions
+from llamaclust.cluster.api.openai.view import OpenAiHead, OpenAiView, ReplyKind
 from llamaclust.cluster.api.sse import event
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogContent
+from llamaclust.cluster.text.budget import RowStorage
+from support.clusters.served import tokenizer
 
 CHOICES: list[dict[str, Any]] = [
     {"index": 0, "delta": {"role": "assistant", "content": None}, "logprobs": None, "finish_reason": None},
@@ -18,23 +22,48 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-def reply_of(model: str) -> Any:
-    fakes: Any = SimpleNamespace(id="ab12", created=1, id_prefix="chatcmpl-", model=model, chunk_object="chunk")
-    reply = OpenAiReply(fakes, fakes, fakes, fakes, fakes, StreamOptions())
-    stream: Any = SimpleNamespace(generation=SimpleNamespace(seed=7))
-    reply._prompts.streams.append(stream)
-    return reply
+class PlainView(OpenAiView):
+    """Only what stands around choices."""
+
+    def _opening(self, prompt: int, index: int) -> None:
+        return None
+
+    def _chunk(self, prompt: int, chunk: TextChunk) -> None:
+        return None
+
+    def _text(self, chunk: TextChunk) -> None:
+        return None
+
+    def _answer(self, prompt: int, answer: TextChunk) -> dict[str, Any]:
+        return {}
+
+
+def view_of(model: str) -> PlainView:
+    log = AnswerLog()
+    log.begin([GenerationRequest("a", (1,), 1, seed=7)], LogContent(RowStorage.STREAMED))
+    head = OpenAiHead(
+        kind=ReplyKind("chatcmpl-", "whole", "chunk"),
+        reply_id="ab12",
+        created=1,
+        model=model,
+        choices=1,
+        streaming=StreamOptions(),
+        shows_timings=False,
+        shows_progress=False,
+        shows_prompt=False,
+    )
+    return PlainView(head, tokenizer(), log)
 
 
 @pytest.mark.parametrize("model", ["m", 'x"[]"', "[]"])
 @pytest.mark.parametrize(
     "more", [{}, {"usage": None}, {"usage": {"prompt_tokens": 3}}, {"timings": {"a": []}}], ids=str
 )
-def test_events_are_those_that_are_rendered_in_whole(model: str, more: dict[str, Any]) -> None:
-    reply = reply_of(model)
+async def test_events_are_those_that_are_rendered_in_whole(model: str, more: dict[str, Any]) -> None:
+    view = view_of(model)
     for _ in range(2):
         for choice in CHOICES:
             copy = {**choice, "logprobs": None if choice["logprobs"] is None else {"content": iter(())}}
-            whole = event({**reply._reply("chunk", [copy]), **more})
-            assert reply._event_of(choice, more, is_large=False) == whole
+            whole = event({**view._reply("chunk", [copy]), **more})
+            assert view._event_of(choice, more, is_large=False) == whole
             choice["logprobs"] = None if choice["logprobs"] is None else {"content": iter(())}

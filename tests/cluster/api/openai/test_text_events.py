@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.api.json_values import to_json
-from llamaclust.cluster.api.openai.reply import OpenAiReply
+from llamaclust.cluster.api.openai.chat import ChatView
+from llamaclust.cluster.api.openai.completions import CompletionView
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving
 
 TEXT = 'a "text":"b" "content":"" [] {} \\ \n \u2028 é 漢'
@@ -49,7 +50,8 @@ async def test_events_are_those_that_are_rendered_in_whole(
     path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = await streamed(path, fields)
-    monkeypatch.setattr(OpenAiReply, "_text_event", lambda *_: None)
+    for view in (ChatView, CompletionView):
+        monkeypatch.setattr(view, "_text", lambda *_: None)
     assert found == await streamed(path, fields)
     parts = [event["choices"][0] for event in events_of(found.decode())[:-1] if event["choices"]]
     texts = [part.get("text") or part.get("delta", {}).get("content") or "" for part in parts if part["index"] == 0]

@@ -17,10 +17,10 @@ from pydantic import TypeAdapter
 from llamaclust.cluster.api import json_parts as json_parts_module
 from llamaclust.cluster.api.ignored import HEADER
 from llamaclust.cluster.api.openai.responses.output import OutputItems
-from llamaclust.cluster.api.openai.responses.shape import ResponseShape
 from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.store import StoredResponse
-from llamaclust.cluster.api.replies import prompt_streams
+from llamaclust.cluster.api.openai.responses.view import ResponseView
+from llamaclust.cluster.api.replies import computation
 from llamaclust.cluster.text import budget
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
@@ -91,7 +91,7 @@ async def test_an_end_token_is_no_text() -> None:
 
 async def test_a_stream_with_logprobs_is_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MAX_REPLY_ENTRIES", 40 * 3 - 1)
-    monkeypatch.setattr(prompt_streams, "MAX_UNREAD_ROWS", 4)
+    monkeypatch.setattr(computation, "MAX_UNREAD_ROWS", 4)
     fields = {"input": "Hi", "max_output_tokens": 40, "top_logprobs": 2, "stream": True}
     async with served(ScriptedEngine(says("Yes."))) as http:
         reply = await http.post(PATH, json=LOGPROBS | fields)
@@ -101,17 +101,17 @@ async def test_a_stream_with_logprobs_is_counted_whole(monkeypatch: pytest.Monke
 
 async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: dict[str, int] = {}
-    numbered, sized = ResponseShape._numbered, StoredResponse.__post_init__
+    numbered, sized = ResponseView._numbered, StoredResponse.__post_init__
 
-    def spied(shape: ResponseShape, shown: Any, **more: Any) -> bytes:
+    def spied(view: ResponseView, shown: Any, **more: Any) -> bytes:
         threads[shown["type"]] = threading.get_ident()
-        return numbered(shape, shown, **more)
+        return numbered(view, shown, **more)
 
     def spied_size(stored: StoredResponse) -> None:
         threads["size"] = threading.get_ident()
         sized(stored)
 
-    monkeypatch.setattr(ResponseShape, "_numbered", spied)
+    monkeypatch.setattr(ResponseView, "_numbered", spied)
     monkeypatch.setattr(StoredResponse, "__post_init__", spied_size)
     monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 12)
     async with served(ScriptedEngine(says("So, then."))) as http:

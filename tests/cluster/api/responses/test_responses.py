@@ -17,8 +17,8 @@ from pydantic import TypeAdapter
 from llamaclust.cluster.api import json_parts as json_parts_module
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.openai.responses.output import OutputItems
-from llamaclust.cluster.api.openai.responses.shape import ReasoningCount
 from llamaclust.cluster.api.openai.responses.store import ResponseStore, StoredResponse
+from llamaclust.cluster.api.openai.responses.view import ReasoningCount
 from llamaclust.cluster.text import service as service_module
 from llamaclust.core.errors import WorkerError
 from llamaclust.model.chat.template import ChatTemplate

@@ -2,106 +2,105 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.api.fields.timings import shown_progress, shown_timings
-from llamaclust.cluster.api.json_parts import is_large, off_loop_if_large
 from llamaclust.cluster.api.openai.responses.items import Item, messages_of, with_ids
 from llamaclust.cluster.api.openai.responses.output import OutputItems, Shown
 from llamaclust.cluster.api.openai.responses.response import Details, ResponseHead, Status, end_status, shown_usage
 from llamaclust.cluster.api.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.api.openai.responses.store import Messages, ResponseStore, StoredResponse
-from llamaclust.cluster.api.replies.reply import Event
+from llamaclust.cluster.api.replies.reply import Event, View
 from llamaclust.cluster.api.sse import DONE, named_event
-from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
-from llamaclust.cluster.text.answer import TextChunk, join
-from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.cluster.scheduler.requests import PromptProgress
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.answer_log import AnswerLog, LogItem
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _COUNTED_CHARACTERS: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
 class Storing:
-    """Where a response goes once it is complete, with what it answers."""
+    """Where a response goes once it is complete, with what it answers. One for all readers of a reply."""
 
-    store: ResponseStore
-    owner: str
-    input_items: Sequence[Item]
-    messages: Messages  # of the chat before the answer
+    def __init__(self, store: ResponseStore, owner: str, input_items: Sequence[Item], messages: Messages) -> None:
+        """`messages`: of the chat before the answer. Made on the event loop of the store."""
+        self._store = store
+        self._owner = owner
+        self._input_items = input_items
+        self._messages = messages
+        self._loop = asyncio.get_running_loop()
+        self._is_done = False
 
     def begin(self, head: ResponseHead) -> None:
-        """What a response answers that is computed in the background."""
-        items = with_ids(self.input_items, head.response_id)
-        self.store.put(self.owner, StoredResponse(head.shown(head.first_status), items, ()))
+        """Stores what a response answers that is computed in the background."""
+        items = with_ids(self._input_items, head.response_id)
+        self._store.put(self._owner, StoredResponse(head.shown(head.first_status), items, ()))
 
-    def completed(self, response: dict[str, Any]) -> StoredResponse:
-        """With the answer that it has."""
-        messages = (*self.messages, *messages_of(response["output"]))
-        return StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
+    def complete(self, response: dict[str, Any]) -> None:
+        """Stores the response before its client has the end of it. May be called on any thread, by each reader."""
+        messages = (*self._messages, *messages_of(response["output"]))
+        stored = StoredResponse(response, with_ids(self._input_items, response["id"]), messages)
+        self._loop.call_soon_threadsafe(self._put, stored)
+
+    def _put(self, stored: StoredResponse) -> None:
+        if not self._is_done:
+            self._is_done = True
+            self._store.put(self._owner, stored)
 
 
-class ResponseShape:
-    """One answer. See `AnswerShape`."""
+class ResponseView(View):
+    """One answer."""
 
     def __init__(
-        self, head: ResponseHead, reply_id: str, tokenizer: Tokenizer, storing: Storing | None, details: Details
+        self, head: ResponseHead, tokenizer: Tokenizer, storing: Storing | None, details: Details, log: AnswerLog
     ) -> None:
         """`storing`: None for a response that is not stored."""
-        self.has_measurements = details.timings or details.progress
-        self.progress = self._progress if details.progress else None
-        self.keeps_logprobs = details.logprobs
         self._details = details
         self._tokenizer = tokenizer
         self._head = head
         self._storing = storing
-        self._stored: StoredResponse | None = None  # once it is complete
-        self._items = OutputItems(reply_id, details.tools)
+        self._log = log
+        self._items = OutputItems(head.reply_id, details.tools)
         self._events = 0  # sent so far
         self._tokens = 0
         self._ends = tokenizer.end_of_generation
         self._reasoning = ReasoningCount(tokenizer)
 
-    async def whole(self, chunks: Sequence[TextChunk], stream: CompletionStream) -> dict[str, Any]:
-        answer = join(chunks)
-        response = await off_loop_if_large(partial(self._whole, chunks, answer, stream), answer.entries)
-        self._store()
-        return response
-
-    def _whole(self, chunks: Sequence[TextChunk], answer: TextChunk, stream: CompletionStream) -> dict[str, Any]:
-        parts = chunks if self._details.logprobs else (answer,)  # of joined ones, no token has a place in the text
-        for _ in chain.from_iterable(map(self._take, parts)):
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`. Chunks where logprobs are shown: of a joined answer, no token has a place in the text."""
+        (chunks,) = parts
+        for _ in chain.from_iterable(map(self._take, chunks)):
             pass
-        return self._ended(answer, answer.timings or stream.timings(), stream)
+        return self._ended(chunks[-1])
 
-    async def events(self, chunk: TextChunk, stream: CompletionStream) -> Sequence[bytes]:
-        """Those that end an item, and the response, have all its logprobs."""
-        is_end = chunk.finish_reason is not None or not all(isinstance(event, ContentText) for event in chunk.events)
-        entries = chunk.entries if self._details.logprobs else 0
-        entries += self._items.logprobs if is_end else 0
-        made = partial(self._events_of, chunk, stream, is_large=is_large(entries))
-        events = await off_loop_if_large(lambda: [*made()], entries)
-        self._store()
-        return events
+    def size(self, prompt: int, item: LogItem) -> int:
+        """See `View`. Events that end an item, and the response, have all its logprobs."""
+        if not self._details.logprobs or not isinstance(item, TextChunk):
+            return 0
+        is_end = item.finish_reason is not None or not all(isinstance(event, ContentText) for event in item.events)
+        return item.entries + (self._items.logprobs if is_end else 0)
 
-    def _store(self) -> None:
-        """On the event loop."""
-        if self._storing is not None and self._stored is not None:
-            self._storing.store.put(self._storing.owner, self._stored)
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`."""
+        if isinstance(item, PromptProgress):
+            return [*self._progress(item)]
+        return [Event(0, data) for data in self._events_of(item, is_large=is_large)]
 
-    def _events_of(self, chunk: TextChunk, stream: CompletionStream, *, is_large: bool) -> Iterator[bytes]:
+    def _events_of(self, chunk: TextChunk, *, is_large: bool) -> Iterator[bytes]:
         yield from self._begin()
-        timings = {"timings": shown_timings(stream.timings())} if self._details.timings else {}
+        timings = {}
+        if self._details.timings and chunk.timings is not None:
+            timings["timings"] = shown_timings(chunk.timings)
         for shown in self._take(chunk):
             yield self._numbered({**shown, **timings}, is_large=is_large)
         if chunk.finish_reason is None:
             return
-        response = self._ended(chunk, chunk.timings or stream.timings(), stream)
+        response = self._ended(chunk)
         yield self._numbered(
             {"type": f"response.{response['status']}", "response": response, **timings}, is_large=is_large
         )
@@ -141,13 +140,15 @@ class ResponseShape:
             return []
         return [ShownRow(self._tokenizer, row) for row in part.rows if row.token not in self._ends]
 
-    def _ended(self, part: TextChunk, timings: Timings, stream: CompletionStream) -> dict[str, Any]:
+    def _ended(self, last: TextChunk) -> dict[str, Any]:
         """The response, which is to be stored."""
+        assert last.timings is not None
+        (generation,) = self._log.generations
         reasoning_tokens = min(self._reasoning.total(), self._tokens)
-        usage = shown_usage(timings, len(stream.generation.prompt), self._tokens, reasoning_tokens)
-        response = self._head.shown(end_status(part), self._items.items, usage)
+        usage = shown_usage(last.timings, len(generation.prompt), self._tokens, reasoning_tokens)
+        response = self._head.shown(end_status(last), self._items.items, usage, ended_s=self._log.ended_s)
         if self._storing is not None:
-            self._stored = self._storing.completed(response)
+            self._storing.complete(response)
         return response
 
     def _numbered(self, shown: Shown, *, is_large: bool = False) -> bytes:

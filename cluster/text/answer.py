@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -78,19 +79,16 @@ class Answer(TextChunk):
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
     """The answers of all choices, by index. Raises what ended a choice early."""
-    by_index: dict[int, Collected] = {}
+    by_index = defaultdict[int, Collected](Collected)
     async for chunk in chunks:
-        if chunk.index not in by_index:
-            by_index[chunk.index] = Collected(chunk)
         by_index[chunk.index].add(chunk)
     return [by_index[index].answer() for index in sorted(by_index)]
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:
     """The answer that a choice's chunks, from first to last, make."""
-    first, *others = chunks
-    collected = Collected(first)
-    for chunk in (first, *others):
+    collected = Collected()
+    for chunk in chunks:
         collected.add(chunk)
     return collected.answer()
 
@@ -98,8 +96,9 @@ def join(chunks: Iterable[TextChunk]) -> Answer:
 class Collected:
     """A choice so far, its rows packed."""
 
-    def __init__(self, first: TextChunk) -> None:
-        self._first = self._last = first
+    def __init__(self) -> None:
+        self._first = self._last = TextChunk()
+        self._is_empty = True
         self._text = StringIO()
         self._rows, self._prompt_rows = PackedRows(), PackedRows()
         self._offsets = array("q")
@@ -107,9 +106,11 @@ class Collected:
         self._events: list[AnswerEvent] = []
 
     def add(self, chunk: TextChunk) -> None:
-        """Takes the chunks in order, the first one included."""
+        """Takes the chunks in order."""
         if chunk.prompt_rows and not self._prompt_rows:
             self._prompt_start = chunk.prompt_start
+        if self._is_empty:
+            self._is_empty, self._first = False, chunk
         self._last = chunk
         self._text.write(chunk.text)
         self._rows.extend(chunk.rows)

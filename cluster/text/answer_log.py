@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -68,7 +68,7 @@ class AnswerLog:
         self._first = 0  # the number of the first one that is there
         self._prompt = 0  # whose entries come now
         self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # of prompts behind it
-        self._packed: dict[tuple[int, int], Collected] = {}  # by prompt and choice
+        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # by prompt and choice
         self._unread_rows = 0
         self._most_unread_rows: int | None = None  # None: no reader has begun
         self._owners = subscribers
@@ -105,7 +105,7 @@ class AnswerLog:
             for subscriber in self._subscribers:
                 subscriber(prompt, item)
             if self._is_packed:
-                self._pack(prompt, item)
+                self._packed[prompt, item.index].add(item)
                 return
         self._put(prompt, item)
 
@@ -195,11 +195,6 @@ class AnswerLog:
             self.error, self.ended_s = error, time.time()
             self._over.set()
             self._wake()
-
-    def _pack(self, prompt: int, chunk: TextChunk) -> None:
-        if (prompt, chunk.index) not in self._packed:
-            self._packed[prompt, chunk.index] = Collected(chunk)
-        self._packed[prompt, chunk.index].add(chunk)
 
     # -- called by its readers -------------------------------------------------------------------------------------
 

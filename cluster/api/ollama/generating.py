@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ from llamaclust.cluster.api.foreign_fields import OLLAMA
 from llamaclust.cluster.api.ollama.names import OllamaNames
 from llamaclust.cluster.api.ollama.reply import Lines, LoadView, OllamaView, Show, as_message, as_text
 from llamaclust.cluster.api.ollama.schema import AnswerFields, GenerateBody, OllamaChatBody
-from llamaclust.cluster.api.replies.reply import MakeView, Reply
+from llamaclust.cluster.api.replies.reply import MakeView, Reply, Requests
 from llamaclust.cluster.api.replies.ticket import Ticket
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.fill_in import Gap, fill_in_prompt
@@ -35,27 +34,28 @@ class OllamaGenerating:
 
         adapters = self._names.adapters(body.model, ticket.scales)
 
-        async def request() -> CompletionRequest:
-            return replace(await self._generation(body, ticket), adapters=adapters)
+        async def requests() -> list[CompletionRequest]:
+            return [replace(await self._generation(body, ticket), adapters=adapters)]
 
-        return self._reply(body, ticket, request, as_text, with_context=not body.raw)
+        return self._reply(body, ticket, requests, as_text, with_context=not body.raw)
 
     async def chat(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, OllamaChatBody, OLLAMA, self._settings)
 
         adapters = self._names.adapters(body.model, ticket.scales)
 
-        async def request() -> CompletionRequest:
+        async def requests() -> list[CompletionRequest]:
             await self._check_reasoning(body)
-            return await self._service.chat((await converted(body, body.chat)).admitted(ticket.created, adapters))
+            chat = (await converted(body, body.chat)).admitted(ticket.created, adapters)
+            return [await self._service.chat(chat)]
 
-        return self._reply(body, ticket, request, as_message, with_context=False)
+        return self._reply(body, ticket, requests, as_message, with_context=False)
 
     def _reply(
         self,
         body: GenerateBody | OllamaChatBody,
         ticket: Ticket,
-        request: Callable[[], Awaitable[CompletionRequest]],
+        requests: Requests,
         show: Show,
         *,
         with_context: bool,
@@ -69,9 +69,6 @@ class OllamaGenerating:
             unloads = self._settings.can_unload and read_keep_alive({"keep_alive": body.keep_alive}) == KeepAlive(0)
             loaded = LoadView(lines, "unload" if unloads else "load")
             return Reply(service=service, requests=_nothing, view=lambda _: loaded, is_streamed=body.stream)
-
-        async def requests() -> list[CompletionRequest]:
-            return [await request()]
 
         return Reply(service=service, requests=requests, view=view, is_streamed=body.stream)
 

@@ -68,14 +68,9 @@ class OpenAiHead:
         """Those of a stream."""
         return self.streaming or StreamOptions()
 
-    @property
-    def has_measurements(self) -> bool:
-        """See `Reply`."""
-        usage = self.options.include_usage and self.options.continuous_usage_stats
-        return self.shows_timings or self.shows_progress or usage
-
     def reply(self, service: TextService, requests: Requests, view: MakeView) -> Reply:
         """The description of the reply."""
+        usage = self.options.include_usage and self.options.continuous_usage_stats
         return Reply(
             service=service,
             requests=requests,
@@ -83,7 +78,7 @@ class OpenAiHead:
             is_streamed=self.streaming is not None,
             timed=Timed.ALWAYS if self.shows_timings else Timed.NEVER,
             with_progress=self.shows_progress,
-            has_measurements=self.has_measurements,
+            has_measurements=self.shows_timings or self.shows_progress or usage,
         )
 
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from enum import Enum, auto
 from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
@@ -39,14 +38,6 @@ _BUSY = Backoff(1.0, 30.0)
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
-
-
-class ReplyState(Enum):
-    """How far the computation is, until the log is over. Each follows the ones above it, and may leave some out."""
-
-    ADDED = auto()  # nothing is computed before `begin`
-    POSTPONED = auto()  # until a client reads it
-    BEGUN = auto()  # it is submitted, or waits for a place in the queue
 
 
 class ReplyOwner(Protocol):
@@ -86,7 +77,7 @@ class KeptReply:
         self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
         self.log = AnswerLog(self._grow, is_held=True)
         self._content_bytes = 0
-        self._state = ReplyState.ADDED
+        self._is_postponed = False  # nothing is computed until a client reads it
         self._settings = settings
         self._owner = owner
         self._readers = 0
@@ -106,7 +97,7 @@ class KeptReply:
     @property
     def is_running(self) -> bool:
         """Whether it is computed, or about to be."""
-        return not self.log.is_over and self._state is not ReplyState.POSTPONED
+        return not self.log.is_over and not self._is_postponed
 
     @property
     def is_complete(self) -> bool:
@@ -131,7 +122,7 @@ class KeptReply:
 
     def postpone(self, begin: Callable[[], None]) -> None:
         """`begin` is called when a client reads it, or with `resume`."""
-        self._postponed, self._state = begin, ReplyState.POSTPONED
+        self._postponed, self._is_postponed = begin, True
         self._expire_later()
 
     def resume(self) -> None:
@@ -292,7 +283,7 @@ class KeptReply:
 
     async def _submit(self, computation: Computation, until_s: float | None) -> None:
         clock, failures = asyncio.get_running_loop().time, count()
-        self._state = ReplyState.BEGUN
+        self._is_postponed = False
         while not self.log.is_over:
             try:
                 await computation.submit(self.log, is_kept=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,8 @@ from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.answer_log import AnswerLog, LogReader
 
 _MAX_SLOTS = 130
+_TURN_ENTRIES = 256
+"""Entries that one reader renders before others get their turn, where so many are there."""
 
 
 class Position:
@@ -82,6 +85,7 @@ async def stream_parts(
 ) -> AsyncGenerator[bytes, None]:
     """What a client lacks of a stream, and what comes; raises the error that ended the log."""
     view: View | None = None
+    taken = 0
     try:
         with reading as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
@@ -89,6 +93,9 @@ async def stream_parts(
                     if not await reader.wait(framing.keepalive_s) and framing.with_comments and framing.form.keepalive:
                         yield framing.form.keepalive
                     continue
+                taken += 1
+                if not taken % _TURN_ENTRIES:
+                    await asyncio.sleep(0)
                 view = view or make_view()
                 if is_large(view.size(*entry)):
                     events = await off_loop_if(True, partial(view.frames, *entry, is_large=True))

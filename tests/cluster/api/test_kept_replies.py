@@ -215,6 +215,19 @@ class Complete(Long):
         log.end(0)
 
 
+@pytest.mark.parametrize("chunks", [300, 2000, 5000])
+async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: int) -> None:
+    kept, turns = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True), 0
+    await kept.begin(Complete(chunks))
+    await kept.log.wait_over()
+    reading = asyncio.create_task(read_all(kept))
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(reading.result()) == chunks * 656 and turns >= chunks // 256
+    await kept.aclose()
+
+
 async def test_running_replies_are_bounded_together() -> None:
     """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
     cache = ReplyCache(ApiSettings(max_kept_bytes=100_000), None)

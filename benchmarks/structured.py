@@ -19,8 +19,8 @@ from time import perf_counter, process_time
 from llamaclust.cluster.client.local import LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.catalog import resolve_model
-from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.client.base import TextClient
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.client.types import CompletionOptions
-    from llamaclust.cluster.text.answer import Answer
+    from llamaclust.cluster.front.text.answer import Answer
 
 ModelFile = Annotated[
     str | None, Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")

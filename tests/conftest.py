@@ -95,7 +95,7 @@ _UNIT_FOLDERS = (
     "cluster/planner",
     "cluster/scheduler",
     "cluster/state/test_directory",
-    "cluster/text",
+    "cluster/front/text",
     "wire/rpc",
     "wire/test_",
 )

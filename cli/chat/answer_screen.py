@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from llamaclust.cli import terminal
 from llamaclust.cli.terminal import Color
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer import TextChunk
 
 if TYPE_CHECKING:
     from llamaclust.cli.chat.markdown import MarkdownScreen

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from llamaclust.cluster.client.http_codec import chat_body, completion_body, embedding_body
 from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, EmbeddingOptions, Message, Options
-from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.text.pooler import Vector
+    from llamaclust.cluster.front.text.pooler import Vector
 
 Prompt = str | Sequence[int]
 

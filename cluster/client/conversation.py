@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from llamaclust.cluster.client.types import Message, Options
 from llamaclust.cluster.config.values import expand_home
-from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.regular_file import read_json, write_text
 

@@ -37,13 +37,13 @@ from llamaclust.cluster.client.types import (
     join_chunks,
 )
 from llamaclust.cluster.client.web_access import web_options
-from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient
     from llamaclust.cluster.client.local_settings import LocalSettings
-    from llamaclust.cluster.text.pooler import Vector
+    from llamaclust.cluster.front.text.pooler import Vector
 
 __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]
 

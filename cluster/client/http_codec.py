@@ -10,8 +10,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamaclust.cluster.client.types import CompletionOptions, EmbeddingOptions, Message, Options
+from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import (
     ClusterStartingError,
     DeadlineError,
@@ -28,7 +28,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.text.pooler import Vector
+    from llamaclust.cluster.front.text.pooler import Vector
 
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300

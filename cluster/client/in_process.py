@@ -10,17 +10,17 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-from llamaclust.cluster.api.embeddings.schema import OpenAiEmbeddingBody
-from llamaclust.cluster.api.fields.chat_sampling import chat_sampling
-from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.http_codec import sampling_options
 from llamaclust.cluster.client.types import Options
-from llamaclust.cluster.text.answer import TextChunk
-from llamaclust.cluster.text.completion import Completion
-from llamaclust.cluster.text.pooler import Vector
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.front.dialects.embeddings.schema import OpenAiEmbeddingBody
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.fields.chat_sampling import chat_sampling
+from llamaclust.cluster.front.schema import read_fields
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.completion import Completion
+from llamaclust.cluster.front.text.pooler import Vector
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError
 
 OpenService = Callable[[], AbstractAsyncContextManager[TextService]]

@@ -27,11 +27,11 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import StageLimits

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from llamaclust.cluster.client.conversation import Conversation
 from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, Message, Options, join_chunks
-from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 from llamaclust.core.errors import LlamaclustError
 
 if TYPE_CHECKING:

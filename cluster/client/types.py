@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Any, Literal, Self, TypedDict
 
-from llamaclust.cluster.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.values import tagged
 from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.model_versions import ModelVersions
+from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ParameterError, UsageError

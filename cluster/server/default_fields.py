@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from llamaclust.cluster.api.anthropic.schema import MessagesBody
-from llamaclust.cluster.api.embeddings.rerank import RerankBody
-from llamaclust.cluster.api.embeddings.schema import LlamaCppEmbeddingBody, OpenAiEmbeddingBody
-from llamaclust.cluster.api.foreign_fields import (
+from llamaclust.cluster.config.errors import hint
+from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
+from llamaclust.cluster.front.dialects.embeddings.rerank import RerankBody
+from llamaclust.cluster.front.dialects.embeddings.schema import LlamaCppEmbeddingBody, OpenAiEmbeddingBody
+from llamaclust.cluster.front.dialects.llamacpp.schema import (
+    DetokenizeBody,
+    InfillBody,
+    LlamaCppBody,
+    TemplateBody,
+    TokenizeBody,
+)
+from llamaclust.cluster.front.dialects.ollama.embedding import EmbedBody, EmbeddingsBody
+from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody
+from llamaclust.cluster.front.dialects.openai.responses.compaction import CompactionBody
+from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.foreign_fields import (
     CHAT,
     COMPLETION,
     EMBEDDING,
@@ -19,20 +32,7 @@ from llamaclust.cluster.api.foreign_fields import (
     RESPONSES,
     TEXT_ONLY,
 )
-from llamaclust.cluster.api.llamacpp.schema import (
-    DetokenizeBody,
-    InfillBody,
-    LlamaCppBody,
-    TemplateBody,
-    TokenizeBody,
-)
-from llamaclust.cluster.api.ollama.embedding import EmbedBody, EmbeddingsBody
-from llamaclust.cluster.api.ollama.schema import GenerateBody, OllamaChatBody
-from llamaclust.cluster.api.openai.responses.compaction import CompactionBody
-from llamaclust.cluster.api.openai.responses.schema import ResponsesBody
-from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.schema import NOTHING_FOREIGN, Body, ForeignFields, field_error
-from llamaclust.cluster.config.errors import hint
+from llamaclust.cluster.front.schema import NOTHING_FOREIGN, Body, ForeignFields, field_error
 from llamaclust.core.errors import UsageError
 
 ENDPOINTS: Final[tuple[tuple[type[Body], ForeignFields], ...]] = (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from llamaclust.cluster.api.port.api_port import ApiPort, listening
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.front.http.api_port import ApiPort, listening
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
@@ -24,7 +24,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.api.port.certificate import ServerCertificate
+    from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 _MORE_REQUESTS = 64
 """Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""
@@ -89,8 +89,8 @@ def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate
     """UsageError for files that cannot be used."""
     if config.listen_tls is None:
         return None
-    from llamaclust.cluster.api.port.certificate import CertificateFiles, ServerCertificate
-    from llamaclust.cluster.api.port.self_signed import certificate_names, keep_self_signed
+    from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate
+    from llamaclust.cluster.front.http.self_signed import certificate_names, keep_self_signed
 
     given, own = config.listen_tls, folder.api_pem
     if given.certificate is not None and given.key is not None:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from llamaclust.cluster.api.port.api_port import ApiPort
-from llamaclust.cluster.api.server import StartingReplies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.sections import Lease
+from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.http.server import StartingReplies
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.state.events import Report, Waiting
 from llamaclust.cluster.state.lease import LeaseLock, held

@@ -8,16 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llamaclust.cluster.api.models.adapter_loading import AdapterControl
-from llamaclust.cluster.api.models.router import ApiModel
-from llamaclust.cluster.api.replies.durability import Durability
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.front.models.adapter_loading import AdapterControl
+from llamaclust.cluster.front.models.router import ApiModel
+from llamaclust.cluster.front.replies.durability import Durability
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.server.answer_digest import answer_digest
 from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest
-from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 
 

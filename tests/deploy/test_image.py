@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.api.port.certificate import ServerCertificate
+from llamaclust.cluster.front.http.certificate import ServerCertificate
 from support.paths import ROOT
 from support.wire.api_certificates import write_signed
 

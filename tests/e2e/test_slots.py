@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 
-from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.client.local_settings import LocalSettings
-from llamaclust.cluster.text.slots import Slots
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.slots import Slots
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model
 from support.several_models.api_models import api_model

@@ -41,13 +41,15 @@ def test_imports_have_no_circle_and_a_bounded_depth(kind: str) -> None:
     assert chain and len(chain) <= MOST_DEPTH[kind], " > ".join(chain)
 
 
-@pytest.mark.parametrize("package", ["llamaclust.cluster", "llamaclust.cluster.api"])
+@pytest.mark.parametrize(
+    "package", ["llamaclust.cluster", "llamaclust.cluster.front", "llamaclust.cluster.front.dialects"]
+)
 def test_rooms_have_no_circle(package: str) -> None:
     assert circle_of(arrows(modules().graph(lazy=True), package)) == "none"
 
 
 def test_what_all_apis_share_knows_no_web_framework() -> None:
     shared = ["errors", "json_values", "schema", "fields.keep_alive", "fields.sampling", "fields.timings"]
-    imports = "; ".join(f"import llamaclust.cluster.api.{name}" for name in shared)
+    imports = "; ".join(f"import llamaclust.cluster.front.{name}" for name in shared)
     code = f"import sys; {imports}; print(*sorted({{'starlette', 'uvicorn'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "\n"

@@ -18,7 +18,7 @@ _SOURCES = {".py", ".cpp", ".h", ".cu", ".proto"}
 _COUNTED = _SOURCES | {".cuh", ".js", ".css", ".html", ".pyi", ".jinja"}
 _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
-FRONT = ("cluster/front/", "cluster/api/", "cluster/text/", "cluster/client/", "cluster/state/journal")
+FRONT = ("cluster/front/", "cluster/client/", "cluster/state/journal")
 """What stands between the bytes of a request and the engine, with the Python clients, by the beginnings of paths."""
 _FRONT_PARTS = (
     *("cluster/engine/request_stream", "cluster/engine/inbox"),

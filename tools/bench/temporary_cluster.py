@@ -14,10 +14,10 @@ import numpy as np
 
 from llamaclust.cluster.client.in_process import OpenService
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model

@@ -18,8 +18,8 @@ from llamaclust.cli.chat.entries import Entry
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.chat.line_history import LineHistory
 from llamaclust.cluster.client.types import ChunkStream
+from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters import served

@@ -18,9 +18,9 @@ from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
 from llamaclust.cluster.client.resuming import unreachable
 from llamaclust.cluster.client.types import AnswerOptions, CompletionOptions, Options
+from llamaclust.cluster.front.text.answer import TextChunk, join
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.text.answer import TextChunk, join
-from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, UsageError, WorkerError
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
 from llamaclust.core.sampling import SamplingParams

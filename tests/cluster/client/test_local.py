@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from llamaclust import Client
-from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.text.answer import Answer, TextChunk, join
-from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model

@@ -14,8 +14,8 @@ import pytest
 
 from llamaclust import AsyncChatSession, AsyncClient, ChatSession, Client
 from llamaclust.cluster.client.in_process import ServiceClient
-from llamaclust.cluster.text.answer import join
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.front.text.answer import join
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError, WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters import served

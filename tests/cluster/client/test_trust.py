@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from llamaclust import AsyncClient
-from llamaclust.cluster.api.port.certificate import ServerCertificate
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.client.trust import trust
+from llamaclust.cluster.front.http.certificate import ServerCertificate
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.this_machine import own_addresses

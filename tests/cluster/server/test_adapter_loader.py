@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.server import adapter_loader
 from llamaclust.cluster.server.adapter_loader import AdapterLoader, OpenedModel
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapter, ServedAdapters

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.http import AsyncClient
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.residency import Resident
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.front import api_settings
 from llamaclust.cluster.server.model_apis import api_models, restore
 from llamaclust.cluster.server.status import cluster_status

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.api.port.api_port import ApiPort
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.front import Front
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.front.text.completion import TokenizedRequest
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
-from llamaclust.cluster.text.completion import TokenizedRequest
-from llamaclust.cluster.text.owner import current_owner
-from llamaclust.cluster.text.request import CompletionRequest
-from llamaclust.cluster.text.service import TextService
 from support.clusters.resumable import KEY, PATHS, SERVED, KilledJournal, body_of, served, stream
 
 CLIENTS = ["127.0.0.1", "10.0.0.7", "2001:db8::", "0123456789abcdef0123456789abcdef"]

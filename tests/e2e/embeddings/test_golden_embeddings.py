@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.cluster.client.local import LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
-from llamaclust.cluster.text.embedder import EmbeddingOptions
+from llamaclust.cluster.front.text.embedder import EmbeddingOptions
 from llamaclust.model.pooling import Pooling
 from support.models.record_embeddings import MODELS, POOLINGS, TEXTS, build, recorded_at
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings
 from support.browser.chromium import Opened, opened
 from support.clusters.served import ScriptedEngine, make_app, serving
 

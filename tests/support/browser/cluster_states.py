@@ -7,9 +7,9 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from support.clusters.fakes import FakePipeline
 from support.clusters.served import CONTEXT, MODEL, SETTINGS, ScriptedEngine, chat_template, says, tokenizer
 from support.several_models.api_models import api_model

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llamaclust.cluster.text.call_constraint import answer_grammar
-from llamaclust.cluster.text.chat import ChatRequest, ToolMode, ToolUse
-from llamaclust.cluster.text.chat_format import AnswerReading
-from llamaclust.cluster.text.ignored import ignored_parts
-from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.front.text.call_constraint import answer_grammar
+from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, ToolUse
+from llamaclust.cluster.front.text.chat_format import AnswerReading
+from llamaclust.cluster.front.text.ignored import ignored_parts
+from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.matcher import compiled

@@ -22,7 +22,7 @@ _IMPORTED = [
     "llamaclust.cli.status",
     "llamaclust.cli.up",
     "llamaclust.cli.status",
-    "llamaclust.cluster.api.app",
+    "llamaclust.cluster.front.app",
     "llamaclust.kernels.cpu.backend",
 ]
 """None of them imports gRPC, which takes settings from the environment when it is."""

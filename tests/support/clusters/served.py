@@ -17,16 +17,17 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from llamaclust.cluster.api.admission import Admission
-from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.models.adapter_loading import AdapterControl
-from llamaclust.cluster.api.port.api_port import ApiPort
-from llamaclust.cluster.api.port.certificate import ServerCertificate
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.server import server_config
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import Sink, SubmittedRequest
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.http.admission import Admission
+from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.http.certificate import ServerCertificate
+from llamaclust.cluster.front.http.server import server_config
+from llamaclust.cluster.front.models.adapter_loading import AdapterControl
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -39,7 +40,6 @@ from llamaclust.cluster.scheduler.requests import (
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.cluster.state.adapters import ServedAdapters
-from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
-from llamaclust.cluster.api.models.adapter_loading import AdapterControl
-from llamaclust.cluster.api.models.router import ApiModel
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.front.models.adapter_loading import AdapterControl
+from llamaclust.cluster.front.models.router import ApiModel
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.service import TextService
 
 
 class ScriptedResident:

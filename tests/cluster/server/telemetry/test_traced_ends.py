@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.state.control_record import ControlRecord

@@ -15,11 +15,11 @@ import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client import CollectorRegistry
 
-from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.replies.durability import Durability
-from llamaclust.cluster.api.replies.handlers import Replies
-from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.replies.durability import Durability
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry
 from llamaclust.cluster.server.telemetry.trace_sampler import TraceSampler

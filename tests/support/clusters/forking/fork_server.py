@@ -27,7 +27,7 @@ IMPORTED = {
         "llamaclust.cli.app",
         "llamaclust.cli.up",
         "llamaclust.cli.worker",
-        "llamaclust.cluster.api.app",
+        "llamaclust.cluster.front.app",
         "llamaclust.cluster.server.coordinator",
         "llamaclust.kernels.cpu.backend",
         "llamaclust.worker.main",

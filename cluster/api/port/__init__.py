@@ -1,1 +1,0 @@
-"""The API's port: its socket, its certificate, TLS under HTTP."""

@@ -1,0 +1,156 @@
+"""The HTTP API of the served models, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
+from starlette.routing import Route as PathRoute
+
+from llamaclust.cluster.front.dialects.anthropic.endpoint import MessagesEndpoint
+from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
+from llamaclust.cluster.front.dialects.embeddings.endpoints import embedding_routes
+from llamaclust.cluster.front.dialects.embeddings.rerank import RerankEndpoint
+from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints
+from llamaclust.cluster.front.dialects.llamacpp.routes import llamacpp_routes
+from llamaclust.cluster.front.dialects.ollama.models import OllamaModels
+from llamaclust.cluster.front.dialects.ollama.routes import ollama_routes
+from llamaclust.cluster.front.dialects.openai.chat import ChatEndpoint
+from llamaclust.cluster.front.dialects.openai.completions import CompletionEndpoint
+from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
+from llamaclust.cluster.front.dialects.openai.responses.compaction import CompactionBody
+from llamaclust.cluster.front.dialects.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
+from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.fields.model_name import ModelNames
+from llamaclust.cluster.front.http.admission import Admission, AdmissionGate
+from llamaclust.cluster.front.http.early_replies import EarlyReplies
+from llamaclust.cluster.front.http.error_responses import add_error_handlers
+from llamaclust.cluster.front.http.openapi import Document
+from llamaclust.cluster.front.http.paths import Paths, Route
+from llamaclust.cluster.front.http.security import KeyGate, Security, page_origins
+from llamaclust.cluster.front.ignored import HEADER as IGNORED_HEADER
+from llamaclust.cluster.front.ignored import IgnoredFields
+from llamaclust.cluster.front.models.adapter_loading import adapter_routes
+from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.front.operations.endpoints import Operations, Workers, disabled, no_proxy
+from llamaclust.cluster.front.page.endpoint import PageRoute
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.reply import MakeReply
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.service import TextService
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.pool.drain import WorkerOperations
+
+_EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
+"""Headers of replies that scripts of web pages may read beside those that they always may."""
+
+
+def create_app(
+    models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
+) -> Starlette:
+    """The app of one model or several, all with the same settings of the server. `admission` lets its owner drain the
+    app; `workers`: of a model without any, there are no endpoints. The owner of the models closes their replies."""
+    router, store = ModelRouter(models), ResponseStore()
+    app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
+    add_error_handlers(app)
+    return app
+
+
+def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
+    """The middlewares, the outermost first. CORS is outside all that refuses requests of allowed pages: they may read
+    why."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origin_regex=page_origins(settings).pattern,
+        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
+    return [
+        Middleware(Paths, prefix=settings.prefix),
+        Middleware(EarlyReplies),
+        Middleware(Security, settings=settings),
+        *([cors] if settings.allowed_origins else []),
+        Middleware(KeyGate, settings=settings),
+        Middleware(AdmissionGate, admission=admission or Admission(settings)),
+        Middleware(IgnoredFields),
+    ]
+
+
+def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations | None) -> Iterator[BaseRoute]:
+    settings = router.settings
+    document = Document(is_strict=settings.is_strict)
+    yield PathRoute("/openapi.json", document.show)
+    yield PageRoute()
+    yield from map(router.route, zip(*(_model_routes(model, store) for model in router.models), strict=True))
+    yield from ModelEndpoints(router).routes()
+    yield from OllamaModels(router).routes()
+    yield from Operations(router).routes()
+    if workers is not None:
+        yield from Workers(workers).routes()
+    yield Route("GET", "/docs", disabled if "docs" in settings.disabled else document.show_page)
+    yield Route("GET", "/cors-proxy", no_proxy)
+
+
+def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
+    """The endpoints of one model, in an order that is the same for all."""
+    service, replies, settings = model.service, model.replies, model.settings
+    counting = ChatEndpoint(service, settings, ModelNames(model.name, settings, any_by_default=True))
+    for prefix in ("/v1", ""):
+        yield Route("POST", f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
+    yield Route("POST", "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
+    for path, make, body in _generating(service, settings):
+        yield Route("POST", path, replies.endpoint(path, make), body, computes=True)
+    yield from _response_routes(service, replies, store)
+    yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
+    yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)
+    yield Route("GET", "/v1/stream", replies.replay, names_reply=True)
+    for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}", "/v1/stream"):
+        yield Route("DELETE", path, replies.stop, names_reply=True)
+    yield from embedding_routes(service, settings)
+    yield from RerankEndpoint(service, settings).routes()
+    yield from llamacpp_routes(service, replies)
+    yield from ollama_routes(service, replies)
+    yield from adapter_routes(model.adapter_control, model.name, settings)
+
+
+def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
+    """Paths, makers and bodies. Clients of llama.cpp leave `/v1` away, and name any model."""
+    served = service.settings.model_name
+    for prefix, models in (
+        ("/v1", ModelNames(served, settings)),
+        ("", ModelNames(served, settings, any_by_default=True)),
+    ):
+        yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
+        completions: MakeReply = CompletionEndpoint(service, settings, models).create
+        if not prefix:
+            completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
+        yield f"{prefix}/completions", completions, CompletionBody
+    yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
+
+
+def _response_routes(service: TextService, replies: Replies, store: ResponseStore) -> Iterator[Route]:
+    """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
+    settings = replies.settings
+    stored = StoredResponses(replies, store)
+    for prefix in ("/v1", ""):
+        path = f"{prefix}/responses"
+        models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
+        endpoint = ResponsesEndpoint(service, settings, models, store)
+        compact = replies.endpoint(f"{path}/compact", endpoint.compact)
+        yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True)
+        yield Route("POST", f"{path}/compact", compact, CompactionBody, computes=True)
+        yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
+        yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True)
+        yield Route("POST", f"{path}/{{id}}/cancel", stored.cancel, names_reply=True)
+        yield Route("GET", f"{path}/{{id}}", stored.retrieve, names_reply=True)
+        yield Route("DELETE", f"{path}/{{id}}", stored.delete, names_reply=True)

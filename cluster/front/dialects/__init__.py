@@ -1,0 +1,1 @@
+"""The APIs that clients speak: each reads requests into one form, and shows answers in its own."""

@@ -1,0 +1,200 @@
+"""Answers as Anthropic's messages: blocks of content, whole or as the events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from llamaclust.cluster.front.fields.function_tools import call_id_of
+from llamaclust.cluster.front.http.sse import named_event
+from llamaclust.cluster.front.replies.reply import Event, View
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
+from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.model.chat.tools.argument_values import arguments_object
+from llamaclust.model.chat.tools.events import (
+    AnswerEvent,
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ReasoningText,
+)
+
+Block = dict[str, Any]
+
+_STARTS: Final[dict[str, Block]] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+_DELTAS: Final = {"text": "text_delta", "thinking": "thinking_delta"}
+
+
+class MessageView(View):
+    """One answer."""
+
+    def __init__(self, model: str, reply_id: str, log: AnswerLog) -> None:
+        self._model = model
+        self._reply_id = reply_id
+        self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
+        self._is_begun = False
+        self._blocks = _StreamedBlocks(reply_id)
+        self._tokens = 0
+
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        """See `View`."""
+        ((answer,),) = parts
+        blocks = _whole_blocks(answer.events or (ContentText(answer.text),), self._reply_id)
+        return self._message(
+            blocks or [dict(_STARTS["text"])],
+            self._usage(answer.timings, len(answer.rows)),
+            _stop(answer, has_calls=any(block["type"] == "tool_use" for block in blocks)),
+        )
+
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        """See `View`."""
+        return [Event(0, data) for data in self._events(item)] if isinstance(item, TextChunk) else []
+
+    def _events(self, chunk: TextChunk) -> Iterator[bytes]:
+        if not self._is_begun:
+            self._is_begun = True
+            message = self._message([], self._usage(chunk.timings, 0), _UNSTOPPED)
+            yield named_event("message_start", {"type": "message_start", "message": message})
+            yield named_event("ping", {"type": "ping"})
+        self._tokens += len(chunk.rows)
+        for event in chunk.events or (ContentText(chunk.text),):
+            yield from self._blocks.take(event)
+        if chunk.finish_reason is None:
+            return
+        yield from self._blocks.end()
+        usage = self._usage(chunk.timings, self._tokens)
+        delta = _stop(chunk, has_calls=self._blocks.has_calls)
+        yield named_event("message_delta", {"type": "message_delta", "delta": delta, "usage": usage})
+        yield named_event("message_stop", {"type": "message_stop"})
+
+    def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
+        """Anthropic counts the tokens of the prompt that the cache held apart from the others."""
+        cached = 0 if timings is None else timings.cached_tokens
+        return {
+            "input_tokens": self._prompt_tokens - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": tokens,
+        }
+
+    def _message(self, blocks: list[Block], usage: dict[str, int], stop: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self._reply_id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": blocks,
+            **stop,
+            "usage": usage,
+        }
+
+
+class _StreamedBlocks:
+    """The events of an answer's blocks. One block is open at a time."""
+
+    def __init__(self, reply_id: str) -> None:
+        self.has_calls = False
+        self._reply_id = reply_id
+        self._index = -1  # of the newest block
+        self._open: str | None = None  # its type
+
+    def take(self, event: AnswerEvent) -> Iterator[bytes]:
+        match event:
+            case ReasoningText(text) if text:
+                yield from self._piece("thinking", text)
+            case ContentText(text) if text:
+                yield from self._piece("text", text)
+            case CallBegun():
+                self.has_calls = True
+                yield from self._begin("tool_use", _call(event, self._reply_id))
+            case ArgumentText(_, text) if text:
+                yield self._delta({"type": "input_json_delta", "partial_json": text})
+            case CallEnded():
+                yield from self._close()
+
+    def end(self) -> Iterator[bytes]:
+        """Closes the last block. An empty answer has an empty one, as readers expect one."""
+        if self._index < 0:
+            yield from self._begin("text", _STARTS["text"])
+        yield from self._close()
+
+    def _piece(self, kind: str, text: str) -> Iterator[bytes]:
+        if self._open != kind:
+            yield from self._begin(kind, _STARTS[kind])
+        yield self._delta({"type": _DELTAS[kind], kind: text})
+
+    def _begin(self, kind: str, block: Block) -> Iterator[bytes]:
+        yield from self._close()
+        self._index += 1
+        self._open = kind
+        yield self._event("content_block_start", content_block=block)
+
+    def _close(self) -> Iterator[bytes]:
+        """Thinking ends with its signature, which is empty: nothing checks it here."""
+        if self._open == "thinking":
+            yield self._delta({"type": "signature_delta", "signature": ""})
+        if self._open is not None:
+            yield self._event("content_block_stop")
+        self._open = None
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return self._event("content_block_delta", delta=delta)
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        return named_event(name, {"type": name, "index": self._index, **fields})
+
+
+def _whole_blocks(events: tuple[AnswerEvent, ...], reply_id: str) -> list[Block]:
+    """The blocks that a stream's reader would put together."""
+    blocks: list[Block] = []
+    arguments: dict[int, str] = {}
+    places: dict[int, Block] = {}
+    for event in events:
+        match event:
+            case ReasoningText(text) if text:
+                _append(blocks, "thinking", text)
+            case ContentText(text) if text:
+                _append(blocks, "text", text)
+            case CallBegun(index):
+                places[index] = _call(event, reply_id)
+                blocks.append(places[index])
+            case ArgumentText(index, text):
+                arguments[index] = arguments.get(index, "") + text
+    for index, block in places.items():
+        block["input"] = _input(arguments.get(index, ""))
+    return blocks
+
+
+def _append(blocks: list[Block], kind: str, text: str) -> None:
+    if not blocks or blocks[-1]["type"] != kind:
+        blocks.append(dict(_STARTS[kind]))
+    blocks[-1][kind] += text
+
+
+def _call(event: CallBegun, reply_id: str) -> Block:
+    call_id = event.call_id or call_id_of(reply_id, event.index, "toolu_")
+    return {"type": "tool_use", "id": call_id, "name": event.name, "input": {}}
+
+
+def _input(text: str) -> dict[str, Any]:
+    """The arguments of a call. Those of an answer that was cut are not JSON; Anthropic's convention for them."""
+    arguments = arguments_object(text or "{}")
+    return {"INVALID_JSON": text} if arguments is None else arguments
+
+
+_UNSTOPPED: Final[dict[str, Any]] = {"stop_reason": None, "stop_sequence": None}
+
+
+def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
+    if part.finish_reason is FinishReason.LENGTH:
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if has_calls:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
+    if isinstance(part.stopped_by, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
+    return {"stop_reason": "end_turn", "stop_sequence": None}

@@ -1,0 +1,272 @@
+"""Items of the Responses API as messages of a chat."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from llamaclust.cluster.front.dialects.openai.responses.tools import BUILT_IN
+from llamaclust.cluster.front.fields.foreign_parts import (
+    is_media,
+    item_text,
+    leave_out,
+    media_text,
+    readable,
+    tool_text,
+)
+from llamaclust.cluster.front.fields.function_tools import arguments_of_text, flat_name
+
+Item = dict[str, Any]
+
+MAX_ITEMS: Final = 16_384
+REFERENCE: Final = "item_reference"
+"""The type of an item that stands for one of a stored response, by its id."""
+_ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_SUMMARY_FORMAT: Final = "llamaclust summary 1:"
+_SUMMARY: Final = "Summary of the conversation so far:"
+_UNREADABLE_SUMMARY: Final = "(The conversation before was summarized by another server and cannot be read.)"
+_CALL: Final = "_call"
+_OUTPUT: Final = "_output"
+_TEXT_PARTS: Final = ("input_text", "output_text", "text")
+_REASONING_PARTS: Final = ("summary_text", "reasoning_text", "text")
+
+
+def read_items(value: Any, context: object) -> list[Item]:
+    """The input of a request, in full form. ValueError for one that is wrong. Texts stand in place of parts that are
+    not supported; unless `context` is a `Leniency`, these are a ValueError too."""
+    if isinstance(value, str):
+        return [_message({"role": "user", "content": value}, context)]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of items")
+    if len(value) > MAX_ITEMS:
+        raise ValueError(f"{len(value)} items, at most {MAX_ITEMS} are taken")
+    items = []
+    for place, item in enumerate(value):
+        try:
+            items += _items(item, context)
+        except ValueError as error:
+            raise ValueError(f"[{place}]: {error}") from error
+    return items
+
+
+def has_references(items: Iterable[Item]) -> bool:
+    """Whether some stand for items of stored responses."""
+    return any(item["type"] == REFERENCE for item in items)
+
+
+def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
+    """As a client lists them: those without an id get one."""
+    return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
+
+
+def summary_item(item_id: str, summary: str) -> Item:
+    """Stands for all messages before it. Its client may read it: it is base64, in the field's name of the API."""
+    content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
+    return {"type": "compaction", "id": item_id, "encrypted_content": content}
+
+
+def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Successive items of an assistant (reasoning, text, calls) are one message."""
+    messages: list[dict[str, Any]] = []
+    answer: _Answer | None = None
+    for item in items:
+        if not _is_answer(item):
+            messages += [] if answer is None else [answer.message()]
+            answer = None
+            messages.append(_other_message(item))
+        else:
+            answer = answer or _Answer()
+            answer.add(item)
+    return messages if answer is None else [*messages, answer.message()]
+
+
+class _Answer:
+    """An assistant's message, put together from its items."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+
+    def add(self, item: Item) -> None:
+        match item["type"]:
+            case "message":
+                self._texts.append(text_of(item))
+            case "reasoning":
+                parts = item.get("content") or item.get("summary") or ()
+                self._thoughts += [part["text"] for part in parts]
+            case _:
+                self._add_call(item)
+
+    def _add_call(self, item: Item) -> None:
+        """A call without an id is one that another server made and answered."""
+        if not isinstance(item.get("call_id"), str):
+            self._texts.append(tool_text(item["type"], item))
+            return
+        self._calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
+
+    def message(self) -> dict[str, Any]:
+        more = {"reasoning_content": "\n".join(self._thoughts), "tool_calls": self._calls}
+        given = {name: value for name, value in more.items() if value}
+        return {"role": "assistant", "content": "\n".join(self._texts), **given}
+
+
+def text_of(item: Item) -> str:
+    """The text of a message or a result."""
+    content = item["content"] if item["type"] == "message" else item["output"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _is_answer(item: Item) -> bool:
+    is_message = item["type"] == "message" and item["role"] == "assistant"
+    return is_message or item["type"] == "reasoning" or str(item["type"]).endswith(_CALL)
+
+
+def _function(item: Item) -> dict[str, str]:
+    """A call as the model made it, or would have."""
+    match item["type"]:
+        case "function_call":
+            return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": item["arguments"]}
+        case "custom_tool_call":
+            arguments = arguments_of_text(item["input"])
+            return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": arguments}
+    name = str(item["type"]).removesuffix(_CALL)
+    built_in = BUILT_IN.get(name)
+    given = item if built_in is None else {**item[built_in.field]}
+    if built_in is not None:
+        given = {key: given[key] for key in built_in.properties if given.get(key) is not None}
+        return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
+    return {"name": name, "arguments": item_text(given)}
+
+
+def _other_message(item: Item) -> dict[str, Any]:
+    if str(item["type"]).endswith(_OUTPUT):
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item)}
+    if item["type"] == "compaction":
+        return {"role": "system", "content": f"{_SUMMARY}\n{_summary(item)}"}
+    return {"role": _ROLES[item["role"]], "content": text_of(item)}
+
+
+def _items(value: Any, context: object) -> list[Item]:
+    """Reads one item of the input; the list is empty if its type says nothing to a model."""
+    if not isinstance(value, dict):
+        raise ValueError("an item must be an object")
+    kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)
+    match kind:
+        case "message":
+            return [_message(value, context)]
+        case "item_reference":
+            return [{"type": kind, "id": _text(value, "id")}]
+        case "reasoning":
+            summary = _parts(value.get("summary") or [], _REASONING_PARTS, context)
+            content = _parts(value.get("content") or [], _REASONING_PARTS, context)
+            return [{"type": kind, **_id(value), "summary": summary, "content": content}]
+        case "compaction":
+            return [_compaction(value, context)]
+        case str() if kind.endswith(_CALL):
+            return [_call(kind, value, context)]
+        case str() if kind.endswith(_OUTPUT):
+            call_id = _text(value, "call_id" if "call_id" in value else "id")
+            return [{"type": kind, **_id(value), "call_id": call_id, "output": _output(kind, value, context)}]
+    if not isinstance(kind, str) or "role" in value or "content" in value:
+        raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
+    leave_out("input", kind, context)
+    return []
+
+
+def _call(kind: str, value: dict[str, Any], context: object) -> Item:
+    """Calls of the client's tools by their fields, others as they are: they belong to tools of other servers."""
+    if kind in ("function_call", "custom_tool_call"):
+        names = ("call_id", "name", "arguments" if kind == "function_call" else "input")
+        space = {"namespace": _text(value, "namespace")} if value.get("namespace") is not None else {}
+        fields = {name: _text(value, name) for name in names}
+        return {"type": kind, **_id(value), **fields, **space, "status": "completed"}
+    built_in = BUILT_IN.get(kind.removesuffix(_CALL))
+    if built_in is not None and not isinstance(value.get(built_in.field), dict):
+        raise ValueError(f"{built_in.field}: must be an object")
+    if built_in is None and context is None:
+        leave_out("input", kind, context)
+    return {**value, "type": kind}
+
+
+def _output(kind: str, value: dict[str, Any], context: object) -> str | list[Item]:
+    """The result of a call: text, or parts of which those that are no text are replaced."""
+    is_text = kind in ("function_call_output", "custom_tool_call_output")
+    output = value.get("output") or ("" if is_text else None)
+    if isinstance(output, str):
+        return output
+    if is_text or (isinstance(output, list) and all(_is_part(part) for part in output)):
+        return _parts(output, _TEXT_PARTS, context)
+    inner = output.get("type") if isinstance(output, dict) else None
+    if isinstance(inner, str) and is_media(inner):
+        return media_text(inner, context)
+    rest = {name: item for name, item in value.items() if name != "output"}
+    return item_text(rest) if output is None else readable(output)
+
+
+def _is_part(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and (kind in _TEXT_PARTS or is_media(kind))
+
+
+def _compaction(value: dict[str, Any], context: object) -> Item:
+    """A summary of another server is none that could be read: a text in its place."""
+    item = {"type": "compaction", **_id(value), "encrypted_content": _text(value, "encrypted_content")}
+    try:
+        _summary(item)
+    except ValueError:
+        if context is None or _SUMMARY_FORMAT in item["encrypted_content"]:
+            raise
+        leave_out("input", "compaction", context)
+        return _message({**_id(value), "role": "system", "content": _UNREADABLE_SUMMARY}, context)
+    return item
+
+
+def _summary(item: Item) -> str:
+    """ValueError where another server made it, and for an empty one."""
+    kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
+    try:
+        summary = b64decode(encoded, validate=True).decode()
+    except ValueError:  # of base64 or UTF-8
+        summary = ""
+    if kind or not summary_format or not summary:
+        raise ValueError("encrypted_content: was not made by this server's /v1/responses/compact")
+    return summary
+
+
+def _message(value: dict[str, Any], context: object) -> Item:
+    role, content = value.get("role"), value.get("content")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"role: must be one of {', '.join(_ROLES)}")
+    kind = "output_text" if role == "assistant" else "input_text"
+    parts = [{"type": kind, "text": content}] if isinstance(content, str) else _parts(content, _TEXT_PARTS, context)
+    return {"type": "message", **_id(value), "role": role, "status": "completed", "content": parts}
+
+
+def _parts(value: Any, kinds: Sequence[str], context: object) -> list[Item]:
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of parts")
+    return [_part(part, kinds, context) for part in value]
+
+
+def _part(part: Any, kinds: Sequence[str], context: object) -> Item:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "refusal":
+        return {"type": "output_text", "text": _text(part, "refusal")}
+    if isinstance(kind, str) and is_media(kind):
+        return {"type": "input_text", "text": media_text(kind, context)}
+    if kind not in kinds:
+        raise ValueError(f"parts of type {str(kind)[:60]!r} are not supported")
+    return {"type": kind, "text": _text(part, "text")}
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    if not isinstance(value.get(name), str):
+        raise ValueError(f"{name}: must be a string")
+    return str(value[name])
+
+
+def _id(value: dict[str, Any]) -> dict[str, str]:
+    return {"id": value["id"]} if isinstance(value.get("id"), str) else {}

@@ -1,0 +1,273 @@
+"""Bodies of OpenAI's endpoints, with vLLM's and llama.cpp's names for what goes beyond them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
+
+from llamaclust.cluster.front.dialects.openai.content import ContentField
+from llamaclust.cluster.front.dialects.openai.tools import CallField, ToolFields
+from llamaclust.cluster.front.fields.adapters import AdapterFields
+from llamaclust.cluster.front.fields.sampling import SamplerFields, documented, sampled
+from llamaclust.cluster.front.fields.slots import SlotFields
+from llamaclust.cluster.front.fields.speculative import SpeculativeFields
+from llamaclust.cluster.front.foreign_fields import MESSAGE
+from llamaclust.cluster.front.schema import (
+    BiasField,
+    Body,
+    LimitField,
+    Prompt,
+    PromptsField,
+    SeedField,
+    StopField,
+    read_part,
+)
+from llamaclust.cluster.front.structured_output import GrammarFields
+from llamaclust.cluster.front.text.chat import ChatRequest, PromptEnd, effort_variables, prompt_end
+from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
+from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
+from llamaclust.core.sampling_bounds import Dialect
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+    """A last chunk with the tokens counted."""
+    include_obfuscation: bool = False
+    """No-op: chunks are never padded."""
+    continuous_usage_stats: bool = False
+    """Each chunk carries the tokens counted so far; only with `include_usage`."""
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is another name of `system`."""
+    content: ContentField = ""
+    """Text, or parts of type `text`; a short text stands in place of a picture, sound or a file."""
+    name: str | None = None
+    """Passed to the chat template."""
+    reasoning_content: str | None = None
+    """What a model thought before its answer, sent back; passed to the chat template."""
+
+    tool_calls: list[CallField] | None = None
+    """An assistant's calls, sent back."""
+    tool_call_id: str | None = None
+    """The call that a message of role `tool` answers."""
+
+    def as_variables(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        more = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": self.tool_calls or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": role, "content": self.content, **given}
+
+
+def _message(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("a message must be an object with 'role' and 'content'")
+    message = read_part(Message, value, MESSAGE, info.context)
+    if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
+        raise ValueError("content: is missing")
+    if message.tool_calls and message.role != "assistant":
+        raise ValueError(f"tool_calls: a message of role {message.role!r} has none")
+    return message
+
+
+MessagesField = Annotated[
+    list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=16_384)
+]
+
+
+class ChatFields(ToolFields):
+    """What a chat's prompt is made of."""
+
+    messages: MessagesField
+    """The chat so far."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the chat template."""
+    documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
+    """Texts for the chat template, each an object, such as `{"title": ..., "text": ...}`."""
+    reasoning_effort: str | None = None
+    """Passed to the chat template; none sets its `enable_thinking` to false."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt ends with the beginning of an answer; by default true unless the last message is continued."""
+    continue_final_message: bool | None = None
+    """Whether the answer continues the last message; by default an assistant's message is continued."""
+
+    @property
+    def variables(self) -> tuple[dict[str, Any], ...]:
+        """The messages as chat templates know them."""
+        return tuple(message.as_variables() for message in self.messages)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        documents = {"documents": self.documents} if self.documents else {}
+        return effort_variables(self.reasoning_effort) | documents | self.chat_template_kwargs
+
+    @property
+    def prompt_end(self) -> PromptEnd:
+        roles = [message.role for message in self.messages]
+        return prompt_end(roles, self.continue_final_message, self.add_generation_prompt)
+
+
+@sampled(Dialect.OPENAI)
+class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
+    model: str | None = None
+    """The served model's name, or that of an adapter; another name is refused."""
+    logit_bias: BiasField = ()
+    """Added to the logits of these token ids."""
+    seed: SeedField = None
+    """The same seed gives the same answer; drawn and returned where it is absent or -1."""
+    stop: StopField = ()
+    """The answer ends before the first of these."""
+    stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
+    """More tokens that end an answer."""
+    min_tokens: int = 0
+    """Nothing ends the answer before."""
+    ignore_eos: bool = False
+    """The model may not end its answer."""
+    n: int = 1
+    """Answers to each prompt."""
+    timings_per_token: bool = False
+    """llama.cpp's `timings` in each event of a stream and in the reply."""
+    return_progress: bool = False
+    """A stream begins with events that say how far the prompt is computed, as llama.cpp's."""
+    verbose: bool = False
+    """The reply, or a stream's last event of a choice, has the prompt's text as `__verbose.prompt`, as llama.cpp's."""
+    stream: bool = False
+    """Server-sent events."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """Only requests with the same share their prompts' beginnings in the prefix cache."""
+    return_token_ids: bool = False
+    """Adds `token_ids` and `prompt_token_ids` to each choice."""
+
+    @property
+    def streaming(self) -> StreamOptions | None:
+        """None: the reply is whole."""
+        return (self.stream_options or StreamOptions()) if self.stream else None
+
+    def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
+        """The completion of one prompt. `more` are further fields of CompletionRequest."""
+        return CompletionRequest(
+            prompt,
+            max_new_tokens,
+            self.params(self.logit_bias),
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            n=self.n,
+            penalty_window=self.penalty_window,
+            penalize_nl=self.penalize_nl,
+            dry_window=self.dry_window,
+            dry_breakers=self.dry_sequence_breakers,
+            cache_salt=self.cache_salt,
+            grammar=self.answer_grammar(),
+            slot=self.slot,
+            max_drafted=self.speculative,
+            **more,
+        )
+
+    def check(self) -> None:
+        """ParameterError for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", "only makes sense with stream: true")
+
+
+class ChatBody(_Sampling, ChatFields):
+    """`POST /v1/chat/completions`."""
+
+    max_tokens: LimitField = None
+    """Tokens of an answer, at most; by default and for -1 what the context leaves."""
+    max_completion_tokens: LimitField = None
+    """The newer name of max_tokens."""
+    logprobs: bool = False
+    """Logprobs of the chosen tokens."""
+    top_logprobs: int | None = None
+    """Also those of that many of the likeliest tokens; needs `logprobs`."""
+
+    def check(self) -> None:
+        super().check()
+        self.choice.check()
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            reason = f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
+            raise ParameterError("max_completion_tokens", reason)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
+
+    def request(self) -> ChatRequest:
+        """The chat of the body."""
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return ChatRequest(
+            self.variables,
+            self._request((), most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs),
+            self.choice.offered,
+            self.template_variables,
+            self.prompt_end,
+            self.choice.use,
+            self.reasoning_format != "none",
+            self.reasoning_budget != 0,
+            self.answer_budget,
+        )
+
+
+class CompletionBody(_Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: PromptsField
+    """Text, token ids, or a list of either."""
+    max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
+    """Tokens of an answer, at most; -1: what the context leaves; 0: `echo` and `logprobs` give the prompt's alone."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Logprobs of the chosen tokens and of that many of the likeliest."""
+    echo: bool = False
+    """The prompt stands before the answer, its logprobs too where they are asked for."""
+    score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
+    """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
+    best_of: int | None = None
+    """Only n is supported."""
+    add_special_tokens: bool = True
+    """BOS where the model wants it."""
+    parse_special: bool = True
+    """Control words in a prompt's text become their tokens."""
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of not in (None, self.n):
+            raise ParameterError("best_of", f"is {shown(self.best_of)}, but only n, {shown(self.n)}, is supported")
+        if self.score_from is not None and (not self.echo or self.logprobs is None):
+            raise ParameterError("score_from", "only makes sense with echo and logprobs")
+        answers = len(self.prompt) * self.n
+        if answers > MAX_CHOICES:
+            prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""
+            raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
+
+    def requests(self) -> list[CompletionRequest]:
+        """A completion for each prompt."""
+        more = {
+            "top_logprobs": self.logprobs or 0,
+            "with_logprobs": self.logprobs is not None,
+            "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,
+            "add_special": self.add_special_tokens,
+            "parse_special": self.parse_special,
+        }
+        first = self._request(self.prompt[0], self.max_tokens, **more)
+        return [first, *(replace(first, prompt=prompt) for prompt in self.prompt[1:])]

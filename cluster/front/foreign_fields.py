@@ -1,0 +1,219 @@
+"""Fields of other servers that are not built here, for each family of endpoints, and the values at which they ask for
+nothing. `refused` ones would change the answer; hints may be left undone."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from llamaclust.cluster.front.schema import ForeignFields, Neutral
+
+
+def only(*values: Any) -> Neutral:
+    """Neutral at these values, or where nothing is in it."""
+    known = [(type(value), value) for value in values]
+    return lambda value: value in ([], {}, "") or (type(value), value) in known
+
+
+def anything(value: Any) -> bool:
+    """A field that never changes the answer."""
+    return True
+
+
+def negative(value: Any) -> bool:
+    """A field that asks for something from 0 on."""
+    return type(value) is int and value < 0
+
+
+def number(neutral: float) -> Neutral:
+    """Neutral at one number, written as 1 or 1.0."""
+    return lambda value: type(value) in (int, float) and value == neutral
+
+
+def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
+    return dict.fromkeys(names.split(), neutral)
+
+
+_NO_OPS: Final = _names(
+    "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
+    "cache_prompt n_keep n_discard",
+    anything,
+)
+"""`metadata` is for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts;
+this one ends."""
+
+_HINTS: Final = {
+    **_NO_OPS,
+    **_names("store early_stopping backend_sampling cache_reuse", only(False)),
+    "priority": number(0),
+}
+"""Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""
+
+_SLOTS: Final = _names("id_slot slot_id", anything)
+_NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
+"""Where nothing is generated."""
+
+_CONSTRAINTS: Final = _names(
+    "grammar_triggers bad_words allowed_token_ids logits_processors structural_tag guided_whitespace_pattern", only()
+) | {"grammar_lazy": only(False)}
+
+_REFUSED: Final = {
+    **_CONSTRAINTS,
+    **_names("top_a smoothing_factor", number(0)),
+    **_names("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", only(False)),
+    **_names("skip_special_tokens spaces_between_special_tokens", only(True)),
+    **_names("truncate_prompt_tokens prompt_logprobs", only()),
+    **_names("t_max_predict_ms t_max_prompt_ms", only(-1, 0)),
+    "length_penalty": number(1),
+    "n_indent": number(0),
+    "min_keep": only(0, 1),
+}
+"""Samplers, constraints and forms of the answer that no endpoint has."""
+
+_OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
+"""Of fields of all endpoints."""
+
+_SLOT_NAME: Final = {"slot_id": "id_slot"}
+
+_BUDGETS: Final = dict.fromkeys(
+    ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
+    "reasoning_budget",
+)
+"""Its names in llama.cpp, DashScope and vLLM."""
+
+_OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
+
+SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
+"""Without a folder for slots."""
+
+ALWAYS_LOADED: Final = _names("keep_alive", negative)
+"""A model that is served alone."""
+
+CHAT: Final = ForeignFields(
+    refused={
+        **_REFUSED,
+        **_names("functions audio web_search_options chat_template", only()),
+        **_names("function_call", only("none", "auto")),
+        **_names("echo add_special_tokens", only(False)),
+        "modalities": only(["text"]),
+        "best_of": number(1),
+        "n_cmpl": number(1),
+    },
+    hints={
+        **_HINTS,
+        **_names("verbosity", only("medium")),
+        **_names("prediction", only()),
+    },
+    other_names={**_OPENAI_NAMES, **_SLOT_NAME, **_BUDGETS},
+)
+
+MESSAGE: Final = ForeignFields(
+    refused=_names("audio function_call", only()),
+    hints=_names("id refusal annotations cache_control", anything),
+)
+"""An answer of this API, or of another, may be sent back as a message."""
+
+COMPLETION: Final = ForeignFields(
+    refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
+    hints=_HINTS,
+    other_names={**_OPENAI_NAMES, **_SLOT_NAME, "n_probs": "logprobs"},
+)
+
+LLAMACPP: Final = ForeignFields(
+    refused={
+        **_REFUSED,
+        **_names("response_fields image_data multimodal_data", only()),
+        **_names("post_sampling_probs", only(False)),
+        "n_cmpl": number(1),
+    },
+    hints=_HINTS,
+    other_names={**_OTHER_NAMES, **_SLOT_NAME, "max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"},
+)
+
+EMBEDDING: Final = ForeignFields(
+    refused=_names("truncate_prompt_tokens lora", only()),
+    hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED},
+)
+
+RERANK: Final = ForeignFields(
+    refused=_names("truncate_prompt_tokens max_tokens_per_doc rank_fields lora", only())
+    | _names("truncate", only(False)),
+    hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
+)
+"""Scores are the model's own, as llama.cpp has them."""
+
+TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
+"""Nothing is computed."""
+
+_CHAT_ONLY: Final = {
+    **_REFUSED,
+    **_names("response_format json_schema grammar structured_outputs logit_bias", only()),
+    **_names("guided_json guided_regex guided_choice guided_grammar regex ebnf", only()),
+    "guided_json_object": only(False),
+    "n": number(1),
+}
+"""What other chats have."""
+
+RESPONSES: Final = ForeignFields(
+    refused={
+        **_CHAT_ONLY,
+        **_names("conversation prompt", only()),
+    },
+    hints={
+        **_names(
+            "user service_tier safety_identifier prompt_cache_key prompt_cache_retention client_metadata", anything
+        ),
+        **_names("max_tool_calls context_management", only(False)),
+        "truncation": only("disabled"),
+    },
+    other_names={
+        **_OTHER_NAMES,
+        **_BUDGETS,
+        "repeat_penalty": "repetition_penalty",
+        "n_predict": "max_output_tokens",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+    },
+)
+
+MESSAGES: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("mcp_servers container fallback_model", only())},
+    hints=_names(
+        "metadata service_tier cache_control context_management inference_geo speed betas user_profile_id", anything
+    ),
+    other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
+)
+"""Of Anthropic's API: what it says about costs, caches and places; `context_management` would only shorten chats."""
+
+THINKING: Final = ForeignFields(hints={"display": only("summarized")})
+
+ANTHROPIC_TOOL: Final = ForeignFields(
+    hints=_names("cache_control strict defer_loading allowed_callers input_examples eager_input_streaming", anything)
+)
+
+OLLAMA_OPTIONS: Final = ForeignFields(
+    refused={**_CHAT_ONLY, "lora": only(), **_names("rope_frequency_base rope_frequency_scale", number(0))},
+    hints={
+        **_names("num_keep num_batch num_gpu main_gpu num_thread low_vram vocab_only numa num_gqa", anything),
+        **_names("use_mmap use_mlock f16_kv logits_all", anything),
+        "num_ctx": only(),
+    },
+    other_names={"penalize_newline": "penalize_nl", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
+    | _OTHER_NAMES
+    | _BUDGETS,
+)
+"""The cluster file decides where and how the model is computed. A smaller context would truncate prompts."""
+
+OLLAMA: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
+    hints=_names("truncate shift", anything),
+    parts={"options": OLLAMA_OPTIONS},
+)
+"""A prompt is never truncated, and a context never shifted."""
+
+OLLAMA_MESSAGE: Final = ForeignFields(
+    refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}
+)
+
+OF_ADAPTERS: Final = ForeignFields(
+    refused=_names("load_inplace is_3d_lora_weight", only(False)), hints=_names("lora_int_id", anything)
+)

@@ -1,0 +1,1 @@
+"""The HTTP server below all endpoints: connections, TLS, keys, admission, events, errors as replies."""

@@ -1,0 +1,250 @@
+"""`GET /openapi.json` and `GET /docs`: the API's description, made from its routes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from html import escape
+from typing import Any, Final
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute
+
+from llamaclust.cluster.front.http.paths import Route, template
+from llamaclust.cluster.front.http.security import OPEN_PATHS
+from llamaclust.core.version import VERSION
+
+_JSON: Final = "application/json"
+_EVENTS: Final = "text/event-stream"
+_LINES: Final = "application/x-ndjson"
+_TYPES: Final = {
+    "/": ("text/plain",),
+    "/metrics": ("text/plain",),
+    "/docs": ("text/html",),
+    "/v1/stream/{id}": (_EVENTS,),
+    "/v1/stream": (_EVENTS,),
+}
+"""Of replies that are not JSON, by path."""
+_STREAMED: Final = (_JSON, _EVENTS)
+_RESPONSE: Final = "/responses/{id}"
+_OLLAMA: Final = "/api/"
+_UNSUPPORTED: Final = {"501": "what this server does not support"}
+_REFUSALS: Final = {
+    "400": "a field that is wrong or not supported; a prompt that is too long",
+    "401": "no API key, or an unknown one",
+    "403": "a Host header, an origin or an operation that is not allowed",
+    "404": "an unknown path, model or reply",
+    "405": "a method that the path has not",
+    "408": "a body that came too slowly",
+    "409": "a stream that was computed again; another download",
+    "413": "a body that is too large",
+    "415": "a compressed body",
+    "422": "an idempotency key with another body; a request that fails again and again",
+    "429": "a full queue; Retry-After says when to try again",
+    "500": "an error of the server",
+    "502": "a download that failed",
+    "503": "a cluster that starts, stops, or lacks a worker",
+    "504": "a deadline that has passed",
+}
+_SLOT: Final = "/slots/{slot}"
+_FROM: Final = ("from", "integer", "the number of bytes that the client has")
+_QUERIES: Final = {
+    "/v1/streams/{id}": [
+        ("after", "string", "the id of the last event that the client has, or its part after the colon")
+    ],
+    "/v1/stream/{id}": [_FROM],
+    _SLOT: [("action", "string", "save, restore or erase")],
+    "/v1/stream": [("conv_id", "string", "the conversation's name"), _FROM],
+    _RESPONSE: [
+        ("stream", "boolean", "the events of a response that is streamed in the background"),
+        ("starting_after", "integer", "the number of the last event that the client has"),
+    ],
+    f"{_RESPONSE}/input_items": [
+        ("limit", "integer", "items at most, up to 100"),
+        ("order", "string", "asc: the oldest first"),
+        ("after", "string", "the id of the item before the first one"),
+    ],
+}
+"""By path, without `/v1` where there are both."""
+_OTHERS: Final = "additionalProperties"
+_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+                "n_prompt_tokens": {"type": "integer"},
+                "n_ctx": {"type": "integer"},
+            },
+        }
+    },
+}
+_OLLAMA_ERROR: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_EVENT: Final = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
+}
+"""Of a stream; before OpenAPI 3.2, the schema of its media type describes each event."""
+_SCHEMAS: Final[dict[str, Any]] = {_JSON: {}, _EVENTS: _EVENT}
+_STYLE: Final = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
+    "code{font-size:.9em}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
+    "padding:.2rem .6rem;border-top:1px solid #8886}summary{cursor:pointer;padding:.4rem 0}"
+)
+_HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+
+
+class Document:
+    """Describes the routes of the app that serves it."""
+
+    def __init__(self, *, is_strict: bool) -> None:
+        self._is_strict = is_strict
+
+    async def show(self, request: Request) -> Response:
+        return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
+
+    async def show_page(self, request: Request) -> Response:
+        """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
+        return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
+
+
+@cache
+def _request_body(body: type[BaseModel]) -> dict[str, Any]:
+    """Null is the same as a field that is absent."""
+    schema = _inlined(body.model_json_schema())
+    required, fields = schema.get("required", ()), schema.get("properties", {})
+    if fields:
+        schema["properties"] = {name: part if name in required else _nullable(part) for name, part in fields.items()}
+    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+
+
+def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
+    """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if isinstance(route, Route):
+            path = template(route.path)
+            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, is_strict)
+    keys = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llamaclust", "version": VERSION},
+        "paths": paths,
+        "security": [{}, {"bearer": []}, {"header": []}],
+        "components": {"securitySchemes": keys, "schemas": {"Error": _ERROR, "OllamaError": _OLLAMA_ERROR}},
+    }
+
+
+def _page(document: Mapping[str, Any]) -> str:
+    parts = "".join(
+        _shown(path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>llamaclust API</title><style>{_STYLE}</style>'
+    intro = "<h1>llamaclust API</h1><p>For programs: <a href='openapi.json'>openapi.json</a></p>"
+    return f"{head}<main>{intro}{parts}</main></html>"
+
+
+def _operation(route: Route, path: str, is_strict: bool) -> dict[str, Any]:
+    method, body = route.method, {} if route.body is None else _request_body(route.body)
+    streams = "stream" in _fields(body)
+    streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
+    is_ollama = path.startswith(_OLLAMA)
+    streamed = (_JSON, _LINES) if is_ollama else _STREAMED
+    types = _TYPES.get(path, streamed if streams else (_JSON,))
+    error = "OllamaError" if is_ollama else "Error"
+    text = " ".join((route.endpoint.__doc__ or path).split())
+    return {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
+        "summary": text.partition(". ")[0],
+        "parameters": [*_parameters(path, method)],
+        **({"security": []} if path in OPEN_PATHS else {}),
+        **(body if is_strict else _open(body)),
+        "responses": _done(method, path, types)
+        | {status: _refusal(why, error) for status, why in (_REFUSALS | _UNSUPPORTED).items()},
+    }
+
+
+def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
+    for name in re.findall(r"\{(\w+)\}", path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    has_query = method == "GET" or path == _SLOT
+    for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if has_query else ():
+        yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
+
+
+def _done(method: str, path: str, types: tuple[str, ...]) -> dict[str, Any]:
+    if path in ("/api/copy", "/api/delete"):
+        return {"200": {"description": "done"}}
+    has_reply = method != "DELETE" or path.endswith(_RESPONSE)
+    return {"200": _reply("the reply", types)} if has_reply else {"204": {"description": "done"}}
+
+
+def _reply(text: str, types: tuple[str, ...]) -> dict[str, Any]:
+    content = {kind: {"schema": _SCHEMAS.get(kind, {"type": "string"})} for kind in types}
+    return {"description": text, "content": content}
+
+
+def _refusal(why: str, error: str) -> dict[str, Any]:
+    return {"description": why, "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}}}
+
+
+def _fields(operation: Mapping[str, Any]) -> dict[str, Any]:
+    content = operation.get("requestBody", {}).get("content", {})
+    fields: dict[str, Any] = content.get(_JSON, {}).get("schema", {}).get("properties", {})
+    return fields
+
+
+def _shown(path: str, method: str, operation: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code><td>{escape(str(schema.get('default', '')))}"
+        f"<td>{escape(str(schema.get('description', '')))}"
+        for name, schema in _fields(operation).items()
+    )
+    table = f"<table><tr><th>field<th>default<th>meaning{rows}</table>" if rows else ""
+    title = f"<summary><code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}</summary>"
+    return f"<details>{title}{table}</details>"
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    kinds = schema.get("anyOf", [])
+    if {"type": "null"} in kinds:
+        return schema
+    shown: dict[str, Any] = {key: schema[key] for key in ("description", "default") if key in schema}
+    return {"anyOf": [schema, {"type": "null"}], **shown}
+
+
+def _open(schema: Any) -> Any:
+    """A schema whose objects may have other fields."""
+    if isinstance(schema, list):
+        return [_open(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: value is False or _open(value) if key == _OTHERS else _open(value) for key, value in schema.items()}
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+    """A JSON schema without references, which would point outside of it once it is a part of the document."""
+    if definitions is None:
+        definitions = schema.pop("$defs", {})
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}

@@ -1,0 +1,193 @@
+"""Access control of the API: API keys, Host headers (DNS rebinding), origins of web pages."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.error_responses import error_response
+from llamaclust.cluster.front.http.paths import name_route
+from llamaclust.cluster.front.page.assets import assets
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.core.addresses import bounded_host, is_loopback
+
+OPEN_PATHS = frozenset({"/health", "/live"})
+"""Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
+
+LOCALHOST = "localhost"
+"""An origin of the settings that stands for all pages of this machine."""
+
+_FOREIGN_ORIGIN = "origin_not_allowed"
+_LOCAL_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
+
+
+class ApiKeys:
+    """The keys of an API, which may change; without any, none is asked for."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+
+    def error(self, key: str) -> HttpError | None:
+        """What is wrong with the key that a client sent; "" for none."""
+        digests = _digests(tuple(self._keys))
+        if not digests:
+            return None
+        if not key:
+            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY")
+        given = _digest(key)
+        is_known = sum(hmac.compare_digest(given, known) for known in digests) > 0
+        return None if is_known else _unauthorized("unknown API key")
+
+
+@lru_cache(maxsize=2)
+def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(map(_digest, keys))
+
+
+def sent_key(headers: Mapping[str, str]) -> str:
+    """The key in the headers of a request, whose names are in small letters; "" where there is none. Anthropic's
+    clients send it without a scheme."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+
+
+def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
+    """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
+    key = sent_key(headers)
+    return _digest(key).hex()[:32] if key in api_keys else ""
+
+
+def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
+    """HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all clients,
+    and only the first key may do it."""
+    keys = settings.api_keys
+    if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
+        raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
+
+
+def page_origins(settings: ApiSettings) -> re.Pattern[str]:
+    """Matches the origins of the web pages that may use the API, in small letters."""
+    known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
+    parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
+    return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
+
+
+class KeyGate:
+    """Refuses requests without a key before the app sees them. Notes whose requests the others are, and names their
+    routes for traces: others could make any number of names."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._api_keys = settings.api_keys
+        self._keys = ApiKeys(settings.api_keys)
+        self._open_paths = OPEN_PATHS | assets().keys()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            error = self._keys.error(sent_key(headers))
+            if error is not None and scope["path"] not in self._open_paths:
+                await error_response(error, scope)(scope, receive, send)
+                return
+            scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
+            client = scope.get("client")
+            current_owner.set(owner(headers, self._api_keys) or (bounded_host(client[0]) if client else ""))
+            if error is None:
+                name_route(scope)
+        await self._app(scope, receive, send)
+
+
+class Security:
+    """Refuses requests of foreign web pages and to other hosts before anything else sees them."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        own = (settings.listen_host, *settings.further_hosts)
+        self._takes_any_ip = not all(map(is_loopback, own))
+        self._hosts = {name.lower() for name in (*settings.allowed_hosts, *own)}
+        self._origins = page_origins(settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except HttpError as error:
+                is_unanswered = error.code == _FOREIGN_ORIGIN and _is_preflight(scope)
+                reply = Response() if is_unanswered else error_response(error, scope)  # no header allows the page
+                await reply(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        self._check_host(headers, scope)
+        self._check_origin(headers, scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
+            message = "a request has Content-Length or Transfer-Encoding, not both"
+            raise HttpError(400, "bad_request", message, {"Connection": "close"})
+
+    def _check_host(self, headers: Headers, scope: Scope) -> None:
+        given = headers.getlist("host")
+        match = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        if match is None:
+            raise HttpError(400, "bad_host", "the request needs one valid Host header")
+        host = match[1].strip("[]").lower()
+        server = scope.get("server")
+        own = {str(server[0]).lower()} if server else set()
+        if "*" in self._hosts or host in self._hosts | own or is_loopback(host):
+            return
+        if self._takes_any_ip and _is_ip(host):  # a page needs a name to be rebound
+            return
+        cure = "add it to `allowed_hosts` in the cluster file if it should be allowed"
+        raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
+
+    def _check_origin(self, headers: Headers, scope: Scope) -> None:
+        origin = _origin(headers, scope)
+        if origin is None or self._origins.fullmatch(origin.lower()):
+            return
+        scheme, _, host = origin.lower().partition("://")
+        is_secure = (
+            scheme == "https" or scope["scheme"] == "http"
+        )  # behind a proxy, pages are more secure than requests
+        if is_secure and host == headers["host"].lower():
+            return
+        cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
+        raise HttpError(403, _FOREIGN_ORIGIN, f"web pages of {origin[:200]!r} may not use this API; {cure}")
+
+
+def _origin(headers: Headers, scope: Scope) -> str | None:
+    """Of the page that sends the request; None without a page. Where it is of another site and its Origin is missing,
+    "null", unless it may be a link that was followed."""
+    is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
+    return headers.get("origin", "null" if is_foreign else None)
+
+
+def _is_preflight(scope: Scope) -> bool:
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
+
+
+def _unauthorized(message: str) -> HttpError:
+    return HttpError(401, "invalid_api_key", message, {"WWW-Authenticate": "Bearer"})
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

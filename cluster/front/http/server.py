@@ -1,0 +1,296 @@
+"""The API's port: replies while the cluster starts, then the HTTP server under the app, with bounds on connections and
+on their idle time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from contextlib import suppress
+from typing import Any, ClassVar, Self
+
+import h11
+import uvicorn
+from starlette.responses import Response
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from llamaclust.cluster.front.errors import OPENAI, Failure
+from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.http.body_writer import BODY, EXTENSIONS, WRITE
+from llamaclust.cluster.front.http.http_connection import HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.security import ApiKeys, sent_key
+from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.page.endpoint import page_reply
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.state.events import Event, Report, awaited
+from llamaclust.core.errors import ClusterStartingError
+from llamaclust.core.process_settings import connections_of_server
+
+_BACKLOG = 128
+"""The event loop accepts so many connections before it looks at the first."""
+_GRACE_S = 1
+"""For what is still being written to clients at the end; the server takes whole seconds."""
+_MOST_EARLY = 64  # connections at a time while the cluster starts
+_HEAD_BYTES = 65536
+_READ_S = 5.0
+_LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a reset and no reply
+_LIVE = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
+    """How an app is served at a port. Warnings are not logged: any client can cause them without end. Idle connections
+    are the room's to close, later than clients and proxies do (nginx keeps them for 60 s): a request that meets the end
+    of its connection on the way is lost."""
+
+    class Connection(_Connection):
+        """The server makes connections of a class; those of this one share a room."""
+
+        room = _Room(settings)
+
+    def connect(**given: Any) -> asyncio.Protocol:
+        return port.carrying(Connection(**given))
+
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    return uvicorn.Config(
+        app,
+        http=connect,  # type: ignore[arg-type]  # it is called as a class is
+        ws="none",
+        backlog=_BACKLOG,
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # any program of this machine could write another client's address
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=2 * math.ceil(max(settings.head_s, settings.idle_s)),
+    )
+
+
+class _Room:
+    """The places for connections of one server, and those that are idle, the longest first."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self.places = min(settings.max_connections, connections_of_server())
+        self.settings = settings
+        self._idle: dict[_Connection, asyncio.TimerHandle] = {}
+
+    def enter(self, connection: _Connection, wait_s: float) -> None:
+        """It is closed unless the whole head of a request is there in time."""
+        if connection not in self._idle:
+            self._idle[connection] = connection.loop.call_later(wait_s, self._close, connection)
+
+    def begin_head(self, connection: _Connection) -> None:
+        """The first byte of a head is there. The connection keeps its place among those that are idle."""
+        timer = self._idle.get(connection)
+        if timer is not None:
+            timer.cancel()
+            head_s = self.settings.head_s
+            self._idle[connection] = connection.loop.call_later(head_s, self._close, connection)
+
+    def leave(self, connection: _Connection) -> None:
+        timer = self._idle.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+
+    def make_place(self) -> bool:
+        """Closes the connection that was idle longest. False where none is."""
+        if not self._idle:
+            return False
+        self._close(next(iter(self._idle)))
+        return True
+
+    def _close(self, connection: _Connection) -> None:
+        self.leave(connection)
+        connection.connections.discard(connection)
+        connection.transport.close()
+
+
+class _Connection(H11Protocol):
+    """Idle until the whole head of a request is there, and again when its reply is written. A new connection has as
+    long for its first head, TLS handshake included, as others have from the first byte of a head."""
+
+    room: ClassVar[_Room]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._awaits_head = False  # kept, without a byte of its next head
+        self.conn = self._http = HttpConnection(h11.SERVER, _HEAD_BYTES)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        is_full = len(self.connections) >= self.room.places and not self.room.make_place()
+        super().connection_made(transport)
+        _end_unread(transport, self.room.settings.unread_s)
+        if is_full:
+            transport.write(_BUSY)
+            transport.close()
+        else:
+            self.room.enter(self, self.room.settings.head_s)
+
+    def data_received(self, data: bytes) -> None:
+        if self._awaits_head:
+            self._awaits_head = False
+            self.room.begin_head(self)
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.room.leave(self)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        self._http.begin_turn()
+        super().handle_events()
+        if self._http.ended_turn:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._go_on)
+        if self.cycle is not before:
+            self.scope[EXTENSIONS] = {BODY: {WRITE: _Body(self, self.cycle)}}
+        if not self._is_idle:
+            self.room.leave(self)
+
+    def _go_on(self) -> None:
+        """Parses what an ended turn left."""
+        if self.transport.is_closing():
+            return
+        if not self.flow.read_paused:
+            self.transport.resume_reading()
+        self.handle_events()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_idle and not self.transport.is_closing():
+            self._awaits_head = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+            settings = self.room.settings
+            self.room.enter(self, settings.idle_s if self._awaits_head else settings.head_s)
+
+    def takes_body(self, cycle: RequestResponseCycle) -> bool:
+        """Whether pieces of this reply's body may be written now."""
+        is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
+        is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
+        return is_sending and self._http.is_chunked and not is_paused
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+class _Body:
+    """See `BodyWriter`: writes at the end of the loop's turn. A call of the system for each event of a stream takes
+    longer than all else that is done for it."""
+
+    def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
+        self._connection = connection
+        self._cycle = cycle
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> bool:
+        if not self._connection.takes_body(self._cycle):
+            return False
+        if not self._pieces:
+            self._connection.loop.call_soon(self.flush)
+        self._pieces.append(chunk(data))
+        return True
+
+    def flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        if pieces:
+            self._connection.transport.write(b"".join(pieces))
+
+
+def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
+    """The system ends a connection whose other side takes nothing of what is sent for so long."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
+
+
+class StartingReplies:
+    """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
+
+    def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
+        """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
+        self._prefix = settings.prefix
+        self._is_live = is_live
+        self._keys = ApiKeys(settings.api_keys)
+        self._report = report
+        self._awaited = ""
+        self._port = port
+        self._open = 0
+        self._servers: list[asyncio.Server] = []
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for listener in self._port.listeners:
+            self._servers.append(await loop.create_server(self._connect, sock=listener.dup()))
+        return self
+
+    def _connect(self) -> asyncio.Protocol:
+        streams = asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=_HEAD_BYTES), self._answer)
+        return self._port.carrying(streams)
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Connections that are accepted already get their replies: a closed server would leave them without."""
+        loop = asyncio.get_running_loop()
+        while self._servers:
+            server = self._servers.pop()
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+            loop.call_soon(server.close)
+
+    def report(self, event: Event) -> None:
+        """Passes an event of the start on."""
+        now = awaited(event)
+        self._awaited = self._awaited if now is None else now
+        self._report(event)
+
+    def _reply(self, head: bytes) -> bytes:
+        request, *lines = head.decode("latin-1").split("\r\n")
+        method, _, target = request.rpartition(" ")[0].partition(" ")
+        path = parts_of(target.encode("latin-1"))[1].decode("latin-1").partition("?")[0]
+        if self._is_live and path == "/live":
+            return _LIVE
+        parts = [line.partition(":") for line in lines]
+        headers = {name.lower(): value.strip() for name, _, value in parts}
+        page = page_reply(path.removeprefix(self._prefix), headers) if method == "GET" else None
+        if page is not None:  # it says that the cluster starts
+            return _whole(page)
+        is_trusted = self._keys.error(sent_key(headers)) is None
+        reason = self._awaited if self._awaited and is_trusted else None
+        why = f"; it waits for {reason}" if reason else ""
+        failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
+        body = to_json({"error": {**OPENAI.body(failure)["error"], "awaited": reason}})
+        status = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        more = f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        return (status + more).encode() + body
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= _MOST_EARLY:
+                await self._reply_to(reader, writer)
+        finally:
+            self._open -= 1
+            writer.close()
+
+    async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+            async with asyncio.timeout(_READ_S):
+                writer.write(self._reply(await reader.readuntil(b"\r\n\r\n")))
+                await writer.drain()
+                writer.write_eof()
+            async with asyncio.timeout(_LEAVE_S):
+                while await reader.read(_HEAD_BYTES):
+                    pass
+
+
+def _whole(reply: Response) -> bytes:
+    """A reply as it is sent on a connection of its own."""
+    headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
+    return b"HTTP/1.1 %d \r\n%sConnection: close\r\n\r\n%s" % (reply.status_code, headers, bytes(reply.body))

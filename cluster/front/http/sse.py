@@ -1,0 +1,143 @@
+"""Streamed replies, as server-sent events or lines of JSON; a client that disconnects cancels them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llamaclust.cluster.front.errors import ErrorShape, Failure, chosen_shape, failure_of, internal_error
+from llamaclust.cluster.front.http.body_writer import body_writer
+from llamaclust.cluster.front.json_parts import json_parts
+from llamaclust.cluster.front.json_values import to_json
+from llamaclust.core.errors import LlamaclustError
+
+DONE = b"data: [DONE]\n\n"
+WAITING = b": waiting\n\n"
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_Value = TypeVar("_Value")
+
+_log = logging.getLogger(__name__)
+
+
+class StreamFormat(Enum):
+    """By media type."""
+
+    EVENTS = "text/event-stream"
+    LINES = "application/x-ndjson"
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether a part tells its client where the reply is found again."""
+        return self is StreamFormat.EVENTS
+
+    @property
+    def keepalive(self) -> bytes:
+        """What is sent when nothing came for a while; clients that read lines would take it for a part."""
+        return WAITING if self is StreamFormat.EVENTS else b""
+
+    def part(self, event_id: str, data: bytes) -> bytes:
+        """One event, with its id where the form has ids."""
+        return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
+
+    def error(self, shape: ErrorShape, failure: Failure) -> bytes:
+        """The last part of a stream that fails."""
+        return shape.event(failure) if self is StreamFormat.EVENTS else line(shape.body(failure))
+
+
+def line(value: object) -> bytes:
+    """A part of a stream of lines."""
+    return to_json(value) + b"\n"
+
+
+def event(value: Any, *, is_large: bool = False) -> bytes:
+    """One event whose data is JSON. Other threads go on while a large one is made."""
+    return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
+
+
+def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
+    """Likewise with the name of its kind."""
+    return f"event: {name}\n".encode() + event(value, is_large=is_large)
+
+
+class EventResponse(Response):
+    """Sends events as they come. However it ends, the events' generator and then `close` are run to their ends."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]], form: StreamFormat
+    ) -> None:
+        super().__init__(headers=_HEADERS, media_type=form.value)
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+        self._form = form
+        self._is_cut = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await first_of(self._send(scope, send), self._watch(receive))
+        finally:
+            await self._events.aclose()
+            await self._close()
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last, writer = b"", body_writer(scope)
+        try:
+            async for data in self._events:
+                if not writer.write(data):
+                    writer.flush()
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                if self._is_cut:  # the server takes data also after that
+                    return
+        except LlamaclustError as error:
+            last = self._form.error(chosen_shape(scope), failure_of(error))
+        except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
+            _log.exception("a stream of %s failed", scope["path"])
+            last = self._form.error(chosen_shape(scope), failure_of(internal_error()))
+        writer.flush()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _watch(self, receive: Receive) -> None:
+        await wait_for_disconnect(receive)
+        self._is_cut = True
+
+
+async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
+    """Does the work; cancels it and raises ClientDisconnect where the client goes away meanwhile. The request's body
+    must have been read. What the work leaves to be closed must be its caller's before it ends: a cancelled caller gets
+    no result."""
+    results: list[_Value] = []
+
+    async def do_it() -> None:
+        results.append(await work)
+
+    await first_of(do_it(), wait_for_disconnect(request.receive))
+    if not results:
+        raise ClientDisconnect
+    return results[0]
+
+
+async def first_of(*works: Awaitable[None]) -> None:
+    """Waits until one is done, cancels the others and waits for their ends. Raises what the done ones raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,184 @@
+"""The served models, and which of them a request is for: the one that it names, else the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaclust.cluster.config.values import TAG
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.front.body import hand_on, parse_object_in_time, read_bytes
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.fields.keep_alive import KeepAlive, read_keep_alive
+from llamaclust.cluster.front.http.paths import Route
+from llamaclust.cluster.front.http.security import owner
+from llamaclust.cluster.front.models.adapter_loading import AdapterControl
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.journal_records import OpenRequest
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.residency import Resident
+
+_OLLAMA = "/api/"
+"""Paths whose `keep_alive` counts; a request there without input loads the model, or unloads it."""
+_INPUTS = ("prompt", "suffix", "messages", "input")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiModel:
+    """One served model."""
+
+    service: TextService
+    replies: Replies
+    engine: Engine
+    resident: Resident
+    status: Callable[[], Mapping[str, Any]]  # the JSON of `GET /cluster`
+    adapter_control: AdapterControl | None = None  # None: clients load none
+    digest: str = ""  # of all that answers depend on beside requests
+
+    @property
+    def name(self) -> str:
+        return self.service.settings.model_name
+
+    @property
+    def settings(self) -> ApiSettings:
+        return self.replies.settings
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """The model's name and those of its adapters."""
+        return (self.name, *self.settings.adapters.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.shown_names, *self.settings.aliases)
+
+    def continues(self, request: OpenRequest) -> bool:
+        """True if a request that an earlier coordinator left gets the same answer here."""
+        admission = request.admission
+        return admission.served == self.digest and self.settings.adapters.have(admission.adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Addressed:
+    """The model of a request. `keep`: how long it stays awake afterwards; `unloads`: the request has no input, and the
+    model is not to stay awake."""
+
+    model: ApiModel
+    keep: KeepAlive | None = None
+    unloads: bool = False
+
+
+class ModelRouter:
+    """Finds the models of requests. A single model that is never unloaded gets all of them: its endpoints check the
+    names that they get."""
+
+    def __init__(self, models: Sequence[ApiModel]) -> None:
+        self.models = models
+        self.settings = models[0].settings
+
+    def route(self, routes: Sequence[Route]) -> Route:
+        """One route for those of all models that have the same method and path."""
+        first = routes[0]
+        if self.settings.can_unload:
+            apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
+            first.app = partial(self._serve, first, apps)
+        return first
+
+    def named(self, name: object) -> ApiModel:
+        """The model with a name; the first one without a name. HttpError 404 for an unknown name."""
+        if not (self.settings.can_unload and isinstance(name, str) and name):
+            return self.models[0]
+        for own in (name, name.removesuffix(TAG)):
+            for model in self.models:
+                if own in model.names:
+                    return model
+        served = ", ".join(repr(shown) for model in self.models for shown in model.shown_names)
+        message = f"model: {name[:200]!r} is not served here, only {served}"
+        raise HttpError(404, "model_not_found", message, param="model")
+
+    def queried(self, request: Request) -> ApiModel:
+        """The model of `?model=`."""
+        return self.named(request.query_params.get("model"))
+
+    async def _serve(
+        self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Passes a request to its model, which stays awake for as long as Ollama's field `keep_alive` says, from the
+        end of the reply on unless that is a refusal."""
+        addressed = await self._addressed(route, Request(scope, receive))
+        app, resident = apps[addressed.model.name], addressed.model.resident
+        status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
+        if not _keeps_awake(route):
+            await app(scope, receive, send)
+            return
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        if not addressed.unloads:
+            resident.enter()
+        try:
+            await app(scope, receive, note_status)
+        finally:
+            if not addressed.unloads:
+                resident.leave()
+            if addressed.keep is not None and status < HTTPStatus.BAD_REQUEST:
+                resident.keep(addressed.keep.seconds)
+
+    async def _addressed(self, route: Route, request: Request) -> _Addressed:
+        """Hands the bytes of a body on, and holds nothing of it. HttpError of `read_bytes` and `named`, for a wrong
+        `keep_alive`, and for a model that is to be loaded first."""
+        if route.names_reply:
+            return _Addressed(self._with_reply(request))
+        if route.method == "GET":
+            return _Addressed(self.queried(request))
+        data = await read_bytes(request, self.settings)
+        fields = await _fields(data)
+        model = self.named(fields.get("model") or fields.get("name") or request.query_params.get("model"))
+        keep = read_keep_alive(fields) if _keeps_awake(route) else None
+        unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
+        if route.computes and not (unloads or self.settings.load_on_demand):
+            self._check_loaded(model, request)
+        hand_on(request, data)
+        return _Addressed(model, keep, unloads)
+
+    def _with_reply(self, request: Request) -> ApiModel:
+        """The model of the kept reply that a request names; the first one where there is none."""
+        name = request.path_params.get("id") or request.query_params.get("conv_id", "")
+        own = owner(request.headers, self.settings.api_keys)
+        kept = (model for model in self.models if model.replies.cache.named(own, name) is not None)
+        return next(kept, self.models[0])
+
+    def _check_loaded(self, model: ApiModel, request: Request) -> None:
+        """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself, and a
+        reply that is kept needs none."""
+        if not (model.resident.is_asleep and model.resident.is_idle):
+            return
+        own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
+        if model.replies.cache.named(own, key) is None:
+            what = "and requests load none (load_on_demand: false)"
+            message = f"model: {model.name!r} is not loaded, {what}: POST /models/load with this model first"
+            raise HttpError(400, "model_not_loaded", message, param="model")
+
+
+def _keeps_awake(route: Route) -> bool:
+    return route.computes and route.path.startswith(_OLLAMA)
+
+
+async def _fields(data: bytes) -> dict[str, Any]:
+    """No fields where the body is no JSON object, which the endpoint says. ParameterError for NaN."""
+    try:
+        return await parse_object_in_time(data)
+    except HttpError:
+        return {}

@@ -1,0 +1,214 @@
+"""Endpoints for operators and tools: /health, /live, /metrics, /cluster, /cluster/requests, /props, /slots,
+/cluster/workers/NAME/..."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.engine.metrics import CONTENT_TYPE
+from llamaclust.cluster.engine.model_metrics import render_all
+from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
+from llamaclust.cluster.engine.waterfalls import RequestRecord
+from llamaclust.cluster.front.dialects.llamacpp.metrics import llamacpp_metrics
+from llamaclust.cluster.front.dialects.llamacpp.schema import LlamaCppBody
+from llamaclust.cluster.front.dialects.openai.shapes import FINGERPRINT
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.error_responses import JsonResponse
+from llamaclust.cluster.front.http.paths import Route
+from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.wire.rpc.deadlines import deadline
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.control.pool.drain import WorkerOperations
+
+_DRAIN_S = 600.0
+"""Layers are loaded elsewhere meanwhile; a repeated request waits on."""
+_MOST_SEQUENCES = 32
+"""Sequences of one request that are shown."""
+_READ_ONLY = ("health", "live", "metrics", "cluster", "props", "slots")
+
+_Record = tuple[ApiModel, RequestRecord]
+
+
+async def disabled(request: Request) -> Response:
+    """In place of an endpoint that the cluster file switches off."""
+    raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
+
+
+async def no_proxy(request: Request) -> Response:
+    """In place of llama.cpp's proxy for web pages."""
+    raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
+
+
+class Workers:
+    """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
+    the last lines of their logs: `GET /cluster/workers/NAME/log`."""
+
+    def __init__(self, pool: WorkerOperations) -> None:
+        self._pool = pool
+
+    def routes(self) -> Iterator[Route]:
+        for method, endpoint in (("POST", self.drain), ("POST", self.undrain), ("GET", self.log)):
+            yield Route(method, f"/cluster/workers/{{worker}}/{endpoint.__name__}", endpoint)
+
+    async def drain(self, request: Request) -> Response:
+        """Answers once the worker holds no layers; a client that disconnects does not cancel it."""
+        name = request.path_params["worker"]
+        async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
+            await self._pool.drain(name)
+        return JsonResponse({"worker": name, "drained": True})
+
+    async def undrain(self, request: Request) -> Response:
+        """Answers at once; layers come back when that is worth it."""
+        name = request.path_params["worker"]
+        self._pool.undrain(name)
+        return JsonResponse({"worker": name, "drained": False})
+
+    async def log(self, request: Request) -> Response:
+        """As many lines as the worker keeps; `before` says how many its process wrote before them."""
+        name = request.path_params["worker"]
+        tail = await self._pool.log(name)
+        return JsonResponse({"worker": name, "before": tail.before, "lines": tail.lines})
+
+
+class Operations:
+    """Reads only."""
+
+    def __init__(self, router: ModelRouter) -> None:
+        self._router = router
+        self._started_s = int(time.time())
+
+    def routes(self) -> Iterator[Route]:
+        off = self._router.settings.disabled
+        for name in _READ_ONLY:
+            yield Route("GET", f"/{name}", disabled if name in off else getattr(self, name))
+        yield Route("GET", "/cluster/requests", self.requests)
+        yield Route("GET", "/cluster/requests/{request}", self.waterfall)
+
+    async def health(self, request: Request) -> Response:
+        """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
+        state = self._router.queried(request).engine.state
+        if state in (EngineState.READY, EngineState.ASLEEP):
+            return JsonResponse({"status": "ok"})
+        reason = self._reason(request)
+        if state is EngineState.RECOVERING:
+            return JsonResponse({"status": state.value, "reason": reason})
+        raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
+
+    async def live(self, request: Request) -> Response:
+        """200 unless only a restart helps: a liveness probe."""
+        if self._router.queried(request).engine.state is not EngineState.DOWN:
+            return JsonResponse({"status": "ok"})
+        raise HttpError(503, "cluster_down", self._reason(request))
+
+    def _reason(self, request: Request) -> str:
+        """Names workers, hosts and layers: without a key, the state alone."""
+        engine = self._router.queried(request).engine
+        error = engine.error if request.state.is_trusted else None
+        return str(error or f"the cluster is {engine.state}")
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus: this program's metrics, and those that have names in llama.cpp."""
+        engines = {model.name: model.engine for model in self._read(request)}
+        metrics = {name: engine.metrics for name, engine in engines.items()}
+        own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
+        headers = {"Process-Start-Time-Unix": str(self._started_s)}
+        return Response(own + llamacpp_metrics(engines), media_type=CONTENT_TYPE, headers=headers)
+
+    async def cluster(self, request: Request) -> Response:
+        return JsonResponse(self._router.queried(request).status())
+
+    async def requests(self, request: Request) -> Response:
+        """The requests that are open, and the last ones that ended, the oldest first."""
+        found = sorted(self._records(request), key=lambda each: _order(each[1]))
+        return _listed(found, summary_json)
+
+    async def waterfall(self, request: Request) -> Response:
+        """Where the time of a request went: each of its sequences, without any of its text."""
+        name, known = request.path_params["request"], self._records(request)
+        found = [(model, record) for model, record in known if matching([record], name)]
+        if not found:
+            message = f"no request {name[:80]!r} is open or among the last {len(known)}"
+            raise HttpError(404, "request_not_found", message)
+        return _listed(found[-_MOST_SEQUENCES:], waterfall_json)
+
+    async def props(self, request: Request) -> Response:
+        model, settings = self._router.queried(request), self._router.settings
+        shown = properties(model.service, settings.defaults)
+        if settings.can_unload:  # what llama.cpp's router says of itself
+            shown |= {
+                "role": "router",
+                "max_instances": settings.max_loaded_models or len(self._router.models),
+                "models_autoload": settings.load_on_demand,
+                "is_sleeping": model.resident.is_asleep,
+            }
+        return JsonResponse(shown)
+
+    async def slots(self, request: Request) -> Response:
+        """The sequences that can run together; the first ones are those that do."""
+        model = self._router.queried(request)
+        settings, running = model.service.settings, model.engine.counts.running
+        slots = [
+            {
+                "id": slot,
+                "n_ctx": settings.context_length,
+                "speculative": settings.max_drafted > 0,
+                "is_processing": slot < running,
+            }
+            for slot in range(settings.max_sequences)
+        ]
+        return JsonResponse(slots)
+
+    def _read(self, request: Request) -> Sequence[ApiModel]:
+        """All models, or that of `?model=`."""
+        return [self._router.queried(request)] if request.query_params.get("model") else self._router.models
+
+    def _records(self, request: Request) -> list[_Record]:
+        """The oldest of each model first."""
+        now_ns = time.monotonic_ns()
+        return [(model, record) for model in self._read(request) for record in model.engine.waterfalls.records(now_ns)]
+
+
+def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of llama.cpp's server. `defaults`: the cluster file's values of request fields."""
+    settings, tokenizer = service.settings, service.tokenizer
+    params = LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"})
+    return {
+        "default_generation_settings": {
+            "n_ctx": settings.context_length,
+            "speculative": settings.max_drafted > 0,
+            "is_processing": False,
+            "params": {**params, **settings.recommended, **defaults},
+        },
+        "total_slots": settings.max_sequences,
+        "model_path": settings.model_path or settings.model_name,
+        "model_alias": settings.model_name,
+        "chat_template": service.chat_template.source or "",
+        **{f"chat_template_{name}": template.source for name, template in service.chat_template.named.items()},
+        "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
+        "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
+        "modalities": {"vision": False, "audio": False},
+        "build_info": FINGERPRINT,
+        "is_sleeping": False,
+    }
+
+
+def _order(record: RequestRecord) -> tuple[bool, float]:
+    """What ended, by its end; then what is open, as each model has it."""
+    is_open = record.end is None
+    return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds
+
+
+def _listed(found: Sequence[_Record], show: Callable[[RequestRecord, Mapping[int, str]], dict[str, Any]]) -> Response:
+    shown = (
+        {"model": model.name, **show(record, model.settings.adapters.names_at(record.waterfall.start_ns))}
+        for model, record in found
+    )
+    return JsonResponse({"requests": [*shown]})

@@ -1,0 +1,69 @@
+"""`GET /` and `GET /browser/...`: the page, under a policy that lets it load and reach this server alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from starlette.datastructures import Headers, URLPath
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, NoMatchFound
+from starlette.types import Receive, Scope, Send
+
+from llamaclust.cluster.front.page.assets import PAGE, assets
+
+_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",  # text cannot become markup: innerHTML and its kin throw
+        "trusted-types 'none'",
+    )
+)
+_HEADERS: Final = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Vary": "Accept",
+    "Cache-Control": "no-cache",  # checked each time, by ETag: files of two versions never mix for long
+}
+
+
+class PageRoute(BaseRoute):
+    """All files of the page: no path of a client ever becomes a path of a file. `/` is the page for browsers only:
+    other clients get what the routes behind this one have."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return Match.NONE, {}
+        reply = page_reply(scope["path"], Headers(scope=scope))
+        return (Match.NONE, {}) if reply is None else (Match.FULL, {"page_reply": reply})
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply: Response = scope["page_reply"]
+        await reply(scope, receive, send)
+
+    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
+        raise NoMatchFound(name, path_params)
+
+
+def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
+    """The file of a path, for a request with these headers, whose names are in small letters; None where there is
+    none."""
+    asset = assets().get(path)
+    if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
+        return None
+    sent = {**_HEADERS, "ETag": asset.etag}
+    if asset.etag in headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=sent)
+    return Response(asset.data, media_type=asset.media_type, headers=sent)

@@ -1,0 +1,162 @@
+"""Fields that bind an answer to a grammar, by OpenAI's, llama.cpp's and vLLM's names, which all endpoints share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from llamaclust.cluster.front.json_outline import MAX_FIELD_VALUES, outline
+from llamaclust.cluster.front.schema import Body
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.sampling import Grammar
+from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
+from llamaclust.model.grammars import definitions
+
+_VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
+    "json": lambda value, origin: definitions.of_schema(_schema(value, origin), origin),
+    "regex": lambda value, origin: definitions.of_regex(_text(value, origin), origin),
+    "choice": lambda value, origin: definitions.of_choice(_texts(value, origin), origin),
+    "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
+}
+_FORMS_BY_FIELD = {
+    **{f"guided_{form}": make for form, make in _VLLM_FORMS.items()},
+    "regex": _VLLM_FORMS["regex"],
+    "ebnf": _VLLM_FORMS["grammar"],
+}
+_VLLM_FLAGS = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
+
+
+_Object = Annotated[dict[str, Any], BeforeValidator(_object), WithJsonSchema({"type": "object"})]
+_Any = Annotated[Any, WithJsonSchema({})]
+
+
+class GrammarFields(Body):
+    """How the answer must look. Several of these must say the same."""
+
+    response_format: _Object | None = None
+    """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""
+    json_schema: _Any = None
+    """The answer is JSON that this schema allows (llama.cpp's field)."""
+    grammar: str = ""
+    """The answer obeys this grammar, in llama.cpp's GBNF or llguidance's dialect of Lark."""
+    structured_outputs: _Object | None = None
+    """vLLM's field: an object with one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
+    guided_json: _Any = None
+    """A JSON schema (an older field of vLLM, as the next ones)."""
+    guided_regex: str | None = None
+    """A regular expression that matches the whole answer."""
+    guided_choice: _Any = None
+    """The answer is one of these texts."""
+    guided_grammar: str | None = None
+    """SGLang's name of `grammar`."""
+    guided_json_object: bool = False
+    """The answer is a JSON object."""
+    regex: str | None = None
+    """SGLang's name of `guided_regex`."""
+    ebnf: str | None = None
+    """SGLang's name of `grammar`."""
+
+    def answer_grammar(self) -> Grammar | None:
+        """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
+        given: dict[str, Callable[[], Grammar | None]] = {}
+        if self.response_format is not None and self.response_format != {"type": "text"}:
+            given["response_format"] = partial(response_format_grammar, self.response_format, "response_format")
+        if self.json_schema not in (None, {}):
+            given["json_schema"] = partial(_VLLM_FORMS["json"], self.json_schema, "json_schema")
+        if self.grammar:
+            given["grammar"] = partial(definitions.of_gbnf, self.grammar, "grammar")
+        if self.structured_outputs:
+            given["structured_outputs"] = partial(_of_vllm, self.structured_outputs)
+        for name, make in _FORMS_BY_FIELD.items():
+            value = getattr(self, name)
+            if value is not None and (value not in ("", {}) or name == "guided_choice"):
+                given[name] = partial(make, value, name)
+        if self.guided_json_object:
+            given["guided_json_object"] = partial(definitions.of_object, "guided_json_object")
+        made = {name: make() for name, make in given.items()}
+        first = next(iter(made), "")
+        for name, grammar in made.items():
+            if grammar != made[first]:
+                raise ParameterError(name, f"cannot be used together with {first}, which asks for another form")
+        return made.get(first)
+
+
+def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
+    """Of OpenAI's form, which is the value of the field `origin`; None for `text`. ParameterError for another form."""
+    kind = value.get("type")
+    match kind:
+        case "text":
+            return None
+        case "json_object":
+            schema, is_strict = value.get("schema") or {"type": "object"}, False
+        case "json_schema":
+            wrapped = value.get("json_schema", value)
+            schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+            is_strict = isinstance(wrapped, dict) and wrapped.get("strict") is True
+            if schema is None:
+                raise ParameterError(f"{origin}.json_schema.schema", "is missing")
+        case _:
+            reason = f"is {str(kind)[:60]!r}, must be 'text', 'json_object' or 'json_schema'"
+            raise ParameterError(f"{origin}.type", reason)
+    return definitions.of_schema(_schema(schema, origin), origin, closes_objects=is_strict)
+
+
+def _of_vllm(value: dict[str, Any]) -> Grammar:
+    origin = "structured_outputs"
+    forms = {name: given for name, given in value.items() if given not in (None, False) and name not in _VLLM_FLAGS}
+    if forms == {"json_object": True}:
+        return definitions.of_object(origin)
+    if len(forms) != 1 or not forms.keys() <= _VLLM_FORMS.keys():
+        known = ", ".join((*_VLLM_FORMS, "json_object"))
+        raise ParameterError(origin, f"must have exactly one of {known}")
+    flags = [name for name in _VLLM_FLAGS if value.get(name)]
+    if flags:
+        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support it; leave it out")
+    form, given = next(iter(forms.items()))
+    return _VLLM_FORMS[form](given, f"{origin}.{form}")
+
+
+def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
+    """A JSON schema, or the text of one."""
+    if isinstance(value, str):
+        _check_text(value, origin)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ParameterError(origin, f"is no JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict | bool):
+        raise ParameterError(origin, "a JSON schema must be an object")
+    return value
+
+
+def _check_text(text: str, origin: str) -> None:
+    """ParameterError for a schema that is too large as a text, before anything is made of it."""
+    if len(text) > MAX_GRAMMAR_BYTES:
+        raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+    values = outline(text.encode("utf-8", "replace")).values
+    if values > MAX_FIELD_VALUES:
+        raise ParameterError(origin, f"a schema of {values} JSON values, at most {MAX_FIELD_VALUES} are taken")
+
+
+def _text(value: Any, origin: str) -> str:
+    if not isinstance(value, str):
+        raise ParameterError(origin, "must be a text")
+    return value
+
+
+def _texts(value: Any, origin: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ParameterError(origin, "must be a list of texts")
+    if (characters := sum(map(len, value))) > MAX_GRAMMAR_BYTES:
+        raise ParameterError(origin, f"texts of {characters} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+    return value

@@ -1,0 +1,145 @@
+"""A completion as text: chunks while it runs, and whole answers put together from them."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import defaultdict
+from collections.abc import AsyncIterable, Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+
+from llamaclust.cluster.front.text.packed_rows import PackedRows
+from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merged
+
+_LEAST_LOGPROB = -9999.0
+_MOST_EVENTS = 1024
+
+
+def json_logprob(value: float) -> float:
+    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
+    return value if math.isfinite(value) else _LEAST_LOGPROB
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
+
+    `rows` holds every sampled token with its logprob, also the end token or those of a stop string, whose text is not
+    shown; offsets[i] is where rows[i]'s text begins in the answer, in characters, where the server counts them.
+    """
+
+    index: int = 0
+    text: str = ""
+    rows: Sequence[RowResult] = ()
+    offsets: Sequence[int] = ()
+    prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
+    prompt_rows: Sequence[RowResult] = ()
+    finish_reason: FinishReason | None = None  # on the last chunk of a choice, which has timings
+    stopped_by: str | int | None = None  # the stop string or end token
+    timings: Timings | None = None
+    prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
+    seed: int | None = None
+    events: tuple[AnswerEvent, ...] = ()  # of a chat's answer: also its content, which is the text then
+
+    @property
+    def reasoning(self) -> str:
+        """What the model of a chat wrote apart from the text, before it."""
+        return "".join(event.text for event in self.events if isinstance(event, ReasoningText))
+
+    @property
+    def entries(self) -> int:
+        """Tokens and top logprobs of all rows."""
+        return _entries(self.rows) + _entries(self.prompt_rows)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self.rows.tokens if isinstance(self.rows, PackedRows) else (row.token for row in self.rows))
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Float32 values, one a token; -9999 stands for minus infinity."""
+        return tuple(json_logprob(row.logprob) for row in self.rows)
+
+    @property
+    def prompt_logprobs(self) -> tuple[float, ...]:
+        """Likewise of the scored prompt tokens, in order."""
+        return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(TextChunk):
+    """One finished choice: all its chunks as one, with packed rows."""
+
+    finish_reason: FinishReason
+    timings: Timings
+
+
+async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
+    """The answers of all choices, by index. Raises what ended a choice early."""
+    by_index = defaultdict[int, Collected](Collected)
+    async for chunk in chunks:
+        by_index[chunk.index].add(chunk)
+    return [by_index[index].answer() for index in sorted(by_index)]
+
+
+def join(chunks: Iterable[TextChunk]) -> Answer:
+    """The answer that a choice's chunks, from first to last, make."""
+    collected = Collected()
+    for chunk in chunks:
+        collected.add(chunk)
+    return collected.answer()
+
+
+class Collected:
+    """A choice so far, its rows packed."""
+
+    def __init__(self) -> None:
+        self._first = self._last = TextChunk()
+        self._is_empty = True
+        self._text = StringIO()
+        self._rows, self._prompt_rows = PackedRows(), PackedRows()
+        self._offsets = array("q")
+        self._prompt_start = 0
+        self._events: list[AnswerEvent] = []
+
+    def add(self, chunk: TextChunk) -> None:
+        """Takes the chunks in order."""
+        if chunk.prompt_rows and not self._prompt_rows:
+            self._prompt_start = chunk.prompt_start
+        if self._is_empty:
+            self._is_empty, self._first = False, chunk
+        self._last = chunk
+        self._text.write(chunk.text)
+        self._rows.extend(chunk.rows)
+        self._prompt_rows.extend(chunk.prompt_rows)
+        self._offsets.extend(chunk.offsets)
+        self._events += chunk.events
+        if len(self._events) > _MOST_EVENTS:
+            self._events = merged(self._events)
+
+    def answer(self) -> Answer:
+        first, last = self._first, self._last
+        assert last.finish_reason is not None and last.timings is not None, "the last chunk of a choice ends it"
+        return Answer(
+            index=last.index,
+            text=self._text.getvalue(),
+            rows=self._rows,
+            offsets=self._offsets,
+            prompt_start=self._prompt_start,
+            prompt_rows=self._prompt_rows,
+            finish_reason=last.finish_reason,
+            stopped_by=last.stopped_by,
+            timings=last.timings,
+            prompt_token_ids=first.prompt_token_ids,
+            seed=first.seed,
+            events=tuple(merged(self._events)),
+        )
+
+
+def _entries(rows: Sequence[RowResult]) -> int:
+    if isinstance(rows, PackedRows):
+        return rows.entries
+    return len(rows) + sum([len(row.top_logprobs) for row in rows]) if rows else 0

@@ -1,0 +1,288 @@
+"""An answer as a log: what came of a request's prompts, in order, with its end; read while it grows, or again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from operator import itemgetter
+from typing import Self
+
+from llamaclust.cluster.front.text.answer import Collected, TextChunk
+from llamaclust.cluster.front.text.budget import RowStorage
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
+from llamaclust.core.errors import DeadlineError
+
+MAX_UNREAD_ROWS = 4096
+"""Rows that may wait for a reader beside those that were there when it began with their prompt."""
+
+LogItem = TextChunk | PromptProgress
+Entry = tuple[int, LogItem]
+"""What came, and the index of its prompt."""
+Subscriber = Callable[[int, TextChunk], None]
+"""Gets each chunk as it is appended, with the index of its prompt. What it raises ends the log."""
+
+
+class Timed(Enum):
+    """Chunks that carry timings beside the last one of a choice, which always does."""
+
+    NEVER = auto()
+    FIRST = auto()
+    ALWAYS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class LogContent:
+    """What the readers of a log need of it."""
+
+    storage: RowStorage
+    timed: Timed = Timed.NEVER
+    with_progress: bool = False  # how far the prompts are computed
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptEnd:
+    error: BaseException | None
+
+
+class AnswerLog:
+    """Append-only. The entries of a prompt follow those of the prompts before it, whichever is computed first, so that
+    the log of a request that is computed again is the same.
+
+    A log of streamed rows lets go of what its only reader has taken; one of chunks retains all; one of packed rows
+    has no entries, but the answers in the end.
+    """
+
+    def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
+        """`is_held`: readers get nothing before `release`."""
+        self.generations: Sequence[GenerationRequest] = ()  # one a prompt
+        self.content = LogContent(RowStorage.CHUNKS)
+        self.error: BaseException | None = None
+        self.ended_s: float | None = None  # Unix time; None: more may come
+        self._is_packed = self._lets_go = False
+        self._is_held = is_held
+        self._entries: deque[Entry] = deque()
+        self._first = 0  # the number of the first one that is there
+        self._prompt = 0  # whose entries come now
+        self._later: dict[int, list[LogItem | _PromptEnd]] = {}  # of prompts behind it
+        self._packed: defaultdict[tuple[int, int], Collected] = defaultdict(Collected)  # by prompt and choice
+        self._unread_rows = 0
+        self._most_unread_rows: int | None = None  # None: no reader has begun
+        self._owners = subscribers
+        self._subscribers = [*subscribers]
+        self.readers: set[LogReader] = set()  # which what comes wakes
+        self._over = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes: it has its end, or an error."""
+        return self.ended_s is not None
+
+    def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
+        """The prompts whose answers are about to come, nothing of an attempt before. A log of none has its end at
+        once."""
+        self.clear()
+        self.generations, self.content = generations, content
+        self._is_packed = content.storage is RowStorage.PACKED
+        self._lets_go = content.storage is RowStorage.STREAMED
+        self._first = self._prompt = self._unread_rows = 0
+        self._subscribers = [*self._owners]
+        if not generations:
+            self._finish(None)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """It gets what comes from now on."""
+        self._subscribers.append(subscriber)
+
+    def append(self, prompt: int, item: LogItem) -> None:
+        """DeadlineError where too much waits for the reader; raises what a subscriber raises."""
+        if self.ended_s is not None:
+            return
+        if isinstance(item, TextChunk):
+            for subscriber in self._subscribers:
+                subscriber(prompt, item)
+            if self._is_packed:
+                self._packed[prompt, item.index].add(item)
+                return
+        self._put(prompt, item)
+
+    def end(self, prompt: int, error: BaseException | None = None) -> None:
+        """No more of the prompt comes. `error` ends the log behind the prompt's entries, and those before them."""
+        if self.ended_s is None:
+            self._put(prompt, _PromptEnd(error))
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the log at once, for readers that wait for its release as well."""
+        self.release()
+        self._finish(error)
+
+    def release(self) -> None:
+        """Readers get what is there."""
+        self._is_held = False
+        self._wake()
+
+    def clear(self) -> None:
+        """Frees what it holds: readers get what comes after that."""
+        self.generations = ()
+        self._first += len(self._entries)
+        self._entries.clear()
+        self._later.clear()
+        self._packed.clear()
+
+    def parts(self) -> list[list[TextChunk]]:
+        """Of each prompt, once the log is over, its answers where they are packed, or its chunks. Raises the error."""
+        self.raise_error()
+        parts: list[list[TextChunk]] = [[] for _ in self.generations]
+        for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
+            parts[prompt].append(collected.answer())
+        for prompt, item in self._entries:
+            if isinstance(item, TextChunk):
+                parts[prompt].append(item)
+        return parts
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def wait_over(self) -> None:
+        """Returns when nothing more comes."""
+        await self._over.wait()
+
+    async def first(self, timeout_s: float) -> None:
+        """Waits until there is a chunk, that long at most. Raises the error of a log that ended without one."""
+        with LogReader(self) as reader:
+            end_s = asyncio.get_running_loop().time() + timeout_s
+            while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
+                if (left_s := end_s - asyncio.get_running_loop().time()) <= 0 or not await reader.wait(left_s):
+                    return
+        if not any(isinstance(item, TextChunk) for _, item in self._entries):
+            self.raise_error()
+
+    def _put(self, prompt: int, item: LogItem | _PromptEnd) -> None:
+        if prompt != self._prompt and not self._is_packed:
+            self._later.setdefault(prompt, []).append(item)
+            return
+        if isinstance(item, _PromptEnd):
+            self._end_prompt(item)
+            return
+        if self._lets_go:
+            self._unread_rows += _rows(item)
+            if self._most_unread_rows is not None and self._unread_rows > self._most_unread_rows:
+                waited = f"{self._unread_rows} tokens waited for their reader"
+                raise DeadlineError(f"the answer was read too slowly: {waited}")
+        self._entries.append((prompt, item))
+        for reader in self.readers:
+            reader.wake()
+
+    def _end_prompt(self, end: _PromptEnd) -> None:
+        """What waits of the next prompt comes."""
+        self._prompt += 1
+        if end.error is not None or self._prompt == len(self.generations):
+            self._finish(end.error)
+            return
+        most, self._most_unread_rows = self._most_unread_rows, None
+        for item in self._later.pop(self._prompt, ()):
+            self._put(self._prompt, item)
+        if most is not None:
+            self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
+
+    def _finish(self, error: BaseException | None) -> None:
+        """Ends it once; what comes later is of no interest."""
+        if self.ended_s is None:
+            self.error, self.ended_s = error, time.time()
+            self._over.set()
+            self._wake()
+
+    # -- called by its readers -------------------------------------------------------------------------------------
+
+    def enter(self, reader: LogReader) -> None:
+        self.readers.add(reader)
+        if self._most_unread_rows is None:
+            self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
+
+    def entry(self, number: int) -> Entry | None:
+        """The entry of that number; None where it is not there. One that is streamed is let go of."""
+        place = number - self._first
+        if not 0 <= place < len(self._entries) or self._is_held:
+            return None
+        if not self._lets_go:
+            return self._entries[place]
+        entry = self._entries.popleft()
+        self._first += 1
+        self._unread_rows -= _rows(entry[1])
+        return entry
+
+    def is_end(self, number: int) -> bool:
+        """Whether nothing comes from that number on."""
+        return self.is_over and not self._is_held and not 0 <= number - self._first < len(self._entries)
+
+    def _wake(self) -> None:
+        for reader in self.readers:
+            reader.wake()
+
+
+class LogReader:
+    """Reads a log from its beginning; a context manager. Waits are shorter than a silence that matters as a rule: one
+    timer serves many, for to set and cancel one for each takes longer than what is awaited."""
+
+    def __init__(self, log: AnswerLog) -> None:
+        self._log = log
+        self._place = 0
+        self._waiting: asyncio.Future[None] | None = None
+        self._is_silent = False
+        self._end_s = 0.0  # of the wait
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        self._log.enter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.readers.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it has read all, and nothing more comes."""
+        return self._log.is_end(self._place)
+
+    def take(self) -> Entry | None:
+        """The next entry; None where it is not there yet."""
+        entry = self._log.entry(self._place)
+        self._place += entry is not None
+        return entry
+
+    async def wait(self, idle_s: float | None = None) -> bool:
+        """Returns when something came; False where nothing came for so long. May be cancelled and called again."""
+        loop = asyncio.get_running_loop()
+        self._is_silent = False
+        if idle_s is not None:
+            self._end_s = loop.time() + idle_s
+            if self._timer is None:
+                self._timer = loop.call_at(self._end_s, self._look, loop)
+        self._waiting = loop.create_future()
+        try:
+            await self._waiting
+        finally:
+            self._waiting = None
+        return not self._is_silent
+
+    def wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if loop.time() < self._end_s:
+            self._timer = loop.call_at(self._end_s, self._look, loop)
+        else:
+            self._is_silent = True
+            self.wake()
+
+
+def _rows(item: LogItem) -> int:
+    return len(item.rows) + len(item.prompt_rows) if isinstance(item, TextChunk) else 0

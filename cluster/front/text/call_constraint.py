@@ -1,0 +1,163 @@
+"""Binds a chat's answer: calls to the schemas of their tools, anything else to the form that the request asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode
+from llamaclust.cluster.front.text.chat_format import AnswerReading
+from llamaclust.cluster.front.text.ignored import report_ignored
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import TOKENIZING, run_on
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.sampling import Grammar
+from llamaclust.model.chat.tools.call_sink import Schema, Tools
+from llamaclust.model.chat.tools.constraint.arguments_schema import ANY_ARGUMENTS, arguments_schema
+from llamaclust.model.chat.tools.constraint.call_grammar import CallStart, call_grammar
+from llamaclust.model.grammars.checker import GrammarChecker, GuardedGrammarError
+from llamaclust.model.grammars.definitions import either, lazy, of_calls
+from llamaclust.model.grammars.normal_schema import NormalSchema
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_ORIGIN: Final = "tools"
+_MOST_CHECKS: Final = 64
+"""Of parts of the tools, to find those that cannot be obeyed; tools that are not judged by then are free."""
+
+_log = logging.getLogger(__name__)
+
+
+async def answer_grammar(
+    chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
+) -> Grammar | None:
+    """The grammar of a chat's answer: of calls, where one is required; otherwise of calls or the form that the request
+    asks for. A tool whose schema cannot be obeyed is free in its arguments: any JSON object. The reply names what is
+    not obeyed. ParameterError for a form that cannot be obeyed, DeadlineError for a check that was late."""
+    is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
+    if reading is None or not reading.tools:
+        return other
+    if other is not None and not is_required:
+        other = await checker.check(other, current_owner.get())
+    calls = _Calls(chat, reading, tokenizer, None if is_required else other)
+    schemas = await run_on(TOKENIZING, _normal, reading.tools)
+    try:
+        grammar, free = await _Checked(calls, checker).find({name: normal.schema for name, normal in schemas.items()})
+    except ParameterError as error:
+        if is_required:
+            raise
+        _log.info("calls are not constrained: %s", error)
+        grammar, free = None, {*schemas}
+    report_ignored(_unobeyed(schemas, free))
+    return other if grammar is None else grammar
+
+
+def _normal(tools: Tools) -> dict[str, NormalSchema]:
+    return {name: arguments_schema(schema) for name, schema in tools.items()}
+
+
+def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[str]:
+    """Names of tools that are free in their arguments, and places in the schemas of others."""
+    free = frozenset(free)
+    names = []
+    for name, normal in schemas.items():
+        places = ("",) if name in free else normal.unobeyed
+        names += [f"{_ORIGIN}.{name}.{place}".rstrip(".") for place in places]
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """Makes grammars of a chat's calls."""
+
+    chat: ChatRequest
+    reading: AnswerReading
+    tokenizer: Tokenizer
+    other: Grammar | None  # what the answer may be in their place
+
+    def grammar(self, tools: Tools) -> Grammar | None:
+        """None where calls are the model's choice and have no marker. ParameterError where it is too long."""
+        split = partial(_pieces, self.tokenizer)
+        is_parallel = self.chat.tool_use.is_parallel
+        found = call_grammar(self.reading.form, tools, split, self._start, is_parallel=is_parallel)
+        if found is None:
+            return None
+        if self.other is not None:
+            return either(found.lark, self.other)
+        grammar = of_calls(found.lark, _ORIGIN)
+        return lazy(grammar, found.triggers) if found.triggers else grammar
+
+    @property
+    def _start(self) -> CallStart:
+        if self.chat.tool_use.mode is ToolMode.REQUIRED:
+            return CallStart.THOUGHT if self.reading.is_thinking else CallStart.ANSWER
+        return CallStart.TRIGGER if self.other is None else CallStart.ALTERNATIVE
+
+
+class _Checked:
+    """Finds the tools whose schemas can be obeyed."""
+
+    def __init__(self, calls: _Calls, checker: GrammarChecker) -> None:
+        self._calls = calls
+        self._checker = checker
+        self._checks = 0
+        self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
+
+    async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
+        """The grammar of calls of all tools, and the names of those that are free in their arguments."""
+        try:
+            return await self._check(tools), set()
+        except ParameterError:
+            free = await self._refused(tools)
+        while True:
+            try:
+                return await self._check({**tools, **dict.fromkeys(free, ANY_ARGUMENTS)}), free
+            except ParameterError:
+                if len(free) == len(tools):
+                    raise
+                bound = {name: schema for name, schema in tools.items() if name not in free}
+                free |= {*bound} if self._is_over else _largest_half(bound)
+
+    async def _refused(self, tools: Tools) -> set[str]:
+        """The tools that no grammar obeys alone; halves are checked, then halves of these."""
+        if self._checks >= _MOST_CHECKS or self._is_over:
+            return {*tools}
+        try:
+            await self._check(tools)
+        except ParameterError:
+            if len(tools) == 1:
+                return {*tools}
+            names = [*tools]
+            halves = names[: len(names) // 2], names[len(names) // 2 :]
+            parts = [await self._refused({name: tools[name] for name in half}) for half in halves]
+            return parts[0] | parts[1]
+        return set()
+
+    async def _check(self, tools: Tools) -> Grammar | None:
+        self._checks += 1
+        grammar = await run_on(TOKENIZING, self._calls.grammar, tools)
+        try:
+            return None if grammar is None else await self._checker.check(grammar, current_owner.get())
+        except GuardedGrammarError:
+            self._is_over = True
+            raise
+
+
+def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
+    """By the length of their schemas: together they are too much for a grammar."""
+    names = sorted(tools, key=lambda name: -len(str(tools[name])))
+    return {*names[: -(-len(names) // 2)]}
+
+
+def _pieces(tokenizer: Tokenizer, text: str) -> list[str | int]:
+    """Control tokens stand for themselves; other tokens are text."""
+    pieces: list[str | int] = []
+    for piece in tokenizer.split_special(text, parse_special=True):
+        shown = piece if isinstance(piece, str) or tokenizer.is_control(piece) else tokenizer.token_text(piece)
+        if isinstance(shown, str) and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += shown
+        else:
+            pieces.append(shown)
+    return pieces

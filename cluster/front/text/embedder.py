@@ -1,0 +1,128 @@
+"""Texts to embeddings: each prompt is a sequence of the engine, of which nothing is sampled."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.pooler import EUCLIDEAN, Float64, Pooler, Vector, normalized
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
+from llamaclust.core.errors import QueueFullError, WorkerError
+from llamaclust.model.pooling import Pooling
+from llamaclust.model.ranking import Ranking
+from llamaclust.wire.rpc.deadlines import deadline
+
+_MOST_SUBMITTED = 16
+"""Prompts of one request that wait or run together."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOptions:
+    """`norm`: of each vector, see `normalized`; without pooling, vectors have the norm of the hidden states.
+    `dimensions`: leading channels to keep; None: all."""
+
+    pooling: Pooling
+    norm: int = EUCLIDEAN
+    dimensions: int | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Of one prompt: a vector, or one of each token without pooling."""
+
+    vectors: tuple[Vector, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The score of a document for a query: the greater, the more it says about it."""
+
+    score: float
+    prompt_tokens: int
+
+
+class Embedder:
+    """Of one engine. Use from one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
+        """Embeddings in the order of the prompts. Cancellation and the first error end all of them.
+
+        Raises ParameterError for a prompt that is empty, too long or has unknown ids; QueueFullError where the first
+        prompt has no place; WorkerError; DeadlineError where all together take longer than a request may.
+        """
+        group = secrets.token_hex(12)
+        requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
+        first = self._engine.submit(requests[0])
+        places, limit_s = asyncio.Semaphore(_MOST_SUBMITTED), self._engine.deadlines.request_s
+        try:
+            async with deadline("the request (timeouts.request)", limit_s), asyncio.TaskGroup() as tasks:
+                later = [tasks.create_task(self._run(places, request, options)) for request in requests[1:]]
+                head = tasks.create_task(_pooled(first, requests[0], options))
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        return [head.result(), *(task.result() for task in later)]
+
+    async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
+        """Scores of prompts that are a query and a document, in their order."""
+        found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
+        return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
+
+    async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
+        async with places:
+            return await _pooled(await self._submit(request), request, options)
+
+    async def _submit(self, request: GenerationRequest) -> RequestStream:
+        """The request counts as accepted: where the queue is full it waits."""
+        while True:
+            try:
+                return self._engine.submit(request)
+            except QueueFullError as full:
+                await asyncio.sleep(full.retry_after_s)
+
+
+def _request(name: str, group: str, prompt: tuple[int, ...], options: EmbeddingOptions) -> GenerationRequest:
+    return GenerationRequest(
+        name,
+        prompt,
+        max_new_tokens=0,
+        embedded=options.pooling.rows(len(prompt)) if prompt else None,  # the engine refuses an empty one
+        cache_salt=options.cache_salt,
+        group=group,
+        owner=current_owner.get(),
+        operation=Operation.EMBEDDINGS,
+    )
+
+
+async def _pooled(stream: RequestStream, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
+    pooler = Pooler(options.pooling)
+    async with stream:
+        async for event in stream:
+            if isinstance(event, PromptEmbedded):
+                pooler.add(event)
+    if request.embedded is None or pooler.count < request.embedded[1] - request.embedded[0]:
+        raise WorkerError("the request was ended before its embedding was complete")
+    vectors = tuple(_finished(vector, options) for vector in pooler.vectors())
+    return Embedding(vectors, len(request.prompt))
+
+
+def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
+    """The channels are cut before the norm, as OpenAI does."""
+    norm = -1 if options.pooling is Pooling.NONE else options.norm
+    return normalized(vector[: options.dimensions], norm)
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

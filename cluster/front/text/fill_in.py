@@ -1,0 +1,96 @@
+"""Prompts whose answers stand between two texts, in the order of tokens that llama.cpp gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from llamaclust.cluster.front.text.threads import run_on, tokenizing
+from llamaclust.core.errors import ContextLengthError
+from llamaclust.model.tokenizers.fill_in import FillInTokens
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_PROJECT: Final = "myproject\n"
+_THIS_FILE: Final = "filename\n"
+_SNIPPET: Final = "\n\n--- snippet ---\n\n"
+_ANSWER_SHARE: Final = 4
+"""One in so many tokens of the context is left to an answer without a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherFile:
+    """A text from elsewhere in the project."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Where an answer goes."""
+
+    prefix: str
+    suffix: str
+    begun: str = ""  # of the answer; control words in it become their tokens
+    files: tuple[OtherFile, ...] | None = None  # None: the prompt has no marks of files either
+
+
+async def fill_in_prompt(
+    tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, context_length: int, max_new_tokens: int | None
+) -> tuple[int, ...]:
+    """Token ids. Where files have no room beside the rest and the answer, the first ones are left out.
+
+    Raises ContextLengthError for texts around the gap that are too long in any case.
+    """
+    characters = len(gap.prefix) + len(gap.suffix) + len(gap.begun)
+    least = -(-characters // tokenizer.longest_word)
+    if least > context_length:
+        has = f"has {characters} characters, more than {context_length} tokens can hold"
+        raise ContextLengthError(has, least, context_length, "input_prefix")
+    room = context_length - (context_length // _ANSWER_SHARE if max_new_tokens is None else max_new_tokens)
+    return tuple(await run_on(tokenizing(characters), _encoded, tokenizer, tokens, gap, room))
+
+
+def _encoded(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
+    around = [
+        *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
+        tokens.prefix,
+        *_plain(tokenizer, gap.prefix),
+        *tokenizer.encode(gap.begun, add_special=False, parse_special=True),
+        tokens.suffix,
+        *_plain(tokenizer, gap.suffix),
+        tokens.middle,
+    ]
+    left = room - len(around)
+    if gap.files is None or left <= 0:
+        return around
+    return [*_files(tokenizer, tokens, gap.files, left), *around]
+
+
+def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
+    """The last `room` tokens of all files, read from the end on: what has no room is not tokenized."""
+    parts: list[list[int]] = []
+    left = room
+    for mark, text in _file_parts(tokens, files):
+        part = [*mark, *_plain(tokenizer, text[-left * tokenizer.longest_word :])][-left:]
+        parts.append(part)
+        left -= len(part)
+        if left == 0:
+            break
+    return [token for part in reversed(parts) for token in part]
+
+
+def _file_parts(tokens: FillInTokens, files: tuple[OtherFile, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Tokens and the text behind them, the last ones first."""
+    if tokens.file is not None:
+        yield (tokens.file,), _THIS_FILE
+    for file in reversed(files):
+        yield (), file.text
+        yield ((), _SNIPPET) if tokens.file is None else ((tokens.file,), f"{file.name}\n")
+    if tokens.repository is not None:
+        yield (tokens.repository,), _PROJECT
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special=False) if text else []

@@ -1,0 +1,375 @@
+"""Text in, text out: prompts and chats to tokens, through the engine and back. For HTTP and the in-process client."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
+from llamaclust.cluster.front.text.budget import NOTHING, ReplyBudget, RowStorage
+from llamaclust.cluster.front.text.call_constraint import answer_grammar
+from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, render
+from llamaclust.cluster.front.text.chat_format import ChatFormat
+from llamaclust.cluster.front.text.choice import ChoiceText
+from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
+from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.reasoning import answer_reasoning
+from llamaclust.cluster.front.text.request import SEEDS, CompletionRequest, draw_seed
+from llamaclust.cluster.front.text.slots import Slots
+from llamaclust.cluster.front.text.threads import BREAKERS, TOKENIZING, run_on, tokenizing
+from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
+from llamaclust.cluster.scheduler.validation import NO_TEXT
+from llamaclust.cluster.state.adapters import ServedAdapters
+from llamaclust.core.errors import ContextLengthError, ParameterError
+from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.chat.prompt import encode_chat, unguarded
+from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.grammars.checker import GrammarChecker
+from llamaclust.model.pooling import DEFAULT, Pooling
+from llamaclust.model.ranking import PairTemplate, Ranking
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_BLOCKING_CHARACTERS = 2048
+"""Texts longer than this are tokenized on a thread."""
+_MAX_BEGUN_CHARACTERS = 1 << 18
+"""Of a continued message, for all choices together: about two seconds of parsing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """What a served model is called and how much it takes."""
+
+    model_name: str
+    context_length: int  # tokens of a sequence, prompt and answer together
+    max_sequences: int = 32
+    model_path: str = ""  # of the file, where there is one
+    file: ModelFile | None = None  # likewise
+    embedding_length: int = 0  # numbers of an embedding
+    pooling: Pooling = DEFAULT  # of embeddings, where a request names none
+    ranking: Ranking | None = None  # where the model ranks documents
+    generates: bool = True
+    slots: int = 0  # that remember the tokens of requests that name them
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
+    max_drafted: int = 0  # tokens drafted for a sequence in a step, at most; 0: none
+    recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file
+
+
+class TextService:
+    """One served model. Use from one event loop."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.settings = settings
+        self.budget = ReplyBudget()
+        self.slots = Slots(engine, settings.slots)
+        self._engine = engine
+        self._embedder = Embedder(engine)
+        self._grammars = GrammarChecker(tokenizer)
+        self.chat_format = ChatFormat(chat_template, tokenizer)
+        self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
+        self._breaker_tokens = BreakerTokens(tokenizer)
+        self._active: set[Completion] = set()
+        self._in_preparation = 0
+
+    async def aclose(self) -> None:
+        """Ends the process that checks grammars."""
+        await asyncio.to_thread(self._grammars.close)
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that were accepted and have not ended; those in preparation too."""
+        return len(self._active) + self._in_preparation
+
+    async def start(self, request: CompletionRequest) -> Completion:
+        """Prepares and submits a request, whose chunks the caller reads."""
+        ready, log = await self.prepare(request), AnswerLog()
+        log.begin([ready.generation], LogContent(RowStorage.STREAMED))
+        return self.submit(request, ready, log)
+
+    async def prepare(self, request: CompletionRequest) -> TokenizedRequest:
+        """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
+        request.check_text()
+        self.slots.check(request.slot)
+        with self._preparing():
+            if request.grammar is not None:
+                self._engine.prepare_matchers()
+                request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
+            prompt = await self._prompt_ids(request)
+            if len(prompt) > self.settings.context_length:
+                raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
+            generation = self._generation(request, prompt, await self._breakers(request))
+            return TokenizedRequest(generation, await self._choices(request, generation), request.answered)
+
+    def submit(
+        self, request: CompletionRequest, ready: TokenizedRequest, log: AnswerLog, prompt: int = 0
+    ) -> Completion:
+        """Submits a request that was prepared; the caller must close the completion. What comes goes to the log, which
+        has begun, as that of its prompt `prompt`.
+
+        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors
+        come from the log.
+        """
+        scales = ready.generation.adapters
+        self.settings.adapters.use(scales, request.received_ns)
+        try:
+            if self.slots.count and request.slot is not None:
+                log.subscribe(self.slots.recording(request.slot, ready.generation, prompt))
+            completion = Completion(self._engine, ready, self._closed, log=log, prompt=prompt)
+        except BaseException:
+            self.settings.adapters.release(scales)
+            raise
+        self._active.add(completion)
+        return completion
+
+    def _closed(self, completion: Completion) -> None:
+        if completion in self._active:
+            self._active.remove(completion)
+            self.settings.adapters.release(completion.generation.adapters)
+
+    @asynccontextmanager
+    async def embed(
+        self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
+    ) -> AsyncIterator[list[Embedding]]:
+        """Embeddings of prompts of texts and token ids, in their order; they count for the budget inside. RequestError
+        for a prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
+        length = self.settings.embedding_length
+        if self.settings.ranking is not None:
+            raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
+        if options.dimensions is not None and options.dimensions > length:
+            raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
+        with self._preparing():
+            ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
+            vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
+            reserved = self.budget.reserve_numbers(vectors * length)
+            try:
+                yield await self._embedder.embed(ids, options)
+            finally:
+                self.budget.release(reserved)
+
+    async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
+        """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
+        that is too long, before any after it is read; errors of `ReplyBudget.reserve_pairs` and `Embedder.embed`."""
+        ranking = self.settings.ranking
+        if ranking is None:
+            raise ParameterError("model", "does not rank documents")
+        form = ranking.prompts
+        with self._preparing():
+            if isinstance(form, PairTemplate):
+                return await self._rank_rendered(ranking, form, query, documents)
+            begin = await self._pair_ids(query, form.length, "query")
+            others = form.length + len(begin)
+            ends = [await self._pair_ids(document, others, "documents") for document in documents]
+            reserved = self.budget.reserve_pairs(others * len(ends) + sum(map(len, ends)))
+            try:
+                return await self._embedder.rank([form.prompt(begin, end) for end in ends], ranking)
+            finally:
+                self.budget.release(reserved)
+
+    async def _pair_ids(self, text: str, others: int, param: str) -> list[int]:
+        """Ids of a text that is in a prompt with so many others; control words stay text. Each text has a turn of its
+        own on the threads."""
+        self._check_characters(len(text), param)
+        ids = await run_on(TOKENIZING, self.tokenizer.encode, text, add_special=False)
+        self._check_pair(others + len(ids), param)
+        return ids
+
+    async def _rank_rendered(
+        self, ranking: Ranking, template: PairTemplate, query: str, documents: Sequence[str]
+    ) -> list[Rank]:
+        """As `rank`. A template's words may have tokens in common with the texts, so that each prompt is read whole:
+        what all take at least is reserved before."""
+
+        async def prompt(document: str, param: str) -> tuple[int, ...]:
+            self._check_characters(len(query) + len(document), param)
+            ids = await run_on(TOKENIZING, template.prompt, self.tokenizer, query, document)
+            self._check_pair(len(ids), param)
+            return ids
+
+        reserved = self.budget.reserve_pairs(len(await prompt("", "query")) * len(documents))
+        try:
+            pairs = [await prompt(document, "documents") for document in documents]
+            self.budget.release(reserved)
+            reserved = NOTHING
+            reserved = self.budget.reserve_pairs(sum(map(len, pairs)))
+            return await self._embedder.rank(pairs, ranking)
+        finally:
+            self.budget.release(reserved)
+
+    def _check_pair(self, tokens: int, param: str) -> None:
+        context = self.settings.context_length
+        if tokens > context:
+            what = "has" if param == "query" else "have one that has, with the query,"
+            raise ContextLengthError(f"{what} {tokens} tokens", tokens, context, param)
+
+    async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
+        ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]
+        context = self.settings.context_length
+        if not ids:
+            raise ParameterError("input", "a prompt without tokens; give at least one")
+        if len(ids) > context:
+            raise ContextLengthError(f"a prompt of {len(ids)} tokens is too large", len(ids), context, "input")
+        return ids
+
+    async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= _BLOCKING_CHARACTERS:
+            return self.tokenizer.encode(text, add_special, parse_special)
+        return await run_on(tokenizing(len(text)), self.tokenizer.encode, text, add_special, parse_special)
+
+    async def tokenize_all(
+        self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for the first
+        part. ParameterError, before any work, where the parts are more than so many tokens, by default the context's,
+        can hold."""
+        self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
+        characters = sum(len(part) for part in parts if isinstance(part, str))
+        self._check_characters(characters, param, most_tokens)
+        return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
+
+    async def chat(self, chat: ChatRequest) -> CompletionRequest:
+        """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
+        refuses the messages, and of a model that generates nothing."""
+        if not self.settings.generates:
+            raise ParameterError("model", NO_TEXT)
+        unconstrained = await self.chat_prompt(chat)
+        if chat.answer.grammar is not None or (unconstrained.reading is not None and unconstrained.reading.tools):
+            self._engine.prepare_matchers()
+        with self._preparing():
+            grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
+        own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
+        reasoning = answer_reasoning(unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
+        return replace(unconstrained, grammar=grammar, reasoning=reasoning)
+
+    async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
+        """The same without the grammar of its calls."""
+        with self._preparing():
+            self._check_characters(await run_on(TOKENIZING, chat.count_characters))
+            chat_format = self._format_of(chat)
+            rendered = await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)
+            self._check_characters(len(unguarded(rendered.prompt)))
+            prompt = await run_on(tokenizing(len(rendered.prompt)), encode_chat, self.tokenizer, rendered.prompt)
+        reading = rendered.reading and replace(rendered.reading, shown_control_ids=chat_format.control_ids)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
+
+    async def chat_text(self, chat: ChatRequest) -> str:
+        """A chat as the model will see it."""
+        chat_format = self._format_of(chat)
+        return unguarded((await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)).prompt)
+
+    def _format_of(self, chat: ChatRequest) -> ChatFormat:
+        """Returns the format of the template for such a chat. ParameterError for documents that it would not show."""
+        template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
+        if chat.has_documents and "documents" not in (template.source or ""):
+            raise ParameterError("documents", "the model's chat template shows none; write them into a message")
+        return self._formats.get(template, self.chat_format)
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        self._in_preparation += 1
+        try:
+            yield
+        finally:
+            self._in_preparation -= 1
+
+    async def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[ChoiceText]:
+        """Each reads what the prompt has written of its answer."""
+        begun = 0 if request.reading is None else len(request.reading.begun) * request.n
+        if begun > _MAX_BEGUN_CHARACTERS:
+            reason = f"{request.n} answers would read {begun} characters of the continued message, at most "
+            raise ParameterError("n" if request.n > 1 else "messages", f"{reason}{_MAX_BEGUN_CHARACTERS} are read")
+
+        def make() -> list[ChoiceText]:
+            ends = generation.stop_token_ids
+            return [
+                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading)
+                for index in range(request.n)
+            ]
+
+        return make() if begun <= _BLOCKING_CHARACTERS else await run_on(TOKENIZING, make)
+
+    async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            self._check_characters(len(request.prompt))
+            return tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
+        return request.prompt
+
+    def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
+        encode = self.tokenizer.encode
+        return [
+            [part] if isinstance(part, int) else encode(part, add_special and place == 0, parse_special=True)
+            for place, part in enumerate(parts)
+        ]
+
+    def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
+        """Refuses without work what is surely too long."""
+        self._check_room(
+            f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
+        )
+
+    def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
+        """`tokens`: at least so many."""
+        context = self.settings.context_length
+        if most_tokens is None and tokens > context:
+            raise ContextLengthError(f"{has}, more than {context} tokens can hold", tokens, context, param)
+        if most_tokens is not None and tokens > most_tokens:
+            raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
+
+    async def _breakers(self, request: CompletionRequest) -> Breakers:
+        """Only where DRY looks for them."""
+        chain = request.params.chain
+        if chain is None or not chain.needs_history:
+            return {}
+        return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
+
+    def _params(self, request: CompletionRequest) -> SamplingParams:
+        """With the line break spared, where it is to be."""
+        params = request.params
+        if request.penalize_nl or not params.needs_history:
+            return params
+        line_break = self.tokenizer.encode("\n", add_special=False)[-1:]
+        return replace(params, chain=replace(params.chain or SamplerChain(), unpenalized=tuple(line_break)))
+
+    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> GenerationRequest:
+        context = self.settings.context_length
+        max_new_tokens = request.max_new_tokens
+        if max_new_tokens != 0:  # a prompt without room for an answer is refused by the engine
+            room = max(context - len(prompt), 1)
+            max_new_tokens = room if max_new_tokens is None else min(max_new_tokens, room)
+        request_id = request.request_id or secrets.token_hex(12)
+        return GenerationRequest(
+            request_id,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            params=self._params(request),
+            seed=draw_seed() if request.seed is None else request.seed % SEEDS,
+            stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
+            min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
+            top_logprobs=request.top_logprobs,
+            penalty_window=context if request.penalty_window is None else request.penalty_window,
+            dry_window=context if request.dry_window is None else request.dry_window,
+            breakers=breakers,
+            score_from=request.score_from,
+            cache_salt=request.cache_salt,
+            adapters=request.adapters,
+            group=request.group or request_id,
+            owner=current_owner.get(),
+            grammar=request.grammar,
+            reasoning=request.reasoning,
+            with_logprobs=request.with_logprobs,
+            max_drafted=request.max_drafted,
+            operation=request.operation,
+            received_ns=request.received_ns,
+        )

@@ -1,0 +1,146 @@
+"""Ollama's endpoints that name models, and its own client on top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ollama
+import pytest
+
+from llamaclust.cluster.front.dialects.ollama.details import ModelDetails
+from llamaclust.cluster.front.dialects.ollama.names import MAX_COPIES
+from llamaclust.cluster.front.text.service import TextSettings
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from support.clusters.served import CONTEXT, MODEL, ScriptedEngine, client, make_app, says, serving
+from support.models.tiny_adapter import build_adapter
+from support.models.tiny_model import build_tiny_model
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def opened(**settings: Any) -> httpx.AsyncClient:
+    return client(make_app(ScriptedEngine(says("The cat.")), **settings))
+
+
+async def names(http: httpx.AsyncClient) -> list[str]:
+    return [model["name"] for model in (await http.get("/api/tags")).json()["models"]]
+
+
+async def test_a_client_finds_the_server() -> None:
+    async with opened() as http:
+        assert (await http.get("/")).text == "Ollama is running"
+        assert (await http.head("/")).status_code == 200
+        version = (await http.get("/api/version")).json()["version"]
+        assert [part.isdigit() for part in version.split(".")] == [True] * 3
+
+
+async def test_the_served_model_is_listed_with_its_aliases() -> None:
+    async with opened(aliases=("gpt:4", "cat")) as http:
+        assert await names(http) == [f"{MODEL}:latest", "gpt:4", "cat:latest"]
+        (loaded,) = (await http.get("/api/ps")).json()["models"]
+        assert loaded["name"] == f"{MODEL}:latest" and loaded["context_length"] == CONTEXT
+
+
+async def test_show() -> None:
+    async with opened() as http:
+        for field in ("model", "name"):
+            shown = (await http.post("/api/show", json={field: MODEL})).json()
+            assert "<|im_start|>" in shown["template"] and shown["capabilities"] == ["completion", "tools", "embedding"]
+        assert (await http.post("/api/show", json={})).json() == {"error": "model: is missing"}
+        reply = await http.post("/api/show", json={"model": "llama3.2"})
+        assert (reply.status_code, reply.json()) == (404, {"error": "model 'llama3.2' not found"})
+
+
+def test_details_are_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    build_tiny_model(path)
+    details = ModelDetails.of(TextSettings("tiny", 8, file=open_model(path)))
+    assert details.family == "llama" and details.size_bytes == path.stat().st_size and len(details.digest) == 64
+    assert details.info["general.parameter_count"] == details.parameters > 0
+    assert details.shown["quantization_level"] and details.modified_at > "2020"
+    json.dumps(details.info, allow_nan=False)
+
+
+def test_details_are_those_of_the_model_without_adapters(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny.gguf", quant_type=QuantType.Q8_0)
+    adapter = build_adapter(tmp_path / "large.gguf", model, rank=128)
+    alone, adapted = (
+        ModelDetails.of(TextSettings("tiny", 8, file=Model.open(model, adapters=adapters).file))
+        for adapters in ([], [adapter] * 4)
+    )
+    assert adapted.parameters == alone.parameters and adapted.quantization == alone.quantization == "Q8_0"
+    assert adapted.size_bytes == alone.size_bytes + 4 * adapter.stat().st_size
+
+
+async def test_copies_are_names_of_the_served_model() -> None:
+    async with opened() as http:
+        assert (await http.post("/api/copy", json={"source": MODEL, "destination": "a"})).status_code == 200
+        create = {"model": "b", "from": "a:latest", "stream": False}
+        assert (await http.post("/api/create", json=create)).json() == {"status": "success"}
+        assert await names(http) == [f"{MODEL}:latest", "a:latest", "b:latest"]
+        assert (await http.request("DELETE", "/api/delete", json={"model": "a"})).status_code == 200
+        assert await names(http) == [f"{MODEL}:latest", "b:latest"]
+
+
+async def test_copies_that_are_refused() -> None:
+    async with opened() as http:
+        for body, status in (
+            ({"source": "nothing", "destination": "a"}, 404),
+            ({"source": MODEL, "destination": "<script>"}, 400),
+            ({"source": MODEL, "destination": "../a"}, 400),
+            ({"source": MODEL}, 400),
+        ):
+            reply = await http.post("/api/copy", json=body)
+            assert (reply.status_code, [*reply.json()]) == (status, ["error"])
+        for number in range(MAX_COPIES + 1):
+            reply = await http.post("/api/copy", json={"source": MODEL, "destination": f"a{number}"})
+        assert reply.status_code == 507 and len(await names(http)) == MAX_COPIES + 1
+        for model, status in ((MODEL, 403), ("nothing", 404)):
+            assert (await http.request("DELETE", "/api/delete", json={"model": model})).status_code == status
+        changed = {"model": "c", "from": MODEL, "system": "Be brief."}
+        assert "system" in (await http.post("/api/create", json=changed)).json()["error"]
+    async with opened(strict_model=True) as http:
+        reply = await http.post("/api/copy", json={"source": MODEL, "destination": "a"})
+        assert reply.status_code == 403 and "api.aliases" in reply.json()["error"]
+
+
+async def test_nothing_is_downloaded_or_uploaded() -> None:
+    async with opened() as http:
+        pulled = await http.post("/api/pull", json={"model": MODEL})
+        assert [json.loads(line)["status"] for line in pulled.text.splitlines()][-1] == "success"
+        refused = await http.post("/api/pull", json={"model": "http://127.0.0.1/model"})
+        assert refused.status_code == 403 and "model pull" in refused.json()["error"]
+        for path in ("/api/push", "/api/blobs/sha256:00"):
+            reply = await http.post(path, json={"model": MODEL})
+            assert (reply.status_code, [*reply.json()]) == (403, ["error"])
+        assert (await http.head("/api/blobs/sha256:00")).status_code == 404
+
+
+async def test_keys_and_unknown_paths_have_the_errors_of_ollama() -> None:
+    async with opened(api_keys=("secret-key",)) as http:
+        reply = await http.get("/api/tags")
+        assert reply.status_code == 401 and isinstance(reply.json()["error"], str)
+        reply = await http.get("/api/nothing", headers={"Authorization": "Bearer secret-key"})
+        assert reply.status_code == 404 and isinstance(reply.json()["error"], str)
+
+
+async def test_client_of_ollama() -> None:
+    async with serving(make_app(ScriptedEngine(says("The cat.")))) as url:
+        model = ollama.AsyncClient(host=url)
+        assert [entry.model for entry in (await model.list()).models] == [f"{MODEL}:latest"]
+        answer = await model.chat(MODEL, messages=HI)
+        assert answer.message.content == "The cat." and answer.done and answer.eval_count == len("The cat.") + 1
+        parts = [part async for part in await model.generate(MODEL, "Hello", stream=True)]
+        assert "".join(part.response for part in parts) == "The cat." and parts[-1].context
+        assert (await model.show(MODEL)).capabilities == ["completion", "tools", "embedding"]
+        assert (await model.ps()).models[0].context_length == CONTEXT
+        await model.copy(MODEL, "other")
+        assert (await model.delete("other")).status == "success"
+        assert (await model.pull(MODEL)).status == "success"
+        with pytest.raises(ollama.ResponseError, match="suffix"):
+            await model.generate(MODEL, "a", suffix="b")

@@ -1,0 +1,38 @@
+"""Clients without a key are told apart by their host: an IPv6 network of 64 bits counts as one."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from llamaclust.cluster.front.http.security import KeyGate
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.owner import current_owner
+
+
+@pytest.mark.parametrize(
+    ("hosts", "owners"),
+    [
+        (["2001:db8::1", "2001:db8::ffff:1", "2001:db8:0:0:a::"], 1),
+        (["2001:db8::1", "2001:db8:0:1::1"], 2),
+        (["192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2"], 2),
+        (["fe80::1%eth0", "fe80::2%eth0"], 1),
+    ],
+    ids=str,
+)
+async def test_a_host_is_one_owner_whatever_address_it_takes(hosts: list[str], owners: int) -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(current_owner.get())
+
+    async def receive() -> dict[str, object]:
+        raise AssertionError
+
+    async def send(message: object) -> None:
+        raise AssertionError
+
+    gate = KeyGate(app, ApiSettings())
+    for host in hosts:
+        await gate({"type": "http", "path": "/v1/models", "headers": [], "client": (host, 5)}, receive, send)
+    assert len(set(seen)) == owners and len(seen) == len(hosts)

@@ -1,0 +1,68 @@
+"""Models are loaded and unloaded by requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message
+
+from llamaclust.cluster.front import body
+from llamaclust.cluster.front.dialects.openai import models
+from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.models.router import ModelRouter
+from llamaclust.core.errors import DeadlineError
+from support.several_models.api_models import ScriptedResident, named_model
+
+
+def endpoints(resident: ScriptedResident) -> ModelEndpoints:
+    return ModelEndpoints(ModelRouter([named_model("a", resident)]))
+
+
+def request(**fields: Any) -> Request:
+    message = {"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}
+
+    async def receive() -> Message:
+        return message
+
+    return Request({"type": "http", "method": "POST", "path": "/v1/models/load", "headers": []}, receive)
+
+
+@pytest.mark.parametrize("call", ["load", "unload"])
+async def test_large_bodies_are_parsed_on_a_thread(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def parse(data: bytes) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return {"model": "a"}
+
+    monkeypatch.setattr(body, "parse_object", parse)
+    resident = ScriptedResident()
+    await getattr(endpoints(resident), call)(request(model="a", more=[0.5] * 100_000))
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+    assert resident.is_asleep is (call == "unload")
+
+
+async def test_a_model_with_requests_is_not_unloaded() -> None:
+    resident = ScriptedResident()
+    resident.enter()
+    with pytest.raises(HttpError, match="'a' has requests and stays loaded") as refused:
+        await endpoints(resident).unload(request(model="a"))
+    assert refused.value.http_status == 409 and not resident.is_asleep
+    resident.leave()
+    assert (await endpoints(resident).unload(request(model="a"))).status_code == 200 and resident.is_asleep
+
+
+async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading(ScriptedResident):
+        async def sleep(self) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(models, "_UNLOAD_S", 0.01)
+    with pytest.raises(DeadlineError, match="the end of a load of 'a', which is unloaded then: not within"):
+        await endpoints(Loading()).unload(request(model="a"))

@@ -1,0 +1,375 @@
+"""Kept replies that end before they are complete: their readers get the cause, and nothing of them runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.front.dialects.openai.view import OpenAiView
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.sse import StreamFormat
+from llamaclust.cluster.front.replies.computation import Computation
+from llamaclust.cluster.front.replies.kept_reply import KeptReply
+from llamaclust.cluster.front.replies.reading import Framing, stream_parts
+from llamaclust.cluster.front.replies.reply import Event, Reply, View
+from llamaclust.cluster.front.replies.reply_cache import ReplyCache
+from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent, LogItem
+from llamaclust.cluster.front.text.budget import RowStorage
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
+from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
+from support.clusters.served import until
+
+TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
+
+
+class PlainView(View):
+    """Texts as they are."""
+
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        return [Event(0, item.text.encode())] if isinstance(item, TextChunk) else []
+
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
+        return ["".join(chunk.text for chunk in chunks) for chunks in parts]
+
+
+class Endless(Computation):
+    """A computation that is submitted at once, without text."""
+
+    def __init__(self, view: Callable[[AnswerLog], View] = lambda _: PlainView()) -> None:
+        service: Any = None
+        super().__init__(Reply(service=service, requests=_nothing, view=view, is_streamed=True), TICKET)
+        self.closed = 0
+
+    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
+        log.begin([GenerationRequest("a", (), 1)], LogContent(RowStorage.CHUNKS))
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+async def _nothing() -> list[CompletionRequest]:
+    return []
+
+
+async def read_all(kept: KeptReply) -> bytes:
+    framing = Framing(StreamFormat.LINES, "a", 20.0, with_ids=False)
+    return b"".join([part async for part in stream_parts(kept.reading(), kept.log, kept.view, framing)])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
+    """Also before the first step of its task."""
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
+    reply = Endless()
+    reading = asyncio.create_task(read_all(kept))
+    await asyncio.sleep(0)
+    await kept.begin(reply)
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    await kept.aclose()
+    assert reply.closed
+    async with asyncio.timeout(5):
+        with pytest.raises(RequestCancelledError):
+            await reading
+
+
+async def test_readers_learn_that_the_coordinator_ends() -> None:
+    """Also of a reply that is being restored: they come back to the next coordinator."""
+    cache = ReplyCache(ApiSettings(), None)
+    replies = [cache.add(TICKET, "/", b"", is_streamed=True), KeptReply(TICKET, ApiSettings(), cache, is_streamed=True)]
+    reading = asyncio.create_task(read_all(replies[0]))
+    replies[1].stop()
+    cache.stop()
+    await cache.aclose()
+    async with asyncio.timeout(5):
+        with pytest.raises(ClusterStoppingError):
+            await reading
+        with pytest.raises(ClusterStoppingError):
+            await replies[1].begin(Endless())
+
+
+async def test_a_reply_that_was_closed_does_not_begin() -> None:
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
+    await kept.aclose()
+    reply = Endless()
+    with pytest.raises(RequestCancelledError):
+        await kept.begin(reply)
+    assert reply.closed
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
+    is_streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk, asked, admit = asyncio.Event(), list[str](), Journal.admit
+
+    def slow(self: Journal, admission: Admission) -> asyncio.Task[None]:
+        async def written() -> None:
+            await on_disk.wait()
+            await admit(self, admission)
+
+        asked.append(admission.identity.id)
+        return asyncio.create_task(written())
+
+    monkeypatch.setattr(Journal, "admit", slow)
+    async with served(tmp_path / "journal") as server:
+        body = body_of(PATHS[0], stream=is_streamed)
+        first = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+        await until(lambda: bool(asked))
+        second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
+        (kept,) = [entry.kept for entry in server.replies.cache._entries.values()]
+        await until(lambda: kept.is_running and kept._readers == 1)  # the second one's
+        assert kept.is_running and kept.log.entry(0) is None and not (first.done() or second.done())
+        on_disk.set()
+        assert (await first).content == (await second).content and len(asked) == 1
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
+    is_streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mistaken(*arguments: Any, **named: Any) -> Any:
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(OpenAiView, "_reply", mistaken)
+    async with served(tmp_path / "journal") as server:
+        body = body_of(PATHS[0], stream=is_streamed)
+        if is_streamed:
+            ((_, data),) = await stream(server.http, "POST", PATHS[0], json=body, headers=KEY)
+            assert isinstance(data, dict)
+        else:
+            reply = await server.http.post(PATHS[0], json=body, headers=KEY)
+            data = reply.json()
+            assert reply.status_code == 500
+        assert data["error"]["code"] == "internal_error" and "log says more" in data["error"]["message"]
+        assert "TypeError: a mistake of ours" in caplog.text
+        await until(lambda: is_idle(server.engine))
+        left = partial(read_journal, tmp_path / "journal", Instant.now())
+        await until(lambda: [request.is_sent for request in left()] == [True])
+
+
+@pytest.mark.parametrize("end", ["timeout", "failure", "close", "stop"])
+async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=False)
+    computing = Endless()
+    await kept.begin(computing, until_s=asyncio.get_running_loop().time() + 0.01 if end == "timeout" else None)
+    reading = asyncio.create_task(kept.whole())
+    if end == "failure":
+        kept.fail(LlamaclustError("a cause"))
+    if end == "close":
+        await kept.aclose()
+    if end == "stop":
+        kept.stop()
+    causes = {"timeout": DeadlineError, "failure": LlamaclustError, "stop": ClusterStoppingError}
+    async with asyncio.timeout(5):
+        with pytest.raises(causes.get(end, RequestCancelledError)):
+            await reading
+        await until(lambda: computing.closed > 0)
+    assert not caplog.records
+    await kept.aclose()
+
+
+def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
+    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1, client=client))
+    return cache.add(ticket, PATHS[0], b"", is_streamed=True)
+
+
+class Long(Endless):
+    """Many chunks that take 1,256 bytes each, then none."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.is_submitted = False
+
+    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
+        await super().submit(log, is_kept=is_kept)
+        asyncio.get_running_loop().call_soon(self._append, log)
+
+    def _append(self, log: AnswerLog) -> None:
+        with suppress(LlamaclustError):
+            for _ in range(self.chunks):
+                log.append(0, TextChunk(text="x" * 656))
+
+
+class Complete(Long):
+    """An end behind them."""
+
+    def _append(self, log: AnswerLog) -> None:
+        super()._append(log)
+        log.end(0)
+
+
+@pytest.mark.parametrize("chunks", [300, 2000, 5000])
+async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: int) -> None:
+    kept, turns = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True), 0
+    await kept.begin(Complete(chunks))
+    await kept.log.wait_over()
+    reading = asyncio.create_task(read_all(kept))
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(reading.result()) == chunks * 656 and turns >= chunks // 256
+    await kept.aclose()
+
+
+async def test_running_replies_are_bounded_together() -> None:
+    """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
+    cache = ReplyCache(ApiSettings(max_kept_bytes=100_000), None)
+    replies = {"complete": Complete(30), "read": Long(40), "unread": Long(20), "small": Long(1)}
+    kept = {name: kept_in(cache, name) for name in replies}
+    with kept["read"].reading() as reader:
+        for name in ("complete", "small"):
+            await kept[name].begin(replies[name])
+        await until(lambda: kept["complete"].gives_way)
+        await kept["read"].begin(replies["read"])
+        await until(reader.take)  # type: ignore[arg-type]
+        assert cache.named("", "complete") is not None
+        await kept["unread"].begin(replies["unread"])
+        await until(lambda: cache.named("", "complete") is None)
+        assert kept["read"].is_running and kept["unread"].is_running and kept["small"].is_running
+        more = kept_in(cache, "more")
+        await more.begin(Long(40))
+        await until(lambda: not more.is_running or not kept["unread"].is_running)
+        assert kept["read"].is_running and kept["small"].is_running
+        failed = kept["unread"] if more.is_running else more
+        with pytest.raises(HttpError, match="larger than 0 MiB together") as error:
+            await read_all(failed)
+        assert error.value.code == "reply_too_large" and failed.held_bytes == 0
+        await until(lambda: bool(replies["unread"].closed) or failed is more)
+    await cache.aclose()
+
+
+async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None:
+    """Nor is, of one that is kept, what it was computed from."""
+    cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0), None)
+
+    async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
+        kept, reply = kept_in(cache, "a"), Complete(2)
+        await kept.begin(reply)
+        await until(lambda: kept.gives_way and reply.closed > 0)
+        return weakref.ref(kept), weakref.ref(reply)
+
+    held, source = await computed()
+    await until(lambda: gc.collect() >= 0 and source() is None)
+    kept_in(cache, "b")
+    await until(lambda: gc.collect() >= 0 and held() is None)
+    await cache.aclose()
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"max_kept_replies": 4}, {"max_kept_bytes": 8_000}, {"max_kept_replies": 7, "max_kept_bytes": 9_000}]
+)
+async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, Any]) -> None:
+    """However many an owner keeps, what others have stays, and a newcomer finds room."""
+    cache = ReplyCache(ApiSettings(**bounds), None)
+
+    async def keep(owner: str, name: str) -> KeptReply:
+        kept = kept_in(cache, name, owner)
+        reply = Complete(1)
+        await kept.begin(reply)
+        await until(lambda: kept.gives_way)
+        return kept
+
+    first = await keep("quiet", "mine")
+    for number in range(12):
+        await keep("busy", f"busy{number}")
+    assert cache.named("", "mine") is first
+    assert cache.named("", "busy0") is None and cache.named("", "busy11") is not None
+    late = await keep("newcomer", "late")
+    for number in range(12):
+        await keep("busy", f"more{number}")
+    assert (cache.named("", "mine"), cache.named("", "late")) == (first, late)
+    await cache.aclose()
+
+
+async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    sizes = {"a20": 20, "b12": 12, "c5": 5, "d3": 3, "a4": 4, "b15": 15, "c15": 15, "d20": 20}
+    for name in sizes:
+        kept[name] = kept_in(cache, name, name[0])
+    for name, events in sizes.items():
+        reply = kept[name]
+        await reply.begin(Long(events))
+        await until(partial(_has_grown, reply, events))
+    assert [name for name, reply in kept.items() if not reply.is_running] == ["a20", "b15"]
+    await cache.aclose()
+
+
+def _has_grown(reply: KeptReply, events: int) -> bool:
+    return reply.held_bytes >= events * 1000 or not reply.is_running
+
+
+async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> None:
+    """Of the client with the most first, the oldest first; together they have at most twice the room of one."""
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    for number in range(8):
+        for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
+            kept[name] = kept_in(cache, name, f"client {number}")
+            await kept[name].begin(Complete(events))
+            await until(lambda name=name: kept[name].gives_way)  # type: ignore[misc]
+    running = kept_in(cache, "running", "running")
+    await running.begin(Long(30))
+    await until(partial(_has_grown, running, 30))
+    assert running.is_running
+    assert sum(entry.held_bytes for entry in cache._entries.values()) <= 80_000
+    left = {name for name in kept if cache.named("", name) is not None}
+    assert {"0 old", "0 new", "1 old", "1 new"} <= left and not {"7 old", "6 old"} & left
+    await cache.aclose()
+
+
+@pytest.mark.parametrize(("own", "others"), [(37, (20, 20)), (30, (39,)), (20, (19, 19, 19))])
+async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
+    own: int, others: tuple[int, ...]
+) -> None:
+    """They grow to their ends while all together have room."""
+    cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), list[KeptReply]()
+    complete = kept_in(cache, "complete", "a")
+    await complete.begin(Complete(5))
+    await until(lambda: complete.gives_way)
+    each = {f"other {number}": events for number, events in enumerate(others)} | {"a": own - 8}
+    for client, events in each.items():
+        reply = kept_in(cache, client, client)
+        await reply.begin(Long(events * 4 // 5))
+        await until(partial(_has_grown, reply, events * 4 // 5))
+        running.append(reply)
+    assert all(reply.is_running for reply in running) and cache.named("", "complete") is complete
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("clients", [2, 3, 7])
+async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room(clients: int) -> None:
+    cache = ReplyCache(ApiSettings(max_kept_bytes=40_000), None)
+    for number in range(200):
+        reply = kept_in(cache, f"id{number}", f"client {number % clients}")
+        await reply.begin(Complete(1))
+        await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
+    ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"))
+    kept = cache.add(ticket, PATHS[0], b"x" * 10_000, is_streamed=True)
+    assert cache.named("", "new") is kept
+    await cache.aclose()
+
+
+async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:
+    cache = ReplyCache(ApiSettings(max_kept_bytes=10_000), None)
+    kept, reply = kept_in(cache, "a"), Long(1000)
+    await kept.begin(reply)
+    await until(lambda: reply.closed > 0)
+    assert (kept.is_running, kept.held_bytes) == (False, 0)
+    kept_in(cache, "b")
+    await cache.aclose()

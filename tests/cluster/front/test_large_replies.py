@@ -1,0 +1,306 @@
+"""Replies of many tokens and logprobs: bounded before they are admitted, rendered off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Generator
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.front import json_parts as json_parts_module
+from llamaclust.cluster.front.dialects.openai import completions
+from llamaclust.cluster.front.dialects.openai.shapes import completion_logprobs
+from llamaclust.cluster.front.dialects.openai.view import OpenAiView
+from llamaclust.cluster.front.json_parts import json_parts
+from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.replies.json_body import JsonBody, json_body
+from llamaclust.cluster.front.text import budget
+from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.server.serve import serve
+from llamaclust.core.errors import ParameterError, QueueFullError
+from support.clusters.resumable import KEY, PATHS, body_of, served
+from support.clusters.served import ScriptedEngine, client, events_of, make_app, real_engine, says, until
+
+SCORED: dict[str, Any] = {"prompt": [[5] * 150] * 64, "max_tokens": 49, "echo": True, "logprobs": 128}
+"""64 x (149 + 49) x 129 entries."""
+
+_LOGPROBS = "message.output_text.logprobs"
+_CHAT = {"logprobs": True, "top_logprobs": 9, "max_tokens": 2}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool) -> None:
+    engine = ScriptedEngine(says("a"))
+    async with client(make_app(engine)) as http:
+        refused = await http.post("/v1/completions", json={**SCORED, "n": 2, "stream": stream})
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "reply_too_large" and "at most 2097152 are given" in error["message"]
+        assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 9}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], **_CHAT}),
+        ("/completion", {"prompt": "a", "n_predict": 2, "n_probs": 9}),
+    ],
+)
+async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 2)
+    engine = ScriptedEngine(says("a"))
+    engine.gate.clear()
+    async with client(make_app(engine)) as http:
+        first = asyncio.create_task(http.post(path, json=body))
+        await until(lambda: engine.running == 1)
+        busy = await http.post(path, json=body)
+        assert busy.status_code == 429 and busy.headers["retry-after"] == "5"
+        engine.gate.set()
+        assert (await first).status_code == 200
+        assert (await http.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("large", [40, 39, 30, 21])
+@pytest.mark.parametrize("owners", ["abc", "abcdef", "aabbcc"])
+def test_large_requests_of_owners_leave_others_some_of_the_budget(
+    owners: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large each request of the others is, of the largest size as well."""
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
+    shared = budget.ReplyBudget()
+    for owner in owners:
+        current_owner.set(owner)
+        for entries in (large, 1):
+            with suppress(QueueFullError):
+                shared.reserve_numbers(5 * entries)
+    current_owner.set("newcomer")
+    shared.reserve_numbers(5)
+    assert shared.held <= 2 * 40
+
+
+@pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
+def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one releases is its own, whoever releases it."""
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
+    shared, reserved = budget.ReplyBudget(), []
+    for owner in owners:
+        current_owner.set(owner)
+        with suppress(QueueFullError):
+            reserved.append(shared.reserve_numbers(5 * 20 if owner == "a" else 5))
+    assert Counter(each.owner for each in reserved) == Counter("aa" + owners.lstrip("a"))
+    for each in reserved:
+        shared.release(each)
+    assert shared.held == 0
+    current_owner.set("a")
+    shared.release(shared.reserve_numbers(5 * 40))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 60, "logprobs": 3}),  # 64 bytes a token, of 200 a unit
+        ("/v1/responses", {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}),
+        ("/embedding", {"input": [[1] * 25], "pooling": "none"}),
+    ],
+)
+async def test_the_budget_is_taken_until_the_client_has_the_reply(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 20)
+    begun, gate = asyncio.Event(), asyncio.Event()
+    async with real_engine() as (engine, _):
+        app = make_app(engine)
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_slowly(message: Message) -> None:
+                begun.set()
+                await gate.wait()
+                await send(message)
+
+            await app(scope, receive, send_slowly)
+
+        async with client(slow) as slow_http, client(app) as http:
+            first = asyncio.create_task(slow_http.post(path, json=body))
+            await begun.wait()
+            assert (await http.post(path, json=body)).status_code == 429
+            gate.set()
+            assert (await first).status_code == 200
+            assert (await http.post(path, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_is_shown_is_rendered_off_the_event_loop(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, verbose = set[int](), OpenAiView._verbose
+
+    def spied(*given: Any) -> Any:
+        threads.add(threading.get_ident())
+        return verbose(*given)
+
+    monkeypatch.setattr(OpenAiView, "_verbose", spied)
+    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 100)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        body = {"prompt": [5] * 150, "max_tokens": 1, "verbose": True, "stream": stream}
+        reply = await http.post("/v1/completions", json=body)
+    assert "__verbose" in reply.text and threads and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    row = completion_logprobs
+
+    def spied(*given: Any) -> Any:
+        threads.add(threading.get_ident())
+        return row(*given)
+
+    monkeypatch.setattr(completions, "completion_logprobs", spied)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        body = {"prompt": [5] * 150, "max_tokens": 0, "echo": True, "logprobs": 128, "stream": stream}
+        reply = await http.post("/v1/completions", json=body)
+        assert threads and threading.get_ident() not in threads
+        choices = events_of(reply.text)[1]["choices"] if stream else reply.json()["choices"]
+        assert len(choices[0]["logprobs"]["top_logprobs"]) == 149 + (not stream)
+        threads.clear()
+        await http.post("/v1/completions", json={**body, "logprobs": 1, "prompt": "a b", "max_tokens": 1})
+        assert threads == {threading.get_ident()}
+
+
+def test_a_coordinator_shares_its_interpreter_finely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside threads that render, the event loop waits for the interpreter whenever it has waited for anything else."""
+    before, seen = sys.getswitchinterval(), []
+
+    def run(work: Any) -> None:
+        work.close()
+        seen.append(sys.getswitchinterval())
+
+    monkeypatch.setattr(asyncio, "run", run)
+    config = load_config(None, ["model=tiny.gguf", f"state_dir={tmp_path}", "listen=127.0.0.1:0"])
+    try:
+        serve(config, [tmp_path / "tiny.gguf"], lambda _: None)
+        assert seen and seen[0] < 0.001 < before
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_parts_are_the_json_of_the_whole() -> None:
+    def value(array: Any) -> dict[str, Any]:
+        rows = [{"id": number, "text": "\u20ac\ud800", "top": {"a": -0.5}} for number in range(1000)]
+        return {"empty": array([]), "none": None, "list": [{"rows": array(rows)}, 1], "tuple": (1, 2), "dict": {}}
+
+    parts = [*json_parts(value(iter))]
+    assert b"".join(parts) == to_json(value(list)) == to_json(value(iter))
+    assert len(parts) == 1
+    large = [*json_parts({"rows": ("x" * 100 for _ in range(10_000))})]
+    assert max(map(len, large)) < 1 << 17 and len(large) > 10
+    assert json.loads(b"".join(large)) == {"rows": ["x" * 100] * 10_000}
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_kept_reply_of_many_parts_has_a_length(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 16)
+    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 64)
+    async with served(tmp_path / "journal") as server:
+        body = body_of(path, stream=False)
+        direct = await server.http.post(path, json=body)
+        assert direct.status_code == 200 and "content-length" not in direct.headers
+        for _ in range(2):
+            kept = await server.http.post(path, json=body, headers=KEY)
+            assert kept.status_code == 200 and kept.json()
+            assert kept.headers["content-length"] == str(len(kept.content))
+            assert "transfer-encoding" not in kept.headers
+
+
+def test_what_is_no_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="set is no JSON"):
+        to_json({"a": {1}})
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
+    place: int, cancels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 1)
+    monkeypatch.setattr(json_parts_module, "_GROUP", 1)
+    loop, rendering, gate, closed = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), list[int]()
+
+    def items() -> Generator[str, None, None]:
+        try:
+            for number in range(5):
+                if number == place:
+                    loop.call_soon_threadsafe(rendering.set)
+                    assert gate.wait(20)
+                yield "x"
+        finally:
+            closed.append(number)
+
+    async def take(body: JsonBody) -> None:
+        async with aclosing(body):
+            async for _ in body:
+                pass
+
+    async with asyncio.timeout(20):
+        taking = asyncio.create_task(take(json_body(items, is_large=True)))
+        await rendering.wait()
+        taking.cancel()
+        await asyncio.sleep(0)
+        assert not taking.done()
+        if cancels == 2:
+            taking.cancel()
+            await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        await until(lambda: closed == [place])
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 20, 128])
+def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
+    """Packed rows take little."""
+    shared, rows = budget.ReplyBudget(), budget.MAX_REPLY_ENTRIES // (1 + top)
+    largest = budget.ReplySize(rows, top, True, budget.RowStorage.PACKED)
+    for owner in "abc":
+        current_owner.set(owner)
+        shared.reserve([largest])
+    assert shared.held * budget.UNIT_BYTES < 300 << 20
+
+
+@pytest.mark.parametrize("storage", [budget.RowStorage.CHUNKS, budget.RowStorage.STREAMED])
+@pytest.mark.parametrize(("top", "prompts", "most_rows"), [(0, 1, 699_050), (1, 2, 344_926), (2, 64, 10_638)])
+def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
+    storage: budget.RowStorage, top: int, prompts: int, most_rows: int
+) -> None:
+    """It may have few entries: 600 bytes are held for a token that is not packed."""
+    shared = budget.ReplyBudget()
+    largest = budget.ReplySize(most_rows, top, True, storage)
+    reserved = shared.reserve([largest] * prompts)
+    assert reserved.units * budget.UNIT_BYTES >= prompts * largest.held_bytes
+    shared.release(reserved)
+    with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, at most 400 MiB are held for one reply") as error:
+        shared.reserve([replace(largest, rows=round(most_rows * 1.01))] * prompts)
+    assert error.value.code == "reply_too_large" and shared.held == 0
+    shared.reserve([replace(largest, rows=most_rows, has_logprobs=False)] * prompts)
+
+
+async def test_a_response_whose_logprobs_take_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 18)
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        body = {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}  # 19 units
+        refused = await http.post("/v1/responses", json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "reply_too_large"
+        assert (await http.post("/v1/responses", json={**body, "max_output_tokens": 5})).status_code == 200

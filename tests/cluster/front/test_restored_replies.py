@@ -1,0 +1,400 @@
+"""Replies that an earlier coordinator left in its journal: computed again, or when their clients come back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.front.dialects.openai.completions import CompletionEndpoint
+from llamaclust.cluster.front.replies import kept_reply, restoring
+from llamaclust.cluster.front.replies.computation import Computation
+from llamaclust.cluster.front.replies.kept_reply import KeptReply
+from llamaclust.cluster.front.replies.reply import Reply
+from llamaclust.cluster.front.replies.ticket import Constraint, Ticket
+from llamaclust.cluster.front.text.answer_log import AnswerLog
+from llamaclust.cluster.front.text.chat import ChatRequest
+from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.control_record import ControlRecord
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+from llamaclust.core.limits import AdapterScales
+from llamaclust.core.sampling import Grammar, Reasoning
+from support.clusters.resumable import (
+    KEY,
+    PATHS,
+    SERVED,
+    KilledJournal,
+    assert_same,
+    body_of,
+    is_idle,
+    served,
+    stream,
+)
+from support.clusters.served import until
+from support.seed import SEED
+
+GRAMMAR = Grammar("{}", origin="tools")
+
+
+async def write_journal(path: Path, *admissions: Admission) -> None:
+    async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
+        for admission in admissions:
+            await journal.admit(admission)
+
+
+def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
+    identity = RequestIdentity(id=f"{number:024x}", seed=7, created=1, idempotency_key=f"key {number}")
+    return Admission(
+        identity=identity,
+        endpoint=endpoint,
+        body=body.encode(),
+        admitted=Instant.now(),
+        limit_s=1e9,
+        served=SERVED,
+        is_streamed=is_streamed,
+    )
+
+
+async def test_a_mistake_of_an_endpoint_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*given: Any) -> None:
+        raise KeyError("a mistake of ours")
+
+    path = tmp_path / "journal"
+    await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
+    monkeypatch.setattr("llamaclust.cluster.front.dialects.openai.completions.parse_body", broken)
+    async with served(path) as server:
+        reply = await server.http.get(f"/v1/streams/{0:024x}")
+    assert "could not be restored" in reply.text and "a mistake of ours" in caplog.text
+
+
+async def test_restored_requests_that_are_refused_fail_alone(tmp_path: Path) -> None:
+    path, good = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    bad = (admission(0, "no JSON"), admission(1, good, endpoint="/gone"), admission(2, '{"prompt": "x", "n": -1}'))
+    await write_journal(path, *bad, admission(3, good))
+    async with served(path) as server:
+        assert (await stream(server.http, "GET", "/v1/streams/key 3"))[-1][1] == "[DONE]"
+        for number in range(3):
+            ((_, error),) = await stream(server.http, "GET", f"/v1/streams/key {number}")
+            assert isinstance(error, dict) and "error" in error
+
+
+async def test_a_restored_chat_is_rendered_with_the_time_of_its_admission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates that write the date give the same prompt after midnight, or on a clock that was set."""
+    seen, chat = list[float](), TextService.chat
+
+    async def seeing(service: TextService, request: ChatRequest) -> CompletionRequest:
+        seen.append(request.created)
+        return await chat(service, request)
+
+    monkeypatch.setattr(TextService, "chat", seeing)
+    journalled = admission(0, json.dumps(body_of(PATHS[1])), endpoint=PATHS[1])
+    await write_journal(tmp_path / "journal", journalled)
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "GET", "/v1/streams/key 0")
+    assert seen == [journalled.identity.created]
+
+
+async def test_a_restored_request_has_the_scales_of_its_admission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, chat = list[AdapterScales](), TextService.chat
+
+    async def seeing(service: TextService, request: ChatRequest) -> CompletionRequest:
+        seen.append(request.answer.adapters)
+        return await chat(service, request)
+
+    monkeypatch.setattr(TextService, "chat", seeing)
+    journalled = admission(0, json.dumps(body_of(PATHS[1])), endpoint=PATHS[1])
+    scaled = replace(journalled, identity=replace(journalled.identity, scales=((0, 0.5),)))
+    await write_journal(tmp_path / "journal", scaled)
+    async with served(tmp_path / "journal") as server:
+        await stream(server.http, "GET", "/v1/streams/key 0")
+    assert seen == [((0, 0.5),)]
+
+
+async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0]))
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_replies=3) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 200, 404]
+    body += " " * (1 << 20)
+    await write_journal(path, *(admission(number, body) for number in range(4)))
+    async with served(path, max_kept_bytes=5 << 19) as server:
+        codes = [(await server.http.get(f"/v1/streams/key {number}")).status_code for number in range(4)]
+        assert codes == [200, 200, 404, 404]
+
+
+async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
+    path, submit, computed, is_full = tmp_path / "journal", Computation.submit, list[Computation](), True
+
+    async def refusing(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
+        if is_full:
+            raise QueueFullError("the queue is full", 0.01)
+        await submit(self, log, is_kept=is_kept)
+        computed.append(self)
+
+    monkeypatch.setattr(Computation, "submit", refusing)
+    body = json.dumps(body_of(PATHS[0], stream=False))
+    await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
+    async with served(path) as server:
+        asking = [asyncio.create_task(server.http.get(f"/v1/streams/key {number}")) for number in (0, 2)]
+        await until(lambda: sum(entry.kept._readers for entry in server.replies.cache._entries.values()) == 2)
+        assert not any(task.done() for task in asking)
+        await server.http.delete("/v1/streams/key 0")
+        await server.http.delete("/v1/streams/key 1")
+        is_full = False
+        refused, whole = await asyncio.gather(*asking)
+        assert refused.status_code == 410 and whole.json()["choices"][0]["token_ids"]
+        assert len(computed) == 1
+
+
+async def test_restored_requests_wait_where_the_machine_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for the chat template, at a start on busy cores; one that waits does not hold up the next one."""
+    path, submit, refused, is_busy = tmp_path / "journal", Computation.submit, list[Computation](), True
+
+    async def busy(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
+        if is_busy and (not refused or self is refused[0]):
+            refused.append(self)
+            raise DeadlineError("the chat template was busy")
+        await submit(self, log, is_kept=is_kept)
+
+    monkeypatch.setattr(Computation, "submit", busy)
+    monkeypatch.setattr(kept_reply, "_BUSY", Backoff(0.05, 0.05))
+    monkeypatch.setattr(restoring, "_ALONE_S", 0.05)
+    await write_journal(path, *(admission(number, json.dumps(body_of(PATHS[0]))) for number in range(2)))
+    async with served(path) as server:
+        assert (await stream(server.http, "GET", "/v1/streams/key 1"))[-1][1] == "[DONE]"
+        assert refused
+        is_busy = False
+        assert (await stream(server.http, "GET", "/v1/streams/key 0"))[-1][1] == "[DONE]"
+
+
+async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
+    submit, refusals = TextService.submit, [False, True]
+
+    def refusing(self: TextService, *arguments: Any) -> Completion:
+        if refusals and refusals.pop(0):
+            raise QueueFullError("the queue is full", 0.01)
+        return submit(self, *arguments)
+
+    body = body_of(PATHS[0], prompt=["Hello", "you"], max_tokens=3)
+    async with served(tmp_path / "other") as server:
+        wanted = await stream(server.http, "POST", PATHS[0], json=body)
+    path = tmp_path / "journal"
+    await write_journal(path, admission(0, json.dumps(body)))
+    monkeypatch.setattr(TextService, "submit", refusing)
+    async with served(path) as server:
+        events = await stream(server.http, "GET", "/v1/streams/key 0")
+        assert not refusals
+        assert [event_id.partition(":")[2] for event_id, _ in events] == [
+            event_id.partition(":")[2] for event_id, _ in wanted
+        ]
+
+
+@pytest.mark.parametrize("end_s", [0.0, 0.02])
+async def test_of_requests_at_once_in_one_conversation_one_is_left(
+    end_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they come while the one before is being ended."""
+    end = KeptReply.aclose
+
+    async def slow(self: KeptReply) -> None:
+        if end_s:
+            await asyncio.sleep(end_s)
+        await end(self)
+
+    monkeypatch.setattr(KeptReply, "aclose", slow)
+    headers = {"X-Conversation-Id": "chat"}
+    async with served(tmp_path / "journal") as server:
+        server.pipeline.gate.clear()
+        post, body = server.http.post, body_of("/completion")
+        asking = [asyncio.create_task(post("/completion", json=body, headers=headers)) for _ in range(6)]
+        await until(lambda: sum(task.done() for task in asking) == 5)
+        server.pipeline.gate.set()
+        replies = await asyncio.gather(*asking)
+        assert sum("was cancelled" in reply.text for reply in replies) == 5
+
+
+@pytest.mark.parametrize("headers", [{}, KEY], ids=["direct", "kept"])
+@pytest.mark.parametrize("tokens", [90, 64])
+async def test_what_a_client_had_not_read_of_a_sent_reply_outlives_the_coordinator(
+    headers: dict[str, str], tokens: int, tmp_path: Path
+) -> None:
+    """It is computed when its client comes back, and not before; without a client the journal forgets it."""
+    path, body = tmp_path / "journal", body_of(PATHS[0], max_tokens=tokens)
+    async with served(path, KilledJournal) as server:
+        whole = await stream(server.http, "POST", PATHS[0], json=body, headers=headers)
+        await stream(server.http, "POST", PATHS[0], json=body)
+        await until(lambda: [request.is_sent for request in read_journal(path, Instant.now())] == [True, True])
+    events = whole[: random.Random(SEED).randrange(1, len(whole))]
+    request_id, last = events[-1][0].partition(":")[0], {"Last-Event-ID": events[-1][0]}
+    before = path.read_bytes()
+    async with served(path) as server:
+        assert is_idle(server.engine) and server.engine.scheduler.counts.running == 0
+        events += await stream(server.http, "GET", f"/v1/streams/{request_id}", headers=last)
+        assert_same(events, whole)
+    path.write_bytes(before)
+    async with served(path, resume_s=0.2) as server:
+        await until(lambda: path.stat().st_size == 0)
+        await asyncio.sleep(0.1)  # the reply's own timer
+        gone = await server.http.get(f"/v1/streams/{request_id}")
+        assert gone.status_code == 404 and is_idle(server.engine)
+
+
+async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are not computed at first, since they stand behind it; later it is begun behind them."""
+    path, create, lives = tmp_path / "journal", CompletionEndpoint.create, 0
+    body, poison = json.dumps(body_of(PATHS[0])), json.dumps(body_of(PATHS[0], prompt="poison"))
+    await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
+    is_over = asyncio.Event()
+
+    async def deadly(self: CompletionEndpoint, data: bytes, ticket: Ticket) -> Reply:
+        if b"poison" in data:
+            is_over.set()
+            await asyncio.Event().wait()
+        return await create(self, data, ticket)
+
+    monkeypatch.setattr(CompletionEndpoint, "create", deadly)
+    while not lives or is_over.is_set():
+        is_over.clear()
+        async with served(path, KilledJournal) as server:
+            async with asyncio.timeout(20):
+                poisoned = asyncio.create_task(server.http.get("/v1/streams/key 1"))
+                await asyncio.wait([asyncio.create_task(is_over.wait()), poisoned], return_when="FIRST_COMPLETED")
+                if poisoned.done():
+                    break
+                poisoned.cancel()
+                if lives >= 2:  # the others are computed before
+                    for number in (0, 2, 3):
+                        assert (await stream(server.http, "GET", f"/v1/streams/key {number}"))[-1][1] == "[DONE]"
+            lives += 1
+    assert lives == 4
+    assert '"code":"request_failed"' in poisoned.result().text
+    assert "the coordinator ended 4 times while it computed this request, at last alone" in poisoned.result().text
+
+
+async def test_a_restored_request_that_progresses_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often its coordinator ends: each life adds tokens, which the next one does not compute again."""
+    path, known = tmp_path / "journal", list[int]()
+    await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
+    for _ in range(7):
+        async with served(path, KilledJournal) as server:
+            await stream(server.http, "GET", "/v1/streams/key 0", most=sum(known) + 3)
+        (request,) = read_journal(path, Instant.now())
+        assert request.restores == 0
+        known.append(len(request.answered[0, 0]) - sum(known))
+        assert known[-1] > 0
+        if sum(known) > 60:
+            break
+
+
+async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
+    path, body = tmp_path / "journal", json.dumps(body_of(PATHS[0], stream=False))
+    near = replace(admission(0, body, is_streamed=False), limit_s=1.0)
+    await write_journal(path, near, admission(1, body, is_streamed=False))
+    async with served(path) as server:
+        server.pipeline.gate.clear()
+        reply = await server.http.get("/v1/streams/key 0")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        server.pipeline.gate.set()
+        assert (await server.http.get("/v1/streams/key 1")).status_code == 200
+
+
+def test_the_first_decision_about_a_grammar_counts() -> None:
+    free, bound = CompletionRequest("a"), CompletionRequest("a", grammar=GRAMMAR)
+    constraint = Constraint()
+    assert constraint.kept(free) == free and constraint.kept(bound) == free
+    constraint = Constraint()
+    assert constraint.kept(bound) == bound
+    with pytest.raises(WorkerError, match="could not be made in time again"):
+        constraint.kept(free)
+
+
+def test_reasoning_without_a_budget_goes_with_the_grammar_that_it_delays() -> None:
+    bound = CompletionRequest("a", grammar=GRAMMAR, reasoning=(delaying := Reasoning((), ("e",), delays_grammar=True)))
+    assert Constraint(False).kept(bound) == CompletionRequest("a") and Constraint(True).kept(bound) == bound
+    left = Constraint(False).kept(replace(bound, reasoning=replace(delaying, budget=3)))
+    assert left.reasoning == replace(delaying, budget=3, delays_grammar=False)
+
+
+@pytest.mark.parametrize("has_grammar", [True, False])
+async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_grammar: bool
+) -> None:
+    decisions, used = [has_grammar], list[Grammar | None]()
+    chat, prepare = TextService.chat, TextService.prepare
+
+    async def deciding(service: TextService, request: ChatRequest) -> CompletionRequest:
+        return replace(await chat(service, request), grammar=GRAMMAR if decisions[-1] else None)
+
+    async def seeing(service: TextService, request: CompletionRequest) -> TokenizedRequest:
+        used.append(request.grammar)
+        return await prepare(service, replace(request, grammar=None))
+
+    monkeypatch.setattr(TextService, "chat", deciding)
+    monkeypatch.setattr(TextService, "prepare", seeing)
+    path = tmp_path / "journal"
+    async with served(path, KilledJournal) as server:
+        await stream(server.http, "POST", PATHS[1], json=body_of(PATHS[1]), headers=KEY)
+    (left,) = read_journal(path, Instant.now())
+    assert left.admission.has_grammar == has_grammar
+    decisions.append(not has_grammar)
+    async with served(path) as server:
+        events = await stream(server.http, "GET", "/v1/streams/one")
+    if has_grammar:
+        assert "could not be made in time again" in str(events) and used == [GRAMMAR]
+    else:
+        assert events[-1][1] == "[DONE]" and used == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "is_refused"),
+    [
+        ("/completion", {}, False),
+        ("/completion", {"timings_per_token": True}, True),
+        ("/completion", {"return_progress": True}, True),
+        (PATHS[0], {"stream_options": {"include_usage": True}}, False),
+        (PATHS[0], {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, True),
+        ("/v1/messages", {}, True),
+    ],
+)
+async def test_bytes_of_a_stream_with_measurements_are_refused_after_a_kill(
+    tmp_path: Path, path: str, fields: dict[str, Any], is_refused: bool
+) -> None:
+    headers = {"X-Conversation-Id": "chat"}
+    body = body_of(PATHS[1] if path == "/v1/messages" else path)
+    async with served(tmp_path / "journal", KilledJournal) as server:
+        begun = await stream(server.http, "POST", path, json=body | fields, headers=headers, most=2)
+        assert begun and (await server.http.get("/v1/stream/chat", params={"from": 1})).status_code == 200
+    async with served(tmp_path / "journal") as server:
+        rest = await server.http.get("/v1/stream/chat", params={"from": 30})
+        whole = await server.http.get("/v1/stream/chat", params={"from": 0})
+    assert whole.status_code == 200
+    if is_refused:
+        assert rest.status_code == 409 and rest.json()["error"]["code"] == "stream_computed_again"
+    else:
+        assert rest.content == whole.content[30:]

@@ -1,0 +1,32 @@
+"""Chats before their answers: formats of templates, grammars of calls, messages that answers continue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.front.text.chat_format import PLAIN, AnswerReading, ChatFormat
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
+from support.clusters.served import ScriptedEngine, make_service, says, tokenizer
+
+GENERATION = CompletionRequest("Hello", seed=7)
+
+
+async def test_a_format_that_the_machine_held_up_is_derived_again() -> None:
+    source = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    with ChatTemplate(source, "", "", TemplateLimits(start_s=0.001)) as template:
+        chat_format = ChatFormat(template, tokenizer())
+        with pytest.raises(DeadlineError):
+            await chat_format.get()
+        for renderer in template._renderers:
+            renderer.child._program = replace(renderer.child._program, start_s=60.0)
+        assert (await chat_format.get()).takes_tools
+
+
+async def test_a_message_that_too_many_answers_continue_is_refused_before_it_is_read() -> None:
+    reading = AnswerReading(PLAIN, begun="a" * 10_000)
+    with pytest.raises(ParameterError, match="n: 128 answers would read 1280000 characters"):
+        await make_service(ScriptedEngine(says("a"))).start(replace(GENERATION, n=128, reading=reading))

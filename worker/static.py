@@ -158,7 +158,13 @@ class _StaticWorker:
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
             self._search.admitted(address, member.coordinator_s)
-            _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
+            links = self._link_address or "no port"
+            _log.info(
+                "worker %s is a member, its stages are served at %s, links of groups at %s",
+                self._settings.name,
+                self._address,
+                links,
+            )
             return await self._worker.compute.while_able(_served(member, own))
         finally:
             self._worker.service.keep()

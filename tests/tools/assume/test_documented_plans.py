@@ -1,4 +1,4 @@
-"""Assumed plans in docs/models.md and docs/gpu.md are those that the program prints."""
+"""Assumed plans in docs/models.md, docs/gpu.md and docs/several-machines.md are those that the program prints."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ GPU_ROWS = [
     for row in re.findall(r"^\| `(.*?)` \| (\S+) GB \| (\S+) GB \| (.*?) \| (\S+) \| (\S+) ms \|$", table, re.MULTILINE)
 ]
 NAMED_GPUS = re.findall(r"^\| `(\S+)` \| (\S+) \| (\S+) ms \| (\S+) \| (\S+) ms \|$", GPU_PAGE, re.MULTILINE)
+SEVERAL = re.findall(
+    r"^\| `([^`]*)`[^|]* \| (\S+ Gbit/s|-) \| (?:a group of (\d)|one machine) "
+    r"\| (\S+) \| (\S+) \| (\S+) s \| (\S+) \|$",
+    (ROOT / "docs/several-machines.md").read_text(),
+    re.MULTILINE,
+)
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
 
 
@@ -66,8 +72,28 @@ def test_the_lines_beside_one_machine_alone_are_those_of_the_program() -> None:
 
 def test_the_page_has_examples_of_both_kinds() -> None:
     assert len(EXAMPLES) == 5 and len(GAINS) == 4 and len(ROWS) == 5 and len(GPU_ROWS) == 6
-    assert len(NAMED_GPUS) == 5
+    assert len(NAMED_GPUS) == 5 and len(SEVERAL) == 5
     assert sum(printed.startswith("error: ") for _, printed in EXAMPLES) == 1
+
+
+@pytest.mark.parametrize(("machines", "network", "members", "token_ms", "gathers_ms", "ttft_s", "drafted"), SEVERAL)
+def test_rows_of_a_large_model_are_those_of_the_program(
+    machines: str, network: str, members: str, token_ms: str, gathers_ms: str, ttft_s: str, drafted: str
+) -> None:
+    printed = output(
+        ["plan", "--assume", machines if network == "-" else f"{machines},{network}", "--model", "70b:q4_k_m"]
+    )
+    held = re.findall(r"^  (m[1-9+m]*): layers \[0, 80\)", printed, re.MULTILINE)
+    assert [len(workers.split("+")) for workers in held] == [int(members or 1)]
+    first = re.search(
+        r"predicted: (\d+) ms/token \(.*?(?:, (\d+) in gathers)?\), first token .* after (\d+) ms", printed
+    )
+    tok_s = re.search(r"with 80 % \((\S+) tok/s", printed)
+    assert first is not None and tok_s is not None
+    token, gathers, ttft = (float(figure or 0) for figure in first.groups())
+    assert [token, gathers] == pytest.approx([float(token_ms), float(gathers_ms)], rel=0.01, abs=1.01)
+    assert ttft / 1e3 == pytest.approx(float(ttft_s), rel=0.01)
+    assert float(tok_s[1]) == pytest.approx(float(drafted), rel=0.01, abs=0.06)
 
 
 @pytest.mark.parametrize(("model", "size_gb", "tok_s", "ttft_s"), ROWS)

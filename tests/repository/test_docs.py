@@ -294,6 +294,7 @@ def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
         path = tmp_path / "written.yaml"
         path.write_text(text)
         assert load_config(path).workers
+    assert load_config(ROOT / "examples/group.yaml").workers
     several = load_config(ROOT / "examples/two-models.yaml").models
     assert [Path(entry.model).parent.name for entry in several] == ["", "examples"]
     assert [adapter.path.parent for adapter in several[0].adapters] == [ROOT / "examples"]

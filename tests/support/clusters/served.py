@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.request_stream import Sink, SubmittedRequest
+from llamaclust.cluster.engine.request_stream import RequestStream, Sink, SubmittedRequest
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.http.admission import Admission
 from llamaclust.cluster.front.http.api_port import ApiPort
@@ -148,6 +148,9 @@ class ScriptedEngine:
         sink.begin(cast(SubmittedRequest, request))
         request.task = asyncio.get_running_loop().create_task(request.give(self._events(generation)))
         return request
+
+    def submit(self, generation: GenerationRequest) -> RequestStream:
+        return RequestStream(lambda sink: cast(SubmittedRequest, self.begin(generation, sink)))
 
     def _events(self, generation: GenerationRequest) -> list[Event | LlamaclustError]:
         events: list[Event | LlamaclustError] = []

@@ -134,7 +134,7 @@ def test_two_nodes_on_hosts_of_their_own_one_of_which_is_lost(
             raylet.kill()
             assert one.call(lambda: answers(cluster)) == undisturbed
             all_there = lambda: hosts(cluster) == {one.address} and all(present(cluster, name) for name in "abc")  # noqa: E731
-            one.call(lambda: eventually(all_there, 40.0, "all workers on the node that is left"))
+            one.call(lambda: eventually(all_there, 100.0, "all workers on the node that is left"))
             assert one.call(lambda: answers(cluster)) == undisturbed
             command.press_ctrl_c()
             assert command.wait().code == 0

@@ -55,7 +55,7 @@ class SubmittedRequest:
 
     @property
     def timings(self) -> Timings:
-        """As far as the request came."""
+        """The timings of the request up to now."""
         return self.sequence.timings()
 
     @property

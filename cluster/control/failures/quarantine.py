@@ -41,8 +41,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # until then requests wait for others to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """After a failure in its quarantine, which does not extend that. A worker that was used for longer than the
-        last pause before a retry begins with the shortest one again."""
+        """Returns the record after a failure in quarantine, which does not extend the quarantine. Pauses begin with the
+        shortest one again where the worker was used for longer than the last pause before a retry."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0

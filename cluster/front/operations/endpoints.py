@@ -38,12 +38,12 @@ _Record = tuple[ApiModel, RequestRecord]
 
 
 async def disabled(request: Request) -> Response:
-    """In place of an endpoint that the cluster file switches off."""
+    """Refuses requests to an endpoint that the cluster file switches off."""
     raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
 
 
 async def no_proxy(request: Request) -> Response:
-    """In place of llama.cpp's proxy for web pages."""
+    """Refuses requests to llama.cpp's proxy for web pages."""
     raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
 
 
@@ -72,7 +72,7 @@ class Workers:
         return JsonResponse({"worker": name, "drained": False})
 
     async def log(self, request: Request) -> Response:
-        """As many lines as the worker keeps; `before` says how many its process wrote before them."""
+        """Returns the lines that the worker keeps; `before` says how many its process wrote before them."""
         name = request.path_params["worker"]
         tail = await self._pool.log(name)
         return JsonResponse({"worker": name, "before": tail.before, "lines": tail.lines})

@@ -37,7 +37,7 @@ class OllamaModels:
         yield Route("POST", "/api/show", self.show, ShowBody)
 
     async def root(self, request: Request) -> Response:
-        """What clients look for to find a server."""
+        """Answers clients that look for a server."""
         return PlainTextResponse("Ollama is running")
 
     async def version(self, request: Request) -> Response:

@@ -70,7 +70,7 @@ class ChatEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class ShownMessage:
-    """How the messages of a reply look."""
+    """Settings of the messages in a reply."""
 
     reply_id: str
     tools: Mapping[str, ClientTool]  # by the names that the model knows

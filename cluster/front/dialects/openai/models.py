@@ -25,7 +25,7 @@ _UNLOAD_S = 60.0
 
 
 class ModelEndpoints:
-    """What is served, in OpenAI's form with a few fields of vLLM and of llama.cpp's router."""
+    """The endpoints of served models, in OpenAI's form with a few fields of vLLM and of llama.cpp's router."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router

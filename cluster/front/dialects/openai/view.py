@@ -36,7 +36,7 @@ class ReplyKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAiHead:
-    """What a request asks for beside its choices, and the names in its reply."""
+    """The fields of a reply beside its choices."""
 
     kind: ReplyKind
     reply_id: str
@@ -99,11 +99,11 @@ class OpenAiView(View):
 
     @abstractmethod
     def _opening(self, prompt: int, index: int) -> Choice | None:
-        """What a streamed choice begins with."""
+        """Returns the beginning of a streamed choice; None for a choice without one."""
 
     @abstractmethod
     def _chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
-        """What a chunk adds; None where there is nothing to see."""
+        """Returns the part of a choice that a chunk adds; None where a client would see nothing."""
 
     @abstractmethod
     def _text(self, chunk: TextChunk) -> tuple[str, str] | None:
@@ -161,7 +161,7 @@ class OpenAiView(View):
         return {**self._reply(self._head.kind.whole_object, choices), "usage": self._usage(tokens, timings), **more}
 
     def _progress(self, progress: PromptProgress) -> Event:
-        """In a slot of its own: a reply that is computed again has other ones."""
+        """Makes an event in a slot of its own: a reply that is computed again has other progress."""
         more = shown_progress(progress, with_timings=self._head.shows_timings)
         return Event(self._choices + 1, event({**self._reply(self._head.kind.chunk_object, []), **more}))
 
@@ -192,7 +192,7 @@ class OpenAiView(View):
         }
 
     def _more(self, prompt: int, chunk: TextChunk) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What stands beside the choice of an event that begins a message, and beside other choices."""
+        """Returns the fields beside the choice of an event that begins a message, and those beside other choices."""
         options = self._head.options
         more: dict[str, Any] = _NO_USAGE if options.include_usage else {}
         if options.include_usage and options.continuous_usage_stats:
@@ -231,5 +231,5 @@ def _around(text: tuple[str, str], event: Event) -> tuple[int, bytes, bytes]:
 
 
 def _opens(choice: Choice) -> bool:
-    """Whether it begins a message of a chat, before any token."""
+    """Returns true if the choice begins a message of a chat, before any token."""
     return "role" in choice.get("delta", ())

@@ -31,7 +31,7 @@ _COUNTED_CHARACTERS: Final = 1024
 
 
 class Storing:
-    """Where a response goes once it is complete, with what it answers. One for all readers of a reply."""
+    """Stores a response once it is complete, with the items that it answers. All readers of a reply share one."""
 
     def __init__(self, store: ResponseStore, owner: str, input_items: Sequence[Item], messages: Messages) -> None:
         """`messages`: of the chat before the answer. Made on the event loop of the store."""

@@ -11,7 +11,7 @@ from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, Embe
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.front.text.pooler import Vector
+    from llamaclust.cluster.front.text.embedder import Vector
 
 Prompt = str | Sequence[int]
 

@@ -43,7 +43,7 @@ from llamaclust.core.errors import LlamaclustError, UsageError
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient
     from llamaclust.cluster.client.local_settings import LocalSettings
-    from llamaclust.cluster.front.text.pooler import Vector
+    from llamaclust.cluster.front.text.embedder import Vector
 
 __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]
 

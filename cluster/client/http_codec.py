@@ -28,7 +28,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.front.text.pooler import Vector
+    from llamaclust.cluster.front.text.embedder import Vector
 
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.http_codec import sampling_options
 from llamaclust.cluster.client.types import Options
-from llamaclust.cluster.front.dialects.embeddings.schema import OpenAiEmbeddingBody
+from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.fields.chat_sampling import chat_sampling
+from llamaclust.cluster.front.fields.sampling import chat_sampling
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.completion import Completion
-from llamaclust.cluster.front.text.pooler import Vector
+from llamaclust.cluster.front.text.embedder import Vector
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, ParameterError
 

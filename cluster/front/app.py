@@ -12,35 +12,28 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 from starlette.routing import Route as PathRoute
 
-from llamaclust.cluster.front.dialects.anthropic.endpoint import MessagesEndpoint
+from llamaclust.cluster.front.dialects.anthropic.message import MessagesEndpoint
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.embeddings.endpoints import embedding_routes
-from llamaclust.cluster.front.dialects.embeddings.rerank import RerankEndpoint
+from llamaclust.cluster.front.dialects.embeddings import RerankEndpoint, embedding_routes
 from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
-from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints
-from llamaclust.cluster.front.dialects.llamacpp.routes import llamacpp_routes
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints, llamacpp_routes
+from llamaclust.cluster.front.dialects.ollama.endpoints import ollama_routes
 from llamaclust.cluster.front.dialects.ollama.models import OllamaModels
-from llamaclust.cluster.front.dialects.ollama.routes import ollama_routes
-from llamaclust.cluster.front.dialects.openai.chat import ChatEndpoint
-from llamaclust.cluster.front.dialects.openai.completions import CompletionEndpoint
+from llamaclust.cluster.front.dialects.openai.endpoints import ChatEndpoint, CompletionEndpoint
 from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
-from llamaclust.cluster.front.dialects.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.front.dialects.openai.responses.endpoints import ResponsesEndpoint, StoredResponses
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
-from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore
+from llamaclust.cluster.front.dialects.openai.responses.store import CompactionBody, ResponseStore
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.fields.model_name import ModelNames
+from llamaclust.cluster.front.fields.model import ModelNames
+from llamaclust.cluster.front.foreign_fields import HEADER as IGNORED_HEADER
+from llamaclust.cluster.front.foreign_fields import IgnoredFields
 from llamaclust.cluster.front.http.admission import Admission, AdmissionGate
-from llamaclust.cluster.front.http.early_replies import EarlyReplies
-from llamaclust.cluster.front.http.error_responses import add_error_handlers
 from llamaclust.cluster.front.http.openapi import Document
-from llamaclust.cluster.front.http.paths import Paths, Route
+from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
 from llamaclust.cluster.front.http.security import KeyGate, Security, page_origins
-from llamaclust.cluster.front.ignored import HEADER as IGNORED_HEADER
-from llamaclust.cluster.front.ignored import IgnoredFields
-from llamaclust.cluster.front.models.adapter_loading import adapter_routes
-from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
-from llamaclust.cluster.front.operations.endpoints import Operations, Workers, disabled, no_proxy
+from llamaclust.cluster.front.models import ApiModel, ModelRouter, adapter_routes
+from llamaclust.cluster.front.operations import Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.front.page.endpoint import PageRoute
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import MakeReply

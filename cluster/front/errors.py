@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
 _STATE: Final = "error_shape"

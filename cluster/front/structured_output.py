@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from llamaclust.cluster.front.json_outline import MAX_FIELD_VALUES, outline
+from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.front.schema import Body
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar

@@ -7,19 +7,18 @@ from typing import Any, Final
 
 from llamaclust.cluster.config.errors import hint
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.embeddings.rerank import RerankBody
-from llamaclust.cluster.front.dialects.embeddings.schema import LlamaCppEmbeddingBody, OpenAiEmbeddingBody
-from llamaclust.cluster.front.dialects.llamacpp.schema import (
+from llamaclust.cluster.front.dialects.embeddings import LlamaCppEmbeddingBody, OpenAiEmbeddingBody, RerankBody
+from llamaclust.cluster.front.dialects.llamacpp.completions import (
     DetokenizeBody,
     InfillBody,
     LlamaCppBody,
     TemplateBody,
     TokenizeBody,
 )
-from llamaclust.cluster.front.dialects.ollama.embedding import EmbedBody, EmbeddingsBody
+from llamaclust.cluster.front.dialects.ollama.endpoints import EmbedBody, EmbeddingsBody
 from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody
-from llamaclust.cluster.front.dialects.openai.responses.compaction import CompactionBody
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.responses.store import CompactionBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.foreign_fields import (
     CHAT,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.front.http.api_port import ApiPort, listening
+from llamaclust.cluster.front.http.admission import ApiPort, listening
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.cluster.server.default_fields import check_defaults
@@ -89,8 +89,12 @@ def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate
     """UsageError for files that cannot be used."""
     if config.listen_tls is None:
         return None
-    from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate
-    from llamaclust.cluster.front.http.self_signed import certificate_names, keep_self_signed
+    from llamaclust.cluster.front.http.certificate import (
+        CertificateFiles,
+        ServerCertificate,
+        certificate_names,
+        keep_self_signed,
+    )
 
     given, own = config.listen_tls, folder.api_pem
     if given.certificate is not None and given.key is not None:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llamaclust.cluster.front.models.adapter_loading import AdapterControl
-from llamaclust.cluster.front.models.router import ApiModel
-from llamaclust.cluster.front.replies.durability import Durability
+from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.server.answer_digest import answer_digest

@@ -21,7 +21,7 @@ from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.http.admission import Admission
 from llamaclust.cluster.front.http.server import StartingReplies, server_config
 from llamaclust.cluster.front.http.sse import first_of
-from llamaclust.cluster.front.models.router import ApiModel
+from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.front import Front, api_settings, cluster_record, open_port, ready_event

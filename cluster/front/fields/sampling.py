@@ -1,23 +1,158 @@
-"""Fields of all bodies that say how tokens are sampled, made from the sampling table (core/sampling.py)."""
+"""Fields of requests that several APIs share: sampling, reasoning, speculation, slots, adapters, logprobs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, create_model
 
-from llamaclust.cluster.front.fields.adapters import AdapterFields
-from llamaclust.cluster.front.fields.speculative import SpeculativeFields
-from llamaclust.cluster.front.schema import Body, SeedField
+from llamaclust.cluster.config.values import shown, switched
+from llamaclust.cluster.front.foreign_fields import CHAT
+from llamaclust.cluster.front.schema import Body, Leniency, SeedField
+from llamaclust.cluster.front.text.answer import json_logprob
+from llamaclust.cluster.front.text.chat_format import MAX_MESSAGE_CHARACTERS, ReasoningBudget
 from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, CompletionRequest
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
+from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling import PARAMS, SAMPLING_TABLE, Grammar, SamplingParams
+from llamaclust.core.sampling import MAIN_NUMBERS, PARAMS, SAMPLING_TABLE, Grammar, RowResult, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_TOP_K, Dialect
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+
+def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
+    """A chosen token with the likeliest ones in its place."""
+    top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
+    return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
+
+
+def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """As /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
+    data = tokenizer.token_bytes(token)
+    text = data.decode("utf-8", "replace")
+    return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
+
+
+class SlotFields(Body):
+    """Which slot remembers the tokens of a request."""
+
+    id_slot: int = -1
+    """The slot that remembers the tokens, for `POST /slots`; below 0: none. Without `api.slot_folder` no slot does."""
+
+    @property
+    def slot(self) -> int | None:
+        return None if self.id_slot < 0 else self.id_slot
+
+
+def read_scales(value: Any) -> AdapterScales:
+    """[{"id": number, "scale": scale}, ...], in ascending order."""
+    if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
+        raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
+    scales = dict(map(_lora_entry, value))
+    if len(scales) < len(value):
+        raise ValueError("an adapter is listed twice")
+    return tuple(sorted(scales.items()))
+
+
+def _lora_entry(value: Any) -> tuple[int, float]:
+    if not isinstance(value, dict) or value.keys() != {"id", "scale"}:
+        raise ValueError("an adapter must be an object with 'id' and 'scale'")
+    number, scale = value["id"], value["scale"]
+    if type(number) is not int or number < 0:
+        raise ValueError("an id must be a whole number, 0 or more")
+    if type(scale) not in (int, float) or not -MAX_ADAPTER_SCALE <= scale <= MAX_ADAPTER_SCALE:
+        raise ValueError(f"a scale must be a number within {-MAX_ADAPTER_SCALE:g}..{MAX_ADAPTER_SCALE:g}")
+    return number, float(scale)
+
+
+SCALES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "maxItems": MAX_ADAPTERS,
+    "items": {
+        "type": "object",
+        "required": ["id", "scale"],
+        "properties": {
+            "id": {"type": "integer", "minimum": 0},
+            "scale": {"type": "number", "minimum": -MAX_ADAPTER_SCALE, "maximum": MAX_ADAPTER_SCALE},
+        },
+        "additionalProperties": False,
+    },
+}
+
+
+class AdapterFields(Body):
+    """With which adapters an answer is computed."""
+
+    lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
+    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used.
+    Without it, their scales are those of `POST /lora-adapters`."""
+
+
+class ReasoningFields(Body):
+    """A budget of reasoning."""
+
+    reasoning_budget: Annotated[int, Field(ge=-1)] = -1
+    """Tokens of reasoning at most, after which its end follows; 0: the answer begins without it; -1: no limit."""
+    reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
+    """What stands before an end that the budget forces."""
+
+    @property
+    def answer_budget(self) -> ReasoningBudget | None:
+        """None: no limit."""
+        return self.budget_of(self.reasoning_budget)
+
+    def budget_of(self, tokens: int) -> ReasoningBudget | None:
+        """Another number of tokens, with the same message."""
+        return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
+
+
+_FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WINDOW}, or {{"n_max": such a number}}'
+
+
+def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
+    """None: as many as the server likes. llama.cpp's other keys choose between drafts, which the server does by
+    itself."""
+    if isinstance(value, dict):
+        for name in value.keys() - {"n_max"}:
+            if not isinstance(info.context, Leniency):
+                raise ValueError(f"{shown(name)} is no key that this server has; {_FORMS}")
+            info.context.ignore(f"speculative.{name}")
+        value = value.get("n_max")
+        if isinstance(value, dict | bool):
+            raise ValueError(f"n_max: {shown(value)} is not possible; {_FORMS}")
+    if value is None or (is_on := switched(value)):
+        return None
+    if is_on is False:
+        return 0
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not is_whole or not 0 <= value <= MAX_WINDOW:
+        raise ValueError(f"{shown(value)} is not possible; {_FORMS}")
+    return int(value)
+
+
+_COUNT: Final = {"type": "integer", "minimum": 0, "maximum": MAX_WINDOW}
+_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [
+        {"type": "boolean"},
+        _COUNT,
+        {"type": "object", "properties": {"n_max": _COUNT}},
+        {"enum": ["auto", "on", "off"]},
+    ]
+}
+
+
+class SpeculativeFields(Body):
+    """Whether tokens are drafted."""
+
+    speculative: Annotated[int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA)] = None
+    """Drafted tokens in a step, at most, as a number or {"n_max": number}; false or 0: none; true, the default: as the
+    cluster does. The answer is the same."""
+
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
 
@@ -195,3 +330,14 @@ def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:
         penalties = (SamplerName.PENALTIES, SamplerName.DRY)
         return (*(name for name in order if name in penalties), SamplerName.TEMPERATURE)
     return order
+
+
+_FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
+
+
+def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of fields of `/v1/chat/completions`: the cluster file's `defaults`, then what the model file recommends,
+    then llama.cpp's own values."""
+    plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
+    given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
+    return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

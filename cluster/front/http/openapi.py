@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute
 
-from llamaclust.cluster.front.http.paths import Route, template
+from llamaclust.cluster.front.http.responses import Route, template
 from llamaclust.cluster.front.http.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 

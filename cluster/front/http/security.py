@@ -14,11 +14,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.error_responses import error_response
-from llamaclust.cluster.front.http.paths import name_route
-from llamaclust.cluster.front.page.assets import assets
+from llamaclust.cluster.front.http.responses import error_response, name_route
+from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.core.addresses import bounded_host, is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})

@@ -17,11 +17,11 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.http.api_port import ApiPort
-from llamaclust.cluster.front.http.body_writer import BODY, EXTENSIONS, WRITE
-from llamaclust.cluster.front.http.http_connection import HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.admission import ApiPort
+from llamaclust.cluster.front.http.connections import HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.responses import BODY, EXTENSIONS, WRITE
 from llamaclust.cluster.front.http.security import ApiKeys, sent_key
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.page.endpoint import page_reply
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited

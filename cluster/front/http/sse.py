@@ -13,9 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import ErrorShape, Failure, chosen_shape, failure_of, internal_error
-from llamaclust.cluster.front.http.body_writer import body_writer
-from llamaclust.cluster.front.json_parts import json_parts
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.http.responses import body_writer
+from llamaclust.cluster.front.json_text import json_parts, to_json
 from llamaclust.core.errors import LlamaclustError
 
 DONE = b"data: [DONE]\n\n"

@@ -20,14 +20,11 @@ from llamaclust.cluster.front.http.sse import (
     unless_disconnected,
     wait_for_disconnect,
 )
-from llamaclust.cluster.front.replies.computation import Computation
-from llamaclust.cluster.front.replies.durability import Durability
-from llamaclust.cluster.front.replies.json_body import JsonParts, rendered_body
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reading import Framing, Position, stream_parts, whole_body
-from llamaclust.cluster.front.replies.reply import MakeReply, Reply
+from llamaclust.cluster.front.replies.reply import Computation, JsonParts, MakeReply, Reply, rendered_body
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
-from llamaclust.cluster.front.replies.restoring import Restoring
+from llamaclust.cluster.front.replies.restoring import Durability, Restoring
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader

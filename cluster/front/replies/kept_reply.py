@@ -11,10 +11,9 @@ from itertools import count
 from typing import Any, Final, Protocol
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
-from llamaclust.cluster.front.json_parts import off_loop_if_large
-from llamaclust.cluster.front.replies.computation import Computation
+from llamaclust.cluster.front.json_text import off_loop_if_large
 from llamaclust.cluster.front.replies.reading import entries_of, whole_body
-from llamaclust.cluster.front.replies.reply import MakeView, Reply, View
+from llamaclust.cluster.front.replies.reply import Computation, MakeView, Reply, View
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk

@@ -11,9 +11,8 @@ from functools import partial
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import StreamFormat
-from llamaclust.cluster.front.json_parts import is_large, off_loop_if
-from llamaclust.cluster.front.replies.json_body import JsonBody, json_body
-from llamaclust.cluster.front.replies.reply import Event, View
+from llamaclust.cluster.front.json_text import is_large, off_loop_if
+from llamaclust.cluster.front.replies.reply import Event, JsonBody, View, json_body
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
 

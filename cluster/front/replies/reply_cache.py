@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.json_parts import json_size
+from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import first_of
-from llamaclust.cluster.front.replies.computation import Computation
-from llamaclust.cluster.front.replies.durability import Durability
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.recording import Restoration
-from llamaclust.cluster.front.replies.reply import MakeReply
+from llamaclust.cluster.front.replies.reply import Computation, MakeReply
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
-from llamaclust.cluster.front.replies.ticket import Constraint, EarlierChat, Ticket
-from llamaclust.cluster.front.text.owner import current_owner
-from llamaclust.cluster.state.journal_records import Instant, OpenRequest
+from llamaclust.cluster.front.replies.ticket import Constraint, EarlierChat, Restoration, Ticket
+from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.state.adapters import ServedAdapters
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, OpenRequest
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -150,3 +149,32 @@ class Restoring:
         except Exception:  # noqa: BLE001  the others are restored all the same
             _log.exception("request %s is not restored", kept.ticket.id)
             kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """Where admissions are written, and what they need to be valid for a later coordinator."""
+
+    journal: Journal
+    served: str  # digest of the model and its settings
+    request_s: float
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
+
+    def admit(
+        self, ticket: Ticket, endpoint: str, body: bytes, *, is_streamed: bool, is_background: bool
+    ) -> Awaitable[None]:
+        """See `Journal.admit`."""
+        admission = Admission(
+            identity=ticket.identity,
+            endpoint=endpoint,
+            body=body,
+            admitted=Instant.now(),
+            limit_s=self.request_s,
+            served=self.served,
+            is_streamed=is_streamed,
+            is_background=is_background,
+            has_grammar=bool(ticket.constraint.is_used),
+            earlier=ticket.earlier.messages,
+            adapters=self.adapters.marks(ticket.adapters),
+        )
+        return self.journal.admit(admission)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import ParameterError, QueueFullError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS

@@ -10,9 +10,7 @@ from typing import Final
 
 from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode
 from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.ignored import report_ignored
-from llamaclust.cluster.front.text.owner import current_owner
-from llamaclust.cluster.front.text.threads import TOKENIZING, run_on
+from llamaclust.cluster.front.text.threads import TOKENIZING, current_owner, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.call_sink import Schema, Tools

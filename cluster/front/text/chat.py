@@ -11,8 +11,7 @@ from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
-from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.reasoning import ReasoningBudget
+from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.threads import TEMPLATES, TOKENIZING, run_on
 from llamaclust.core.errors import ParameterError

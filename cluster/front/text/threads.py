@@ -1,19 +1,33 @@
-"""Threads for work on texts. Each kind of work has its own: it holds up neither another kind nor the rest of the
-process, whose default pool stays free. API keys take turns with each kind."""
+"""Threads for work on texts in turns by owner, and what belongs to the request that a task works for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-from llamaclust.cluster.front.text.owner import current_owner
 from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
+
+current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
+"""Of the request that a task works for: its API key's digest, or its client's address where keys are not needed."""
+
+
+ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
+"""Their names, of the request that a task answers."""
+
+
+def report_ignored(names: Iterable[str]) -> None:
+    """The reply will name them."""
+    parts = ignored_parts.get()
+    if parts is not None:
+        parts += names
+
 
 _WORK_S = 120.0
 """Of any work, its wait for a thread included: what takes seconds at most takes longer on a busy machine."""

@@ -8,7 +8,7 @@ from time import monotonic_ns
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.engine.trace_context import current_trace
-from llamaclust.cluster.front.http.paths import TracedRoute
+from llamaclust.cluster.front.http.responses import TracedRoute
 from llamaclust.cluster.server.telemetry.records import ServedRequest
 from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, TraceSampler
 

@@ -20,7 +20,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.admission import Admission
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.chat import ChatRequest
-from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.state.control_record import ControlRecord

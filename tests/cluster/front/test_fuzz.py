@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
-from llamaclust.cluster.front.dialects.ollama.bodies import SHOW, ShowBody
-from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody, Options
+from llamaclust.cluster.front.dialects.llamacpp.completions import (
+    DetokenizeBody,
+    LlamaCppBody,
+    TemplateBody,
+    TokenizeBody,
+)
+from llamaclust.cluster.front.dialects.ollama.schema import SHOW, GenerateBody, OllamaChatBody, Options, ShowBody
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, OLLAMA, RESPONSES, TEXT_ONLY

@@ -16,10 +16,9 @@ import pytest
 from llamaclust.cluster.front.dialects.openai.view import OpenAiView
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import StreamFormat
-from llamaclust.cluster.front.replies.computation import Computation
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reading import Framing, stream_parts
-from llamaclust.cluster.front.replies.reply import Event, Reply, View
+from llamaclust.cluster.front.replies.reply import Computation, Event, Reply, View
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings

@@ -17,15 +17,13 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.front import json_parts as json_parts_module
-from llamaclust.cluster.front.dialects.openai import completions
-from llamaclust.cluster.front.dialects.openai.shapes import completion_logprobs
-from llamaclust.cluster.front.dialects.openai.view import OpenAiView
-from llamaclust.cluster.front.json_parts import json_parts
-from llamaclust.cluster.front.json_values import to_json
-from llamaclust.cluster.front.replies.json_body import JsonBody, json_body
+from llamaclust.cluster.front import json_text
+from llamaclust.cluster.front.dialects.openai import endpoints
+from llamaclust.cluster.front.dialects.openai.view import OpenAiView, completion_logprobs
+from llamaclust.cluster.front.json_text import json_parts, to_json
+from llamaclust.cluster.front.replies.reply import JsonBody, json_body
 from llamaclust.cluster.front.text import budget
-from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.cluster.server.serve import serve
 from llamaclust.core.errors import ParameterError, QueueFullError
 from support.clusters.resumable import KEY, PATHS, body_of, served
@@ -150,7 +148,7 @@ async def test_a_prompt_that_is_shown_is_rendered_off_the_event_loop(
         return verbose(*given)
 
     monkeypatch.setattr(OpenAiView, "_verbose", spied)
-    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 100)
+    monkeypatch.setattr(json_text, "_LARGE_ENTRIES", 100)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"prompt": [5] * 150, "max_tokens": 1, "verbose": True, "stream": stream}
         reply = await http.post("/v1/completions", json=body)
@@ -166,7 +164,7 @@ async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monke
         threads.add(threading.get_ident())
         return row(*given)
 
-    monkeypatch.setattr(completions, "completion_logprobs", spied)
+    monkeypatch.setattr(endpoints, "completion_logprobs", spied)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"prompt": [5] * 150, "max_tokens": 0, "echo": True, "logprobs": 128, "stream": stream}
         reply = await http.post("/v1/completions", json=body)
@@ -212,8 +210,8 @@ def test_parts_are_the_json_of_the_whole() -> None:
 async def test_a_kept_reply_of_many_parts_has_a_length(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 16)
-    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 64)
+    monkeypatch.setattr(json_text, "_LARGE_ENTRIES", 16)
+    monkeypatch.setattr(json_text, "_PART_BYTES", 64)
     async with served(tmp_path / "journal") as server:
         body = body_of(path, stream=False)
         direct = await server.http.post(path, json=body)
@@ -235,8 +233,8 @@ def test_what_is_no_json_is_refused() -> None:
 async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
     place: int, cancels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_parts_module, "_PART_BYTES", 1)
-    monkeypatch.setattr(json_parts_module, "_GROUP", 1)
+    monkeypatch.setattr(json_text, "_PART_BYTES", 1)
+    monkeypatch.setattr(json_text, "_GROUP", 1)
     loop, rendering, gate, closed = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), list[int]()
 
     def items() -> Generator[str, None, None]:

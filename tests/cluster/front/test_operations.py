@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http import early_replies
+from llamaclust.cluster.front.http import responses
 from llamaclust.cluster.state.api_keys import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.logs import LogTail
@@ -284,7 +284,7 @@ async def test_large_bodies_are_refused() -> None:
 
 
 async def test_a_body_that_never_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_replies, "_DISCARD_S", 0.05)
+    monkeypatch.setattr(responses, "_DISCARD_S", 0.05)
     async with client(app(body_s=0.05)) as http:
 
         async def slow() -> Any:

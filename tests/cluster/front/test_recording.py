@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 
-from llamaclust.cluster.front.replies import recording
-from llamaclust.cluster.front.replies.recording import Recording
+from llamaclust.cluster.front.replies import ticket
+from llamaclust.cluster.front.replies.ticket import Recording
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.core.sampling import RowResult
@@ -30,7 +30,7 @@ class Written:
 
 def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     source, now_s, written = Random(SEED), 0.0, Written()
-    monkeypatch.setattr(recording, "monotonic", lambda: now_s)
+    monkeypatch.setattr(ticket, "monotonic", lambda: now_s)
     recorded = Recording(cast(Journal, written), "id", {}, None)
     sampled: dict[int, list[tuple[float, int]]] = {0: [], 1: []}
     for token in range(2000):

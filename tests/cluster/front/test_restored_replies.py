@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.completions import CompletionEndpoint
+from llamaclust.cluster.front.dialects.openai.endpoints import CompletionEndpoint
 from llamaclust.cluster.front.replies import kept_reply, restoring
-from llamaclust.cluster.front.replies.computation import Computation
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Reply
+from llamaclust.cluster.front.replies.reply import Computation, Reply
 from llamaclust.cluster.front.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.front.text.answer_log import AnswerLog
 from llamaclust.cluster.front.text.chat import ChatRequest

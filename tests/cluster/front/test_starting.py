@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.http.admission import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
-from llamaclust.cluster.front.page.assets import assets
+from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, Waiting, WorkerJoined
 

@@ -9,11 +9,11 @@ import pytest
 from pydantic import BaseModel
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.front.dialects.llamacpp.adapters import AllScales
-from llamaclust.cluster.front.dialects.llamacpp.slot_schema import SlotBody
-from llamaclust.cluster.front.dialects.ollama.bodies import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
-from llamaclust.cluster.front.http.paths import Route
-from llamaclust.cluster.front.models.adapter_loading import LoadAdapterBody, UnloadAdapterBody
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import AllScales
+from llamaclust.cluster.front.dialects.llamacpp.slots import SlotBody
+from llamaclust.cluster.front.dialects.ollama.schema import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
+from llamaclust.cluster.front.http.responses import Route
+from llamaclust.cluster.front.models import LoadAdapterBody, UnloadAdapterBody
 from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
 from llamaclust.cluster.server.front import api_settings
 from llamaclust.core.errors import UsageError

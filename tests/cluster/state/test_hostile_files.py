@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.front.http.self_signed import keep_self_signed
+from llamaclust.cluster.front.http.certificate import keep_self_signed
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.directory import ClusterDir

@@ -8,8 +8,8 @@ from typing import Any
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, ToolUse
 from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.ignored import ignored_parts
 from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.threads import ignored_parts
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.matcher import compiled

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.front.replies.durability import Durability
 from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal

@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.front.models.adapter_loading import AdapterControl
-from llamaclust.cluster.front.models.router import ApiModel
+from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService

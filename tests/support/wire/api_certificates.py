@@ -13,8 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate
-from llamaclust.cluster.front.http.self_signed import keep_self_signed
+from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate, keep_self_signed
 from llamaclust.cluster.membership.authority import new_ca
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.wire.security.certificates import private_pem

@@ -1,15 +1,28 @@
-"""Answers as Anthropic's messages: blocks of content, whole or as the events of a stream."""
+"""`/v1/messages`: answers as blocks of content, whole or as the events of a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
-from llamaclust.cluster.front.fields.function_tools import call_id_of
-from llamaclust.cluster.front.http.sse import named_event
-from llamaclust.cluster.front.replies.reply import Event, View
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.front.body import converted, parse_body, read_body
+from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
+from llamaclust.cluster.front.fields.model import ModelNames
+from llamaclust.cluster.front.fields.tools import call_id_of
+from llamaclust.cluster.front.foreign_fields import MESSAGES
+from llamaclust.cluster.front.http.responses import JsonResponse
+from llamaclust.cluster.front.http.sse import named_event, unless_disconnected
+from llamaclust.cluster.front.replies.reply import Event, Reply, View
+from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (
@@ -198,3 +211,38 @@ def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
     if isinstance(part.stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
     return {"stop_reason": "end_turn", "stop_sequence": None}
+
+
+class MessagesEndpoint:
+    """Chats of Anthropic's API."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        """Its clients name Anthropic's models, for some of their requests by names of their own."""
+        self._service = service
+        self._settings = settings
+        self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
+
+    async def create(self, data: bytes, ticket: Ticket) -> Reply:
+        body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
+        adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
+        chat = (await converted(body, body.request)).admitted(ticket.created, adapters)
+
+        async def requests() -> list[CompletionRequest]:
+            return [await self._service.chat(chat)]
+
+        return Reply(
+            service=self._service,
+            requests=requests,
+            view=partial(MessageView, model, ticket.id),
+            is_streamed=body.stream,
+            timed=Timed.FIRST,
+            has_measurements=True,  # the first event has counts of the prefix cache
+        )
+
+    async def count(self, request: Request) -> Response:
+        """The tokens of a chat's prompt."""
+        body = await read_body(request, MessagesBody, MESSAGES, self._settings)
+        self._models.adapters(body.model, body.lora)
+        chat = await converted(body, body.request)
+        completion = await unless_disconnected(request, self._service.chat_prompt(chat))
+        return JsonResponse({"input_tokens": len(completion.prompt)})

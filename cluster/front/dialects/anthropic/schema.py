@@ -1,26 +1,297 @@
-"""Bodies of `POST /v1/messages` and `POST /v1/messages/count_tokens`."""
+"""Bodies of `/v1/messages`: turns of a chat, tools, thinking, the form of the output."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.dialects.anthropic.tools import (
-    OutputConfig,
-    ThinkingField,
-    ToolChoice,
-    ToolsField,
-    output_grammar,
+from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFields
+from llamaclust.cluster.front.fields.tools import (
+    MAX_TOOLS,
+    function_tool,
+    is_media,
+    leave_out,
+    media_text,
+    present,
+    tool_text,
 )
-from llamaclust.cluster.front.dialects.anthropic.turns import merged_turns, read_system, read_turn
-from llamaclust.cluster.front.fields.reasoning import ReasoningFields
-from llamaclust.cluster.front.fields.sampling import AnswerFields
-from llamaclust.cluster.front.schema import LimitField, StopField
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
-from llamaclust.cluster.front.text.reasoning import ReasoningBudget
+from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, THINKING
+from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
+from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables, prompt_end
+from llamaclust.cluster.front.text.chat_format import ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
+from llamaclust.model.grammars import definitions
+
+_MODES: Final = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "any": ToolMode.REQUIRED, "tool": ToolMode.REQUIRED}
+
+
+_TEXT: Final = {"type": "string"}
+_TEXTS: Final = ("path", "file_text", "old_str", "new_str", "insert_text", "old_path", "new_path")
+_FILES: Final[dict[str, Any]] = {
+    **dict.fromkeys(_TEXTS, _TEXT),
+    "insert_line": {"type": "integer"},
+    "view_range": {"type": "array", "items": {"type": "integer"}},
+}
+
+
+def _file_tool(description: str, *commands: str) -> dict[str, Any]:
+    properties = {"command": {"enum": [*commands]}, **_FILES}
+    parameters = {"type": "object", "properties": properties, "required": ["command"]}
+    return {"description": description, "parameters": parameters}
+
+
+_EDITS: Final = ("view", "create", "str_replace", "insert")
+_CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
+    "bash_": {
+        "description": "Runs a command in a bash session on the user's machine; restart begins a new one.",
+        "parameters": {
+            "type": "object",
+            "properties": {"command": _TEXT, "restart": {"type": "boolean"}},
+        },
+    },
+    "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
+    "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
+}
+"""Tools that the client runs and knows by their type alone: what a type begins with, before its date."""
+
+
+class Tool(Body):
+    """A function that the model may call; the client runs it."""
+
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] = "custom"
+
+
+class ToolChoice(Body):
+    """Whether the answer calls tools."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    """`any`: at least one; `tool`: the one of that `name`."""
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+    """At most one call; by default where `type` asks for a call."""
+
+    @property
+    def use(self) -> ToolUse:
+        if (self.type == "tool") != (self.name is not None):
+            raise ParameterError("tool_choice.name", "belongs to type 'tool', which needs it")
+        is_parallel = None if self.disable_parallel_tool_use is None else not self.disable_parallel_tool_use
+        return ToolUse.of(_MODES[self.type], self.name, is_parallel)
+
+
+class Thinking(Body):
+    """Whether the model may think before it answers."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of thinking at most, after which its end follows; by default no limit."""
+
+
+class OutputConfig(Body):
+    """How the answer looks."""
+
+    format: Any = None
+    """`{"type": "json_schema", "schema": ...}`."""
+    effort: str | None = None
+    """Passed to the chat template as `reasoning_effort`."""
+
+    def grammar(self) -> Grammar | None:
+        return output_grammar(self.format, "output_config.format")
+
+
+def output_grammar(value: Any, origin: str) -> Grammar | None:
+    """Of `{"type": "json_schema", "schema": ...}`; ParameterError for another form."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
+        raise ParameterError(origin, 'must be {"type": "json_schema", "schema": {...}}')
+    return definitions.of_schema(value["schema"], origin)
+
+
+def _tool(value: Any, info: ValidationInfo) -> Any:
+    """Checks one tool; it is None if Anthropic's servers would run it."""
+    if not isinstance(value, dict):
+        raise ValueError("a tool must be an object with 'name' and 'input_schema'")
+    kind = value.get("type")
+    if kind in (None, "custom"):
+        read_part(Tool, value, ANTHROPIC_TOOL, info.context)
+        return function_tool(value, parameters="input_schema")
+    known = next((known for begin, known in _CLIENT_TOOLS.items() if str(kind).startswith(begin)), None)
+    if known is None:
+        return leave_out("tools", str(kind), info.context)
+    return function_tool({"name": value.get("name"), **known})
+
+
+def _thinking(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with a 'type'")
+    return read_part(Thinking, value, THINKING, info.context)
+
+
+_TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name"]})
+_THINKING_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["type"]})
+_ToolField = Annotated[Any, BeforeValidator(_tool), _TOOL_SCHEMA]
+ToolsField = Annotated[list[_ToolField], Field(max_length=MAX_TOOLS), AfterValidator(present)]
+ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA]
+
+
+_BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
+"""What Claude Code puts before its system prompt. It differs from request to request, so no prompt behind it would be
+found in the prefix cache; it says nothing to the model."""
+_ROLES: Final = ("user", "assistant", "system")
+_ERROR: Final = "Error: "
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says before the other one does."""
+
+    role: str
+    texts: tuple[str, ...] = ()
+    thoughts: tuple[str, ...] = ()  # of an assistant
+    calls: tuple[dict[str, Any], ...] = ()  # of an assistant, in OpenAI's form
+    results: tuple[dict[str, Any], ...] = ()  # of a user: messages of role tool
+
+    @classmethod
+    def of(cls, role: str, parts: Iterable[Turn]) -> Turn:
+        """The parts as one."""
+        parts = [*parts]
+        return cls(
+            role,
+            tuple(text for part in parts for text in part.texts),
+            tuple(thought for part in parts for thought in part.thoughts),
+            tuple(call for part in parts for call in part.calls),
+            tuple(result for part in parts for result in part.results),
+        )
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Results come first: they answer the calls of the turn before."""
+        yield from self.results
+        text = "\n".join(self.texts)
+        if self.role == "assistant":
+            more = {"reasoning_content": "\n".join(self.thoughts), "tool_calls": [*self.calls]}
+            yield {"role": self.role, "content": text, **{name: value for name, value in more.items() if value}}
+        elif self.texts or not self.results:
+            yield {"role": self.role, "content": text}
+
+
+def read_turn(message: Any, info: ValidationInfo) -> Turn:
+    """The turn of one message. ValueError for one that is wrong. Texts stand in place of blocks that are not supported;
+    unless the context is a `Leniency`, these are a ValueError too."""
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
+    role, content = message["role"], message.get("content")
+    if isinstance(content, str):
+        return Turn(role, (content,))
+    if not isinstance(content, list):
+        raise ValueError("content: must be a string or a list of blocks")
+    parts = []
+    for place, block in enumerate(content):
+        try:
+            parts.append(_block(role, block, info.context))
+        except ValueError as error:
+            raise ValueError(f"content[{place}]: {error}") from error
+    return Turn.of(role, parts)
+
+
+def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """As Anthropic's API: successive messages of one role are one turn."""
+    return [Turn.of(role, parts) for role, parts in groupby(turns, lambda turn: turn.role)]
+
+
+def read_system(value: Any, info: ValidationInfo) -> str:
+    """The text of a system prompt, without billing headers. ValueError for another form."""
+    blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(blocks, list):
+        raise ValueError("must be a string or a list of text blocks")
+    texts = (_without_billing(text) for text in _texts(blocks, info.context))
+    return "\n".join(text for text in texts if text)
+
+
+def _without_billing(text: str) -> str:
+    header = _BILLING.match(text)
+    return text if header is None else text[header.end() :]
+
+
+def _block(role: str, block: Any, context: object) -> Turn:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError("a block must be an object with a 'type'")
+    match role, kind:
+        case _, "text":
+            return Turn(role, texts=(_text(block, "text"),))
+        case "assistant", "thinking":
+            return Turn(role, thoughts=(_text(block, "thinking"),))
+        case "assistant", "redacted_thinking":  # of another model, which alone could read it
+            return Turn(role)
+        case "assistant", "tool_use":
+            return Turn(role, calls=(_call(block),))
+        case "user", "tool_result":
+            return Turn(role, results=(_result(block, context),))
+        case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # of another server's tool
+            leave_out("content", kind, context)
+            return Turn(role, texts=(tool_text(kind, block),))
+    return Turn(role, texts=(_text_of(block, context),))
+
+
+def _text_of(block: Any, context: object) -> str:
+    """The text of a block outside an assistant's answer, or what stands in its place."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        return _text(block, "text")
+    if kind == "tool_reference":  # a tool that a search found; all of them are offered
+        return _text(block, "tool_name")
+    if kind == "search_result":
+        return "\n".join(
+            [*(str(block.get(name) or "") for name in ("title", "source")), *_texts(block.get("content"), context)]
+        )
+    source = block.get("source") if kind == "document" else None
+    if isinstance(source, dict) and source.get("type") == "text":
+        return _text(source, "data")
+    if isinstance(source, dict) and source.get("type") == "content":
+        content = source.get("content")
+        return content if isinstance(content, str) else "\n".join(_texts(content, context))
+    if isinstance(kind, str) and is_media(kind):
+        return media_text(kind, context)
+    raise ValueError(f"blocks of type {str(kind)[:60]!r} are not supported here")
+
+
+def _call(block: dict[str, Any]) -> dict[str, Any]:
+    arguments = block.get("input") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError("input: must be an object")
+    function = {"name": _text(block, "name"), "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": _text(block, "id"), "type": "function", "function": function}
+
+
+def _result(block: dict[str, Any], context: object) -> dict[str, Any]:
+    content = block.get("content") or ""
+    text = content if isinstance(content, str) else "\n".join(_texts(content, context))
+    if block.get("is_error") is True:
+        text = _ERROR + text
+    return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": text}
+
+
+def _texts(blocks: Any, context: object) -> list[str]:
+    if not isinstance(blocks, list):
+        raise ValueError("content: must be a string or a list of blocks")
+    return [_text_of(block, context) for block in blocks]
+
+
+def _text(block: dict[str, Any], name: str) -> str:
+    if not isinstance(block.get(name), str):
+        raise ValueError(f"{name}: must be a string")
+    return str(block[name])
+
 
 _BLOCKS: Final[dict[str, Any]] = {"type": "array", "items": {"type": "object", "required": ["type"]}}
 _CONTENT: Final = {"anyOf": [{"type": "string"}, _BLOCKS]}

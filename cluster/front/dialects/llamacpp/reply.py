@@ -9,14 +9,14 @@ from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.front.body import converted
-from llamaclust.cluster.front.dialects.llamacpp.schema import (
+from llamaclust.cluster.front.dialects.llamacpp.completions import (
     NEVER,
     RANDOM_SEEDS,
     InfillBody,
     LlamaCppBody,
     LlamaCppPrompt,
 )
-from llamaclust.cluster.front.fields.logprobs import row_entry
+from llamaclust.cluster.front.fields.sampling import row_entry
 from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import event
 from llamaclust.cluster.front.replies.reply import Event, Reply, View

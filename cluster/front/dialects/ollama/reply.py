@@ -1,20 +1,87 @@
-"""Answers in Ollama's form: lines of JSON, or one object."""
+"""Answers as Ollama's lines of JSON: text, reasoning and whole calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from llamaclust.cluster.front.dialects.ollama.pieces import Piece, PieceReader
-from llamaclust.cluster.front.fields.logprobs import row_entry
+from llamaclust.cluster.front.fields.sampling import row_entry
 from llamaclust.cluster.front.fields.timings import shown_timings
 from llamaclust.cluster.front.http.sse import line
 from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.model.chat.tools.argument_values import arguments_object
+from llamaclust.model.chat.tools.events import (
+    AnswerEvent,
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ReasoningText,
+    ToolCall,
+)
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a chunk adds to an answer."""
+
+    content: str = ""
+    thinking: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.content or self.thinking or self.calls)
+
+
+class PieceReader:
+    """Of one answer, from its first chunk to its last; or of a whole answer, which is its only chunk."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, ToolCall] = {}
+
+    def read(self, chunk: TextChunk) -> Piece:
+        """A call is part of the piece that completes it."""
+        piece = Piece()
+        for event in chunk.events or (ContentText(chunk.text),):
+            self._take(event, piece)
+        if chunk.finish_reason is not None:
+            for index in tuple(self._open):
+                self._close(index, piece)
+        return piece
+
+    def _take(self, event: AnswerEvent, piece: Piece) -> None:
+        match event:
+            case ReasoningText(text):
+                piece.thinking += text
+            case ContentText(text):
+                piece.content += text
+            case CallBegun(index, name, call_id):
+                self._open[index] = ToolCall(name, call_id)
+            case ArgumentText(index, text):
+                self._open[index].arguments += text
+            case CallEnded(index, call_id):
+                call = self._open[index]
+                call.call_id = call_id or call.call_id
+                call.arguments = call.arguments or "{}"
+                self._close(index, piece)
+
+    def _close(self, index: int, piece: Piece) -> None:
+        """What is no complete call, since the answer was cut off, is content: arguments are objects here."""
+        call = self._open.pop(index)
+        arguments = arguments_object(call.arguments)
+        if arguments is None:
+            piece.content += f"{call.name}({call.arguments}"
+            return
+        named = {"id": call.call_id} if call.call_id else {}
+        piece.calls.append({**named, "function": {"index": index, "name": call.name, "arguments": arguments}})
+
 
 _NS_OF_MS: Final = 1_000_000
 

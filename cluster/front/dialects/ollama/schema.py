@@ -1,18 +1,16 @@
-"""Bodies of Ollama's generating endpoints, with its defaults."""
+"""Bodies of Ollama's requests, with its defaults."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
-from llamaclust.cluster.front.fields.foreign_parts import media_text
-from llamaclust.cluster.front.fields.reasoning import ReasoningFields
-from llamaclust.cluster.front.fields.sampling import SamplerFields, sampled
-from llamaclust.cluster.front.fields.speculative import SpeculativeFields
-from llamaclust.cluster.front.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS
-from llamaclust.cluster.front.schema import Body, SeedField, StopField, WholeLimitField, read_part
+from llamaclust.cluster.front.fields.sampling import ReasoningFields, SamplerFields, SpeculativeFields, sampled
+from llamaclust.cluster.front.fields.tools import media_text
+from llamaclust.cluster.front.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
+from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.front.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.core.errors import ParameterError
@@ -213,3 +211,66 @@ class OllamaChatBody(AnswerFields):
     def chat(self) -> ChatRequest:
         ToolUse().check(self.tools)
         return self._chat(tuple(message.as_variables() for message in self.messages), tuple(self.tools))
+
+
+_NAMES: Final = {"name": "model"}
+
+_NEITHER: Final = only(False)
+_CHANGES: Final = "files adapters template license system parameters messages quantize modelfile path"
+
+SHOW: Final = ForeignFields(
+    hints=dict.fromkeys(("verbose", "system", "template", "options"), _NEITHER), other_names=_NAMES
+)
+PULL: Final = ForeignFields(hints={"insecure": _NEITHER}, other_names=_NAMES)
+CREATE: Final = ForeignFields(
+    refused=dict.fromkeys(_CHANGES.split(), only()),
+    other_names={**_NAMES, "from": "source"},
+)
+DELETE: Final = ForeignFields(hints={"force": anything}, other_names=_NAMES)
+
+
+class ModelBody(Body):
+    """A model's name."""
+
+    model: str
+    """With or without `:latest`."""
+
+
+class ShowBody(ModelBody):
+    """`POST /api/show`."""
+
+
+class PullBody(ModelBody):
+    """`POST /api/pull`."""
+
+    stream: bool = True
+    """Lines of JSON; false: one object."""
+
+
+class DeleteBody(ModelBody):
+    """`DELETE /api/delete`."""
+
+
+class CopyBody(Body):
+    """`POST /api/copy`."""
+
+    source: str
+    """A name of the served model."""
+    destination: str
+    """The new name."""
+
+
+def _with_from(schema: dict[str, Any]) -> None:
+    """The field has Ollama's name, which is a keyword of Python."""
+    schema["properties"]["from"] = schema["properties"].pop("source")
+    schema["required"] = ["model", "from"]
+
+
+class CreateBody(ModelBody):
+    """`POST /api/create`."""
+
+    model_config = ConfigDict(json_schema_extra=_with_from)
+
+    source: str = Field(description="`from`: a name of the served model.")
+    stream: bool = True
+    """Lines of JSON; false: one object."""

@@ -11,11 +11,10 @@ from starlette.responses import Response
 
 from llamaclust.cluster.front.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.chat_sampling import chat_sampling
-from llamaclust.cluster.front.fields.model_name import ModelNames
-from llamaclust.cluster.front.http.error_responses import JsonResponse, unsupported
-from llamaclust.cluster.front.http.paths import Route
-from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.front.fields.model import ModelNames
+from llamaclust.cluster.front.fields.sampling import chat_sampling
+from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
+from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.wire.rpc.deadlines import deadline
 

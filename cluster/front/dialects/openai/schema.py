@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
-from llamaclust.cluster.front.dialects.openai.content import ContentField
-from llamaclust.cluster.front.dialects.openai.tools import CallField, ToolFields
-from llamaclust.cluster.front.fields.adapters import AdapterFields
-from llamaclust.cluster.front.fields.sampling import SamplerFields, documented, sampled
-from llamaclust.cluster.front.fields.slots import SlotFields
-from llamaclust.cluster.front.fields.speculative import SpeculativeFields
+from llamaclust.cluster.front.dialects.openai.tools import CallField, ContentField, ToolFields
+from llamaclust.cluster.front.fields.sampling import (
+    AdapterFields,
+    SamplerFields,
+    SlotFields,
+    SpeculativeFields,
+    documented,
+    sampled,
+)
 from llamaclust.cluster.front.foreign_fields import MESSAGE
 from llamaclust.cluster.front.schema import (
     BiasField,

@@ -1,24 +1,178 @@
-"""Answers as OpenAI's endpoints show them: choices of all prompts, streamed or whole."""
+"""OpenAI's replies: an answer's log as chunks of a stream, or whole."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody, StreamOptions
-from llamaclust.cluster.front.dialects.openai.shapes import FINGERPRINT
 from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
+from llamaclust.cluster.front.fields.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.front.http.sse import DONE, event
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.replies.reply import Event, MakeView, Reply, Requests, View
 from llamaclust.cluster.front.replies.ticket import Ticket
-from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.schema import Prompt
+from llamaclust.cluster.front.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress, Timings
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.sampling import RowResult
+from llamaclust.core.version import VERSION
+from llamaclust.model.chat.tools.events import (
+    AnswerEvent,
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ParsedAnswer,
+    ReasoningText,
+)
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
+
+FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
+"""`system_fingerprint`: equal ones compute alike."""
+
+
+def ending(part: TextChunk) -> dict[str, Any]:
+    """How a choice ended, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id."""
+    if part.finish_reason is None or part.timings is None:
+        return {"finish_reason": None}
+    return {
+        "finish_reason": str(part.finish_reason),
+        "stop_reason": part.stopped_by,
+        "timings": asdict(part.timings),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """A token at a place in a choice's text; without a row where nothing stands before it."""
+
+    token: int
+    offset: int
+    row: RowResult | None
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that stands before its answers: its text, where each of its tokens begins, those without a logprob."""
+
+    text: str
+    offsets: tuple[int, ...]
+    unscored: tuple[ShownToken, ...]
+
+
+NO_ECHO = Echo("", (), ())
+
+
+def make_echo(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
+    """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
+    detokenizer = Detokenizer(tokenizer, text_start=True)
+    offsets, length = [], 0
+    for token in ids:
+        offsets.append(min(length, len(text)))
+        length += len(detokenizer.push(token))
+    unscored = zip(ids, offsets[: max(1, score_from)], strict=False)
+    return Echo(text, tuple(offsets), tuple(ShownToken(token, offset, None) for token, offset in unscored))
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    """Iterators, for many tokens."""
+    rows = [token.row for token in tokens]
+    return {
+        "tokens": (_label(tokenizer, token.token) for token in tokens),
+        "token_logprobs": (None if row is None else json_logprob(row.logprob) for row in rows),
+        "top_logprobs": (None if row is None else _top(tokenizer, row) for row in rows),
+        "text_offset": (token.offset for token in tokens),
+    }
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or its bytes where they are only a part of a character."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
+    """The likeliest tokens by label, best first, and the chosen one; of tokens that look alike, the best."""
+    labels: dict[str, float] = {}
+    for token, logprob in (*row.top_logprobs, (row.token, row.logprob)):
+        labels.setdefault(_label(tokenizer, token), json_logprob(logprob))
+    return labels
+
+
+class MessageDeltas:
+    """A streamed message. The text of a custom tool's call is known, and comes, at its end."""
+
+    def __init__(self, choice_id: str, tools: Mapping[str, ClientTool]) -> None:
+        """`tools`: by the names that the model knows."""
+        self.has_calls = False
+        self._choice_id = choice_id
+        self._tools = tools
+        self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
+
+    def take(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
+        """Returns one delta of all events. Clients put pieces together by kind, and calls by index."""
+        answer = ParsedAnswer()
+        calls: dict[int, dict[str, Any]] = {}
+        for part in events:
+            match part:
+                case ReasoningText(text):
+                    answer.reasoning += text
+                case ContentText(text):
+                    answer.content += text
+                case CallBegun(index, name, call_id):
+                    calls[index] = {"index": index, **self._begun(index, name, call_id)}
+                case ArgumentText(index, text) if index in self._texts:
+                    self._texts[index].append(text)
+                case ArgumentText(index, text):
+                    call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += text
+                case CallEnded(index) if index in self._texts:
+                    self._end_text(index, calls)
+        self.has_calls |= bool(calls)
+        delta: dict[str, Any] = {"reasoning_content": answer.reasoning, "content": answer.content}
+        return {key: text for key, text in delta.items() if text} | ({"tool_calls": [*calls.values()]} if calls else {})
+
+    def _begun(self, index: int, name: str, call_id: str) -> dict[str, Any]:
+        call = _shown_call(call_id or call_id_of(self._choice_id, index), name, "", self._tools)
+        if call["type"] == "custom":
+            self._texts[index] = []
+        return call
+
+    def _end_text(self, index: int, calls: dict[int, dict[str, Any]]) -> None:
+        call = calls.setdefault(index, {"index": index, "custom": {}})
+        call["custom"]["input"] = text_of_call("".join(self._texts.pop(index)))
+
+
+def _shown_call(call_id: str, name: str, arguments: str, tools: Mapping[str, ClientTool]) -> dict[str, Any]:
+    if name in tools and tools[name].kind == "custom":
+        return {"id": call_id, "type": "custom", "custom": {"name": name, "input": text_of_call(arguments)}}
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def message_of(events: Iterable[AnswerEvent], choice_id: str, tools: Mapping[str, ClientTool]) -> dict[str, Any]:
+    """The fields of a whole message: content is null beside calls where there is none."""
+    answer = ParsedAnswer()
+    answer.add(events)
+    message: dict[str, Any] = {"content": answer.content or (None if answer.calls else "")}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            _shown_call(call.call_id or call_id_of(choice_id, index), call.name, call.arguments, tools)
+            for index, call in enumerate(answer.calls)
+        ]
+    return message
+
 
 Choice = dict[str, Any]
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.front import body as bodies
-from llamaclust.cluster.front import json_outline
+from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.json_outline import MAX_FIELD_VALUES, outline
+from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.owner import current_owner
+from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
@@ -52,7 +52,7 @@ def _text(source: Random) -> str:
 def test_an_outline_has_every_member_and_its_values(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts with quotes, backslashes and brackets, wherever a block ends."""
     print(f"seed {SEED}")
-    monkeypatch.setattr(json_outline, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(json_text, "_BLOCK_BYTES", block_bytes)
     source = Random(SEED)
     for _ in range(200):
         value = {_text(source): _drawn(source, 4) for _ in range(1 + source.randrange(6))}

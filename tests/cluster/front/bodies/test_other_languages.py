@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.llamacpp.schema import LlamaCppBody
+from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
 from llamaclust.cluster.front.dialects.ollama.schema import OllamaChatBody
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody

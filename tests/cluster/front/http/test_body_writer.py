@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from llamaclust.cluster.front.http.http_connection import chunk
+from llamaclust.cluster.front.http.connections import chunk
 from llamaclust.cluster.front.http.server import _Body
 
 

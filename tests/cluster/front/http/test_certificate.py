@@ -18,10 +18,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from llamaclust.cluster.front.http import certificate
 from llamaclust.cluster.front.http import certificate as certificate_module
-from llamaclust.cluster.front.http import self_signed as self_signed_module
-from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate
-from llamaclust.cluster.front.http.self_signed import certificate_names, keep_self_signed
+from llamaclust.cluster.front.http.certificate import (
+    CertificateFiles,
+    ServerCertificate,
+    certificate_names,
+    keep_self_signed,
+)
 from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 from support.wire.api_certificates import SignedFiles, self_signed, write_signed
@@ -246,7 +250,7 @@ def test_a_damaged_or_ending_certificate_is_made_anew(tmp_path: Path, monkeypatc
         def now(cls, zone: object = None) -> datetime:  # type: ignore[override]
             return datetime.now(UTC) + timedelta(days=800)
 
-    monkeypatch.setattr(self_signed_module, "datetime", Later)
+    monkeypatch.setattr(certificate, "datetime", Later)
     keep_self_signed(path, ["localhost"])
     assert read(path).not_valid_after_utc > datetime.now(UTC) + timedelta(days=1600)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import h11
 import pytest
 
-from llamaclust.cluster.front.http.http_connection import EVENTS_A_TURN, MAX_HEADERS, HttpConnection
+from llamaclust.cluster.front.http.connections import EVENTS_A_TURN, MAX_HEADERS, HttpConnection
 
 REQUEST = b"GET / HTTP/%b\r\nHost: a\r\n\r\n"
 

@@ -18,7 +18,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust import AsyncClient, Client
-from llamaclust.cluster.front.http.api_port import ApiPort
+from llamaclust.cluster.front.http.admission import ApiPort
 from llamaclust.cluster.front.http.certificate import ServerCertificate
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings

@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.dialects.ollama.names import OllamaNames
+from llamaclust.cluster.front.dialects.ollama.models import OllamaNames
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.models.adapter_loading import AdapterControl
-from llamaclust.cluster.front.replies.computation import Computation
+from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.reply import Computation
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import AnswerLog

@@ -15,7 +15,7 @@ from llamaclust.cluster.front import body
 from llamaclust.cluster.front.dialects.openai import models
 from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.models.router import ModelRouter
+from llamaclust.cluster.front.models import ModelRouter
 from llamaclust.core.errors import DeadlineError
 from support.several_models.api_models import ScriptedResident, named_model
 

@@ -16,11 +16,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from llamaclust.cluster.front import models
 from llamaclust.cluster.front.body import read_bytes
-from llamaclust.cluster.front.http.error_responses import add_error_handlers
-from llamaclust.cluster.front.http.paths import Route
-from llamaclust.cluster.front.models import router
-from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.front.http.responses import Route, add_error_handlers
+from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.settings import ApiSettings
 from support.clusters.served import ScriptedEngine, make_app, says
 from support.several_models.api_models import ScriptedResident, named_model
@@ -198,7 +197,7 @@ async def test_a_body_is_read_once_and_not_held_while_it_is_answered(
         assert json.loads(body)["model"] == "a"
         return PlainTextResponse(f"{held[0]() is None} {sys.getrefcount(body)}")
 
-    monkeypatch.setattr(router, "parse_object_in_time", parse)
+    monkeypatch.setattr(models, "parse_object_in_time", parse)
     async with client_of(named_model("a"), endpoint=answer) as http:
         reply = await http.post(path, json={"model": "a", "messages": ["abc"] * 100, "keep_alive": "5m"})
     assert reply.text == "True 2", "held by the endpoint and by the count's argument alone"

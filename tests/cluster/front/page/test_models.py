@@ -13,7 +13,7 @@ from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.session import ChatSession
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.models.router import ApiModel
+from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.settings import ApiSettings
 from support.browser.chatting import answers, ended, send
 from support.browser.chromium import opened

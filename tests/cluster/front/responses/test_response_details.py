@@ -14,13 +14,12 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from llamaclust.cluster.front import json_parts as json_parts_module
-from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems
-from llamaclust.cluster.front.dialects.openai.responses.shown_row import ShownRow
+from llamaclust.cluster.front import json_text
+from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, ShownRow
 from llamaclust.cluster.front.dialects.openai.responses.store import StoredResponse
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView
-from llamaclust.cluster.front.ignored import HEADER
-from llamaclust.cluster.front.replies import computation
+from llamaclust.cluster.front.foreign_fields import HEADER
+from llamaclust.cluster.front.replies import reply as reply_module
 from llamaclust.cluster.front.text import budget
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
@@ -91,7 +90,7 @@ async def test_an_end_token_is_no_text() -> None:
 
 async def test_a_stream_with_logprobs_is_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MAX_REPLY_ENTRIES", 40 * 3 - 1)
-    monkeypatch.setattr(computation, "MAX_UNREAD_ROWS", 4)
+    monkeypatch.setattr(reply_module, "MAX_UNREAD_ROWS", 4)
     fields = {"input": "Hi", "max_output_tokens": 40, "top_logprobs": 2, "stream": True}
     async with served(ScriptedEngine(says("Yes."))) as http:
         reply = await http.post(PATH, json=LOGPROBS | fields)
@@ -113,7 +112,7 @@ async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypa
 
     monkeypatch.setattr(ResponseView, "_numbered", spied)
     monkeypatch.setattr(StoredResponse, "__post_init__", spied_size)
-    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 12)
+    monkeypatch.setattr(json_text, "_LARGE_ENTRIES", 12)
     async with served(ScriptedEngine(says("So, then."))) as http:
         reply = await http.post(PATH, json=LOGPROBS | {"input": "Hi", "top_logprobs": 2, "stream": True})
         end = events_of(reply.text)[-2]["response"]

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, BadRequestError, DefaultAsyncHttpxClient, NotFou
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from llamaclust.cluster.front import json_parts as json_parts_module
+from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems
 from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore, StoredResponse
 from llamaclust.cluster.front.dialects.openai.responses.view import ReasoningCount
@@ -238,7 +238,7 @@ async def test_a_large_response_is_made_off_the_event_loop(monkeypatch: pytest.M
         return take(items, events, logprobs)
 
     monkeypatch.setattr(OutputItems, "take", spied)
-    monkeypatch.setattr(json_parts_module, "_LARGE_ENTRIES", 3)
+    monkeypatch.setattr(json_text, "_LARGE_ENTRIES", 3)
     response = await response_of("<think>Hm.</think>Yes.")
     assert threads and threading.get_ident() not in threads
     assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.cluster.front.text.pooler import Pooler, normalized
+from llamaclust.cluster.front.text.embedder import Pooler, normalized
 from llamaclust.cluster.scheduler.requests import PromptEmbedded
 from llamaclust.model.pooling import Pooling
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.reasoning import ReasoningBudget, answer_reasoning
+from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget, answer_reasoning
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import Grammar, Reasoning

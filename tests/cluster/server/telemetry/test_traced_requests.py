@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.replies.durability import Durability
 from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry

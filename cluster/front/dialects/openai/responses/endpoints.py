@@ -10,9 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
-from llamaclust.cluster.front.dialects.openai.responses.compaction import CompactionBody, CompactionView
 from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, Item, has_references, messages_of
-from llamaclust.cluster.front.dialects.openai.responses.response import (
+from llamaclust.cluster.front.dialects.openai.responses.output import (
     ID_PREFIX,
     ResponseHead,
     Status,
@@ -20,20 +19,25 @@ from llamaclust.cluster.front.dialects.openai.responses.response import (
     failed,
 )
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
-from llamaclust.cluster.front.dialects.openai.responses.store import Messages, ResponseStore, StoredResponse
+from llamaclust.cluster.front.dialects.openai.responses.store import (
+    CompactionBody,
+    CompactionView,
+    Messages,
+    ResponseStore,
+    StoredResponse,
+)
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView, Storing
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model_name import ModelNames
+from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.foreign_fields import RESPONSES
-from llamaclust.cluster.front.http.error_responses import JsonResponse
+from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.security import owner
 from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.json_body import rendered
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reading import Position
-from llamaclust.cluster.front.replies.reply import Reply
+from llamaclust.cluster.front.replies.reply import Reply, rendered
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import Timed

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.responses.tools import BUILT_IN
-from llamaclust.cluster.front.fields.foreign_parts import (
+from llamaclust.cluster.front.fields.tools import (
+    arguments_of_text,
+    flat_name,
     is_media,
     item_text,
     leave_out,
@@ -16,7 +18,6 @@ from llamaclust.cluster.front.fields.foreign_parts import (
     readable,
     tool_text,
 )
-from llamaclust.cluster.front.fields.function_tools import arguments_of_text, flat_name
 
 Item = dict[str, Any]
 

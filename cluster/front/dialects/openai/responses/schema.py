@@ -10,12 +10,11 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.dialects.openai.responses.items import Item, read_items
-from llamaclust.cluster.front.dialects.openai.responses.response import Details
+from llamaclust.cluster.front.dialects.openai.responses.output import Details
 from llamaclust.cluster.front.dialects.openai.responses.tools import ToolSet, read_tools
-from llamaclust.cluster.front.dialects.openai.tool_choice import MODES, ToolChoice, read_choice
-from llamaclust.cluster.front.fields.function_tools import MAX_TOOLS
-from llamaclust.cluster.front.fields.reasoning import ReasoningFields
-from llamaclust.cluster.front.fields.sampling import AnswerFields
+from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, read_choice
+from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFields
+from llamaclust.cluster.front.fields.tools import MAX_TOOLS
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.chat import ChatRequest, effort_variables

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llamaclust.cluster.front.fields.foreign_parts import leave_out
-from llamaclust.cluster.front.fields.function_tools import (
+from llamaclust.cluster.front.fields.tools import (
     MAX_TOOLS,
     ClientTool,
     flat_name,
     function_tool,
+    leave_out,
     text_tool,
 )
 

@@ -8,15 +8,16 @@ from itertools import chain
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.responses.items import Item, messages_of, with_ids
-from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, Shown
-from llamaclust.cluster.front.dialects.openai.responses.response import (
+from llamaclust.cluster.front.dialects.openai.responses.output import (
     Details,
+    OutputItems,
     ResponseHead,
+    Shown,
+    ShownRow,
     Status,
     end_status,
     shown_usage,
 )
-from llamaclust.cluster.front.dialects.openai.responses.shown_row import ShownRow
 from llamaclust.cluster.front.dialects.openai.responses.store import Messages, ResponseStore, StoredResponse
 from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import DONE, named_event

@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.front.text.pooler import Vector, normalized
+from llamaclust.cluster.front.text.embedder import Vector, normalized
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import QueueFullError
 from support.clusters.fakes import hidden_state

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
-from llamaclust.cluster.front.replies.computation import Computation
 from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.reply import Computation
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import AnswerLog

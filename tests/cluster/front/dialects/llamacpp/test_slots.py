@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.dialects.llamacpp import slot_files
-from llamaclust.cluster.front.ignored import HEADER
+from llamaclust.cluster.front.dialects.llamacpp import slots
+from llamaclust.cluster.front.foreign_fields import HEADER
 from support.clusters.served import SETTINGS, client, make_app, real_engine, tokenizer
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 2
@@ -203,12 +203,12 @@ async def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 async def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_files, "_MOST_FILES", 1)
+    monkeypatch.setattr(slots, "_MOST_FILES", 1)
     async with serving(tmp_path) as http:
         await saved(http)
         assert "at most 1" in await error(http, SAVE, {"filename": "b"})
         await saved(http)  # replaces it
-        monkeypatch.setattr(slot_files, "_MOST_BYTES", 100)
+        monkeypatch.setattr(slots, "_MOST_BYTES", 100)
         assert "larger than" in await error(http, RESTORE, {"filename": "a.bin"})
 
 

@@ -10,8 +10,7 @@ import httpx
 import ollama
 import pytest
 
-from llamaclust.cluster.front.dialects.ollama.details import ModelDetails
-from llamaclust.cluster.front.dialects.ollama.names import MAX_COPIES
+from llamaclust.cluster.front.dialects.ollama.models import MAX_COPIES, ModelDetails
 from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.chat import ChatView
-from llamaclust.cluster.front.dialects.openai.completions import CompletionView
-from llamaclust.cluster.front.json_values import to_json
+from llamaclust.cluster.front.dialects.openai.endpoints import ChatView, CompletionView
+from llamaclust.cluster.front.json_text import to_json
 from support.clusters.served import ScriptedEngine, client, events_of, make_app, says, serving
 
 TEXT = 'a "text":"b" "content":"" [] {} \\ \n \u2028 é 漢'

@@ -15,18 +15,18 @@ from llamaclust.cluster.engine.metrics import CONTENT_TYPE
 from llamaclust.cluster.engine.model_metrics import render_all
 from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
 from llamaclust.cluster.engine.waterfalls import RequestRecord
-from llamaclust.cluster.front.dialects.llamacpp.metrics import llamacpp_metrics
-from llamaclust.cluster.front.dialects.llamacpp.schema import LlamaCppBody
-from llamaclust.cluster.front.dialects.openai.shapes import FINGERPRINT
+from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import llamacpp_metrics
+from llamaclust.cluster.front.dialects.openai.view import FINGERPRINT
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.error_responses import JsonResponse
-from llamaclust.cluster.front.http.paths import Route
-from llamaclust.cluster.front.models.router import ApiModel, ModelRouter
+from llamaclust.cluster.front.http.responses import JsonResponse, Route
+from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.wire.rpc.deadlines import deadline
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.pool.drain import WorkerOperations
+
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""

@@ -1,0 +1,321 @@
+"""Embeddings and reranking: `/v1/embeddings`, `/embedding`, `/v1/rerank`."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Annotated, Any, Final, Literal, TypeVar
+from uuid import uuid4
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.front.body import read_body
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.fields.model import ModelNames
+from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
+from llamaclust.cluster.front.http.responses import JsonResponse, Route
+from llamaclust.cluster.front.http.sse import unless_disconnected
+from llamaclust.cluster.front.json_text import is_large
+from llamaclust.cluster.front.replies.reply import JsonParts, json_body
+from llamaclust.cluster.front.schema import Body, is_int, prompt_string
+from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
+from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.core.errors import ParameterError
+from llamaclust.model.pooling import Pooling
+
+MAX_INPUTS = 2048
+"""Prompts of one request, as OpenAI has it."""
+
+_MAX_DIMENSIONS = 1 << 20
+_MAX_NORM = 1000
+
+Input = tuple[str | int, ...]
+"""Texts and token ids in order."""
+
+
+def _inputs(value: Any) -> tuple[Input, ...]:
+    """One prompt, or a list of them; a list with token ids among its items is one."""
+    if isinstance(value, list) and not any(is_int(item) for item in value):
+        if not 1 <= len(value) <= MAX_INPUTS:
+            raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
+        return tuple(_input(item) for item in value)
+    return (_input(value),)
+
+
+def _input(value: Any) -> Input:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(item, str) or is_int(item) for item in value):
+        return tuple(value)
+    if isinstance(value, dict) and "prompt_string" in value:
+        return (prompt_string(value),)
+    if isinstance(value, dict) and value.keys() == {"content"} and isinstance(value["content"], list):
+        return ("".join(map(_part, value["content"])),)
+    raise ValueError("must be a string, a list of token ids and strings, an object with text parts, or a list of those")
+
+
+def _part(part: Any) -> str:
+    is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    if not is_text or len(part) > 2:
+        raise ValueError("a part of 'content' must be an object of type 'text' with the field 'text' and no others")
+    return str(part["text"])
+
+
+_ONE: list[dict[str, Any]] = [
+    {"type": "string"},
+    {"type": "array", "items": {"type": ["string", "integer"]}},
+    {"type": "object"},
+]
+_INPUTS = {"anyOf": [*_ONE, {"type": "array", "items": {"anyOf": _ONE}}]}
+
+InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchema(_INPUTS)]
+
+
+class EmbeddingFields(Body):
+    """Fields of both endpoints."""
+
+    model: str | None = None
+    """Name of the served model."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """Numbers, or the base64 of their float32, little endian."""
+    dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
+    """Leading channels to keep; by default all."""
+    pooling: Literal["none", "mean", "cls", "last"] | None = None
+    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's."""
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    """KV blocks are shared with requests that have the same."""
+
+    def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
+        """`default`: the pooling of requests without one."""
+        pooling = default if self.pooling is None else Pooling(self.pooling)
+        return EmbeddingOptions(pooling, norm, self.dimensions, self.cache_salt)
+
+
+class OpenAiEmbeddingBody(EmbeddingFields):
+    """`POST /v1/embeddings`."""
+
+    input: InputsField
+    """Text, token ids, both mixed, or a list of several."""
+
+
+class LlamaCppEmbeddingBody(EmbeddingFields):
+    """`POST /embedding`."""
+
+    input: InputsField | None = None
+    """Text, token ids, both mixed, or a list of several."""
+    content: InputsField | None = None
+    """llama.cpp's other name of `input`."""
+    embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
+    """-1: not at all; 0: the greatest absolute value becomes 32760; p: the p-norm becomes 1."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """ParameterError where there are none, or two."""
+        given = [inputs for inputs in (self.input, self.content) if inputs is not None]
+        if len(given) != 1:
+            raise ParameterError("input", "give one of input and content")
+        return given[0]
+
+
+async def embedded(
+    request: Request,
+    service: TextService,
+    prompts: Sequence[Sequence[str | int]],
+    options: EmbeddingOptions,
+    shape: Callable[[list[Embedding]], Any],
+) -> JsonParts:
+    """The embeddings of prompts in the shape of an API. They count for the budget until the client has taken them."""
+    async with AsyncExitStack() as held:
+        embedding = held.enter_async_context(service.embed(prompts, options))
+        embeddings = await unless_disconnected(request, embedding)
+        numbers = sum(len(vector) for each in embeddings for vector in each.vectors)
+        return JsonParts(json_body(partial(shape, embeddings), is_large=is_large(numbers)), held.pop_all())
+
+
+def check_single(pooling: Pooling) -> None:
+    """ParameterError where a reply of one vector for each prompt cannot have this pooling."""
+    if pooling is Pooling.NONE:
+        raise ParameterError("pooling", "'none' gives a vector for each token: use POST /embedding, or set another")
+
+
+_RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
+"""A public one."""
+_COHERE_PATH: Final = "/v2/rerank"
+RERANK_PATHS: Final = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking", _COHERE_PATH)
+_PAIRS_OF_A_UNIT: Final = 100
+"""Documents that Cohere bills as one search."""
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Texts, or objects with one."""
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_INPUTS:
+        raise ValueError(f"must be a list of 1 to {MAX_INPUTS} texts")
+    return tuple(_text(item) for item in value)
+
+
+def _text(item: Any) -> str:
+    text = item.get("text") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise ValueError("each must be a string, or an object with the field 'text'")
+    return text
+
+
+_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": ["string", "object"]}}
+_Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_SCHEMA)]
+
+
+class RerankBody(Body):
+    """`POST /v1/rerank`. With `texts` the reply is a list, as of Text Embeddings Inference."""
+
+    model: str | None = None
+    """Name of the served model; any is taken."""
+    query: str
+    """What the documents are to say something about."""
+    documents: _Texts | None = None
+    """Texts, or objects with the field `text`."""
+    texts: _Texts | None = None
+    """The same for a reply in the other form."""
+    top_n: int | None = Field(default=None, ge=1)
+    """The best so many; by default all."""
+    return_documents: bool = False
+    """Whether results have the documents."""
+    return_text: bool = False
+    """The same in the other form."""
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """ParameterError where there are none, or two lists."""
+        lists = [texts for texts in (self.documents, self.texts) if texts is not None]
+        if len(lists) != 1:
+            raise ParameterError("documents", "give one of documents and texts")
+        return lists[0]
+
+
+class RerankEndpoint:
+    """One served model's."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._names = ModelNames(service.settings.model_name, settings, any_by_default=True)
+
+    def routes(self) -> Iterator[Route]:
+        for path in RERANK_PATHS:
+            yield Route("POST", path, self.rerank, RerankBody, computes=True)
+
+    async def rerank(self, request: Request) -> Response:
+        """Documents by their score for a query, the best first."""
+        if self._service.settings.ranking is None:
+            raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
+        body = await read_body(request, RerankBody, RERANK, self._settings)
+        self._names.check(body.model)
+        is_cohere = request.url.path.endswith(_COHERE_PATH)
+        return await unless_disconnected(request, self._answer(body, is_cohere=is_cohere))
+
+    def _refusal(self) -> str:
+        own = f"{self._service.settings.model_name!r} does not rank documents"
+        if self._settings.rankers:
+            return f"{own}: name {' or '.join(map(repr, self._settings.rankers))} as model"
+        return f"{own}: serve a reranker, such as `llamaclust up {_RERANKER}`, or one of `models` in the cluster file"
+
+    async def _answer(self, body: RerankBody, *, is_cohere: bool) -> Response:
+        texts = body.given
+        ranks = await self._service.rank(body.query, texts)
+        best = sorted(range(len(ranks)), key=lambda index: -ranks[index].score)[: body.top_n]
+        if body.texts is not None:
+            return JsonResponse([_tei_result(body, texts, ranks, index) for index in best])
+        results = [_result(body, texts, ranks, index) for index in best]
+        if is_cohere:
+            return JsonResponse({"id": str(uuid4()), "results": results, "meta": _cohere_meta(len(texts))})
+        tokens = sum(rank.prompt_tokens for rank in ranks)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        model = self._service.settings.model_name
+        return JsonResponse({"object": "list", "model": model, "results": results, "usage": usage})
+
+
+def _cohere_meta(documents: int) -> dict[str, Any]:
+    units = -(-documents // _PAIRS_OF_A_UNIT)
+    return {"api_version": {"version": "2", "is_experimental": False}, "billed_units": {"search_units": units}}
+
+
+def _result(body: RerankBody, texts: Sequence[str], ranks: Sequence[Rank], index: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"index": index, "relevance_score": ranks[index].score}
+    return {**result, "document": {"text": texts[index]}} if body.return_documents else result
+
+
+def _tei_result(body: RerankBody, texts: Sequence[str], ranks: Sequence[Rank], index: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"index": index, "score": ranks[index].score}
+    return {**result, "text": texts[index]} if body.return_text else result
+
+
+_Fields = TypeVar("_Fields", bound=EmbeddingFields)
+
+
+def embedding_routes(service: TextService, settings: ApiSettings) -> Iterator[Route]:
+    endpoints = EmbeddingEndpoints(service, settings)
+    yield Route("POST", "/v1/embeddings", endpoints.openai, OpenAiEmbeddingBody, computes=True)
+    for path in ("/embedding", "/embeddings"):
+        yield Route("POST", path, endpoints.llamacpp, LlamaCppEmbeddingBody, computes=True)
+
+
+class EmbeddingEndpoints:
+    """One served model's."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+        served = service.settings.model_name
+        self._names = ModelNames(served, settings)
+        self._llamacpp_names = ModelNames(served, settings, any_by_default=True)
+
+    async def openai(self, request: Request) -> Response:
+        """One vector for each prompt."""
+        body = await self._read(request, OpenAiEmbeddingBody, self._names)
+        options = body.options(self._service.settings.pooling)
+        check_single(options.pooling)
+        return await embedded(request, self._service, body.input, options, partial(self._openai_reply, body))
+
+    async def llamacpp(self, request: Request) -> Response:
+        """A list of vectors for each prompt: one, or without pooling one for each token."""
+        body = await self._read(request, LlamaCppEmbeddingBody, self._llamacpp_names)
+        options = body.options(self._service.settings.pooling, body.embd_normalize)
+        return await embedded(request, self._service, body.inputs, options, partial(_llamacpp_reply, body))
+
+    async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
+        body = await read_body(request, kind, EMBEDDING, self._settings)
+        names.check(body.model)
+        return body
+
+    def _openai_reply(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
+        tokens = sum(embedding.prompt_tokens for embedding in embeddings)
+        return {
+            "object": "list",
+            "data": (_openai_entry(body, index, embedding) for index, embedding in enumerate(embeddings)),
+            "model": self._service.settings.model_name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+def _openai_entry(body: OpenAiEmbeddingBody, index: int, embedding: Embedding) -> dict[str, Any]:
+    (vector,) = embedding.vectors
+    return {"object": "embedding", "index": index, "embedding": _shown(body, vector)}
+
+
+def _llamacpp_reply(body: LlamaCppEmbeddingBody, embeddings: list[Embedding]) -> list[Any]:
+    return [
+        {"index": index, "embedding": (_shown(body, vector) for vector in embedding.vectors)}
+        for index, embedding in enumerate(embeddings)
+    ]
+
+
+def _shown(body: EmbeddingFields, vector: Vector) -> str | list[float]:
+    if body.encoding_format == "base64":
+        return b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers

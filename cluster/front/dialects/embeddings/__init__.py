@@ -1,1 +1,0 @@
-"""Embeddings of prompts, by the names of OpenAI and llama.cpp."""

@@ -1,0 +1,278 @@
+"""Routes, errors and JSON as HTTP responses, each error in the form of the request's API."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route as PathRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaclust.cluster.front.errors import (
+    Failure,
+    HttpError,
+    choose_shape,
+    chosen_shape,
+    error_shape,
+    failure_of,
+    internal_error,
+)
+from llamaclust.cluster.front.json_text import to_json
+from llamaclust.core.errors import LlamaclustError, QueueFullError
+
+CLIENT_GONE = 499
+
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class JsonResponse(Response):
+    """A body of JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a path that clients of other servers know and this one refuses."""
+
+    async def refuse(request: Request) -> Response:
+        raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
+
+    refuse.__doc__ = f"Refused: {what}."
+    return refuse
+
+
+def error_response(error: LlamaclustError, scope: Scope) -> Response:
+    """In the shape of the request's API."""
+    headers = dict(error.headers) if isinstance(error, HttpError) else {}
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return _response(failure_of(error), scope, headers)
+
+
+def add_error_handlers(app: Starlette) -> None:
+    """Every error leaves the app in the same shape."""
+    app.add_exception_handler(LlamaclustError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
+    return JsonResponse(chosen_shape(scope).body(failure), status_code=failure.status, headers=headers)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LlamaclustError)
+    return error_response(error, request.scope)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = error.headers
+    if headers and "Allow" in headers:
+        headers = {**headers, "Allow": _methods(request)}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+    message = f"{request.method} {given_path(request.scope)}: {error.detail}"
+    failure = Failure(error.status_code, message, _CODES.get(error.status_code, "invalid_request_error"))
+    return _response(failure, request.scope, headers)
+
+
+def _methods(request: Request) -> str:
+    """Of all routes with the path of the request. HEAD is served as GET."""
+    path = request.scope["path"]
+    routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
+    methods = {method for route in routes for method in route.methods or ()}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The server logs the error itself, once it is re-raised."""
+    return error_response(internal_error(), request.scope)
+
+
+_DISCARD_S = 0.9
+"""For the rest of a body, of which nothing is kept. A server that ends waits a little longer."""
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request has a body, by its head."""
+    headers = Headers(scope=scope)
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+class EarlyReplies:
+    """Sends a reply at once, but ends it only behind the request's body, or a while later: a connection that is closed
+    while the client sends is reset, and the reply on its way is lost."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not has_body(scope) or "expect" in Headers(scope=scope):  # waits before it sends
+            await self._app(scope, receive, send)
+            return
+        is_read = False
+
+        async def read() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def reply(message: Message) -> None:
+            is_end = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not is_end or is_read:
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DISCARD_S):
+                    while not is_read:
+                        await read()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self._app(scope, read, reply)
+
+
+EXTENSIONS: Final = "extensions"
+BODY: Final = "llamaclust.body"
+WRITE: Final = "write"
+
+
+class BodyWriter(Protocol):
+    """Of a body whose reply has begun."""
+
+    def write(self, data: bytes) -> bool:
+        """Takes a piece where the connection does; whether it did: else the piece is to be sent in the manner of ASGI,
+        through all that stands between endpoint and server. Pieces that come together are sent together."""
+        ...
+
+    def flush(self) -> None:
+        """Sends what was taken: before anything that is sent in the manner of ASGI."""
+        ...
+
+
+class _NoWriter:
+    def write(self, _: bytes) -> bool:
+        return False
+
+    def flush(self) -> None:
+        """Nothing was taken."""
+
+
+def body_writer(scope: Scope) -> BodyWriter:
+    """Of a request; one that takes nothing for another server's."""
+    writer: BodyWriter = scope.get(EXTENSIONS, {}).get(BODY, {}).get(WRITE, _NoWriter())
+    return writer
+
+
+_WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
+"""First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""
+_OTHER_NAMES: Final = {"/v1/health": "/health"}
+_PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
+_STATE: Final = "traced_route"
+_GIVEN: Final = "given_path"
+_UNKNOWN: Final = "other"
+
+
+class Route(PathRoute):
+    """One operation of the API. `body`: the class of its fields, for openapi.json; the endpoint reads its body itself.
+    `computes`: the model must be loaded. `names_reply`: the path or `?conv_id=` names a kept reply."""
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Callable[[Request], Awaitable[Response]],
+        body: type[BaseModel] | None = None,
+        *,
+        computes: bool = False,
+        names_reply: bool = False,
+    ) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.method = method
+        self.body = body
+        self.computes = computes
+        self.names_reply = names_reply
+
+
+class Paths:
+    """Passes requests on with the path and the method by which the app knows them."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        """`prefix`: "" or "/..."; paths without it are served too, for probes and this program's own clients."""
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given: str = scope["path"]
+            if self._prefix and given.startswith(self._prefix + "/"):
+                given = given.removeprefix(self._prefix)
+            path = canonical_path(given)
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
+            choose_shape(scope, error_shape(given))  # what is around this has the shape as well, for errors of ours
+            scope["state"][_GIVEN] = given
+            scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
+        await self._app(scope, receive, send)
+
+
+def given_path(scope: Scope) -> str:
+    """The path as the client wrote it, without the prefix."""
+    path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
+    return path
+
+
+def canonical_path(path: str) -> str:
+    """The path of the endpoint."""
+    if path.startswith(_WITHOUT_V1):
+        return "/v1" + path
+    return _OTHER_NAMES.get(path, path)
+
+
+def template(path: str) -> str:
+    """A route's path as clients know it, with `{name}` for each of its parameters."""
+    return _PARAMETER.sub(r"{\1}", path)
+
+
+@dataclass(slots=True)
+class TracedRoute:
+    """The route of a request, for what is around the app. `name`: None until the key was checked; no text of the
+    client."""
+
+    name: str | None = None
+
+    @classmethod
+    def of(cls, scope: Scope) -> TracedRoute:
+        """The route of a request that the app is about to get."""
+        route = cls()
+        scope["state"] = {**scope.get("state", {}), _STATE: route}
+        return route
+
+
+def name_route(scope: Scope) -> None:
+    """Names the route of a request whose key was checked, if the request is traced."""
+    traced = scope.get("state", {}).get(_STATE)
+    if traced is not None:
+        posts = (route for route in scope["app"].routes if isinstance(route, Route) and route.method == "POST")
+        paths = (template(route.path) for route in posts if route.path_regex.match(scope["path"]))
+        traced.name = next(paths, _UNKNOWN)

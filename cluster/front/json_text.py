@@ -1,0 +1,260 @@
+"""Values of replies as JSON: finite numbers, how large a value is, and its text in parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from pydantic import BaseModel
+from pydantic_core import from_json
+
+from llamaclust.cluster.front.text.threads import Threads, run_on
+
+
+class DeferredValue(ABC):
+    """A part of a JSON value that is made each time it is rendered: it takes less memory until then."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """About the numbers and texts in it."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """The memory that it takes."""
+
+    @abstractmethod
+    def made(self) -> Any:
+        """The value."""
+
+
+def to_json(value: Any) -> bytes:
+    """A value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate pairs
+    become '?'."""
+    return _encoder.encode(value).encode("utf-8", "replace")
+
+
+def _made(value: object) -> Any:
+    if isinstance(value, DeferredValue):
+        return value.made()
+    if not isinstance(value, Iterator):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+    return list(value)
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_made)
+
+
+MAX_FIELD_VALUES: Final = 1 << 15
+"""JSON values of a field that holds no prompt: a grammar, a list of texts or ids."""
+
+_BLOCK_BYTES: Final = 1 << 18
+"""Counted in one go, mostly with the interpreter free for other threads."""
+_MOST_MEMBERS: Final = 1024
+_MOST_NAME_BYTES: Final = 1024
+_NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of the outermost object, whose commas and brackets are its number of values or a few more."""
+
+    name: str
+    size_bytes: int
+    values: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """`members` has the first thousand or so."""
+
+    members: tuple[Member, ...]
+    member_count: int
+    values: int  # of the whole text
+
+
+def outline(text: bytes) -> Outline:
+    """The outline of a JSON text; of other texts, some outline."""
+    counter = _Counter()
+    for start in range(0, len(text), _BLOCK_BYTES):
+        counter.add(np.frombuffer(text, np.uint8, min(_BLOCK_BYTES, len(text) - start), start))
+    borders = counter.borders[: _MOST_MEMBERS + 1]
+    members = tuple(
+        Member(_name(text[start + 1 : start + 1 + _MOST_NAME_BYTES]), end - start - 1, values - before)
+        for (start, before), (end, values) in pairwise(borders)
+    )
+    return Outline(members, max(0, counter.border_count - 1), counter.values + 1)
+
+
+def _name(text: bytes) -> str:
+    """The name at the beginning of a member; "" where it is none, or too long to be a field's."""
+    match = _NAME.match(text)
+    try:
+        return "" if match is None else str(from_json(match[1]))
+    except ValueError:
+        return ""
+
+
+class _Counter:
+    """Goes through a text block by block. Strings are told by their quotes, escaped ones by the backslashes before."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.border_count = 0  # of the outermost object: its brackets, and the commas between members
+        self.borders: list[tuple[int, int]] = []  # the first ones, and the values before each
+        self._start = 0
+        self._depth = 0
+        self._is_inside = False  # a string
+        self._backslashes = 0  # at the end of the block before
+
+    def add(self, block: np.ndarray) -> None:  # uint8 [bytes]
+        outside = self._outside_strings(block)
+        opens = ((block == ord("[")) | (block == ord("{"))) & outside
+        closes = ((block == ord("]")) | (block == ord("}"))) & outside
+        places = np.flatnonzero(opens | closes | ((block == ord(",")) & outside))
+        change = opens[places].astype(np.int32) - closes[places]
+        depth = self._depth + np.cumsum(change)  # behind each place
+        counted = self.values + np.cumsum(change >= 0)
+        is_border = ((depth == 1) & ((change == 0) | ((change == 1) & (self.border_count == 0)))) | (
+            (depth == 0) & (change == -1)
+        )
+        borders = np.flatnonzero(is_border)
+        self.border_count += len(borders)
+        for border in borders[: max(0, _MOST_MEMBERS + 1 - len(self.borders))]:
+            self.borders.append((self._start + int(places[border]), int(counted[border])))
+        if len(places):
+            self._depth, self.values = int(depth[-1]), int(counted[-1])
+        self._start += len(block)
+
+    def _outside_strings(self, block: np.ndarray) -> np.ndarray:  # uint8 [bytes] -> bool [bytes]
+        quotes = np.flatnonzero(block == ord('"'))
+        unescaped = quotes[self._backslashes_before(block, quotes) % 2 == 0]
+        flips = np.zeros(len(block), np.uint8)
+        flips[unescaped] = 1
+        inside: np.ndarray = np.bitwise_xor.accumulate(flips) ^ self._is_inside
+        self._is_inside = bool(inside[-1])
+        outside: np.ndarray = np.equal(inside, 0)
+        return outside
+
+    def _backslashes_before(self, block: np.ndarray, places: np.ndarray) -> np.ndarray:  # -> int [places]
+        others = np.flatnonzero(block != ord("\\"))
+        last = np.searchsorted(others, places) - 1  # the last other byte before each place, if there is one
+        run = np.where(last >= 0, places - 1 - others[last], places + self._backslashes) if len(others) else places
+        end = len(block) - 1 - int(others[-1]) if len(others) else len(block) + self._backslashes
+        self._backslashes = end
+        return run
+
+
+_LARGE_ENTRIES = 1024
+"""A part of a reply that has more tokens and logprobs is rendered on a thread."""
+_GROUP = 16
+"""Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
+_PART_BYTES = 1 << 16
+_VALUE_BYTES = 8
+_ENTRY_CHARACTERS = 64
+"""Of a text, which take about as long as a number."""
+
+_threads = Threads(2, "json")
+"""Few: each waits for the interpreter beside the event loop, and more render no faster."""
+
+_Value = TypeVar("_Value")
+
+
+def is_large(entries: int) -> bool:
+    return entries > _LARGE_ENTRIES
+
+
+async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
+    return await run_on(_threads, work) if is_large else work()
+
+
+async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
+    return await off_loop_if(is_large(entries), work)
+
+
+def has_many_values(value: Any) -> bool:
+    """Whether to render it takes long; no more of it is counted than needed."""
+    left, count = [value], 0
+    while left:
+        part = left.pop()
+        count += 1
+        if isinstance(part, str):
+            count += len(part) // _ENTRY_CHARACTERS
+        elif isinstance(part, dict):
+            left.extend(part.values())
+        elif isinstance(part, BaseModel):
+            left.extend(vars(part).values())
+        elif isinstance(part, list | tuple):
+            left.extend(part)
+        elif isinstance(part, DeferredValue):
+            count += part.entries
+        if is_large(count + len(left)) or isinstance(part, Iterator):
+            return True
+    return False
+
+
+def json_parts(value: Any) -> Generator[bytes, None, None]:
+    """Yields the text of `to_json` in parts. They are rendered as they are taken, and so are the items of iterators
+    (arrays in JSON)."""
+    held = bytearray()
+    for piece in _pieces(value):
+        held += piece
+        if len(held) >= _PART_BYTES:
+            yield bytes(held)
+            held.clear()
+    if held:
+        yield bytes(held)
+
+
+def json_size(value: Any) -> int:
+    """About the bytes of a value's JSON, without rendering it: its texts, and some for each value. For deferred ones,
+    those that they hold."""
+    if isinstance(value, str):
+        return len(value) + _VALUE_BYTES
+    if isinstance(value, Mapping):
+        return sum(len(key) + json_size(item) for key, item in value.items()) + _VALUE_BYTES
+    if isinstance(value, list | tuple):
+        return sum(map(json_size, value)) + _VALUE_BYTES
+    if isinstance(value, DeferredValue):
+        return value.held_bytes + _VALUE_BYTES
+    return _VALUE_BYTES
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if not has_many_values(value):
+        yield to_json(value)
+    elif isinstance(value, dict):
+        members = ((to_json(str(key)) + b":", item) for key, item in value.items())
+        yield from _joined(b"{", members, b"}")
+    elif isinstance(value, list | tuple):
+        yield from _joined(b"[", ((b"", item) for item in value), b"]")
+    elif isinstance(value, Iterator):
+        yield from _array(value)
+    else:
+        yield to_json(value)
+
+
+def _joined(begin: bytes, members: Iterable[tuple[bytes, Any]], end: bytes) -> Iterator[bytes]:
+    yield begin
+    for place, (key, item) in enumerate(members):
+        yield b"," + key if place else key
+        yield from _pieces(item)
+    yield end
+
+
+def _array(items: Iterator[Any]) -> Iterator[bytes]:
+    comma = b"["
+    while group := list(islice(items, _GROUP)):
+        yield comma
+        yield to_json(group)[1:-1]
+        comma = b","
+    yield b"[]" if comma == b"[" else b"]"

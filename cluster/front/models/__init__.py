@@ -1,1 +1,0 @@
-"""The served models, one or several, behind one API."""

@@ -1,1 +1,0 @@
-"""What a cluster says of itself, and how its operators direct it."""

@@ -1,4 +1,4 @@
-"""Rows of whole answers, packed: eight bytes for each token and top logprob."""
+"""A completion as text: chunks while it runs, whole answers put together from them, their rows packed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from llamaclust.cluster.front.text.budget import NOTHING, ReplyBudget, RowStorag
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, render
 from llamaclust.cluster.front.text.chat_format import ChatFormat, answer_reasoning
-from llamaclust.cluster.front.text.completion import ChoiceText, Completion, TokenizedRequest
+from llamaclust.cluster.front.text.choice import ChoiceText
+from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.front.text.request import SEEDS, CompletionRequest, draw_seed
 from llamaclust.cluster.front.text.slots import Slots

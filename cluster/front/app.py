@@ -26,9 +26,9 @@ from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesB
 from llamaclust.cluster.front.dialects.openai.responses.store import CompactionBody, ResponseStore
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.foreign_fields import HEADER as IGNORED_HEADER
-from llamaclust.cluster.front.foreign_fields import IgnoredFields
 from llamaclust.cluster.front.http.admission import Admission, AdmissionGate
+from llamaclust.cluster.front.http.ignored import HEADER as IGNORED_HEADER
+from llamaclust.cluster.front.http.ignored import IgnoredFields
 from llamaclust.cluster.front.http.openapi import Document
 from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
 from llamaclust.cluster.front.http.security import KeyGate, Security, page_origins

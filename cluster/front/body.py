@@ -13,7 +13,8 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT, is_strict_request
+from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
+from llamaclust.cluster.front.http.ignored import is_strict_request
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
 from llamaclust.cluster.front.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.front.settings import ApiSettings

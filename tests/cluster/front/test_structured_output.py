@@ -14,7 +14,7 @@ from llamaclust.cluster.client.local import LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.dialects.openai.schema import CompletionBody
-from llamaclust.cluster.front.foreign_fields import HEADER
+from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar

@@ -18,7 +18,7 @@ from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, ShownRow
 from llamaclust.cluster.front.dialects.openai.responses.store import StoredResponse
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView
-from llamaclust.cluster.front.foreign_fields import HEADER
+from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.replies import reply as reply_module
 from llamaclust.cluster.front.text import budget
 from llamaclust.core.errors import WorkerError

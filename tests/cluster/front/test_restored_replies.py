@@ -73,7 +73,7 @@ async def test_a_mistake_of_an_endpoint_is_logged(
 
     path = tmp_path / "journal"
     await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
-    monkeypatch.setattr("llamaclust.cluster.front.dialects.openai.completions.parse_body", broken)
+    monkeypatch.setattr("llamaclust.cluster.front.dialects.openai.endpoints.parse_body", broken)
     async with served(path) as server:
         reply = await server.http.get(f"/v1/streams/{0:024x}")
     assert "could not be restored" in reply.text and "a mistake of ours" in caplog.text

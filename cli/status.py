@@ -21,6 +21,7 @@ from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.planner.format import choice_lines
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import ClusterStartingError, LlamaclustError, UsageError
@@ -187,6 +188,8 @@ def _head(state: State) -> Iterator[str]:
     if predicted["prompt_tokens"] is not None:  # the model has had a plan
         bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
         yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
+    if choice := state.get("choice"):  # coordinators of before have none
+        yield from choice_lines(choice)
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"

@@ -24,7 +24,7 @@ from llamaclust.cluster.control.limits import (
     uses_mtp,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.resources.groups import check_groups, largest_group
+from llamaclust.cluster.control.resources.groups import check_groups, largest_group, no_groups
 from llamaclust.cluster.control.resources.placement import placements
 from llamaclust.cluster.control.resources.profiling import WorkerProfiles
 from llamaclust.cluster.control.resources.resource_shares import (
@@ -52,6 +52,7 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
+_NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
 """Of a divided model: the time of a plan grows with their square."""
 
@@ -181,6 +182,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
         experts_cache_bytes=config.experts_cache,
         group_costs=partial(model.group_costs, config.kv_type),
         largest_group=largest_group(config, model) if expert_shards == 1 else 1,
+        no_groups=_NO_DIVIDED_MIXTURES if expert_shards > 1 else no_groups(config, model),
         kv_tokens=kv_tokens(config),
         max_window=0 if config.speculative is None or not model.generates else config.speculative.max_window,
     )

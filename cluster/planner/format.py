@@ -7,8 +7,9 @@ from dataclasses import asdict
 from math import ceil
 from typing import Any
 
-from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
+from llamaclust.cluster.planner.plan import ANSWER_TOKENS, HeldLayers, Plan, Prediction, StagePlan
 from llamaclust.cluster.planner.speculation import USUAL_ACCEPTANCES, SpeculationGain, predict_gain
+from llamaclust.cluster.planner.work import TOGETHER
 from llamaclust.core.gpus import ranges
 from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
@@ -25,19 +26,14 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
     gains = _gains(plan, acceptances)
     del values["prediction"]
     values |= {
-        "prompt_tokens": plan.prompt_tokens,
+        **choice_json(plan),
         "token_ms": predicted and 1e3 * predicted.token_s,
         "links_ms": predicted and 1e3 * predicted.links_s,
         "gathers_ms": predicted and 1e3 * predicted.gathers_s,
         "ttft_ms": predicted and 1e3 * predicted.ttft_s,
         "tokens_per_s": predicted and predicted.tokens_per_s,
         "bottleneck": predicted and predicted.bottleneck,
-        "without_groups": other
-        and {
-            "token_ms": 1e3 * other.token_s,
-            "ttft_ms": 1e3 * other.ttft_s,
-            "tokens_per_s": other.tokens_per_s,
-        },
+        "without_groups": other and _speeds(other),
         "speculation": [asdict(gain) for gain in gains] or None,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
@@ -54,6 +50,47 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
     return values | {"stages": stages}
 
 
+def choice_json(plan: Plan) -> dict[str, Any]:
+    """Why the plan is as it is: its objective, and the group of all layers that was not taken."""
+    rejected = plan.rejected_group
+    return {
+        "objective": plan.objective,
+        "prompt_tokens": plan.prompt_tokens,
+        "rejected_group": rejected
+        and {
+            "workers": rejected.workers,
+            "shares": rejected.shares,
+            **_speeds(rejected.prediction),
+            "reason": rejected.reason,
+        },
+        "no_group": plan.no_group or None,
+    }
+
+
+def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
+    """A line for the objective, and one for a group that was possible or why there was none, of `choice_json`."""
+    work = f"{values['prompt_tokens']} tokens of prompt, {ANSWER_TOKENS} of answer"
+    yield {
+        "latency": f"objective: latency (a request alone: {work})",
+        "throughput": f"objective: throughput ({TOGETHER} requests at once, each {work})",
+    }.get(values["objective"], "objective: none (the plan is by hand)")
+    if group := values["rejected_group"]:
+        who = f"{'+'.join(group['workers'])} in shares {shares_text(group['shares'])}"
+        one = f"{_number(1e3 / group['token_ms'])} tok/s for one request ({_number(group['token_ms'])} ms/token)"
+        speeds = ", ".join((one, *_prompts_and_requests(values["prompt_tokens"], group)))
+        yield f"as a group, {who}: {speeds}; not taken: {group['reason']}"
+    elif values["no_group"]:
+        yield f"no group is possible: {values['no_group']}"
+
+
+def _speeds(prediction: Prediction) -> dict[str, float]:
+    return {
+        "token_ms": 1e3 * prediction.token_s,
+        "ttft_ms": 1e3 * prediction.ttft_s,
+        "tokens_per_s": prediction.tokens_per_s,
+    }
+
+
 def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
     places = {key: layer_place(stage[key], plan.expert_shards) for key in ("start", "end")}
     devices = {"devices": [_in_layers(part, plan) for part in stage["devices"]]} if "devices" in stage else {}
@@ -68,11 +105,15 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
         parts.append(f"{_number(values['gathers_ms'])} in gathers")
     expected = [
         f"{_number(values['token_ms'])} ms/token ({', '.join(parts)})",
-        *_prompts_and_requests(plan, values),
+        *_prompts_and_requests(plan.prompt_tokens, values),
         f"bottleneck: {values['bottleneck'] or '?'}",
     ]
     other = values["without_groups"]
-    single = [] if other is None else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan, other)]
+    single = (
+        []
+        if other is None
+        else [f"{_number(other['token_ms'])} ms/token", *_prompts_and_requests(plan.prompt_tokens, other)]
+    )
     gap = plan.optimality_gap
     bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
@@ -91,12 +132,14 @@ def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> 
     without = [f"  without groups: {', '.join(single)}"] if single else []
     unknown = ["  ?: not measured yet; the first `llamaclust up` measures"] if "?" in predicted else []
     gains = _gain_lines(plan, acceptances)
-    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, predicted, *without, *unknown, *gains, *bound)
+    objective, *group = (f"  {line}" for line in choice_lines(values))
+    speeds = (predicted, *without, *group, *unknown, *gains, *bound)
+    return ("plan:", *lines, *idle_workers, *unused_gpus, *tiles, kv, objective, *speeds)
 
 
-def _prompts_and_requests(plan: Plan, values: Mapping[str, Any]) -> list[str]:
+def _prompts_and_requests(prompt_tokens: int, values: Mapping[str, Any]) -> list[str]:
     return [
-        f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
+        f"first token of a {prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
     ]
 

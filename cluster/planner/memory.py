@@ -60,6 +60,7 @@ class PlanRequest:
     max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
     group_costs: GroupCostsOf | None = None  # None: no groups
     largest_group: int = 1  # of an automatic plan, workers
+    no_groups: str = ""  # why automatic plans have no groups, where that is not for the workers
     kv_tokens: int | None = None  # for so many there is KV memory at most where it is not given; None: all sequences
 
     @property

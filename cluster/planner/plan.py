@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -122,6 +122,16 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class RejectedGroup:
+    """Workers that could hold all layers together, where stages are better for the objective."""
+
+    workers: tuple[str, ...]  # the leader first
+    shares: tuple[int, ...]
+    prediction: Prediction
+    reason: str  # against it
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, from the embedding to the head: an entry for each worker that holds layers."""
 
@@ -136,7 +146,10 @@ class Plan:
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
     wide_tiles: bool = False  # weights of some types take more memory and less time than they could
+    objective: str | None = None  # of an automatic plan
     without_groups: Prediction | None = None  # of an automatic plan with groups: what the best one without them brings
+    rejected_group: RejectedGroup | None = field(default=None, compare=False)  # of an automatic plan without groups
+    no_group: str = field(default="", compare=False)  # why no group of its workers is possible
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:

@@ -21,9 +21,10 @@ from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import Held, devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.groups.best_chain import Found, best_chain
+from llamaclust.cluster.planner.groups.rejected import rejected_group
 from llamaclust.cluster.planner.manual import Assignment, check_possible, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, RejectedGroup, StagePlan
 from llamaclust.cluster.planner.stage_parts import StageParts
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.core.gpus import cache_room
@@ -54,6 +55,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     held, kv_blocks = chain.members, chain.kv_blocks
     if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, held)
+    rejected = None if request.manual is not None else rejected_group(chain, workers, found.contexts)
     return Plan(
         stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in held),
         kv_blocks=kv_blocks,
@@ -62,7 +64,10 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
         context_length=request.context_length,
         idle_workers=idle_workers(sizes, workers, {stage.worker for stage in held}, found.contexts),
         prediction=chain.prediction,
+        objective=None if request.manual is not None else request.objective,
         without_groups=_without_groups(sizes, by_name, found),
+        rejected_group=rejected if isinstance(rejected, RejectedGroup) else None,
+        no_group=rejected if isinstance(rejected, str) else "",
         optimality_gap=found.optimality_gap,
         expert_shards=stages.expert_shards,
     )

@@ -16,7 +16,7 @@ from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
 from llamaclust.cluster.engine.waterfall_json import SHOWN_CHARACTERS
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.format import plan_json
+from llamaclust.cluster.planner.format import choice_json, plan_json
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan, StagePrediction
 from llamaclust.cluster.scheduler.sequences import Sequence as ScheduledSequence
@@ -109,6 +109,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "recoveries": supervisor.recoveries,
         "recovery_seconds": list(engine.metrics.recovery_s),
         "speed": _speed(served.plan, engine.metrics.speed()),
+        "choice": None if served.plan is None else choice_json(served.plan),
         "models": [_model(each, cluster.residency.residents[each.name]) for each in cluster.models],
     }
 

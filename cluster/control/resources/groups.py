@@ -32,6 +32,13 @@ def largest_group(config: ClusterConfig, model: Model) -> int:
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
+def no_groups(config: ClusterConfig, model: Model) -> str:
+    """Why an automatic plan has no groups, whatever its workers are; "" where it may have some."""
+    if config.groups == 1:
+        return "`groups` is off"
+    return next(group_problems(config, model), "").partition(";")[0]
+
+
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     """Yields why no workers of the cluster can be a group, up to what may be done instead."""
     if model.has_states:

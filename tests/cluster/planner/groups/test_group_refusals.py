@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.resources.groups import check_groups
+from llamaclust.cluster.control.resources.groups import check_groups, largest_group, no_groups
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
 from support.models.tiny_architectures import build_architecture
@@ -45,3 +45,28 @@ def test_settings_are_named_and_may_be_left_out(keys: dict[str, Any], named: str
 def test_layers_with_states_are_named(architecture: str, tmp_path: Path) -> None:
     text = refusal(tmp_path, architecture)
     assert "have states" in text and text.endswith(f"; {ELSE}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "why"),
+    [
+        ("qwen3", {"groups": "off"}, "`groups` is off"),
+        (
+            "qwen3",
+            {"workers": [{"name": name, "kv_disk": "1GiB"} for name in "ab"]},
+            "kv_disk is set, and groups do not",
+        ),
+        ("qwen3", {"speculative": {"mtp": True}}, "speculative.mtp is set, and the MTP head is not divided yet"),
+        ("lfm2", {}, "layers of this model have states, which groups do not divide yet"),
+        ("qwen3", {}, ""),
+        ("qwen3", {"groups": 2}, ""),
+    ],
+)
+def test_automatic_plans_say_why_they_have_no_groups(
+    architecture: str, keys: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    config = ClusterConfig.model_validate({"model": "m", "workers": [{"name": "a"}, {"name": "b"}], **keys})
+    with Model.open(build_architecture(tmp_path / "model.gguf", architecture)) as model:
+        found = no_groups(config, model)
+        assert found.startswith(why) and (found == "") == (why == "") and ";" not in found
+        assert (largest_group(config, model) == 1) == (why != "")

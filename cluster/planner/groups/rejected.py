@@ -1,0 +1,121 @@
+"""What a group of all layers would bring beside a plan of stages, or why there is none. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import isfinite
+
+from llamaclust.cluster.planner.chain import Chain
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.gathers import GroupLinks
+from llamaclust.cluster.planner.groups.fitting import fitted
+from llamaclust.cluster.planner.groups.tables import GroupTables
+from llamaclust.cluster.planner.manual import Assignment
+from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
+from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
+from llamaclust.cluster.planner.work import works_of
+
+_ALL_SETS = 4
+"""Of so many workers, all sets are tried; of more, the fastest ones."""
+_Candidate = tuple[Assignment, Chain]
+
+
+def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
+    """The best group, or why there is none; None where the plan has groups, or is not predicted. `contexts`: for so
+    many whole ones it has KV memory at least."""
+    if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
+        return None
+    if (obstacle := _obstacle(plan.sizes, workers)) is not None:
+        return obstacle
+    if (best := _best(plan, workers, contexts)) is None:
+        return "none has room for its portions"
+    entry, chain = best
+    prediction = chain.prediction
+    assert prediction is not None, "all workers were measured"
+    return RejectedGroup(entry.workers, entry.shares, prediction, _reason(_request_s(chain), _request_s(plan), plan))
+
+
+def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
+    """The best group that fits, of more and more members as long as these make it better."""
+    best: _Candidate | None = None
+    for sets in _sets(plan, workers):
+        groups = [group for members in sets if (group := _group(plan.sizes, members, contexts)) is not None]
+        new = min(groups, key=lambda group: _request_s(group[1]), default=None)
+        if best is not None and (new is None or _request_s(new[1]) >= _request_s(best[1])):
+            break
+        best = new
+    return best
+
+
+def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
+    """Why no two of the workers may be members, as far as that is the same for all."""
+    request, able = sizes.request, [worker for worker in workers if worker.joins_groups]
+    if request.no_groups or request.largest_group < 2 or request.group_costs is None:
+        return request.no_groups or "it may have none"
+    if len(able) < 2:
+        others = [worker for worker in workers if not worker.joins_groups]
+        kind = "have a GPU" if all(worker.gpus for worker in others) else "accept no links"
+        return f"{', '.join(worker.name for worker in others)} {kind}"
+    pairs = [*combinations([worker.name for worker in able], 2)]
+    if all(frozenset(pair) in request.partitions for pair in pairs):
+        return f"{' and '.join(pairs[0])} cannot reach each other"
+    if not any(request.links.are_known(pair) for pair in pairs if frozenset(pair) not in request.partitions):
+        return f"the link between {' and '.join(pairs[0])} is not measured"
+    return None
+
+
+def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
+    """Sets of workers that may be members, by size, each with its fastest one first: the leader."""
+    sizes, request = plan.sizes, plan.sizes.request
+    able = [worker for worker in workers if worker.joins_groups]
+    able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
+    for count in range(2, min(len(able), request.largest_group) + 1):
+        sets = combinations(able, count) if len(able) <= _ALL_SETS else (tuple(able[:count]),)
+        yield [members for members in sets if _reach_each_other(request, [member.name for member in members])]
+
+
+def _reach_each_other(request: PlanRequest, names: Sequence[str]) -> bool:
+    return request.links.are_known(names) and not any(pair <= {*names} for pair in request.partitions)
+
+
+def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
+    """The group with the shares that an automatic plan would have; None where it does not fit."""
+    names, layers, request = tuple(member.name for member in members), sizes.stages.layers, sizes.request
+    assert request.group_costs is not None
+    work, *_ = works_of(request.objective, usual_prompt_tokens(request.context_length))
+    by_name = {member.name: member for member in members}
+    for nearly in (False, True):
+        tables = GroupTables(sizes, request.group_costs, contexts, nearly)
+        table = tables.of(members, GroupLinks.of(request.links, names))
+        if isfinite(table.of_work(work).slow[0, layers]):
+            entry = Assignment(names, 0, layers, table.integer_shares(0, layers))
+            entry = fitted(sizes, entry, by_name, contexts)
+            chain = Chain.of(sizes, (entry,), by_name, contexts)
+            if chain.kv_blocks >= request.context_blocks:
+                return entry, chain
+    return None
+
+
+def _request_s(chain: Chain) -> float:
+    """The time of a usual request, by the objective: alone, or of the slowest stage while many are computed."""
+    prediction, request = chain.prediction, chain.sizes.request
+    assert prediction is not None, "all workers were measured"
+    if request.objective == "latency":
+        return prediction.answer_s
+    (work,) = works_of(request.objective, usual_prompt_tokens(request.context_length))
+    return max(
+        sum(
+            step.steps * (stage.prefill_s if step.is_prompt else stage.decode_s)(step.rows, concurrent=step.concurrent)
+            for step in work.slowest
+        )
+        for stage in chain.stages
+    )
+
+
+def _reason(group_s: float, stages_s: float, plan: Chain) -> str:
+    what = (
+        "a usual request alone takes" if plan.sizes.request.objective == "latency" else "of many requests, each takes"
+    )
+    little = "; a group has to gain 2 %" if group_s < stages_s else ""
+    return f"{what} {group_s:.3g} s, {stages_s:.3g} s by this plan{little}"

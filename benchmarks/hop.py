@@ -28,7 +28,7 @@ from llamaclust.cluster.control.weight_sources import ModelReference  # noqa: E4
 from llamaclust.cluster.engine.pipeline import StageInfo  # noqa: E402
 from llamaclust.cluster.launchers.local import LocalLauncher  # noqa: E402
 from llamaclust.cluster.launchers.run_directory import run_directory  # noqa: E402
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch  # noqa: E402
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch  # noqa: E402
 from llamaclust.core.limits import StageLimits  # noqa: E402
 from llamaclust.core.sampling import SampleTask, SamplingParams  # noqa: E402
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs  # noqa: E402

@@ -19,6 +19,7 @@ MAX_ONE_LINE = 1000
 MAX_GPUS = 16
 MAX_STAGES_HELD = 1024  # by one worker
 MAX_LAYERS = 1 << 16
+MAX_PERMIT = 4096  # characters
 UINT64 = (1 << 64) - 1
 _GREATEST = sys.float_info.max
 

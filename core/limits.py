@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llamaclust.core.bounds import Choice, Integer
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
-MAX_CONTEXT_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 128
 MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
 MAX_VOCABULARY = 1 << 20

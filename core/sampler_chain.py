@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling_bounds import MAX_PENALTY, number, rows_of
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY, number, rows_of
 
 
 class SamplerName(StrEnum):

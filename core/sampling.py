@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias, overload
 
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
-from llamaclust.core.sampling_bounds import MAX_PENALTY, MAX_TOP_K, SamplingField, number, rows_of
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY, MAX_TOP_K, SamplingField, number, rows_of
 
 if TYPE_CHECKING:  # clients do not wait for it
     import numpy as np

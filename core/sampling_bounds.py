@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 from typing import Any, Final
 
+MAX_CONTEXT_TOKENS = 1 << 20  # that a sequence has, and penalties look back at
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0
 MAX_BIAS = 1e9  # added to a logit: a token that is never chosen, or always

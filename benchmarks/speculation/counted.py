@@ -34,8 +34,8 @@ from turns import CONTEXT, served, together  # noqa: E402
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.scheduler.drafting.drafter import Drafter, Drafters  # noqa: E402
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters  # noqa: E402
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch  # noqa: E402
 from llamaclust.cluster.scheduler.requests import GenerationRequest  # noqa: E402
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch  # noqa: E402
 from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402
 from llamaclust.cluster.scheduler.settings import SchedulerSettings  # noqa: E402
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW  # noqa: E402

@@ -23,8 +23,8 @@ from llamaclust.core.errors import (
     RequestFailedError,
     WorkerError,
 )
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import RowResult
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import layer_place
 from llamaclust.wire.microbatch.messages import Result

@@ -22,7 +22,6 @@ from llamaclust.cluster.front.fields.model import KeepAlive, ModelNames, read_ke
 from llamaclust.cluster.front.foreign_fields import OF_ADAPTERS
 from llamaclust.cluster.front.http.responses import Route, unsupported
 from llamaclust.cluster.front.http.security import owner, require_first_key
-from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.schema import Body
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService
@@ -31,6 +30,7 @@ from llamaclust.core.errors import ParameterError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.residency import Resident
+    from llamaclust.cluster.front.replies.handlers import Replies
 
 
 _OFF = "no folder of adapters is set: name one as `api.adapter_folder` in the cluster file"

@@ -25,8 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
 
 _UNKNOWN = "unknown_field"
 _MOST_OF_A_NAME = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch, SequenceSlice
 from llamaclust.cluster.scheduler.rows.tasks import matcher_start
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
@@ -16,14 +16,6 @@ from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInpu
 
 _DEFERRED_S = 90.0
 """The longest time that a row may be deferred: the last stage itself gives an answer up whose matcher takes 60 s."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledMicrobatch:
-    """What goes to the pipeline."""
-
-    microbatch: Microbatch
-    inputs: SamplingInputs
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 from operator import attrgetter
 
 from llamaclust.cluster.scheduler.counts import Counts
-from llamaclust.cluster.scheduler.in_flight import InFlight, ScheduledMicrobatch
+from llamaclust.cluster.scheduler.in_flight import InFlight
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
 from llamaclust.cluster.scheduler.lookahead import Lookahead
 from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
@@ -25,7 +25,7 @@ from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, embedded_rows
 from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
 from llamaclust.cluster.scheduler.rows.retries import Retries, Retry, RowFault
-from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch, SequenceSlice
 from llamaclust.cluster.scheduler.rows.taking import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

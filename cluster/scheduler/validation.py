@@ -9,10 +9,10 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
-from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, AdapterScales
+from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_TOP_LOGPROBS, AdapterScales
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
 from llamaclust.core.sampling import PARAMS, SamplingParams
-from llamaclust.core.sampling_bounds import SamplingField
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, SamplingField
 
 NO_TEXT = "is an encoder or reranker, which generates nothing: use /v1/embeddings or /v1/rerank"
 MAX_CHOICES = 128

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.front.http.admission import ApiPort, listening
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.state.api_keys import LiveKeys
@@ -25,6 +24,7 @@ from llamaclust.model.pooling import Pooling
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
+    from llamaclust.cluster.server.coordinator import Cluster
 
 _MORE_REQUESTS = 64
 """Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
@@ -14,10 +14,12 @@ from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.server.answer_digest import answer_digest
-from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.server.coordinator import Cluster, ServedModel
 
 
 @asynccontextmanager

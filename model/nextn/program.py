@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llamaclust.core.errors import UsageError
 from llamaclust.model import program as steps
@@ -18,8 +18,10 @@ from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import EMBEDDING
 from llamaclust.model.hyperparameters import ModelKeys, hyperparameters_of
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, Program
+
+if TYPE_CHECKING:
+    from llamaclust.model.loader import Model
 
 FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
 """Architectures whose heads have a layer like others, with attention."""

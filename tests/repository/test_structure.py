@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from support.paths import ROOT
-from support.structure import Modules, arrows, circle, circle_of, deepest, files_in_folders, folders_in_folders
+from support.structure import (
+    Modules,
+    arrows,
+    circle,
+    circle_of,
+    deepest,
+    files_in_folders,
+    folders_in_folders,
+    longest,
+)
 
 MOST_FILES = 20
 MOST_FOLDERS = 12
@@ -18,6 +27,8 @@ LARGE = {Path("kernels/cpu/native/level/quants")}
 """Folders with more."""
 MOST_DEPTH = {"module-level": 18, "lazy": 18}
 """Modules in the longest chain of imports from the command line to a native call."""
+MOST_MODULES_IN_A_CHAIN = 28
+"""Modules in the longest chain of imports of the whole program, those inside of functions as well."""
 
 
 @cache
@@ -39,6 +50,11 @@ def test_imports_have_no_circle_and_a_bounded_depth(kind: str) -> None:
     assert circle(graph) == []
     chain = deepest(graph)
     assert chain and len(chain) <= MOST_DEPTH[kind], " > ".join(chain)
+
+
+def test_the_longest_chain_of_imports_is_bounded() -> None:
+    chain = longest(modules().graph(lazy=True))
+    assert len(chain) <= MOST_MODULES_IN_A_CHAIN, " > ".join(chain)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directo
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.state.events import Report
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model

@@ -7,7 +7,7 @@ from math import nan
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
+from llamaclust.core.limits import MAX_VOCABULARY
 from llamaclust.core.sampling import (
     Grammar,
     MatcherRow,
@@ -17,7 +17,12 @@ from llamaclust.core.sampling import (
     SampleTask,
     SamplingParams,
 )
-from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_MATCHER_NS, MAX_REASONING_END_TOKENS
+from llamaclust.core.sampling_bounds import (
+    MAX_CONTEXT_TOKENS,
+    MAX_GRAMMAR_BYTES,
+    MAX_MATCHER_NS,
+    MAX_REASONING_END_TOKENS,
+)
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encode_inputs, encode_result
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs

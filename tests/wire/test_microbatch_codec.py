@@ -20,7 +20,6 @@ from llamaclust.core.limits import (
     MAX_ADAPTER_SCALE,
     MAX_ADAPTERS,
     MAX_BATCH_TOKENS,
-    MAX_CONTEXT_TOKENS,
     MAX_KV_BLOCKS,
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
@@ -28,6 +27,7 @@ from llamaclust.core.limits import (
 )
 from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import PARAMS, RowResult, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.microbatch.codec import (
     decode_inputs,

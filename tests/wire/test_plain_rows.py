@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_VOCABULARY
+from llamaclust.core.limits import MAX_KV_BLOCKS, MAX_VOCABULARY
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.microbatch import chunks
 from llamaclust.wire.microbatch.chunks import chunk_bytes

@@ -18,7 +18,7 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState
 from llamaclust.cluster.membership.worker_requests import profile_worker
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, MAX_VOCABULARY
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_TOP_LOGPROBS, MAX_VOCABULARY
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import (
     PARAMS,
@@ -24,6 +24,7 @@ from llamaclust.core.sampling import (
     SamplingParams,
     ScoreTask,
 )
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.kernels.sampling import Sampler, row_results
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import decode_inputs, encode_inputs, encode_microbatch, encode_result

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llamaclust.core.bounds import (
+    MAX_PERMIT,
     AdapterPath,
     Address,
     Integer,
@@ -19,7 +20,6 @@ from llamaclust.core.bounds import (
 )
 from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
-from llamaclust.wire.security.permits import MAX_PERMIT
 
 AdapterPaths = Annotated[tuple[AdapterPath, ...], Size(0, MAX_ADAPTERS)]
 """Files of the adapters that are part of a model, on the coordinator's machine."""

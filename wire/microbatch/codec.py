@@ -17,7 +17,13 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
 from llamaclust.core.sampling import PARAMS, RowResult, RowTask, SampleTask, SamplingParams, ScoreTask, TopLogprobs
-from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS, MAX_MATCHER_NS, SamplingField
+from llamaclust.core.sampling_bounds import (
+    MAX_CONTEXT_TOKENS,
+    MAX_DRAFTED_TOKENS,
+    MAX_FORCED_TOKENS,
+    MAX_MATCHER_NS,
+    SamplingField,
+)
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
@@ -65,11 +71,11 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     bounded("tokens of a chunk", len(tokens), 1, limits.MAX_BATCH_TOKENS)
     last_token = limits.MAX_VOCABULARY - 1
     bounded("token", max(tokens), 0, last_token)
-    bounded("last position", message.position + len(tokens) - 1, 0, limits.MAX_CONTEXT_TOKENS - 1)
+    bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
     depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
     window = table_in(message.window_table) if message.window_table else ()
-    start = bounded("window_start", message.window_start, 0, limits.MAX_CONTEXT_TOKENS)
+    start = bounded("window_start", message.window_start, 0, MAX_CONTEXT_TOKENS)
     end = bounded("end of embedded rows", message.embedded_end, 0, len(tokens))
     embedded = (bounded("first embedded row", message.embedded_first, 0, end), end)
     return Chunk(
@@ -161,15 +167,14 @@ def _next(task: SampleTask, _: SampleTask) -> SampleTask:
 
 
 def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
-    bounded("history", len(message.history), 0, limits.MAX_CONTEXT_TOKENS)
+    bounded("history", len(message.history), 0, MAX_CONTEXT_TOKENS)
     bounded("suppressed", len(message.suppressed), 0, limits.MAX_VOCABULARY)
     params = message.params
     return SampleTask(
         (_biased_params_in if params.logit_bias else _plain_params_in)(params.SerializeToString()),
         message.seed,
         message.choice,
-        bounded("position", message.position + message.further_rows, 0, limits.MAX_CONTEXT_TOKENS)
-        - message.further_rows,
+        bounded("position", message.position + message.further_rows, 0, MAX_CONTEXT_TOKENS) - message.further_rows,
         _tokens(message.history),
         _tokens(message.suppressed),
         _top(message.top_logprobs),
@@ -232,7 +237,7 @@ def _breakers(messages: Sequence[sampling_proto.TokenSequence]) -> tuple[tuple[i
 
 
 def _window(name: Literal["penalty_window", "dry_window"], message: sampling_proto.SampleTask) -> int | None:
-    return bounded(name, getattr(message, name), 0, limits.MAX_CONTEXT_TOKENS) if message.HasField(name) else None
+    return bounded(name, getattr(message, name), 0, MAX_CONTEXT_TOKENS) if message.HasField(name) else None
 
 
 def _mu(value: float) -> float:

@@ -9,6 +9,7 @@ from llamaclust.core.bounds import UINT64, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, Reasoning
 from llamaclust.core.sampling_bounds import (
+    MAX_CONTEXT_TOKENS,
     MAX_GRAMMAR_BYTES,
     MAX_REASONING_END_TOKENS,
     MAX_TRIGGER_BYTES,
@@ -46,7 +47,7 @@ def matcher_row_out(row: MatcherRow) -> sampling_proto.MatcherRow:
 
 def matcher_row_in(message: sampling_proto.MatcherRow) -> MatcherRow:
     """ProtocolError for a row out of bounds."""
-    position = bounded("position in an answer", message.position, 0, limits.MAX_CONTEXT_TOKENS)
+    position = bounded("position in an answer", message.position, 0, MAX_CONTEXT_TOKENS)
     return MatcherRow(bounded("key of an answer", message.key, 0, UINT64), position)
 
 
@@ -64,7 +65,7 @@ def _start_in(message: sampling_proto.MatcherStart, grammars: Sequence[Grammar])
         raise ProtocolError("a matcher without a grammar or a budget of reasoning")
     key, tokens = (
         bounded("key of an answer", message.key, 0, UINT64),
-        _tokens_in(message.tokens, limits.MAX_CONTEXT_TOKENS),
+        _tokens_in(message.tokens, MAX_CONTEXT_TOKENS),
     )
     return MatcherStart(key, grammar, tokens, reasoning, message.may_force, message.drafts_forced)
 
@@ -82,7 +83,7 @@ def _reasoning_out(reasoning: Reasoning) -> sampling_proto.Reasoning:
 
 
 def _reasoning_in(message: sampling_proto.Reasoning) -> Reasoning:
-    budget = bounded("budget", message.budget, 0, limits.MAX_CONTEXT_TOKENS) if message.HasField("budget") else None
+    budget = bounded("budget", message.budget, 0, MAX_CONTEXT_TOKENS) if message.HasField("budget") else None
     return Reasoning(
         _texts_in("beginnings of reasoning", message.begins, 1),
         _texts_in("ends of reasoning", message.ends, 1),

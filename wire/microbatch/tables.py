@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import add
 
-from llamaclust.core import limits
 from llamaclust.core.bounds import bounded
+from llamaclust.core.limits import MAX_KV_BLOCKS
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
-LAST_BLOCK = limits.MAX_KV_BLOCKS - 1
+LAST_BLOCK = MAX_KV_BLOCKS - 1
 
 
 def table_in(numbers: Sequence[int]) -> tuple[int, ...]:
     """Runs of blocks. ProtocolError for one out of bounds."""
     table = tuple(numbers)
     starts, counts = table[::2], table[1::2]
-    bounded("runs of a table", len(counts), 1, limits.MAX_CONTEXT_TOKENS)
+    bounded("runs of a table", len(counts), 1, MAX_CONTEXT_TOKENS)
     bounded("numbers of a table", len(table), 2 * len(counts), 2 * len(counts))
-    bounded("blocks of a run", min(counts), 1, limits.MAX_CONTEXT_TOKENS)
-    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, limits.MAX_KV_BLOCKS - 1)
+    bounded("blocks of a run", min(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, MAX_KV_BLOCKS - 1)
     return table
 
 

@@ -6,10 +6,9 @@ import binascii
 import time
 from base64 import b64decode, b64encode
 
+from llamaclust.core.bounds import MAX_PERMIT
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, Principal
-
-MAX_PERMIT = 4096
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:

@@ -8,6 +8,7 @@ or what is wrong with it. Both give backends the same arrays.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, d
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, StageTiming
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, newest_dependency
-from llamaclust.worker.stage.stage_runner import StageRunner
+
+if TYPE_CHECKING:
+    from llamaclust.worker.stage.stage_runner import StageRunner
 
 
 def frame_reader(runner: StageRunner) -> FrameReader | None:

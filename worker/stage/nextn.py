@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +18,12 @@ from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import nextn_program
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+
+if TYPE_CHECKING:
+    from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
 """The normed hidden state of rows of the stage's last run, [rows, embedding]."""

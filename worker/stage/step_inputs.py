@@ -12,7 +12,7 @@ from functools import cache
 
 from llamaclust.core import limits
 from llamaclust.core.sampling import PARAMS
-from llamaclust.core.sampling_bounds import MAX_TOP_K
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_TOP_K
 from llamaclust.kernels._native import InputsReader, MicrobatchFrame, SamplingTasks
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_INPUTS_TOKENS, decode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
@@ -23,7 +23,7 @@ from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 def inputs_reader() -> InputsReader:
     return InputsReader(
         max_rows=limits.MAX_BATCH_TOKENS,
-        max_context_tokens=limits.MAX_CONTEXT_TOKENS,
+        max_context_tokens=MAX_CONTEXT_TOKENS,
         max_vocabulary=limits.MAX_VOCABULARY,
         max_top_logprobs=limits.MAX_TOP_LOGPROBS,
         max_top_k=MAX_TOP_K,

@@ -11,7 +11,7 @@ from llamaclust.cluster.control.failures.failure_attribution import attribute_fa
 from llamaclust.cluster.control.load_orders import leaders
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS

@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from llamaclust.cluster.front.text.threads import RENDERING, run_on
 from llamaclust.core.errors import DeadlineError, ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import Grammar, Reasoning
-from llamaclust.core.sampling_bounds import MAX_TRIGGER_BYTES
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.call_sink import Tools

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import SubmittedRequest
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader, Timed
@@ -15,6 +14,9 @@ from llamaclust.cluster.front.text.choice import ChoiceText
 from llamaclust.cluster.front.text.request import Answered
 from llamaclust.cluster.scheduler.requests import Event, Finished, GenerationRequest, PromptProgress
 from llamaclust.core.errors import QueueFullError, WorkerError
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.engine import Engine
 
 _PROGRESS_S = 0.1
 """Between looks at a prompt's progress."""

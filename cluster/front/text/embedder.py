@@ -7,11 +7,11 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream
 from llamaclust.cluster.front.text.threads import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
@@ -19,6 +19,9 @@ from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling
 from llamaclust.model.ranking import Ranking
 from llamaclust.wire.rpc.deadlines import deadline
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.engine import Engine
 
 Float64 = NDArray[np.float64]
 Vector = NDArray[np.float32]

@@ -11,8 +11,9 @@ from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_
 from llamaclust.cluster.scheduler.requests import Operation
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, AdapterScales
+from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096

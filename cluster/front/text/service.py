@@ -7,9 +7,8 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.budget import NOTHING, ReplyBudget, RowStorage
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
@@ -35,6 +34,9 @@ from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.pooling import DEFAULT, Pooling
 from llamaclust.model.ranking import PairTemplate, Ranking
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.engine import Engine
 
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import Subscriber
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)

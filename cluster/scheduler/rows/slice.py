@@ -1,4 +1,4 @@
-"""The part of a microbatch that belongs to one sequence."""
+"""A microbatch as it goes to the pipeline, and the part of it that belongs to one sequence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llamaclust.core.sampling import RowTask, SampleTask, ScoreTask
-from llamaclust.wire.microbatch.messages import Chunk
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 
 if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
@@ -53,3 +53,11 @@ class SequenceSlice:
     def end(self) -> int:
         """The position behind its last row."""
         return self.chunk.position + len(self.chunk.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledMicrobatch:
+    """A microbatch for the first stage and its sampling inputs for the last."""
+
+    microbatch: Microbatch
+    inputs: SamplingInputs

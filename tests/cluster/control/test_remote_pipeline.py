@@ -10,7 +10,7 @@ import pytest
 
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load, Loaded, Register

@@ -12,8 +12,8 @@ import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState, _done_ns
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
 from llamaclust.core.sampling import NOT_FINITE, Grammar, RowResult

@@ -14,7 +14,6 @@ import numpy as np
 from llamaclust.cluster.engine.failures import PipelineFailure
 from llamaclust.cluster.engine.pipeline import KvDisks, StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -25,6 +24,7 @@ from llamaclust.cluster.scheduler.requests import (
     TokenSampled,
     Update,
 )
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.wire.microbatch.messages import Result

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.cpu.backend import CpuBackend

@@ -30,8 +30,8 @@ from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.slots import SlotTokens
 from llamaclust.core import regular_file
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 
 class SlotBody(Body):

@@ -14,9 +14,9 @@ from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, Stop
 from llamaclust.cluster.front.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import Grammar
-from llamaclust.core.sampling_bounds import Dialect
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, Dialect
 from llamaclust.model.grammars.definitions import of_object, of_schema
 
 _EFFORTS: Final = ("low", "medium", "high", "max")

@@ -32,8 +32,8 @@ from llamaclust.cluster.front.text.chat import ChatRequest, PromptEnd, effort_va
 from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
-from llamaclust.core.sampling_bounds import Dialect
+from llamaclust.core.limits import MAX_TOP_LOGPROBS
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, Dialect
 
 DEFAULT_COMPLETION_TOKENS = 16
 

@@ -12,7 +12,7 @@ import pytest
 
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.wire.control.messages import CoordinatorMessage, Loaded

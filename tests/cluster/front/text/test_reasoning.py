@@ -6,8 +6,8 @@ import pytest
 
 from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget, answer_reasoning
 from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS
 from llamaclust.core.sampling import Grammar, Reasoning
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS, KNOWN_FORMATS
 from llamaclust.model.chat.tools.tool_format import ReasoningTags, ToolFormat
 from llamaclust.model.tokenizers.loading import load_tokenizer

@@ -17,7 +17,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.connections import TlsProtocol
 from llamaclust.cluster.front.http.responses import error_response, has_body
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.addresses import joined_address
 from llamaclust.core.sharing.shares import fits
 from llamaclust.wire.listening import listener, listening_host

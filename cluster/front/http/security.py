@@ -17,7 +17,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import error_response, name_route
 from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.addresses import bounded_host, is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})

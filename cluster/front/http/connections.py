@@ -131,6 +131,8 @@ class TlsProtocol(asyncio.Protocol):
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
         self._carried = carried
+        self.pause_writing, self.resume_writing = carried.pause_writing, carried.resume_writing  # type: ignore[method-assign]
+        self.eof_received = carried.eof_received  # type: ignore[method-assign]
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._phase = _Phase.HANDSHAKE
@@ -139,20 +141,11 @@ class TlsProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._carried.connection_made(_TlsTransport(self, transport))
+        self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]  # it has all of one
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._phase = _Phase.ENDED
         self._carried.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._carried.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._carried.resume_writing()
-
-    def eof_received(self) -> bool | None:
-        return self._carried.eof_received()
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _Phase.ENDED:
@@ -217,47 +210,23 @@ class TlsProtocol(asyncio.Protocol):
         self._transport.close()
 
 
-class _TlsTransport(asyncio.Transport):
-    """A connection as the carried protocol uses it."""
+class _TlsTransport:
+    """A connection as the carried protocol uses it: what is not of TLS is the transport's."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
-        super().__init__()
         self._tls = tls
         self._transport = transport
+        self.write, self.close = tls.write, tls.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._tls.context if name == "sslcontext" else self._transport.get_extra_info(name, default)
 
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def is_reading(self) -> bool:
-        return self._transport.is_reading()
-
-    def pause_reading(self) -> None:
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._transport.resume_reading()
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def write(self, data: Any) -> None:
-        self._tls.write(data)
-
-    def can_write_eof(self) -> bool:
-        return True
-
     def write_eof(self) -> None:
         self._tls.end()
         self._transport.write_eof()
-
-    def close(self) -> None:
-        self._tls.close()
-
-    def abort(self) -> None:
-        self._transport.abort()
 
 
 def _not_tls() -> bytes:

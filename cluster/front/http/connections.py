@@ -1,19 +1,27 @@
-"""HTTP/1.1 and TLS of one connection: bounded headers, early errors, handshakes with a deadline."""
+"""The API's port, and HTTP/1.1 and TLS of one connection: bounded headers, early errors, handshakes with a deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import h11
 from h11._writers import ChunkedWriter
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
 from llamaclust.cluster.front.json_text import to_json
+from llamaclust.core.addresses import joined_address
+from llamaclust.wire.listening import listener, listening_host
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
 """Lines of a request's head. Each header becomes objects of some hundred bytes, however short it is."""
@@ -238,3 +246,38 @@ def _not_tls() -> bytes:
 
 
 _NOT_TLS: Final = _not_tls()
+
+
+_CURE = "choose another with `--port N` or `listen:` (0: any free one)"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiPort:
+    """Where clients connect to."""
+
+    listener: socket.socket
+    certificate: ServerCertificate | None = None  # None: plain HTTP
+    further: tuple[socket.socket, ...] = ()
+
+    @property
+    def listeners(self) -> list[socket.socket]:
+        """Of all addresses."""
+        return [self.listener, *self.further]
+
+    @property
+    def url(self) -> str:
+        """Of the first address."""
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
+
+    def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+        """What a new connection speaks to."""
+        return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
+
+
+@contextmanager
+def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
+    """Takes the ports. UsageError where that is not possible."""
+    with ExitStack() as sockets:
+        first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
+        yield ApiPort(first, certificate, tuple(further))

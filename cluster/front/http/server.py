@@ -17,8 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.http.admission import ApiPort
-from llamaclust.cluster.front.http.connections import HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, canonical_name, chunk, parts_of
 from llamaclust.cluster.front.http.responses import BODY_WRITER
 from llamaclust.cluster.front.http.security import ApiKeys, sent_key
 from llamaclust.cluster.front.json_text import to_json

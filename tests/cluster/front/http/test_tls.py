@@ -18,8 +18,8 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust import AsyncClient, Client
-from llamaclust.cluster.front.http.admission import ApiPort
 from llamaclust.cluster.front.http.certificate import ServerCertificate
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import LlamaclustError

@@ -37,7 +37,7 @@ from llamaclust.core.errors import UsageError
 if TYPE_CHECKING:
     from llamaclust.cluster.client.base import TextClient
     from llamaclust.cluster.client.http import Client
-    from llamaclust.cluster.client.types import CompletionOptions
+    from llamaclust.cluster.client.http_codec import CompletionOptions
     from llamaclust.cluster.front.text.answer import Answer
 
 ModelFile = Annotated[

@@ -30,9 +30,8 @@ import httpx
 import psutil
 from running import Bench, Layout, resident_mib, running
 
-from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.cluster.client.http import AsyncClient, ResumableStream
 from llamaclust.cluster.client.http_codec import encode
-from llamaclust.cluster.client.resuming import ResumableStream
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.tools.chaos.load import Requests, Streams
 from llamaclust.tools.chaos.received import Received

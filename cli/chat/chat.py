@@ -14,9 +14,8 @@ from llamaclust.cli.chat.answer_screen import AnswerScreen
 from llamaclust.cli.chat.entries import Entries, Entry
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.drafts import accepted_text
-from llamaclust.cluster.client.conversation import is_conversation
-from llamaclust.cluster.client.session import ChatSession
-from llamaclust.cluster.client.types import ChunkStream
+from llamaclust.cluster.client.base import ChunkStream
+from llamaclust.cluster.client.session import ChatSession, is_conversation
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.scheduler.requests import Timings

@@ -126,7 +126,7 @@ class Source:
         if self.workers == 1:
             return self.local(context, sequences)
         tune_grpc()
-        from llamaclust.cluster.client.in_process import ServiceClient
+        from llamaclust.cluster.client.local import ServiceClient
         from llamaclust.tools.bench.temporary_cluster import cluster_service
 
         kv_type = self.kv_type or KvType.F16

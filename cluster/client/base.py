@@ -1,23 +1,88 @@
-"""The interface of synchronous clients."""
+"""The interface of clients: whole answers and streams, for asyncio, and synchronous on a thread of their own."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
-from llamaclust.cluster.client.http_codec import chat_body, completion_body, embedding_body
-from llamaclust.cluster.client.types import ChunkStream, CompletionOptions, EmbeddingOptions, Message, Options
+from llamaclust.cluster.client.http_codec import (
+    CompletionOptions,
+    EmbeddingOptions,
+    Message,
+    Options,
+    Prompt,
+    chat_body,
+    completion_body,
+    embedding_body,
+)
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
+from llamaclust.core.errors import LlamaclustError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.text.embedder import Vector
 
-Prompt = str | Sequence[int]
+_Value = TypeVar("_Value")
+_Opened = TypeVar("_Opened")
+WholeT = TypeVar("WholeT")
+"""The type that a call without `stream=True` returns."""
+StreamT = TypeVar("StreamT")
+"""The type that a call with `stream=True` returns."""
+
+Chunks = AsyncGenerator[TextChunk, None]
 
 
-class TextClient(ABC):
-    """Prompts and chats to answers. A context manager: closed when left. Safe to use from several threads.
+class ChunkStream(Iterator[TextChunk]):
+    """The chunks of an answer as they come; the request is sent with the first. Closing it, leaving `with` and dropping
+    it end the request."""
+
+    def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
+        self._chunks = chunks
+
+    def __next__(self) -> TextChunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        self._chunks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncChunkStream(AsyncIterator[TextChunk]):
+    """`ChunkStream` for `async for` and `async with`."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+
+    async def __anext__(self) -> TextChunk:
+        return await anext(self._chunks)
+
+    def __await__(self) -> Generator[None, None, Self]:
+        """Returns itself: other clients want their streams awaited."""
+        yield from ()
+        return self
+
+    async def aclose(self) -> None:
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+
+class TextCalls(ABC, Generic[WholeT, StreamT]):
+    """Prompts and chats to answers.
 
     Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a request that is
     refused, QueueFullError, RequestFailedError, WorkerError, DeadlineError.
@@ -26,70 +91,210 @@ class TextClient(ABC):
     @overload
     def generate(
         self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[CompletionOptions]
-    ) -> Answer: ...
+    ) -> WholeT: ...
     @overload
-    def generate(
-        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[CompletionOptions]
-    ) -> ChunkStream: ...
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[CompletionOptions]) -> StreamT: ...
     def generate(
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
-    ) -> Answer | ChunkStream:
+    ) -> WholeT | StreamT:
         """Completes a text or token ids."""
-        chunks = self._complete(completion_body(prompt, options))
-        return ChunkStream(chunks) if stream else join(chunks)
+        return self.deliver(self.chunks("v1/completions", completion_body(prompt, options)), stream=stream)
 
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Answer: ...
+    ) -> WholeT: ...
     @overload
-    def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
-    ) -> ChunkStream: ...
+    def chat(self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
-    ) -> Answer | ChunkStream:
+    ) -> WholeT | StreamT:
         """Answers the last message, as the model's chat template writes them."""
-        chunks = self._chat(chat_body(messages, options))
-        return ChunkStream(chunks) if stream else join(chunks)
+        return self.deliver(self.chunks("v1/chat/completions", chat_body(messages, options)), stream=stream)
+
+    @abstractmethod
+    def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
+        """Chunks of the answer to a body of an HTTP path."""
+
+    @abstractmethod
+    def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
+        """Returns what such chunks make for the client's user."""
+
+
+class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]):
+    """`TextClient` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+
+    def deliver(self, chunks: Chunks, *, stream: bool) -> Coroutine[None, None, Answer] | AsyncChunkStream:
+        return AsyncChunkStream(chunks) if stream else _joined(chunks)
+
+    async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
+        """As `TextClient.embed`."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a text: give a list of prompts")
+        return await self._embed(embedding_body(prompts, options)) if prompts else []
+
+    @abstractmethod
+    async def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        """The embeddings of a body of `POST /v1/embeddings`."""
+
+    @abstractmethod
+    async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """As `TextClient.tokenize`."""
+
+    @abstractmethod
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """As `TextClient.detokenize`."""
+
+    @abstractmethod
+    async def chat_sampling(self) -> Options:
+        """As `TextClient.chat_sampling`."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Releases what the client holds."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+
+async def _joined(chunks: Chunks) -> Answer:
+    return join([chunk async for chunk in chunks])
+
+
+class LoopThread(Generic[_Opened]):
+    """Opens a resource in the event loop of a new thread, and keeps it open there."""
+
+    def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
+        """Returns when the resource is open; raises what opening it raises. An interrupt meanwhile ends the thread
+        first."""
+        self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
+        self._calls: set[Future[Any]] = set()
+        self._is_closed = False
+        self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
+        opened: Future[_Opened] = Future()
+        task = self._loop.create_task(self._serve(open_resource, opened))
+        self._thread = threading.Thread(target=self._run, args=(task,), name="client", daemon=True)
+        self._thread.start()
+        try:
+            self.resource = opened.result()
+        except BaseException:
+            with suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(task.cancel)
+            self._thread.join()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
+        """Runs `work` in the loop; an interrupt of the caller cancels it. LlamaclustError once the thread is closed."""
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise LlamaclustError("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._calls.add(future)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise LlamaclustError("the client is closed") from error
+        finally:
+            future.cancel()  # where the caller was interrupted
+            self._calls.discard(future)
+
+    def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
+        """The values as they come. Its end closes `values`; the thread's end closes all of them."""
+        stepping = asyncio.Lock()  # a step that was interrupted ends before they are closed
+
+        async def step() -> _Value | None:
+            async with stepping:
+                return await anext(values, None)
+
+        async def close() -> None:
+            async with stepping:
+                await values.aclose()
+
+        try:
+            while (value := self.call(step())) is not None:
+                yield value
+        finally:
+            if threading.current_thread() is self._thread and not self._is_closed:  # the garbage collector's
+                asyncio.run_coroutine_threadsafe(close(), self._loop)
+            else:
+                with suppress(LlamaclustError):  # it is closed
+                    self.call(close())
+
+    def close(self) -> None:
+        """Ends what still runs, closes the resource and waits for its end."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                for future in tuple(self._calls):
+                    future.cancel()
+                self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is not self._thread:  # the garbage collector may run in any thread
+            self._thread.join()
+
+    def _run(self, task: asyncio.Task[None]) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.get_loop().run_until_complete(task)
+
+    async def _serve(
+        self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]], opened: Future[_Opened]
+    ) -> None:
+        try:
+            async with open_resource() as resource:
+                opened.set_result(resource)
+                await self._stop.wait()
+        except BaseException as error:  # the thread's border: the waiting constructor gets the error
+            if not opened.done():
+                opened.set_exception(error)
+            elif not isinstance(error, asyncio.CancelledError):  # by an interrupted constructor
+                raise
+
+
+class TextClient(TextCalls[Answer, ChunkStream]):
+    """Prompts and chats to answers. A context manager: closed when left. Safe to use from several threads.
+
+    It runs an asynchronous client on a thread of its own.
+    """
+
+    def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[AsyncTextClient]]) -> None:
+        """Raises what opening the client raises."""
+        self._thread = LoopThread(open_client)
+        self._client = self._thread.resource
+        self._closed = weakref.finalize(self, self._thread.close)
+
+    def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
+        return self._client.chunks(path, body)
+
+    def deliver(self, chunks: Chunks, *, stream: bool) -> Answer | ChunkStream:
+        given = self._thread.each(chunks)
+        return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
         """Embeddings of texts or token ids, in their order: [embedding], of Euclidean norm 1."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a text: give a list of prompts")
-        return self._embed(embedding_body(prompts, options)) if prompts else []
+        return self._thread.call(self._client.embed(prompts, **options))
 
-    @abstractmethod
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the model wants it unless `add_special` is false."""
+        return self._thread.call(self._client.tokenize(text, add_special))
 
-    @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of some tokens."""
+        return self._thread.call(self._client.detokenize(ids))
 
-    @abstractmethod
     def chat_sampling(self) -> Options:
         """The sampling options of a chat for which the user chose nothing: what the cluster file or the model file
         recommends, or else the values of `llamaclust chat`. Pass them to `chat`, whose own default is greedy."""
+        return self._thread.call(self._client.chat_sampling())
 
-    @abstractmethod
     def close(self) -> None:
         """Ends what still runs and releases what the client holds."""
+        self._closed()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @abstractmethod
-    def _embed(self, body: dict[str, Any]) -> list[Vector]:
-        """The embeddings of a body of `POST /v1/embeddings`."""
-
-    @abstractmethod
-    def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        """Chunks of a body of `POST /v1/completions`."""
-
-    @abstractmethod
-    def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        """Chunks of a body of `POST /v1/chat/completions`."""

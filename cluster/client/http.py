@@ -1,44 +1,38 @@
-"""Clients of the HTTP API, and a model in this process with the same interface."""
+"""Clients of the HTTP API. A streamed request goes on where its connection breaks, also on a coordinator that was
+started again."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+import os
+import ssl
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import httpx
 
-from llamaclust.cluster.client.base import Prompt, TextClient
+from llamaclust.cluster.client.base import AsyncChunkStream, AsyncTextClient, Chunks, ChunkStream, TextClient
 from llamaclust.cluster.client.http_codec import (
     ChunkReader,
-    chat_body,
-    completion_body,
-    embedding_body,
+    Message,
+    Options,
     encode,
     field_of,
-    model_entry,
+    json_object,
     reply_error,
+    reported_error,
     sampling_options,
     vectors_of,
 )
-from llamaclust.cluster.client.resuming import READ_TIMEOUT_S, ResumableStream, unreachable
-from llamaclust.cluster.client.trust import Verify, trust
-from llamaclust.cluster.client.types import (
-    AsyncChunkStream,
-    ChunkStream,
-    CompletionOptions,
-    EmbeddingOptions,
-    Message,
-    Options,
-    join_chunks,
-)
-from llamaclust.cluster.client.web_access import web_options
+from llamaclust.cluster.client.web_access import Verify, explain_refusal, trust, web_options
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
-from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient
@@ -54,6 +48,102 @@ _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
 """Nothing of a reply with embeddings comes before its end."""
+_RESUME_S = 120.0
+"""From the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
+_MOST_S = 600.0
+"""From the last event to an error, however often the server answers: coordinators may end faster than they compute
+again what they had sent."""
+_BACKOFF = Backoff(first_s=0.1, max_s=1.0)
+READ_TIMEOUT_S = 20.0
+"""Of a stream that is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
+lost its power closes no connection."""
+_RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
+
+
+class AsyncClient(AsyncTextClient):
+    """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float = _IDLE_S,
+        verify: Verify = None,
+        model: str | None = None,
+    ) -> None:
+        """As for `Client`."""
+        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
+        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
+        self._model = model
+
+    async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        body = {"content": text, "add_special": add_special}
+        return field_of(await self._request("POST", "tokenize", body), "tokens", list)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return field_of(await self._request("POST", "detokenize", {"tokens": list(ids)}), "content", str)
+
+    async def chat_sampling(self) -> Options:
+        entries = field_of(await self._request("GET", "v1/models"), "data", list)
+        named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
+        entry = next(named, entries[0] if entries else {})
+        return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
+
+    async def check_model(self) -> None:
+        """RequestError if the model that was given is not served; it names those that are."""
+        if self._model is not None:
+            await self._request("GET", f"v1/models/{quote(self._model, safe='')}")
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """The events of a streamed request with their ids, as the server sends them; a connection that breaks is
+        resumed."""
+        stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
+        try:
+            while not stream.is_done:
+                try:
+                    async with self._http.stream(
+                        "POST", path, content=content, headers=stream.headers, timeout=self._stream_timeout
+                    ) as reply:
+                        stream.opened(reply, b"" if reply.is_success else await reply.aread())
+                        async for data in reply.aiter_bytes():
+                            for event in stream.feed(data):
+                                yield stream.last_event_id, event
+                    stream.ended()
+                except (httpx.HTTPError, LlamaclustError) as error:
+                    await asyncio.sleep(stream.pause_s(error))
+        finally:
+            if stream.must_cancel and not self._http.is_closed:
+                with suppress(httpx.HTTPError):
+                    await asyncio.shield(self._http.delete(stream.cancel_path, timeout=_CANCEL_S))
+
+    async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
+        reader = ChunkReader()
+        async with aclosing(self.events(path, body)) as events:
+            async for _, event in events:
+                yield reader.read(event)
+
+    async def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        return vectors_of(await self._request("POST", "v1/embeddings", body, _limits(_EMBED_S, _EMBED_S)))
+
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout: httpx.Timeout | None = None
+    ) -> bytes:
+        """The body of a whole reply."""
+        content = None if body is None else self._encoded(body)
+        try:
+            reply = await self._http.request(method, path, content=content, timeout=timeout or self._http.timeout)
+        except httpx.HTTPError as error:
+            raise unreachable(self._http.base_url, error) from error
+        if reply.status_code != httpx.codes.OK:
+            raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.content)
+        return reply.content
+
+    def _encoded(self, body: Mapping[str, Any]) -> bytes:
+        return encode(body if self._model is None else {"model": self._model, **body})
 
 
 class Client(TextClient):
@@ -61,6 +151,8 @@ class Client(TextClient):
 
     Proxies of the environment are used, but never to this machine itself.
     """
+
+    _client: AsyncClient
 
     def __init__(
         self,
@@ -76,9 +168,8 @@ class Client(TextClient):
 
         UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects with the
         first call."""
-        self._http = httpx.Client(**http_options(base_url, api_key, timeout, verify))
-        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
-        self._model = model
+        client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
+        super().__init__(lambda: client)
 
     @staticmethod
     def local(
@@ -97,175 +188,130 @@ class Client(TextClient):
         file = resolve_model(model) if isinstance(model, str) else model
         return LocalClient(file, threads, feature_level, settings)
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        return field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return field_of(self._post("detokenize", {"tokens": list(ids)}), "content", str)
-
-    def chat_sampling(self) -> Options:
-        with _reaching(self._http.base_url):
-            entry = model_entry(_checked(self._http.get("v1/models")), self._model)
-        return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
-
     def check_model(self) -> None:
-        """RequestError if the model that was given is not served; it names those that are."""
-        if self._model is not None:
-            with _reaching(self._http.base_url):
-                _checked(self._http.get(f"v1/models/{quote(self._model, safe='')}"))
-
-    def close(self) -> None:
-        self._http.close()
-
-    def _embed(self, body: dict[str, Any]) -> list[Vector]:
-        return vectors_of(self._post("v1/embeddings", body, _EMBED_S))
-
-    def _complete(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        return self._stream("v1/completions", body)
-
-    def _chat(self, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        return self._stream("v1/chat/completions", body)
-
-    def _stream(self, path: str, body: dict[str, Any]) -> Generator[TextChunk, None, None]:
-        stream, reader = ResumableStream(self._http.base_url), ChunkReader()
-        content = _encoded(body | _STREAMED, self._model)
-        try:
-            while not stream.is_done:
-                try:
-                    with self._http.stream(
-                        "POST", path, content=content, headers=stream.headers, timeout=self._stream_timeout
-                    ) as reply:
-                        stream.opened(reply, b"" if reply.is_success else reply.read())
-                        for data in reply.iter_bytes():
-                            yield from map(reader.read, stream.feed(data))
-                    stream.ended()
-                except (httpx.HTTPError, LlamaclustError) as error:
-                    time.sleep(stream.pause_s(error))
-        finally:
-            if stream.must_cancel:
-                with suppress(httpx.HTTPError):
-                    self._http.delete(stream.cancel_path, timeout=_CANCEL_S)
-
-    def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
-        with _reaching(self._http.base_url):
-            return _checked(
-                self._http.post(
-                    path,
-                    content=_encoded(body, self._model),
-                    timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
-                )
-            )
+        """As `AsyncClient.check_model`."""
+        self._thread.call(self._client.check_model())
 
 
-class AsyncClient:
-    """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+class CutShortError(ProtocolError):
+    """A stream without its end."""
 
-    def __init__(
-        self,
-        base_url: str = DEFAULT_URL,
-        api_key: str | None = None,
-        *,
-        timeout: float = _IDLE_S,
-        verify: Verify = None,
-        model: str | None = None,
-    ) -> None:
-        """As for `Client`."""
-        self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
-        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
-        self._model = model
 
-    @overload
-    def generate(
-        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[CompletionOptions]
-    ) -> Coroutine[None, None, Answer]: ...
-    @overload
-    def generate(
-        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[CompletionOptions]
-    ) -> AsyncChunkStream: ...
-    def generate(
-        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
-    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
-        """As `Client.generate`."""
-        chunks = self._stream("v1/completions", completion_body(prompt, options))
-        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
+class ResumableStream:
+    """The server-sent events of one request, over all its connections. Pure but for the clock: the caller sends and
+    sleeps.
 
-    @overload
-    def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer]: ...
-    @overload
-    def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
-    ) -> AsyncChunkStream: ...
-    def chat(
-        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
-        """As `Client.chat`."""
-        chunks = self._stream("v1/chat/completions", chat_body(messages, options))
-        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
+    The request is sent again as it was, with the same idempotency key and the id of the last event: the server answers
+    with the events after it.
+    """
 
-    async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """As `Client.embed`."""
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a text: give a list of prompts")
-        return (
-            vectors_of(await self._post("v1/embeddings", embedding_body(prompts, options), _EMBED_S)) if prompts else []
-        )
+    def __init__(self, url: httpx.URL) -> None:
+        self.is_done = False
+        self.last_event_id = ""  # of the last event that was complete; "" before the first
+        self._url = url
+        self._key = uuid.uuid4().hex
+        self._parts: list[bytes] = []  # of a line that has not ended
+        self._next_id = ""
+        self._was_taken = False  # by a server that streams
+        self._has_failed = False  # the server does not run it
+        self._lost_s: float | None = None  # when the connection was
+        self._silent_s: float | None = None  # when the first one was lost since the last event
+        self._attempts = 0
 
-    async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """As `Client.tokenize`."""
-        return field_of(await self._post("tokenize", _tokenize_body(text, add_special)), "tokens", list)
+    @property
+    def headers(self) -> dict[str, str]:
+        last = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
+        return {"Idempotency-Key": self._key, **last}
 
-    async def detokenize(self, ids: Sequence[int]) -> str:
-        """As `Client.detokenize`."""
-        return field_of(await self._post("detokenize", {"tokens": list(ids)}), "content", str)
+    @property
+    def cancel_path(self) -> str:
+        """The path to DELETE where the answer is not wanted any more."""
+        return f"v1/streams/{self._key}"
 
-    async def aclose(self) -> None:
-        await self._http.aclose()
+    @property
+    def must_cancel(self) -> bool:
+        """True also before a reply begins: the server may have the request already."""
+        return not (self._has_failed or self.is_done)
 
-    async def __aenter__(self) -> Self:
-        return self
+    def opened(self, reply: httpx.Response, body: bytes) -> None:
+        """A reply has begun; `body` is all of one that is an error. Raises that error."""
+        if reply.status_code != httpx.codes.OK:
+            raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
+        self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
+        self._lost_s = None
+        self._parts.clear()
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The events that are complete with `data`. Raises the error that the server reports in one."""
+        self._lost_s, self._silent_s, self._attempts = None, None, 0
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            event = self._event(b"".join((*self._parts, line)))
+            self._parts.clear()
+            if event is not None:
+                yield event
+        self._parts.append(rest)
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """The events of a streamed request with their ids, as the server sends them; a connection that breaks is
-        resumed."""
-        stream, content = ResumableStream(self._http.base_url), _encoded({**body, **_STREAMED}, self._model)
-        try:
-            while not stream.is_done:
-                try:
-                    async with self._http.stream(
-                        "POST", path, content=content, headers=stream.headers, timeout=self._stream_timeout
-                    ) as reply:
-                        stream.opened(reply, b"" if reply.is_success else await reply.aread())
-                        async for data in reply.aiter_bytes():
-                            for event in stream.feed(data):
-                                yield stream.last_event_id, event
-                    stream.ended()
-                except (httpx.HTTPError, LlamaclustError) as error:
-                    await asyncio.sleep(stream.pause_s(error))
-        finally:
-            if stream.must_cancel:
-                with suppress(httpx.HTTPError):
-                    await asyncio.shield(self._http.delete(stream.cancel_path, timeout=_CANCEL_S))
+    def _event(self, line: bytes) -> dict[str, Any] | None:
+        name, _, value = line.partition(b":")
+        if name == b"id":
+            self._next_id = value.strip().decode("ascii", "replace")
+        if self.is_done or name != b"data" or not (payload := value.strip()):
+            return None
+        self.last_event_id = self._next_id
+        if payload == b"[DONE]":
+            self.is_done = True
+            return None
+        event = json_object(payload)
+        if "error" in event:
+            raise reported_error(event["error"])
+        return event
 
-    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[TextChunk, None]:
-        reader = ChunkReader()
-        async with aclosing(self.events(path, body)) as events:
-            async for _, event in events:
-                yield reader.read(event)
+    def ended(self) -> None:
+        """The connection ended. CutShortError where the stream did not."""
+        if not self.is_done:
+            raise CutShortError("the server ended the answer before it was complete")
 
-    async def _post(self, path: str, body: dict[str, Any], read_s: float | None = None) -> bytes:
-        with _reaching(self._http.base_url):
-            return _checked(
-                await self._http.post(
-                    path,
-                    content=_encoded(body, self._model),
-                    timeout=self._http.timeout if read_s is None else _limits(read_s, read_s),
-                )
-            )
+    def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
+        """How long to wait before the request is sent again; raises the error where that would not help."""
+        is_own = isinstance(error, LlamaclustError)
+        final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
+        if not (self._was_taken and _may_pass(error)):
+            self._has_failed = is_own or not self._was_taken
+            raise final from error
+        now_s = monotonic()
+        self._lost_s = now_s if self._lost_s is None else self._lost_s
+        self._silent_s = now_s if self._silent_s is None else self._silent_s
+        if now_s - self._lost_s > _RESUME_S or now_s - self._silent_s > _MOST_S:
+            raise final from error
+        self._attempts += 1
+        return _BACKOFF.pause_s(self._attempts - 1)
+
+
+def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
+    if isinstance(error, LlamaclustError):
+        return isinstance(error, CutShortError) or error.code in _RETRIED_CODES
+    return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.TimeoutException)
+
+
+def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
+    """The error of a server that does not answer, or not to the end."""
+    where, reason = str(url).rstrip("/"), _reason(error)
+    is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
+    advice = f"{where} {what} ({reason}); is the cluster up? see `llamaclust status`"
+    return LlamaclustError(explain_refusal(where, error) or advice)
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    """The system's own words, which asyncio and its streams wrap."""
+    inner: BaseException | None = error
+    while inner is not None:
+        cause = inner
+        inner = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno and cause.errno > 0:
+        return f"[Errno {cause.errno}] {os.strerror(cause.errno)}"
+    return str(error) or ("timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
@@ -291,26 +337,3 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
 
 def _limits(timeout: float, read_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S), read=min(timeout, read_s))
-
-
-def _encoded(body: Mapping[str, Any], model: str | None) -> bytes:
-    return encode(body if model is None else {"model": model, **body})
-
-
-def _tokenize_body(text: str, add_special: bool) -> dict[str, Any]:
-    return {"content": text, "add_special": add_special}
-
-
-def _checked(reply: httpx.Response) -> bytes:
-    if reply.status_code != httpx.codes.OK:
-        raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.content)
-    return reply.content
-
-
-@contextmanager
-def _reaching(url: httpx.URL) -> Iterator[None]:
-    """LlamaclustError where the server does not answer."""
-    try:
-        yield
-    except httpx.HTTPError as error:
-        raise unreachable(url, error) from error

@@ -1,15 +1,13 @@
-"""Requests and replies of the HTTP API for clients. Pure: bytes and values, no connection. The client in this process
-reads the same requests."""
+"""Forms of requests and replies: options and the bodies they make, events as chunks, errors. Knows no connection."""
 
 from __future__ import annotations
 
 import json
 from base64 import b64decode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from llamaclust.cluster.client.types import CompletionOptions, EmbeddingOptions, Message, Options
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.core.errors import (
@@ -25,7 +23,7 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
-from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
+from llamaclust.model.chat.tools.events import ContentText, ReasoningText
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.text.embedder import Vector
@@ -48,55 +46,98 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 
+Message = Mapping[str, Any]
+"""One message of a chat: {"role": "user", "content": "Hello"}."""
+Prompt = str | Sequence[int]
 
-def completion_body(prompt: str | Sequence[int], options: CompletionOptions) -> dict[str, Any]:
+
+class AnswerOptions(TypedDict, total=False):
+    """How to answer. What is left out or None has the defaults of `/v1/completions` and `/v1/chat/completions`, except
+    that the likeliest token is taken each time, until the model ends its answer."""
+
+    max_tokens: int | None  # None, the default: until the context is full; 0: nothing is chosen
+    temperature: float  # 0.0, the default, chooses the likeliest token
+    seed: int | None  # None, the default: drawn at random; the answer has it
+    top_k: int  # 0: all
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    penalty_window: int | None  # last tokens that penalties count; None, the default: all
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    top_n_sigma: float  # 0 or less: off
+    tfs_z: float
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    dry_multiplier: float  # 0: no DRY
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int  # -1: all tokens
+    dry_sequence_breakers: Sequence[str]
+    mirostat: int  # 1, 2: that version
+    mirostat_tau: float
+    mirostat_eta: float
+    penalize_nl: bool
+    samplers: Sequence[str]  # which act, and in which order
+    speculative: bool | int  # False: no tokens are drafted; a number: so many in a step, at most
+    response_format: Mapping[str, Any]  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
+    json_schema: Mapping[str, Any]  # the answer is JSON that it allows
+    grammar: str  # in GBNF or Lark, which the answer obeys
+    structured_outputs: Mapping[str, Any]  # vLLM's: {"regex": ...}, {"choice": [...]}, ...
+
+
+class Options(AnswerOptions, total=False):
+    """Options of a chat."""
+
+    reasoning_budget: int  # tokens of reasoning at most; -1, the default: no limit
+    reasoning_budget_message: str  # what stands before an end that the budget forces
+
+
+class CompletionOptions(AnswerOptions, total=False):
+    """Options of a prompt that is completed as it is."""
+
+    score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none
+
+
+class EmbeddingOptions(TypedDict, total=False):
+    """How to embed. What is left out has the defaults of `/v1/embeddings`."""
+
+    pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
+    dimensions: int | None  # leading channels to keep; None, the default: all
+
+
+def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any]:
     """The body of `POST /v1/completions`, with logprobs. TypeError for an unknown option."""
-    more = _more(options, CompletionOptions)
-    given = prompt if isinstance(prompt, str) else list(prompt)
-    return {"prompt": given, "max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more, **more}
+    more = _answer_fields(options, CompletionOptions)
+    fixed = {"max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more}
+    return {"prompt": _json(prompt), **fixed, **more}
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
     """The body of `POST /v1/chat/completions`, with logprobs. TypeError for an unknown option."""
-    return {"messages": [dict(message) for message in messages], "logprobs": True, **_more(options, Options)}
+    return {"messages": [dict(message) for message in messages], "logprobs": True, **_answer_fields(options, Options)}
 
 
-def embedding_body(prompts: Sequence[str | Sequence[int]], options: EmbeddingOptions) -> dict[str, Any]:
+def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:
     """The body of `POST /v1/embeddings`. TypeError for an unknown option."""
-    more = _known(options, EmbeddingOptions)
-    given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    return {"input": given, "encoding_format": "base64", **more}
+    return {"input": [*map(_json, prompts)], "encoding_format": "base64", **_fields(options, EmbeddingOptions)}
 
 
-def sampling_options(fields: Mapping[str, Any]) -> Options:
-    """Options from the field `chat_sampling` of a model in `GET /v1/models`."""
-    found = dict(fields)
-    if (window := found.pop("repeat_last_n", -1)) != -1:
-        found["penalty_window"] = window
-    return {name: value for name, value in found.items() if name in Options.__annotations__}  # type: ignore[return-value]
+def _answer_fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    given = _fields(options, kind)
+    return {"temperature": 0.0, "repeat_last_n": given.pop("penalty_window", -1), **given}
 
 
-def model_entry(body: bytes, model: str | None) -> Mapping[str, Any]:
-    """The entry of a model, or of an adapter, in the reply of `GET /v1/models`; the first one for None and for names
-    that are not served."""
-    entries = field_of(body, "data", list)
-    named = (entry for entry in entries if model == entry.get("id") or model in entry.get("aliases", ()))
-    return next(named, entries[0] if entries else {})
-
-
-def vectors_of(body: bytes) -> list[Vector]:
-    """The embeddings of a reply. ProtocolError where it has none."""
-    import numpy as np  # commands that embed nothing start without it
-
-    try:
-        entries = field_of(body, "data", list)
-        return [np.frombuffer(b64decode(entry["embedding"], validate=True), "<f4") for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"the server does not answer as llamaclust does: {_shown(body)}") from error
-
-
-def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Those that are not None."""
+def _fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options that are not None. TypeError for one that `kind` has not."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
@@ -105,62 +146,17 @@ def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {name: _json(value) for name, value in options.items() if value is not None}
 
 
-def _more(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    given = _known(options, kind)
-    return {"temperature": 0.0, "repeat_last_n": given.pop("penalty_window", -1), **given}
-
-
 def _json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
-def encode(body: Mapping[str, Any]) -> bytes:
-    """The body as JSON. RequestError for a value that JSON cannot say."""
-    try:
-        return json.dumps(body, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the request cannot be sent: {error}") from error
-
-
-class EventReader:
-    """Server-sent events out of bytes as they come: the data of each, parsed, until [DONE]."""
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self.last_id = ""  # of the last event that was complete
-        self._parts: list[bytes] = []
-        self._id = ""
-
-    def restart(self) -> None:
-        """The next bytes are of another connection."""
-        self._parts.clear()
-
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """The events that are complete with `data`. Raises the error that the server reports in one."""
-        *lines, rest = data.split(b"\n")
-        for line in lines:
-            event = self._event(b"".join((*self._parts, line)))
-            self._parts.clear()
-            if event is not None:
-                yield event
-        self._parts.append(rest)
-
-    def _event(self, line: bytes) -> dict[str, Any] | None:
-        if line.startswith(b"id:"):
-            self._id = line.removeprefix(b"id:").strip().decode("ascii", "replace")
-        payload = line.removeprefix(b"data:").strip()
-        if self.is_done or not payload or not line.startswith(b"data:"):
-            return None
-        self.last_id = self._id
-        if payload == b"[DONE]":
-            self.is_done = True
-            return None
-        event = _object(payload)
-        if "error" in event:
-            raise reported_error(event["error"])
-        return event
+def sampling_options(given: Mapping[str, Any]) -> Options:
+    """Options from the field `chat_sampling` of a model in `GET /v1/models`."""
+    window = given.get("repeat_last_n", -1)
+    found = {**given, "penalty_window": None if window == -1 else window}
+    return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]
 
 
 class ChunkReader:
@@ -173,38 +169,37 @@ class ChunkReader:
     def read(self, event: Mapping[str, Any]) -> TextChunk:
         try:
             choice = event["choices"][0]
-            if "prompt_token_ids" in choice:  # the first one: any text in it is the prompt's
-                self._prompt = tuple(choice["prompt_token_ids"])
-                self._scored = len(_logprobs(choice))
-                return TextChunk(prompt_token_ids=self._prompt, seed=event["seed"])
-            return self._chunk(choice)
+            if "prompt_token_ids" not in choice:
+                return self._chunk(choice)
+            self._prompt = tuple(choice["prompt_token_ids"])  # in the first event: any text in it is the prompt's
+            self._scored = len(_logprobs(choice))
+            return TextChunk(prompt_token_ids=self._prompt, seed=event["seed"])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            shown = _shown(json.dumps(event).encode())
-            raise ProtocolError(f"the server does not answer as llamaclust does: {shown}") from error
+            raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
+        """Reads a part of a completion or, with a delta, of a chat's answer, which has no calls: clients send no
+        tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
+        delta = {} if "text" in choice else choice["delta"]
+        content, reasoning = delta.get("content"), delta.get("reasoning_content")
         return TextChunk(
-            text=choice["text"] if "text" in choice else choice["delta"].get("content") or "",
+            text=choice.get("text", content or ""),
             rows=_rows(ids, logprobs[of_prompt:]),
             prompt_start=start if of_prompt else 0,
             prompt_rows=_rows(self._prompt[start : self._scored], logprobs[:of_prompt]),
-            events=_events(choice.get("delta", {})),
+            events=(
+                *((ReasoningText(reasoning),) if reasoning else ()),
+                *((ContentText(content),) if content else ()),
+            ),
             **_ending(choice),
         )
 
 
-def _events(delta: Mapping[str, Any]) -> tuple[AnswerEvent, ...]:
-    """Of a chat's answer; the clients send no tools, so it has no calls."""
-    reasoning, content = delta.get("reasoning_content"), delta.get("content")
-    events = (ReasoningText(reasoning) if reasoning else None, ContentText(content) if content else None)
-    return tuple(event for event in events if event is not None)
-
-
 def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
-    """Of a chat's answer, or of a completion's prompt and answer."""
+    """The logprobs of a part of a chat's answer, or of a completion's prompt and answer."""
     logprobs = choice["logprobs"] or {}
     if "content" in logprobs:
         return [entry["logprob"] for entry in logprobs["content"]]
@@ -224,10 +219,48 @@ def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
     return {"finish_reason": reason, "stopped_by": choice["stop_reason"], "timings": timings}
 
 
+def encode(body: Mapping[str, Any]) -> bytes:
+    """The body as JSON. RequestError for a value that JSON cannot say."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the request cannot be sent: {error}") from error
+
+
+def json_object(payload: bytes) -> dict[str, Any]:
+    """Parses what a server sent. ProtocolError where that is not a JSON object."""
+    try:
+        value = json.loads(payload)
+    except ValueError as error:
+        raise ProtocolError(f"the server sent what is not JSON: {_shown(payload)}") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(f"the server sent what is not a JSON object: {_shown(payload)}")
+    return value
+
+
+def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
+    """One field of a reply's JSON object. ProtocolError where it is not there or of another type."""
+    value = json_object(body).get(name)
+    if not isinstance(value, kind):
+        raise _foreign(body)
+    return value
+
+
+def vectors_of(body: bytes) -> list[Vector]:
+    """The embeddings of a reply. ProtocolError where it has none."""
+    import numpy as np  # commands that embed nothing start without it
+
+    try:
+        entries = field_of(body, "data", list)
+        return [np.frombuffer(b64decode(entry["embedding"], validate=True), "<f4") for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(body) from error
+
+
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
     """The error that a reply other than 200 reports."""
     try:
-        report = _object(body)["error"]
+        report = json_object(body)["error"]
     except (ProtocolError, KeyError):
         report = {"message": f"HTTP {status} of something else than llamaclust: {_shown(body)}"}
     return reported_error(report, status, retry_after)
@@ -240,8 +273,7 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
     if status == _UNAUTHORIZED:
         message = f"{message.rstrip('.')}; {_KEY_ADVICE}"
     is_refusal = status < _SERVER_ERRORS if status else report.get("type") == "invalid_request_error"
-    kind = _KINDS.get(code, RequestError if is_refusal else LlamaclustError)
-    error = kind(message)
+    error = _KINDS.get(code, RequestError if is_refusal else LlamaclustError)(message)
     if isinstance(error, QueueFullError) and retry_after and retry_after.isdecimal():
         error.retry_after_s = float(retry_after)
     if isinstance(error, ClusterStartingError) and isinstance(awaited := report.get("awaited"), str):
@@ -251,22 +283,8 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
     return error
 
 
-def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
-    """One field of a reply's JSON object. ProtocolError where it is not there or of another type."""
-    value = _object(body).get(name)
-    if not isinstance(value, kind):
-        raise ProtocolError(f"the server does not answer as llamaclust does: {_shown(body)}")
-    return value
-
-
-def _object(payload: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(payload)
-    except ValueError as error:
-        raise ProtocolError(f"the server sent what is not JSON: {_shown(payload)}") from error
-    if not isinstance(value, dict):
-        raise ProtocolError(f"the server sent what is not a JSON object: {_shown(payload)}")
-    return value
+def _foreign(payload: bytes) -> ProtocolError:
+    return ProtocolError(f"the server does not answer as llamaclust does: {_shown(payload)}")
 
 
 def _shown(payload: bytes) -> str:

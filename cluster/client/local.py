@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 
-from llamaclust.cluster.client.in_process import ServiceClient
+from llamaclust.cluster.client.base import AsyncTextClient, Chunks, TextClient
+from llamaclust.cluster.client.http_codec import Options, sampling_options
 from llamaclust.cluster.client.local_settings import (
     OUTPUTS,
     ROWS,
     LocalSettings,
     blocks_of,
-    of_experts,
     scheduler_settings,
     stage_limits,
 )
@@ -27,14 +28,19 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.fields.sampling import chat_sampling
+from llamaclust.cluster.front.schema import read_fields
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.embedder import Vector
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
 from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
-from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
+from llamaclust.core.errors import LlamaclustError, ParameterError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 from llamaclust.model.loader import Model
@@ -47,9 +53,64 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
+OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
+
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 """No worker can be lost here, and a large model may take its time."""
+
+
+class AsyncServiceClient(AsyncTextClient):
+    """`AsyncClient` of a text service in this process. The options are those of HTTP, read by the same rules."""
+
+    def __init__(self, service: TextService) -> None:
+        self.service = service
+
+    async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        return await self.service.tokenize(text, add_special)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return self.service.tokenizer.decode(ids)
+
+    async def chat_sampling(self) -> Options:
+        return sampling_options(chat_sampling(self.service.settings.recommended, {}))
+
+    async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
+        if path == "v1/chat/completions":
+            request = await self.service.chat(read_fields(ChatBody, body).request())
+        else:
+            request, *others = read_fields(CompletionBody, body).requests()
+            if others:
+                raise ParameterError("prompt", f"{len(others) + 1} prompts in one call; give them one by one")
+        async with await self.service.start(request) as completion:
+            generation = completion.generation
+            yield TextChunk(prompt_token_ids=generation.prompt, seed=generation.seed)
+            async for chunk in completion:
+                yield chunk
+
+    async def _embed(self, body: dict[str, Any]) -> list[Vector]:
+        fields = read_fields(OpenAiEmbeddingBody, body)
+        async with self.service.embed(fields.input, fields.options(self.service.settings.pooling)) as embeddings:
+            return [vector for embedding in embeddings for vector in embedding.vectors]
+
+    async def aclose(self) -> None:
+        """Its owner closes the service."""
+
+
+class ServiceClient(TextClient):
+    """Talks to a service that lives as long as the client."""
+
+    _client: AsyncServiceClient
+
+    def __init__(self, open_service: OpenService) -> None:
+        """Raises what opening the service raises."""
+
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[AsyncServiceClient]:
+            async with open_service() as service:
+                yield AsyncServiceClient(service)
+
+        super().__init__(opened)
 
 
 class LocalClient(ServiceClient):
@@ -101,36 +162,37 @@ class LocalStage:
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
         self.scheduling = scheduler_settings(self.model, settings)
-        if not self.model.hyperparameters.expert_count:
-            for name in of_experts(settings):
-                raise UsageError(f"{name}: {path} has no experts; leave it out")
+        worker = WorkerSettings(
+            name="this process",
+            device=_device_kind(settings, self.model),
+            threads=threads,
+            feature_level=feature_level or environment().feature_level or "",
+            gpu_layers=settings.gpu_layers,
+            gpu_memory_bytes=settings.gpu_memory_bytes,
+        )
         placement = placement_of(self.model, settings.placement, settings.cpu_moe)
-        device = _open_device(threads, feature_level, settings)
+        device = Device.open(with_caches(worker))
         self.feature_level = device.backend.feature_level
-        own = (self.scheduling.kv_blocks, blocks_of(self.scheduling.context_length))
-        limits = stage_limits(self.scheduling, own)
+        self._own = (self.scheduling.kv_blocks, blocks_of(self.scheduling.context_length))
+        limits = stage_limits(self.scheduling, self._own)
         if settings.mtp:
-            _check_mtp(self.model, limits)
+            check_nextn(self.model)
+            if not limits.nextn:
+                raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
         with ExitStack() as opened:
             for gpu in device.gpus:
                 opened.callback(gpu.close)
             held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
-            self._runner = StageRunner(
-                device.backend_for(held),
-                self.model,
-                0,
-                self.model.layer_count,
-                limits,
-                StageOptions(
-                    self.feature_level, device.threads, held if device.gpus else (), nextn_backend=device.backend
-                ),
-            )
+            devices = held if device.gpus else ()
+            options = StageOptions(self.feature_level, device.threads, devices, nextn_backend=device.backend)
+            backend, end = device.backend_for(held), self.model.layer_count
+            self._runner = StageRunner(backend, self.model, 0, end, limits, options)
             opened.callback(self._runner.close)
             if settings.draft_model is not None:
                 self.scheduling = self._with_draft_model(settings.draft_model, device.threads, opened)
             self._opened = opened.pop_all()
         self.placement = placed(held) if device.gpus else ""
-        self._own = own
+        self.matchers = self._runner.matchers
         self._sampled_tokens = SampledTokensBox()
         self._thread = ThreadPoolExecutor(1, "compute")
 
@@ -175,20 +237,16 @@ class LocalStage:
         draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
         return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
-    def prepare_matchers(self) -> None:
-        """See `Pipeline`."""
-        self._runner.matchers.prepare()
-
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""
-        self._runner.matchers.receive(inputs)
+        self.matchers.receive(inputs)
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
 
     def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
         logits = self._runner.run_to_sample(self._sampled_tokens.fill(microbatch), None)
-        self._runner.matchers.wait_ready(inputs)
+        self.matchers.wait_ready(inputs)
         rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
         self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
         embeddings = self._runner.embeddings(microbatch)
@@ -247,11 +305,11 @@ class LocalPipeline:
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         for each in scheduled:
             result = self._stage.start(each.microbatch, each.inputs)
-            result.add_done_callback(_retrieve)
+            result.add_done_callback(lambda done: done.cancelled() or done.exception())  # nothing awaits later ones
             self._results.put_nowait(result)
 
     def prepare_matchers(self) -> None:
-        self._stage.prepare_matchers()
+        self._stage.matchers.prepare()
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         while True:
@@ -261,49 +319,25 @@ class LocalPipeline:
         """Its owner closes the stage."""
 
 
-def _retrieve(result: asyncio.Future[Result]) -> None:
-    """Retrieves the error of a microbatch after a failed one: nothing awaits it."""
-    if not result.cancelled():
-        result.exception()
-
-
-def _open_device(threads: int | None, feature_level: str | None, settings: LocalSettings) -> Device:
-    """As a worker would have it. UsageError for a device or feature level that this machine does not have, or layers on
-    GPUs where none is named."""
+def _device_kind(settings: LocalSettings, model: Model) -> str:
+    """UsageError for a device that is none, and settings for GPUs or experts where there are none."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:
         raise UsageError(f"device: {error}") from error
-    if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
-        raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
-    for name in of_experts(settings) if kind == "cpu" else ():
-        raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
-    if kind == "cpu" and settings.placement:
-        raise UsageError("placement is for GPUs: set device to cuda:0 as well")
-    for name, value in (
-        ("gpu_layers", settings.gpu_layers),
-        ("cpu_moe", settings.cpu_moe),
-        ("experts_cache_bytes", settings.experts_cache_bytes),
-    ):
-        if value is not None and value < 0:
+    counts = {name: getattr(settings, name) for name in ("cpu_moe", "experts_cache_bytes", "gpu_layers")}
+    given = {**counts, "gpu_memory_bytes": settings.gpu_memory_bytes, "placement": settings.placement or None}
+    for name, value in given.items():
+        if value is None or (name, value) == ("experts_cache_bytes", 0):
+            continue
+        if name in ("cpu_moe", "experts_cache_bytes") and not model.hyperparameters.expert_count:
+            raise UsageError(f"{name}: {model.file.path} has no experts; leave it out")
+        if kind == "cpu":
+            raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
+        if name in counts and value < 0:
             raise UsageError(f"{name}: {value}: set 0 or more")
-    own = WorkerSettings(
-        name="this process",
-        device=kind,
-        threads=threads,
-        feature_level=feature_level or environment().feature_level or "",
-        gpu_layers=settings.gpu_layers,
-        gpu_memory_bytes=settings.gpu_memory_bytes,
-    )
-    return Device.open(with_caches(own))
+    return kind
 
 
-def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
-    return [(at, min(at + most, end)) for at in range(start, end, most)]
-
-
-def _check_mtp(model: Model, limits: StageLimits) -> None:
-    """UsageError where the model has no MTP head, or nothing is drafted."""
-    check_nextn(model)
-    if not limits.nextn:
-        raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
+def _pieces(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + most, end)) for at in range(start, end, most))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +43,6 @@ class LocalSettings:
     cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
     placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
-
-
-def of_experts(settings: LocalSettings) -> Iterator[str]:
-    """Names of settings that are for experts in RAM beside a GPU, of those that are given."""
-    if settings.cpu_moe is not None:
-        yield "cpu_moe"
-    if settings.experts_cache_bytes:
-        yield "experts_cache_bytes"
 
 
 def scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:

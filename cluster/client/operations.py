@@ -11,7 +11,7 @@ import httpx
 
 from llamaclust.cluster.client.http import http_options
 from llamaclust.cluster.client.http_codec import field_of, reply_error
-from llamaclust.cluster.client.trust import explain_refusal
+from llamaclust.cluster.client.web_access import explain_refusal
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError, ProtocolError
@@ -37,7 +37,7 @@ class ClusterApi:
 
     @classmethod
     def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:
-        """Of a cluster on this machine."""
+        """The API of a cluster on this machine."""
         keys = api_keys_file or (Path(record.api_keys_file) if record.api_keys_file else None)
         return cls(f"cluster {record.name} at {record.api}", record.api, keys)
 
@@ -79,7 +79,7 @@ class ClusterApi:
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Of each sequence of a request, by its id or the first 4 characters or more of that."""
+        """The waterfall of each sequence of a request, by its id or the first 4 characters or more of that."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
@@ -89,25 +89,21 @@ class ClusterApi:
             raise ProtocolError(f"{self._where}: {error}") from error
 
     def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> bytes:
+        """The whole body. ProtocolError where it is too large, or comes too slowly."""
+        body, end_s = bytearray(), monotonic() + read_s
         try:
             with self._client.stream(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s)) as answer:
-                body = self._body(answer, monotonic() + read_s)
+                for part in answer.iter_bytes():
+                    body += part
+                    if len(body) > _MOST_BYTES:
+                        raise ProtocolError(f"{self._where}: an answer of more than {_MOST_BYTES >> 20} MiB")
+                    if monotonic() > end_s:
+                        raise ProtocolError(f"{self._where}: the rest of an answer does not come")
         except httpx.HTTPError as error:
             refusal = explain_refusal(self._where, error)
             raise LlamaclustError(refusal or f"{self._where} does not answer: {error}") from error
         if answer.status_code == httpx.codes.OK:
-            return body
-        failure = reply_error(answer.status_code, None, body)
+            return bytes(body)
+        failure = reply_error(answer.status_code, None, bytes(body))
         failure.args = (f"{self._where}: {failure}",)
         raise failure
-
-    def _body(self, answer: httpx.Response, end_s: float) -> bytes:
-        """The whole body. ProtocolError where it is too large, or comes too slowly."""
-        body = bytearray()
-        for part in answer.iter_bytes():
-            body += part
-            if len(body) > _MOST_BYTES:
-                raise ProtocolError(f"{self._where}: an answer of more than {_MOST_BYTES >> 20} MiB")
-            if monotonic() > end_s:
-                raise ProtocolError(f"{self._where}: the rest of an answer does not come")
-        return bytes(body)

@@ -1,122 +1,221 @@
-"""Chat sessions: a conversation and the client that answers it."""
+"""Chat sessions: a conversation by turns, the client that answers it, and its file."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Generator
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+import json
+import os
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from copy import copy, deepcopy
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, Unpack, overload
 
-from llamaclust.cluster.client.conversation import Conversation
-from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, Message, Options, join_chunks
-from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.cluster.client.base import AsyncChunkStream, ChunkStream, StreamT, TextCalls, WholeT
+from llamaclust.cluster.client.http_codec import Message, Options, chat_body
+from llamaclust.cluster.config.values import expand_home
+from llamaclust.cluster.front.text.answer import Answer, TextChunk
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.regular_file import read_json, write_text
 
-if TYPE_CHECKING:
-    from llamaclust.cluster.client.base import TextClient
-    from llamaclust.cluster.client.http import AsyncClient
+_SYSTEM_ROLES = frozenset({"system", "developer"})
+_ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 
 
-class ChatSession(Conversation):
+class Session(Generic[WholeT, StreamT]):
     """A conversation with a model, over HTTP or in this process. The client stays open when the session is dropped.
+
+    `messages` are in OpenAI's form and may be changed between answers. A turn is a user's message with all behind it to
+    the next one. With `drop_oldest`, a conversation longer than the model's context goes on without its oldest turns:
+    they stay among `messages`, but are not sent; otherwise the server's RequestError is raised.
 
     The options, such as `stop` with words that end an answer, are those of `Client.chat` and hold for every answer.
     What the prefix cache still has of the conversation is not computed again. For one thread at a time.
     """
 
     def __init__(
-        self, client: TextClient, system: str | None = None, *, drop_oldest: bool = False, **options: Unpack[Options]
+        self,
+        client: TextCalls[WholeT, StreamT],
+        system: str | None = None,
+        *,
+        drop_oldest: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(system, options, drop_oldest=drop_oldest)
+        self.messages: list[dict[str, Any]] = []
+        self.options = options
+        self.dropped_messages = 0  # behind the system message, which are not sent
         self._client = client
+        self._drops_oldest = drop_oldest
+        self._is_answering = False
+        self.set_system(system)
 
     @overload
-    def send(self, text: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Answer: ...
+    def send(self, text: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> WholeT: ...
     @overload
-    def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> ChunkStream: ...
-    def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> Answer | ChunkStream:
+    def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
+    def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """The answer to a message of the user. Options given here hold for this answer alone.
 
         Both messages are part of the conversation when the answer or its stream has ended. Of a stream that is closed
         and of an answer that fails, what came stays; without any text, the conversation is as before.
         """
-        chunks = self._answer({"role": "user", "content": text}, options)
-        return ChunkStream(chunks) if stream else join(chunks)
+        return self._client.deliver(self._answer({"role": "user", "content": text}, options), stream=stream)
 
     @overload
-    def regenerate(self, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Answer: ...
+    def regenerate(self, *, stream: Literal[False] = False, **options: Unpack[Options]) -> WholeT: ...
     @overload
-    def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> ChunkStream: ...
-    def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> Answer | ChunkStream:
+    def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
+    def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Another answer to the user's last message, in place of the one that there is. UsageError without a message.
 
         The seed decides the answer: another answer needs another `seed`, or none.
         """
         self._last_turn()
-        chunks = self._answer(None, options)
-        return ChunkStream(chunks) if stream else join(chunks)
+        return self._client.deliver(self._answer(None, options), stream=stream)
 
-    def _answer(self, message: Message | None, options: Options) -> Generator[TextChunk, None, None]:
+    def set_system(self, text: str | None) -> None:
+        """Replaces the system message; None: there is none."""
+        self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
+
+    def undo(self) -> list[dict[str, Any]]:
+        """Removes the last turn; its messages. UsageError where there is none."""
+        start = self._last_turn()
+        turn, self.messages[start:] = self.messages[start:], []
+        self.dropped_messages = 0
+        return turn
+
+    def clear(self) -> None:
+        """Removes all messages but the system message."""
+        del self.messages[self._first_turn() :]
+        self.dropped_messages = 0
+
+    def branch(self) -> Self:
+        """Another one with the same messages, options and client; what is sent to one leaves the other as it is."""
+        other = copy(self)
+        other.messages, other.options = deepcopy(self.messages), deepcopy(self.options)
+        other._is_answering = False
+        return other
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the messages to a file that its owner alone may read, as a whole or not at all. UsageError."""
+        place = _place(path)
+        try:
+            if place.exists() and not place.is_file():
+                raise UsageError(f"{path}: cannot save: it is not a file")
+            write_text(place, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot save: {error.strerror}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{path}: cannot save: a message is no JSON: {error}") from error
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Replaces all messages by those of a file that `save` wrote. UsageError, with the messages as they were."""
+        try:
+            messages = _checked(read_json(_place(path)))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot load: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: not a conversation that was saved: {error}") from error
+        self.messages, self.dropped_messages = messages, 0
+
+    async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
+        """Answers one more message, or with None the last one of the user again. UsageError while another one is
+        answered. Afterwards the conversation has the answer as far as it came; without any text of it, it is as
+        before."""
+        if self._is_answering:
+            raise UsageError("this session is still answering: read its stream to the end, or close it")
+        start = self._last_turn() if message is None else len(self.messages)
+        asked = self.messages[start] if message is None else dict(message)
         merged: Options = {**self.options, **options}
-        with self._turn(message) as turn:
+        parts: list[TextChunk] = []
+        dropped_before, self._is_answering = self.dropped_messages, True
+        try:
             while True:
+                body = chat_body([*self._before(start), asked], merged)
                 try:
-                    with self._client.chat(turn.messages, stream=True, **merged) as chunks:
-                        for chunk in chunks:
-                            turn.take(chunk)
+                    async with aclosing(self._client.chunks("v1/chat/completions", body)) as chunks:
+                        async for chunk in chunks:
+                            parts.append(chunk)
                             yield chunk
                     return
                 except LlamaclustError as error:
-                    if not turn.shorten(error):
+                    if any(part.text for part in parts) or not self._drop_turn(start, error):
                         raise
+        finally:
+            self._is_answering = False
+            if any(part.text or part.finish_reason for part in parts):
+                self.messages[start:] = [asked, _message(parts)]
+            else:
+                self.dropped_messages = dropped_before
+
+    def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
+        """Drops another of the turns before `end` because of the error; False where there is none, or no reason."""
+        begin = self._first_turn() + self.dropped_messages
+        if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
+            return False
+        following = (at for at in range(begin + 1, end) if self.messages[at]["role"] == "user")
+        self.dropped_messages += next(following, end) - begin
+        return True
+
+    def _before(self, end: int) -> list[Message]:
+        """The messages before `end` that are sent."""
+        first = self._first_turn()
+        return [*self.messages[:first], *self.messages[first + self.dropped_messages : end]]
+
+    def _first_turn(self) -> int:
+        others = (at for at, message in enumerate(self.messages) if message["role"] not in _SYSTEM_ROLES)
+        return next(others, len(self.messages))
+
+    def _last_turn(self) -> int:
+        """The place of the last message of role `user`. UsageError where there is none."""
+        for at in range(len(self.messages) - 1, -1, -1):
+            if self.messages[at]["role"] == "user":
+                return at
+        raise UsageError("the conversation has no message of the user yet")
 
 
-class AsyncChatSession(Conversation):
+class ChatSession(Session[Answer, ChunkStream]):
+    """A session of a synchronous client."""
+
+
+class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream]):
     """`ChatSession` for asyncio: `await session.send(...)`, or `async for` over what it gives with `stream=True`.
     Reading and writing a conversation's file blocks."""
 
-    def __init__(
-        self, client: AsyncClient, system: str | None = None, *, drop_oldest: bool = False, **options: Unpack[Options]
-    ) -> None:
-        """As for `ChatSession`."""
-        super().__init__(system, options, drop_oldest=drop_oldest)
-        self._client = client
 
-    @overload
-    def send(
-        self, text: str, *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer]: ...
-    @overload
-    def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> AsyncChunkStream: ...
-    def send(
-        self, text: str, *, stream: bool = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
-        """As `ChatSession.send`."""
-        chunks = self._answer({"role": "user", "content": text}, options)
-        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
+def is_conversation(path: Path) -> bool:
+    """True for a file that `save` wrote."""
+    try:
+        _checked(read_json(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
-    @overload
-    def regenerate(
-        self, *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer]: ...
-    @overload
-    def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> AsyncChunkStream: ...
-    def regenerate(
-        self, *, stream: bool = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
-        """As `ChatSession.regenerate`."""
-        self._last_turn()
-        chunks = self._answer(None, options)
-        return AsyncChunkStream(chunks) if stream else join_chunks(chunks)
 
-    async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        merged: Options = {**self.options, **options}
-        with self._turn(message) as turn:
-            while True:
-                try:
-                    async with self._client.chat(turn.messages, stream=True, **merged) as chunks:
-                        async for chunk in chunks:
-                            turn.take(chunk)
-                            yield chunk
-                    return
-                except LlamaclustError as error:
-                    if not turn.shorten(error):
-                        raise
+def _message(parts: list[TextChunk]) -> dict[str, Any]:
+    """The assistant's message, as far as it came. The chat template decides what of its reasoning is sent again."""
+    reasoning = "".join(part.reasoning for part in parts)
+    content = "".join(part.text for part in parts)
+    return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
+
+
+def _place(path: str | PathLike[str]) -> Path:
+    """A link is followed: what it leads to is replaced. UsageError for what no file can have as its path."""
+    try:
+        return Path(os.path.realpath(expand_home(os.fspath(path))))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _checked(saved: Any) -> list[dict[str, Any]]:
+    """ValueError, KeyError or TypeError for what are no messages."""
+    messages = saved["messages"]
+    if not isinstance(messages, list):
+        raise TypeError("messages is not a list")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise ValueError(f"message {number} has none of the roles {', '.join(sorted(_ROLES))}")
+        if not isinstance(message.get("content"), str | list | None):
+            raise ValueError(f"the content of message {number} is not text")
+    json.dumps(messages, ensure_ascii=False).encode()  # ValueError for lone surrogates
+    return messages

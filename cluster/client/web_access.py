@@ -1,23 +1,32 @@
-"""How HTTP clients reach servers: proxies and certificates, of which the environment has a say."""
+"""How HTTP clients reach servers: proxies and trusted certificates, by the environment and this user's clusters."""
 
 from __future__ import annotations
 
 import importlib.util
 import ssl
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from llamaclust.cluster.client.trust import default_trust
-from llamaclust.cluster.config.environment import proxy_variables
-from llamaclust.core.addresses import ANYWHERE, is_loopback
+from llamaclust.cluster.config.environment import proxy_variables, trust_variables
+from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
+
+Verify = str | PathLike[str] | ssl.SSLContext | None
+"""A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
+runs here its own."""
 
 _NEVER_PROXIED = ("127.0.0.1", "localhost", "[::1]")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 _MOST_PORT = (1 << 16) - 1
+_KEY_LOG = "SSLKEYLOGFILE"
+_CURE = "give its file, or its authority's, by --ca-file, `verify=` or the environment variable SSL_CERT_FILE"
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
@@ -26,8 +35,8 @@ def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> 
 
     UsageError that names the variable which cannot be used.
     """
-    trusted = verify or default_trust()
-    if url is not None and is_this_machine(url.host):
+    trusted = verify or authorities()
+    if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
     for name, value in proxy_variables().items():
         wrong = _wrong_hosts(value) if name.lower() == "no_proxy" else _wrong_proxy(value)
@@ -36,7 +45,7 @@ def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> 
     return {"verify": trusted, "mounts": {f"all://{host}": None for host in _NEVER_PROXIED}}
 
 
-def is_this_machine(host: str) -> bool:
+def _is_this_machine(host: str) -> bool:
     return is_loopback(host) or host in ANYWHERE or (_is_ip(host) and host in own_addresses())
 
 
@@ -70,3 +79,100 @@ def _wrong_hosts(value: str) -> str:
         except httpx.InvalidURL as error:
             return f"{host} is not a host ({error})"
     return ""
+
+
+def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
+    """The context for httpx's `verify`. UsageError for a file that cannot be used."""
+    if url.scheme != "https":
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and reads no file, which would take 20 ms
+    if isinstance(verify, ssl.SSLContext):
+        return verify
+    if verify is None and (own := _own_certificates(url)):
+        return _PinnedContext.of(own)
+    return authorities(None if verify is None else Path(verify))
+
+
+def authorities(file: Path | None = None) -> ssl.SSLContext:
+    """Trusts the authorities of a PEM file alone, or those that this machine trusts. UsageError where the file or one
+    that the environment names cannot be used."""
+    try:
+        if file is not None:
+            return ssl.create_default_context(cafile=file)
+        context = httpx.create_ssl_context()
+        context.load_default_certs()
+    except OSError as error:
+        reason = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        variables = trust_variables()
+        names = [name for name in variables if file is None or name == _KEY_LOG]
+        wrong = [name for name in names if variables[name] == error.filename]
+        if file is None and not wrong:
+            wrong = [name for name in names if name != _KEY_LOG]
+        if wrong:
+            raise UsageError(f"{wrong[0]}={variables[wrong[0]]}: {reason}; correct or unset this variable") from error
+        if file is None:
+            raise
+        raise UsageError(f"{file}: cannot read the certificates to trust: {reason}") from error
+    return context
+
+
+def _own_certificates(url: httpx.URL) -> list[Path]:
+    """Certificates of clusters of this user that have this address, one that was killed among them."""
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.state.clusters import recorded_clusters
+
+    records = recorded_clusters(environment().state_dir)
+    return [Path(record.api_certificate) for record in records if record.api_certificate and _is_at(url, record.api)]
+
+
+def _is_at(url: httpx.URL, api: str) -> bool:
+    host, port = split_address(api.removeprefix("https://"))
+    if (url.port or 443) != port:
+        return False
+    if host in ANYWHERE:
+        return url.host == host or is_loopback(url.host) or url.host in own_addresses()
+    return url.host == host or (is_loopback(url.host) and is_loopback(host))
+
+
+class _PinnedContext(ssl.SSLContext):
+    """Trusts the certificates in files and no others, whatever their names. Each connection has a context of its own
+    and reads them again: they may have been renewed, and former ones count no more."""
+
+    files: Sequence[Path]
+    protocols: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> _PinnedContext:
+        context = cls(ssl.PROTOCOL_TLS_CLIENT)
+        context.files, context.check_hostname = files, False
+        return context
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        self.protocols = tuple(alpn_protocols)
+
+    def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
+        return self._now().wrap_socket(*args, **kwargs)
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        return self._now().wrap_bio(*args, **kwargs)
+
+    def _now(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority may have signed it
+        if self.protocols:
+            context.set_alpn_protocols(self.protocols)
+        for file in self.files:
+            with suppress(OSError):  # then the server is not trusted
+                context.load_verify_locations(file)
+        return context
+
+
+def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
+    """What to do about a server that speaks TLS in another way; None where that is not why."""
+    reason = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason
+        return f"{where} shows a certificate that is not trusted here ({why}): {_CURE}"
+    if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+        return f"{where} does not speak TLS: write http:// in its address"
+    return None

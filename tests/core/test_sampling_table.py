@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from llamaclust.cluster.client.types import AnswerOptions
+from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
 from llamaclust.core.sampling import MAIN_NUMBERS, PARAMS, SAMPLING_TABLE, SamplingParams
 from llamaclust.core.sampling_bounds import Dialect

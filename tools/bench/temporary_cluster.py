@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llamaclust.cluster.client.in_process import OpenService
+from llamaclust.cluster.client.local import OpenService
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled

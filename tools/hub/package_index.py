@@ -17,7 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
-from llamaclust.cluster.client.trust import file_trust
+from llamaclust.cluster.client.web_access import authorities
 from llamaclust.cluster.config.model_sources import PackageFile
 from llamaclust.core.errors import DownloadError
 
@@ -38,7 +38,7 @@ class PipSettings:
 
     def tls_context(self) -> ssl.SSLContext | None:
         """Trusts pip's bundle where one is set. UsageError where it cannot be read."""
-        return file_trust(Path(self.certificates)) if self.certificates else None
+        return authorities(Path(self.certificates)) if self.certificates else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ from typing import Final
 
 import httpx
 
-from llamaclust.cluster.client.trust import file_trust
-from llamaclust.cluster.client.web_access import web_options
+from llamaclust.cluster.client.web_access import authorities, web_options
 from llamaclust.cluster.server.telemetry.settings import Target
 from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
@@ -41,7 +40,7 @@ class OtlpClient:
         self._stopping = stopping
         self._is_known_absent = False
         self._error = ""  # of the last attempt that failed
-        trusted = None if target.certificate is None else file_trust(Path(target.certificate))
+        trusted = None if target.certificate is None else authorities(Path(target.certificate))
         try:
             url = httpx.URL(target.url)
         except httpx.InvalidURL as error:

@@ -17,7 +17,7 @@ from llamaclust.cli.chat.chat import Chat, ChatSettings
 from llamaclust.cli.chat.entries import Entry
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.chat.line_history import LineHistory
-from llamaclust.cluster.client.types import ChunkStream
+from llamaclust.cluster.client.base import ChunkStream
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError

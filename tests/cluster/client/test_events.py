@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
 
-from llamaclust.cluster.client.http_codec import ChunkReader, EventReader
+from llamaclust.cluster.client.http import ResumableStream
+from llamaclust.cluster.client.http_codec import ChunkReader
 from llamaclust.core.errors import LlamaclustError, ProtocolError
+
+URL = httpx.URL("http://127.0.0.1:1")
 
 
 def test_events_may_be_cut_anywhere() -> None:
@@ -19,7 +23,7 @@ def test_events_may_be_cut_anywhere() -> None:
     )
     data += b"data: [DONE]\n\ndata: {}\n\n"
     for size in (1, 2, 3, 7, len(data)):
-        reader = EventReader()
+        reader = ResumableStream(URL)
         pieces = [data[start : start + size] for start in range(0, len(data), size)]
         assert [event for piece in pieces for event in reader.feed(piece)] == events
         assert reader.is_done
@@ -27,7 +31,7 @@ def test_events_may_be_cut_anywhere() -> None:
 
 def test_a_long_event_in_small_pieces_is_read_in_linear_time() -> None:
     data = b'data: {"text": "' + b"x" * (1 << 20) + b'"}\n'
-    reader = EventReader()
+    reader = ResumableStream(URL)
     events = [event for start in range(0, len(data), 64) for event in reader.feed(data[start : start + 64])]
     assert len(events[0]["text"]) == 1 << 20
 
@@ -35,10 +39,10 @@ def test_a_long_event_in_small_pieces_is_read_in_linear_time() -> None:
 def test_an_error_event_is_raised() -> None:
     data = b'data: {"error": {"message": "no", "code": "deadline_exceeded", "type": "server_error"}}\n\n'
     with pytest.raises(LlamaclustError, match="no") as caught:
-        list(EventReader().feed(data))
+        list(ResumableStream(URL).feed(data))
     assert (type(caught.value).__name__, caught.value.code) == ("DeadlineError", "deadline_exceeded")
     with pytest.raises(ProtocolError):
-        list(EventReader().feed(b"data: {\n"))
+        list(ResumableStream(URL).feed(b"data: {\n"))
 
 
 def test_scored_rows_that_come_in_several_events() -> None:

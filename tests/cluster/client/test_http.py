@@ -15,9 +15,9 @@ import pytest
 import llamaclust
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
-from llamaclust.cluster.client.in_process import ServiceClient
-from llamaclust.cluster.client.resuming import unreachable
-from llamaclust.cluster.client.types import AnswerOptions, CompletionOptions, Options
+from llamaclust.cluster.client.http import unreachable
+from llamaclust.cluster.client.http_codec import AnswerOptions, CompletionOptions, Options
+from llamaclust.cluster.client.local import ServiceClient
 from llamaclust.cluster.front.text.answer import TextChunk, join
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest
@@ -276,11 +276,17 @@ async def test_a_failure_in_the_middle_of_an_answer_is_raised() -> None:
 
 
 async def test_no_server() -> None:
-    with pytest.raises(LlamaclustError, match=r"does not answer .*is the cluster up"):
-        await with_client("http://127.0.0.1:9", lambda client: client.generate("x"))
-    async with AsyncClient("http://127.0.0.1:9") as client:
-        with pytest.raises(LlamaclustError, match="does not answer"):
-            await client.tokenize("x")
+    for host, words in (
+        ("127.0.0.1", r"\[Errno 111\] Connection refused"),
+        ("localhost", r"\[Errno 111\] Connection refused"),
+        ("none.invalid", r"\[Errno -\d\] "),
+    ):
+        said = rf"http://{host}:9 does not answer \({words}.*\); is the cluster up"
+        with pytest.raises(LlamaclustError, match=said):
+            await with_client(f"http://{host}:9", lambda client: client.generate("x"))
+        async with AsyncClient(f"http://{host}:9") as client:
+            with pytest.raises(LlamaclustError, match=said):
+                await client.tokenize("x")
 
 
 def test_a_connection_that_breaks_in_the_middle_of_an_answer() -> None:

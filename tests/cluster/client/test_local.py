@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from llamaclust import Client
+from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
 from llamaclust.cluster.client.local_settings import LocalSettings
-from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
@@ -58,7 +58,7 @@ def test_greedy_tokens_and_logprobs_are_those_of_the_logits(client: LocalClient)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     chosen = expected[np.arange(31), [*ids[1:], *reply.token_ids]]
     np.testing.assert_allclose([*reply.prompt_logprobs, *reply.logprobs], chosen, atol=1e-5)
-    end_tokens = client._service.tokenizer.end_of_generation
+    end_tokens = client._client.service.tokenizer.end_of_generation
     for row, token in zip(logits[19:31], reply.token_ids, strict=True):
         row[list(end_tokens)] = -np.inf
         assert row.argmax() == token

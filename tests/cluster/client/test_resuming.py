@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from llamaclust import AsyncClient
-from llamaclust.cluster.client import http, resuming
-from llamaclust.cluster.client.resuming import ResumableStream
+from llamaclust.cluster.client import http
+from llamaclust.cluster.client.http import ResumableStream
 from llamaclust.core.errors import LlamaclustError
 
 URL = httpx.URL("http://127.0.0.1:1")
@@ -63,7 +63,7 @@ def test_what_may_pass_is_retried_for_a_while(error: type[httpx.HTTPError], monk
     stream = ResumableStream(URL)
     stream.opened(httpx.Response(200, headers={"content-type": "text/event-stream"}), b"")
     assert 0 < stream.pause_s(error("lost")) < 2
-    monkeypatch.setattr(resuming, "_RESUME_S", -1.0)
+    monkeypatch.setattr(http, "_RESUME_S", -1.0)
     with pytest.raises(LlamaclustError, match="is the cluster up"):
         stream.pause_s(error("lost"))
 
@@ -107,7 +107,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr(resuming, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(http, "monotonic", lambda: self.now_s)
 
 
 def test_servers_that_take_a_stream_again_are_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:

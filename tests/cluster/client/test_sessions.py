@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 from llamaclust import AsyncChatSession, AsyncClient, ChatSession, Client
-from llamaclust.cluster.client.in_process import ServiceClient
+from llamaclust.cluster.client.local import ServiceClient
 from llamaclust.cluster.front.text.answer import join
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError, WorkerError

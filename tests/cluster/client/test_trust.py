@@ -14,7 +14,7 @@ import pytest
 
 from llamaclust import AsyncClient
 from llamaclust.cluster.client.operations import ClusterApi
-from llamaclust.cluster.client.trust import trust
+from llamaclust.cluster.client.web_access import trust
 from llamaclust.cluster.front.http.certificate import ServerCertificate
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import LlamaclustError, UsageError

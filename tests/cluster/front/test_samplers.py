@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from llamaclust.cluster.client.http import Client
+from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.cluster.client.local_settings import LocalSettings
-from llamaclust.cluster.client.types import AnswerOptions
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says

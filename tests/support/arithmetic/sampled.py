@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.client.types import AnswerOptions
+from llamaclust.cluster.client.http_codec import AnswerOptions
 from llamaclust.core.sampling import RowResult, RowTask
 from llamaclust.kernels.sampling import Sampler
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamaclust.cluster.front.text.chat import answer_reasoning
-from llamaclust.cluster.front.text.request import AnswerReading, ReasoningBudget
+from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget, answer_reasoning
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar, Reasoning
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS

@@ -11,7 +11,7 @@ from llamaclust.cluster.front.dialects.openai.view import OpenAiHead, OpenAiView
 from llamaclust.cluster.front.http.sse import event
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
-from llamaclust.cluster.front.text.sharing import RowStorage
+from llamaclust.cluster.front.text.budget import RowStorage
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from support.clusters.served import tokenizer
 

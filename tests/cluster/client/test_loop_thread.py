@@ -1,0 +1,122 @@
+"""The thread of a synchronous client: interrupts, errors and ends of what runs in its loop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import pytest
+
+from llamaclust.cluster.client.base import LoopThread
+from llamaclust.core.errors import LlamaclustError, UsageError
+
+EVENTS: list[str] = []
+
+
+@asynccontextmanager
+async def resource() -> AsyncIterator[str]:
+    EVENTS.append("opened")
+    yield "resource"
+    EVENTS.append("closed")
+
+
+@pytest.fixture
+def thread() -> Iterator[LoopThread[str]]:
+    EVENTS.clear()
+    opened = LoopThread(resource)
+    yield opened
+    opened.close()
+    assert EVENTS[0] == "opened" and EVENTS[-1] == "closed"
+
+
+def interrupt_main_thread() -> None:
+    """Interrupts it once it waits for what the thread computes."""
+    main = threading.main_thread().ident
+    assert main is not None and main != threading.get_ident()
+    while not _waits(sys._current_frames()[main]):
+        time.sleep(0)
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def _waits(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not Future.result.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+async def numbers(interrupted_at: int) -> AsyncGenerator[int, None]:
+    try:
+        for number in range(1, 100):
+            if number == interrupted_at:
+                interrupt_main_thread()
+                await asyncio.sleep(60)
+            yield number
+    finally:
+        for _ in range(20):  # as a request that is cancelled at its server
+            await asyncio.sleep(0)
+        EVENTS.append("ended")
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_an_interrupt_ends_the_values_before_it_is_raised(thread: LoopThread[str], at: int) -> None:
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        seen += thread.each(numbers(at))
+    assert EVENTS == ["opened", "ended"]
+    assert list(thread.each(numbers(1000))) == [*range(1, 100)]
+
+
+def test_an_interrupted_call_is_cancelled(thread: LoopThread[str]) -> None:
+    cancelled = threading.Event()
+
+    async def work() -> None:
+        interrupt_main_thread()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        thread.call(work())
+    assert cancelled.wait(10)
+
+
+def test_an_interrupt_while_it_opens_ends_the_thread() -> None:
+    @asynccontextmanager
+    async def slow() -> AsyncIterator[None]:
+        interrupt_main_thread()
+        await asyncio.sleep(60)
+        yield
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        LoopThread(slow)
+    assert set(threading.enumerate()) <= before
+
+
+def test_what_opening_raises_is_raised() -> None:
+    @asynccontextmanager
+    async def refused() -> AsyncIterator[None]:
+        raise UsageError("no such file")
+        yield
+
+    with pytest.raises(UsageError, match="no such file"):
+        LoopThread(refused)
+
+
+def test_closing_ends_values_that_nobody_reads(thread: LoopThread[str]) -> None:
+    values = thread.each(numbers(1000))
+    assert next(values) == 1
+    thread.close()
+    with pytest.raises(LlamaclustError, match="closed"):
+        next(values)
+    values.close()
+    assert "ended" in EVENTS
+    EVENTS.append("closed")

@@ -18,8 +18,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.front import json_text
-from llamaclust.cluster.front.dialects.openai import endpoints
-from llamaclust.cluster.front.dialects.openai.view import OpenAiView, completion_logprobs
+from llamaclust.cluster.front.dialects.openai import choices
+from llamaclust.cluster.front.dialects.openai.choices import completion_logprobs
+from llamaclust.cluster.front.dialects.openai.view import OpenAiView
 from llamaclust.cluster.front.json_text import json_parts, to_json
 from llamaclust.cluster.front.replies.reply import JsonBody, json_body
 from llamaclust.cluster.front.text import budget
@@ -164,13 +165,13 @@ async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monke
         threads.add(threading.get_ident())
         return row(*given)
 
-    monkeypatch.setattr(endpoints, "completion_logprobs", spied)
+    monkeypatch.setattr(choices, "completion_logprobs", spied)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"prompt": [5] * 150, "max_tokens": 0, "echo": True, "logprobs": 128, "stream": stream}
         reply = await http.post("/v1/completions", json=body)
         assert threads and threading.get_ident() not in threads
-        choices = events_of(reply.text)[1]["choices"] if stream else reply.json()["choices"]
-        assert len(choices[0]["logprobs"]["top_logprobs"]) == 149 + (not stream)
+        shown = events_of(reply.text)[1]["choices"] if stream else reply.json()["choices"]
+        assert len(shown[0]["logprobs"]["top_logprobs"]) == 149 + (not stream)
         threads.clear()
         await http.post("/v1/completions", json={**body, "logprobs": 1, "prompt": "a b", "max_tokens": 1})
         assert threads == {threading.get_ident()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -128,7 +129,7 @@ class ChatFields(ToolFields):
 
 
 @sampled(Dialect.OPENAI)
-class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
+class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     model: str | None = None
     """The served model's name, or that of an adapter; another name is refused."""
     logit_bias: BiasField = ()
@@ -161,9 +162,17 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, Specula
     """Adds `token_ids` and `prompt_token_ids` to each choice."""
 
     @property
-    def streaming(self) -> StreamOptions | None:
-        """None: the reply is whole."""
-        return (self.stream_options or StreamOptions()) if self.stream else None
+    @abstractmethod
+    def with_logprobs(self) -> bool:
+        """True if the reply has logprobs."""
+
+    @property
+    def has_measurements(self) -> bool:
+        """True if a stream shows times, or what the prefix cache had."""
+        options = self.stream_options or StreamOptions()
+        return (
+            self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
+        )
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
         """The completion of one prompt. `more` are further fields of CompletionRequest."""
@@ -185,6 +194,7 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, Specula
             grammar=self.answer_grammar(),
             slot=self.slot,
             max_drafted=self.speculative,
+            with_logprobs=self.with_logprobs,
             **more,
         )
 
@@ -194,7 +204,7 @@ class _Sampling(SamplerFields, GrammarFields, AdapterFields, SlotFields, Specula
             raise ParameterError("stream_options", "only makes sense with stream: true")
 
 
-class ChatBody(_Sampling, ChatFields):
+class ChatBody(GenerationBody, ChatFields):
     """`POST /v1/chat/completions`."""
 
     max_tokens: LimitField = None
@@ -205,6 +215,10 @@ class ChatBody(_Sampling, ChatFields):
     """Logprobs of the chosen tokens."""
     top_logprobs: int | None = None
     """Also those of that many of the likeliest tokens; needs `logprobs`."""
+
+    @property
+    def with_logprobs(self) -> bool:
+        return self.logprobs
 
     def check(self) -> None:
         super().check()
@@ -221,7 +235,7 @@ class ChatBody(_Sampling, ChatFields):
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return ChatRequest(
             self.variables,
-            self._request((), most, top_logprobs=self.top_logprobs or 0, with_logprobs=self.logprobs),
+            self._request((), most, top_logprobs=self.top_logprobs or 0),
             self.choice.offered,
             self.template_variables,
             self.prompt_end,
@@ -232,7 +246,7 @@ class ChatBody(_Sampling, ChatFields):
         )
 
 
-class CompletionBody(_Sampling):
+class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     prompt: PromptsField
@@ -252,6 +266,10 @@ class CompletionBody(_Sampling):
     parse_special: bool = True
     """Control words in a prompt's text become their tokens."""
 
+    @property
+    def with_logprobs(self) -> bool:
+        return self.logprobs is not None
+
     def check(self) -> None:
         super().check()
         if self.best_of not in (None, self.n):
@@ -267,7 +285,6 @@ class CompletionBody(_Sampling):
         """A completion for each prompt."""
         more = {
             "top_logprobs": self.logprobs or 0,
-            "with_logprobs": self.logprobs is not None,
             "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,
             "add_special": self.add_special_tokens,
             "parse_special": self.parse_special,

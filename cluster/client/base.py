@@ -12,6 +12,8 @@ from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from llamaclust.cluster.client.http_codec import (
+    CHAT,
+    COMPLETIONS,
     CompletionOptions,
     EmbeddingOptions,
     Message,
@@ -98,7 +100,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> WholeT | StreamT:
         """Completes a text or token ids."""
-        return self.deliver(self.chunks("v1/completions", completion_body(prompt, options)), stream=stream)
+        return self.deliver(self.chunks(COMPLETIONS, completion_body(prompt, options)), stream=stream)
 
     @overload
     def chat(
@@ -110,7 +112,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> WholeT | StreamT:
         """Answers the last message, as the model's chat template writes them."""
-        return self.deliver(self.chunks("v1/chat/completions", chat_body(messages, options)), stream=stream)
+        return self.deliver(self.chunks(CHAT, chat_body(messages, options)), stream=stream)
 
     @abstractmethod
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:

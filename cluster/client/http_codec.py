@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
@@ -23,11 +23,13 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
-from llamaclust.model.chat.tools.events import ContentText, ReasoningText
+from llamaclust.model.chat.tools.events import AnswerEvent, ContentText, ReasoningText
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.text.embedder import Vector
 
+COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
+"""Paths of requests."""
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
 _UNAUTHORIZED = 401
@@ -45,6 +47,8 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
     )
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
+_EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
+"""What parts of a chat's delta mean, in their order."""
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -184,16 +188,12 @@ class ChunkReader:
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
         delta = {} if "text" in choice else choice["delta"]
-        content, reasoning = delta.get("content"), delta.get("reasoning_content")
         return TextChunk(
-            text=choice.get("text", content or ""),
+            text=choice.get("text", delta.get("content") or ""),
             rows=_rows(ids, logprobs[of_prompt:]),
             prompt_start=start if of_prompt else 0,
             prompt_rows=_rows(self._prompt[start : self._scored], logprobs[:of_prompt]),
-            events=(
-                *((ReasoningText(reasoning),) if reasoning else ()),
-                *((ContentText(content),) if content else ()),
-            ),
+            events=tuple(make(delta[name]) for name, make in _EVENTS.items() if delta.get(name)),
             **_ending(choice),
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llamaclust.cluster.client.base import AsyncTextClient, Chunks, TextClient
-from llamaclust.cluster.client.http_codec import Options, sampling_options
+from llamaclust.cluster.client.http_codec import CHAT, Options, sampling_options
 from llamaclust.cluster.client.local_settings import (
     OUTPUTS,
     ROWS,
@@ -76,7 +76,7 @@ class AsyncServiceClient(AsyncTextClient):
         return sampling_options(chat_sampling(self.service.settings.recommended, {}))
 
     async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
-        if path == "v1/chat/completions":
+        if path == CHAT:
             request = await self.service.chat(read_fields(ChatBody, body).request())
         else:
             request, *others = read_fields(CompletionBody, body).requests()

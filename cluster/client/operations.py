@@ -88,8 +88,9 @@ class ClusterApi:
         except ProtocolError as error:
             raise ProtocolError(f"{self._where}: {error}") from error
 
-    def _request(self, method: str, path: str, read_s: float = _ANSWER_S) -> bytes:
+    def _request(self, method: str, path: str, read_s: float | None = None) -> bytes:
         """The whole body. ProtocolError where it is too large, or comes too slowly."""
+        read_s = read_s or _ANSWER_S
         body, end_s = bytearray(), monotonic() + read_s
         try:
             with self._client.stream(method, path, timeout=httpx.Timeout(_ANSWER_S, read=read_s)) as answer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Self, Unpack, overload
 
 from llamaclust.cluster.client.base import AsyncChunkStream, ChunkStream, StreamT, TextCalls, WholeT
-from llamaclust.cluster.client.http_codec import Message, Options, chat_body
+from llamaclust.cluster.client.http_codec import CHAT, Message, Options, chat_body
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -133,7 +133,7 @@ class Session(Generic[WholeT, StreamT]):
             while True:
                 body = chat_body([*self._before(start), asked], merged)
                 try:
-                    async with aclosing(self._client.chunks("v1/chat/completions", body)) as chunks:
+                    async with aclosing(self._client.chunks(CHAT, body)) as chunks:
                         async for chunk in chunks:
                             parts.append(chunk)
                             yield chunk

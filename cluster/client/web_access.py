@@ -129,7 +129,7 @@ def _is_at(url: httpx.URL, api: str) -> bool:
     if (url.port or 443) != port:
         return False
     if host in ANYWHERE:
-        return url.host == host or is_loopback(url.host) or url.host in own_addresses()
+        return _is_this_machine(url.host)
     return url.host == host or (is_loopback(url.host) and is_loopback(host))
 
 

@@ -18,7 +18,7 @@ from llamaclust.cluster.front.http.ignored import is_strict_request
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
 from llamaclust.cluster.front.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import Threads, report_ignored, run_on
+from llamaclust.cluster.front.text.sharing import Threads, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
 
 _READ = "read_body"

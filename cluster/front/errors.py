@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
-_STATE: Final = "error_shape"
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LLAMACPP_TYPES: Final = {**_TYPES, 404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
 
@@ -78,22 +77,12 @@ class ErrorShape:
 
 
 def error_shape(path: str) -> ErrorShape:
-    """Of the requests to a path, as the client wrote it behind the prefix."""
+    """The shape for requests to a path, as the client wrote it behind the prefix."""
     return next((shape for prefix, shape in _SHAPES if path.startswith(prefix)), LLAMACPP)
 
 
-def choose_shape(scope: MutableMapping[str, Any], shape: ErrorShape) -> None:
-    """All errors of the request have this shape."""
-    scope["state"] = {**scope.get("state", {}), _STATE: shape}
-
-
-def chosen_shape(scope: MutableMapping[str, Any]) -> ErrorShape:
-    shape: ErrorShape = scope.get("state", {}).get(_STATE, OPENAI)
-    return shape
-
-
 def _openai(failure: Failure) -> dict[str, Any]:
-    kind = _TYPES.get(failure.status, _kind(failure))
+    kind = _kind(failure, _TYPES)
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
@@ -103,15 +92,13 @@ def _ollama(failure: Failure) -> dict[str, Any]:
 
 def _llamacpp(failure: Failure) -> dict[str, Any]:
     """OpenAI's, with llama.cpp's types, and numbers where it has them."""
-    kind = "exceed_context_size_error" if failure.numbers else _LLAMACPP_TYPES.get(failure.status, _kind(failure))
-    error = _openai(failure)["error"]
-    return {"error": {**error, "type": kind, **failure.numbers}}
+    kind = "exceed_context_size_error" if failure.numbers else _kind(failure, _LLAMACPP_TYPES)
+    return {"error": {**_openai(failure)["error"], "type": kind, **failure.numbers}}
 
 
 def _anthropic(failure: Failure) -> dict[str, Any]:
     """Clients shorten a chat upon the words "prompt is too long"."""
-    kind = _ANTHROPIC_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
-    message = failure.message
+    kind, message = _kind(failure, _ANTHROPIC_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
         message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
@@ -119,8 +106,8 @@ def _anthropic(failure: Failure) -> dict[str, Any]:
     return {"type": "error", "error": error}
 
 
-def _kind(failure: Failure) -> str:
-    return "invalid_request_error" if failure.status < 500 else "server_error"
+def _kind(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
+    return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
 
 
 OPENAI: Final = ErrorShape(_openai)

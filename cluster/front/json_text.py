@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 from pydantic_core import from_json
 
-from llamaclust.cluster.front.text.threads import Threads, run_on
+from llamaclust.cluster.front.text.sharing import Threads, run_on
 
 
 class DeferredValue(ABC):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.front.http.admission import ApiPort, listening
+from llamaclust.cluster.front.http.connections import ApiPort, listening
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.default_fields import check_defaults
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from llamaclust.cluster.config.sections import Lease
-from llamaclust.cluster.front.http.admission import ApiPort
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.signals import Signals

@@ -13,8 +13,12 @@ from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
 from llamaclust.cluster.front.schema import Body, Leniency, SeedField
 from llamaclust.cluster.front.text.answer import json_logprob
-from llamaclust.cluster.front.text.chat_format import MAX_MESSAGE_CHARACTERS, ReasoningBudget
-from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, CompletionRequest
+from llamaclust.cluster.front.text.request import (
+    MAX_MESSAGE_CHARACTERS,
+    MAX_SALT_CHARACTERS,
+    CompletionRequest,
+    ReasoningBudget,
+)
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain

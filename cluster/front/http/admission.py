@@ -4,26 +4,19 @@ a stopping server accepts no more, and answers all that it has."""
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.connections import TlsProtocol
 from llamaclust.cluster.front.http.responses import error_response, has_body
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import current_owner
-from llamaclust.core.addresses import joined_address
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.sharing.shares import fits
-from llamaclust.wire.listening import listener, listening_host
-
-if TYPE_CHECKING:
-    from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +112,7 @@ class AdmissionGate:
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] != "POST" and not has_body(scope)):
+        if scope["method"] != "POST" and not has_body(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -162,38 +155,3 @@ def _stopping() -> HttpError:
 def _busy(what: str) -> HttpError:
     message = f"the server is busy with {what}; try again"
     return HttpError(503, "server_busy", message, {"Retry-After": "1", "Connection": "close"})
-
-
-_CURE = "choose another with `--port N` or `listen:` (0: any free one)"
-
-
-@dataclass(frozen=True, slots=True)
-class ApiPort:
-    """Where clients connect to."""
-
-    listener: socket.socket
-    certificate: ServerCertificate | None = None  # None: plain HTTP
-    further: tuple[socket.socket, ...] = ()
-
-    @property
-    def listeners(self) -> list[socket.socket]:
-        """Of all addresses."""
-        return [self.listener, *self.further]
-
-    @property
-    def url(self) -> str:
-        """Of the first address."""
-        scheme = "http" if self.certificate is None else "https"
-        return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
-
-    def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
-        """What a new connection speaks to."""
-        return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
-
-
-@contextmanager
-def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
-    """Takes the ports. UsageError where that is not possible."""
-    with ExitStack() as sockets:
-        first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
-        yield ApiPort(first, certificate, tuple(further))

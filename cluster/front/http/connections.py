@@ -1,19 +1,27 @@
-"""HTTP/1.1 and TLS of one connection: bounded headers, early errors, handshakes with a deadline."""
+"""The API's port, and HTTP/1.1 and TLS of one connection: bounded headers, early errors, handshakes with a deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import h11
 from h11._writers import ChunkedWriter
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
 from llamaclust.cluster.front.json_text import to_json
+from llamaclust.core.addresses import joined_address
+from llamaclust.wire.listening import listener, listening_host
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
 """Lines of a request's head. Each header becomes objects of some hundred bytes, however short it is."""
@@ -131,6 +139,8 @@ class TlsProtocol(asyncio.Protocol):
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
         self._carried = carried
+        self.pause_writing, self.resume_writing = carried.pause_writing, carried.resume_writing  # type: ignore[method-assign]
+        self.eof_received = carried.eof_received  # type: ignore[method-assign]
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._phase = _Phase.HANDSHAKE
@@ -139,20 +149,11 @@ class TlsProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._carried.connection_made(_TlsTransport(self, transport))
+        self._carried.connection_made(_TlsTransport(self, transport))  # type: ignore[arg-type]  # it has all of one
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._phase = _Phase.ENDED
         self._carried.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._carried.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._carried.resume_writing()
-
-    def eof_received(self) -> bool | None:
-        return self._carried.eof_received()
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _Phase.ENDED:
@@ -217,47 +218,23 @@ class TlsProtocol(asyncio.Protocol):
         self._transport.close()
 
 
-class _TlsTransport(asyncio.Transport):
-    """A connection as the carried protocol uses it."""
+class _TlsTransport:
+    """A connection as the carried protocol uses it: what is not of TLS is the transport's."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
-        super().__init__()
         self._tls = tls
         self._transport = transport
+        self.write, self.close = tls.write, tls.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._tls.context if name == "sslcontext" else self._transport.get_extra_info(name, default)
 
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def is_reading(self) -> bool:
-        return self._transport.is_reading()
-
-    def pause_reading(self) -> None:
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._transport.resume_reading()
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def write(self, data: Any) -> None:
-        self._tls.write(data)
-
-    def can_write_eof(self) -> bool:
-        return True
-
     def write_eof(self) -> None:
         self._tls.end()
         self._transport.write_eof()
-
-    def close(self) -> None:
-        self._tls.close()
-
-    def abort(self) -> None:
-        self._transport.abort()
 
 
 def _not_tls() -> bytes:
@@ -269,3 +246,38 @@ def _not_tls() -> bytes:
 
 
 _NOT_TLS: Final = _not_tls()
+
+
+_CURE = "choose another with `--port N` or `listen:` (0: any free one)"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiPort:
+    """Where clients connect to."""
+
+    listener: socket.socket
+    certificate: ServerCertificate | None = None  # None: plain HTTP
+    further: tuple[socket.socket, ...] = ()
+
+    @property
+    def listeners(self) -> list[socket.socket]:
+        """Of all addresses."""
+        return [self.listener, *self.further]
+
+    @property
+    def url(self) -> str:
+        """Of the first address."""
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
+
+    def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+        """What a new connection speaks to."""
+        return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
+
+
+@contextmanager
+def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
+    """Takes the ports. UsageError where that is not possible."""
+    with ExitStack() as sockets:
+        first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
+        yield ApiPort(first, certificate, tuple(further))

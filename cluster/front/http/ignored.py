@@ -14,7 +14,7 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaclust.cluster.front.text.threads import ignored_parts
+from llamaclust.cluster.front.text.sharing import ignored_parts
 
 HEADER: Final = "X-Llamaclust-Ignored"
 STRICT_HEADER: Final = "X-Llamaclust-Strict"

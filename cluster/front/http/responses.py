@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -19,19 +19,13 @@ from starlette.responses import Response
 from starlette.routing import Route as PathRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaclust.cluster.front.errors import (
-    Failure,
-    HttpError,
-    choose_shape,
-    chosen_shape,
-    error_shape,
-    failure_of,
-    internal_error,
-)
+from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, error_shape, failure_of, internal_error
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import LlamaclustError, QueueFullError
 
 CLIENT_GONE = 499
+BODY_WRITER: Final = "llamaclust.body"
+"""The extension of the scope by which streams are written, where this program's own server has the connection."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -64,24 +58,25 @@ def error_response(error: LlamaclustError, scope: Scope) -> Response:
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Every error leaves the app in the same shape."""
-    app.add_exception_handler(LlamaclustError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_client_gone)
-    app.add_exception_handler(Exception, _on_bug)
+    """Every error leaves the app in the shape of the request's API."""
+    for kind in (LlamaclustError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _on_error)
 
 
 def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
-    return JsonResponse(chosen_shape(scope).body(failure), status_code=failure.status, headers=headers)
+    return JsonResponse(shape_of(scope).body(failure), status_code=failure.status, headers=headers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LlamaclustError)
-    return error_response(error, request.scope)
+    """The server logs errors of other kinds itself, once they are re-raised."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_GONE)
+    if isinstance(error, HTTPException):
+        return _routing_error(request, error)
+    return error_response(error if isinstance(error, LlamaclustError) else internal_error(), request.scope)
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _routing_error(request: Request, error: HTTPException) -> Response:
     headers = error.headers
     if headers and "Allow" in headers:
         headers = {**headers, "Allow": _methods(request)}
@@ -98,15 +93,6 @@ def _methods(request: Request) -> str:
     routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
     methods = {method for route in routes for method in route.methods or ()}
     return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-
-
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    """The server logs the error itself, once it is re-raised."""
-    return error_response(internal_error(), request.scope)
 
 
 _DISCARD_S = 0.9
@@ -127,7 +113,7 @@ class EarlyReplies:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not has_body(scope) or "expect" in Headers(scope=scope):  # waits before it sends
+        if not has_body(scope) or "expect" in Headers(scope=scope):  # waits before it sends
             await self._app(scope, receive, send)
             return
         is_read = False
@@ -151,38 +137,6 @@ class EarlyReplies:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await self._app(scope, read, reply)
-
-
-EXTENSIONS: Final = "extensions"
-BODY: Final = "llamaclust.body"
-WRITE: Final = "write"
-
-
-class BodyWriter(Protocol):
-    """Of a body whose reply has begun."""
-
-    def write(self, data: bytes) -> bool:
-        """Takes a piece where the connection does; whether it did: else the piece is to be sent in the manner of ASGI,
-        through all that stands between endpoint and server. Pieces that come together are sent together."""
-        ...
-
-    def flush(self) -> None:
-        """Sends what was taken: before anything that is sent in the manner of ASGI."""
-        ...
-
-
-class _NoWriter:
-    def write(self, _: bytes) -> bool:
-        return False
-
-    def flush(self) -> None:
-        """Nothing was taken."""
-
-
-def body_writer(scope: Scope) -> BodyWriter:
-    """Of a request; one that takes nothing for another server's."""
-    writer: BodyWriter = scope.get(EXTENSIONS, {}).get(BODY, {}).get(WRITE, _NoWriter())
-    return writer
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
@@ -224,16 +178,13 @@ class Paths:
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given: str = scope["path"]
-            if self._prefix and given.startswith(self._prefix + "/"):
-                given = given.removeprefix(self._prefix)
-            path = canonical_path(given)
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
-            choose_shape(scope, error_shape(given))  # what is around this has the shape as well, for errors of ours
-            scope["state"][_GIVEN] = given
-            scope = {**scope, "path": path, "raw_path": path.encode(), "method": method}
-        await self._app(scope, receive, send)
+        given: str = scope["path"]
+        if self._prefix and given.startswith(self._prefix + "/"):
+            given = given.removeprefix(self._prefix)
+        scope["state"] = {**scope.get("state", {}), _GIVEN: given}  # what is around this finds it there as well
+        path = "/v1" + given if given.startswith(_WITHOUT_V1) else _OTHER_NAMES.get(given, given)
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
+        await self._app({**scope, "path": path, "raw_path": path.encode(), "method": method}, receive, send)
 
 
 def given_path(scope: Scope) -> str:
@@ -242,11 +193,9 @@ def given_path(scope: Scope) -> str:
     return path
 
 
-def canonical_path(path: str) -> str:
-    """The path of the endpoint."""
-    if path.startswith(_WITHOUT_V1):
-        return "/v1" + path
-    return _OTHER_NAMES.get(path, path)
+def shape_of(scope: Scope) -> ErrorShape:
+    """The shape of a request's errors."""
+    return error_shape(given_path(scope))
 
 
 def template(path: str) -> str:

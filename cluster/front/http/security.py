@@ -17,7 +17,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import error_response, name_route
 from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.addresses import bounded_host, is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/live"})
@@ -93,17 +93,16 @@ class KeyGate:
         self._open_paths = OPEN_PATHS | assets().keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            error = self._keys.error(sent_key(headers))
-            if error is not None and scope["path"] not in self._open_paths:
-                await error_response(error, scope)(scope, receive, send)
-                return
-            scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
-            client = scope.get("client")
-            current_owner.set(owner(headers, self._api_keys) or (bounded_host(client[0]) if client else ""))
-            if error is None:
-                name_route(scope)
+        headers = Headers(scope=scope)
+        error = self._keys.error(sent_key(headers))
+        if error is not None and scope["path"] not in self._open_paths:
+            await error_response(error, scope)(scope, receive, send)
+            return
+        scope["state"] = {**scope.get("state", {}), "is_trusted": error is None}
+        client = scope.get("client")
+        current_owner.set(owner(headers, self._api_keys) or (bounded_host(client[0]) if client else ""))
+        if error is None:
+            name_route(scope)
         await self._app(scope, receive, send)
 
 
@@ -118,18 +117,16 @@ class Security:
         self._origins = page_origins(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._check(scope)
-            except HttpError as error:
-                is_unanswered = error.code == _FOREIGN_ORIGIN and _is_preflight(scope)
-                reply = Response() if is_unanswered else error_response(error, scope)  # no header allows the page
-                await reply(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        headers, reply = Headers(scope=scope), self._app
+        try:
+            self._check(headers, scope)
+        except HttpError as error:
+            is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+            is_unanswered = error.code == _FOREIGN_ORIGIN and is_preflight
+            reply = Response() if is_unanswered else error_response(error, scope)  # no header allows the page
+        await reply(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
+    def _check(self, headers: Headers, scope: Scope) -> None:
         self._check_host(headers, scope)
         self._check_origin(headers, scope)
         if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may read another length
@@ -156,9 +153,7 @@ class Security:
         if origin is None or self._origins.fullmatch(origin.lower()):
             return
         scheme, _, host = origin.lower().partition("://")
-        is_secure = (
-            scheme == "https" or scope["scheme"] == "http"
-        )  # behind a proxy, pages are more secure than requests
+        is_secure = scheme == "https" or scope["scheme"] == "http"  # a proxy may end TLS
         if is_secure and host == headers["host"].lower():
             return
         cure = "add it to `allowed_origins` in the cluster file if they should be allowed"
@@ -170,10 +165,6 @@ def _origin(headers: Headers, scope: Scope) -> str | None:
     "null", unless it may be a link that was followed."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
-
-
-def _is_preflight(scope: Scope) -> bool:
-    return scope["method"] == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
 def _unauthorized(message: str) -> HttpError:

@@ -17,9 +17,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.http.admission import ApiPort
-from llamaclust.cluster.front.http.connections import HttpConnection, canonical_name, chunk, parts_of
-from llamaclust.cluster.front.http.responses import BODY, EXTENSIONS, WRITE
+from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.responses import BODY_WRITER
 from llamaclust.cluster.front.http.security import ApiKeys, sent_key
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.page.endpoint import page_reply
@@ -148,7 +147,7 @@ class _Connection(H11Protocol):
             self.transport.pause_reading()
             self.loop.call_soon(self._go_on)
         if self.cycle is not before:
-            self.scope[EXTENSIONS] = {BODY: {WRITE: _Body(self, self.cycle)}}
+            self.scope["extensions"] = {BODY_WRITER: _Body(self, self.cycle)}  # type: ignore[dict-item]
         if not self._is_idle:
             self.room.leave(self)
 
@@ -179,8 +178,8 @@ class _Connection(H11Protocol):
 
 
 class _Body:
-    """See `BodyWriter`: writes at the end of the loop's turn. A call of the system for each event of a stream takes
-    longer than all else that is done for it."""
+    """The body of a reply that has begun. Pieces that come together are written together, at the end of the loop's
+    turn: a call of the system for each event of a stream takes longer than all else that is done for it."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -188,7 +187,9 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
+        """Returns False for a piece that is to be sent in the manner of ASGI, behind all that was taken."""
         if not self._connection.takes_body(self._cycle):
+            self.flush()
             return False
         if not self._pieces:
             self._connection.loop.call_soon(self.flush)

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.front.errors import ErrorShape, Failure, chosen_shape, failure_of, internal_error
-from llamaclust.cluster.front.http.responses import body_writer
+from llamaclust.cluster.front.errors import failure_of, internal_error
+from llamaclust.cluster.front.http.responses import BODY_WRITER, shape_of
 from llamaclust.cluster.front.json_text import json_parts, to_json
 from llamaclust.core.errors import LlamaclustError
 
@@ -46,8 +46,9 @@ class StreamFormat(Enum):
         """One event, with its id where the form has ids."""
         return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
 
-    def error(self, shape: ErrorShape, failure: Failure) -> bytes:
-        """The last part of a stream that fails."""
+    def error(self, scope: Scope, error: LlamaclustError) -> bytes:
+        """The last part of a stream that fails, in the form of the request's API."""
+        shape, failure = shape_of(scope), failure_of(error)
         return shape.event(failure) if self is StreamFormat.EVENTS else line(shape.body(failure))
 
 
@@ -88,20 +89,20 @@ class EventResponse(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last, writer = b"", body_writer(scope)
+        last, writer = b"", scope.get("extensions", {}).get(BODY_WRITER)
         try:
             async for data in self._events:
-                if not writer.write(data):
-                    writer.flush()
+                if writer is None or not writer.write(data):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 if self._is_cut:  # the server takes data also after that
                     return
         except LlamaclustError as error:
-            last = self._form.error(chosen_shape(scope), failure_of(error))
+            last = self._form.error(scope, error)
         except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
             _log.exception("a stream of %s failed", scope["path"])
-            last = self._form.error(chosen_shape(scope), failure_of(internal_error()))
-        writer.flush()
+            last = self._form.error(scope, internal_error())
+        if writer is not None:
+            writer.flush()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:

@@ -18,7 +18,7 @@ from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
-from llamaclust.cluster.front.text.budget import RowStorage
+from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import (
     ClusterStoppingError,

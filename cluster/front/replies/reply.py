@@ -18,10 +18,10 @@ from llamaclust.cluster.front.json_text import has_many_values, json_parts, off_
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import MAX_UNREAD_ROWS, AnswerLog, LogContent, LogItem, Timed
-from llamaclust.cluster.front.text.budget import NOTHING, ReplySize, RowStorage
 from llamaclust.cluster.front.text.completion import Completion
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.sharing import NOTHING, ReplySize, RowStorage
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 

@@ -22,7 +22,7 @@ from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Computation, MakeReply
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.replies.ticket import Constraint, EarlierChat, Restoration, Ticket
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, OpenRequest

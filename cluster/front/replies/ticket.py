@@ -18,7 +18,7 @@ from llamaclust.cluster.front.http.security import owner
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import Subscriber
 from llamaclust.cluster.front.text.request import CompletionRequest, draw_seed
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import ChoiceKey, RequestIdentity
 from llamaclust.core.errors import WorkerError

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Self
 
 from llamaclust.cluster.front.text.answer import Collected, TextChunk
-from llamaclust.cluster.front.text.budget import RowStorage
+from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgress
 from llamaclust.core.errors import DeadlineError
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode
-from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.threads import TOKENIZING, current_owner, report_ignored, run_on
+from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
+from llamaclust.cluster.front.text.sharing import TOKENIZING, current_owner, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.call_sink import Schema, Tools

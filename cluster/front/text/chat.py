@@ -1,134 +1,33 @@
-"""A chat as one request: what every API makes of its body, and the prompt that the model's template makes of it."""
+"""Chats as prompts: rendered by the model's template, from which the form of its answers is derived."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from enum import Enum, auto
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
-from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget
-from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.threads import TEMPLATES, TOKENIZING, run_on
-from llamaclust.core.errors import ParameterError
-from llamaclust.core.limits import AdapterScales
+from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, PromptEnd, ReasoningBudget
+from llamaclust.cluster.front.text.sharing import RENDERING, TEMPLATES, TOKENIZING, run_on
+from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.core.sampling import Grammar, Reasoning
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.prompt import guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
+from llamaclust.model.chat.tools.format_derivation import derive_format
 from llamaclust.model.chat.tools.history import template_messages
-from llamaclust.model.chat.tools.tool_format import ToolFormat
+from llamaclust.model.chat.tools.known_formats import GENERIC_CALLS
+from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
+from llamaclust.model.grammars.reasoning import Place, ReasoningScanner
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.wire.rpc.deadlines import deadline
 
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools", "now_s"})
-
-Variables = Mapping[str, Any]
-
-
-class ToolMode(Enum):
-    """Whether an answer calls tools."""
-
-    AUTO = auto()  # as the model decides
-    NONE = auto()
-    REQUIRED = auto()  # at least one
-
-
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """Which tools an answer calls."""
-
-    mode: ToolMode = ToolMode.AUTO
-    name: str | None = None  # of the only one that may be called
-    is_parallel: bool = True  # an answer may have several calls
-
-    @classmethod
-    def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """`is_parallel` None: one call where one is asked for, otherwise as many as the model makes."""
-        return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
-
-    def check(self, tools: Sequence[Variables]) -> None:
-        """ParameterError for tools that contradict each other or this choice among them."""
-        names = [tool["function"]["name"] for tool in tools]
-        if len(set(names)) < len(names):
-            raise ParameterError("tools", "two functions have the same name")
-        if self.name is not None and self.name not in names:
-            raise ParameterError("tool_choice", f"names {self.name[:60]!r}, which is not among the tools")
-        if self.mode is ToolMode.REQUIRED and not names:
-            raise ParameterError("tool_choice", "needs tools")
-
-
-class PromptEnd(Enum):
-    """What a rendered chat ends with."""
-
-    GENERATION_PROMPT = auto()  # the beginning of a new answer
-    LAST_MESSAGE = auto()  # the text of the last message, without its end: the answer continues it
-    NOTHING = auto()  # the end of the last message
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A chat and how it is answered."""
-
-    messages: tuple[Variables, ...]  # as chat templates know them: role, content, ...
-    answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))  # its prompt is the rendered chat
-    tools: tuple[Variables, ...] = ()  # OpenAI's definitions; the template writes them
-    variables: Variables = field(default_factory=dict)  # further ones of the template
-    end: PromptEnd = PromptEnd.GENERATION_PROMPT
-    tool_use: ToolUse = field(default_factory=ToolUse)
-    splits_reasoning: bool = True  # reasoning is apart from the content
-    may_reason: bool = True  # False: the prompt ends any reasoning that it begins
-    reasoning_budget: ReasoningBudget | None = None
-    created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
-
-    def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
-        """The same one of that time, answered with these adapters."""
-        return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
-
-    @property
-    def offered_tools(self) -> tuple[Variables, ...]:
-        """Those that the model may call."""
-        named = self.tool_use.name
-        if self.tool_use.mode is ToolMode.NONE:
-            return ()
-        return tuple(tool for tool in self.tools if named is None or named == tool["function"]["name"])
-
-    @property
-    def uses_tools(self) -> bool:
-        """True if it offers tools, or its messages have calls or results."""
-        return bool(self.offered_tools) or any(
-            message.get("tool_calls") or message.get("role") == "tool" for message in self.messages
-        )
-
-    @property
-    def has_documents(self) -> bool:
-        return bool(self.variables.get("documents"))
-
-    def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """How the answer is read; None: it is content as it stands."""
-        schemas = {
-            str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
-        }
-        if not (schemas or form.dropped or form.knows_reasoning):
-            return None
-        most_calls = None if self.tool_use.is_parallel else 1
-        may_be_unmarked = self.tool_use.mode is ToolMode.AUTO and self.answer.grammar is None
-        return AnswerReading(
-            form, schemas, self.splits_reasoning, most_calls, begun, reads_unmarked=bool(schemas) and may_be_unmarked
-        )
-
-    def count_characters(self) -> int:
-        """Of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least, unless its
-        template leaves reasoning out. Large tools take long."""
-        contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
-        calls = (call for message in self.messages for call in message.get("tool_calls") or ())
-        texts = [*contents, *(call["function"].get("arguments") for call in calls)]
-        tools = self.offered_tools
-        written = len(json.dumps(tools, ensure_ascii=False)) if tools else 0
-        return written + sum(len(text) for text in texts if isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,34 +36,6 @@ class RenderedChat:
 
     prompt: str
     reading: AnswerReading | None
-
-
-def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Of a template, for an effort of reasoning. As llama.cpp: the template decides what it means."""
-    if effort is None:
-        return {}
-    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
-
-
-def prompt_end(
-    roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
-) -> PromptEnd:
-    """By the roles of the messages and the fields of vLLM and Transformers. Without `continue_final_message` as
-    llama.cpp: a last message of an assistant is continued unless a generation prompt is requested. ParameterError
-    where they contradict each other."""
-    is_answered = roles[-1:] == ["assistant"]
-    if continue_final_message is None:
-        continue_final_message = is_answered and not add_generation_prompt
-        if continue_final_message and roles[-2:-1] == ["assistant"]:
-            reason = "two messages of role assistant at the end: only one can be continued"
-            raise ParameterError("messages", reason)
-    elif continue_final_message and add_generation_prompt:
-        raise ParameterError("continue_final_message", "excludes add_generation_prompt: true; set one of them")
-    if continue_final_message:
-        if not is_answered:
-            raise ParameterError("continue_final_message", "needs a last message of role assistant")
-        return PromptEnd.LAST_MESSAGE
-    return PromptEnd.NOTHING if add_generation_prompt is False else PromptEnd.GENERATION_PROMPT
 
 
 async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer) -> RenderedChat:
@@ -237,3 +108,91 @@ def _defaults(now_s: float) -> dict[str, Any]:
         "date_string": today.strftime("%d %b %Y"),
         "datetime": today.strftime("%b %d %Y"),
     }
+
+
+_HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
+"""A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
+_MAX_DERIVATION_S: Final = 60.0
+"""Of a slow template, or on a busy machine; the next chat tries again."""
+_MAX_WAIT_S: Final = 120.0
+"""Of one chat, while others derive it."""
+
+PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
+
+
+class ChatFormat:
+    """The format of one template."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self.template = template
+        self._tokenizer = tokenizer
+        self._lock = asyncio.Lock()
+        self._form: ToolFormat | None = None
+        self.control_ids: frozenset[int] = frozenset()
+
+    async def get(self) -> ToolFormat:
+        """DeadlineError where the template takes too long: what it does then tells nothing of its form."""
+        async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
+            if self._form is None:
+                form = await run_on(RENDERING, self._derived)
+                controls = [text for text in self._tokenizer.control_texts if len(text) > 1]
+                shown = [text for text in controls if any(text in marker for marker in form.markers)]
+                found = (self._tokenizer.token_id(text) for text in shown)
+                self.control_ids = frozenset(token_id for token_id in found if token_id is not None)
+                self._form = form
+        return self._form
+
+    def _derived(self) -> ToolFormat:
+        source = self.template.source or ""
+        if not any(hint in source for hint in _HINTS):
+            return PLAIN
+        end = time.monotonic() + _MAX_DERIVATION_S
+
+        def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
+            if time.monotonic() > end:
+                raise DeadlineError(f"the chat template's form was not known after {_MAX_DERIVATION_S:g} s; try again")
+            return self.template.render(messages, prompt, **variables)
+
+        return derive_format(source, render)
+
+
+def answer_reasoning(
+    reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
+) -> Reasoning | None:
+    """None where the answer has no reasoning apart, or there is nothing to follow. `grammar`: one that the reasoning is
+    no part of. ParameterError for a message that would end the reasoning itself."""
+    calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
+    found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
+    if found is None:
+        return None
+    delays = grammar is not None and (found.is_open or bool(grammar.triggers)) and not calls_end
+    if budget is None:
+        return replace(found, delays_grammar=True) if delays else None
+    if any(end in budget.message for end in found.ends):
+        raise ParameterError("reasoning_budget_message", "has the tag that ends the reasoning; leave it out")
+    forced = tokenizer.encode_plain(budget.message, after_special=False) if budget.message else []
+    for part in tokenizer.split_special(found.ends[0], parse_special=True):
+        forced += tokenizer.encode_plain(part, after_special=False) if isinstance(part, str) else [part]
+    tokens = min(budget.tokens, MAX_CONTEXT_TOKENS)
+    return replace(found, forced=tuple(forced), budget=tokens, delays_grammar=delays)
+
+
+def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
+    """The tags, and whether the prompt has begun reasoning. None where none can follow."""
+    found = _tags(reading.form)
+    if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
+        return None
+    if reading.tools and calls_end and not isinstance(reading.form.calls, ChannelCalls | None):
+        found = replace(found, ends=(*found.ends, *reading.form.calls.frame.triggers))
+    scanner = ReasoningScanner(found)
+    scanner.feed(reading.begun.encode())
+    return None if scanner.place is Place.BEHIND else replace(found, is_open=scanner.place is Place.INSIDE)
+
+
+def _tags(form: ToolFormat) -> Reasoning | None:
+    calls, tags = form.calls, form.reasoning
+    if tags is not None:
+        return Reasoning((tags.begin,), tags.ends, repeats=tags.repeats)
+    if not isinstance(calls, ChannelCalls) or not calls.message_ends or calls.reasoning_header == calls.content_header:
+        return None
+    return Reasoning((calls.reasoning_header + calls.header_end,), calls.message_ends, repeats=True)

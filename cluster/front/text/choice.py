@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.chat_format import AnswerReading
+from llamaclust.cluster.front.text.request import AnswerReading
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenSampled
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import AnswerEvent, ContentText

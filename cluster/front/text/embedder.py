@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
 from llamaclust.core.errors import QueueFullError, WorkerError
 from llamaclust.model.pooling import Pooling

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from llamaclust.cluster.front.text.threads import run_on, tokenizing
+from llamaclust.cluster.front.text.sharing import run_on, tokenizing
 from llamaclust.core.errors import ContextLengthError
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

@@ -1,12 +1,15 @@
-"""A completion request as text, and the bounds of the fields that only text has."""
+"""Requests as text: a prompt or a chat, how it is answered, and the bounds of the fields that only text has."""
 
 from __future__ import annotations
 
+import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Any, Final
 
-from llamaclust.cluster.front.text.chat_format import AnswerReading
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.requests import Operation
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
@@ -14,6 +17,9 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
+from llamaclust.model.chat.tools.answer_parser import AnswerParser
+from llamaclust.model.chat.tools.call_sink import Tools
+from llamaclust.model.chat.tools.tool_format import ToolFormat
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
@@ -26,6 +32,44 @@ _DRAWN_SEED_BITS = 53
 
 Answered = Mapping[int, tuple[RowResult, ...]]
 """First tokens of a request's choices."""
+
+
+MAX_MESSAGE_CHARACTERS: Final = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReading:
+    """How the text of an answer is read; the same for each choice."""
+
+    form: ToolFormat
+    tools: Tools = field(default_factory=dict)
+    splits_reasoning: bool = True
+    most_calls: int | None = None
+    begun: str = ""  # what the prompt has written of the answer
+    reads_unmarked: bool = False  # an answer that is nothing but calls without markers has these calls
+    shown_control_ids: frozenset[int] = frozenset()  # control tokens that are part of the format
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the answer begins in reasoning."""
+        tags = self.form.reasoning
+        return tags is not None and tags.begin in self.begun and tags.end not in self.begun
+
+    @property
+    def _has_begun_text(self) -> bool:
+        """True if the prompt has some of the answer behind its reasoning."""
+        tags = self.form.reasoning
+        return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
+
+    def parser(self) -> AnswerParser:
+        return AnswerParser(
+            self.form,
+            self.tools,
+            splits_reasoning=self.splits_reasoning,
+            most_calls=self.most_calls,
+            begun=self.begun,
+            reads_unmarked=self.reads_unmarked and not self._has_begun_text,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +134,147 @@ class CompletionRequest:
 def draw_seed() -> int:
     """For a request that has none."""
     return secrets.randbits(_DRAWN_SEED_BITS)
+
+
+Variables = Mapping[str, Any]
+
+
+class ToolMode(Enum):
+    """Whether an answer calls tools."""
+
+    AUTO = auto()  # as the model decides
+    NONE = auto()
+    REQUIRED = auto()  # at least one
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Which tools an answer calls."""
+
+    mode: ToolMode = ToolMode.AUTO
+    name: str | None = None  # of the only one that may be called
+    is_parallel: bool = True  # an answer may have several calls
+
+    @classmethod
+    def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
+        """`is_parallel` None: one call where one is asked for, otherwise as many as the model makes."""
+        return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
+
+    def check(self, tools: Sequence[Variables]) -> None:
+        """ParameterError for tools that contradict each other or this choice among them."""
+        names = [tool["function"]["name"] for tool in tools]
+        if len(set(names)) < len(names):
+            raise ParameterError("tools", "two functions have the same name")
+        if self.name is not None and self.name not in names:
+            raise ParameterError("tool_choice", f"names {self.name[:60]!r}, which is not among the tools")
+        if self.mode is ToolMode.REQUIRED and not names:
+            raise ParameterError("tool_choice", "needs tools")
+
+
+class PromptEnd(Enum):
+    """What a rendered chat ends with."""
+
+    GENERATION_PROMPT = auto()  # the beginning of a new answer
+    LAST_MESSAGE = auto()  # the text of the last message, without its end: the answer continues it
+    NOTHING = auto()  # the end of the last message
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A chat and how it is answered."""
+
+    messages: tuple[Variables, ...]  # as chat templates know them: role, content, ...
+    answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))  # its prompt is the rendered chat
+    tools: tuple[Variables, ...] = ()  # OpenAI's definitions; the template writes them
+    variables: Variables = field(default_factory=dict)  # further ones of the template
+    end: PromptEnd = PromptEnd.GENERATION_PROMPT
+    tool_use: ToolUse = field(default_factory=ToolUse)
+    splits_reasoning: bool = True  # reasoning is apart from the content
+    may_reason: bool = True  # False: the prompt ends any reasoning that it begins
+    reasoning_budget: ReasoningBudget | None = None
+    created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
+
+    def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
+        """The same one of that time, answered with these adapters."""
+        return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
+
+    @property
+    def offered_tools(self) -> tuple[Variables, ...]:
+        """Those that the model may call."""
+        named = self.tool_use.name
+        if self.tool_use.mode is ToolMode.NONE:
+            return ()
+        return tuple(tool for tool in self.tools if named is None or named == tool["function"]["name"])
+
+    @property
+    def uses_tools(self) -> bool:
+        """True if it offers tools, or its messages have calls or results."""
+        return bool(self.offered_tools) or any(
+            message.get("tool_calls") or message.get("role") == "tool" for message in self.messages
+        )
+
+    @property
+    def has_documents(self) -> bool:
+        return bool(self.variables.get("documents"))
+
+    def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
+        """How the answer is read; None: it is content as it stands."""
+        schemas = {
+            str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
+        }
+        if not (schemas or form.dropped or form.knows_reasoning):
+            return None
+        most_calls = None if self.tool_use.is_parallel else 1
+        may_be_unmarked = self.tool_use.mode is ToolMode.AUTO and self.answer.grammar is None
+        return AnswerReading(
+            form, schemas, self.splits_reasoning, most_calls, begun, reads_unmarked=bool(schemas) and may_be_unmarked
+        )
+
+    def count_characters(self) -> int:
+        """Of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least, unless its
+        template leaves reasoning out. Large tools take long."""
+        contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
+        calls = (call for message in self.messages for call in message.get("tool_calls") or ())
+        texts = [*contents, *(call["function"].get("arguments") for call in calls)]
+        tools = self.offered_tools
+        written = len(json.dumps(tools, ensure_ascii=False)) if tools else 0
+        return written + sum(len(text) for text in texts if isinstance(text, str))
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """`tokens` of reasoning at most; then `message` and the tag that ends it follow."""
+
+    tokens: int
+    message: str = ""
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """Of a template, for an effort of reasoning. As llama.cpp: the template decides what it means."""
+    if effort is None:
+        return {}
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+
+
+def prompt_end(
+    roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
+) -> PromptEnd:
+    """By the roles of the messages and the fields of vLLM and Transformers. Without `continue_final_message` as
+    llama.cpp: a last message of an assistant is continued unless a generation prompt is requested. ParameterError
+    where they contradict each other."""
+    is_answered = roles[-1:] == ["assistant"]
+    if continue_final_message is None:
+        continue_final_message = is_answered and not add_generation_prompt
+        if continue_final_message and roles[-2:-1] == ["assistant"]:
+            reason = "two messages of role assistant at the end: only one can be continued"
+            raise ParameterError("messages", reason)
+    elif continue_final_message and add_generation_prompt:
+        raise ParameterError("continue_final_message", "excludes add_generation_prompt: true; set one of them")
+    if continue_final_message:
+        if not is_answered:
+            raise ParameterError("continue_final_message", "needs a last message of role assistant")
+        return PromptEnd.LAST_MESSAGE
+    return PromptEnd.NOTHING if add_generation_prompt is False else PromptEnd.GENERATION_PROMPT
 
 
 def _check_stop(stop: Sequence[str]) -> None:

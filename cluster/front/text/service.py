@@ -10,16 +10,23 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
-from llamaclust.cluster.front.text.budget import NOTHING, ReplyBudget, RowStorage
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, render
-from llamaclust.cluster.front.text.chat_format import ChatFormat, answer_reasoning
+from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning, render
 from llamaclust.cluster.front.text.choice import ChoiceText
 from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
-from llamaclust.cluster.front.text.request import SEEDS, CompletionRequest, draw_seed
+from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
+from llamaclust.cluster.front.text.sharing import (
+    BREAKERS,
+    NOTHING,
+    TOKENIZING,
+    ReplyBudget,
+    RowStorage,
+    current_owner,
+    run_on,
+    tokenizing,
+)
 from llamaclust.cluster.front.text.slots import Slots
-from llamaclust.cluster.front.text.threads import BREAKERS, TOKENIZING, current_owner, run_on, tokenizing
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
 from llamaclust.cluster.scheduler.validation import NO_TEXT

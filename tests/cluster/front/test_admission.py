@@ -19,8 +19,8 @@ from llamaclust.cluster.engine.request_stream import Sink
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.admission import Admission
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.chat import ChatRequest
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.state.control_record import ControlRecord

@@ -24,8 +24,8 @@ from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent, LogItem
-from llamaclust.cluster.front.text.budget import RowStorage
 from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal

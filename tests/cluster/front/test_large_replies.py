@@ -23,8 +23,8 @@ from llamaclust.cluster.front.dialects.openai.choices import completion_logprobs
 from llamaclust.cluster.front.dialects.openai.view import OpenAiView
 from llamaclust.cluster.front.json_text import json_parts, to_json
 from llamaclust.cluster.front.replies.reply import JsonBody, json_body
-from llamaclust.cluster.front.text import budget
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text import sharing
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.server.serve import serve
 from llamaclust.core.errors import ParameterError, QueueFullError
 from support.clusters.resumable import KEY, PATHS, body_of, served
@@ -57,7 +57,7 @@ async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool
     ],
 )
 async def test_replies_share_a_budget(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 2)
+    monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 2)
     engine = ScriptedEngine(says("a"))
     engine.gate.clear()
     async with client(make_app(engine)) as http:
@@ -76,8 +76,8 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
     owners: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However large each request of the others is, of the largest size as well."""
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
-    shared = budget.ReplyBudget()
+    monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
+    shared = sharing.ReplyBudget()
     for owner in owners:
         current_owner.set(owner)
         for entries in (large, 1):
@@ -91,8 +91,8 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one releases is its own, whoever releases it."""
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 40)
-    shared, reserved = budget.ReplyBudget(), []
+    monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
+    shared, reserved = sharing.ReplyBudget(), []
     for owner in owners:
         current_owner.set(owner)
         with suppress(QueueFullError):
@@ -116,7 +116,7 @@ def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: 
 async def test_the_budget_is_taken_until_the_client_has_the_reply(
     path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 20)
+    monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 20)
     begun, gate = asyncio.Event(), asyncio.Event()
     async with real_engine() as (engine, _):
         app = make_app(engine)
@@ -271,24 +271,24 @@ async def test_a_body_that_is_cancelled_ends_after_the_part_that_is_rendered(
 @pytest.mark.parametrize("top", [0, 1, 5, 20, 128])
 def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
     """Packed rows take little."""
-    shared, rows = budget.ReplyBudget(), budget.MAX_REPLY_ENTRIES // (1 + top)
-    largest = budget.ReplySize(rows, top, True, budget.RowStorage.PACKED)
+    shared, rows = sharing.ReplyBudget(), sharing.MAX_REPLY_ENTRIES // (1 + top)
+    largest = sharing.ReplySize(rows, top, True, sharing.RowStorage.PACKED)
     for owner in "abc":
         current_owner.set(owner)
         shared.reserve([largest])
-    assert shared.held * budget.UNIT_BYTES < 300 << 20
+    assert shared.held * sharing.UNIT_BYTES < 300 << 20
 
 
-@pytest.mark.parametrize("storage", [budget.RowStorage.CHUNKS, budget.RowStorage.STREAMED])
+@pytest.mark.parametrize("storage", [sharing.RowStorage.CHUNKS, sharing.RowStorage.STREAMED])
 @pytest.mark.parametrize(("top", "prompts", "most_rows"), [(0, 1, 699_050), (1, 2, 344_926), (2, 64, 10_638)])
 def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
-    storage: budget.RowStorage, top: int, prompts: int, most_rows: int
+    storage: sharing.RowStorage, top: int, prompts: int, most_rows: int
 ) -> None:
     """It may have few entries: 600 bytes are held for a token that is not packed."""
-    shared = budget.ReplyBudget()
-    largest = budget.ReplySize(most_rows, top, True, storage)
+    shared = sharing.ReplyBudget()
+    largest = sharing.ReplySize(most_rows, top, True, storage)
     reserved = shared.reserve([largest] * prompts)
-    assert reserved.units * budget.UNIT_BYTES >= prompts * largest.held_bytes
+    assert reserved.units * sharing.UNIT_BYTES >= prompts * largest.held_bytes
     shared.release(reserved)
     with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, at most 400 MiB are held for one reply") as error:
         shared.reserve([replace(largest, rows=round(most_rows * 1.01))] * prompts)
@@ -297,7 +297,7 @@ def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
 
 
 async def test_a_response_whose_logprobs_take_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_HELD_UNITS", 18)
+    monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 18)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"input": "a", "max_output_tokens": 6, "top_logprobs": 3, "include": [_LOGPROBS]}  # 19 units
         refused = await http.post("/v1/responses", json=body)

@@ -18,9 +18,8 @@ from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Computation, Reply
 from llamaclust.cluster.front.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.front.text.answer_log import AnswerLog
-from llamaclust.cluster.front.text.chat import ChatRequest
 from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
-from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.admission import ApiPort
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.http.admission import ApiPort
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server import serve
 from llamaclust.cluster.server.front import Front

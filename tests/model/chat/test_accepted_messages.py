@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.text.chat import ChatRequest, PromptEnd
+from llamaclust.cluster.front.text.request import ChatRequest, PromptEnd
 from llamaclust.core.errors import RequestError
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
 from llamaclust.model.chat.template import ChatTemplate

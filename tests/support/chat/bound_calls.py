@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, ToolUse
-from llamaclust.cluster.front.text.chat_format import AnswerReading
-from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.threads import ignored_parts
+from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, CompletionRequest, ToolMode, ToolUse
+from llamaclust.cluster.front.text.sharing import ignored_parts
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.grammars.matcher import compiled

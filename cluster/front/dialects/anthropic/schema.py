@@ -23,8 +23,14 @@ from llamaclust.cluster.front.fields.tools import (
 )
 from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, THINKING
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode, ToolUse, effort_variables, prompt_end
-from llamaclust.cluster.front.text.chat_format import ReasoningBudget
+from llamaclust.cluster.front.text.request import (
+    ChatRequest,
+    ReasoningBudget,
+    ToolMode,
+    ToolUse,
+    effort_variables,
+    prompt_end,
+)
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions

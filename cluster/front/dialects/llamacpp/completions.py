@@ -28,8 +28,8 @@ from llamaclust.cluster.front.schema import (
     prompt_string,
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.chat import ChatRequest
 from llamaclust.cluster.front.text.fill_in import Gap, OtherFile
+from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling_bounds import Dialect
 

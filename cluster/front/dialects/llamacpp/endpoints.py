@@ -34,7 +34,7 @@ from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService
-from llamaclust.cluster.front.text.threads import TOKENIZING, run_on, tokenizing
+from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on, tokenizing
 from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales

@@ -11,8 +11,7 @@ from llamaclust.cluster.front.fields.sampling import ReasoningFields, SamplerFie
 from llamaclust.cluster.front.fields.tools import media_text
 from llamaclust.cluster.front.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
 from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolUse, effort_variables, prompt_end
-from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import Grammar

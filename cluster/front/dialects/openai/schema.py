@@ -29,8 +29,15 @@ from llamaclust.cluster.front.schema import (
     read_part,
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.chat import ChatRequest, PromptEnd, effort_variables, prompt_end
-from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS, MAX_STOP_TOKENS, CompletionRequest
+from llamaclust.cluster.front.text.request import (
+    MAX_SALT_CHARACTERS,
+    MAX_STOP_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    PromptEnd,
+    effort_variables,
+    prompt_end,
+)
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS

@@ -21,7 +21,7 @@ from llamaclust.cluster.front.fields.tools import (
     present,
     text_tool,
 )
-from llamaclust.cluster.front.text.chat import ToolMode, ToolUse
+from llamaclust.cluster.front.text.request import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
 
 _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type"]}}

@@ -16,7 +16,7 @@ from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, outline
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.front.http.admission import ApiPort, listening
+from llamaclust.cluster.front.http.connections import ApiPort, listening
 from llamaclust.cluster.front.http.server import StartingReplies, server_config
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import UsageError

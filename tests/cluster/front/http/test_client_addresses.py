@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.front.http.security import KeyGate
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.threads import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner
 
 
 @pytest.mark.parametrize(

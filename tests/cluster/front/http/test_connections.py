@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from llamaclust.cluster.front.http.admission import ApiPort
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import server_config
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.process_settings import allow_many_files

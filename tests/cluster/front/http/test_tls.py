@@ -11,15 +11,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust import AsyncClient, Client
-from llamaclust.cluster.front.http.admission import ApiPort
 from llamaclust.cluster.front.http.certificate import ServerCertificate
+from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import LlamaclustError
@@ -137,8 +137,7 @@ class _Burst(asyncio.Protocol):
     size = 8 << 20
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data * self.size)

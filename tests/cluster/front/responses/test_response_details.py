@@ -20,7 +20,7 @@ from llamaclust.cluster.front.dialects.openai.responses.store import StoredRespo
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView
 from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.replies import reply as reply_module
-from llamaclust.cluster.front.text import budget
+from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import ContentText, ReasoningText
@@ -89,7 +89,7 @@ async def test_an_end_token_is_no_text() -> None:
 
 
 async def test_a_stream_with_logprobs_is_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_REPLY_ENTRIES", 40 * 3 - 1)
+    monkeypatch.setattr(sharing, "MAX_REPLY_ENTRIES", 40 * 3 - 1)
     monkeypatch.setattr(reply_module, "MAX_UNREAD_ROWS", 4)
     fields = {"input": "Hi", "max_output_tokens": 40, "top_logprobs": 2, "stream": True}
     async with served(ScriptedEngine(says("Yes."))) as http:

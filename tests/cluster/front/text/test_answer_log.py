@@ -11,7 +11,7 @@ import pytest
 from llamaclust.cluster.front.text import answer_log
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent, LogReader
-from llamaclust.cluster.front.text.budget import RowStorage
+from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.core.sampling import RowResult

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.front.text import call_constraint as module
-from llamaclust.cluster.front.text.chat import ChatRequest, ToolMode
-from llamaclust.cluster.front.text.chat_format import PLAIN, AnswerReading
+from llamaclust.cluster.front.text.chat import PLAIN
+from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, ToolMode
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.chat.tools.constraint.call_grammar import CallGrammar

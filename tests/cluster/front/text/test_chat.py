@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cluster.front.text.chat_format import PLAIN, AnswerReading, ChatFormat
-from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.chat import PLAIN, ChatFormat
+from llamaclust.cluster.front.text.request import AnswerReading, CompletionRequest
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from support.clusters.served import ScriptedEngine, make_service, says, tokenizer

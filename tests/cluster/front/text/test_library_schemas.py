@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.text.chat import ToolMode
+from llamaclust.cluster.front.text.request import ToolMode
 from llamaclust.model.grammars.checker import GrammarChecker
 from support.chat.bound_calls import TOKENIZER, allows, bound, call
 from support.chat.library_schemas import LIBRARIES, Part, tool_schema

@@ -83,16 +83,16 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
     """With the query in each of them: 3 * (2 + 4 + 1) tokens are 5 entries."""
     async with real_engine() as (engine, _):
         service = ranking(engine)
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_REPLY_ENTRIES", 4)
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 4)
         with pytest.raises(
             ParameterError, match="documents: with the query before each these are 21 tokens, at most 20"
         ):
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.undo()
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_HELD_UNITS", 4)
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 4)
         with pytest.raises(QueueFullError):
             await service.rank("1234", ["1", "2", "3"])
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_HELD_UNITS", 5)
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 5)
         assert len(await service.rank("1234", ["1", "2", "3"])) == 3
         assert service.budget.held == 0
         await service.aclose()
@@ -121,10 +121,10 @@ async def test_rendered_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyP
         service = rendering(engine)
         documents = ["1", "2", "3"]
         tokens = sum(len(ids(f"1234 {document}")) for document in documents)
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_HELD_UNITS", -(-tokens // 5) - 1)
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", -(-tokens // 5) - 1)
         with pytest.raises(QueueFullError):
             await service.rank("1234", documents)
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_HELD_UNITS", -(-tokens // 5))
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", -(-tokens // 5))
         assert [rank.prompt_tokens for rank in await service.rank("1234", documents)] == [tokens // 3] * 3
         assert service.budget.held == 0
         await service.aclose()

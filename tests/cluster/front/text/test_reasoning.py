@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llamaclust.cluster.front.text.chat_format import AnswerReading, ReasoningBudget, answer_reasoning
+from llamaclust.cluster.front.text.chat import answer_reasoning
+from llamaclust.cluster.front.text.request import AnswerReading, ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar, Reasoning
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS

@@ -10,11 +10,11 @@ from threading import Event
 import pytest
 
 from llamaclust.cluster.engine.engine import EngineState
-from llamaclust.cluster.front.text import answer_log, completion, threads
+from llamaclust.cluster.front.text import answer_log, completion, sharing
 from llamaclust.cluster.front.text.answer import Answer, collect
 from llamaclust.cluster.front.text.choice import ChoiceText
 from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.threads import BREAKERS, Threads, run_on, tokenizing
+from llamaclust.cluster.front.text.sharing import BREAKERS, Threads, run_on, tokenizing
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
@@ -135,7 +135,7 @@ async def test_work_on_breakers_holds_up_no_other_work_on_texts() -> None:
 
 async def test_work_on_texts_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waited for its thread until then does not run."""
-    monkeypatch.setattr(threads, "_WORK_S", 0.05)
+    monkeypatch.setattr(sharing, "_WORK_S", 0.05)
     held, ran = Event(), list[int]()
     pool = Threads(1, "held")
     for work in (partial(held.wait, 20.0), partial(ran.append, 1)):

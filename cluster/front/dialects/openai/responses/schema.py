@@ -17,7 +17,7 @@ from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFiel
 from llamaclust.cluster.front.fields.tools import MAX_TOOLS
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
-from llamaclust.cluster.front.text.chat import ChatRequest, effort_variables
+from llamaclust.cluster.front.text.request import ChatRequest, effort_variables
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import PARAMS

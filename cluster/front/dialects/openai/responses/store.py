@@ -18,9 +18,7 @@ from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
-from llamaclust.cluster.front.text.chat import ChatRequest
-from llamaclust.cluster.front.text.chat_format import ReasoningBudget
-from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.tools.events import ContentText
 

@@ -153,13 +153,13 @@ async def test_all_prompts_of_a_request_share_its_deadline(monkeypatch: pytest.M
 
 async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_REPLY_ENTRIES", 8)  # 40 numbers
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_REPLY_ENTRIES", 8)  # 40 numbers
         for _ in range(3):  # what a reply took is given back
             reply = await http.post("/embedding", json={"input": [[1] * 4, [2] * 6], "pooling": "none"})
             assert reply.status_code == 200, reply.text
         refused = await http.post("/embedding", json={"input": [[1] * 4, [2] * 7], "pooling": "none"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "reply_too_large")
-        monkeypatch.setattr("llamaclust.cluster.front.text.budget.MAX_HELD_UNITS", 0)
+        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 0)
         busy = await http.post("/embedding", json={"input": "a"})
         assert (busy.status_code, busy.headers["retry-after"]) == (429, "5")
 

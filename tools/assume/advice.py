@@ -104,8 +104,7 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
 
 def _better_networks(now: Network) -> Iterator[Network]:
     """The slowest first; `now` is worse than each in something, and better in nothing."""
-    bits_s = now.bits_s or rates.NETWORK_BITS_S
-    round_trip_s = rates.POLLED_ROUND_TRIP_S if now.round_trip_s is None else now.round_trip_s
+    bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
         if (better.bits_s, better.round_trip_s) != (bits_s, round_trip_s):
@@ -117,7 +116,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
     if len(assumed.machines) < MAX_MACHINES:
         yield _one_more(assumed), cluster.with_machines(1), model
     if len(assumed.machines) > 1:
-        faster = 10 * (assumed.network.bits_s or rates.NETWORK_BITS_S)
+        faster = 10 * rates.bits_s(assumed.network)
         network = replace(assumed.network, bits_s=faster)
         yield f"a network of {faster / 1e9:g} Gbit/s", cluster.changed(replace(assumed, network=network)), model
     smaller = next((one for one in _smaller(model) if one.bits_per_weight >= _FEW_BITS), None)

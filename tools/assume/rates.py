@@ -32,11 +32,10 @@ THREAD_MACS_S: Final = 90e9
 GPU_MACS_S: Final = 50e12
 NETWORK_BITS_S: Final = 1e9
 NETWORK_SHARE: Final = 0.94
-ROUND_TRIP_S: Final = 0.3e-3
-POLLED_ROUND_TRIP_S: Final = 0.1e-3
-"""Between threads that poll their sockets while the network is in use: no processor sleeps."""
+ROUND_TRIP_S: Final = 0.1e-3
+"""Through a switch, between threads that poll their sockets while the network is in use: no processor sleeps."""
 HOP_S: Final = 0.3e-3
-"""Of two processes: threads that wake up, and Python on both sides."""
+"""What two processes add to a message between stages: threads that wake up, and Python on both sides."""
 
 
 def read_bytes_s(device: Device) -> float:
@@ -65,11 +64,20 @@ def threads_of(device: Device) -> int:
     return THREADS if device.threads is None else device.threads
 
 
+def bits_s(network: Network) -> float:
+    """The network's speed: as given, or that of a usual one."""
+    return network.bits_s or NETWORK_BITS_S
+
+
+def round_trip_s(network: Network) -> float:
+    """Likewise, its round trip."""
+    return ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
+
+
 def links_of(network: Network, names: list[str]) -> Links:
     """Between all machines, and to the coordinator, which is on the first one."""
-    round_trip_s = ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
-    gather_s = (POLLED_ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s) / 2
-    link = Link(round_trip_s / 2 + HOP_S, 8 / (NETWORK_SHARE * (network.bits_s or NETWORK_BITS_S)), gather_s)
+    one_way_s = round_trip_s(network) / 2
+    link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}
     return Links(dict.fromkeys(pairs | {frozenset((COORDINATOR, name)) for name in names[1:]}, link))
 
@@ -133,14 +141,11 @@ def _memories(cpus: Sequence[Device]) -> Iterator[str]:
 
 
 def _network(network: Network) -> str:
-    round_trip_s = ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
     advice = " (none given; say 2.5Gbit or 100Mbit behind a comma)" if network.bits_s is None else ""
-    default = " (none given)" if network.round_trip_s is None and network.bits_s is not None else ""
-    gather_s = (POLLED_ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s) / 2
+    default = " (none given; say 0.3ms behind a comma)" if network.round_trip_s is None else ""
     return (
-        f"a network of {(network.bits_s or NETWORK_BITS_S) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
-        f"round trip {1e3 * round_trip_s:g} ms{default}, and {1e3 * HOP_S:g} ms of the programs a hop; "
-        f"in groups, a gather takes {1e3 * gather_s:g} ms one way between threads that poll, "
-        f"and {1e6 * GATHER_S:.0f} µs of the programs, and up to {100 * HIDDEN_SHARE:.0f} % of a prompt's bytes travel "
-        f"while others are computed"
+        f"a network of {bits_s(network) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
+        f"round trip {1e3 * round_trip_s(network):g} ms{default}; half of it and {1e3 * HOP_S:g} ms of the programs "
+        f"for a message between stages, half of it and {1e6 * GATHER_S:.0f} µs for a gather of a group; "
+        f"up to {100 * HIDDEN_SHARE:.0f} % of a prompt's bytes in gathers travel while other rows are computed"
     )

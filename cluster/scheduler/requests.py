@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
@@ -24,8 +25,29 @@ class Operation(StrEnum):
     EMBEDDINGS = "embeddings"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """Fields of a request that text does not change: they are passed to the engine as the client's API read them."""
+
+    top_logprobs: int = 0
+    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
+    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
+    adapters: AdapterScales = ()
+    grammar: Grammar | None = None  # which the answer obeys
+    reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
+    with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
+    max_drafted: int | None = None  # tokens computed in advance with each one, at most; None: as the scheduler may
+    operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
+    received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values by name, for another request with the same ones."""
+        return {each.name: getattr(self, each.name) for each in fields(AnswerOptions)}
+
+
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class GenerationRequest(AnswerOptions):
     """One sequence to run: a prompt and how to go on from it."""
 
     request_id: str
@@ -36,23 +58,13 @@ class GenerationRequest:
     choice: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0  # stop tokens are suppressed until that many are generated
-    top_logprobs: int = 0
     penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
     dry_window: int = 0  # likewise those that DRY looks at
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
-    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
     embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
-    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
-    adapters: AdapterScales = ()
     group: str = ""  # of requests that came as one; empty: a group of its own
     owner: str = field(default="", compare=False)  # whose it is: owners take turns
-    grammar: Grammar | None = None  # which the answer obeys
-    reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
-    with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
-    max_drafted: int | None = None  # tokens computed in advance with each one, at most; None: as the scheduler may
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
-    operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
-    received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
 
     @property
     def needs_matcher(self) -> bool:

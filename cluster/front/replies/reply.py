@@ -114,15 +114,14 @@ class Computation:
         try:
             requests = [ticket.request(*numbered) for numbered in enumerate(await reply.requests())]
             self._check_adapters({number for request in requests for number, _ in request.adapters})
-            ready = [await reply.service.prepare(request) for request in requests]
-            generations = [each.generation for each in ready]
+            generations = [await reply.service.prepare(request) for request in requests]
             self._reserve(requests, generations)
             log.begin(generations, reply.content(is_kept=is_kept))
             if (recording := ticket.recording(requests)) is not None:
                 log.subscribe(recording)
             for prompt, request in enumerate(requests):
                 ticket.adapters.update(number for number, _ in request.adapters)
-                self._completions.append(reply.service.submit(request, ready[prompt], log, prompt))
+                self._completions.append(await reply.service.submit(request, generations[prompt], log, prompt))
         except BaseException:
             await self.aclose()
             raise

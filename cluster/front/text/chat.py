@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain
 from typing import Any, Final
 
-from llamaclust.cluster.front.text.request import AnswerReading, ChatRequest, PromptEnd, ReasoningBudget
-from llamaclust.cluster.front.text.sharing import RENDERING, TEMPLATES, TOKENIZING, run_on
+from llamaclust.cluster.front.text.request import (
+    AnswerReading,
+    ChatRequest,
+    CompletionRequest,
+    PromptEnd,
+    ReasoningBudget,
+)
+from llamaclust.cluster.front.text.sharing import RENDERING, TEMPLATES, TOKENIZING, run_on, tokenizing
+from llamaclust.cluster.scheduler.requests import Operation
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.sampling import Grammar, Reasoning
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
-from llamaclust.model.chat.prompt import guard_messages, unguarded
+from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.format_derivation import derive_format
@@ -30,86 +37,6 @@ from llamaclust.wire.rpc.deadlines import deadline
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "tools", "now_s"})
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedChat:
-    """A chat's prompt, guarded (`model.chat.prompt`), and how its answer is read."""
-
-    prompt: str
-    reading: AnswerReading | None
-
-
-async def render(chat: ChatRequest, form: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer) -> RenderedChat:
-    """RequestError where the template refuses the messages in every form; where it refuses calls, they are text."""
-    taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
-    if taken:
-        raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
-    try:
-        return await _render(chat, form, form, template, tokenizer)
-    except TemplateRefusalError as refusal:
-        if not any(message["role"] == "tool" or message.get("tool_calls") for message in chat.messages):
-            raise
-        textual = replace(form, takes_tool_role=False, takes_call_messages=False)
-        try:
-            return await _render(chat, form, textual, template, tokenizer)
-        except TemplateRefusalError:
-            raise refusal from None
-
-
-async def _render(
-    chat: ChatRequest, form: ToolFormat, history: ToolFormat, template: ChatTemplate, tokenizer: Tokenizer
-) -> RenderedChat:
-    """`history`: the format of the calls before the answer."""
-    *messages, more = await run_on(TOKENIZING, _guarded, chat, history, tokenizer)
-    more |= {"now_s": chat.created}
-    if chat.end is not PromptEnd.LAST_MESSAGE:
-        is_open = chat.end is PromptEnd.GENERATION_PROMPT
-        text = await _accepted_text(template, messages, {**more, "add_generation_prompt": is_open})
-        begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
-        return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + begun))
-    *before, last = messages
-    text = await _accepted_text(template, before, {**more, "add_generation_prompt": True})
-    content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
-    begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
-    return RenderedChat(text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun)))
-
-
-async def _accepted_text(template: ChatTemplate, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-    """The text of the first form that the template renders whole, else of the first one that it renders.
-    TemplateRefusalError where it refuses all, with what it says of the messages as they are."""
-    refusal, shortened = None, None
-    for accepted in chain([messages], accepted_forms(messages)):
-        try:
-            async with TEMPLATES.turn():
-                text = await template.render_async(accepted, **more)
-        except TemplateRefusalError as error:
-            refusal = refusal or error
-            continue
-        if not lacks_system(messages, text):
-            return text
-        shortened = text if shortened is None else shortened
-    if shortened is None:
-        assert refusal is not None
-        raise refusal
-    return shortened
-
-
-def _guarded(chat: ChatRequest, form: ToolFormat, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The messages for the template, and its variables behind them."""
-    tools = chat.offered_tools
-    adapted = template_messages(form, chat.messages, tools)
-    defaults = {**_defaults(chat.created), "enable_thinking": chat.may_reason}
-    return guard_messages([*adapted, {**defaults, **chat.variables, "tools": [*tools] or None}], tokenizer)
-
-
-def _defaults(now_s: float) -> dict[str, Any]:
-    """What llama.cpp gives to templates beside messages; some publishers' templates need it."""
-    today = datetime.fromtimestamp(now_s).astimezone()
-    return {
-        "date_string": today.strftime("%d %b %Y"),
-        "datetime": today.strftime("%b %d %Y"),
-    }
-
-
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
 """A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
 _MAX_DERIVATION_S: Final = 60.0
@@ -121,14 +48,14 @@ PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messa
 
 
 class ChatFormat:
-    """The format of one template."""
+    """One chat template: renders prompts, and has the form of their answers, which is derived from it."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self.template = template
+        self._template = template
         self._tokenizer = tokenizer
         self._lock = asyncio.Lock()
         self._form: ToolFormat | None = None
-        self.control_ids: frozenset[int] = frozenset()
+        self._control_ids: frozenset[int] = frozenset()
 
     async def get(self) -> ToolFormat:
         """DeadlineError where the template takes too long: what it does then tells nothing of its form."""
@@ -138,12 +65,93 @@ class ChatFormat:
                 controls = [text for text in self._tokenizer.control_texts if len(text) > 1]
                 shown = [text for text in controls if any(text in marker for marker in form.markers)]
                 found = (self._tokenizer.token_id(text) for text in shown)
-                self.control_ids = frozenset(token_id for token_id in found if token_id is not None)
+                self._control_ids = frozenset(token_id for token_id in found if token_id is not None)
                 self._form = form
         return self._form
 
+    async def text(self, chat: ChatRequest) -> str:
+        """Renders a chat as the model will see it."""
+        return unguarded((await self._rendered(chat))[0])
+
+    async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
+        """The completion that answers a chat, without the grammar of its calls. `check` refuses a text by its
+        characters."""
+        check(await run_on(TOKENIZING, chat.count_characters))
+        text, reading = await self._rendered(chat)
+        check(len(unguarded(text)))
+        prompt = await run_on(tokenizing(len(text)), encode_chat, self._tokenizer, text)
+        reading = reading and replace(reading, shown_control_ids=self._control_ids)
+        return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
+
+    async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
+        """The prompt, guarded (`model.chat.prompt`), and how the answer is read. RequestError where the template
+        refuses the messages in every form; where it refuses calls, they are text."""
+        form = await self.get()
+        taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
+        if taken:
+            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
+        try:
+            return await self._render(chat, form, form)
+        except TemplateRefusalError as refusal:
+            if not any(message["role"] == "tool" or message.get("tool_calls") for message in chat.messages):
+                raise
+            textual = replace(form, takes_tool_role=False, takes_call_messages=False)
+            try:
+                return await self._render(chat, form, textual)
+            except TemplateRefusalError:
+                raise refusal from None
+
+    async def _render(
+        self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
+    ) -> tuple[str, AnswerReading | None]:
+        """`history`: the format of the calls before the answer."""
+        *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
+        more |= {"now_s": chat.created}
+        if chat.end is not PromptEnd.LAST_MESSAGE:
+            is_open = chat.end is PromptEnd.GENERATION_PROMPT
+            text = await self._accepted_text(messages, {**more, "add_generation_prompt": is_open})
+            begun = "" if chat.may_reason or not is_open else ended_reasoning(form, text)
+            return text + begun, chat.reading(form, opened_reasoning(form, text) + begun)
+        *before, last = messages
+        text = await self._accepted_text(before, {**more, "add_generation_prompt": True})
+        content, thoughts = str(last.get("content") or ""), str(last.get("reasoning_content") or "")
+        begun = continuation(form, text, thoughts, content, in_reasoning=bool(thoughts) and not content)
+        return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
+
+    async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
+        """The text of the first form that the template renders whole, else of the first one that it renders.
+        TemplateRefusalError where it refuses all, with what it says of the messages as they are."""
+        refusal, shortened = None, None
+        for accepted in chain([messages], accepted_forms(messages)):
+            try:
+                async with TEMPLATES.turn():
+                    text = await self._template.render_async(accepted, **more)
+            except TemplateRefusalError as error:
+                refusal = refusal or error
+                continue
+            if not lacks_system(messages, text):
+                return text
+            shortened = text if shortened is None else shortened
+        if shortened is None:
+            assert refusal is not None
+            raise refusal
+        return shortened
+
+    def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
+        """The messages for the template, and its variables behind them: also those that llama.cpp gives to templates,
+        since some publishers' templates need them."""
+        tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
+        variables = {
+            "date_string": today.strftime("%d %b %Y"),
+            "datetime": today.strftime("%b %d %Y"),
+            "enable_thinking": chat.may_reason,
+            **chat.variables,
+            "tools": [*tools] or None,
+        }
+        return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
+
     def _derived(self) -> ToolFormat:
-        source = self.template.source or ""
+        source = self._template.source or ""
         if not any(hint in source for hint in _HINTS):
             return PLAIN
         end = time.monotonic() + _MAX_DERIVATION_S
@@ -151,7 +159,7 @@ class ChatFormat:
         def render(messages: Sequence[Mapping[str, Any]], prompt: bool, variables: Mapping[str, Any]) -> str:
             if time.monotonic() > end:
                 raise DeadlineError(f"the chat template's form was not known after {_MAX_DERIVATION_S:g} s; try again")
-            return self.template.render(messages, prompt, **variables)
+            return self._template.render(messages, prompt, **variables)
 
         return derive_format(source, render)
 

@@ -7,15 +7,16 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.cluster.front.text.sharing import current_owner, when_free
 from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation, PromptEmbedded
-from llamaclust.core.errors import QueueFullError, WorkerError
+from llamaclust.core.errors import WorkerError
 from llamaclust.model.pooling import Pooling
 from llamaclust.model.ranking import Ranking
 from llamaclust.wire.rpc.deadlines import deadline
@@ -137,16 +138,8 @@ class Embedder:
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
     async def _run(self, places: asyncio.Semaphore, request: GenerationRequest, options: EmbeddingOptions) -> Embedding:
-        async with places:
-            return await _pooled(await self._submit(request), request, options)
-
-    async def _submit(self, request: GenerationRequest) -> RequestStream:
-        """The request counts as accepted: where the queue is full it waits."""
-        while True:
-            try:
-                return self._engine.submit(request)
-            except QueueFullError as full:
-                await asyncio.sleep(full.retry_after_s)
+        async with places:  # the request counts as accepted: where the queue is full it waits
+            return await _pooled(await when_free(partial(self._engine.submit, request)), request, options)
 
 
 def _request(name: str, group: str, prompt: tuple[int, ...], options: EmbeddingOptions) -> GenerationRequest:

@@ -11,11 +11,11 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
-from llamaclust.cluster.scheduler.requests import Operation
+from llamaclust.cluster.scheduler.requests import AnswerOptions
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
+from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.chat.tools.answer_parser import AnswerParser
 from llamaclust.model.chat.tools.call_sink import Tools
@@ -73,7 +73,7 @@ class AnswerReading:
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionRequest:
+class CompletionRequest(AnswerOptions):
     """A prompt and how to complete it. Texts are tokenized as the model file says."""
 
     prompt: str | tuple[int, ...]
@@ -85,8 +85,6 @@ class CompletionRequest:
     min_tokens: int = 0  # nothing stops the answer before
     ignore_eos: bool = False  # end-of-generation tokens are never sampled
     n: int = 1
-    top_logprobs: int = 0
-    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none
     penalty_window: int | None = None  # last tokens that penalties count; None: all
     penalize_nl: bool = True  # penalties count line breaks too
     dry_window: int | None = None  # last tokens in which DRY looks for repetitions; None: all
@@ -94,18 +92,15 @@ class CompletionRequest:
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
     request_id: str | None = None  # None: drawn at random
-    cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
-    adapters: AdapterScales = ()
     group: str = ""  # of prompts that came as one request
-    grammar: Grammar | None = None  # which each answer obeys
-    reasoning: Reasoning | None = None  # of each answer, where it has a budget or delays the grammar
-    with_logprobs: bool = False  # of each token; else those that must follow have logprob 0
-    max_drafted: int | None = None  # tokens drafted in a step, at most; None: as the scheduler may
     reading: AnswerReading | None = None  # of a chat's answer
-    operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
     answered: Answered = field(default_factory=dict)  # first tokens of choices, known from an earlier run
     slot: int | None = None  # that remembers its tokens, where slots are kept
-    received_ns: int = field(default=0, compare=False)  # when the client's request came; 0: as it is submitted
+
+    @property
+    def begun_characters(self) -> int:
+        """The characters that all answers read of what the prompt has written of them."""
+        return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     def identified(
         self, request_id: str, group: str, seed: int, answered: Answered, *, received_ns: int = 0

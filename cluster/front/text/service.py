@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent
 from llamaclust.cluster.front.text.call_constraint import answer_grammar
-from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning, render
-from llamaclust.cluster.front.text.choice import ChoiceText
-from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
+from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
+from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
 from llamaclust.cluster.front.text.sharing import (
@@ -28,13 +28,12 @@ from llamaclust.cluster.front.text.sharing import (
 )
 from llamaclust.cluster.front.text.slots import Slots
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
-from llamaclust.cluster.scheduler.requests import GenerationRequest, Operation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
-from llamaclust.model.chat.prompt import encode_chat, unguarded
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
@@ -87,40 +86,40 @@ class TextService:
         self.chat_format = ChatFormat(chat_template, tokenizer)
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
-        self._active: set[Completion] = set()
-        self._in_preparation = 0
+        self.active_requests = 0
+        """Requests that were accepted and have not ended; those in preparation too."""
 
     async def aclose(self) -> None:
         """Ends the process that checks grammars."""
         await asyncio.to_thread(self._grammars.close)
 
-    @property
-    def active_requests(self) -> int:
-        """Requests that were accepted and have not ended; those in preparation too."""
-        return len(self._active) + self._in_preparation
-
     async def start(self, request: CompletionRequest) -> Completion:
         """Prepares and submits a request, whose chunks the caller reads."""
-        ready, log = await self.prepare(request), AnswerLog()
-        log.begin([ready.generation], LogContent(RowStorage.STREAMED))
-        return self.submit(request, ready, log)
+        generation, log = await self.prepare(request), AnswerLog()
+        log.begin([generation], LogContent(RowStorage.STREAMED))
+        return await self.submit(request, generation, log)
 
-    async def prepare(self, request: CompletionRequest) -> TokenizedRequest:
-        """The request in tokens. Raises ParameterError for a field that tokens no longer show."""
+    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
+        """The request in tokens, with its first choice. Raises ParameterError for a field that tokens no longer
+        show."""
         request.check_text()
         self.slots.check(request.slot)
-        with self._preparing():
+        with self._counted():
             if request.grammar is not None:
                 self._engine.prepare_matchers()
                 request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
             prompt = await self._prompt_ids(request)
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
-            generation = self._generation(request, prompt, await self._breakers(request))
-            return TokenizedRequest(generation, await self._choices(request, generation), request.answered)
+            breakers = await self._breakers(request)
+        if request.begun_characters > _MAX_BEGUN_CHARACTERS:
+            reason = f"{request.n} answers would read {request.begun_characters} characters of the continued message, "
+            param = "n" if request.n > 1 else "messages"
+            raise ParameterError(param, f"{reason}at most {_MAX_BEGUN_CHARACTERS} are read")
+        return self._generation(request, prompt, breakers)
 
-    def submit(
-        self, request: CompletionRequest, ready: TokenizedRequest, log: AnswerLog, prompt: int = 0
+    async def submit(
+        self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
     ) -> Completion:
         """Submits a request that was prepared; the caller must close the completion. What comes goes to the log, which
         has begun, as that of its prompt `prompt`.
@@ -128,22 +127,36 @@ class TextService:
         Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors
         come from the log.
         """
-        scales = ready.generation.adapters
-        self.settings.adapters.use(scales, request.received_ns)
+        held = ExitStack()
         try:
+            held.enter_context(self._counted())
+            make = partial(self._choices, request, generation)
+            is_long = request.begun_characters > _BLOCKING_CHARACTERS
+            choices = await run_on(TOKENIZING, make) if is_long else make()
+            self.settings.adapters.use(generation.adapters, request.received_ns)
+            held.callback(self.settings.adapters.release, generation.adapters)
             if self.slots.count and request.slot is not None:
-                log.subscribe(self.slots.recording(request.slot, ready.generation, prompt))
-            completion = Completion(self._engine, ready, self._closed, log=log, prompt=prompt)
+                log.subscribe(self.slots.recording(request.slot, generation, prompt))
+            return Completion(self._engine, choices, log, prompt, held.close)
         except BaseException:
-            self.settings.adapters.release(scales)
+            held.close()
             raise
-        self._active.add(completion)
-        return completion
 
-    def _closed(self, completion: Completion) -> None:
-        if completion in self._active:
-            self._active.remove(completion)
-            self.settings.adapters.release(completion.generation.adapters)
+    def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
+        """Each reads what the prompt has written of its answer."""
+        name, ends = generation.request_id, generation.stop_token_ids
+        return [
+            (
+                replace(
+                    generation,
+                    request_id=f"{name}-{index}" if index else name,
+                    choice=index,
+                    answered=request.answered.get(index, ()),
+                ),
+                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading),
+            )
+            for index in range(request.n)
+        ]
 
     @asynccontextmanager
     async def embed(
@@ -156,7 +169,7 @@ class TextService:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
         if options.dimensions is not None and options.dimensions > length:
             raise ParameterError("dimensions", f"{options.dimensions}, but this model's embeddings have {length}")
-        with self._preparing():
+        with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
             reserved = self.budget.reserve_numbers(vectors * length)
@@ -172,7 +185,7 @@ class TextService:
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
         form = ranking.prompts
-        with self._preparing():
+        with self._counted():
             if isinstance(form, PairTemplate):
                 return await self._rank_rendered(ranking, form, query, documents)
             begin = await self._pair_ids(query, form.length, "query")
@@ -254,7 +267,7 @@ class TextService:
         unconstrained = await self.chat_prompt(chat)
         if chat.answer.grammar is not None or (unconstrained.reading is not None and unconstrained.reading.tools):
             self._engine.prepare_matchers()
-        with self._preparing():
+        with self._counted():
             grammar = await answer_grammar(chat, unconstrained.reading, self.tokenizer, self._grammars)
         own = None if chat.tool_use.mode is ToolMode.REQUIRED else grammar
         reasoning = answer_reasoning(unconstrained.reading, chat.reasoning_budget, own, self.tokenizer)
@@ -262,19 +275,12 @@ class TextService:
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
         """The same without the grammar of its calls."""
-        with self._preparing():
-            self._check_characters(await run_on(TOKENIZING, chat.count_characters))
-            chat_format = self._format_of(chat)
-            rendered = await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)
-            self._check_characters(len(unguarded(rendered.prompt)))
-            prompt = await run_on(tokenizing(len(rendered.prompt)), encode_chat, self.tokenizer, rendered.prompt)
-        reading = rendered.reading and replace(rendered.reading, shown_control_ids=chat_format.control_ids)
-        return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
+        with self._counted():
+            return await self._format_of(chat).completion(chat, self._check_characters)
 
     async def chat_text(self, chat: ChatRequest) -> str:
         """A chat as the model will see it."""
-        chat_format = self._format_of(chat)
-        return unguarded((await render(chat, await chat_format.get(), chat_format.template, self.tokenizer)).prompt)
+        return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
         """Returns the format of the template for such a chat. ParameterError for documents that it would not show."""
@@ -284,28 +290,12 @@ class TextService:
         return self._formats.get(template, self.chat_format)
 
     @contextmanager
-    def _preparing(self) -> Iterator[None]:
-        self._in_preparation += 1
+    def _counted(self) -> Iterator[None]:
+        self.active_requests += 1
         try:
             yield
         finally:
-            self._in_preparation -= 1
-
-    async def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[ChoiceText]:
-        """Each reads what the prompt has written of its answer."""
-        begun = 0 if request.reading is None else len(request.reading.begun) * request.n
-        if begun > _MAX_BEGUN_CHARACTERS:
-            reason = f"{request.n} answers would read {begun} characters of the continued message, at most "
-            raise ParameterError("n" if request.n > 1 else "messages", f"{reason}{_MAX_BEGUN_CHARACTERS} are read")
-
-        def make() -> list[ChoiceText]:
-            ends = generation.stop_token_ids
-            return [
-                ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens, request.reading)
-                for index in range(request.n)
-            ]
-
-        return make() if begun <= _BLOCKING_CHARACTERS else await run_on(TOKENIZING, make)
+            self.active_requests -= 1
 
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
@@ -364,19 +354,10 @@ class TextService:
             seed=draw_seed() if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
             min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
-            top_logprobs=request.top_logprobs,
             penalty_window=context if request.penalty_window is None else request.penalty_window,
             dry_window=context if request.dry_window is None else request.dry_window,
             breakers=breakers,
-            score_from=request.score_from,
-            cache_salt=request.cache_salt,
-            adapters=request.adapters,
             group=request.group or request_id,
             owner=current_owner.get(),
-            grammar=request.grammar,
-            reasoning=request.reasoning,
-            with_logprobs=request.with_logprobs,
-            max_drafted=request.max_drafted,
-            operation=request.operation,
-            received_ns=request.received_ns,
+            **request.options,
         )

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
+from math import inf
 from typing import Final, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -105,6 +106,19 @@ _UNIT_NUMBERS = 5
 """Numbers of an embedding, or tokens of prompts, that take a unit."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
+
+
+async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
+    """Submits an accepted request, which waits while the queue is full: QueueFullError after so many seconds."""
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + limit_s
+    while True:
+        try:
+            return submit()
+        except QueueFullError as full:
+            if clock() > end_s:
+                raise
+            await asyncio.sleep(full.retry_after_s)
 
 
 class RowStorage(Enum):

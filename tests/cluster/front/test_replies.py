@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.text import choice as choice_text
+from llamaclust.cluster.front.text import completion as choice_text
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.resumable import (
     KEY,

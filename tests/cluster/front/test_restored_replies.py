@@ -18,9 +18,10 @@ from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Computation, Reply
 from llamaclust.cluster.front.replies.ticket import Constraint, Ticket
 from llamaclust.cluster.front.text.answer_log import AnswerLog
-from llamaclust.cluster.front.text.completion import Completion, TokenizedRequest
+from llamaclust.cluster.front.text.completion import Completion
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
@@ -190,10 +191,10 @@ async def test_a_start_that_is_refused_halfway_leaves_no_trace(tmp_path: Path, m
     """The queue has room for the first of two prompts only: both are submitted again, and events have the same ids."""
     submit, refusals = TextService.submit, [False, True]
 
-    def refusing(self: TextService, *arguments: Any) -> Completion:
+    async def refusing(self: TextService, *arguments: Any) -> Completion:
         if refusals and refusals.pop(0):
             raise QueueFullError("the queue is full", 0.01)
-        return submit(self, *arguments)
+        return await submit(self, *arguments)
 
     body = body_of(PATHS[0], prompt=["Hello", "you"], max_tokens=3)
     async with served(tmp_path / "other") as server:
@@ -349,7 +350,7 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
     async def deciding(service: TextService, request: ChatRequest) -> CompletionRequest:
         return replace(await chat(service, request), grammar=GRAMMAR if decisions[-1] else None)
 
-    async def seeing(service: TextService, request: CompletionRequest) -> TokenizedRequest:
+    async def seeing(service: TextService, request: CompletionRequest) -> GenerationRequest:
         used.append(request.grammar)
         return await prepare(service, replace(request, grammar=None))
 

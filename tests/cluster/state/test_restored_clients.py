@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.front.text.completion import TokenizedRequest
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import current_owner
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
@@ -44,7 +44,7 @@ async def test_restored_requests_have_the_shares_and_turns_of_their_clients(
 ) -> None:
     path, seen, prepare = tmp_path / "journal", list[str](), TextService.prepare
 
-    async def seeing(service: TextService, request: CompletionRequest) -> TokenizedRequest:
+    async def seeing(service: TextService, request: CompletionRequest) -> GenerationRequest:
         seen.append(current_owner.get())
         return await prepare(service, request)
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, collect
-from llamaclust.cluster.front.text.choice import SCORED_TOKENS, ChoiceText, StopStrings
+from llamaclust.cluster.front.text.completion import SCORED_TOKENS, ChoiceText, StopStrings
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import FinishReason, PromptScored, TokenSampled

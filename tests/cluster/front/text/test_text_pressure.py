@@ -12,7 +12,7 @@ import pytest
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.front.text import answer_log, completion, sharing
 from llamaclust.cluster.front.text.answer import Answer, collect
-from llamaclust.cluster.front.text.choice import ChoiceText
+from llamaclust.cluster.front.text.completion import ChoiceText
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.sharing import BREAKERS, Threads, run_on, tokenizing
 from llamaclust.core.errors import DeadlineError, QueueFullError

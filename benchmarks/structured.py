@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-from llamaclust.cluster.client.local import LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.sampling import Grammar
 from llamaclust.model.grammars import definitions
 

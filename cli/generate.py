@@ -249,8 +249,8 @@ class Target:
 
         self._check()
         if self.model is not None:
-            from llamaclust.cluster.client.local_settings import LocalSettings
             from llamaclust.cluster.config.catalog import resolve_model
+            from llamaclust.cluster.launchers.in_process import LocalSettings
 
             device, gpu_layers, _ = self.gpus.parsed
             settings = LocalSettings(

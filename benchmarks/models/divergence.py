@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from quantized import PaddedModels, llamaclust
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.tools.evaluate.logit_scores import measure_divergence

@@ -33,10 +33,10 @@ from shape import LAYOUTS, SHAPES, Shape, metadata, random_matrix, tensors
 from turns import Pair, Served, check_same, pair, summary
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.draft_model import LoadedDraftModel
+from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes

@@ -17,9 +17,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from split import cluster_of
 
-from llamaclust.cluster.client.local import LocalPipeline, LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.scheduler.drafting.drafter import Drafters
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest, TokenSampled
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings

@@ -92,7 +92,7 @@ class Source:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
         self._check_no_endpoint()
         from llamaclust.cluster.client.local import LocalClient
-        from llamaclust.cluster.client.local_settings import LocalSettings
+        from llamaclust.cluster.launchers.in_process import LocalSettings
 
         device, gpu_layers, _ = self.gpus.parsed
         settings = LocalSettings(

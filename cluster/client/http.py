@@ -29,20 +29,18 @@ from llamaclust.cluster.client.http_codec import (
     sampling_options,
     vectors_of,
 )
-from llamaclust.cluster.client.web_access import Verify, explain_refusal, trust, web_options
+from llamaclust.cluster.client.web_access import DEFAULT_URL, Verify, explain_refusal, http_options, timeouts
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
+from llamaclust.core.errors import LlamaclustError, ProtocolError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient
-    from llamaclust.cluster.client.local_settings import LocalSettings
     from llamaclust.cluster.front.text.embedder import Vector
+    from llamaclust.cluster.launchers.in_process import LocalSettings
 
 __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]
 
-DEFAULT_URL = "http://127.0.0.1:8080"
-_CONNECT_S = 10.0
 _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
@@ -74,7 +72,7 @@ class AsyncClient(AsyncTextClient):
     ) -> None:
         """As for `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
-        self._stream_timeout = _limits(timeout, READ_TIMEOUT_S)
+        self._stream_timeout = timeouts(timeout, READ_TIMEOUT_S)
         self._model = model
 
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -127,7 +125,7 @@ class AsyncClient(AsyncTextClient):
                 yield reader.read(event)
 
     async def _embed(self, body: dict[str, Any]) -> list[Vector]:
-        return vectors_of(await self._request("POST", "v1/embeddings", body, _limits(_EMBED_S, _EMBED_S)))
+        return vectors_of(await self._request("POST", "v1/embeddings", body, timeouts(_EMBED_S, _EMBED_S)))
 
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: httpx.Timeout | None = None
@@ -312,28 +310,3 @@ def _reason(error: httpx.HTTPError) -> str:
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno and cause.errno > 0:
         return f"[Errno {cause.errno}] {os.strerror(cause.errno)}"
     return str(error) or ("timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
-
-
-def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Arguments of both of httpx's clients. A `/v1` at the end, as OpenAI's clients want it, is taken as well."""
-    try:
-        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
-    except httpx.InvalidURL as error:
-        raise UsageError(f"{base_url!r} is not an address: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UsageError(f"{base_url!r} is not the address of an HTTP server; write it like {DEFAULT_URL}")
-    headers = {"Content-Type": "application/json"}
-    if api_key is not None:
-        if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
-            raise UsageError("the API key is empty or has characters that no key has")
-        headers["Authorization"] = f"Bearer {api_key}"
-    return {
-        "base_url": url,
-        "headers": headers,
-        "timeout": _limits(timeout, timeout),
-        **web_options(url, trust(url, verify)),
-    }
-
-
-def _limits(timeout: float, read_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S), read=min(timeout, read_s))

@@ -9,9 +9,8 @@ from urllib.parse import quote, urlencode
 
 import httpx
 
-from llamaclust.cluster.client.http import http_options
 from llamaclust.cluster.client.http_codec import field_of, reply_error
-from llamaclust.cluster.client.web_access import explain_refusal
+from llamaclust.cluster.client.web_access import explain_refusal, http_options
 from llamaclust.cluster.state.api_keys import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.core.errors import LlamaclustError, ProtocolError

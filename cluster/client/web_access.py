@@ -22,11 +22,39 @@ Verify = str | PathLike[str] | ssl.SSLContext | None
 """A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
 runs here its own."""
 
+DEFAULT_URL = "http://127.0.0.1:8080"
+_CONNECT_S = 10.0
 _NEVER_PROXIED = ("127.0.0.1", "localhost", "[::1]")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 _MOST_PORT = (1 << 16) - 1
 _KEY_LOG = "SSLKEYLOGFILE"
 _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the environment variable SSL_CERT_FILE"
+
+
+def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
+    """Arguments of httpx's clients of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's clients want
+    it, is taken as well. UsageError for an address or a key that is none, and as for `trust` and `web_options`."""
+    try:
+        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{base_url!r} is not an address: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"{base_url!r} is not the address of an HTTP server; write it like {DEFAULT_URL}")
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
+            raise UsageError("the API key is empty or has characters that no key has")
+        headers["Authorization"] = f"Bearer {api_key}"
+    return {
+        "base_url": url,
+        "headers": headers,
+        "timeout": timeouts(timeout, timeout),
+        **web_options(url, trust(url, verify)),
+    }
+
+
+def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S), read=min(timeout, read_s))
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:

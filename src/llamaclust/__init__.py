@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.core.version import VERSION
@@ -11,9 +12,18 @@ if TYPE_CHECKING:
     from llamaclust.cluster.client.http import Client as Client
     from llamaclust.cluster.client.session import AsyncChatSession as AsyncChatSession
     from llamaclust.cluster.client.session import ChatSession as ChatSession
+    from llamaclust.cluster.launchers.in_process import LocalSettings as LocalSettings
 
 __version__ = VERSION
-__all__ = ["AsyncChatSession", "AsyncClient", "ChatSession", "Client", "__version__"]
+__all__ = ["AsyncChatSession", "AsyncClient", "ChatSession", "Client", "LocalSettings", "__version__"]
+_MODULES = {
+    "AsyncChatSession": "cluster.client.session",
+    "AsyncClient": "cluster.client.http",
+    "ChatSession": "cluster.client.session",
+    "Client": "cluster.client.http",
+    "LocalSettings": "cluster.launchers.in_process",
+}
+"""Modules of names that are imported on first use."""
 
 
 def __dir__() -> list[str]:
@@ -21,12 +31,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AsyncClient", "Client"):
-        from llamaclust.cluster.client import http
-
-        return getattr(http, name)
-    if name in ("AsyncChatSession", "ChatSession"):
-        from llamaclust.cluster.client import session
-
-        return getattr(session, name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'llamaclust' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from time import sleep
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Sequence

@@ -15,8 +15,8 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.slots import Slots
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from support.clusters.served import client
 from support.models.tiny_model import build_tiny_model
 from support.several_models.api_models import api_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamaclust.cluster.client.http import Client
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.core.errors import ModelFileError, RequestError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32

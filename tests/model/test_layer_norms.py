@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.client.http import Client
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.model.program import AddPosition, LayerNorm, MatMul, RmsNorm, Rope

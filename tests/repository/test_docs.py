@@ -19,12 +19,11 @@ import yaml
 from typer.main import get_command
 
 from llamaclust.cli.app import app
-from llamaclust.cluster.client.local import LocalPipeline, LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.architectures import ARCHITECTURES
 from support.clusters.command_line import command_line

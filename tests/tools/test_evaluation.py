@@ -16,11 +16,10 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cli.main import main
-from llamaclust.cluster.client.local import LocalPipeline, LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.loader import Model
 from llamaclust.tools.evaluate.hellaswag import Accuracy, Task, _score, read_tasks

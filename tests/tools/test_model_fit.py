@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from llamaclust.cli.main import main
-from llamaclust.cluster.client.local_settings import LocalSettings, scheduler_settings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import stage_limits
+from llamaclust.cluster.launchers.in_process import LocalSettings, scheduler_settings
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.planner import make_plan

@@ -16,13 +16,13 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cluster.client.http_codec import AnswerOptions
-from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.client.local import LocalClient
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model

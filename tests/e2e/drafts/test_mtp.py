@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.costs import MeasuredRounds

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.cluster.client.local import LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.front.text.embedder import EmbeddingOptions
+from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.model.pooling import Pooling
 from support.models.record_embeddings import MODELS, POOLINGS, TEXTS, build, recorded_at
 

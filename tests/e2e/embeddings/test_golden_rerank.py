@@ -11,11 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.client.local import LocalStage
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.kv_type import KvType

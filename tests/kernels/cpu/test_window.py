@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.kv import groups
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.core.errors import ProtocolError

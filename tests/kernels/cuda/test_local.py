@@ -17,7 +17,7 @@ import pytest
 from llamaclust.cli.models.perplexity import Source
 from llamaclust.cli.options import Gpus
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import ranges

@@ -11,8 +11,8 @@ import pytest
 
 from llamaclust import Client
 from llamaclust.cli.main import main
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.core.errors import RequestError, UsageError
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
 from llamaclust.model.chat.template_choice import built_in, built_in_names, chosen_template, suggested_template

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.client.local_settings import LocalSettings, scheduler_settings, stage_limits
+from llamaclust.cluster.launchers.in_process import LocalSettings, scheduler_settings, stage_limits
 from llamaclust.cluster.scheduler.kv.groups import window_group
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler

@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from llamaclust.cluster.client.local import LocalClient
-from llamaclust.cluster.client.local_settings import LocalSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.lane import Lane
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptEmbedded, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster

@@ -1,0 +1,323 @@
+"""A whole model in this process: the real engine on one stage that computes on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.values import parse_device
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
+from llamaclust.cluster.launchers.worker_settings import with_caches
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
+from llamaclust.cluster.scheduler.kv.groups import KvGroups
+from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
+from llamaclust.core.gpus import placed
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits, max_embedded_rows
+from llamaclust.model.gguf.recommended_sampling import recommended_sampling
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.nextn.program import check_nextn
+from llamaclust.model.placement import PlacementRule, placement_of
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import held_layers
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
+
+if TYPE_CHECKING:
+    from llamaclust.kernels.backend import Float32
+
+_EPOCH = 1
+_DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
+"""No worker can be lost here, and a large model may take its time."""
+_CONTEXT_TOKENS = 4096
+ROWS = 512
+"""Rows of a microbatch, unless chunks of prompts are larger."""
+OUTPUTS = 256
+"""The most outputs of a microbatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """Settings of a model in this process."""
+
+    context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
+    max_sequences: int = 8  # together; more wait
+    prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
+    prefix_cache: bool = True
+    kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
+    kv_type: KvType = KvType.F16  # of keys and values
+    chat_template: str | None = None  # name of a built-in one or a file; None: the model's
+    speculation: bool = True  # several tokens a step where drafts of them pay
+    draft_model: Path | None = None  # a small model with the same tokens that drafts
+    mtp: bool = False  # the model's own head for multi-token prediction drafts
+    device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
+    gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
+    gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
+    cpu_moe: int | None = None  # so many first layers have their experts in RAM; None: those whose experts do not fit
+    placement: tuple[PlacementRule, ...] = ()  # for tensors; the first one that matches decides, before `cpu_moe`
+    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
+
+
+def scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
+    trained = model.hyperparameters.context_length
+    context = settings.context_length or min(trained, _CONTEXT_TOKENS)
+    chunk = settings.prefill_chunk
+    if not 0 < context <= trained:
+        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
+    for name, value, most in (
+        ("max_sequences", settings.max_sequences, OUTPUTS),
+        ("prefill_chunk", chunk, MAX_BATCH_TOKENS - settings.max_sequences),
+        ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - _blocks(context)),
+    ):
+        if value is not None and not 0 < value <= most:
+            raise UsageError(f"{name}: {value}: set 1 to {most}")
+    if settings.kv_type not in set(KvType):
+        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
+    kv_blocks = settings.kv_blocks or 2 * _blocks(context)
+    max_batch_tokens = max(ROWS, chunk or 0) + settings.max_sequences
+    costs = model.costs(KvType(settings.kv_type))
+    groups = KvGroups.of(costs, context, settings.max_sequences, max_batch_tokens)
+    return SchedulerSettings(
+        model_id=model.model_id,
+        vocabulary=model.hyperparameters.vocabulary_size,
+        context_length=context,
+        kv_blocks=kv_blocks,
+        kv_type=KvType(settings.kv_type),
+        max_sequences=settings.max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        max_outputs=OUTPUTS,
+        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
+        embedding_length=model.embedding_width,
+        prefill_chunk=chunk,
+        prefix_cache=settings.prefix_cache and model.is_causal,
+        whole_prompts=not model.is_causal,
+        generates=model.generates,
+        speculation=SpeculationSettings(NgramDrafters(), mtp=settings.mtp) if settings.speculation else None,
+        window=None if groups.window is None else groups.window.window,
+        window_blocks=groups.window_blocks(kv_blocks),
+        has_states=model.has_states,
+        state_blocks=groups.state_blocks(kv_blocks),
+        state_span=groups.state_span,
+    )
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK_TOKENS)
+
+
+def stage_limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
+    group = scheduling.window_group
+    return StageLimits(
+        max_batch_tokens=scheduling.max_batch_tokens,
+        max_outputs=scheduling.max_outputs,
+        max_sequences=scheduling.max_sequences,
+        max_context_tokens=scheduling.context_length,
+        kv_blocks=scheduling.kv_blocks + own[1],
+        kv_type=scheduling.kv_type.value,
+        window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
+        state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
+        nextn=scheduling.has_mtp,
+    )
+
+
+class LocalStage:
+    """All layers of a model, and the thread that runs them. KV blocks behind the scheduler's are for `logits`."""
+
+    def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
+        self.model = Model.open(path, settings.chat_template)
+        self.scheduling = scheduler_settings(self.model, settings)
+        worker = WorkerSettings(
+            name="this process",
+            device=_device_kind(settings, self.model),
+            threads=threads,
+            feature_level=feature_level or environment().feature_level or "",
+            gpu_layers=settings.gpu_layers,
+            gpu_memory_bytes=settings.gpu_memory_bytes,
+        )
+        placement = placement_of(self.model, settings.placement, settings.cpu_moe)
+        device = Device.open(with_caches(worker))
+        self.feature_level = device.backend.feature_level
+        self._own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
+        limits = stage_limits(self.scheduling, self._own)
+        if settings.mtp:
+            check_nextn(self.model)
+            if not limits.nextn:
+                raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
+        with ExitStack() as opened:
+            for gpu in device.gpus:
+                opened.callback(gpu.close)
+            held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
+            devices = held if device.gpus else ()
+            options = StageOptions(self.feature_level, device.threads, devices, nextn_backend=device.backend)
+            backend, end = device.backend_for(held), self.model.layer_count
+            self._runner = StageRunner(backend, self.model, 0, end, limits, options)
+            opened.callback(self._runner.close)
+            if settings.draft_model is not None:
+                self.scheduling = self._with_draft_model(settings.draft_model, device.threads, opened)
+            self._opened = opened.pop_all()
+        self.placement = placed(held) if device.gpus else ""
+        self.matchers = self._runner.matchers
+        self._sampled_tokens = SampledTokensBox()
+        self._thread = ThreadPoolExecutor(1, "compute")
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[TextService]:
+        """The model's text service; the stage is closed with it."""
+        scheduling = self.scheduling
+        try:
+            async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
+                text = TextSettings(
+                    self.model.file.path.stem,
+                    scheduling.context_length,
+                    scheduling.max_sequences,
+                    embedding_length=self.model.embedding_width,
+                    pooling=self.model.pooling,
+                    ranking=self.model.ranking,
+                    generates=self.model.generates,
+                    max_drafted=scheduling.max_drafted,
+                    recommended=recommended_sampling(self.model.file),
+                )
+                service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+                async with aclosing(service):
+                    yield service
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Waits for what is computed, and frees memory."""
+        self._thread.shutdown()
+        self._opened.close()
+        self.model.close()
+
+    def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
+        """UsageError where nothing is to be drafted, and as for `plan_draft_model` and `open_draft_model`."""
+        scheduling = self.scheduling
+        if scheduling.speculation is None:
+            raise UsageError("draft_model: nothing is drafted without speculation: leave one of them out")
+        if not (scheduling.max_drafted and self.model.generates):
+            raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
+        plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
+        unused_bytes = self._runner.memory.kv_bytes  # counts as free until answers write to it
+        draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
+        return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
+
+    def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
+        """Queues a microbatch behind those that are there."""
+        self.matchers.receive(inputs)
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
+
+    def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
+        started_ns = perf_counter_ns()
+        logits = self._runner.run_to_sample(self._sampled_tokens.fill(microbatch), None)
+        self.matchers.wait_ready(inputs)
+        rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
+        self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
+        embeddings = self._runner.embeddings(microbatch)
+        drafted = self._runner.draft(microbatch, rows, inputs)
+        compute_ns = perf_counter_ns() - started_ns - drafted.drafting_ns
+        timing = StageTiming(started_ns - queued_ns, compute_ns, 0, microbatch.rows)
+        return Result(
+            *(microbatch.epoch, microbatch.number, drafted.rows, (timing,)),
+            embeddings=embeddings,
+            drafting_ns=drafted.drafting_ns,
+        )
+
+    def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
+        most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
+        if not 0 < len(tokens) <= most:
+            raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise RequestError(f"a token id is outside the vocabulary [0, {vocabulary})")
+        try:
+            computed = self._thread.submit(self._logits, tokens, first, use)
+        except RuntimeError as error:
+            raise LlamaclustError("the client is closed") from error
+        computed.result()
+
+    def _logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        for start, end in (*_pieces(0, first, ROWS), *_pieces(first, len(tokens), OUTPUTS)):
+            outputs = end - start if start >= first else 0
+            chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
+            if own := self.scheduling.state_blocks:  # the block behind the scheduler's
+                chunk = replace(chunk, state_from=own if start else None, state_to=(end - start, own))
+            rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
+            if start >= first:
+                use(rows)
+
+    def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
+        """`Chunk.window_table` and where it begins, for rows [start, end): a ring of blocks behind the scheduler's."""
+        scheduling, group = self.scheduling, self.scheduling.window_group
+        if group is None:
+            return (), 0
+        first, size = group.first_seen(start), group.sequence_blocks + group.row_blocks
+        ring = (scheduling.window_blocks + block % size for block in range(first, _blocks(end)))
+        return tuple(number for block in ring for number in (block, 1)), first
+
+
+class LocalPipeline:
+    """See `Pipeline`: one stage, which answers in order since one thread computes."""
+
+    def __init__(self, stage: LocalStage) -> None:
+        self.epoch = _EPOCH
+        self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
+        self.kv_disks = None
+        self._stage = stage
+        self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
+
+    def submit(self, *scheduled: ScheduledMicrobatch) -> None:
+        for each in scheduled:
+            result = self._stage.start(each.microbatch, each.inputs)
+            result.add_done_callback(lambda done: done.cancelled() or done.exception())  # nothing awaits later ones
+            self._results.put_nowait(result)
+
+    def prepare_matchers(self) -> None:
+        self._stage.matchers.prepare()
+
+    async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
+        while True:
+            on_results([await (await self._results.get())])
+
+    async def close(self) -> None:
+        """Its owner closes the stage."""
+
+
+def _device_kind(settings: LocalSettings, model: Model) -> str:
+    """UsageError for a device that is none, and settings for GPUs or experts where there are none."""
+    try:
+        kind = parse_device(settings.device)
+    except ValueError as error:
+        raise UsageError(f"device: {error}") from error
+    counts = {name: getattr(settings, name) for name in ("cpu_moe", "experts_cache_bytes", "gpu_layers")}
+    given = {**counts, "gpu_memory_bytes": settings.gpu_memory_bytes, "placement": settings.placement or None}
+    for name, value in given.items():
+        if value is None or (name, value) == ("experts_cache_bytes", 0):
+            continue
+        if name in ("cpu_moe", "experts_cache_bytes") and not model.hyperparameters.expert_count:
+            raise UsageError(f"{name}: {model.file.path} has no experts; leave it out")
+        if kind == "cpu":
+            raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
+        if name in counts and value < 0:
+            raise UsageError(f"{name}: {value}: set 0 or more")
+    return kind
+
+
+def _pieces(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + most, end)) for at in range(start, end, most))

@@ -29,14 +29,14 @@ _CONTEXT_TOKENS = 128
 _WITHOUT = """
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 tune_grpc()
-from llamaclust.cluster.server import model_apis
+from llamaclust.cluster.server import front
 from llamaclust.cli.main import main
-class Replies(model_apis.Replies):
+class Replies(front.Replies):
     def __init__(self, settings, durability):
         super().__init__(settings)
     async def restore(self, requests):
         pass
-model_apis.Replies = Replies
+front.Replies = Replies
 main()
 """
 """The program, whose replies are not journalled."""

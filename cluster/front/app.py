@@ -12,6 +12,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 from starlette.routing import Route as PathRoute
 
+from llamaclust.cluster.front.body import HEADER as IGNORED_HEADER
+from llamaclust.cluster.front.body import IgnoredFields
 from llamaclust.cluster.front.dialects.anthropic.message import MessagesEndpoint
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.embeddings import RerankEndpoint, embedding_routes
@@ -27,8 +29,6 @@ from llamaclust.cluster.front.dialects.openai.responses.store import CompactionB
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.admission import Admission, AdmissionGate
-from llamaclust.cluster.front.http.ignored import HEADER as IGNORED_HEADER
-from llamaclust.cluster.front.http.ignored import IgnoredFields
 from llamaclust.cluster.front.http.openapi import Document
 from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
 from llamaclust.cluster.front.http.security import KeyGate, Security, page_origins

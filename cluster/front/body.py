@@ -1,24 +1,30 @@
-"""Request bodies as they arrive: bounded in size, time and depth, and JSON."""
+"""Request bodies as they arrive, bounded in size, time and depth, and the header of replies that names their parts
+without effect, unless a header of the request asks for a refusal."""
 
 from __future__ import annotations
 
 import asyncio
 import codecs
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import Any, Final, ParamSpec, TypeVar
 
 from pydantic_core import from_json
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
-from llamaclust.cluster.front.http.ignored import is_strict_request
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
-from llamaclust.cluster.front.schema import AnyBody, Body, ForeignFields, Leniency, read_fields
+from llamaclust.cluster.front.schema import AnyBody, Body, Leniency, Neutral, parts_of, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.sharing import Threads, report_ignored, run_on
+from llamaclust.cluster.front.text.sharing import Threads, ignored_parts, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
 
 _READ = "read_body"
@@ -47,18 +53,17 @@ _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
 
 
-async def read_body(request: Request, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
+async def read_body(request: Request, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
     """The request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
-    return await parse_body(await read_bytes(request, settings), kind, foreign, settings)
+    return await parse_body(await read_bytes(request, settings), kind, settings)
 
 
-async def parse_body(data: bytes, kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings) -> AnyBody:
+async def parse_body(data: bytes, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
     """The reply names the fields that have no effect. Raises HttpError (400), and what `read_fields` raises."""
-    leniency = None if settings.is_strict or is_strict_request() else Leniency()
+    leniency = None if settings.is_strict or _is_strict.get() else Leniency()
 
     def parse() -> AnyBody:
-        fields = _with_defaults(parse_object(data), kind, foreign, settings)
-        return read_fields(kind, fields, _with_idle(foreign, kind, settings), leniency)
+        return read_fields(kind, _with_defaults(parse_object(data), kind, settings), leniency, _idle(kind, settings))
 
     body = parse() if len(data) <= LARGE_BYTES else await run_on(_reading, parse)
     if leniency is not None and leniency.ignored:
@@ -75,14 +80,10 @@ async def converted(
     return await run_on(_converting, make, *given, **named)
 
 
-def _with_idle(foreign: ForeignFields, kind: type[AnyBody], settings: ApiSettings) -> ForeignFields:
-    """Also the endpoint's own fields that have no effect with these settings."""
-    hints = dict(foreign.hints)
-    if settings.slot_folder is None and "id_slot" in kind.model_fields:
-        hints |= SLOTS_NOT_KEPT
-    if not settings.can_unload and "keep_alive" in kind.model_fields:
-        hints |= ALWAYS_LOADED
-    return replace(foreign, hints=hints)
+def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
+    """The endpoint's own fields that have no effect with these settings."""
+    slots = {} if settings.slot_folder is not None or "id_slot" not in kind.model_fields else SLOTS_NOT_KEPT
+    return slots if settings.can_unload or "keep_alive" not in kind.model_fields else slots | ALWAYS_LOADED
 
 
 async def has_field(data: bytes, name: str) -> bool:
@@ -92,25 +93,18 @@ async def has_field(data: bytes, name: str) -> bool:
     return any(member.name == name for member in (await run_on(_reading, outline, data)).members)
 
 
-def _with_defaults(
-    fields: dict[str, Any], kind: type[AnyBody], foreign: ForeignFields, settings: ApiSettings
-) -> dict[str, Any]:
+def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
     """The fields of a body, and the server's values of those that the endpoint has and the body has under no name."""
     if not settings.defaults and not settings.recommended:
         return fields
-    filled = _filled(fields, kind, foreign, settings)
-    for name, part in foreign.parts.items():
-        inner, known = filled.get(name), kind.model_fields[name].annotation
-        if (inner is None or isinstance(inner, dict)) and isinstance(known, type) and issubclass(known, Body):
-            filled[name] = _filled(inner or {}, known, part, settings)
-    return filled
-
-
-def _filled(fields: dict[str, Any], kind: type[Body], foreign: ForeignFields, settings: ApiSettings) -> dict[str, Any]:
-    given = {foreign.name(name) for name, value in fields.items() if value is not None}
+    given = {kind.foreign.name(name) for name, value in fields.items() if value is not None}
     defaults = {**settings.recommended, **settings.defaults} if kind.takes_recommended else settings.defaults
-    own = ((foreign.name(name), value) for name, value in defaults.items())
-    return fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
+    own = ((kind.foreign.name(name), value) for name, value in defaults.items())
+    filled = fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
+    for name, part in parts_of(kind).items():
+        if (inner := filled.get(name)) is None or isinstance(inner, dict):
+            filled[name] = _with_defaults(inner or {}, part, settings)
+    return filled
 
 
 async def parse_object_in_time(data: bytes) -> dict[str, Any]:
@@ -211,3 +205,56 @@ async def _read_all(request: Request, max_bytes: int) -> bytes | None:
         if len(data) > max_bytes:
             return None
     return bytes(data)
+
+
+HEADER: Final = "X-Llamaclust-Ignored"
+STRICT_HEADER: Final = "X-Llamaclust-Strict"
+_YES: Final = ("1", "true", "yes")
+_MOST_LOGGED: Final = 256
+_MOST_CHARACTERS: Final = 160
+_MOST_OF_A_HEADER: Final = 3072
+"""Some proxies take no more than 4 KiB for all headers of a reply."""
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
+
+_log = logging.getLogger(__name__)
+_is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
+"""True where this task's request is to be refused if a part of it has no effect."""
+
+
+class IgnoredFields:
+    """Adds the header. The log has a line for each field the first time that a client of this process sends it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._logged: set[tuple[str, str]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fields: list[str] = []
+
+        async def name_fields(message: Message) -> None:
+            if fields and message["type"] == "http.response.start":
+                names = [*dict.fromkeys(_UNSAFE.sub("?", name)[:_MOST_CHARACTERS] or "?" for name in fields)]
+                MutableHeaders(scope=message)[HEADER] = _listed(names)
+                self._report(scope["path"], names)
+            await send(message)
+
+        asked = Headers(scope=scope).get(STRICT_HEADER, "").lower() in _YES
+        token, strict_token = ignored_parts.set(fields), _is_strict.set(asked)
+        try:
+            await self._app(scope, receive, name_fields)
+        finally:
+            ignored_parts.reset(token)
+            _is_strict.reset(strict_token)
+
+    def _report(self, path: str, fields: Sequence[str]) -> None:
+        new = [field for field in fields if (path, field) not in self._logged]
+        if new and len(self._logged) < _MOST_LOGGED:
+            self._logged.update((path, field) for field in new)
+            _log.info("%s: fields without effect: %s", path, _listed(new))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names; how many more there are where they are too long together."""
+    shown = bisect_right([*accumulate(len(name) + 2 for name in names)], _MOST_OF_A_HEADER)
+    more = [f"and {len(names) - shown} more"] if shown < len(names) else []
+    return ", ".join([*names[:shown], *more])

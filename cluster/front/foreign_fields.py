@@ -206,7 +206,6 @@ OLLAMA_OPTIONS: Final = ForeignFields(
 OLLAMA: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
     hints=_names("truncate shift", anything),
-    parts={"options": OLLAMA_OPTIONS},
 )
 """A prompt is never truncated, and a context never shifted."""
 

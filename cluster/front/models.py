@@ -45,7 +45,7 @@ class AdapterControl:
     unload: Callable[[str], Awaitable[None]]
 
 
-class LoadAdapterBody(Body):
+class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The body of `POST /v1/load_lora_adapter`."""
 
     lora_name: _Name
@@ -56,7 +56,7 @@ class LoadAdapterBody(Body):
     """The model that the adapter is for; of several, without it the first one."""
 
 
-class UnloadAdapterBody(Body):
+class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The body of `POST /v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
@@ -85,7 +85,7 @@ class AdapterLoading:
     async def load(self, request: Request) -> Response:
         """Answers when requests may use the adapter."""
         require_first_key(request.headers, self._settings, "load adapters")
-        body = await read_body(request, LoadAdapterBody, OF_ADAPTERS, self._settings)
+        body = await read_body(request, LoadAdapterBody, self._settings)
         self._models.check(body.model)
         if body.lora_name.removesuffix(TAG) in self._settings.copies:
             raise ParameterError("lora_name", f"{body.lora_name!r} is a copy of the model: delete it first")
@@ -95,7 +95,7 @@ class AdapterLoading:
     async def unload(self, request: Request) -> Response:
         """Answers when the model is served without the adapter."""
         require_first_key(request.headers, self._settings, "unload adapters")
-        body = await read_body(request, UnloadAdapterBody, OF_ADAPTERS, self._settings)
+        body = await read_body(request, UnloadAdapterBody, self._settings)
         self._models.check(body.model)
         await self._control.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from threading import Lock
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import (
     BeforeValidator,
@@ -49,14 +50,10 @@ class ForeignFields:
     refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
     other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
-    parts: Mapping[str, ForeignFields] = field(default_factory=dict)  # of objects that have fields with defaults
 
     def name(self, given: str) -> str:
         """The endpoint's name of a field."""
         return self.other_names.get(given, given)
-
-
-NOTHING_FOREIGN: Final = ForeignFields()
 
 
 class Leniency:
@@ -77,6 +74,12 @@ class Body(DocumentedModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
     """True where the model file's recommended sampling comes before the endpoint's own defaults."""
+    foreign: ClassVar[ForeignFields] = ForeignFields()
+
+    def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
+        """`foreign`: what other servers have in its place."""
+        super().__init_subclass__(**settings)
+        cls.foreign = foreign or cls.foreign
 
     @model_validator(mode="before")
     @classmethod
@@ -122,10 +125,18 @@ def _is_object(field_info: FieldInfo) -> bool:
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def read_part(kind: type[AnyBody], value: Any, foreign: ForeignFields, leniency: Leniency | None) -> AnyBody:
+@cache
+def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
+    """The kinds of the objects in a body that hold its sampling fields, by field."""
+    kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
+    bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}
+    return {name: part for name, part in bodies.items() if part.takes_recommended}
+
+
+def read_part(kind: type[AnyBody], value: Any, leniency: Leniency | None) -> AnyBody:
     """A part of a body, for the validator of its field, whose errors are ValueErrors. See `read_fields`."""
     try:
-        return read_fields(kind, value, foreign, leniency)
+        return read_fields(kind, value, leniency)
     except ParameterError as error:
         raise ValueError(str(error)) from error
 
@@ -133,19 +144,16 @@ def read_part(kind: type[AnyBody], value: Any, foreign: ForeignFields, leniency:
 def read_fields(
     kind: type[AnyBody],
     fields: Mapping[str, Any],
-    foreign: ForeignFields = NOTHING_FOREIGN,
     leniency: Leniency | None = None,
+    idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
     """The body that the fields make. ParameterError for one that is wrong or asks for what is not supported; without
-    `leniency` also for those that are unknown or have no effect."""
-    kept = {name: value for name, value in fields.items() if value is not None}
-    for name, is_neutral in foreign.refused.items():
+    `leniency` also for those that are unknown or have no effect. `idle`: fields that have none with these settings."""
+    foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
+    for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
-            raise _unsupported(name)
-    for name, is_neutral in foreign.hints.items():
-        if name in kept and not is_neutral(kept.pop(name)):
-            if leniency is None:
-                raise _unsupported(name)
+            if leniency is None or name in foreign.refused:
+                raise ParameterError(name, "this server does not support it; leave it out")
             leniency.ignore(name)
     as_sent = {name: other for other, name in foreign.other_names.items() if other in kept and name not in kept}
     for other, name in foreign.other_names.items():
@@ -163,10 +171,6 @@ def _built(kind: type[AnyBody]) -> type[AnyBody]:
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
-
-
-def _unsupported(name: str) -> ParameterError:
-    return ParameterError(name, "this server does not support it; leave it out")
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:

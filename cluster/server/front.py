@@ -1,30 +1,59 @@
-"""The public side of a cluster: settings of its API, port, certificate and record, and what a user is told of them."""
+"""The public side of a cluster: settings of its API, port, certificate and record, what a user is told of them, and the
+served models with their text services and replies, on one journal."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.errors import hint
+from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
+from llamaclust.cluster.front.dialects.embeddings import LlamaCppEmbeddingBody, OpenAiEmbeddingBody, RerankBody
+from llamaclust.cluster.front.dialects.llamacpp.completions import (
+    DetokenizeBody,
+    InfillBody,
+    LlamaCppBody,
+    TemplateBody,
+    TokenizeBody,
+)
+from llamaclust.cluster.front.dialects.ollama.endpoints import EmbedBody, EmbeddingsBody
+from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody
+from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.responses.store import CompactionBody
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.http.connections import ApiPort, listening
+from llamaclust.cluster.front.models import AdapterControl, ApiModel
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.restoring import Durability
+from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.server.default_fields import check_defaults
+from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.server.telemetry.settings import TelemetrySettings
 from llamaclust.cluster.state.api_keys import LiveKeys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import ModelUse, Ready, Report
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.version import VERSION
+from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 from llamaclust.model.loader import Model
 from llamaclust.model.pooling import Pooling
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
-    from llamaclust.cluster.server.coordinator import Cluster
+    from llamaclust.cluster.server.coordinator import Cluster, ServedModel
+
 
 _MORE_REQUESTS = 64
 """Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""
@@ -148,3 +177,102 @@ def _use(model: Model) -> ModelUse:
     if model.pooling is Pooling.RANK:
         return ModelUse.RANKS
     return ModelUse.TEXT if model.generates else ModelUse.EMBEDDINGS
+
+
+BODIES: Final[tuple[type[Body], ...]] = (
+    *(ChatBody, CompletionBody, ResponsesBody, CompactionBody, MessagesBody),
+    *(LlamaCppBody, InfillBody, TokenizeBody, DetokenizeBody, TemplateBody, GenerateBody, OllamaChatBody),
+    *(OpenAiEmbeddingBody, LlamaCppEmbeddingBody, EmbedBody, EmbeddingsBody, RerankBody),
+)
+"""The bodies whose fields may have defaults."""
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """UsageError for a name that no endpoint has, and for a value that none of those with the name takes."""
+    objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
+    for given, value in defaults.items():
+        having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
+        if not having:
+            known = sorted({name for kind in objects for name in (*kind.model_fields, *kind.foreign.other_names)})
+            near = hint(given, known).partition("; known")[0]
+            raise UsageError(f"api.defaults: {given!r} is a field of no endpoint{near or '; leave it out'}")
+        errors = [field_error(kind, name, value) for kind, name in having if value is not None]
+        if errors and (error := errors[0]) is not None and None not in errors:
+            raise UsageError(f"api.defaults: {error}")
+
+
+@asynccontextmanager
+async def api_models(
+    cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
+) -> AsyncIterator[list[ApiModel]]:
+    """All models, the first one first. `show`: the JSON of `GET /cluster`. The owner of the journal closes it."""
+    residents = cluster.residency.residents
+    async with AsyncExitStack() as stack:
+        models: list[ApiModel] = []
+        for served in cluster.models:
+            service = await stack.enter_async_context(aclosing(_text_service(served)))
+            model, context_length = served.model, service.settings.context_length
+            digest = answer_digest(served.config, model.model_id, model.chat_template.source, context_length)
+            durability = Durability(journal, digest, cluster.config.timeouts.request, served.adapters)
+            own = _settings_of(served, settings, cluster.models)
+            replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
+            control = AdapterControl(served.loader.load, served.loader.unload)
+            status, resident = partial(show, served), residents[served.name]
+            models.append(ApiModel(service, replies, served.engine, resident, status, control, digest))
+        yield models
+
+
+async def restore(models: Sequence[ApiModel], journal: Journal, requests: Sequence[OpenRequest]) -> None:
+    """The requests that an earlier coordinator left, each by the model that continues it."""
+    await journal.restore(requests)
+    for model in models:
+        await model.replies.restore([*filter(model.continues, requests)])
+
+
+def _text_service(served: ServedModel) -> TextService:
+    model, config, engine = served.model, served.config, served.engine
+    text = TextSettings(
+        served.name,
+        engine.scheduler.settings.context_length,
+        config.max_sequences,
+        str(model.file.path),
+        model.file,
+        model.embedding_width,
+        model.pooling,
+        model.ranking,
+        generates=model.generates,
+        slots=config.max_sequences if config.api.slot_folder is not None else 0,
+        adapters=served.adapters,
+        max_drafted=engine.scheduler.settings.max_drafted,
+        recommended=recommended_sampling(model.file),
+    )
+    return TextService(engine, model.tokenizer, model.chat_template, text)
+
+
+def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:
+    """The settings of one of the models: of `models` in the cluster file, requests name one, and the kept replies share
+    their memory."""
+    are_several = bool(served.config.models)
+    return replace(
+        settings,
+        aliases=served.config.api.aliases,
+        strict_model=are_several or settings.strict_model,
+        can_unload=are_several,
+        max_kept_bytes=settings.max_kept_bytes // len(models),
+        adapters=served.adapters,
+        rankers=tuple(model.name for model in models if model.model.ranking is not None),
+        recommended=recommended_sampling(served.model.file),
+    )
+
+
+KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
+"""Of the cluster file: those that change answers; of `api`, its defaults. The adapters' files are in the model's id."""
+
+
+def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:
+    """`chat_template`: its source, from which the format of answers follows in one version; `context_length`: of the
+    plan."""
+    defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
+    adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
+    keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)
+    return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

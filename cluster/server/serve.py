@@ -24,8 +24,15 @@ from llamaclust.cluster.front.http.sse import first_of
 from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
-from llamaclust.cluster.server.front import Front, api_settings, cluster_record, open_port, ready_event
-from llamaclust.cluster.server.model_apis import api_models, restore
+from llamaclust.cluster.server.front import (
+    Front,
+    api_models,
+    api_settings,
+    cluster_record,
+    open_port,
+    ready_event,
+    restore,
+)
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.telemetry.telemetry import Telemetry, open_telemetry, resolve_telemetry

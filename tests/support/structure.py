@@ -20,11 +20,7 @@ _GENERATED = ("_pb2.py", "_pb2.pyi")
 _NATIVE = "llamaclust.kernels._native"
 FRONT = ("cluster/front/", "cluster/client/", "cluster/state/journal")
 """What stands between the bytes of a request and the engine, with the Python clients, by the beginnings of paths."""
-_FRONT_PARTS = (
-    *("cluster/engine/request_stream", "cluster/engine/inbox"),
-    *("cluster/server/front", "cluster/server/model_apis", "cluster/server/default_fields"),
-    "cluster/server/answer_digest",
-)
+_FRONT_PARTS = (*("cluster/engine/request_stream", "cluster/engine/inbox", "cluster/server/front"),)
 
 Graph = Mapping[str, frozenset[str]]
 """Modules by name, with those that each imports."""

@@ -77,7 +77,7 @@ _INPUTS = {"anyOf": [*_ONE, {"type": "array", "items": {"anyOf": _ONE}}]}
 InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchema(_INPUTS)]
 
 
-class EmbeddingFields(Body):
+class EmbeddingFields(Body, foreign=EMBEDDING):
     """Fields of both endpoints."""
 
     model: str | None = None
@@ -170,7 +170,7 @@ _SCHEMA = {"type": "array", "minItems": 1, "items": {"type": ["string", "object"
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_SCHEMA)]
 
 
-class RerankBody(Body):
+class RerankBody(Body, foreign=RERANK):
     """`POST /v1/rerank`. With `texts` the reply is a list, as of Text Embeddings Inference."""
 
     model: str | None = None
@@ -213,7 +213,7 @@ class RerankEndpoint:
         """Documents by their score for a query, the best first."""
         if self._service.settings.ranking is None:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
-        body = await read_body(request, RerankBody, RERANK, self._settings)
+        body = await read_body(request, RerankBody, self._settings)
         self._names.check(body.model)
         is_cohere = request.url.path.endswith(_COHERE_PATH)
         return await unless_disconnected(request, self._answer(body, is_cohere=is_cohere))
@@ -288,7 +288,7 @@ class EmbeddingEndpoints:
         return await embedded(request, self._service, body.inputs, options, partial(_llamacpp_reply, body))
 
     async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
-        body = await read_body(request, kind, EMBEDDING, self._settings)
+        body = await read_body(request, kind, self._settings)
         names.check(body.model)
         return body
 

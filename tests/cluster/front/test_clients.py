@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.ignored import HEADER
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.text import service as service_module
 from support.clusters.served import (
     CONTEXT,

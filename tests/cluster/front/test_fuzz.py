@@ -10,7 +10,6 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.llamacpp.completions import (
@@ -19,26 +18,25 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import (
     TemplateBody,
     TokenizeBody,
 )
-from llamaclust.cluster.front.dialects.ollama.schema import SHOW, GenerateBody, OllamaChatBody, Options, ShowBody
+from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody, Options, ShowBody
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, LLAMACPP, MESSAGES, OLLAMA, RESPONSES, TEXT_ONLY
-from llamaclust.cluster.front.schema import NOTHING_FOREIGN, ForeignFields
+from llamaclust.cluster.front.schema import Body
 from support.clusters.served import MODEL, VOCABULARY, client, make_app, real_engine
 
-BODIES: dict[str, tuple[type[BaseModel], ForeignFields]] = {
-    "/v1/chat/completions": (ChatBody, CHAT),
-    "/v1/completions": (CompletionBody, COMPLETION),
-    "/v1/messages": (MessagesBody, MESSAGES),
-    "/v1/messages/count_tokens": (MessagesBody, MESSAGES),
-    "/v1/responses/input_tokens": (ResponsesBody, RESPONSES),
-    "/completion": (LlamaCppBody, LLAMACPP),
-    "/tokenize": (TokenizeBody, NOTHING_FOREIGN),
-    "/detokenize": (DetokenizeBody, NOTHING_FOREIGN),
-    "/apply-template": (TemplateBody, TEXT_ONLY),
-    "/api/generate": (GenerateBody, OLLAMA),
-    "/api/chat": (OllamaChatBody, OLLAMA),
-    "/api/show": (ShowBody, SHOW),
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": MessagesBody,
+    "/v1/responses/input_tokens": ResponsesBody,
+    "/completion": LlamaCppBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+    "/apply-template": TemplateBody,
+    "/api/generate": GenerateBody,
+    "/api/chat": OllamaChatBody,
+    "/api/show": ShowBody,
 }
 
 numbers = st.integers(-2, 40) | st.integers() | st.floats() | st.just(10**300) | st.just(2**64)
@@ -77,7 +75,8 @@ good_messages = [{"role": "user", "content": "a"}]
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     path = draw(st.sampled_from(sorted(BODIES)))
-    kind, foreign = BODIES[path]
+    kind = BODIES[path]
+    foreign = kind.foreign
     known = (*foreign.refused, *foreign.hints, *foreign.other_names)
     names = st.sampled_from([*kind.model_fields, *known, "unknown"])
     body: dict[str, Any] = {"prompt": "a", "messages": good_messages, "content": "a", "tokens": [5], "input": "a"}

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.ignored import HEADER
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.core.errors import QueueFullError, WorkerError
 from support.clusters.served import (
     CONTEXT,

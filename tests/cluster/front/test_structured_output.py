@@ -11,8 +11,8 @@ from httpx import Response
 from jsonschema import Draft202012Validator
 
 from llamaclust.cluster.front.app import create_app
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.schema import CompletionBody
-from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.launchers.in_process import LocalSettings, LocalStage
 from llamaclust.core.errors import ParameterError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.server.answer_digest import KEYS, answer_digest
+from llamaclust.cluster.server.front import KEYS, answer_digest
 
 _SAME_ANSWERS = frozenset(
     {

@@ -14,8 +14,7 @@ from llamaclust.cluster.front.dialects.llamacpp.slots import SlotBody
 from llamaclust.cluster.front.dialects.ollama.schema import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
 from llamaclust.cluster.front.http.responses import Route
 from llamaclust.cluster.front.models import LoadAdapterBody, UnloadAdapterBody
-from llamaclust.cluster.server.default_fields import ENDPOINTS, check_defaults
-from llamaclust.cluster.server.front import api_settings
+from llamaclust.cluster.server.front import BODIES, api_settings, check_defaults
 from llamaclust.core.errors import UsageError
 from support.clusters.served import ScriptedEngine, make_app, says
 
@@ -34,7 +33,7 @@ NO_DEFAULTS: dict[type[BaseModel], str] = {
 
 
 def test_every_endpoint_with_a_body_takes_part_or_has_a_reason() -> None:
-    bodies = [kind for kind, _ in ENDPOINTS] + [*NO_DEFAULTS]
+    bodies = [*BODIES, *NO_DEFAULTS]
     app = make_app(ScriptedEngine(says("a")), slot_folder=Path("/tmp"), allows_pull=True)
     given = {route.path: route.body for route in app.routes if isinstance(route, Route) and route.body}
     assert [path for path, body in given.items() if body not in bodies] == []

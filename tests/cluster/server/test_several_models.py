@@ -19,8 +19,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.server.front import api_settings
-from llamaclust.cluster.server.model_apis import api_models, restore
+from llamaclust.cluster.server.front import api_models, api_settings, restore
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.cluster.state.journal import Journal

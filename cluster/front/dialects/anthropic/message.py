@@ -13,7 +13,6 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.fields.tools import call_id_of
-from llamaclust.cluster.front.foreign_fields import MESSAGES
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import named_event, unless_disconnected
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
@@ -223,7 +222,7 @@ class MessagesEndpoint:
         self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
 
     async def create(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, MessagesBody, MESSAGES, self._settings)
+        body = await parse_body(data, MessagesBody, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         chat = (await converted(body, body.request)).admitted(ticket.created, adapters)
 
@@ -241,7 +240,7 @@ class MessagesEndpoint:
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt."""
-        body = await read_body(request, MessagesBody, MESSAGES, self._settings)
+        body = await read_body(request, MessagesBody, self._settings)
         self._models.adapters(body.model, body.lora)
         chat = await converted(body, body.request)
         completion = await unless_disconnected(request, self._service.chat_prompt(chat))

@@ -21,7 +21,7 @@ from llamaclust.cluster.front.fields.tools import (
     present,
     tool_text,
 )
-from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, THINKING
+from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,
@@ -68,7 +68,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
 """Tools that the client runs and knows by their type alone: what a type begins with, before its date."""
 
 
-class Tool(Body):
+class Tool(Body, foreign=ANTHROPIC_TOOL):
     """A function that the model may call; the client runs it."""
 
     name: str
@@ -94,7 +94,7 @@ class ToolChoice(Body):
         return ToolUse.of(_MODES[self.type], self.name, is_parallel)
 
 
-class Thinking(Body):
+class Thinking(Body, foreign=THINKING):
     """Whether the model may think before it answers."""
 
     type: Literal["enabled", "adaptive", "disabled"]
@@ -129,7 +129,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")
     if kind in (None, "custom"):
-        read_part(Tool, value, ANTHROPIC_TOOL, info.context)
+        read_part(Tool, value, info.context)
         return function_tool(value, parameters="input_schema")
     known = next((known for begin, known in _CLIENT_TOOLS.items() if str(kind).startswith(begin)), None)
     if known is None:
@@ -140,7 +140,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
 def _thinking(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("must be an object with a 'type'")
-    return read_part(Thinking, value, THINKING, info.context)
+    return read_part(Thinking, value, info.context)
 
 
 _TOOL_SCHEMA: Final = WithJsonSchema({"type": "object", "required": ["name"]})
@@ -310,7 +310,7 @@ _TurnField = Annotated[Any, BeforeValidator(read_turn), WithJsonSchema(_MESSAGE)
 _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONTENT)]
 
 
-class MessagesBody(AnswerFields, ReasoningFields):
+class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     """`POST /v1/messages`; `max_tokens` may be left out, for counting too."""
 
     model: str | None = None

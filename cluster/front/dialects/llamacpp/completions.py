@@ -16,6 +16,7 @@ from llamaclust.cluster.front.fields.sampling import (
     SpeculativeFields,
     sampled,
 )
+from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.front.replies.reply import MakeReply, Reply
 from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.schema import (
@@ -97,7 +98,7 @@ _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "obj
 
 
 @sampled(Dialect.LLAMACPP)
-class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
+class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, foreign=LLAMACPP):
     """`POST /completion`."""
 
     takes_recommended: ClassVar = True
@@ -183,7 +184,7 @@ def _text(value: Any) -> Any:
     return value
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Body, foreign=TEXT_ONLY):
     """`POST /tokenize`."""
 
     content: Annotated[str, BeforeValidator(_text)]
@@ -196,14 +197,14 @@ class TokenizeBody(Body):
     """Each token with its text."""
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(Body, foreign=TEXT_ONLY):
     """`POST /detokenize`."""
 
     tokens: Annotated[list[int], FailFast(), Field(max_length=1 << 20)]
     """Token ids."""
 
 
-class TemplateBody(ChatFields):
+class TemplateBody(ChatFields, foreign=TEXT_ONLY):
     """`POST /apply-template`."""
 
     def request(self) -> ChatRequest:

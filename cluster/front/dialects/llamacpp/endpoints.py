@@ -24,7 +24,6 @@ from llamaclust.cluster.front.dialects.llamacpp.slots import SlotActions, SlotBo
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.fields.sampling import SCALES_SCHEMA, AdapterFields, read_scales
-from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.security import require_first_key
 from llamaclust.cluster.front.http.sse import unless_disconnected
@@ -159,17 +158,17 @@ class LlamaCppEndpoints:
         if tokens is None:
             message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
             raise HttpError(501, "not_supported", message)
-        body = await parse_body(data, InfillBody, LLAMACPP, self._settings)
+        body = await parse_body(data, InfillBody, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         return InfillRequests(self._service, body, adapters, tokens=tokens).reply()
 
     async def complete(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, LlamaCppBody, LLAMACPP, self._settings)
+        body = await parse_body(data, LlamaCppBody, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         return LlamaCppRequests(self._service, body, adapters).reply()
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request, TokenizeBody, TEXT_ONLY, self._settings)
+        body = await read_body(request, TokenizeBody, self._settings)
         if len(body.content) <= _BLOCKING_CHARACTERS:
             return self._tokenized(body)
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
@@ -185,12 +184,12 @@ class LlamaCppEndpoints:
         return JsonResponse({"tokens": [_piece_entry(self._service.tokenizer, token) for token in ids]})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody, TEXT_ONLY, self._settings)
+        body = await read_body(request, DetokenizeBody, self._settings)
         detokenizing = run_on(TOKENIZING, self._service.tokenizer.decode, body.tokens)
         return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:
-        body = await read_body(request, TemplateBody, TEXT_ONLY, self._settings)
+        body = await read_body(request, TemplateBody, self._settings)
         rendering = self._service.chat_text(await converted(body, body.request))
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 

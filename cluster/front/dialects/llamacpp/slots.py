@@ -22,7 +22,7 @@ from llamaclust.cluster.front.body import read_body, read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.schema import NOTHING_FOREIGN, Body
+from llamaclust.cluster.front.schema import Body
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import collect
 from llamaclust.cluster.front.text.request import CompletionRequest
@@ -60,7 +60,7 @@ class SlotActions:
             return JsonResponse({"id_slot": slot, "n_erased": self._service.slots.erase(slot)})
         if action not in ("save", "restore"):
             raise ParameterError("action", f"must be save, restore or erase, is {str(action)[:60]!r}")
-        body = await read_body(request, SlotBody, NOTHING_FOREIGN, self._settings)
+        body = await read_body(request, SlotBody, self._settings)
         try:
             counts = await (self._save if action == "save" else self._restore)(request, slot, body.filename)
         except OSError as error:

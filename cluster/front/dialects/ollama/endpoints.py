@@ -29,7 +29,7 @@ from llamaclust.cluster.front.dialects.ollama.schema import (
 )
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import KeepAlive, read_keep_alive
-from llamaclust.cluster.front.foreign_fields import OLLAMA, anything
+from llamaclust.cluster.front.foreign_fields import anything
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.handlers import Replies
@@ -59,7 +59,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 _TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 
 
-class _Fields(ModelBody):
+class _Fields(ModelBody, foreign=_FOREIGN):
     pooling: Literal["none", "mean", "cls", "last"] | None = None
     """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's. `none`,
     which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
@@ -91,7 +91,7 @@ class OllamaEmbeddings:
 
     async def embed(self, request: Request) -> Response:
         """A vector of length 1 for each text."""
-        body = await read_body(request, EmbedBody, _FOREIGN, self._settings)
+        body = await read_body(request, EmbedBody, self._settings)
         self._names.check(body.model)
         begun_ns = time.perf_counter_ns()
 
@@ -111,7 +111,7 @@ class OllamaEmbeddings:
 
     async def embeddings(self, request: Request) -> Response:
         """A vector of the length that the model gave it; an empty one for an empty text, as the model is loaded."""
-        body = await read_body(request, EmbeddingsBody, _FOREIGN, self._settings)
+        body = await read_body(request, EmbeddingsBody, self._settings)
         self._names.check(body.model)
 
         def shape(embeddings: list[Embedding]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class OllamaGenerating:
         self._names = names
 
     async def generate(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, GenerateBody, OLLAMA, self._settings)
+        body = await parse_body(data, GenerateBody, self._settings)
 
         adapters = self._names.adapters(body.model, ticket.scales)
 
@@ -147,7 +147,7 @@ class OllamaGenerating:
         return self._reply(body, ticket, requests, as_text, with_context=not body.raw)
 
     async def chat(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, OllamaChatBody, OLLAMA, self._settings)
+        body = await parse_body(data, OllamaChatBody, self._settings)
 
         adapters = self._names.adapters(body.model, ticket.scales)
 

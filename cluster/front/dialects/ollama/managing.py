@@ -18,9 +18,6 @@ from llamaclust.cluster.config.values import TAG
 from llamaclust.cluster.front.body import read_body
 from llamaclust.cluster.front.dialects.ollama.models import OllamaNames
 from llamaclust.cluster.front.dialects.ollama.schema import (
-    CREATE,
-    DELETE,
-    PULL,
     CopyBody,
     CreateBody,
     DeleteBody,
@@ -30,7 +27,6 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.security import require_first_key
 from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, line, unless_disconnected
-from llamaclust.cluster.front.schema import NOTHING_FOREIGN
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import UsageError
 
@@ -128,7 +124,7 @@ class OllamaManaging:
 
     async def pull(self, request: Request) -> Response:
         """The served model is there; others are downloaded where the cluster file allows it."""
-        body = await read_body(request, PullBody, PULL, self._settings)
+        body = await read_body(request, PullBody, self._settings)
         if self._names.is_known(body.model):
             return _statuses(["pulling manifest", "success"], is_streamed=body.stream)
         steps = self._pulls.progress(self._pulls.wanted(request, body.model))
@@ -141,19 +137,19 @@ class OllamaManaging:
 
     async def create(self, request: Request) -> Response:
         """Another name of the served model."""
-        body = await read_body(request, CreateBody, CREATE, self._settings)
+        body = await read_body(request, CreateBody, self._settings)
         self._names.copy(body.source, body.model)
         return _statuses(["using existing layer", "success"], is_streamed=body.stream)
 
     async def copy(self, request: Request) -> Response:
         """Another name of the served model."""
-        body = await read_body(request, CopyBody, NOTHING_FOREIGN, self._settings)
+        body = await read_body(request, CopyBody, self._settings)
         self._names.copy(body.source, body.destination)
         return Response()
 
     async def delete(self, request: Request) -> Response:
         """A name that `copy` or `create` made."""
-        body = await read_body(request, DeleteBody, DELETE, self._settings)
+        body = await read_body(request, DeleteBody, self._settings)
         self._names.delete(body.model)
         return Response()
 

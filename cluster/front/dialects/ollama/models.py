@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from llamaclust.cluster.config.values import TAG, tagged
 from llamaclust.cluster.front.body import read_body
-from llamaclust.cluster.front.dialects.ollama.schema import SHOW, ShowBody
+from llamaclust.cluster.front.dialects.ollama.schema import ShowBody
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
@@ -245,7 +245,7 @@ class OllamaModels:
 
     async def show(self, request: Request) -> Response:
         """A model's file and chat template."""
-        body = await read_body(request, ShowBody, SHOW, self._router.settings)
+        body = await read_body(request, ShowBody, self._router.settings)
         model = self._router.named(body.model)
         OllamaNames(model.name, model.settings).check_known(body.model)
         service, details = model.service, self._details[model.name]

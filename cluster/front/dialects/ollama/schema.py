@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInf
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
 from llamaclust.cluster.front.fields.sampling import ReasoningFields, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.fields.tools import media_text
-from llamaclust.cluster.front.foreign_fields import OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
+from llamaclust.cluster.front.foreign_fields import OLLAMA, OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
 from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.core.errors import ParameterError
@@ -23,7 +23,7 @@ _MESSAGES: Final = 16_384
 
 
 @sampled(Dialect.OLLAMA)
-class Options(SamplerFields, ReasoningFields, SpeculativeFields):
+class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
     """How an answer is sampled."""
 
     takes_recommended: ClassVar = True
@@ -39,7 +39,7 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields):
 def _options(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("must be an object")
-    return read_part(Options, value, OLLAMA_OPTIONS, info.context)
+    return read_part(Options, value, info.context)
 
 
 def _format(value: Any) -> Any:
@@ -125,7 +125,7 @@ class AnswerFields(Body):
         )
 
 
-class GenerateBody(AnswerFields):
+class GenerateBody(AnswerFields, foreign=OLLAMA):
     """`POST /api/generate`."""
 
     prompt: str = ""
@@ -151,7 +151,7 @@ class GenerateBody(AnswerFields):
         return self._chat((*system, {"role": "user", "content": self.prompt}))
 
 
-class OllamaMessage(Body):
+class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """One message of a chat."""
 
     role: Annotated[str, WithJsonSchema({"enum": ["system", "user", "assistant", "tool"]})]
@@ -185,7 +185,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     value = {**value, "images": None}
     if images and isinstance(content, str):
         value["content"] = "\n".join(filter(None, [content, media_text("images", info.context)]))
-    message = read_part(OllamaMessage, value, OLLAMA_MESSAGE, info.context)
+    message = read_part(OllamaMessage, value, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")
     if message.tool_calls and message.role != "assistant":
@@ -193,7 +193,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
     return message
 
 
-class OllamaChatBody(AnswerFields):
+class OllamaChatBody(AnswerFields, foreign=OLLAMA):
     """`POST /api/chat`."""
 
     messages: Annotated[
@@ -235,18 +235,18 @@ class ModelBody(Body):
     """With or without `:latest`."""
 
 
-class ShowBody(ModelBody):
+class ShowBody(ModelBody, foreign=SHOW):
     """`POST /api/show`."""
 
 
-class PullBody(ModelBody):
+class PullBody(ModelBody, foreign=PULL):
     """`POST /api/pull`."""
 
     stream: bool = True
     """Lines of JSON; false: one object."""
 
 
-class DeleteBody(ModelBody):
+class DeleteBody(ModelBody, foreign=DELETE):
     """`DELETE /api/delete`."""
 
 
@@ -265,7 +265,7 @@ def _with_from(schema: dict[str, Any]) -> None:
     schema["required"] = ["model", "from"]
 
 
-class CreateBody(ModelBody):
+class CreateBody(ModelBody, foreign=CREATE):
     """`POST /api/create`."""
 
     model_config = ConfigDict(json_schema_extra=_with_from)

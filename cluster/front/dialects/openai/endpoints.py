@@ -15,12 +15,10 @@ from llamaclust.cluster.front.dialects.openai.choices import ChatView, Completio
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, OpenAiView
 from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.replies.ticket import Ticket
-from llamaclust.cluster.front.schema import ForeignFields
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
@@ -32,7 +30,6 @@ class _Endpoint(ABC, Generic[AnyGeneration]):
     """Makes replies of one kind."""
 
     body: type[AnyGeneration]
-    foreign: ForeignFields
     view: type[OpenAiView[AnyGeneration]]
 
     def __init__(self, service: TextService, settings: ApiSettings, models: ModelNames) -> None:
@@ -41,7 +38,7 @@ class _Endpoint(ABC, Generic[AnyGeneration]):
         self._models = models
 
     async def create(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, self.body, self.foreign, self._settings)
+        body = await parse_body(data, self.body, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         body.check()
         return Reply(
@@ -63,7 +60,7 @@ class _Endpoint(ABC, Generic[AnyGeneration]):
 class CompletionEndpoint(_Endpoint[CompletionBody]):
     """Prompts as they are, text or token ids."""
 
-    body, foreign, view = CompletionBody, COMPLETION, CompletionView
+    body, view = CompletionBody, CompletionView
 
     async def _requests(self, body: CompletionBody, ticket: Ticket, adapters: AdapterScales) -> list[CompletionRequest]:
         return [replace(request, adapters=adapters) for request in await converted(body, body.requests)]
@@ -72,7 +69,7 @@ class CompletionEndpoint(_Endpoint[CompletionBody]):
 class ChatEndpoint(_Endpoint[ChatBody]):
     """Chats, rendered by the model's own template."""
 
-    body, foreign, view = ChatBody, CHAT, ChatView
+    body, view = ChatBody, ChatView
 
     async def _requests(self, body: ChatBody, ticket: Ticket, adapters: AdapterScales) -> list[CompletionRequest]:
         chat = await converted(body, body.request)
@@ -80,7 +77,7 @@ class ChatEndpoint(_Endpoint[ChatBody]):
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
-        body = await read_body(request, ChatBody, CHAT, self._settings)
+        body = await read_body(request, ChatBody, self._settings)
         self._models.adapters(body.model, body.lora)
         body.check()
         chat = await converted(body, body.request)

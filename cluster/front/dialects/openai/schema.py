@@ -17,7 +17,7 @@ from llamaclust.cluster.front.fields.sampling import (
     documented,
     sampled,
 )
-from llamaclust.cluster.front.foreign_fields import MESSAGE
+from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, MESSAGE
 from llamaclust.cluster.front.schema import (
     BiasField,
     Body,
@@ -57,7 +57,7 @@ class StreamOptions(Body):
     """Each chunk carries the tokens counted so far; only with `include_usage`."""
 
 
-class Message(Body):
+class Message(Body, foreign=MESSAGE):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -90,7 +90,7 @@ class Message(Body):
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    message = read_part(Message, value, MESSAGE, info.context)
+    message = read_part(Message, value, info.context)
     if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
         raise ValueError("content: is missing")
     if message.tool_calls and message.role != "assistant":
@@ -211,7 +211,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
             raise ParameterError("stream_options", "only makes sense with stream: true")
 
 
-class ChatBody(GenerationBody, ChatFields):
+class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
     """`POST /v1/chat/completions`."""
 
     max_tokens: LimitField = None
@@ -253,7 +253,7 @@ class ChatBody(GenerationBody, ChatFields):
         )
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(GenerationBody, foreign=COMPLETION):
     """`POST /v1/completions`."""
 
     prompt: PromptsField

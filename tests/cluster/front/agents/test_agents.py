@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.ignored import HEADER
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

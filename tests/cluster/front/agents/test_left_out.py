@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.ignored import HEADER, STRICT_HEADER
+from llamaclust.cluster.front.body import HEADER, STRICT_HEADER
 from support.clusters import served as served_module
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served

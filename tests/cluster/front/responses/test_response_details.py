@@ -15,10 +15,10 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from llamaclust.cluster.front import json_text
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, ShownRow
 from llamaclust.cluster.front.dialects.openai.responses.store import StoredResponse
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView
-from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.replies import reply as reply_module
 from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError

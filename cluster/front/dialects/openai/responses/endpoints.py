@@ -29,7 +29,6 @@ from llamaclust.cluster.front.dialects.openai.responses.store import (
 from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView, Storing
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.foreign_fields import RESPONSES
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.security import owner
 from llamaclust.cluster.front.http.sse import unless_disconnected
@@ -60,7 +59,7 @@ class ResponsesEndpoint:
         self._store = store
 
     async def create(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, ResponsesBody, RESPONSES, self._settings)
+        body = await parse_body(data, ResponsesBody, self._settings)
         adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
         body.check()
         items, messages = self._chat(body, ticket)
@@ -89,7 +88,7 @@ class ResponsesEndpoint:
 
     async def compact(self, data: bytes, ticket: Ticket) -> Reply:
         """A summary of a chat."""
-        body = await parse_body(data, CompactionBody, RESPONSES, self._settings)
+        body = await parse_body(data, CompactionBody, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
         _, messages = self._chat(body, ticket)
         chat = (await converted(body, body.request, messages)).admitted(ticket.created, adapters)
@@ -102,7 +101,7 @@ class ResponsesEndpoint:
 
     async def count(self, request: Request) -> Response:
         """The tokens of a response's prompt."""
-        body = await read_body(request, ResponsesBody, RESPONSES, self._settings)
+        body = await read_body(request, ResponsesBody, self._settings)
         self._models.adapters(body.model, body.lora)
         body.check()
         own = owner(request.headers, self._settings.api_keys)

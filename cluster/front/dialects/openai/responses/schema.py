@@ -15,6 +15,7 @@ from llamaclust.cluster.front.dialects.openai.responses.tools import ToolSet, re
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, read_choice
 from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.fields.tools import MAX_TOOLS
+from llamaclust.cluster.front.foreign_fields import RESPONSES
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.request import ChatRequest, effort_variables
@@ -94,7 +95,7 @@ class StreamOptions(Body):
     """No-op: events are never padded."""
 
 
-class ResponsesBody(AnswerFields, ReasoningFields):
+class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     """`POST /v1/responses`."""
 
     model: str | None = None

@@ -14,6 +14,7 @@ from llamaclust.cluster.front.dialects.openai.responses.output import ID_PREFIX,
 from llamaclust.cluster.front.dialects.openai.responses.schema import InputField, with_one_system_prompt
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.sampling import AdapterFields
+from llamaclust.cluster.front.foreign_fields import RESPONSES
 from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -136,7 +137,7 @@ _TASK: Final = (
 )
 
 
-class CompactionBody(AdapterFields):
+class CompactionBody(AdapterFields, foreign=RESPONSES):
     """`POST /v1/responses/compact`."""
 
     model: str

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.llamacpp import slots
-from llamaclust.cluster.front.http.ignored import HEADER
 from support.clusters.served import SETTINGS, client, make_app, real_engine, tokenizer
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 2

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.http.ignored import HEADER
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.core.errors import WorkerError
 from llamaclust.model.chat.template import ChatTemplate
 from support.clusters.served import CONTEXT, END, MODEL, ScriptedEngine, client, ids, make_app, says, tokenizer

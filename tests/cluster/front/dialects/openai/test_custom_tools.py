@@ -9,8 +9,8 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletionMessageCustomToolCall
 
+from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody
-from llamaclust.cluster.front.http.ignored import HEADER
 from llamaclust.cluster.front.schema import Leniency
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
-from typing import Any, Final, TypeVar
+from threading import Lock
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -213,6 +215,34 @@ def json_parts(value: Any) -> Generator[bytes, None, None]:
             held.clear()
     if held:
         yield bytes(held)
+
+
+JsonBody: TypeAlias = AsyncGenerator[bytes, None]
+
+
+async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
+    """Makes a value and renders each part of its JSON when it is taken, on a thread where it is large. A body that is
+    cancelled ends after the part that is being rendered."""
+    rendering, parts = Lock(), _made_parts(make)
+
+    def locked(step: Callable[[], _Value]) -> _Value:
+        with rendering:
+            return step()
+
+    try:
+        while part := await off_loop_if(is_large, partial(locked, partial(next, parts, b""))):
+            yield part
+    finally:
+        await off_loop_if(is_large, partial(locked, parts.close))
+
+
+def _made_parts(make: Callable[[], Any]) -> Generator[bytes, None, None]:
+    yield from json_parts(make())
+
+
+async def one_part(data: bytes) -> JsonBody:
+    """JSON that is there."""
+    yield data
 
 
 def json_size(value: Any) -> int:

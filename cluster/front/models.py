@@ -116,7 +116,6 @@ class ApiModel:
     resident: Resident
     status: Callable[[], Mapping[str, Any]]  # the JSON of `GET /cluster`
     adapter_control: AdapterControl | None = None  # None: clients load none
-    digest: str = ""  # of all that answers depend on beside requests
 
     @property
     def name(self) -> str:
@@ -138,7 +137,7 @@ class ApiModel:
     def continues(self, request: OpenRequest) -> bool:
         """True if a request that an earlier coordinator left gets the same answer here."""
         admission = request.admission
-        return admission.served == self.digest and self.settings.adapters.have(admission.adapters)
+        return admission.served == self.settings.digest and self.settings.adapters.have(admission.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,8 @@ class ApiSettings:
     unread_s: float = 60.0  # a client that takes nothing of its reply for so long has gone
     resume_s: float = 30.0  # a kept reply waits so long for its client
     background_s: float = 600.0  # likewise one that its client does not wait for, from its end on
+    request_s: float = 600.0  # from its admission until a request of the journal ends unanswered
+    digest: str = ""  # of the model and its settings, with which requests of the journal are computed again
     max_reply_bytes: int = 16 << 20  # of one kept reply
     max_kept_bytes: int = 256 << 20  # of all kept replies
     max_kept_replies: int = 4096

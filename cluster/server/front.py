@@ -33,7 +33,6 @@ from llamaclust.cluster.front.dialects.openai.schema import ChatBody, Completion
 from llamaclust.cluster.front.http.connections import ApiPort, listening
 from llamaclust.cluster.front.models import AdapterControl, ApiModel
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.schema import Body, field_error, parts_of
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService, TextSettings
@@ -91,6 +90,7 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
         resume_s=config.timeouts.resume,
+        request_s=config.timeouts.request,
         idle_s=config.timeouts.idle,
         max_requests=(config.max_sequences + config.max_waiting + _MORE_REQUESTS) * len(config.of_each_model()),
     )
@@ -213,12 +213,11 @@ async def api_models(
             service = await stack.enter_async_context(aclosing(_text_service(served)))
             model, context_length = served.model, service.settings.context_length
             digest = answer_digest(served.config, model.model_id, model.chat_template.source, context_length)
-            durability = Durability(journal, digest, cluster.config.timeouts.request, served.adapters)
-            own = _settings_of(served, settings, cluster.models)
-            replies = await stack.enter_async_context(aclosing(Replies(own, durability)))
+            own = _settings_of(served, replace(settings, digest=digest), cluster.models)
+            replies = await stack.enter_async_context(aclosing(Replies(own, journal)))
             control = AdapterControl(served.loader.load, served.loader.unload)
             status, resident = partial(show, served), residents[served.name]
-            models.append(ApiModel(service, replies, served.engine, resident, status, control, digest))
+            models.append(ApiModel(service, replies, served.engine, resident, status, control))
         yield models
 
 

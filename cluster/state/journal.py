@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class Journal:
                 self.sent(request.admission.id)
         await self._writer.written(b"", is_synced=True)
 
-    def admit(self, admission: Admission) -> Awaitable[None]:
+    def admit(self, admission: Admission) -> asyncio.Future[None]:
         """Done once the record is on disk, or cannot be. Admissions at about the same time share one fsync.
         SupersededError where the journal is sealed."""
         if self._writer.is_sealed:

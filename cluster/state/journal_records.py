@@ -85,6 +85,7 @@ class Admission:
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
     is_background: bool = False  # its client does not wait for it
+    has_measurements: bool = False  # its stream has other bytes if it is computed again
     has_grammar: bool = False  # its answers obey a grammar
     earlier: _Messages = ()  # messages of the stored chat that its body continues
     adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded

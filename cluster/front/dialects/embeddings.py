@@ -18,9 +18,8 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
-from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.json_text import is_large
-from llamaclust.cluster.front.replies.reply import JsonParts, json_body
+from llamaclust.cluster.front.http.sse import JsonParts, unless_disconnected
+from llamaclust.cluster.front.json_text import is_large, json_body
 from llamaclust.cluster.front.schema import Body, is_int, prompt_string
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
@@ -135,7 +134,9 @@ async def embedded(
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
         numbers = sum(len(vector) for each in embeddings for vector in each.vectors)
-        return JsonParts(json_body(partial(shape, embeddings), is_large=is_large(numbers)), held.pop_all())
+        kept = held.pop_all()
+        body = json_body(partial(shape, embeddings), is_large=is_large(numbers))
+        return JsonParts(body, lambda _: kept.aclose())
 
 
 def check_single(pooling: Pooling) -> None:

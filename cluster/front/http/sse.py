@@ -1,10 +1,11 @@
-"""Streamed replies, as server-sent events or lines of JSON; a client that disconnects cancels them."""
+"""Replies that are sent in parts: server-sent events, lines, or JSON; a client that disconnects cancels them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import failure_of, internal_error
 from llamaclust.cluster.front.http.responses import BODY_WRITER, shape_of
-from llamaclust.cluster.front.json_text import json_parts, to_json
+from llamaclust.cluster.front.json_text import has_many_values, json_body, json_parts, to_json
 from llamaclust.core.errors import LlamaclustError
 
 DONE = b"data: [DONE]\n\n"
@@ -67,31 +68,53 @@ def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
     return f"event: {name}\n".encode() + event(value, is_large=is_large)
 
 
-class EventResponse(Response):
-    """Sends events as they come. However it ends, the events' generator and then `close` are run to their ends."""
+class PartsResponse(Response):
+    """Sends the parts of a body as they come. However it ends, the parts' generator and then `close` are run to their
+    ends; `close` gets whether the connection took all that its client will get."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]], form: StreamFormat
+        self,
+        parts: AsyncGenerator[bytes, None],
+        close: Callable[[bool], Awaitable[None]] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(headers=_HEADERS, media_type=form.value)
+        super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._events = events
+        self._parts = parts
         self._close = close
-        self._form = form
-        self._is_cut = False
+        self._is_cut = self._is_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await first_of(self._send(scope, send), self._watch(receive))
         finally:
-            await self._events.aclose()
-            await self._close()
+            await self._parts.aclose()
+            if self._close is not None:
+                await self._close(self._is_sent)
+
+    @abstractmethod
+    async def _send(self, scope: Scope, send: Send) -> None: ...
+
+    async def _watch(self, receive: Receive) -> None:
+        await wait_for_disconnect(receive)
+        self._is_cut = True
+
+
+class EventResponse(PartsResponse):
+    """A stream of events or lines."""
+
+    def __init__(
+        self, parts: AsyncGenerator[bytes, None], close: Callable[[bool], Awaitable[None]], form: StreamFormat
+    ) -> None:
+        self.media_type = form.value
+        super().__init__(parts, close, _HEADERS)
+        self._form = form
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         last, writer = b"", scope.get("extensions", {}).get(BODY_WRITER)
         try:
-            async for data in self._events:
+            async for data in self._parts:
                 if writer is None or not writer.write(data):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 if self._is_cut:  # the server takes data also after that
@@ -101,13 +124,35 @@ class EventResponse(Response):
         except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
             _log.exception("a stream of %s failed", scope["path"])
             last = self._form.error(scope, internal_error())
+        self._is_sent = True
         if writer is not None:
             writer.flush()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _watch(self, receive: Receive) -> None:
-        await wait_for_disconnect(receive)
-        self._is_cut = True
+
+class JsonParts(PartsResponse):
+    """A body of JSON; has a Content-Length where it is one part. What rendering the first parts raises comes before the
+    head."""
+
+    media_type = "application/json"
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        begin = [await anext(self._parts, b""), await anext(self._parts, b"")]
+        if not begin[1]:
+            self.headers["content-length"] = str(len(begin[0]))
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while begin:
+            await send({"type": "http.response.body", "body": begin.pop(0), "more_body": True})
+        async for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await asyncio.sleep(0)  # the connection may have been cut before, unseen
+        self._is_sent = not self._is_cut
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def rendered(value: Any) -> JsonParts:
+    """A value as a body."""
+    return JsonParts(json_body(lambda: value, is_large=has_many_values(value)))
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:

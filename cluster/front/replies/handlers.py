@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from functools import partial
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.security import owner
-from llamaclust.cluster.front.http.sse import (
-    EventResponse,
-    StreamFormat,
-    unless_disconnected,
-    wait_for_disconnect,
-)
+from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
+from llamaclust.cluster.front.json_text import one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reading import Framing, Position, stream_parts, whole_body
-from llamaclust.cluster.front.replies.reply import Computation, JsonParts, MakeReply, Reply, rendered_body
+from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, Ticket, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
-from llamaclust.cluster.front.replies.restoring import Durability, Restoring
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.restoring import Restoring
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
+from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import OpenRequest
-from llamaclust.core.errors import LlamaclustError
 
 
 class Replies:
     """Use from one event loop; `aclose` it, which ends what is kept."""
 
-    def __init__(self, settings: ApiSettings, durability: Durability | None = None) -> None:
-        """Without `durability`, nothing survives this process."""
+    def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
+        """Without a journal, nothing survives this process."""
         self.settings = settings
-        self._durability = durability
-        self._journal = None if durability is None else durability.journal
+        self.cache = ReplyCache(settings, journal)
         self._endpoints: dict[str, MakeReply] = {}
         self._forms: dict[str, StreamFormat] = {}
-        self.cache = ReplyCache(settings, self._journal)
-        self._restoring = None if durability is None else Restoring(durability, self.cache, self._endpoints)
+        self._restoring = None if journal is None else Restoring(journal, self.cache, self._endpoints)
 
     def endpoint(
         self, path: str, make: MakeReply, form: StreamFormat = StreamFormat.EVENTS
@@ -57,97 +47,66 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str) -> Response:
+        """A reply that its client could ask for later goes on without the connection, any other ends with it."""
         body = await read_bytes(request, self.settings)
-        scales = self.settings.adapters.default
-        ticket = Ticket.draw(request.headers, self.settings.api_keys, journal=self._journal, scales=scales)
-        if (kept := self.cache.same(ticket, path, body)) is not None:
-            return await self._begun(request, kept, _given(request, kept.ticket))
+        ticket = Ticket.draw(request.headers, path, self.settings)
+        if (same := self.cache.same(ticket, body)) is not None:
+            return await self._begun(request, same, _given(request, same.ticket))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
             raise self._not_found(ticket.identity.idempotency_key)
         reply = await self._endpoints[path](body, ticket)
-        if ticket.is_kept or reply.acknowledgement is not None:
-            return await self._keep(request, ticket, reply, path, body)
-        return await self._direct(request, ticket, reply, path, body)
+        kept = KeptReply(ticket, reply, self.cache, is_kept=ticket.is_named or reply.is_background)
+        if kept.is_kept:
+            while (before := self.cache.in_conversation(ticket)) is not None:
+                await self.cache.forget(before)
+            if (same := self.cache.same(ticket, body)) is not None:  # that came meanwhile
+                return await self._begun(request, same, Position())
+            self.cache.add(kept, body)
+        await self._begin(request, kept, reply, body)
+        return await self._begun(request, kept, Position())
 
-    # -- replies that end with their connections -----------------------------------------------------------------------
-
-    async def _direct(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        """No completion outlives the connection. A stream of events can be resumed after this process ended."""
-        async with AsyncExitStack() as cleanup:
-            computation, log = Computation(reply, ticket), AnswerLog()
-            cleanup.push_async_callback(computation.aclose)
-            await unless_disconnected(request, computation.submit(log, is_kept=False))
-            if not reply.is_streamed:
-                await unless_disconnected(request, log.wait_over())
-                return JsonParts(whole_body(reply.view(log), log), cleanup.pop_all())
-            form, admitted = self._forms[path], None
-            if self._journal is not None and form.has_ids:  # else no client could ask for the rest
-                cleanup.callback(self._journal.sent, ticket.id)
-                admitted = self._admit(ticket, path, body, is_streamed=True, is_background=False)
-            await unless_disconnected(request, self._first(log, admitted))
-            framing = Framing(form, ticket.id, self.settings.keepalive_s, with_ids=_wants_ids(request))
-            parts = stream_parts(LogReader(log), log, partial(reply.view, log), framing)
-            return EventResponse(parts, cleanup.pop_all().aclose, form)
-
-    async def _first(self, log: AnswerLog, admitted: Awaitable[None] | None) -> None:
-        """Waits a moment for the first part, so that what fails before gets a status of its own. Nothing is sent before
-        the admission is on disk; it is written while the prompt is computed."""
-        await log.first(self.settings.first_chunk_s)
-        if admitted is not None:
-            await admitted
-
-    def _admit(self, ticket: Ticket, path: str, body: bytes, **kind: bool) -> Awaitable[None] | None:
-        return None if self._durability is None else self._durability.admit(ticket, path, body, **kind)
-
-    # -- replies that are kept -----------------------------------------------------------------------------------------
-
-    async def _keep(self, request: Request, ticket: Ticket, reply: Reply, path: str, body: bytes) -> Response:
-        while ticket.identity.conversation and (before := self.cache.in_conversation(ticket)) is not None:
-            await self.cache.forget(before)
-        if (kept := self.cache.same(ticket, path, body)) is not None:  # that came meanwhile
-            return await self._begun(request, kept, Position())
-        kind = {"is_streamed": reply.is_streamed, "is_background": reply.acknowledgement is not None}
-        kept = self.cache.add(ticket, path, body, **kind)
+    async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
+        """Returns once the admission is on disk, which is written while the prompt is computed: nothing is sent before.
+        It is journalled where its client could ask for the rest. A moment is waited for the first part of a stream that
+        ends with its connection, so that what fails before gets a status of its own."""
+        is_journalled = kept.is_kept or (kept.is_streamed and self._form(kept).has_ids)
+        admitted = body if is_journalled and self.cache.journal is not None else None
         try:
-            admit = partial(self._admit, ticket, path, body, **kind)
-            admitted = await unless_disconnected(request, kept.begin(Computation(reply, ticket), admit=admit))
+            on_disk = await unless_disconnected(request, kept.begin(reply, admitted=admitted))
+            if kept.is_streamed and not kept.is_kept:
+                await unless_disconnected(request, kept.log.first(self.settings.first_chunk_s))
+            if on_disk is not None:
+                await asyncio.shield(on_disk)
         except BaseException:
             await self.cache.forget(kept)
             raise
-        if admitted is not None:
-            await asyncio.shield(admitted)
-        return await self._begun(request, kept, Position())
 
-    async def _begun(self, request: Request, kept: KeptReply, after: Position) -> Response:
-        """To the request that begins it, or repeats that."""
+    async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
+        """The reply to the request that begins it, or repeats that."""
         if kept.acknowledgement is not None and not kept.is_streamed:
-            return JsonParts(rendered_body([kept.acknowledgement]))
-        return await self.respond(request, kept, after)
+            return JsonParts(one_part(kept.acknowledgement))
+        return await self.respond(request, kept, given)
 
-    async def respond(self, request: Request, kept: KeptReply, after: Position) -> Response:
-        """The rest of a kept reply."""
+    async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
+        """What a client lacks of a reply."""
         if not kept.is_streamed:
-            return await self._respond_whole(request, kept)
-        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, after)
+            return await self._whole(request, kept)
+        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, given)
+        framing.with_ids = kept.is_kept or _wants_ids(request)
         framing.with_comments = not kept.ticket.identity.conversation  # its clients count bytes
         return self._stream(kept, framing)
 
     def _stream(self, kept: KeptReply, framing: Framing) -> Response:
-        async def close() -> None:
-            if framing.is_done:
-                self.cache.sent(kept)
-
-        return EventResponse(stream_parts(kept.reading(), kept.log, kept.view, framing), close, framing.form)
+        return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form)
 
     def _form(self, kept: KeptReply) -> StreamFormat:
-        return self._forms.get(self.cache.path_of(kept), StreamFormat.EVENTS)
+        return self._forms.get(kept.ticket.endpoint, StreamFormat.EVENTS)
 
-    async def _respond_whole(self, request: Request, kept: KeptReply) -> Response:
-        sent = partial(self.cache.sent, kept)
+    async def _whole(self, request: Request, kept: KeptReply) -> Response:
         try:
-            return _WholeResponse(await unless_disconnected(request, kept.whole()), sent)
-        except LlamaclustError:  # it is all that the client gets
-            sent()
+            return JsonParts(await unless_disconnected(request, kept.whole()), partial(self.cache.left, kept))
+        except BaseException as error:  # an error is all that the client gets
+            await self.cache.left(kept, isinstance(error, Exception) and not isinstance(error, ClientDisconnect))
             raise
 
     # -- clients that come back ----------------------------------------------------------------------------------------
@@ -166,8 +125,8 @@ class Replies:
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
-        is_restored = kept.ticket.restoration is not None
-        if int(start) and is_restored and await unless_disconnected(request, kept.has_measurements()):
+        left = kept.ticket.restored
+        if int(start) and left is not None and left.admission.has_measurements:
             why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
             raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")
         framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, skipped_bytes=int(start))
@@ -206,27 +165,6 @@ class Replies:
         await self.cache.aclose()
 
 
-class _WholeResponse(JsonParts):
-    """A reply that is not streamed; `sent` is called once the connection took all of it."""
-
-    def __init__(self, parts: Sequence[bytes], sent: Callable[[], None]) -> None:
-        super().__init__(rendered_body(parts))
-        self.headers["content-length"] = str(sum(map(len, parts)))
-        self._sent = sent
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cut = asyncio.create_task(wait_for_disconnect(receive))
-        try:
-            await self.send_parts(send)
-            await asyncio.sleep(0)  # the task may not have run yet; after the end, it is always done
-            if not cut.done():
-                self._sent()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            cut.cancel()
-            await asyncio.wait([cut])
-
-
 def _given(request: Request, ticket: Ticket) -> Position:
     """What the client has already of the reply: the id of an event, or what follows its colon. HttpError for what is
     neither, and for an event of another request."""
@@ -238,7 +176,7 @@ def _given(request: Request, ticket: Ticket) -> Position:
     if colon and request_id != ticket.id:
         why = f"{last[:60]!r} is an event of another request; the ids of this reply's events begin with {ticket.id}:"
         raise HttpError(400, "bad_event_id", f"{param}: {why}", param=param)
-    return Position.parse(position, param)
+    return read_position(position, param)
 
 
 def _wants_ids(request: Request) -> bool:

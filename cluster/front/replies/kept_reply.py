@@ -1,102 +1,79 @@
-"""A reply that is kept: computed whether a client reads it or not, its log read from any place."""
+"""A reply as a log: computed and recorded while it is appended, read from any place."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any, Final, Protocol
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
-from llamaclust.cluster.front.json_text import off_loop_if_large
-from llamaclust.cluster.front.replies.reading import entries_of, whole_body
-from llamaclust.cluster.front.replies.reply import Computation, MakeView, Reply, View
-from llamaclust.cluster.front.replies.ticket import Ticket
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, off_loop_if_large, one_part
+from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, Ticket, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
 from llamaclust.cluster.front.text.sharing import RowStorage
+from llamaclust.cluster.state.adapters import AdapterUnloadedError
+from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, ChoiceKey
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import (
-    ClusterStoppingError,
-    DeadlineError,
-    LlamaclustError,
-    QueueFullError,
-    RequestCancelledError,
-)
+from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
+from llamaclust.core.sampling import RowResult
 
+if TYPE_CHECKING:
+    from llamaclust.cluster.front.replies.reply_cache import ReplyCache
+
+_TURN_ENTRIES = 256
+"""Entries that one reader renders before others get their turn, where so many are there."""
 _FRAME_BYTES: Final = 250
 """About the bytes of an event beside its text and logprobs, and of a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
 """Between attempts to submit a request."""
+_RECORDED_ROWS = 64
+_RECORDED_S = 1.0
+"""The oldest row that is not recorded waits no longer, once another one comes: of slow streams, too, a successor
+computes little again."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
 
 
-class ReplyOwner(Protocol):
-    """Keeps replies."""
-
-    def expired(self, kept: KeptReply) -> None:
-        """No client has read it for a while."""
-        ...
-
-    def completed(self, kept: KeptReply) -> None:
-        """It is computed in the background, and has all that its client will ask for."""
-        ...
-
-    def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """It holds so many bytes more, or less; it may be failed now."""
-        ...
-
-
 class KeptReply:
-    """Is computed from `begin` until it ends or is `aclose`d; expires when no client has read it for a while, one that
-    its client does not wait for not before it has ended."""
+    """Its log is appended from `begin` until it ends or is `aclose`d. One that is not kept lets go of the rows that its
+    connection takes, which closes it; others expire when no client has read them for a while, one that its client does
+    not wait for not before it has ended."""
 
-    def __init__(
-        self,
-        ticket: Ticket,
-        settings: ApiSettings,
-        owner: ReplyOwner,
-        *,
-        is_streamed: bool,
-        is_background: bool = False,
-    ) -> None:
-        """`is_background`: its client does not wait for it."""
+    def __init__(self, ticket: Ticket, kind: Reply | Admission, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.ticket = ticket
-        self.is_streamed = is_streamed
-        self.is_background = is_background
-        self.held_bytes = 0
+        self.is_streamed, self.is_background = kind.is_streamed, kind.is_background
+        self.is_kept = is_kept
         self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
-        self.log = AnswerLog(self._grow, is_held=True)
+        self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
+        self.progressed = asyncio.Event()  # a token came that no earlier coordinator recorded; or it is over
+        self.held_bytes = 0
         self._content_bytes = 0
-        self._is_postponed = False  # nothing is computed until a client reads it
-        self._settings = settings
         self._owner = owner
-        self._readers = 0
         self._view: MakeView | None = None
-        self._has_measurements: bool | None = None  # None: it has not begun
-        self._begun = asyncio.Event()  # also where it has ended before
+        self._postponed: Callable[[], None] | None = None  # begins what is not computed until a client reads it
+        self._computing = AsyncExitStack()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._postponed: Callable[[], None] | None = None
-        self._computation: Computation | None = None
 
     @property
     def is_read(self) -> bool:
         """Whether a client reads it at this moment."""
-        return self._readers > 0
+        return bool(self.log.readers)
 
     @property
     def is_running(self) -> bool:
         """Whether it is computed, or about to be."""
-        return not self.log.is_over and not self._is_postponed
+        return not self.log.is_over and self._postponed is None
 
     @property
     def is_complete(self) -> bool:
@@ -114,14 +91,11 @@ class KeptReply:
         """Whether nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
 
-    def view(self) -> View:
-        """A new reader's view of the log, which has begun."""
-        assert self._view is not None
-        return self._view(self.log)
+    # -- its computation -----------------------------------------------------------------------------------------------
 
     def postpone(self, begin: Callable[[], None]) -> None:
         """`begin` is called when a client reads it, or with `resume`."""
-        self._postponed, self._is_postponed = begin, True
+        self._postponed = begin
         self._expire_later()
 
     def resume(self) -> None:
@@ -131,161 +105,31 @@ class KeptReply:
             begin()
 
     async def begin(
-        self,
-        computation: Computation,
-        *,
-        until_s: float | None = None,
-        admit: Callable[[], Awaitable[None] | None] | None = None,
-    ) -> Awaitable[None] | None:
-        """Submits the request, and returns what `admit` then does: readers get nothing before that is done. Raises what
-        refuses the request, also that it was closed before. `until_s`, in the event loop's time: where the machine is
-        busy, it is tried again until then, and then the reply ends."""
+        self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
+    ) -> asyncio.Future[None] | None:
+        """Submits the request; raises what refuses it, also that the reply was closed before. `admitted`: the body, if
+        it is journalled; returns what is done once that is on disk, before which readers of a kept reply get nothing.
+        `until_s`, in the event loop's time: where the machine is busy, it is tried again until then, and then the reply
+        ends."""
         try:
-            await self._submit(computation, until_s)
-            admitted = None if admit is None else admit()
+            await self._submit(reply, until_s, is_recorded=admitted is not None or self.ticket.restored is not None)
+            on_disk = None if admitted is None else self._owner.admit(self, reply, admitted)
         except BaseException as error:
-            self._fail(error if isinstance(error, LlamaclustError) else RequestCancelledError())
-            await computation.aclose()
+            self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
+            await self._computing.aclose()
             raise
-        self._computation, reply = computation, computation.reply
-        self._view, self._has_measurements = reply.view, reply.has_measurements
-        self.acknowledgement = reply.acknowledgement
-        self._begun.set()
-        self._task = asyncio.create_task(self._run(computation, until_s, admitted))
-        self._expire_later()
-        return admitted
-
-    async def has_measurements(self) -> bool:
-        """See `Reply`. Waits until it has begun; raises the error that ended it before."""
-        with self.reading():
-            await self._begun.wait()
-        if self._has_measurements is None:
-            self._raise_error()
-        return bool(self._has_measurements)
-
-    def fail(self, error: LlamaclustError) -> None:
-        """It ends with an error, which readers get, and its computation as well; what it holds is freed."""
-        self._fail(error)
-        self.log.clear()
-        self._hold(-self.held_bytes)
-        self._expire_later()
-
-    def stop(self) -> None:
-        """The coordinator ends: readers learn it where the reply has not ended before."""
-        self._fail(ClusterStoppingError("the cluster is stopping"))
-
-    async def aclose(self) -> None:
-        """Readers of a reply that has not ended get an error. Nothing of it runs afterwards, except that `begin` gives
-        up first where it is under way."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._fail(RequestCancelledError())
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        if self._computation is not None:  # a task that is cancelled before its first step closes nothing
-            await self._computation.aclose()
-
-    async def whole(self) -> list[bytes]:
-        """The parts of a reply that is not streamed, once it has ended. Raises the error that ended it."""
-        with self.reading():
-            await self.log.wait_over()
-            self._raise_error()
-            try:
-                async with aclosing(whole_body(self.view(), self.log)) as body:
-                    return [part async for part in body]
-            except LlamaclustError:
-                raise
-            except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
-                _log.exception("request %s failed", self.ticket.id)
-                raise internal_error() from None
-
-    async def value(self) -> Any:
-        """The JSON of a complete one as a value, also of one that is streamed."""
-        parts = self.log.parts()
-        return await off_loop_if_large(partial(self.view().whole, parts), entries_of(self.log, parts))
-
-    @contextmanager
-    def reading(self) -> Iterator[LogReader]:
-        """A reader of the log from its beginning; the reply does not expire meanwhile."""
-        self._readers += 1
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self.resume()
-        try:
-            with LogReader(self.log) as reader:
-                yield reader
-        finally:
-            self._readers -= 1
+        self._view, self.acknowledgement = reply.view, reply.acknowledgement
+        if self.is_kept:
+            self._task = asyncio.create_task(self._run(reply.is_stored, until_s, on_disk))
             self._expire_later()
+        return on_disk
 
-    def _expire_later(self) -> None:
-        if self.is_running and self.is_background:
-            return
-        if self._readers == 0 and self._timer is None:
-            kept_s = self._settings.background_s if self.is_background else self._settings.resume_s
-            self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
-
-    async def _run(self, computation: Computation, until_s: float | None, admitted: Awaitable[None] | None) -> None:
-        try:
-            if admitted is not None:
-                await asyncio.shield(admitted)
-            self.log.release()
-            async with asyncio.timeout_at(until_s):
-                await self.log.wait_over()
-            self.log.raise_error()
-            await self._complete(computation.reply)
-        except TimeoutError:
-            self._fail(DeadlineError(_TOO_LONG))
-        except LlamaclustError as error:
-            self._fail(error)
-        except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
-            _log.exception("request %s failed", self.ticket.id)
-            self._fail(internal_error())
-        finally:
-            await computation.aclose()
-        self._computation = None
-        self._expire_later()
-
-    async def _complete(self, reply: Reply) -> None:
-        if reply.is_stored:
-            await self.value()
-        if self.is_background:
-            self._owner.completed(self)
-
-    def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts a chunk of the log. HttpError where the reply has too many, LlamaclustError where it was ended for
-        those of all."""
-        packed = self.log.content.storage is RowStorage.PACKED
-        rows = len(chunk.rows) + len(chunk.prompt_rows)
-        data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
-        self._content_bytes += data_bytes + _FRAME_BYTES * (rows or not packed)
-        self._hold(data_bytes + self.log.content.storage.row_bytes * (rows or not packed))
-        self._raise_error()
-        if self._content_bytes > (most := self._settings.max_reply_bytes):
-            what = f"the reply is larger than {most >> 20} MiB; ask for less at once"
-            raise HttpError(500, "reply_too_large", what)
-
-    def _raise_error(self) -> None:
-        if (error := self.error) is not None:
-            raise error
-
-    def _hold(self, more_bytes: int) -> None:
-        self.held_bytes += more_bytes
-        self._owner.grew(self, more_bytes)
-
-    def _fail(self, error: LlamaclustError) -> None:
-        """Once; what comes later is of no interest."""
-        self.log.fail(error)
-        self._begun.set()
-
-    async def _submit(self, computation: Computation, until_s: float | None) -> None:
+    async def _submit(self, reply: Reply, until_s: float | None, *, is_recorded: bool) -> None:
         clock, failures = asyncio.get_running_loop().time, count()
-        self._is_postponed = False
+        self._postponed = None
         while not self.log.is_over:
             try:
-                await computation.submit(self.log, is_kept=True)
+                await self._compute(reply, is_recorded=is_recorded)
                 break
             except (QueueFullError, DeadlineError) as busy:
                 self._content_bytes = 0
@@ -297,5 +141,235 @@ class KeptReply:
                 await asyncio.sleep(
                     busy.retry_after_s if isinstance(busy, QueueFullError) else _BUSY.pause_s(next(failures))
                 )
-        self._raise_error()
+        self.log.raise_error()
         self._hold(_PROMPT_TOKEN_BYTES * sum(len(generation.prompt) for generation in self.log.generations))
+
+    async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
+        """Submits all prompts, with one seed; where one is refused, none runs."""
+        service, computing = reply.service, self._computing
+        try:
+            requests = [self.ticket.request(*numbered) for numbered in enumerate(await reply.requests())]
+            self._check_adapters({number for request in requests for number, _ in request.adapters})
+            generations = [await service.prepare(request) for request in requests]
+            computing.callback(service.budget.release, service.budget.reserve(reply.sizes(requests, generations)))
+            self.log.begin(generations, reply.content(is_kept=self.is_kept))
+            if is_recorded:
+                self._record()
+            for prompt, request in enumerate(requests):
+                completion = await service.submit(request, generations[prompt], self.log, prompt)
+                computing.push_async_callback(completion.aclose)
+        except BaseException:
+            await computing.aclose()
+            raise
+
+    def _check_adapters(self, numbers: set[int]) -> None:
+        """A restored request may name a model that is an adapter only now. AdapterUnloadedError for one that it did not
+        use before."""
+        restored, used = self.ticket.restored, self._owner.settings.adapters.marks(numbers)
+        if restored is not None and not {*used} <= {*restored.admission.adapters}:
+            raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
+
+    def _record(self) -> None:
+        """The journal takes the tokens of answers that need nothing else to go on; of others, that there are some."""
+        restored, journal = self.ticket.restored, self._owner.journal
+        if journal is None:
+            return
+        known = {} if restored is None else {choice: len(rows) for choice, rows in restored.answered.items()}
+        recording = Recording(journal, self.ticket.id, known, None if restored is None else self.progressed)
+        needs_more = any(
+            each.top_logprobs or each.score_from is not None or each.params.needs_state for each in self.log.generations
+        )
+        if not needs_more:
+            self.log.subscribe(recording.add)
+        elif restored is not None:
+            self.log.subscribe(recording.progress)
+
+    async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:
+        try:
+            if on_disk is not None:
+                await asyncio.shield(on_disk)
+            self.log.release()
+            async with asyncio.timeout_at(until_s):
+                await self.log.wait_over()
+            self.log.raise_error()
+            if is_stored:
+                await self.value()
+            if self.is_background and (journal := self._owner.journal) is not None:
+                journal.completed(self.ticket.id)
+        except TimeoutError:
+            self.end(DeadlineError(_TOO_LONG))
+        except LlamaclustError:
+            pass  # its readers get it
+        except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
+            _log.exception("request %s failed", self.ticket.id)
+        finally:
+            self.progressed.set()
+            await self._computing.aclose()
+        self._expire_later()
+
+    def end(self, error: LlamaclustError) -> None:
+        """Readers get an error where it has not ended before."""
+        self.log.fail(error)
+        self.progressed.set()
+
+    def fail(self, error: LlamaclustError) -> None:
+        """It ends with an error, and its computation as well; what it holds is freed."""
+        self.end(error)
+        self.log.clear()
+        self._hold(-self.held_bytes)
+        self._expire_later()
+
+    async def aclose(self) -> None:
+        """Readers of a reply that has not ended get an error. Nothing of it runs afterwards, except that `begin` gives
+        up first where it is under way."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.end(RequestCancelledError())
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
+
+    def _expire_later(self) -> None:
+        if not self.is_kept or self.is_read or self._timer is not None or (self.is_background and self.is_running):
+            return
+        settings = self._owner.settings
+        kept_s = settings.background_s if self.is_background else settings.resume_s
+        self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
+
+    def _grow(self, prompt: int, chunk: TextChunk) -> None:
+        """Counts a chunk of the log. HttpError where the reply has too many, LlamaclustError where it was ended for
+        those of all."""
+        packed = self.log.content.storage is RowStorage.PACKED
+        rows = len(chunk.rows) + len(chunk.prompt_rows)
+        data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
+        self._content_bytes += data_bytes + _FRAME_BYTES * (rows or not packed)
+        self._hold(data_bytes + self.log.content.storage.row_bytes * (rows or not packed))
+        self.log.raise_error()
+        if self._content_bytes > (most := self._owner.settings.max_reply_bytes):
+            what = f"the reply is larger than {most >> 20} MiB; ask for less at once"
+            raise HttpError(500, "reply_too_large", what)
+
+    def _hold(self, more_bytes: int) -> None:
+        if self.is_kept:
+            self.held_bytes += more_bytes
+            self._owner.grew(self, more_bytes)
+
+    # -- its readers ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self) -> Iterator[LogReader]:
+        """A reader of the log from its beginning; the reply does not expire meanwhile."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            with LogReader(self.log) as reader:
+                self.resume()
+                yield reader
+        finally:
+            self._expire_later()
+
+    async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
+        """What a client lacks of a stream, and what comes; raises the error that ended the log."""
+        view: View | None = None
+        taken = 0
+        with self.reading() as reader:
+            while (entry := reader.take()) is not None or not reader.is_at_end:
+                if entry is None:
+                    if not await reader.wait(framing.keepalive_s) and framing.with_comments and framing.form.keepalive:
+                        yield framing.form.keepalive
+                    continue
+                taken += 1
+                if not taken % _TURN_ENTRIES:
+                    await asyncio.sleep(0)
+                view = view or self._new_view()
+                if is_large(view.size(*entry)):
+                    events = await off_loop_if(True, partial(view.frames, *entry, is_large=True))
+                else:
+                    events = view.frames(*entry, is_large=False)
+                for event in events:
+                    if part := framing.part(event):
+                        yield part
+            self.log.raise_error()
+            for event in (view or self._new_view()).closing():
+                if part := framing.part(event):
+                    yield part
+
+    async def whole(self) -> JsonBody:
+        """The JSON of a reply that is not streamed, once it has ended. Raises the error that ended it. A kept one is
+        rendered at once, so that it need not be read to its end."""
+        with self.reading():
+            await self.log.wait_over()
+            parts = self.log.parts()
+            body = json_body(partial(self._new_view().whole, parts), is_large=is_large(self._entries(parts)))
+            if not self.is_kept:
+                return body
+            async with aclosing(body):
+                return one_part(b"".join([part async for part in body]))
+
+    async def value(self) -> Any:
+        """The JSON of a complete one as a value, also of one that is streamed."""
+        parts = self.log.parts()
+        return await off_loop_if_large(partial(self._new_view().whole, parts), self._entries(parts))
+
+    def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
+        """Tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""
+        prompts = sum(len(generation.prompt) for generation in self.log.generations)
+        return prompts + sum(chunk.entries for chunks in parts for chunk in chunks)
+
+    def _new_view(self) -> View:
+        """A new reader's view of the log, which has begun."""
+        assert self._view is not None
+        return self._view(self.log)
+
+
+class Recording:
+    """The tokens of a request's choices, recorded some at a time: of a restored request the first ones sooner, so that
+    it gets further in a coordinator's short life."""
+
+    def __init__(
+        self, journal: Journal, request_id: str, known: Mapping[ChoiceKey, int], progressed: asyncio.Event | None
+    ) -> None:
+        """`known`: how many tokens of each choice are recorded already. `progressed`: of a restored request, set at the
+        first token that is not."""
+        self._journal = journal
+        self._id = request_id
+        self._progressed = progressed
+        self._starts = dict(known)
+        self._skipped = dict(known)
+        self._most = _RECORDED_ROWS if progressed is None else 1
+        self._rows: dict[ChoiceKey, list[RowResult]] = {}
+        self._oldest_s = 0.0  # of these rows
+
+    def add(self, prompt: int, chunk: TextChunk) -> None:
+        """The next tokens of a choice, from its first one on."""
+        choice, new = (prompt, chunk.index), chunk.rows
+        if self._skipped.get(choice):
+            new = new[self._skipped[choice] :]
+            self._skipped[choice] -= len(chunk.rows) - len(new)
+        if not new:
+            return
+        if self._progressed is not None:
+            self.progress(prompt, chunk)
+        now_s = monotonic()
+        if not self._rows:
+            self._oldest_s = now_s
+        rows = self._rows.setdefault(choice, [])
+        rows += new
+        if len(rows) >= self._most or now_s - self._oldest_s >= _RECORDED_S:
+            self._most = min(2 * self._most, _RECORDED_ROWS)
+            self._write()
+
+    def progress(self, _: int, chunk: TextChunk) -> None:
+        """A chunk with tokens that were not known."""
+        if self._progressed is not None and chunk.rows and not self._progressed.is_set():
+            self._progressed.set()
+            self._journal.progressed(self._id)
+
+    def _write(self) -> None:
+        for choice, rows in self._rows.items():
+            start = self._starts.get(choice, 0)
+            self._journal.answer(self._id, choice, start, rows)
+            self._starts[choice] = start + len(rows)
+        self._rows.clear()

@@ -1,29 +1,124 @@
-"""A reply: its description, its computation, and its JSON."""
+"""A request's ticket, and the description of its reply: what is computed, and how a client reads it."""
 
 from __future__ import annotations
 
+import secrets
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
-from functools import partial
-from threading import Lock
-from typing import Any, TypeAlias, TypeVar
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import Headers
 
-from llamaclust.cluster.front.http.sse import first_of, wait_for_disconnect
-from llamaclust.cluster.front.json_text import has_many_values, json_parts, off_loop_if
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.engine.trace_context import current_trace
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.security import owner
+from llamaclust.cluster.front.http.sse import StreamFormat
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import MAX_UNREAD_ROWS, AnswerLog, LogContent, LogItem, Timed
-from llamaclust.cluster.front.text.completion import Completion
-from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.front.text.service import TextService
-from llamaclust.cluster.front.text.sharing import NOTHING, ReplySize, RowStorage
+from llamaclust.cluster.front.text.sharing import ReplySize, RowStorage, current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.state.adapters import AdapterUnloadedError
+from llamaclust.cluster.state.journal_records import OpenRequest, RequestIdentity
+from llamaclust.core.errors import WorkerError
+from llamaclust.core.limits import AdapterScales
+
+_MAX_NAME = 255
+_MAX_SLOTS = 130
+
+
+@dataclass(slots=True, kw_only=True)
+class Ticket:
+    """A request that is admitted, or was by an earlier coordinator. Its first computation adds what later ones, whose
+    tokens have to be the same, could not find again."""
+
+    identity: RequestIdentity
+    endpoint: str  # path of the POST
+    restored: OpenRequest | None = None  # as an earlier coordinator left it
+    has_grammar: bool | None = None  # answers obey a grammar; None: that is not decided yet
+    earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that the request continues
+    received_ns: int = field(default_factory=time.monotonic_ns)
+
+    @classmethod
+    def draw(cls, headers: Headers, endpoint: str, settings: ApiSettings) -> Ticket:
+        """A new request's. HttpError for a header that cannot be a name."""
+        trace = current_trace.get()
+        identity = RequestIdentity(
+            id=secrets.token_hex(12),
+            seed=draw_seed(),
+            created=int(time.time()),
+            owner=owner(headers, settings.api_keys),
+            client=current_owner.get(),
+            conversation=_name(headers, "x-conversation-id"),
+            idempotency_key=_name(headers, "idempotency-key"),
+            scales=settings.adapters.default,
+            traceparent="" if trace is None else trace.traceparent,
+            tracestate="" if trace is None else trace.state,
+        )
+        return cls(identity=identity, endpoint=endpoint)
+
+    @classmethod
+    def restore(cls, left: OpenRequest) -> Ticket:
+        """The ticket of a request that an earlier coordinator left."""
+        known = left.admission
+        return cls(
+            identity=known.identity,
+            endpoint=known.endpoint,
+            restored=left,
+            has_grammar=known.has_grammar,
+            earlier=known.earlier,
+        )
+
+    @property
+    def id(self) -> str:
+        return self.identity.id
+
+    @property
+    def created(self) -> int:
+        return self.identity.created
+
+    @property
+    def scales(self) -> AdapterScales:
+        """Scales of adapters, if the request chooses none."""
+        return self.identity.scales
+
+    @property
+    def is_named(self) -> bool:
+        """True where the client may be cut off and come back."""
+        return bool(self.identity.conversation or self.identity.idempotency_key)
+
+    def request(self, prompt: int, request: CompletionRequest) -> CompletionRequest:
+        """The completion of one of its prompts, with its seed and the tokens that are known. The first computation
+        decides whether a grammar is obeyed, for the calls of a chat by the processor time that the grammar takes; later
+        ones have no choice. WorkerError where the grammar could not be made again."""
+        known = {} if self.restored is None else self.restored.answered
+        answered = {choice: rows for (of, choice), rows in known.items() if of == prompt}
+        seed = self.identity.seed if request.seed is None else request.seed
+        name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
+        named = request.identified(name, self.id, seed, answered, received_ns=self.received_ns)
+        if self.has_grammar is None:
+            self.has_grammar = named.grammar is not None
+        if self.has_grammar and named.grammar is None:
+            raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
+        return named if self.has_grammar or named.grammar is None else _without_grammar(named)
+
+
+def _without_grammar(request: CompletionRequest) -> CompletionRequest:
+    reasoning = request.reasoning
+    if reasoning is not None:  # only a budget is left to follow
+        reasoning = None if reasoning.budget is None else replace(reasoning, delays_grammar=False)
+    return replace(request, grammar=None, reasoning=reasoning)
+
+
+def _name(headers: Headers, header: str) -> str:
+    name = headers.get(header, "")
+    if len(name) > _MAX_NAME or not name.isprintable() or not name.isascii():
+        raise HttpError(400, "bad_header", f"{header}: must be 1 to {_MAX_NAME} printable ASCII characters")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,139 +177,73 @@ class Reply:
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property
-    def storage(self) -> RowStorage:
-        """How rows are held while the reply is computed and read."""
+    def is_background(self) -> bool:
+        """True if its client does not wait for it."""
+        return self.acknowledgement is not None
+
+    @property
+    def _storage(self) -> RowStorage:
         if self.keeps_chunks:
             return RowStorage.CHUNKS
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """What its log holds."""
+        """What its log holds: all chunks of a stream that is kept."""
         if not self.is_streamed:
-            return LogContent(self.storage)
+            return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
+
+    def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
+        """The most that each prompt's answer takes. If the reply is streamed, the first one is read while it runs, the
+        others wait for their turn."""
+        first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
+        return [
+            ReplySize.of(generation, request.n, self._storage, None if prompt else first)
+            for prompt, (request, generation) in enumerate(zip(asked, generations, strict=True))
+        ]
 
 
 MakeReply = Callable[[bytes, Ticket], Awaitable[Reply]]
 """An endpoint: the reply to a body. Raises what refuses the body."""
 
 
-class Computation:
-    """Nothing runs before `submit`; the caller closes it."""
-
-    def __init__(self, reply: Reply, ticket: Ticket) -> None:
-        self.reply = reply
-        self._ticket = ticket
-        self._completions: list[Completion] = []
-        self._reserved = NOTHING
-
-    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
-        """Submits all prompts, with one seed; where one is refused, none runs."""
-        reply, ticket = self.reply, self._ticket
-        try:
-            requests = [ticket.request(*numbered) for numbered in enumerate(await reply.requests())]
-            self._check_adapters({number for request in requests for number, _ in request.adapters})
-            generations = [await reply.service.prepare(request) for request in requests]
-            self._reserve(requests, generations)
-            log.begin(generations, reply.content(is_kept=is_kept))
-            if (recording := ticket.recording(requests)) is not None:
-                log.subscribe(recording)
-            for prompt, request in enumerate(requests):
-                ticket.adapters.update(number for number, _ in request.adapters)
-                self._completions.append(await reply.service.submit(request, generations[prompt], log, prompt))
-        except BaseException:
-            await self.aclose()
-            raise
-
-    def _check_adapters(self, numbers: set[int]) -> None:
-        """A restored request may name a model that is an adapter only now. AdapterUnloadedError for one that it did not
-        use before."""
-        restoration = self._ticket.restoration
-        if restoration is not None and not restoration.adapters.issuperset(
-            self.reply.service.settings.adapters.marks(numbers)
-        ):
-            raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
-
-    def _reserve(self, requests: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> None:
-        """Of a streamed reply, the first prompt's answer is read while it runs, the others wait for their turn."""
-        first = MAX_UNREAD_ROWS if self.reply.storage is RowStorage.STREAMED else None
-        sizes = [
-            ReplySize.of(generation, request.n, self.reply.storage, None if prompt else first)
-            for prompt, (request, generation) in enumerate(zip(requests, generations, strict=True))
-        ]
-        self._reserved = self.reply.service.budget.reserve(sizes)
-
-    async def aclose(self) -> None:
-        """Nothing of it runs afterwards."""
-        for completion in self._completions:
-            await completion.aclose()
-        self._completions.clear()
-        self.reply.service.budget.release(self._reserved)
-        self._reserved = NOTHING
+Position = Counter[int]
+"""How many events of each slot a client has. As text in event ids: `3`, or `3-5-0` for several slots."""
 
 
-JsonBody: TypeAlias = AsyncGenerator[bytes, None]
-_Value = TypeVar("_Value")
+def read_position(text: str, param: str) -> Position:
+    """HttpError for a text that is none."""
+    parts = text.split("-", _MAX_SLOTS)
+    if not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts) or len(parts) > _MAX_SLOTS:
+        raise HttpError(400, "bad_event_id", f"{param}: {text[:60]!r} is not the id of an event", param=param)
+    return Counter({slot: int(part) for slot, part in enumerate(parts)})
 
 
-async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Makes a value and renders each part of its JSON when it is taken, on a thread where it is large. A body that is
-    cancelled ends after the part that is being rendered."""
-    rendering, parts = Lock(), _parts(make)
+@dataclass(slots=True)
+class Framing:
+    """How one client gets the events of a stream."""
 
-    def locked(step: Callable[[], _Value]) -> _Value:
-        with rendering:
-            return step()
+    form: StreamFormat
+    request_id: str
+    keepalive_s: float
+    given: Position = field(default_factory=Counter)  # events that it has, counted on as it gets more
+    with_ids: bool = True
+    with_comments: bool = True
+    skipped_bytes: int = 0  # of the stream, that it has
+    _numbers: Position = field(default_factory=Counter)
 
-    try:
-        while part := await off_loop_if(is_large, partial(locked, partial(next, parts, b""))):
-            yield part
-    finally:
-        await off_loop_if(is_large, partial(locked, parts.close))
-
-
-def _parts(make: Callable[[], Any]) -> Generator[bytes, None, None]:
-    yield from json_parts(make())
-
-
-async def rendered_body(parts: Iterable[bytes]) -> JsonBody:
-    """Parts that are there."""
-    for part in parts:
-        yield part
-
-
-class JsonParts(Response):
-    """Has a Content-Length where the body is one part, or its length is known."""
-
-    media_type = "application/json"
-
-    def __init__(self, body: JsonBody, held: AsyncExitStack | None = None) -> None:
-        """`held`: what the reply takes of a budget; it is closed once the client has the body."""
-        super().__init__()
-        del self.headers["content-length"]
-        self._body = body
-        self._held = held or AsyncExitStack()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held, aclosing(self._body):
-            await first_of(self._send(send), wait_for_disconnect(receive))
-
-    async def _send(self, send: Send) -> None:
-        await self.send_parts(send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def send_parts(self, send: Send) -> None:
-        """Sends all but the end. What rendering the first parts raises comes before the head."""
-        begin = [await anext(self._body, b""), await anext(self._body, b"")]
-        if not begin[1]:
-            self.headers["content-length"] = str(len(begin[0]))
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while begin:
-            await send({"type": "http.response.body", "body": begin.pop(0), "more_body": True})
-        async for part in self._body:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-
-
-def rendered(value: Any) -> JsonParts:
-    """A value as a body."""
-    return JsonParts(json_body(lambda: value, is_large=has_many_values(value)))
+    def part(self, event: Event) -> bytes:
+        """The bytes of the next event; none where the client has it."""
+        if not self.with_ids:
+            return event.data
+        slot = event.slot
+        self._numbers[slot] += 1
+        if self._numbers[slot] <= self.given[slot]:
+            return b""
+        self.given[slot] += 1
+        position = "-".join(str(self.given[each]) for each in range(max(self.given) + 1))
+        data = self.form.part(f"{self.request_id}:{position}", event.data)
+        if not self.skipped_bytes:
+            return data
+        skipped, self.skipped_bytes = self.skipped_bytes, max(0, self.skipped_bytes - len(data))
+        return data[skipped:]

@@ -1,34 +1,32 @@
-"""The replies that are kept, by their ids and their clients' names, within bounds."""
+"""The replies that are kept, by their ids and their clients' names, within bounds; their requests in the journal."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
+from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity
+from llamaclust.core.errors import ClusterStoppingError
 from llamaclust.core.sharing.shares import fits
 from llamaclust.wire.rpc.task_set import TaskSet
 
-
-class _Name(Enum):
-    """Kinds of names that clients give. In a path, a conversation is found first."""
-
-    CONVERSATION = auto()
-    IDEMPOTENCY_KEY = auto()
+_Name = tuple[str, str, str]
+"""Owner, kind and text of a client's name for its reply."""
+_CONVERSATION, _KEY = "conversation", "idempotency key"
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kept: KeptReply
-    path: str  # of its endpoint
     digest: bytes  # of its request
     body_bytes: int
 
@@ -39,41 +37,33 @@ class _Entry:
 
     @property
     def held_bytes(self) -> int:
-        """Of the reply and, for the journal, of the request."""
+        """The bytes of the reply and, for the journal, of the request."""
         return self.kept.held_bytes + self.body_bytes
 
 
 class ReplyCache:
     """Use from one event loop; `aclose` it, which ends them."""
 
-    def __init__(self, settings: ApiSettings, journal: Journal | None) -> None:
-        self._settings = settings
-        self._journal = journal
-        self._entries: dict[str, _Entry] = {}
-        self._ids: dict[tuple[str, _Name, str], str] = {}  # by owner and name
+    def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
+        """Without a journal, nothing survives this process."""
+        self.settings = settings
+        self.journal = journal
+        self._entries: dict[str, _Entry] = {}  # by id, the oldest first
+        self._ids: dict[_Name, str] = {}
         self._held_bytes: Counter[str] = Counter()  # by client
         self._replies: Counter[str] = Counter()  # likewise
         self._ending = TaskSet()
 
-    def add(
-        self, ticket: Ticket, path: str, body: bytes, *, is_streamed: bool, is_background: bool = False
-    ) -> KeptReply:
+    def add(self, kept: KeptReply, body: bytes) -> None:
         """HttpError where the client has no room."""
-        client = ticket.identity.client
-        body_bytes = len(body) + (json_size(ticket.earlier.messages) if ticket.earlier.messages else 0)
+        ticket, client = kept.ticket, kept.ticket.identity.client
+        body_bytes = len(body) + (json_size(ticket.earlier) if ticket.earlier else 0)
         self._make_room(client, body_bytes)
-        kept = KeptReply(ticket, self._settings, self, is_streamed=is_streamed, is_background=is_background)
-        self._entries[ticket.id] = _Entry(kept, path, _digest(path, body), body_bytes)
+        self._entries[ticket.id] = _Entry(kept, _digest(ticket, body), body_bytes)
         self._held_bytes[client] += body_bytes
         self._replies[client] += 1
-        for name in _names(ticket):
+        for name in _names(ticket.identity):
             self._ids[name] = ticket.id
-        return kept
-
-    def path_of(self, kept: KeptReply) -> str:
-        """Of its endpoint; "" once it is removed."""
-        entry = self._entries.get(kept.ticket.id)
-        return "" if entry is None else entry.path
 
     def remove(self, kept: KeptReply) -> None:
         ticket = kept.ticket
@@ -82,45 +72,66 @@ class ReplyCache:
             self._replies[entry.client] -= 1
             if not self._replies[entry.client]:
                 del self._replies[entry.client], self._held_bytes[entry.client]
-        for name in _names(ticket):
+        for name in _names(ticket.identity):
             if self._ids.get(name) == ticket.id:
                 del self._ids[name]
-        if self._journal is not None:
-            self._journal.end(ticket.id)
-
-    def sent(self, kept: KeptReply) -> None:
-        """A connection took all of it: a later coordinator computes it only for a client that comes back."""
-        if self._journal is not None:
-            self._journal.sent(kept.ticket.id)
+        if self.journal is not None:
+            self.journal.end(ticket.id)
 
     async def forget(self, kept: KeptReply) -> None:
         """Ends it, and removes it."""
         self.remove(kept)
         await kept.aclose()
 
+    async def left(self, kept: KeptReply, has_all: bool) -> None:
+        """A connection has ended. A later coordinator computes a reply that it took all of only for a client that comes
+        back, as one that ended with it."""
+        if self.journal is not None and (has_all or not kept.is_kept):
+            self.journal.sent(kept.ticket.id)
+        if not kept.is_kept:
+            await kept.aclose()
+
     def stop(self) -> None:
         """The coordinator ends, and what is not complete goes on with the next one."""
         for entry in self._entries.values():
-            entry.kept.stop()
+            entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
     async def aclose(self) -> None:
         for entry in tuple(self._entries.values()):
             await self.forget(entry.kept)
         await self._ending.close()
 
+    # -- called by replies ---------------------------------------------------------------------------------------------
+
+    def admit(self, kept: KeptReply, reply: Reply, body: bytes) -> asyncio.Future[None]:
+        """See `Journal.admit`. Its completions were just submitted, so that no token came before."""
+        assert self.journal is not None
+        ticket, settings, generations = kept.ticket, self.settings, kept.log.generations
+        numbers = {number for generation in generations for number, _ in generation.adapters}
+        admission = Admission(
+            identity=ticket.identity,
+            endpoint=ticket.endpoint,
+            body=body,
+            admitted=Instant.now(),
+            limit_s=settings.request_s,
+            served=settings.digest,
+            is_streamed=reply.is_streamed,
+            is_background=reply.is_background,
+            has_measurements=reply.has_measurements,
+            has_grammar=bool(ticket.has_grammar),
+            earlier=ticket.earlier,
+            adapters=settings.adapters.marks(numbers),
+        )
+        return self.journal.admit(admission)
+
     def expired(self, kept: KeptReply) -> None:
-        """See `ReplyOwner`."""
+        """No client has read it for a while."""
         self._ending.start(self.forget(kept))
 
-    def completed(self, kept: KeptReply) -> None:
-        """See `ReplyOwner`. A later coordinator computes it again where its client asks for it."""
-        if self._journal is not None:
-            self._journal.completed(kept.ticket.id)
-
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """See `ReplyOwner`. Where a client's replies, or those of all, are too much, complete ones that are not read
-        give way; then the largest fail of those that run, first those that are not read. Of all clients' replies, those
-        of the client with the most go first."""
+        """It holds so many bytes more, or less. Where a client's replies, or those of all, are too much, complete ones
+        that are not read give way; then the largest fail of those that run, maybe this one, first those that are not
+        read. Of all clients' replies, those of the client with the most go first."""
         if (entry := self._entries.get(kept.ticket.id)) is None:
             return
         self._held_bytes[entry.client] += more_bytes
@@ -132,7 +143,7 @@ class ReplyCache:
 
     def _too_large(self, client: str) -> list[_Entry]:
         """The replies of which some have to go: the client's, or all."""
-        most = self._settings.max_kept_bytes
+        most = self.settings.max_kept_bytes
         if self._held_bytes[client] > most:
             clients: Collection[str] = (client,)
         elif self._held_bytes.total() > 2 * most:
@@ -155,7 +166,7 @@ class ReplyCache:
         running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
-            most = self._settings.max_kept_bytes >> 20
+            most = self.settings.max_kept_bytes >> 20
             what = f"kept replies are larger than {most} MiB together, and this one was large and not read"
             error = HttpError(500, "reply_too_large", f"{what}; read replies sooner, or ask for less at once")
             largest.kept.fail(error)
@@ -165,35 +176,38 @@ class ReplyCache:
         """The highest fails first."""
         return self._held_bytes[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
+    # -- those of clients ----------------------------------------------------------------------------------------------
+
     def named(self, owner: str, name: str) -> KeptReply | None:
-        """By its id, the id with a prefix as in a reply, or its client's name for it."""
-        named = (self._ids.get((owner, kind, name), "") for kind in _Name)
-        for request_id in (name.replace("_", "-").rpartition("-")[2], *named):
-            entry = self._entries.get(request_id)
+        """Finds a reply by its id, the id with a prefix as in a reply, or its client's name for it: a conversation
+        before an idempotency key."""
+        request_id = name.replace("_", "-").rpartition("-")[2]
+        for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
+            entry = self._entries.get(found)
             if entry is not None and entry.kept.ticket.identity.owner == owner:
                 return entry.kept
         return None
 
     def in_conversation(self, ticket: Ticket) -> KeptReply | None:
         """The conversation's newest."""
-        name = (ticket.identity.owner, _Name.CONVERSATION, ticket.identity.conversation)
+        name = (ticket.identity.owner, _CONVERSATION, ticket.identity.conversation)
         entry = self._entries.get(self._ids.get(name, ""))
         return None if entry is None else entry.kept
 
-    def same(self, ticket: Ticket, path: str, body: bytes) -> KeptReply | None:
+    def same(self, ticket: Ticket, body: bytes) -> KeptReply | None:
         """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
-        owner, key = ticket.identity.owner, ticket.identity.idempotency_key
-        entry = self._entries.get(self._ids.get((owner, _Name.IDEMPOTENCY_KEY, key), "")) if key else None
+        key = ticket.identity.idempotency_key
+        entry = self._entries.get(self._ids.get((ticket.identity.owner, _KEY, key), ""))
         if entry is None:
             return None
-        if entry.digest != _digest(path, body):
+        if entry.digest != _digest(ticket, body):
             raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
         """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, give
         way as needed. HttpError if that is not enough."""
-        settings = self._settings
+        settings = self.settings
         for held, room, more in (
             (self._held_bytes, settings.max_kept_bytes, body_bytes),
             (self._replies, settings.max_kept_replies, 1),
@@ -211,11 +225,11 @@ class ReplyCache:
         return [entry for entry in self._entries.values() if entry.client in clients]
 
 
-def _names(ticket: Ticket) -> list[tuple[str, _Name, str]]:
-    identity = ticket.identity
-    given = ((_Name.CONVERSATION, identity.conversation), (_Name.IDEMPOTENCY_KEY, identity.idempotency_key))
-    return [(identity.owner, kind, name) for kind, name in given if name]
+def _names(identity: RequestIdentity) -> Iterator[_Name]:
+    for kind, text in ((_CONVERSATION, identity.conversation), (_KEY, identity.idempotency_key)):
+        if text:
+            yield identity.owner, kind, text
 
 
-def _digest(path: str, body: bytes) -> bytes:
-    return hashlib.sha256(path.encode() + b"\n" + body).digest()
+def _digest(ticket: Ticket, body: bytes) -> bytes:
+    return hashlib.sha256(ticket.endpoint.encode() + b"\n" + body).digest()

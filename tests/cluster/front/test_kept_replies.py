@@ -7,9 +7,10 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -17,15 +18,13 @@ from llamaclust.cluster.front.dialects.openai.view import OpenAiView
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reading import Framing, stream_parts
-from llamaclust.cluster.front.replies.reply import Computation, Event, Reply, View
+from llamaclust.cluster.front.replies.reply import Event, Framing, Reply, Ticket, View
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
-from llamaclust.cluster.front.replies.ticket import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogContent, LogItem
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.sharing import RowStorage
+from llamaclust.cluster.front.text.sharing import ReplyBudget
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
@@ -33,7 +32,7 @@ from llamaclust.core.errors import ClusterStoppingError, DeadlineError, Llamaclu
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
-TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1))
+TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1), endpoint=PATHS[0])
 
 
 class PlainView(View):
@@ -46,38 +45,47 @@ class PlainView(View):
         return ["".join(chunk.text for chunk in chunks) for chunks in parts]
 
 
-class Endless(Computation):
-    """A computation that is submitted at once, without text."""
+class Endless:
+    """A service whose one completion is submitted at once, without text."""
 
     def __init__(self, view: Callable[[AnswerLog], View] = lambda _: PlainView()) -> None:
-        service: Any = None
-        super().__init__(Reply(service=service, requests=_nothing, view=view, is_streamed=True), TICKET)
-        self.closed = 0
+        service: Any = self
+        self.reply = Reply(service=service, requests=_one, view=view, is_streamed=True)
+        self.budget = ReplyBudget()
+        self.submitted = self.closed = 0
 
-    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
-        log.begin([GenerationRequest("a", (), 1)], LogContent(RowStorage.CHUNKS))
+    async def prepare(self, request: CompletionRequest) -> GenerationRequest:
+        return GenerationRequest("a", (), 1)
+
+    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
+        self.submitted += 1
+        return self
 
     async def aclose(self) -> None:
         self.closed += 1
 
 
-async def _nothing() -> list[CompletionRequest]:
-    return []
+async def _one() -> list[CompletionRequest]:
+    return [CompletionRequest("a")]
+
+
+def kept_by(cache: ReplyCache, *, is_streamed: bool = True) -> KeptReply:
+    return KeptReply(TICKET, replace(Endless().reply, is_streamed=is_streamed), cache)
 
 
 async def read_all(kept: KeptReply) -> bytes:
     framing = Framing(StreamFormat.LINES, "a", 20.0, with_ids=False)
-    return b"".join([part async for part in stream_parts(kept.reading(), kept.log, kept.view, framing)])
+    return b"".join([part async for part in kept.stream(framing)])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> None:
     """Also before the first step of its task."""
-    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
+    kept = kept_by(ReplyCache(ApiSettings()))
     reply = Endless()
     reading = asyncio.create_task(read_all(kept))
     await asyncio.sleep(0)
-    await kept.begin(reply)
+    await kept.begin(reply.reply)
     for _ in range(steps):
         await asyncio.sleep(0)
     await kept.aclose()
@@ -89,26 +97,26 @@ async def test_a_reply_is_closed_at_any_moment_after_its_begin(steps: int) -> No
 
 async def test_readers_learn_that_the_coordinator_ends() -> None:
     """Also of a reply that is being restored: they come back to the next coordinator."""
-    cache = ReplyCache(ApiSettings(), None)
-    replies = [cache.add(TICKET, "/", b"", is_streamed=True), KeptReply(TICKET, ApiSettings(), cache, is_streamed=True)]
+    cache = ReplyCache(ApiSettings())
+    replies = [kept_in(cache, "a"), kept_by(cache)]
     reading = asyncio.create_task(read_all(replies[0]))
-    replies[1].stop()
+    replies[1].end(ClusterStoppingError("the cluster is stopping"))
     cache.stop()
     await cache.aclose()
     async with asyncio.timeout(5):
         with pytest.raises(ClusterStoppingError):
             await reading
         with pytest.raises(ClusterStoppingError):
-            await replies[1].begin(Endless())
+            await replies[1].begin(Endless().reply)
 
 
 async def test_a_reply_that_was_closed_does_not_begin() -> None:
-    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True)
+    kept = kept_by(ReplyCache(ApiSettings()))
     await kept.aclose()
     reply = Endless()
     with pytest.raises(RequestCancelledError):
-        await kept.begin(reply)
-    assert reply.closed
+        await kept.begin(reply.reply)
+    assert not reply.submitted
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -132,7 +140,7 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
         await until(lambda: bool(asked))
         second = asyncio.create_task(server.http.post(PATHS[0], json=body, headers=KEY))
         (kept,) = [entry.kept for entry in server.replies.cache._entries.values()]
-        await until(lambda: kept.is_running and kept._readers == 1)  # the second one's
+        await until(lambda: kept.is_running and kept.is_read)  # the second one's
         assert kept.is_running and kept.log.entry(0) is None and not (first.done() or second.done())
         on_disk.set()
         assert (await first).content == (await second).content and len(asked) == 1
@@ -164,16 +172,16 @@ async def test_a_mistake_in_a_kept_reply_is_logged_and_named(
 
 @pytest.mark.parametrize("end", ["timeout", "failure", "close", "stop"])
 async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: pytest.LogCaptureFixture) -> None:
-    kept = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=False)
+    kept = kept_by(ReplyCache(ApiSettings()), is_streamed=False)
     computing = Endless()
-    await kept.begin(computing, until_s=asyncio.get_running_loop().time() + 0.01 if end == "timeout" else None)
+    await kept.begin(computing.reply, until_s=asyncio.get_running_loop().time() + 0.01 if end == "timeout" else None)
     reading = asyncio.create_task(kept.whole())
     if end == "failure":
         kept.fail(LlamaclustError("a cause"))
     if end == "close":
         await kept.aclose()
     if end == "stop":
-        kept.stop()
+        kept.end(ClusterStoppingError("the cluster is stopping"))
     causes = {"timeout": DeadlineError, "failure": LlamaclustError, "stop": ClusterStoppingError}
     async with asyncio.timeout(5):
         with pytest.raises(causes.get(end, RequestCancelledError)):
@@ -184,8 +192,10 @@ async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: 
 
 
 def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
-    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1, client=client))
-    return cache.add(ticket, PATHS[0], b"", is_streamed=True)
+    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1, client=client), endpoint=PATHS[0])
+    kept = KeptReply(ticket, Endless().reply, cache)
+    cache.add(kept, b"")
+    return kept
 
 
 class Long(Endless):
@@ -194,11 +204,10 @@ class Long(Endless):
     def __init__(self, chunks: int) -> None:
         super().__init__()
         self.chunks = chunks
-        self.is_submitted = False
 
-    async def submit(self, log: AnswerLog, *, is_kept: bool) -> None:
-        await super().submit(log, is_kept=is_kept)
+    async def submit(self, request: CompletionRequest, ready: GenerationRequest, log: AnswerLog, prompt: int) -> Self:
         asyncio.get_running_loop().call_soon(self._append, log)
+        return self
 
     def _append(self, log: AnswerLog) -> None:
         with suppress(LlamaclustError):
@@ -216,8 +225,8 @@ class Complete(Long):
 
 @pytest.mark.parametrize("chunks", [300, 2000, 5000])
 async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: int) -> None:
-    kept, turns = KeptReply(TICKET, ApiSettings(), ReplyCache(ApiSettings(), None), is_streamed=True), 0
-    await kept.begin(Complete(chunks))
+    kept, turns = kept_by(ReplyCache(ApiSettings())), 0
+    await kept.begin(Complete(chunks).reply)
     await kept.log.wait_over()
     reading = asyncio.create_task(read_all(kept))
     while not reading.done():
@@ -229,21 +238,21 @@ async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: i
 
 async def test_running_replies_are_bounded_together() -> None:
     """Complete ones that are not read give way; then the largest fails, one that is not read before one that is."""
-    cache = ReplyCache(ApiSettings(max_kept_bytes=100_000), None)
+    cache = ReplyCache(ApiSettings(max_kept_bytes=100_000))
     replies = {"complete": Complete(30), "read": Long(40), "unread": Long(20), "small": Long(1)}
     kept = {name: kept_in(cache, name) for name in replies}
     with kept["read"].reading() as reader:
         for name in ("complete", "small"):
-            await kept[name].begin(replies[name])
+            await kept[name].begin(replies[name].reply)
         await until(lambda: kept["complete"].gives_way)
-        await kept["read"].begin(replies["read"])
+        await kept["read"].begin(replies["read"].reply)
         await until(reader.take)  # type: ignore[arg-type]
         assert cache.named("", "complete") is not None
-        await kept["unread"].begin(replies["unread"])
+        await kept["unread"].begin(replies["unread"].reply)
         await until(lambda: cache.named("", "complete") is None)
         assert kept["read"].is_running and kept["unread"].is_running and kept["small"].is_running
         more = kept_in(cache, "more")
-        await more.begin(Long(40))
+        await more.begin(Long(40).reply)
         await until(lambda: not more.is_running or not kept["unread"].is_running)
         assert kept["read"].is_running and kept["small"].is_running
         failed = kept["unread"] if more.is_running else more
@@ -256,11 +265,11 @@ async def test_running_replies_are_bounded_together() -> None:
 
 async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None:
     """Nor is, of one that is kept, what it was computed from."""
-    cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0), None)
+    cache = ReplyCache(ApiSettings(max_kept_replies=1, resume_s=600.0))
 
     async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
         kept, reply = kept_in(cache, "a"), Complete(2)
-        await kept.begin(reply)
+        await kept.begin(reply.reply)
         await until(lambda: kept.gives_way and reply.closed > 0)
         return weakref.ref(kept), weakref.ref(reply)
 
@@ -276,12 +285,12 @@ async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None
 )
 async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, Any]) -> None:
     """However many an owner keeps, what others have stays, and a newcomer finds room."""
-    cache = ReplyCache(ApiSettings(**bounds), None)
+    cache = ReplyCache(ApiSettings(**bounds))
 
     async def keep(owner: str, name: str) -> KeptReply:
         kept = kept_in(cache, name, owner)
         reply = Complete(1)
-        await kept.begin(reply)
+        await kept.begin(reply.reply)
         await until(lambda: kept.gives_way)
         return kept
 
@@ -298,13 +307,13 @@ async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, A
 
 
 async def test_running_replies_of_the_owner_with_the_most_fail_first() -> None:
-    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000)), dict[str, KeptReply]()
     sizes = {"a20": 20, "b12": 12, "c5": 5, "d3": 3, "a4": 4, "b15": 15, "c15": 15, "d20": 20}
     for name in sizes:
         kept[name] = kept_in(cache, name, name[0])
     for name, events in sizes.items():
         reply = kept[name]
-        await reply.begin(Long(events))
+        await reply.begin(Long(events).reply)
         await until(partial(_has_grown, reply, events))
     assert [name for name, reply in kept.items() if not reply.is_running] == ["a20", "b15"]
     await cache.aclose()
@@ -316,14 +325,14 @@ def _has_grown(reply: KeptReply, events: int) -> bool:
 
 async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> None:
     """Of the client with the most first, the oldest first; together they have at most twice the room of one."""
-    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), dict[str, KeptReply]()
+    cache, kept = ReplyCache(ApiSettings(max_kept_bytes=40_000)), dict[str, KeptReply]()
     for number in range(8):
         for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
             kept[name] = kept_in(cache, name, f"client {number}")
-            await kept[name].begin(Complete(events))
+            await kept[name].begin(Complete(events).reply)
             await until(lambda name=name: kept[name].gives_way)  # type: ignore[misc]
     running = kept_in(cache, "running", "running")
-    await running.begin(Long(30))
+    await running.begin(Long(30).reply)
     await until(partial(_has_grown, running, 30))
     assert running.is_running
     assert sum(entry.held_bytes for entry in cache._entries.values()) <= 80_000
@@ -337,14 +346,14 @@ async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
     own: int, others: tuple[int, ...]
 ) -> None:
     """They grow to their ends while all together have room."""
-    cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000), None), list[KeptReply]()
+    cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000)), list[KeptReply]()
     complete = kept_in(cache, "complete", "a")
-    await complete.begin(Complete(5))
+    await complete.begin(Complete(5).reply)
     await until(lambda: complete.gives_way)
     each = {f"other {number}": events for number, events in enumerate(others)} | {"a": own - 8}
     for client, events in each.items():
         reply = kept_in(cache, client, client)
-        await reply.begin(Long(events * 4 // 5))
+        await reply.begin(Long(events * 4 // 5).reply)
         await until(partial(_has_grown, reply, events * 4 // 5))
         running.append(reply)
     assert all(reply.is_running for reply in running) and cache.named("", "complete") is complete
@@ -353,21 +362,22 @@ async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
 
 @pytest.mark.parametrize("clients", [2, 3, 7])
 async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room(clients: int) -> None:
-    cache = ReplyCache(ApiSettings(max_kept_bytes=40_000), None)
+    cache = ReplyCache(ApiSettings(max_kept_bytes=40_000))
     for number in range(200):
         reply = kept_in(cache, f"id{number}", f"client {number % clients}")
-        await reply.begin(Complete(1))
+        await reply.begin(Complete(1).reply)
         await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
-    ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"))
-    kept = cache.add(ticket, PATHS[0], b"x" * 10_000, is_streamed=True)
+    ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"), endpoint=PATHS[0])
+    kept = KeptReply(ticket, Endless().reply, cache)
+    cache.add(kept, b"x" * 10_000)
     assert cache.named("", "new") is kept
     await cache.aclose()
 
 
 async def test_the_largest_reply_fails_by_itself_where_it_grows() -> None:
-    cache = ReplyCache(ApiSettings(max_kept_bytes=10_000), None)
+    cache = ReplyCache(ApiSettings(max_kept_bytes=10_000))
     kept, reply = kept_in(cache, "a"), Long(1000)
-    await kept.begin(reply)
+    await kept.begin(reply.reply)
     await until(lambda: reply.closed > 0)
     assert (kept.is_running, kept.held_bytes) == (False, 0)
     kept_in(cache, "b")

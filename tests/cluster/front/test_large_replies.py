@@ -21,8 +21,7 @@ from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.dialects.openai import choices
 from llamaclust.cluster.front.dialects.openai.choices import completion_logprobs
 from llamaclust.cluster.front.dialects.openai.view import OpenAiView
-from llamaclust.cluster.front.json_text import json_parts, to_json
-from llamaclust.cluster.front.replies.reply import JsonBody, json_body
+from llamaclust.cluster.front.json_text import JsonBody, json_body, json_parts, to_json
 from llamaclust.cluster.front.text import sharing
 from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.server.serve import serve

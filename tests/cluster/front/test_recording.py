@@ -1,19 +1,26 @@
-"""When sampled tokens are recorded."""
+"""What a later computation needs to know: tokens, recorded in time, and whether a grammar was obeyed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import cast
 
 import pytest
 
-from llamaclust.cluster.front.replies import ticket
-from llamaclust.cluster.front.replies.ticket import Recording
+from llamaclust.cluster.front.replies import kept_reply
+from llamaclust.cluster.front.replies.kept_reply import Recording
+from llamaclust.cluster.front.replies.reply import Ticket
 from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.core.sampling import RowResult
+from llamaclust.cluster.state.journal_records import RequestIdentity
+from llamaclust.core.errors import WorkerError
+from llamaclust.core.sampling import Grammar, Reasoning, RowResult
 from support.seed import SEED
+
+GRAMMAR = Grammar("{}", origin="tools")
 
 
 class Written:
@@ -30,7 +37,7 @@ class Written:
 
 def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     source, now_s, written = Random(SEED), 0.0, Written()
-    monkeypatch.setattr(ticket, "monotonic", lambda: now_s)
+    monkeypatch.setattr(kept_reply, "monotonic", lambda: now_s)
     recorded = Recording(cast(Journal, written), "id", {}, None)
     sampled: dict[int, list[tuple[float, int]]] = {0: [], 1: []}
     for token in range(2000):
@@ -44,3 +51,28 @@ def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyP
             assert all(now_s - at_s < 1.0 for at_s, _ in missing)
     for number, tokens in sampled.items():
         assert written.tokens[number] == [token for _, token in tokens][: len(written.tokens[number])]
+
+
+def ticket(has_grammar: bool | None) -> Ticket:
+    return Ticket(
+        identity=RequestIdentity(id="a", seed=1, created=1), endpoint="/v1/chat/completions", has_grammar=has_grammar
+    )
+
+
+def test_the_first_decision_about_a_grammar_counts() -> None:
+    free, bound = CompletionRequest("a"), CompletionRequest("a", grammar=GRAMMAR)
+    first = ticket(None)
+    assert [first.request(0, request).grammar for request in (free, bound)] == [None, None]
+    assert first.has_grammar is False
+    first = ticket(None)
+    assert first.request(0, bound).grammar == GRAMMAR
+    with pytest.raises(WorkerError, match="could not be made in time again"):
+        first.request(0, free)
+
+
+def test_reasoning_without_a_budget_goes_with_the_grammar_that_it_delays() -> None:
+    bound = CompletionRequest("a", grammar=GRAMMAR, reasoning=(delaying := Reasoning((), ("e",), delays_grammar=True)))
+    free, kept = (ticket(has_grammar).request(0, bound) for has_grammar in (False, True))
+    assert (free.grammar, free.reasoning) == (None, None) and (kept.grammar, kept.reasoning) == (GRAMMAR, delaying)
+    left = ticket(False).request(0, replace(bound, reasoning=replace(delaying, budget=3)))
+    assert left.reasoning == replace(delaying, budget=3, delays_grammar=False)

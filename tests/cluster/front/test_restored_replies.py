@@ -15,9 +15,7 @@ import pytest
 from llamaclust.cluster.front.dialects.openai.endpoints import CompletionEndpoint
 from llamaclust.cluster.front.replies import kept_reply, restoring
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Computation, Reply
-from llamaclust.cluster.front.replies.ticket import Constraint, Ticket
-from llamaclust.cluster.front.text.answer_log import AnswerLog
+from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.text.completion import Completion
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
@@ -26,9 +24,9 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
 from llamaclust.core.backoff import Backoff
-from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+from llamaclust.core.errors import DeadlineError, QueueFullError
 from llamaclust.core.limits import AdapterScales
-from llamaclust.core.sampling import Grammar, Reasoning
+from llamaclust.core.sampling import Grammar
 from support.clusters.resumable import (
     KEY,
     PATHS,
@@ -141,20 +139,20 @@ async def test_more_restored_requests_than_are_kept_do_not_stop_a_start(tmp_path
 
 async def test_restored_requests_wait_where_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not streamed is answered as a whole; one that is cancelled meanwhile is not computed."""
-    path, submit, computed, is_full = tmp_path / "journal", Computation.submit, list[Computation](), True
+    path, compute, computed, is_full = tmp_path / "journal", KeptReply._compute, list[KeptReply](), True
 
-    async def refusing(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
+    async def refusing(self: KeptReply, reply: Reply, *, is_recorded: bool) -> None:
         if is_full:
             raise QueueFullError("the queue is full", 0.01)
-        await submit(self, log, is_kept=is_kept)
+        await compute(self, reply, is_recorded=is_recorded)
         computed.append(self)
 
-    monkeypatch.setattr(Computation, "submit", refusing)
+    monkeypatch.setattr(KeptReply, "_compute", refusing)
     body = json.dumps(body_of(PATHS[0], stream=False))
     await write_journal(path, *(admission(number, body, is_streamed=False) for number in range(3)))
     async with served(path) as server:
         asking = [asyncio.create_task(server.http.get(f"/v1/streams/key {number}")) for number in (0, 2)]
-        await until(lambda: sum(entry.kept._readers for entry in server.replies.cache._entries.values()) == 2)
+        await until(lambda: sum(entry.kept.is_read for entry in server.replies.cache._entries.values()) == 2)
         assert not any(task.done() for task in asking)
         await server.http.delete("/v1/streams/key 0")
         await server.http.delete("/v1/streams/key 1")
@@ -168,15 +166,15 @@ async def test_restored_requests_wait_where_the_machine_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as for the chat template, at a start on busy cores; one that waits does not hold up the next one."""
-    path, submit, refused, is_busy = tmp_path / "journal", Computation.submit, list[Computation](), True
+    path, compute, refused, is_busy = tmp_path / "journal", KeptReply._compute, list[KeptReply](), True
 
-    async def busy(self: Computation, log: AnswerLog, *, is_kept: bool) -> None:
+    async def busy(self: KeptReply, reply: Reply, *, is_recorded: bool) -> None:
         if is_busy and (not refused or self is refused[0]):
             refused.append(self)
             raise DeadlineError("the chat template was busy")
-        await submit(self, log, is_kept=is_kept)
+        await compute(self, reply, is_recorded=is_recorded)
 
-    monkeypatch.setattr(Computation, "submit", busy)
+    monkeypatch.setattr(KeptReply, "_compute", busy)
     monkeypatch.setattr(kept_reply, "_BUSY", Backoff(0.05, 0.05))
     monkeypatch.setattr(restoring, "_ALONE_S", 0.05)
     await write_journal(path, *(admission(number, json.dumps(body_of(PATHS[0]))) for number in range(2)))
@@ -321,23 +319,6 @@ async def test_a_restored_requests_deadline_goes_on(tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
         server.pipeline.gate.set()
         assert (await server.http.get("/v1/streams/key 1")).status_code == 200
-
-
-def test_the_first_decision_about_a_grammar_counts() -> None:
-    free, bound = CompletionRequest("a"), CompletionRequest("a", grammar=GRAMMAR)
-    constraint = Constraint()
-    assert constraint.kept(free) == free and constraint.kept(bound) == free
-    constraint = Constraint()
-    assert constraint.kept(bound) == bound
-    with pytest.raises(WorkerError, match="could not be made in time again"):
-        constraint.kept(free)
-
-
-def test_reasoning_without_a_budget_goes_with_the_grammar_that_it_delays() -> None:
-    bound = CompletionRequest("a", grammar=GRAMMAR, reasoning=(delaying := Reasoning((), ("e",), delays_grammar=True)))
-    assert Constraint(False).kept(bound) == CompletionRequest("a") and Constraint(True).kept(bound) == bound
-    left = Constraint(False).kept(replace(bound, reasoning=replace(delaying, budget=3)))
-    assert left.reasoning == replace(delaying, budget=3, delays_grammar=False)
 
 
 @pytest.mark.parametrize("has_grammar", [True, False])

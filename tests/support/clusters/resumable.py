@@ -13,7 +13,6 @@ import httpx
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
@@ -62,7 +61,7 @@ async def served(
     async with (
         real_engine(replace(SETTINGS, prefill_chunk=prefill_chunk)) as (engine, pipeline),
         aclosing(kind(journal, ControlRecord(), resume_s)) as opened,
-        aclosing(Replies(ApiSettings(**settings), Durability(opened, SERVED, 60.0))) as replies,
+        aclosing(Replies(ApiSettings(**settings, digest=SERVED, request_s=60.0), opened)) as replies,
     ):
         app = make_app(engine, replies=replies, **settings)
         left = read_journal(journal, Instant.now())

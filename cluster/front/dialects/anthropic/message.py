@@ -15,8 +15,7 @@ from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.fields.tools import call_id_of
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import named_event, unless_disconnected
-from llamaclust.cluster.front.replies.reply import Event, Reply, View
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Event, Reply, Ticket, View
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed

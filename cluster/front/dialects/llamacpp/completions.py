@@ -17,8 +17,7 @@ from llamaclust.cluster.front.fields.sampling import (
     sampled,
 )
 from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
-from llamaclust.cluster.front.replies.reply import MakeReply, Reply
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import MakeReply, Reply, Ticket
 from llamaclust.cluster.front.schema import (
     MAX_PROMPTS,
     Body,

@@ -28,8 +28,7 @@ from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsuppo
 from llamaclust.cluster.front.http.security import require_first_key
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import Reply
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextService

@@ -33,8 +33,7 @@ from llamaclust.cluster.front.foreign_fields import anything
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests, Ticket
 from llamaclust.cluster.front.schema import ForeignFields, strings
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions

@@ -133,7 +133,8 @@ class OllamaManaging:
             if not body.stream:
                 return JsonResponse(await unless_disconnected(request, _last(steps)))
             first = await unless_disconnected(request, anext(steps))  # what fails before gets a status of its own
-            return EventResponse(_lines(first, steps), cleanup.pop_all().aclose, StreamFormat.LINES)
+            pulling = cleanup.pop_all()
+            return EventResponse(_lines(first, steps), lambda _: pulling.aclose(), StreamFormat.LINES)
 
     async def create(self, request: Request) -> Response:
         """Another name of the served model."""

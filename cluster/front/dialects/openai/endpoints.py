@@ -17,8 +17,7 @@ from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, OpenAiV
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.replies.reply import Reply
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import CompletionRequest

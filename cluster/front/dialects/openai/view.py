@@ -11,8 +11,7 @@ from llamaclust.cluster.front.dialects.openai.schema import GenerationBody, Stre
 from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import DONE, event
 from llamaclust.cluster.front.json_text import to_json
-from llamaclust.cluster.front.replies.reply import Event, View
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Event, Ticket, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress, Timings

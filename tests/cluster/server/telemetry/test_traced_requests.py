@@ -18,7 +18,6 @@ from prometheus_client import CollectorRegistry
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.restoring import Durability
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.server.telemetry.settings import Target, TelemetrySettings
 from llamaclust.cluster.server.telemetry.telemetry import open_telemetry
@@ -268,7 +267,7 @@ async def journalled(path: Path, kind: type[Journal]) -> AsyncIterator[Traced]:
             real_engine() as (engine, pipeline),
             open_telemetry(own, "house", {MODEL: engine}, CollectorRegistry()) as telemetry,
             aclosing(kind(path, ControlRecord(), settings.resume_s)) as journal,
-            aclosing(Replies(settings, Durability(journal, "digest", 60.0))) as replies,
+            aclosing(Replies(settings, journal)) as replies,
         ):
             app = make_app(engine, replies=replies)
             left = await asyncio.to_thread(read_journal, path, Instant.now())

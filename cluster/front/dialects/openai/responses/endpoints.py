@@ -31,13 +31,11 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.security import owner
-from llamaclust.cluster.front.http.sse import unless_disconnected
+from llamaclust.cluster.front.http.sse import rendered, unless_disconnected
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reading import Position
-from llamaclust.cluster.front.replies.reply import Reply, rendered
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.reply import Position, Reply, Ticket, read_position
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
@@ -114,14 +112,14 @@ class ResponsesEndpoint:
     def _chat(self, body: ResponsesBody | CompactionBody, ticket: Ticket) -> tuple[list[Item], Messages]:
         """The input's items, and all messages of the chat. What is in the store now, a later computation has from the
         ticket: earlier messages, or all where the input has references."""
-        own, known = ticket.identity.owner, ticket.earlier
+        own = ticket.identity.owner
         if not has_references(body.input):
-            known.messages = known.messages or self._earlier(body.previous_response_id, own)
-            return body.input, (*known.messages, *messages_of(body.input))
-        if known.messages:
-            return [item for item in body.input if item["type"] != REFERENCE], tuple(known.messages)
+            ticket.earlier = ticket.earlier or self._earlier(body.previous_response_id, own)
+            return body.input, (*ticket.earlier, *messages_of(body.input))
+        if ticket.earlier:
+            return [item for item in body.input if item["type"] != REFERENCE], tuple(ticket.earlier)
         items = self._store.resolved(own, body.input, self._settings.max_body_bytes)
-        known.messages = messages = (*self._earlier(body.previous_response_id, own), *messages_of(items))
+        ticket.earlier = messages = (*self._earlier(body.previous_response_id, own), *messages_of(items))
         return items, messages
 
     def _earlier(self, response_id: str | None, owner_digest: str) -> Messages:
@@ -197,7 +195,7 @@ class StoredResponses:
             )
         after = Position()
         if "starting_after" in request.query_params:
-            after = Position.parse(str(_number(request, "starting_after", 0) + 1), "starting_after")
+            after = read_position(str(_number(request, "starting_after", 0) + 1), "starting_after")
         return await self._replies.respond(request, kept, after)
 
     async def _shown(self, request: Request) -> dict[str, Any]:

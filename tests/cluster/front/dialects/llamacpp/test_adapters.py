@@ -10,10 +10,9 @@ import pytest
 from starlette.datastructures import Headers
 
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import Computation
-from llamaclust.cluster.front.replies.ticket import Ticket
+from llamaclust.cluster.front.replies.kept_reply import KeptReply
+from llamaclust.cluster.front.replies.reply import Ticket
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.answer_log import AnswerLog
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.core.limits import AdapterScales
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says
@@ -182,14 +181,14 @@ async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     """Those of its journalled identity, whatever clients set meanwhile."""
     engine, adapters = ScriptedEngine(says("So.")), ServedAdapters(ADAPTERS, default=((1, 0.5),))
     replies = Replies(ApiSettings(adapters=adapters))
-    ticket = Ticket.draw(Headers(), (), journal=None, scales=adapters.default)
+    ticket = Ticket.draw(Headers(), "/completion", replies.settings)
     make_app(engine, replies=replies)
     reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', ticket)
     adapters.default = ()
-    computation = Computation(reply, ticket)
-    await computation.submit(AnswerLog(), is_kept=False)
+    direct = KeptReply(ticket, reply, replies.cache, is_kept=False)
+    await direct.begin(reply)
     assert engine.submitted[0].adapters == ((1, 0.5),)
-    await computation.aclose()
+    await direct.aclose()
 
 
 @pytest.mark.parametrize(

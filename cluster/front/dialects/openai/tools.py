@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -14,6 +14,7 @@ from llamaclust.cluster.front.fields.tools import (
     MAX_TOOLS,
     ClientTool,
     arguments_of_text,
+    flat_name,
     function_tool,
     is_media,
     leave_out,
@@ -165,7 +166,13 @@ def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') 
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
-        return {"type": ALLOWED, "mode": _mode(value.get("mode")), "tools": _tools(value.get("tools"), example)}
+        mode, tools = value.get("mode"), value.get("tools")
+        if mode not in ("auto", "required"):
+            raise ValueError("mode: must be 'auto' or 'required'")
+        if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
+            raise ValueError(f"tools: must be a list of 1 to {MAX_TOOLS} tools")
+        each = f"tools: each must be {example}"
+        return {"type": ALLOWED, "mode": mode, "tools": [_named_tool(tool, each) for tool in tools]}
     return _named_tool(value, f"must be 'none', 'auto', 'required', {example} or {ALLOWED}")
 
 
@@ -177,18 +184,6 @@ def _named_tool(value: Any, message: str) -> dict[str, str]:
     if not names or not all(isinstance(name, str) for name in names.values()) or (needs_name and "name" not in names):
         raise ValueError(message)
     return names
-
-
-def _mode(value: Any) -> str:
-    if value not in ("auto", "required"):
-        raise ValueError("mode: must be 'auto' or 'required'")
-    return str(value)
-
-
-def _tools(value: Any, example: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_TOOLS:
-        raise ValueError(f"tools: must be a list of 1 to {MAX_TOOLS} tools")
-    return [_named_tool(tool, f"tools: each must be {example}") for tool in value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +212,13 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """ParameterError for tools that contradict each other or the choice."""
-        self._check_names()
+        """ParameterError for tools that contradict each other or the choice. A tool that is demanded must be there; of
+        those that are only allowed, hosted ones may be missing."""
+        if isinstance(self.choice, dict):
+            self._check_names()
         self.use.check(self.offered)
 
     def _check_names(self) -> None:
-        """A tool that is demanded must be there; of those that are only allowed, hosted ones may be missing."""
-        if not isinstance(self.choice, dict):
-            return
         is_allowed = self.choice["type"] == ALLOWED
         for tool in self.choice["tools"] if is_allowed else [self.choice]:
             may_be_missing = is_allowed and tool["type"] not in ("function", "custom")
@@ -232,3 +226,117 @@ class ToolChoice:
                 what = repr(tool.get("name", tool["type"])[:60])
                 does = "allows" if is_allowed else "names"
                 raise ParameterError("tool_choice", f"{does} {what}, which is not among the tools that can run here")
+
+
+_STRING: Final = {"type": "string"}
+_NUMBER: Final = {"type": "integer"}
+_STRINGS: Final = {"type": "array", "items": _STRING}
+_HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltInTool:
+    """A tool that clients know by its type alone. Its calls have the arguments in an object of their own."""
+
+    field: str
+    fixed: Mapping[str, Any]  # in that object
+    description: str
+    properties: Mapping[str, Any]
+    required: tuple[str, ...]
+
+
+BUILT_IN: Final = {
+    "local_shell": BuiltInTool(
+        "action",
+        {"type": "exec", "command": [], "env": {}},
+        "Runs a command on the user's machine.",
+        {"command": _STRINGS, "working_directory": _STRING, "timeout_ms": _NUMBER},
+        ("command",),
+    ),
+    "shell": BuiltInTool(
+        "action",
+        {"commands": []},
+        "Runs commands in a shell on the user's machine.",
+        {"commands": _STRINGS, "timeout_ms": _NUMBER, "max_output_length": _NUMBER},
+        ("commands",),
+    ),
+    "apply_patch": BuiltInTool(
+        "operation",
+        {"type": "update_file", "path": "", "diff": ""},
+        "Creates, changes or deletes a file; `diff` is in the V4A format.",
+        {"type": {"enum": ["create_file", "update_file", "delete_file"]}, "path": _STRING, "diff": _STRING},
+        ("type", "path"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSet:
+    """The tools of a request of the Responses API: those that its client runs, each as a function for the model."""
+
+    client: tuple[ClientTool, ...] = ()
+    shown: tuple[dict[str, Any], ...] = ()  # as the response repeats them
+
+
+def read_tools(value: Any, context: object) -> ToolSet:
+    """ValueError for a tool of a wrong form, and without a `Leniency` for a hosted one."""
+    if not isinstance(value, list) or len(value) > MAX_TOOLS:
+        raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
+    client, shown = list[ClientTool](), list[dict[str, Any]]()
+    for place, tool in enumerate(value):
+        try:
+            own = [*_client_tools(tool, None, context)]
+        except ValueError as error:
+            raise ValueError(f"[{place}]: {error}") from error
+        client += own
+        shown += [_shown_tool(tool, own)] if own else []
+        if len(client) > MAX_TOOLS:
+            raise ValueError(f"[{place}]: more than {MAX_TOOLS} tools, those in namespaces included")
+    return ToolSet(tuple(client), tuple(shown))
+
+
+def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator[ClientTool]:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError("a tool must be an object with a 'type'")
+    if kind == "namespace":
+        name, tools = tool.get("name"), tool.get("tools")
+        if not isinstance(name, str) or not isinstance(tools, list):
+            raise ValueError("a namespace must have a 'name' and a list of 'tools'")
+        if len(tools) > MAX_TOOLS:
+            raise ValueError(f"{len(tools)} tools in a namespace, at most {MAX_TOOLS} are taken")
+        for each in tools:
+            yield from _client_tools(each, name, context)
+    elif kind == "function":
+        nested = tool.get("function")
+        yield _named(kind, nested if isinstance(nested, dict) else tool, namespace)
+    elif kind == "custom":
+        yield _named(kind, text_tool(tool, context), namespace)
+    elif kind in BUILT_IN and not _is_hosted(tool):
+        built_in = BUILT_IN[kind]
+        schema = {"type": "object", "properties": built_in.properties, "required": [*built_in.required]}
+        fields = {"name": kind, "description": built_in.description, "parameters": schema}
+        yield ClientTool(kind, kind, function_tool(fields))
+    else:
+        leave_out("tools", kind, context)
+
+
+def _is_hosted(tool: Mapping[str, Any]) -> bool:
+    """A shell may be in a container of OpenAI's."""
+    environment = tool.get("environment")
+    return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
+
+
+def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> ClientTool:
+    function_tool(fields)  # its own name is checked too
+    flat = function_tool({**fields, "name": flat_name(namespace, fields["name"])})
+    return ClientTool(kind, fields["name"], flat, namespace)
+
+
+def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
+    """A function in full, in the flat form of this API; another tool as it was sent."""
+    if tool["type"] != "function":
+        return tool
+    function = own[0].function["function"]
+    fields = {name: function[name] for name in ("name", "description", "parameters")}
+    return {"type": "function", **fields, "strict": False}

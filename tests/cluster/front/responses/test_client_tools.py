@@ -10,7 +10,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from llamaclust.cluster.front.body import HEADER
-from llamaclust.cluster.front.dialects.openai.responses.tools import read_tools
+from llamaclust.cluster.front.dialects.openai.tools import read_tools
 from llamaclust.cluster.front.schema import Leniency
 from support.clusters import served as served_module
 from support.clusters.served import ScriptedEngine, events_of, says, tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.responses import store
+from llamaclust.cluster.front.dialects.openai.responses import schema
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served
 
@@ -63,7 +63,7 @@ async def test_an_empty_summary_is_an_error(answer: str) -> None:
 
 
 async def test_a_long_summary_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MAX_TOKENS", 7)
+    monkeypatch.setattr(schema, "MAX_SUMMARY_TOKENS", 7)
     reply, _ = await compacted("The sun shines.")
     item = reply.json()["output"][0]
     assert b64decode(item["encrypted_content"].removeprefix(FORMAT)) == b"The sun"

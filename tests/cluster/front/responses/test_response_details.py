@@ -122,7 +122,7 @@ async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypa
 
 
 def test_a_token_of_markup_and_text_has_a_logprob() -> None:
-    items = OutputItems("a", {})
+    items = OutputItems("a", ())
     texts: Any = SimpleNamespace(token_bytes=[b"<think>Hm.", b"</think>So"].__getitem__)
     earlier, shared = (ShownRow(texts, RowResult(token, -0.5)) for token in range(2))
     assert [*items.take([ReasoningText("Hm.")], [earlier])]

@@ -1,13 +1,14 @@
-"""Items of the Responses API as messages of a chat."""
+"""Items of the Responses API: as clients send them, and as messages of a chat."""
 
 from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, Final
 
-from llamaclust.cluster.front.dialects.openai.responses.tools import BUILT_IN
+from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
 from llamaclust.cluster.front.fields.tools import (
     arguments_of_text,
     flat_name,
@@ -24,6 +25,8 @@ Item = dict[str, Any]
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
 """The type of an item that stands for one of a stored response, by its id."""
+CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
+"""Calls of named tools, and their member that the model writes."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -53,12 +56,12 @@ def read_items(value: Any, context: object) -> list[Item]:
 
 
 def has_references(items: Iterable[Item]) -> bool:
-    """Whether some stand for items of stored responses."""
+    """Returns true if some stand for items of stored responses."""
     return any(item["type"] == REFERENCE for item in items)
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
-    """As a client lists them: those without an id get one."""
+    """The items as a client lists them: those without an id get one."""
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
@@ -71,53 +74,10 @@ def summary_item(item_id: str, summary: str) -> Item:
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
     """Successive items of an assistant (reasoning, text, calls) are one message."""
     messages: list[dict[str, Any]] = []
-    answer: _Answer | None = None
-    for item in items:
-        if not _is_answer(item):
-            messages += [] if answer is None else [answer.message()]
-            answer = None
-            messages.append(_other_message(item))
-        else:
-            answer = answer or _Answer()
-            answer.add(item)
-    return messages if answer is None else [*messages, answer.message()]
-
-
-class _Answer:
-    """An assistant's message, put together from its items."""
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        self._thoughts: list[str] = []
-        self._calls: list[dict[str, Any]] = []
-
-    def add(self, item: Item) -> None:
-        match item["type"]:
-            case "message":
-                self._texts.append(text_of(item))
-            case "reasoning":
-                parts = item.get("content") or item.get("summary") or ()
-                self._thoughts += [part["text"] for part in parts]
-            case _:
-                self._add_call(item)
-
-    def _add_call(self, item: Item) -> None:
-        """A call without an id is one that another server made and answered."""
-        if not isinstance(item.get("call_id"), str):
-            self._texts.append(tool_text(item["type"], item))
-            return
-        self._calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
-
-    def message(self) -> dict[str, Any]:
-        more = {"reasoning_content": "\n".join(self._thoughts), "tool_calls": self._calls}
-        given = {name: value for name, value in more.items() if value}
-        return {"role": "assistant", "content": "\n".join(self._texts), **given}
-
-
-def text_of(item: Item) -> str:
-    """The text of a message or a result."""
-    content = item["content"] if item["type"] == "message" else item["output"]
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    for is_answer, group in groupby(items, _is_answer):
+        run = [*group]
+        messages += [_answer(run)] if is_answer else map(_other_message, run)
+    return messages
 
 
 def _is_answer(item: Item) -> bool:
@@ -125,29 +85,46 @@ def _is_answer(item: Item) -> bool:
     return is_message or item["type"] == "reasoning" or str(item["type"]).endswith(_CALL)
 
 
+def _answer(items: Iterable[Item]) -> dict[str, Any]:
+    texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
+    for item in items:
+        if item["type"] == "message":
+            texts.append(_text_of(item["content"]))
+        elif item["type"] == "reasoning":
+            thoughts += [part["text"] for part in item.get("content") or item.get("summary") or ()]
+        elif isinstance(item.get("call_id"), str):
+            calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
+        else:  # another server made the call, and answered it
+            texts.append(tool_text(item["type"], item))
+    more = {"reasoning_content": "\n".join(thoughts), "tool_calls": calls}
+    given = {name: value for name, value in more.items() if value}
+    return {"role": "assistant", "content": "\n".join(texts), **given}
+
+
 def _function(item: Item) -> dict[str, str]:
     """A call as the model made it, or would have."""
-    match item["type"]:
-        case "function_call":
-            return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": item["arguments"]}
-        case "custom_tool_call":
-            arguments = arguments_of_text(item["input"])
-            return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": arguments}
-    name = str(item["type"]).removesuffix(_CALL)
-    built_in = BUILT_IN.get(name)
-    given = item if built_in is None else {**item[built_in.field]}
-    if built_in is not None:
-        given = {key: given[key] for key in built_in.properties if given.get(key) is not None}
-        return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
-    return {"name": name, "arguments": item_text(given)}
+    kind = str(item["type"])
+    if kind in CALL_TEXTS:
+        text = item[CALL_TEXTS[kind]]
+        arguments = text if kind == "function_call" else arguments_of_text(text)
+        return {"name": flat_name(item.get("namespace"), item["name"]), "arguments": arguments}
+    name = kind.removesuffix(_CALL)
+    if (built_in := BUILT_IN.get(name)) is None:
+        return {"name": name, "arguments": item_text(item)}
+    given = {key: value for key in built_in.properties if (value := item[built_in.field].get(key)) is not None}
+    return {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
 
 
 def _other_message(item: Item) -> dict[str, Any]:
     if str(item["type"]).endswith(_OUTPUT):
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item)}
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": _text_of(item["output"])}
     if item["type"] == "compaction":
         return {"role": "system", "content": f"{_SUMMARY}\n{_summary(item)}"}
-    return {"role": _ROLES[item["role"]], "content": text_of(item)}
+    return {"role": _ROLES[item["role"]], "content": _text_of(item["content"])}
+
+
+def _text_of(content: str | list[Item]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _items(value: Any, context: object) -> list[Item]:
@@ -159,17 +136,17 @@ def _items(value: Any, context: object) -> list[Item]:
         case "message":
             return [_message(value, context)]
         case "item_reference":
-            return [{"type": kind, "id": _text(value, "id")}]
+            return [{"type": kind, "id": _string(value, "id")}]
         case "reasoning":
-            summary = _parts(value.get("summary") or [], _REASONING_PARTS, context)
-            content = _parts(value.get("content") or [], _REASONING_PARTS, context)
-            return [{"type": kind, **_id(value), "summary": summary, "content": content}]
+            names = ("summary", "content")
+            parts = {name: _parts(value.get(name) or [], _REASONING_PARTS, context) for name in names}
+            return [{"type": kind, **_id(value), **parts}]
         case "compaction":
             return [_compaction(value, context)]
         case str() if kind.endswith(_CALL):
             return [_call(kind, value, context)]
         case str() if kind.endswith(_OUTPUT):
-            call_id = _text(value, "call_id" if "call_id" in value else "id")
+            call_id = _string(value, "call_id" if "call_id" in value else "id")
             return [{"type": kind, **_id(value), "call_id": call_id, "output": _output(kind, value, context)}]
     if not isinstance(kind, str) or "role" in value or "content" in value:
         raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
@@ -177,12 +154,11 @@ def _items(value: Any, context: object) -> list[Item]:
     return []
 
 
-def _call(kind: str, value: dict[str, Any], context: object) -> Item:
+def _call(kind: str, value: Item, context: object) -> Item:
     """Calls of the client's tools by their fields, others as they are: they belong to tools of other servers."""
-    if kind in ("function_call", "custom_tool_call"):
-        names = ("call_id", "name", "arguments" if kind == "function_call" else "input")
-        space = {"namespace": _text(value, "namespace")} if value.get("namespace") is not None else {}
-        fields = {name: _text(value, name) for name in names}
+    if kind in CALL_TEXTS:
+        space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
+        fields = {name: _string(value, name) for name in ("call_id", "name", CALL_TEXTS[kind])}
         return {"type": kind, **_id(value), **fields, **space, "status": "completed"}
     built_in = BUILT_IN.get(kind.removesuffix(_CALL))
     if built_in is not None and not isinstance(value.get(built_in.field), dict):
@@ -192,9 +168,9 @@ def _call(kind: str, value: dict[str, Any], context: object) -> Item:
     return {**value, "type": kind}
 
 
-def _output(kind: str, value: dict[str, Any], context: object) -> str | list[Item]:
+def _output(kind: str, value: Item, context: object) -> str | list[Item]:
     """The result of a call: text, or parts of which those that are no text are replaced."""
-    is_text = kind in ("function_call_output", "custom_tool_call_output")
+    is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
         return output
@@ -212,9 +188,9 @@ def _is_part(part: Any) -> bool:
     return isinstance(kind, str) and (kind in _TEXT_PARTS or is_media(kind))
 
 
-def _compaction(value: dict[str, Any], context: object) -> Item:
+def _compaction(value: Item, context: object) -> Item:
     """A summary of another server is none that could be read: a text in its place."""
-    item = {"type": "compaction", **_id(value), "encrypted_content": _text(value, "encrypted_content")}
+    item = {"type": "compaction", **_id(value), "encrypted_content": _string(value, "encrypted_content")}
     try:
         _summary(item)
     except ValueError:
@@ -237,7 +213,7 @@ def _summary(item: Item) -> str:
     return summary
 
 
-def _message(value: dict[str, Any], context: object) -> Item:
+def _message(value: Item, context: object) -> Item:
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"role: must be one of {', '.join(_ROLES)}")
@@ -255,19 +231,19 @@ def _parts(value: Any, kinds: Sequence[str], context: object) -> list[Item]:
 def _part(part: Any, kinds: Sequence[str], context: object) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
-        return {"type": "output_text", "text": _text(part, "refusal")}
+        return {"type": "output_text", "text": _string(part, "refusal")}
     if isinstance(kind, str) and is_media(kind):
         return {"type": "input_text", "text": media_text(kind, context)}
     if kind not in kinds:
         raise ValueError(f"parts of type {str(kind)[:60]!r} are not supported")
-    return {"type": kind, "text": _text(part, "text")}
+    return {"type": kind, "text": _string(part, "text")}
 
 
-def _text(value: dict[str, Any], name: str) -> str:
+def _string(value: Item, name: str) -> str:
     if not isinstance(value.get(name), str):
         raise ValueError(f"{name}: must be a string")
     return str(value[name])
 
 
-def _id(value: dict[str, Any]) -> dict[str, str]:
+def _id(value: Item) -> dict[str, str]:
     return {"id": value["id"]} if isinstance(value.get("id"), str) else {}

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/responses`."""
+"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.dialects.openai.responses.items import Item, read_items
-from llamaclust.cluster.front.dialects.openai.responses.output import Details
-from llamaclust.cluster.front.dialects.openai.responses.tools import ToolSet, read_tools
-from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, read_choice
-from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFields
+from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
+from llamaclust.cluster.front.fields.sampling import AdapterFields, AnswerFields, ReasoningFields
 from llamaclust.cluster.front.fields.tools import MAX_TOOLS
 from llamaclust.cluster.front.foreign_fields import RESPONSES
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
-from llamaclust.cluster.front.text.request import ChatRequest, effort_variables
+from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import PARAMS
@@ -145,9 +143,8 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         return ToolChoice(self.tool_choice, self.tools.client, self.parallel_tool_calls)
 
     @property
-    def details(self) -> Details:
-        tools = {tool.function_name: tool for tool in self.tools.client}
-        return Details(_LOGPROBS in self.include, self.timings_per_token, self.return_progress, tools)
+    def with_logprobs(self) -> bool:
+        return _LOGPROBS in self.include
 
     def shown(self) -> dict[str, Any]:
         """What a response repeats of its request."""
@@ -190,7 +187,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         answer = self.completion(self.max_output_tokens, self.stop, grammar)
         return ChatRequest(
             with_one_system_prompt([*instructions, *messages]),
-            replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.details.logprobs),
+            replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.with_logprobs),
             self.choice.offered,
             effort_variables(self.reasoning.effort),
             tool_use=self.choice.use,
@@ -206,3 +203,40 @@ def with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mappi
     if not systems:
         return tuple(others)
     return ({"role": "system", "content": "\n\n".join(message["content"] for message in systems)}, *others)
+
+
+MAX_SUMMARY_TOKENS: Final = 1024
+_TASK: Final = (
+    "Summarize the conversation so far, so that it can be continued from your summary alone: what was asked, what was "
+    "found and decided, names, numbers and open tasks. Reply with the summary only."
+)
+
+
+class CompactionBody(AdapterFields, foreign=RESPONSES):
+    """`POST /v1/responses/compact`."""
+
+    model: str
+    """The served model's name; another name is refused."""
+    input: InputField = Field(default_factory=list)
+    """Text, or items, as of `POST /v1/responses`."""
+    previous_response_id: str | None = Field(default=None, max_length=256)
+    """A stored response: the chat that it ends comes before the input."""
+    instructions: str | None = None
+    """The chat's system prompt, which is not summarized."""
+
+    def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
+        """The chat, with the task at its end; greedy, without reasoning."""
+        if not messages:
+            raise ParameterError("input", "is missing")
+        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        chat = with_one_system_prompt([*instructions, *_with_task(messages)])
+        answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
+        return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
+
+
+def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The task is in a last message of the user that is there already: many templates want turns to alternate."""
+    last = messages[-1]
+    if last["role"] == "user":
+        return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]
+    return [*messages, {"role": "user", "content": _TASK}]

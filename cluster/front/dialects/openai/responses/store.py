@@ -1,30 +1,35 @@
-"""Responses that can be read again and followed, in memory and within bounds: those of the owner with most give way."""
+"""Responses that can be read again and followed, in memory and within bounds, and what clients do with them."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
 
-from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, Item, summary_item
-from llamaclust.cluster.front.dialects.openai.responses.output import ID_PREFIX, shown_usage
-from llamaclust.cluster.front.dialects.openai.responses.schema import InputField, with_one_system_prompt
+from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, Item, messages_of, with_ids
+from llamaclust.cluster.front.dialects.openai.responses.output import Status
+from llamaclust.cluster.front.dialects.openai.responses.view import ID_PREFIX
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.sampling import AdapterFields
-from llamaclust.cluster.front.foreign_fields import RESPONSES
+from llamaclust.cluster.front.http.responses import JsonResponse
+from llamaclust.cluster.front.http.security import owner
+from llamaclust.cluster.front.http.sse import rendered
 from llamaclust.cluster.front.json_text import json_size
-from llamaclust.cluster.front.replies.reply import Event, View
-from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
-from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget
-from llamaclust.core.errors import ParameterError
-from llamaclust.model.chat.tools.events import ContentText
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.kept_reply import KeptReply
+from llamaclust.cluster.front.replies.reply import Position, read_position
+from llamaclust.core.errors import ClusterStoppingError, ParameterError
 
 MAX_RESPONSES: Final = 1024
 MAX_BYTES: Final = 64 << 20
+_MOST_LISTED: Final = 100
+_LISTED: Final = 20
+_RUNNING: Final = (Status.QUEUED, Status.IN_PROGRESS)
 
 Messages = tuple[Mapping[str, Any], ...]
 
@@ -42,47 +47,27 @@ class StoredResponse:
         self.held_bytes = json_size([self.response, self.input_items, self.messages])
 
 
-@dataclass(slots=True)
-class _Share:
-    """What one owner has stored."""
-
-    responses: dict[str, StoredResponse] = field(default_factory=dict)  # by id, the oldest first
-    held_bytes: int = 0
-
-
 class ResponseStore:
-    """Use from one event loop."""
+    """The oldest response of the owner who has most gives way. Use from one event loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._shares: dict[str, _Share] = {}  # by owner
+        self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """In the place of one of the same id; makes room. One that is too large alone is not stored."""
-        response_id = stored.response["id"]
-        self.delete(owner, response_id)
-        if stored.held_bytes > self._max_bytes:
-            return
-        self._make_room(stored.held_bytes)
-        share = self._shares.setdefault(owner, _Share())
-        share.responses[response_id] = stored
-        share.held_bytes += stored.held_bytes
+        """Replaces one of the same id, and makes room. One that is too large alone is not stored."""
+        self.delete(owner, stored.response["id"])
+        if stored.held_bytes <= self._max_bytes:
+            self._make_room(stored.held_bytes)
+            self._stored[owner, stored.response["id"]] = stored
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        share = self._shares.get(owner)
-        return None if share is None else share.responses.get(response_id)
+        return self._stored.get((owner, response_id))
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Whether it was there."""
-        share = self._shares.get(owner)
-        stored = None if share is None else share.responses.pop(response_id, None)
-        if share is None or stored is None:
-            return False
-        share.held_bytes -= stored.held_bytes
-        if not share.responses:
-            del self._shares[owner]
-        return True
+        """Returns true if it was there."""
+        return self._stored.pop((owner, response_id), None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
         """The complete one that a request follows. HttpError where there is none."""
@@ -110,8 +95,8 @@ class ResponseStore:
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
         """The items of these ids, each of the newest response that has it."""
-        share, found = self._shares.get(owner, _Share()), dict[str, Item]()
-        for stored in reversed(share.responses.values()):
+        found = dict[str, Item]()
+        for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):
                 if item["id"] in wanted:
                     found.setdefault(item["id"], item)
@@ -120,78 +105,161 @@ class ResponseStore:
         return found
 
     def _make_room(self, more_bytes: int) -> None:
-        """The oldest of the owner that has most give way."""
-        while sum(share.held_bytes for share in self._shares.values()) + more_bytes > self._max_bytes:
-            self._drop_oldest(max(self._shares, key=lambda owner: self._shares[owner].held_bytes))
-        while sum(len(share.responses) for share in self._shares.values()) >= self._max_responses:
-            self._drop_oldest(max(self._shares, key=lambda owner: len(self._shares[owner].responses)))
-
-    def _drop_oldest(self, owner: str) -> None:
-        self.delete(owner, next(iter(self._shares[owner].responses)))
-
-
-MAX_TOKENS: Final = 1024
-_TASK: Final = (
-    "Summarize the conversation so far, so that it can be continued from your summary alone: what was asked, what was "
-    "found and decided, names, numbers and open tasks. Reply with the summary only."
-)
+        counts, held_bytes = Counter[str](), Counter[str]()  # by owner
+        for (name, _), stored in self._stored.items():
+            counts[name] += 1
+            held_bytes[name] += stored.held_bytes
+        while (is_full := held_bytes.total() + more_bytes > self._max_bytes) or counts.total() >= self._max_responses:
+            most = held_bytes if is_full else counts
+            name = max(most, key=most.__getitem__)
+            oldest = next(key for key in self._stored if key[0] == name)
+            counts[name] -= 1
+            held_bytes[name] -= self._stored.pop(oldest).held_bytes
 
 
-class CompactionBody(AdapterFields, foreign=RESPONSES):
-    """`POST /v1/responses/compact`."""
+class Storing:
+    """Stores a response once it is complete, with the items that it answers. All readers of a reply share one."""
 
-    model: str
-    """The served model's name; another name is refused."""
-    input: InputField = Field(default_factory=list)
-    """Text, or items, as of `POST /v1/responses`."""
-    previous_response_id: str | None = Field(default=None, max_length=256)
-    """A stored response: the chat that it ends comes before the input."""
-    instructions: str | None = None
-    """The chat's system prompt, which is not summarized."""
+    def __init__(self, store: ResponseStore, owner: str, input_items: Sequence[Item], messages: Messages) -> None:
+        """`messages`: of the chat before the answer. Made on the event loop of the store."""
+        self._store = store
+        self._owner = owner
+        self._input_items = input_items
+        self._messages = messages
+        self._loop = asyncio.get_running_loop()
+        self._is_done = False
 
-    def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """The chat, with the task at its end; greedy, without reasoning."""
-        if not messages:
-            raise ParameterError("input", "is missing")
-        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        chat = with_one_system_prompt([*instructions, *_with_task(messages)])
-        answer = CompletionRequest((), MAX_TOKENS)
-        return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
+    def begin(self, response: dict[str, Any]) -> None:
+        """Stores what a response answers that is computed in the background."""
+        self._store.put(self._owner, self._stored(response, ()))
+
+    def complete(self, response: dict[str, Any]) -> None:
+        """Stores the response before its client has the end of it. May be called on any thread, by each reader."""
+        stored = self._stored(response, (*self._messages, *messages_of(response["output"])))
+        self._loop.call_soon_threadsafe(self._put, stored)
+
+    def _stored(self, response: dict[str, Any], messages: Messages) -> StoredResponse:
+        return StoredResponse(response, with_ids(self._input_items, response["id"]), messages)
+
+    def _put(self, stored: StoredResponse) -> None:
+        if not self._is_done:
+            self._is_done = True
+            self._store.put(self._owner, stored)
 
 
-def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """In a last message of the user that is there already: many templates want turns to alternate."""
-    last = messages[-1]
-    if last["role"] == "user":
-        return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]
-    return [*messages, {"role": "user", "content": _TASK}]
+class StoredResponses:
+    """Reads responses, also those that are computed in the background, and ends them."""
+
+    def __init__(self, replies: Replies, store: ResponseStore) -> None:
+        self._replies = replies
+        self._store = store
+
+    async def retrieve(self, request: Request) -> Response:
+        """A response as it is; `?stream=true`: the events of one that was streamed in the background, after the one of
+        number `starting_after`."""
+        if request.query_params.get("stream", "false").lower() in ("true", "1"):
+            return await self._events(request)
+        return rendered(await self._shown(request))
+
+    async def cancel(self, request: Request) -> Response:
+        """Ends a response that is computed in the background."""
+        kept, response = self._kept(request), await self._shown(request)
+        if not response["background"]:
+            raise HttpError(
+                400, "not_in_background", f"response {response['id']} was not created with background: true"
+            )
+        if kept is not None and response["status"] in _RUNNING:
+            response = {**response, "status": Status.CANCELLED}
+            begun = self._store.get(self._owner(request), response["id"])
+            items = [] if begun is None else begun.input_items
+            self._store.put(self._owner(request), StoredResponse(response, items, ()))
+            await self._replies.cache.forget(kept)
+        return rendered(response)
+
+    async def delete(self, request: Request) -> Response:
+        """Ends a response that runs, and forgets it."""
+        kept = self._kept(request)
+        is_stored = self._store.delete(self._owner(request), request.path_params["id"])
+        if kept is not None:
+            await self._replies.cache.forget(kept)
+        elif not is_stored:
+            raise self._not_found(request)
+        return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
+
+    async def input_items(self, request: Request) -> Response:
+        """What a response answered; the newest item first unless `order=asc`."""
+        stored = self._store.get(self._owner(request), request.path_params["id"])
+        if stored is None:
+            raise self._not_found(request)
+        items = stored.input_items if request.query_params.get("order") == "asc" else stored.input_items[::-1]
+        after = request.query_params.get("after")
+        place = next((place for place, item in enumerate(items) if item["id"] == after), -1)
+        if after is not None and place < 0:
+            raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is no item of this response", param="after")
+        most = _number(request, "limit", _LISTED)
+        if not 1 <= most <= _MOST_LISTED:
+            raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
+        rest = items[place + 1 :]
+        shown = rest[:most]
+        ends = (
+            {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+        )
+        return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
+
+    async def _events(self, request: Request) -> Response:
+        kept = self._kept(request)
+        if kept is None or not kept.is_streamed:
+            await self._shown(request)
+            raise HttpError(
+                400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
+            )
+        after = Position()
+        if "starting_after" in request.query_params:
+            after = read_position(str(_number(request, "starting_after", 0) + 1), "starting_after")
+        return await self._replies.respond(request, kept, after)
+
+    async def _shown(self, request: Request) -> dict[str, Any]:
+        """HttpError where there is none."""
+        stored = self._store.get(self._owner(request), request.path_params["id"])
+        if stored is not None and stored.response["status"] not in _RUNNING:
+            return stored.response
+        kept = self._kept(request)
+        if kept is None:
+            raise self._not_found(request)
+        kept.resume()
+        if kept.is_complete:  # the store has no room for it any more, or gets it now
+            complete: dict[str, Any] = await kept.value()
+            return complete
+        return _unended(kept, request.path_params["id"])
+
+    def _kept(self, request: Request) -> KeptReply | None:
+        """The reply of a response in the background; others are kept too."""
+        name = request.path_params["id"]
+        kept = self._replies.cache.named(self._owner(request), name) if name.startswith(ID_PREFIX) else None
+        return kept if kept is not None and kept.is_background else None
+
+    def _owner(self, request: Request) -> str:
+        return owner(request.headers, self._replies.settings.api_keys)
+
+    def _not_found(self, request: Request) -> HttpError:
+        return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
 
 
-class CompactionView(View):
-    """One summary; what exceeds `MAX_TOKENS` is cut off."""
+def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
+    """A response that is not stored yet. One that waits for its turn after a restart is known by its id alone."""
+    known = kept.acknowledgement
+    shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.ticket.created}
+    shown |= {"background": True, "output": []} if known is None else json.loads(known)
+    if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
+        raise kept.error
+    if kept.error is not None:
+        error = {"code": "server_error", "message": str(kept.error)}
+        return {**shown, "status": Status.FAILED, "error": error}
+    return {**shown, "status": Status.QUEUED if known is None else Status.IN_PROGRESS}
 
-    def __init__(self, reply_id: str, created: int, log: AnswerLog) -> None:
-        self._reply_id = reply_id
-        self._created = created
-        self._log = log
 
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
-        """See `View`. Summaries are not streamed."""
-        return []
-
-    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """See `View`."""
-        ((answer,),) = parts
-        (generation,) = self._log.generations
-        assert answer.timings is not None
-        events = answer.events or (ContentText(answer.text),)
-        summary = "".join(event.text for event in events if isinstance(event, ContentText)).strip()
-        if not summary:
-            raise HttpError(422, "summary_failed", "the model's summary is empty; keep the messages as they are")
-        return {
-            "id": ID_PREFIX + self._reply_id,
-            "object": "response.compaction",
-            "created_at": self._created,
-            "output": [summary_item(f"cmp_{self._reply_id}", summary)],
-            "usage": shown_usage(answer.timings, len(generation.prompt), len(answer.rows), 0),
-        }
+def _number(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise HttpError(400, "bad_number", f"{name}: {text[:60]!r} is not a number", param=name)
+    return int(text)

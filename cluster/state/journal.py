@@ -10,24 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.disk_thread import DiskThread
-from llamaclust.cluster.state.journal_file import JournalContents, JournalFile
 from llamaclust.cluster.state.journal_records import (
+    HEAD_LINE,
     Admission,
-    Answered,
+    Change,
     ChoiceKey,
-    Ended,
     OpenRequest,
     Record,
-    Restored,
-    Sent,
+    to_line,
 )
 from llamaclust.core.errors import SupersededError
+from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
@@ -38,6 +39,8 @@ _RETRY_S = 5.0
 """Between two attempts to write to a disk that is full, read-only or away."""
 _ENDED_BYTES = 4 << 20
 """Of ended requests, and as much again as of open ones, before the file is rewritten."""
+_SENT_BYTES = 16 << 20
+"""Of requests whose replies were sent; the oldest are removed."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Journal:
         """`sent_s`: how long requests are kept whose replies were sent. `record` is the coordinator's: once a newer one
         has begun, the file is that one's."""
         self._sent_s = sent_s
-        self._contents = JournalContents()
+        self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
@@ -74,44 +77,44 @@ class Journal:
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
         """Tokens of a choice from its token number `start` on; written soon, and not synced."""
-        self._add(Answered.of(request_id, choice, start, rows))
+        self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
         """Requests, by id, are computed for a client again, so many times now without a token. Returns once that will
         be found whatever this process does next."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
-            lines = b"".join(self._contents.add(Restored(*restored)) for restored in times.items())
+            lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
             await self._writer.written(lines, is_synced=False)
 
     def progressed(self, request_id: str) -> None:
         """A restored request has got further than before."""
         self._without_progress.pop(request_id, None)
-        self._add(Restored(request_id, 0))
+        self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
         """Its whole reply was sent: it ends in a while, the oldest earlier where these are many."""
-        if not self._writer.is_sealed:
-            self._writer.add(self._contents.sent(request_id))
-            asyncio.get_running_loop().call_later(self._sent_s, self._add, Ended(request_id))
+        if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
+            self._writer.add(lines)
+            asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str) -> None:
         """Its whole reply is there for its client, which does not wait: a successor computes it if it is asked for."""
-        self._add(Sent(request_id))
+        self._add(Change(request_id, is_sent=True))
 
     def end(self, request_id: str) -> None:
         """The request needs no record any more."""
-        self._add(Ended(request_id))
+        self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
         """All whose replies were sent: clients that come back later are too late."""
         for request_id in tuple(self._contents.sent_ids):
-            self._add(Ended(request_id))
+            self._add(Change(request_id, is_ended=True))
 
     def stop_in_order(self) -> None:
         """This coordinator's end does not count against the requests that it restored."""
         for request_id, times in self._without_progress.items():
-            self._add(Restored(request_id, times - 1))
+            self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
 
     def seal(self) -> None:
@@ -128,10 +131,56 @@ class Journal:
         await self._writer.aclose()
 
 
+class _Contents:
+    """The lines of requests that have not ended. Each change returns the lines to be written; none if it concerns a
+    request that has ended."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, bytearray] = {}  # by request
+        self.size_bytes = 0
+        self.sent_ids: dict[str, None] = {}  # requests whose whole replies were sent; the oldest first
+        self._sent_bytes = 0
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.lines.values())
+
+    def add(self, record: Record) -> bytes:
+        if isinstance(record, Admission):
+            line = to_line(record)
+            self.lines[record.id] = bytearray()
+        elif record.id in self.lines:
+            line = to_line(record)
+        else:
+            return b""
+        if isinstance(record, Change) and record.is_ended:
+            self._count(record.id, -len(self.lines.pop(record.id)))
+            self.sent_ids.pop(record.id, None)
+        else:
+            self.lines[record.id] += line
+            self._count(record.id, len(line))
+        return line
+
+    def sent(self, request_id: str) -> bytes:
+        """The oldest of these end if they are many."""
+        if request_id in self.sent_ids or not (lines := self.add(Change(request_id, is_sent=True))):
+            return b""
+        self.sent_ids[request_id] = None
+        self._sent_bytes += len(self.lines[request_id])
+        while self._sent_bytes > _SENT_BYTES:
+            lines += self.add(Change(next(iter(self.sent_ids)), is_ended=True))
+        return lines
+
+    def _count(self, request_id: str, more_bytes: int) -> None:
+        self.size_bytes += more_bytes
+        if request_id in self.sent_ids:
+            self._sent_bytes += more_bytes
+
+
 class _Writer:
     """Puts lines into the file, on a thread of its own: together, and not more often than needed."""
 
-    def __init__(self, file: JournalFile, contents: JournalContents) -> None:
+    def __init__(self, file: JournalFile, contents: _Contents) -> None:
         self.is_sealed = False
         self._file = file
         self._contents = contents
@@ -154,8 +203,7 @@ class _Writer:
         """Done once these and all lines before are in the file, or cannot be; with `is_synced`, on disk."""
         loop = asyncio.get_running_loop()
         self._pending.append(lines)
-        written: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(written)
+        self._waiting.append(written := loop.create_future())
         self._is_sync_due |= is_synced
         self._write_at(loop.time())
         return written
@@ -196,7 +244,7 @@ class _Writer:
         is_synced, self._is_sync_due = self._is_sync_due, False
         try:
             if self._failed_s is None or self._begun_s - self._failed_s >= _RETRY_S:
-                await self._try(pending, is_synced=is_synced)
+                await self._try(b"".join(pending), is_synced=is_synced)
         finally:
             for written in waiting:
                 if not written.done():
@@ -207,33 +255,104 @@ class _Writer:
             elif self._failed_s is not None and not self.is_sealed:  # the file lacks open requests, and none may come
                 self._write_at(self._failed_s + _RETRY_S)
 
-    async def _try(self, pending: list[bytes], *, is_synced: bool) -> None:
+    async def _try(self, data: bytes, *, is_synced: bool) -> None:
+        path, has_failed = self._file.path, self._failed_s is not None
         try:
-            await self._put(b"".join(pending), is_synced=is_synced)
+            await self._put(data, is_synced=is_synced)
         except SupersededError as error:
             if not self.is_sealed:
-                _log.error("%s: %s", self._file.path, error)
+                _log.error("%s: %s", path, error)
             self.is_sealed = True
         except Exception as error:  # noqa: BLE001  requests are served, whatever the cause
-            if self._failed_s is None:
-                _log.warning(
-                    "%s: cannot be written: %s; requests are served, but would not survive the coordinator until "
-                    "it can be written again",
-                    self._file.path,
-                    error.strerror if isinstance(error, OSError) else repr(error),
-                )
             self._failed_s = asyncio.get_running_loop().time()
+            if not has_failed:
+                why = error.strerror if isinstance(error, OSError) else repr(error)
+                lost = "requests are served, but would not survive the coordinator until it can be written again"
+                _log.warning("%s: cannot be written: %s; %s", path, why, lost)
         else:
-            if self._failed_s is not None:
-                _log.warning("%s: can be written again", self._file.path)
             self._failed_s = None
+            if has_failed:
+                _log.warning("%s: can be written again", path)
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
         """Nothing of the file is touched outside of the thread."""
         size = self._file.size + len(data)
-        is_mostly_ended = not self._contents or size > 2 * self._contents.size_bytes + _ENDED_BYTES
+        is_mostly_ended = not self._contents.lines or size > 2 * self._contents.size_bytes + _ENDED_BYTES
         if self._failed_s is None and not is_mostly_ended:
             if await self._thread.call(partial(self._file.append, data, is_synced)):
                 return
             self._pending.clear()  # what came meanwhile is in the contents
         await self._thread.call(partial(self._file.rewrite, self._contents.data))
+
+
+class JournalFile:
+    """Appended to, emptied or replaced as a whole; never a newer coordinator's. Use from one thread at a time."""
+
+    def __init__(self, path: Path, record: ControlRecord) -> None:
+        self.path = path
+        self.size = 0
+        self._record = record
+        self._descriptor: int | None = None
+
+    def append(self, data: bytes, is_synced: bool) -> bool:
+        """Writes all of `data` or nothing, after a `rewrite`. False if the file is not in its place: `rewrite` it."""
+        descriptor = self._descriptor
+        if descriptor is None or not self._is_in_place(descriptor):
+            return False
+        try:
+            size = _write_all(descriptor, data, self.size)
+            if is_synced:
+                os.fdatasync(descriptor)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, self.size)
+            raise
+        self.size = size
+        return True
+
+    def rewrite(self, data: bytes) -> None:
+        """The file holds `data` alone, or is as before. SupersededError where it is a newer coordinator's."""
+        if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
+            os.ftruncate(self._descriptor, 0)
+            self.size = 0
+            return
+        self._check_owner()
+        temporary = self.path.with_name(f".{self.path.name}.new")  # a killed process leaves one at most
+        temporary.unlink(missing_ok=True)  # it may be a pipe or a link
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            size = _write_all(descriptor, data, 0)
+            os.fdatasync(descriptor)
+            self._check_owner()
+            temporary.replace(self.path)
+            sync_folder(self.path.parent)
+        except (OSError, SupersededError):
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        self.close()
+        self._descriptor, self.size = descriptor, size
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """True if the next process finds what was written. The folder may be deleted meanwhile."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(descriptor), self.path.lstat())
+        return False
+
+    def _check_owner(self) -> None:
+        if newer := self._record.newer_term():
+            raise SupersededError(f"is a newer coordinator's (term {newer}), and not written any more")
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> int:
+    """Returns the size of the file then; its first line is its version."""
+    view = memoryview(HEAD_LINE + data if data and not offset else data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+    return offset

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
@@ -102,45 +103,27 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """Tokens of a choice, from its token number `start` on."""
+class Change:
+    """What has become of an admitted request: tokens of one of its choices came, or another part of it is new."""
 
     id: str
-    prompt: int
-    choice: int
-    start: int
-    rows: bytes
+    prompt: int = 0
+    choice: int = 0
+    start: int = 0  # the number of the first of the tokens
+    rows: bytes = b""
+    restores: int | None = None  # coordinators began to compute it again, so many times without a new token
+    is_sent: bool = False  # the whole reply was; its client may not have read it
+    is_ended: bool = False  # it needs no record any more
 
     __pydantic_config__ = _BASE64
 
     @classmethod
-    def of(cls, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> Answered:
+    def answered(cls, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> Change:
+        """Tokens of a choice, from its token number `start` on."""
         return cls(request_id, *choice, start, b"".join(_ROW.pack(row.token, row.logprob) for row in rows))
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """Coordinators began to compute the request again, so many times without a new token."""
-
-    id: str
-    times: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """The whole reply was sent; its client may not have read it."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The request needs no record any more."""
-
-    id: str
-
-
-Record = Admission | Answered | Restored | Sent | Ended
+Record = Admission | Change
 _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kind) for kind in get_args(Record)}
 
 
@@ -157,9 +140,9 @@ class OpenRequest:
         """Its admission, its tokens and its restores."""
         yield self.admission
         for choice, rows in self.answered.items():
-            yield Answered.of(self.admission.id, choice, 0, rows)
+            yield Change.answered(self.admission.id, choice, 0, rows)
         if self.restores:
-            yield Restored(self.admission.id, self.restores)
+            yield Change(self.admission.id, restores=self.restores)
 
 
 def to_line(record: Record) -> bytes:
@@ -176,7 +159,7 @@ def _line(text: bytes) -> bytes:
     return _CHECKSUM % zlib.crc32(text) + text + b"\n"
 
 
-_HEAD = b"llamaclust journal 2"
+_HEAD = b"llamaclust journal 3"
 HEAD_LINE = _line(_HEAD)
 """The first line of a journal that is not empty: the version of its records."""
 
@@ -185,31 +168,28 @@ def read_journal(path: Path, now: Instant) -> list[OpenRequest]:
     """The requests that an earlier coordinator left and that are not too old, in the order of their admission; empty
     where there is no journal. OSError where it cannot be read, ValueError for one of another version."""
     admissions: dict[str, Admission] = {}
-    later: dict[str, list[Record]] = {}
+    changes: dict[str, list[Change]] = {}
     for record in _records(path):
         if isinstance(record, Admission):
-            admissions[record.id], later[record.id] = record, []
-        elif isinstance(record, Ended):
+            admissions[record.id], changes[record.id] = record, []
+        elif record.is_ended:
             admissions.pop(record.id, None)
         elif record.id in admissions:
-            later[record.id].append(record)
-    return [_opened(each, later[each.id]) for each in admissions.values() if each.left_s(now) > 0]
+            changes[record.id].append(record)
+    return [_opened(each, changes[each.id]) for each in admissions.values() if each.left_s(now) > 0]
 
 
-def _opened(admission: Admission, later: Iterable[Record]) -> OpenRequest:
-    rows: dict[ChoiceKey, bytearray] = {}
+def _opened(admission: Admission, changes: Iterable[Change]) -> OpenRequest:
+    rows: defaultdict[ChoiceKey, bytearray] = defaultdict(bytearray)
     is_sent, restores = False, 0
-    for record in later:
-        match record:
-            case Answered(_, prompt, choice, start, more) if not len(more) % _ROW.size:
-                known = rows.setdefault((prompt, choice), bytearray())
-                if len(known) == start * _ROW.size:
-                    known += more
-                    restores = 0
-            case Restored():
-                restores = record.times
-            case Sent():
-                is_sent = True
+    for change in changes:
+        known = rows[change.prompt, change.choice]
+        if change.restores is not None:
+            restores = change.restores
+        elif change.rows and not len(change.rows) % _ROW.size and len(known) == change.start * _ROW.size:
+            known += change.rows
+            restores = 0
+        is_sent |= change.is_sent
     answered = {choice: tuple(starmap(RowResult, _ROW.iter_unpack(known))) for choice, known in rows.items() if known}
     return OpenRequest(admission, answered, is_sent, restores)
 

@@ -1,15 +1,25 @@
-"""The HTTP handlers of generating endpoints: replies are begun, kept for clients that are cut off, and read again."""
+"""The HTTP handlers of generating endpoints: replies are begun, kept for clients that are cut off, and read again.
+
+What an earlier coordinator did not complete is computed again for clients that come back. A request may be what ended
+that coordinator. It is counted how many times a request was begun again without a token that was not known before; what
+came no further once is begun behind the others, alone until it has progressed, so that requests beside it are not taken
+for the cause; and it fails after some times.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.security import owner
@@ -18,10 +28,19 @@ from llamaclust.cluster.front.json_text import one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, Ticket, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
-from llamaclust.cluster.front.replies.restoring import Restoring
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.state.journal_records import Instant, OpenRequest
+from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
+from llamaclust.wire.rpc.task_set import TaskSet
+
+_MOST_RESTORES = 4
+_ALONE_S = 10.0
+"""Until the next one begins, where a request does not progress."""
+
+_log = logging.getLogger(__name__)
+_Restored = tuple[OpenRequest, KeptReply]
 
 
 class Replies:
@@ -33,7 +52,7 @@ class Replies:
         self.cache = ReplyCache(settings, journal)
         self._endpoints: dict[str, MakeReply] = {}
         self._forms: dict[str, StreamFormat] = {}
-        self._restoring = None if journal is None else Restoring(journal, self.cache, self._endpoints)
+        self._tasks = TaskSet()
 
     def endpoint(
         self, path: str, make: MakeReply, form: StreamFormat = StreamFormat.EVENTS
@@ -154,14 +173,76 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[OpenRequest]) -> None:
-        """See `Restoring`."""
-        assert self._restoring is not None
-        await self._restoring.restore(requests)
+        """They can be found at once; their computation begins in the order of their admission. Those that were sent are
+        computed where a client has not read them to the end. The journal has them already."""
+        begun: list[_Restored] = []
+        for request in sorted(requests, key=attrgetter("is_sent")):
+            kept = KeptReply(Ticket.restore(request), request.admission, self.cache)
+            try:
+                self.cache.add(kept, request.admission.body)
+            except HttpError as full:
+                _log.warning("request %s is not restored: %s", kept.ticket.id, full)
+                self.cache.remove(kept)
+                continue
+            if request.restores >= _MOST_RESTORES:
+                what = f"the coordinator ended {request.restores} times while it computed this request, at last alone"
+                _log.warning("request %s: %s", kept.ticket.id, what)
+                kept.fail(RequestFailedError(what))
+            elif request.is_sent:
+                kept.postpone(partial(self._start, request, kept))
+            else:
+                begun.append((request, kept))
+        if begun:
+            _log.info("requests restored from the journal", extra={"requests": len(begun)})
+            self._tasks.start(self._begin_all(begun))
+
+    def _start(self, request: OpenRequest, kept: KeptReply) -> None:
+        self._tasks.start(self._begin_alone(request, kept))
+
+    async def _begin_all(self, begun: list[_Restored]) -> None:
+        together = [(request, kept) for request, kept in begun if not request.restores]
+        await self._count_restores({kept.ticket.id: 1 for _, kept in together})
+        for restored in together:
+            await self._attempt(self._begin_again(*restored))
+        alone = [(request, kept) for request, kept in begun if request.restores]
+        for request, kept in sorted(alone, key=lambda restored: restored[0].restores):
+            await self._attempt(self._begin_alone(request, kept))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
+
+    async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
+        """One that is tried again, because the machine is busy, does not hold up the others for long."""
+        await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
+
+    async def _begin_alone(self, request: OpenRequest, kept: KeptReply) -> None:
+        await self._count_restores({kept.ticket.id: request.restores + 1})
+        await self._begin_again(request, kept)
+
+    async def _count_restores(self, times: Mapping[str, int]) -> None:
+        assert self.cache.journal is not None
+        await self.cache.journal.begin_restored(times)
+
+    async def _begin_again(self, request: OpenRequest, kept: KeptReply) -> None:
+        """In a task of its own: its sequences belong to the trace of the request that was admitted."""
+        admission, identity = request.admission, request.admission.identity
+        current_owner.set(identity.client)
+        current_trace.set(TraceContext.parse([identity.traceparent], [identity.tracestate]))
+        make = self._endpoints.get(admission.endpoint)
+        if make is None:
+            kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))
+            return
+        end_s = asyncio.get_running_loop().time() + admission.left_s(Instant.now())
+        try:
+            await kept.begin(await make(admission.body, kept.ticket), until_s=end_s)
+        except LlamaclustError as error:
+            kept.fail(error)
+        except Exception:  # noqa: BLE001  the others are restored all the same
+            _log.exception("request %s is not restored", kept.ticket.id)
+            kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
 
     async def aclose(self) -> None:
         self.cache.stop()
-        if self._restoring is not None:
-            await self._restoring.aclose()
+        await self._tasks.close()
         await self.cache.aclose()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
@@ -74,11 +75,6 @@ class KeptReply:
     def is_running(self) -> bool:
         """Whether it is computed, or about to be."""
         return not self.log.is_over and self._postponed is None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it ended without an error."""
-        return self.log.is_over and self.log.error is None
 
     @property
     def error(self) -> LlamaclustError | None:
@@ -336,8 +332,8 @@ class Recording:
         self._journal = journal
         self._id = request_id
         self._progressed = progressed
-        self._starts = dict(known)
-        self._skipped = dict(known)
+        self._known = known
+        self._came: Counter[ChoiceKey] = Counter()
         self._most = _RECORDED_ROWS if progressed is None else 1
         self._rows: dict[ChoiceKey, list[RowResult]] = {}
         self._oldest_s = 0.0  # of these rows
@@ -345,9 +341,10 @@ class Recording:
     def add(self, prompt: int, chunk: TextChunk) -> None:
         """The next tokens of a choice, from its first one on."""
         choice, new = (prompt, chunk.index), chunk.rows
-        if self._skipped.get(choice):
-            new = new[self._skipped[choice] :]
-            self._skipped[choice] -= len(chunk.rows) - len(new)
+        came = self._came[choice]
+        self._came[choice] = came + len(new)
+        if self._known and (known := self._known.get(choice, 0)) > came:
+            new = new[known - came :]
         if not new:
             return
         if self._progressed is not None:
@@ -369,7 +366,5 @@ class Recording:
 
     def _write(self) -> None:
         for choice, rows in self._rows.items():
-            start = self._starts.get(choice, 0)
-            self._journal.answer(self._id, choice, start, rows)
-            self._starts[choice] = start + len(rows)
+            self._journal.answer(self._id, choice, self._came[choice] - len(rows), rows)
         self._rows.clear()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.front.dialects.openai.endpoints import CompletionEndpoint
-from llamaclust.cluster.front.replies import kept_reply, restoring
+from llamaclust.cluster.front.replies import handlers, kept_reply
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.text.completion import Completion
@@ -176,7 +176,7 @@ async def test_restored_requests_wait_where_the_machine_is_busy(
 
     monkeypatch.setattr(KeptReply, "_compute", busy)
     monkeypatch.setattr(kept_reply, "_BUSY", Backoff(0.05, 0.05))
-    monkeypatch.setattr(restoring, "_ALONE_S", 0.05)
+    monkeypatch.setattr(handlers, "_ALONE_S", 0.05)
     await write_journal(path, *(admission(number, json.dumps(body_of(PATHS[0]))) for number in range(2)))
     async with served(path) as server:
         assert (await stream(server.http, "GET", "/v1/streams/key 1"))[-1][1] == "[DONE]"

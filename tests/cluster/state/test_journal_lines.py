@@ -52,15 +52,15 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
     wrong: list[object] = [None, [], {"a": 1}]
     tokens = {"id": "id0", "prompt": 0, "choice": 0, "start": 2, "rows": ""}
     foreign: list[tuple[str, object]] = [
-        *((kind, value) for kind in ("Admission", "Answered", "Ended") for value in (*wrong, 7, "id0")),
+        *((kind, value) for kind in ("Admission", "Change") for value in (*wrong, 7, "id0")),
         *(("Admission", {**whole, name: value}) for name in whole for value in wrong),
         *(("Admission", {**whole, "earlier": earlier}) for earlier in (7, "", "7", "[7]", "[" * 100_000)),
-        *(("Answered", {**tokens, name: value}) for name in tokens for value in (*wrong, 1.5)),
-        *(("Answered", {**tokens, "rows": rows}) for rows in ("AAAA", "A", "!", "AAAA" * 5)),
-        *(("Restored", {"id": "id0", "times": times}) for times in ("often", 1e999, None)),
-        *(("Sent", {"id": []}), ("Later", {"id": "id0"}), ("", {}), ("Admission", "[" * 100_000)),
+        *(("Change", {**tokens, name: value}) for name in tokens for value in (*wrong, 1.5)),
+        *(("Change", {**tokens, "rows": rows}) for rows in ("AAAA", "A", "!", "AAAA" * 5)),
+        *(("Change", {"id": "id0", "restores": times}) for times in ("often", 1e999, "1e999")),
+        *(("Change", {"id": [], "is_sent": True}), ("Later", {"id": "id0"}), ("", {}), ("Admission", "[" * 100_000)),
     ]
-    lines = [f"{kind} {json.dumps(value)}".encode() for kind, value in foreign] + [b"Ended " + b"[" * 100_000]
+    lines = [f"{kind} {json.dumps(value)}".encode() for kind, value in foreign] + [b"Change " + b"[" * 100_000]
     with path.open("ab") as file:
         file.write(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
     assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
@@ -94,7 +94,7 @@ def _changed(text: bytes, drawn: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "first", [b"llamaclust journal 1", b"llamaclust journal 3", b'{"admit":["id1"]}', b"Admission {}"]
+    "first", [b"llamaclust journal 1", b"llamaclust journal 2", b'{"admit":["id1"]}', b"Admission {}"]
 )
 async def test_a_journal_of_another_version_is_refused(tmp_path: Path, first: bytes) -> None:
     path = tmp_path / "journal"

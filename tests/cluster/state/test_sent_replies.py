@@ -30,7 +30,7 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
 async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamaclust.cluster.state.journal_file._SENT_BYTES", 7000)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._SENT_BYTES", 7000)
     path = tmp_path / "journal"
     async with journal(path) as writing:
         for number in range(9):
@@ -44,7 +44,7 @@ async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(
 async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llamaclust.cluster.state.journal_file._SENT_BYTES", 7000)
+    monkeypatch.setattr("llamaclust.cluster.state.journal._SENT_BYTES", 7000)
     path, rows = tmp_path / "journal", [row(token) for token in range(50)]
     async with journal(path) as writing:
         await writing.restore([OpenRequest(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])

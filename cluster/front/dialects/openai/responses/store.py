@@ -227,7 +227,7 @@ class StoredResponses:
         if kept is None:
             raise self._not_found(request)
         kept.resume()
-        if kept.is_complete:  # the store has no room for it any more, or gets it now
+        if kept.log.is_over and kept.error is None:  # the store has no room for it any more, or gets it now
             complete: dict[str, Any] = await kept.value()
             return complete
         return _unended(kept, request.path_params["id"])

@@ -14,7 +14,7 @@ from llamaclust.cluster.client.base import AsyncTextClient, Chunks, TextClient
 from llamaclust.cluster.client.http_codec import CHAT, Options, sampling_options
 from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.fields.sampling import chat_sampling
+from llamaclust.cluster.front.sampling import chat_sampling
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.embedder import Vector

@@ -27,17 +27,15 @@ from llamaclust.cluster.front.dialects.openai.responses.endpoints import Respons
 from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
 from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore, StoredResponses
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.http.admission import Admission, AdmissionGate
+from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document
+from llamaclust.cluster.front.http.page import PageRoute
 from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
-from llamaclust.cluster.front.http.security import KeyGate, Security, page_origins
 from llamaclust.cluster.front.models import ApiModel, ModelRouter, adapter_routes
 from llamaclust.cluster.front.operations import Operations, Workers, disabled, no_proxy
-from llamaclust.cluster.front.page.endpoint import PageRoute
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import MakeReply
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.service import TextService
 
 if TYPE_CHECKING:

@@ -18,12 +18,11 @@ from llamaclust.cluster.config.values import TAG
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.body import hand_on, parse_object_in_time, read_body, read_bytes
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import KeepAlive, ModelNames, read_keep_alive
 from llamaclust.cluster.front.foreign_fields import OF_ADAPTERS
+from llamaclust.cluster.front.http.gates import owner, require_first_key
 from llamaclust.cluster.front.http.responses import Route, unsupported
-from llamaclust.cluster.front.http.security import owner, require_first_key
 from llamaclust.cluster.front.schema import Body
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, ModelNames, read_keep_alive
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import ParameterError

@@ -18,7 +18,7 @@ import uvicorn
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.http.admission import Admission
+from llamaclust.cluster.front.http.gates import Admission
 from llamaclust.cluster.front.http.server import StartingReplies, server_config
 from llamaclust.cluster.front.http.sse import first_of
 from llamaclust.cluster.front.models import ApiModel

@@ -15,13 +15,12 @@ from starlette.responses import Response
 
 from llamaclust.cluster.front.body import read_body
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import JsonParts, unless_disconnected
 from llamaclust.cluster.front.json_text import is_large, json_body
 from llamaclust.cluster.front.schema import Body, is_int, prompt_string
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
 from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS
 from llamaclust.cluster.front.text.service import TextService

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute
 
+from llamaclust.cluster.front.http.gates import OPEN_PATHS
 from llamaclust.cluster.front.http.responses import Route, template
-from llamaclust.cluster.front.http.security import OPEN_PATHS
 from llamaclust.core.version import VERSION
 
 _JSON: Final = "application/json"

@@ -18,10 +18,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
 from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.gates import ApiKeys, sent_key
+from llamaclust.cluster.front.http.page import page_reply
 from llamaclust.cluster.front.http.responses import BODY_WRITER
-from llamaclust.cluster.front.http.security import ApiKeys, sent_key
 from llamaclust.cluster.front.json_text import to_json
-from llamaclust.cluster.front.page.endpoint import page_reply
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
 from llamaclust.core.errors import ClusterStartingError

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from llamaclust.cluster.engine.trace_context import TraceContext, current_trace
 from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.security import owner
+from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
 from llamaclust.cluster.front.json_text import one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply

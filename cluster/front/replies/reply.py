@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.security import owner
+from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk

@@ -17,7 +17,7 @@ import pytest
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.engine.request_stream import Sink
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.admission import Admission
+from llamaclust.cluster.front.http.gates import Admission
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.front.text.sharing import current_owner

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from llamaclust.cluster.front.http.connections import ApiPort
+from llamaclust.cluster.front.http.page import assets
 from llamaclust.cluster.front.http.server import StartingReplies
-from llamaclust.cluster.front.page.endpoint import assets
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Notice, Waiting, WorkerJoined
 

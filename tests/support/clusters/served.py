@@ -20,9 +20,9 @@ from starlette.types import ASGIApp
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.request_stream import RequestStream, Sink, SubmittedRequest
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.http.admission import Admission
 from llamaclust.cluster.front.http.certificate import ServerCertificate
 from llamaclust.cluster.front.http.connections import ApiPort
+from llamaclust.cluster.front.http.gates import Admission
 from llamaclust.cluster.front.http.server import server_config
 from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies

@@ -11,16 +11,15 @@ from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.fields.tools import call_id_of
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import named_event, unless_disconnected
 from llamaclust.cluster.front.replies.reply import Event, Reply, Ticket, View
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.tools import call_id_of
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (

@@ -11,17 +11,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.fields.sampling import AnswerFields, ReasoningFields
-from llamaclust.cluster.front.fields.tools import (
-    MAX_TOOLS,
-    function_tool,
-    is_media,
-    leave_out,
-    media_text,
-    present,
-    tool_text,
-)
 from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
+from llamaclust.cluster.front.sampling import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,
@@ -30,6 +21,15 @@ from llamaclust.cluster.front.text.request import (
     ToolUse,
     effort_variables,
     prompt_end,
+)
+from llamaclust.cluster.front.tools import (
+    MAX_TOOLS,
+    function_tool,
+    is_media,
+    leave_out,
+    media_text,
+    present,
+    tool_text,
 )
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling import Grammar

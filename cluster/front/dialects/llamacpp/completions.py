@@ -9,15 +9,15 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.front.body import has_field
 from llamaclust.cluster.front.dialects.openai.schema import ChatFields
-from llamaclust.cluster.front.fields.sampling import (
+from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
+from llamaclust.cluster.front.replies.reply import MakeReply, Reply, Ticket
+from llamaclust.cluster.front.sampling import (
     AdapterFields,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
     sampled,
 )
-from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
-from llamaclust.cluster.front.replies.reply import MakeReply, Reply, Ticket
 from llamaclust.cluster.front.schema import (
     MAX_PROMPTS,
     Body,

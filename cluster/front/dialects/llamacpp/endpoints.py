@@ -22,15 +22,14 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import (
 from llamaclust.cluster.front.dialects.llamacpp.reply import InfillRequests, LlamaCppRequests
 from llamaclust.cluster.front.dialects.llamacpp.slots import SlotActions, SlotBody
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.fields.sampling import SCALES_SCHEMA, AdapterFields, read_scales
+from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
-from llamaclust.cluster.front.http.security import require_first_key
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import read_fields
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on, tokenizing
 from llamaclust.cluster.scheduler.validation import check_adapters

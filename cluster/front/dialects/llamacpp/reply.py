@@ -16,10 +16,10 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import (
     LlamaCppBody,
     LlamaCppPrompt,
 )
-from llamaclust.cluster.front.fields.sampling import row_entry
-from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import event
+from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
+from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.fill_in import fill_in_prompt

@@ -28,14 +28,13 @@ from llamaclust.cluster.front.dialects.ollama.schema import (
     PullBody,
 )
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import KeepAlive, read_keep_alive
 from llamaclust.cluster.front.foreign_fields import anything
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests, Ticket
 from llamaclust.cluster.front.schema import ForeignFields, strings
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, read_keep_alive
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
 from llamaclust.cluster.front.text.fill_in import Gap, fill_in_prompt
 from llamaclust.cluster.front.text.request import CompletionRequest

@@ -24,8 +24,8 @@ from llamaclust.cluster.front.dialects.ollama.schema import (
     PullBody,
 )
 from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.security import require_first_key
 from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, line, unless_disconnected
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.core.errors import UsageError

@@ -20,10 +20,9 @@ from llamaclust.cluster.config.values import TAG, tagged
 from llamaclust.cluster.front.body import read_body
 from llamaclust.cluster.front.dialects.ollama.schema import ShowBody
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.core.limits import AdapterScales
 from llamaclust.model.adapters import own_tensors

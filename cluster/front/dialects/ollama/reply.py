@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from llamaclust.cluster.front.fields.sampling import row_entry
-from llamaclust.cluster.front.fields.timings import shown_timings
 from llamaclust.cluster.front.http.sse import line
+from llamaclust.cluster.front.json_text import shown_timings
 from llamaclust.cluster.front.replies.reply import Event, View
+from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.scheduler.requests import Timings

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Final
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
-from llamaclust.cluster.front.fields.sampling import ReasoningFields, SamplerFields, SpeculativeFields, sampled
-from llamaclust.cluster.front.fields.tools import media_text
 from llamaclust.cluster.front.foreign_fields import OLLAMA, OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
+from llamaclust.cluster.front.sampling import ReasoningFields, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
+from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import Grammar

@@ -8,12 +8,12 @@ from typing import Any
 
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import Choice, OpenAiView, ReplyKind
-from llamaclust.cluster.front.fields.sampling import row_entry
-from llamaclust.cluster.front.fields.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.front.replies.reply import Ticket
+from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.schema import Prompt
 from llamaclust.cluster.front.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.front.text.answer_log import AnswerLog
+from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,

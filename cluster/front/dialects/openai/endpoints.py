@@ -14,11 +14,10 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.dialects.openai.choices import ChatView, CompletionView
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, OpenAiView
-from llamaclust.cluster.front.fields.model import ModelNames
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.reply import Reply, Ticket
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService

@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from llamaclust.cluster.front.body import parse_object_in_time, read_bytes
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import ModelNames
-from llamaclust.cluster.front.fields.sampling import chat_sampling
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
+from llamaclust.cluster.front.sampling import chat_sampling
+from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.wire.rpc.deadlines import deadline
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
 from llamaclust.cluster.front.dialects.openai.tools import CallField, ContentField, ToolFields
-from llamaclust.cluster.front.fields.sampling import (
+from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, MESSAGE
+from llamaclust.cluster.front.sampling import (
     AdapterFields,
     SamplerFields,
     SlotFields,
@@ -17,7 +18,6 @@ from llamaclust.cluster.front.fields.sampling import (
     documented,
     sampled,
 )
-from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, MESSAGE
 from llamaclust.cluster.front.schema import (
     BiasField,
     Body,

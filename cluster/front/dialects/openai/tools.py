@@ -9,8 +9,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.fields.sampling import ReasoningFields
-from llamaclust.cluster.front.fields.tools import (
+from llamaclust.cluster.front.sampling import ReasoningFields
+from llamaclust.cluster.front.text.request import ToolMode, ToolUse
+from llamaclust.cluster.front.tools import (
     MAX_TOOLS,
     ClientTool,
     arguments_of_text,
@@ -22,7 +23,6 @@ from llamaclust.cluster.front.fields.tools import (
     present,
     text_tool,
 )
-from llamaclust.cluster.front.text.request import ToolMode, ToolUse
 from llamaclust.core.errors import ParameterError
 
 _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type"]}}

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from llamaclust.cluster.front.dialects.openai.schema import GenerationBody, StreamOptions
-from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import DONE, event
-from llamaclust.cluster.front.json_text import to_json
+from llamaclust.cluster.front.json_text import shown_progress, shown_timings, to_json
 from llamaclust.cluster.front.replies.reply import Event, Ticket, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from llamaclust.cluster.front.http.security import KeyGate
+from llamaclust.cluster.front.http.gates import KeyGate
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import current_owner
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.model import read_keep_alive
+from llamaclust.cluster.front.settings import read_keep_alive
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.page.endpoint import assets
+from llamaclust.cluster.front.http.page import assets
 from support.clusters.served import ScriptedEngine, client, make_app, says
 
 MOST_BYTES = 300 << 10

@@ -13,13 +13,12 @@ from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, 
 from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
 from llamaclust.cluster.front.dialects.openai.responses.store import Messages, ResponseStore, Storing
 from llamaclust.cluster.front.dialects.openai.responses.view import CompactionView, ResponseHead, ResponseView
-from llamaclust.cluster.front.fields.model import ModelNames
+from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.security import owner
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.replies.reply import Reply, Ticket
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
-from llamaclust.cluster.front.fields.tools import (
+from llamaclust.cluster.front.tools import (
     arguments_of_text,
     flat_name,
     is_media,

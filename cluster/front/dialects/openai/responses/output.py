@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
-from llamaclust.cluster.front.fields.sampling import row_entry
-from llamaclust.cluster.front.fields.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.cluster.front.json_text import DeferredValue
+from llamaclust.cluster.front.sampling import row_entry
+from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.argument_values import arguments_object
 from llamaclust.model.chat.tools.events import (

@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 
 from llamaclust.cluster.front.dialects.openai.responses.items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
-from llamaclust.cluster.front.fields.sampling import AdapterFields, AnswerFields, ReasoningFields
-from llamaclust.cluster.front.fields.tools import MAX_TOOLS
 from llamaclust.cluster.front.foreign_fields import RESPONSES
+from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
+from llamaclust.cluster.front.tools import MAX_TOOLS
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import PARAMS

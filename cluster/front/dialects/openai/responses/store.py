@@ -16,8 +16,8 @@ from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, 
 from llamaclust.cluster.front.dialects.openai.responses.output import Status
 from llamaclust.cluster.front.dialects.openai.responses.view import ID_PREFIX
 from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.security import owner
 from llamaclust.cluster.front.http.sse import rendered
 from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.handlers import Replies

@@ -11,8 +11,8 @@ from llamaclust.cluster.front.dialects.openai.responses.items import summary_ite
 from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, Shown, ShownRow, Status
 from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.fields.timings import shown_progress, shown_timings
 from llamaclust.cluster.front.http.sse import DONE, named_event
+from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Ticket, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem

@@ -21,7 +21,7 @@ _TYPES: Final = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_FOLDER: Final = Path(__file__).with_name("static")
+_FOLDER: Final = Path(__file__).parents[1] / "page/static"
 PAGE: Final = "/"
 """The path of the page itself."""
 

@@ -1,1 +1,0 @@
-"""Fields of requests and replies that several dialects share."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -38,10 +37,10 @@ async def answer_grammar(
         return other
     if other is not None and not is_required:
         other = await checker.check(other, current_owner.get())
-    calls = _Calls(chat, reading, tokenizer, None if is_required else other)
+    calls = _Calls(chat, reading, None if is_required else other, tokenizer, checker)
     schemas = await run_on(TOKENIZING, _normal, reading.tools)
     try:
-        grammar, free = await _Checked(calls, checker).find({name: normal.schema for name, normal in schemas.items()})
+        grammar, free = await calls.find({name: normal.schema for name, normal in schemas.items()})
     except ParameterError as error:
         if is_required:
             raise
@@ -65,39 +64,22 @@ def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[
     return names
 
 
-@dataclass(frozen=True, slots=True)
 class _Calls:
-    """Makes grammars of a chat's calls."""
+    """Makes grammars of a chat's calls, and finds the tools whose schemas can be obeyed."""
 
-    chat: ChatRequest
-    reading: AnswerReading
-    tokenizer: Tokenizer
-    other: Grammar | None  # what the answer may be in their place
-
-    def grammar(self, tools: Tools) -> Grammar | None:
-        """None where calls are the model's choice and have no marker. ParameterError where it is too long."""
-        split = partial(_pieces, self.tokenizer)
-        is_parallel = self.chat.tool_use.is_parallel
-        found = call_grammar(self.reading.form, tools, split, self._start, is_parallel=is_parallel)
-        if found is None:
-            return None
-        if self.other is not None:
-            return either(found.lark, self.other)
-        grammar = of_calls(found.lark, _ORIGIN)
-        return lazy(grammar, found.triggers) if found.triggers else grammar
-
-    @property
-    def _start(self) -> CallStart:
-        if self.chat.tool_use.mode is ToolMode.REQUIRED:
-            return CallStart.THOUGHT if self.reading.is_thinking else CallStart.ANSWER
-        return CallStart.TRIGGER if self.other is None else CallStart.ALTERNATIVE
-
-
-class _Checked:
-    """Finds the tools whose schemas can be obeyed."""
-
-    def __init__(self, calls: _Calls, checker: GrammarChecker) -> None:
-        self._calls = calls
+    def __init__(
+        self,
+        chat: ChatRequest,
+        reading: AnswerReading,
+        other: Grammar | None,
+        tokenizer: Tokenizer,
+        checker: GrammarChecker,
+    ) -> None:
+        """`other`: what the answer may be in place of calls."""
+        self._use = chat.tool_use
+        self._reading = reading
+        self._other = other
+        self._tokenizer = tokenizer
         self._checker = checker
         self._checks = 0
         self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
@@ -134,12 +116,27 @@ class _Checked:
 
     async def _check(self, tools: Tools) -> Grammar | None:
         self._checks += 1
-        grammar = await run_on(TOKENIZING, self._calls.grammar, tools)
+        grammar = await run_on(TOKENIZING, self._grammar, tools)
         try:
             return None if grammar is None else await self._checker.check(grammar, current_owner.get())
         except GuardedGrammarError:
             self._is_over = True
             raise
+
+    def _grammar(self, tools: Tools) -> Grammar | None:
+        """None where calls are the model's choice and have no marker. ParameterError where it is too long."""
+        if self._use.mode is ToolMode.REQUIRED:
+            start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
+        else:
+            start = CallStart.TRIGGER if self._other is None else CallStart.ALTERNATIVE
+        split = partial(_pieces, self._tokenizer)
+        found = call_grammar(self._reading.form, tools, split, start, is_parallel=self._use.is_parallel)
+        if found is None:
+            return None
+        if self._other is not None:
+            return either(found.lark, self._other)
+        grammar = of_calls(found.lark, _ORIGIN)
+        return lazy(grammar, found.triggers) if found.triggers else grammar
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,6 @@ from llamaclust.cluster.front.text.embedder import Embedder, Embedding, Embeddin
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
 from llamaclust.cluster.front.text.sharing import (
     BREAKERS,
-    NOTHING,
     TOKENIZING,
     ReplyBudget,
     RowStorage,
@@ -39,6 +38,8 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.grammars.checker import GrammarChecker
 from llamaclust.model.pooling import DEFAULT, Pooling
 from llamaclust.model.ranking import PairTemplate, Ranking
+from llamaclust.model.tokenizers.gaps import Gap, fill_in_prompt
+from llamaclust.model.tokenizers.pairs import PairForm
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread."""
+_TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
+_TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
+_ANSWER_SHARE = 4
+"""One in so many tokens of the context is left to an answer without a limit, where other files fill the rest."""
 _MAX_BEGUN_CHARACTERS = 1 << 18
 """Of a continued message, for all choices together: about two seconds of parsing."""
 
@@ -172,7 +177,7 @@ class TextService:
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
-            reserved = self.budget.reserve_numbers(vectors * length)
+            reserved = self.budget.reserve_numbers(vectors * length, "input", _TOO_MANY_NUMBERS)
             try:
                 yield await self._embedder.embed(ids, options)
             finally:
@@ -180,58 +185,47 @@ class TextService:
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
         """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
-        that is too long, before any after it is read; errors of `ReplyBudget.reserve_pairs` and `Embedder.embed`."""
-        ranking = self.settings.ranking
+        that is too long, before any after it is read; errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
-        form = ranking.prompts
-        with self._counted():
+        with self._counted(), ExitStack() as held:
+            pair = await self._pair_reader(ranking.prompts, query)
+            least = len(await pair("", "query")) * len(documents)
+            held.callback(budget.release, budget.reserve_numbers(least, "documents", _TOO_MANY_PAIRS))
+            pairs = [await pair(document, "documents") for document in documents]
+            held.close()
+            tokens = sum(map(len, pairs))
+            held.callback(budget.release, budget.reserve_numbers(tokens, "documents", _TOO_MANY_PAIRS))
+            return await self._embedder.rank(pairs, ranking)
+
+    async def _pair_reader(
+        self, form: PairForm | PairTemplate, query: str
+    ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
+        """Returns what reads a document of the request's field to the prompt of the query and it; control words stay
+        text. Each text has a turn of its own on the threads. A template's words may have tokens in common with the
+        texts, so that each of its prompts is read whole."""
+        tokenizer, context = self.tokenizer, self.settings.context_length
+        self._check_characters(len(query), "query")
+        if isinstance(form, PairTemplate):
+            beside = len(query)
+        else:
+            beside, begin = 0, await run_on(TOKENIZING, tokenizer.encode, query, add_special=False)
+
+        def read(document: str) -> tuple[int, ...]:
             if isinstance(form, PairTemplate):
-                return await self._rank_rendered(ranking, form, query, documents)
-            begin = await self._pair_ids(query, form.length, "query")
-            others = form.length + len(begin)
-            ends = [await self._pair_ids(document, others, "documents") for document in documents]
-            reserved = self.budget.reserve_pairs(others * len(ends) + sum(map(len, ends)))
-            try:
-                return await self._embedder.rank([form.prompt(begin, end) for end in ends], ranking)
-            finally:
-                self.budget.release(reserved)
-
-    async def _pair_ids(self, text: str, others: int, param: str) -> list[int]:
-        """Ids of a text that is in a prompt with so many others; control words stay text. Each text has a turn of its
-        own on the threads."""
-        self._check_characters(len(text), param)
-        ids = await run_on(TOKENIZING, self.tokenizer.encode, text, add_special=False)
-        self._check_pair(others + len(ids), param)
-        return ids
-
-    async def _rank_rendered(
-        self, ranking: Ranking, template: PairTemplate, query: str, documents: Sequence[str]
-    ) -> list[Rank]:
-        """As `rank`. A template's words may have tokens in common with the texts, so that each prompt is read whole:
-        what all take at least is reserved before."""
+                return form.prompt(tokenizer, query, document)
+            return form.prompt(begin, tokenizer.encode(document, add_special=False) if document else ())
 
         async def prompt(document: str, param: str) -> tuple[int, ...]:
-            self._check_characters(len(query) + len(document), param)
-            ids = await run_on(TOKENIZING, template.prompt, self.tokenizer, query, document)
-            self._check_pair(len(ids), param)
+            self._check_characters(beside + len(document), param)
+            ids = await run_on(TOKENIZING, read, document)
+            if len(ids) > context:
+                what = "has" if param == "query" else "have one that has, with the query,"
+                raise ContextLengthError(f"{what} {len(ids)} tokens", len(ids), context, param)
             return ids
 
-        reserved = self.budget.reserve_pairs(len(await prompt("", "query")) * len(documents))
-        try:
-            pairs = [await prompt(document, "documents") for document in documents]
-            self.budget.release(reserved)
-            reserved = NOTHING
-            reserved = self.budget.reserve_pairs(sum(map(len, pairs)))
-            return await self._embedder.rank(pairs, ranking)
-        finally:
-            self.budget.release(reserved)
-
-    def _check_pair(self, tokens: int, param: str) -> None:
-        context = self.settings.context_length
-        if tokens > context:
-            what = "has" if param == "query" else "have one that has, with the query,"
-            raise ContextLengthError(f"{what} {tokens} tokens", tokens, context, param)
+        return prompt
 
     async def _input_ids(self, prompt: Sequence[str | int]) -> list[int]:
         ids = [token for part in await self.tokenize_all(prompt, "input", add_special=True) for token in part]
@@ -241,6 +235,16 @@ class TextService:
         if len(ids) > context:
             raise ContextLengthError(f"a prompt of {len(ids)} tokens is too large", len(ids), context, "input")
         return ids
+
+    async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
+        """Token ids of a prompt whose answer goes into a gap, for a model that fills text in. ContextLengthError for
+        texts around it that are too long in any case."""
+        tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
+        assert tokens is not None, "asked before"
+        self._check_characters(gap.characters, "input_prefix")
+        room = context - (context // _ANSWER_SHARE if max_new_tokens is None else max_new_tokens)
+        threads = tokenizing(gap.characters)
+        return tuple(await run_on(threads, fill_in_prompt, self.tokenizer, tokens, gap, room))
 
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text."""

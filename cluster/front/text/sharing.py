@@ -203,23 +203,13 @@ class ReplyBudget:
         reason = f"{rows} tokens with {top} top logprobs each {excess}: {advice}"
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
-    def reserve_numbers(self, count: int) -> Reservation:
-        """Likewise for the numbers of embeddings."""
+    def reserve_numbers(self, count: int, param: str, refusal: str) -> Reservation:
+        """Likewise for numbers of embeddings, and for tokens of prompts that are ranked. `refusal`: the text of the
+        ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
-            reason = f"embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
-            raise ParameterError("input", reason, "reply_too_large")
+            raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")
         return self._take(-(-count // _UNIT_NUMBERS))
-
-    def reserve_pairs(self, tokens: int) -> Reservation:
-        """Likewise for the tokens of all prompts of one query."""
-        most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
-        if tokens > most:
-            reason = (
-                f"with the query before each these are {tokens} tokens, at most {most} are ranked: send fewer at once"
-            )
-            raise ParameterError("documents", reason, "reply_too_large")
-        return self._take(-(-tokens // _UNIT_NUMBERS))
 
     def release(self, reserved: Reservation) -> None:
         self._held[reserved.owner] -= reserved.units

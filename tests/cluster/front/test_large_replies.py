@@ -81,9 +81,9 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
         current_owner.set(owner)
         for entries in (large, 1):
             with suppress(QueueFullError):
-                shared.reserve_numbers(5 * entries)
+                shared.reserve_numbers(5 * entries, "input", "")
     current_owner.set("newcomer")
-    shared.reserve_numbers(5)
+    shared.reserve_numbers(5, "input", "")
     assert shared.held <= 2 * 40
 
 
@@ -95,13 +95,13 @@ def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: 
     for owner in owners:
         current_owner.set(owner)
         with suppress(QueueFullError):
-            reserved.append(shared.reserve_numbers(5 * 20 if owner == "a" else 5))
+            reserved.append(shared.reserve_numbers(5 * 20 if owner == "a" else 5, "input", ""))
     assert Counter(each.owner for each in reserved) == Counter("aa" + owners.lstrip("a"))
     for each in reserved:
         shared.release(each)
     assert shared.held == 0
     current_owner.set("a")
-    shared.release(shared.reserve_numbers(5 * 40))
+    shared.release(shared.reserve_numbers(5 * 40, "input", ""))
 
 
 @pytest.mark.parametrize(

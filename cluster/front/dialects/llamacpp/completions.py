@@ -28,10 +28,10 @@ from llamaclust.cluster.front.schema import (
     prompt_string,
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.fill_in import Gap, OtherFile
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling_bounds import Dialect
+from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 RANDOM_SEEDS = (-1, 0xFFFFFFFF)
 NEVER = -1e9

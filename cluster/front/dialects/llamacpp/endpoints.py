@@ -158,7 +158,7 @@ class LlamaCppEndpoints:
             raise HttpError(501, "not_supported", message)
         body = await parse_body(data, InfillBody, self._settings)
         adapters = self._models.adapters(body.model, body.lora, ticket.scales)
-        return InfillRequests(self._service, body, adapters, tokens=tokens).reply()
+        return InfillRequests(self._service, body, adapters).reply()
 
     async def complete(self, data: bytes, ticket: Ticket) -> Reply:
         body = await parse_body(data, LlamaCppBody, self._settings)

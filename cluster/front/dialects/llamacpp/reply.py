@@ -22,13 +22,11 @@ from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
-from llamaclust.cluster.front.text.fill_in import fill_in_prompt
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
-from llamaclust.model.tokenizers.fill_in import FillInTokens
 
 _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
 """Fields that are no settings of the generation."""
@@ -104,18 +102,12 @@ class LlamaCppRequests:
 class InfillRequests(LlamaCppRequests):
     """One completion that fills a gap."""
 
-    def __init__(
-        self, service: TextService, body: InfillBody, adapters: AdapterScales, *, tokens: FillInTokens
-    ) -> None:
+    def __init__(self, service: TextService, body: InfillBody, adapters: AdapterScales) -> None:
         super().__init__(service, body, adapters)
         self._gap = body.gap
-        self._max_new_tokens = body.max_new_tokens
-        self._tokens = tokens
 
     async def _prompts(self) -> list[str | tuple[int, ...]]:
-        context = self._service.settings.context_length
-        tokenizer = self._service.tokenizer
-        return [await fill_in_prompt(tokenizer, self._tokens, self._gap, context, self._max_new_tokens)]
+        return [await self._service.fill_in(self._gap, self._body.max_new_tokens)]
 
 
 class LlamaCppView(View):

@@ -36,11 +36,11 @@ from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests, Ti
 from llamaclust.cluster.front.schema import ForeignFields, strings
 from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, read_keep_alive
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
-from llamaclust.cluster.front.text.fill_in import Gap, fill_in_prompt
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
+from llamaclust.model.tokenizers.gaps import Gap
 
 _FOREIGN: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
 """Prompts are never truncated, and no option changes an embedding."""
@@ -195,16 +195,14 @@ class OllamaGenerating:
         return replace(request, prompt=(*earlier, *own))
 
     async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
-        service, tokens = self._service, self._service.tokenizer.vocabulary.fill_in
-        if tokens is None:
+        service = self._service
+        if service.tokenizer.vocabulary.fill_in is None:
             message = f"{service.settings.model_name!r} does not support insert; leave suffix out"
             raise HttpError(400, "unsupported_parameter", message, param="suffix")
         if body.raw or body.context or body.system:
             raise ParameterError("suffix", "cannot be used together with raw, context or system")
         request, gap = await converted(body, body.completion), Gap(body.prompt, body.suffix)
-        context = service.settings.context_length
-        prompt = await fill_in_prompt(service.tokenizer, tokens, gap, context, request.max_new_tokens)
-        return replace(request, prompt=prompt)
+        return replace(request, prompt=await service.fill_in(gap, request.max_new_tokens))
 
     async def _check_reasoning(self, body: AnswerFields) -> None:
         """Reasoning of a model that knows none is refused, as Ollama does."""

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from llamaclust.cluster.front.text.sharing import run_on, tokenizing
-from llamaclust.core.errors import ContextLengthError
 from llamaclust.model.tokenizers.fill_in import FillInTokens
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _PROJECT: Final = "myproject\n"
 _THIS_FILE: Final = "filename\n"
 _SNIPPET: Final = "\n\n--- snippet ---\n\n"
-_ANSWER_SHARE: Final = 4
-"""One in so many tokens of the context is left to an answer without a limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +31,14 @@ class Gap:
     begun: str = ""  # of the answer; control words in it become their tokens
     files: tuple[OtherFile, ...] | None = None  # None: the prompt has no marks of files either
 
-
-async def fill_in_prompt(
-    tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, context_length: int, max_new_tokens: int | None
-) -> tuple[int, ...]:
-    """Token ids. Where files have no room beside the rest and the answer, the first ones are left out.
-
-    Raises ContextLengthError for texts around the gap that are too long in any case.
-    """
-    characters = len(gap.prefix) + len(gap.suffix) + len(gap.begun)
-    least = -(-characters // tokenizer.longest_word)
-    if least > context_length:
-        has = f"has {characters} characters, more than {context_length} tokens can hold"
-        raise ContextLengthError(has, least, context_length, "input_prefix")
-    room = context_length - (context_length // _ANSWER_SHARE if max_new_tokens is None else max_new_tokens)
-    return tuple(await run_on(tokenizing(characters), _encoded, tokenizer, tokens, gap, room))
+    @property
+    def characters(self) -> int:
+        """The length of the texts that stand in the prompt in any case."""
+        return len(self.prefix) + len(self.suffix) + len(self.begun)
 
 
-def _encoded(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
+def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
+    """Token ids, `room` at most where files are among the texts: the first ones are left out."""
     around = [
         *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
         tokens.prefix,

@@ -174,6 +174,7 @@ class LoopThread(Generic[_Opened]):
         first."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
+        self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
         self._is_closed = False
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         opened: Future[_Opened] = Future()
@@ -215,7 +216,9 @@ class LoopThread(Generic[_Opened]):
         async def close() -> None:
             async with stepping:
                 await values.aclose()
+            self._streams.discard(close)
 
+        self._streams.add(close)
         try:
             while (value := self.call(step())) is not None:
                 yield value
@@ -248,6 +251,8 @@ class LoopThread(Generic[_Opened]):
             async with open_resource() as resource:
                 opened.set_result(resource)
                 await self._stop.wait()
+                for close in tuple(self._streams):
+                    await close()
         except BaseException as error:  # the thread's border: the waiting constructor gets the error
             if not opened.done():
                 opened.set_exception(error)

@@ -111,12 +111,37 @@ def test_what_opening_raises_is_raised() -> None:
         LoopThread(refused)
 
 
-def test_closing_ends_values_that_nobody_reads(thread: LoopThread[str]) -> None:
-    values = thread.each(numbers(1000))
-    assert next(values) == 1
+def test_closing_ends_values_that_nobody_reads_before_the_resource(thread: LoopThread[str]) -> None:
+    streams = [thread.each(numbers(1000)) for _ in range(3)]
+    assert [next(values) for values in streams] == [1, 1, 1]
     thread.close()
-    with pytest.raises(LlamaclustError, match="closed"):
-        next(values)
-    values.close()
-    assert "ended" in EVENTS
-    EVENTS.append("closed")
+    assert EVENTS == ["opened", "ended", "ended", "ended", "closed"]
+    for values in streams:
+        with pytest.raises(LlamaclustError, match="closed"):
+            next(values)
+
+
+def test_closing_ends_a_step_that_runs_before_the_resource(thread: LoopThread[str]) -> None:
+    begun, raised = threading.Event(), []
+
+    async def waiting() -> AsyncGenerator[int, None]:
+        try:
+            begun.set()
+            await asyncio.sleep(60)
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            EVENTS.append("ended")
+
+    def read() -> None:
+        try:
+            list(thread.each(waiting()))
+        except LlamaclustError as error:
+            raised.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(10)
+    thread.close()
+    reader.join(10)
+    assert EVENTS == ["opened", "ended", "closed"] and raised == ["the client is closed"]

@@ -35,6 +35,7 @@ from llamaclust.wire.security.token import ClusterToken
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
+_CALLS_END_S = 1.0
 _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
     (ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -164,12 +165,24 @@ class _Entry:
         self._credentials = credentials
         self._handshakes = handshakes
         self._refusals = refusals
+        self._calls = set[asyncio.Task[Any]]()  # under way
 
     @contextmanager
     def call(self, context: Any) -> Iterator[None]:
         """A call under way, of whoever it is: its connection has shown a certificate."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)  # gRPC's: it goes on after the handler
         with self._handshakes.call(context.peer()) if isinstance(self._credentials, Identity) else nullcontext():
             yield
+
+    async def ended(self) -> None:
+        """Returns when the calls that were cancelled have ended. gRPC does not wait for them, and writes tracebacks of
+        those that end with the event loop."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=_CALLS_END_S)
+        await asyncio.sleep(0)
 
     async def principal(self, context: Any) -> Principal | None:
         """Ends the call of one whose token or certificate will not do."""
@@ -250,9 +263,10 @@ async def _started(server: Any) -> None:
 class Server:
     """A running server, of gRPC or on a Unix socket, and the target under which it is reached."""
 
-    def __init__(self, server: Any, address: str, handshakes: Handshakes) -> None:
+    def __init__(self, server: Any, address: str, handshakes: Handshakes, entry: _Entry) -> None:
         self._server = server
         self._handshakes = handshakes
+        self._entry = entry
         self.address = address
 
     @classmethod
@@ -272,7 +286,7 @@ class Server:
             if address.startswith(PREFIX):
                 unix_server = UnixServer(guarded)
                 await unix_server.start(address.removeprefix(PREFIX))
-                return cls(unix_server, address, handshakes)
+                return cls(unix_server, address, handshakes, entry)
             limits = {
                 "grpc.server_handshake_timeout_ms": int(1000 * handshake_s),
                 "grpc.max_receive_message_length": served_bytes(handlers),
@@ -293,7 +307,7 @@ class Server:
             raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
         handshakes.port = port
         await _started(server)
-        return cls(server, f"{address.rpartition(':')[0]}:{port}", handshakes)
+        return cls(server, f"{address.rpartition(':')[0]}:{port}", handshakes, entry)
 
     @property
     def port(self) -> int:
@@ -304,3 +318,4 @@ class Server:
         """Ends streams after `grace_s` at the latest."""
         await self._server.stop(grace_s)
         self._handshakes.close()
+        await self._entry.ended()

@@ -70,3 +70,31 @@ def test_a_start_that_is_cancelled_ends_quietly(tmp_path: Path, caplog: pytest.L
 
     asyncio.run(run())
     assert not caplog.records
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("does", ["reads", "waits", "cleans up"])
+def test_an_event_loop_that_ends_with_its_server_says_nothing_of_open_streams(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, does: str, count: int
+) -> None:
+    token, ended = ClusterToken.create(tmp_path / "token"), list[str]()
+
+    async def handler(stream: ServerStream) -> None:
+        await stream.accept()
+        try:
+            await (stream.read() if does == "reads" else asyncio.Event().wait())
+        finally:
+            if does == "cleans up":
+                await asyncio.sleep(0.01)
+            ended.append(does)
+
+    async def run() -> None:
+        server = await Server.start("127.0.0.1:0", token, {JOIN: handler})
+        peers = [Peer(server.address, token) for _ in range(count)]
+        await asyncio.gather(*(peer.open(JOIN).opened() for peer in peers))
+        await server.stop(0.0)  # the peers are still there: to close them would take time
+
+    asyncio.run(run())
+    assert ended == [does] * count
+    assert not [record for record in caplog.records if record.name.startswith("grpc")]
+    assert "Traceback" not in capfd.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS, HeldLayers, Plan, Prediction, StagePlan
@@ -15,6 +15,8 @@ from llamaclust.core.limits import layer_place, layer_span
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
+_MOST_SHARE = 12
+"""Shares of larger numbers are shown relative to the smallest one."""
 _SPARSE = 0.75
 """If a token reads less of the weights than this, the text says how much."""
 
@@ -100,11 +102,12 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
 def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
     """One line a stage, then what to expect; `?` where not measured."""
     values = plan_json(plan)
-    parts = [f"{_number(values['links_ms'])} of it between workers"]
+    waits = {"between stages": values["links_ms"]} if len(plan.leaders) > 1 else {}
     if any(stage.shares for stage in plan.stages):
-        parts.append(f"{_number(values['gathers_ms'])} in gathers")
+        waits["in gathers"] = values["gathers_ms"]
+    parts = " and ".join(f"{_number(ms)} {where}" for where, ms in waits.items())
     expected = [
-        f"{_number(values['token_ms'])} ms/token ({', '.join(parts)})",
+        f"{_number(values['token_ms'])} ms/token{f' ({parts})' if parts else ''}",
         *_prompts_and_requests(plan.prompt_tokens, values),
         f"bottleneck: {values['bottleneck'] or '?'}",
     ]
@@ -194,8 +197,11 @@ def stage_name(plan: Plan, stage: StagePlan) -> str:
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """As 2:1."""
-    return ":".join(map(str, shares))
+    """As 2:1, or of large numbers 1.1:1, relative to the smallest one."""
+    unit, least = gcd(*shares), min(shares)
+    if max(shares) <= _MOST_SHARE * unit:
+        return ":".join(str(share // unit) for share in shares)
+    return ":".join(f"{share / least:.2f}".rstrip("0").rstrip(".") for share in shares)
 
 
 def _sizes(held: HeldLayers) -> str:

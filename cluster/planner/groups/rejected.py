@@ -18,6 +18,7 @@ from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
 """Of so many workers, all sets are tried; of more, the fastest ones."""
+_NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
@@ -55,8 +56,8 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
         return request.no_groups or "it may have none"
     if len(able) < 2:
         others = [worker for worker in workers if not worker.joins_groups]
-        kind = "have a GPU" if all(worker.gpus for worker in others) else "accept no links"
-        return f"{', '.join(worker.name for worker in others)} {kind}"
+        kind = ("has a GPU", "have a GPU") if all(worker.gpus for worker in others) else _NO_LINKS
+        return f"{', '.join(worker.name for worker in others)} {kind[len(others) > 1]}"
     pairs = [*combinations([worker.name for worker in able], 2)]
     if all(frozenset(pair) in request.partitions for pair in pairs):
         return f"{' and '.join(pairs[0])} cannot reach each other"

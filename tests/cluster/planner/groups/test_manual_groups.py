@@ -66,7 +66,7 @@ def test_a_group_has_room_where_no_member_has() -> None:
     with pytest.raises(InsufficientMemoryError):
         planned(Assignment(("a",), 0, 12), memory_mib=150)
     assert planned(Assignment(("a", "b"), 0, 12, (1, 1)), memory_mib=150).kv_blocks > 0
-    message = r"worker 'a': 3 of 4 parts of layers \[0, 12\) need 1\d\d MiB .*, it has 130 MiB: \d+ MiB are missing"
+    message = r"worker 'a': 75% of layers \[0, 12\) need 1\d\d MiB .*, it has 130 MiB: \d+ MiB are missing"
     with pytest.raises(InsufficientMemoryError, match=message):
         planned(Assignment(("a", "b"), 0, 12, (3, 1)), memory_mib=130)
 

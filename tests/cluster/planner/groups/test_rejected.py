@@ -95,13 +95,14 @@ def test_a_plan_says_why_no_group_is_possible(why: str, count: int) -> None:
     assert plan_json(plan)["no_group"] == why
 
 
-@pytest.mark.parametrize("able_count", [0, 1])
-def test_workers_that_join_no_group_are_named(able_count: int) -> None:
-    workers = [replace(able(name), joins_groups=number < able_count) for number, name in enumerate("abc")]
-    assert planned(workers).no_group == f"{', '.join('abc'[able_count:])} accept no links"
+@pytest.mark.parametrize(("count", "able_count"), [(3, 0), (3, 1), (2, 1)])
+def test_workers_that_join_no_group_are_named(count: int, able_count: int) -> None:
+    workers = [replace(able(name), joins_groups=number < able_count) for number, name in enumerate("abc"[:count])]
+    names, are_several = ", ".join("abc"[able_count:count]), able_count < count - 1
+    assert planned(workers).no_group == f"{names} {'accept' if are_several else 'accepts'} no links of groups"
     gpu = GpuFacts("cuda:0", 100 * MIB, profile())
     with_gpus = [worker if worker.joins_groups else replace(worker, gpus=(gpu,)) for worker in workers]
-    assert planned(with_gpus).no_group == f"{', '.join('abc'[able_count:])} have a GPU"
+    assert planned(with_gpus).no_group == f"{names} {'have' if are_several else 'has'} a GPU"
 
 
 def test_pairs_that_cannot_reach_each_other_are_named() -> None:

@@ -152,8 +152,11 @@ class Loads:
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """To the coordinator, if it can be reached."""
-        _log.error("epoch %s, worker %s: %s", epoch_text(fault.epoch), fault.worker, fault.reason)
+        """To the coordinator, if it can be reached. Another worker's fault is no error of this one, whose last error
+        would be taken for the cause of its own end."""
+        level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
+        whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
+        _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)
         with contextlib.suppress(WorkerError, DeadlineError):
             async with deadline("reporting to the coordinator", self._session.deadlines.peer_s):
                 await self._session.send(fault)

@@ -21,7 +21,6 @@ from llamaclust.wire.rpc.sched_slice import USUAL_SLICE_NS, request_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.devices.cores import bind_to_node
-from llamaclust.worker.groups.listener import link_address
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.worker import Worker
@@ -112,11 +111,13 @@ async def _run_started_worker(settings: WorkerSettings) -> str:
     listen = settings.listen or "127.0.0.1:0"
     server = await Server.start(listen, token, worker.handlers)
     try:
-        await worker.accept_links(link_address(listen, settings.link_port), token)
+        await worker.accept_links(listen, settings.link_port, token)
         member = Member(worker, token)
         registration = worker.device.registration(settings.name, server.address, worker.links.address)
         await member.join(coordinator, registration, settings.join_s)
-        _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
+        links = worker.links.address or "no port"
+        where = f"its stages are served at {server.address}, links of groups at {links}"
+        _log.info("worker %s is a member, %s", settings.name, where)
         return await worker.compute.while_able(member.serve())
     except DeviceLostError:
         raise

@@ -28,7 +28,6 @@ from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.coordinator_search import CoordinatorSearch
 from llamaclust.worker.devices.system_info import log_place, release_freed_memory
 from llamaclust.worker.enrolment import enrol, is_open, speaks_tls
-from llamaclust.worker.groups.listener import link_address
 from llamaclust.worker.membership import Member
 from llamaclust.worker.own_address import OwnAddress, Route
 from llamaclust.worker.settings import WorkerSettings
@@ -187,7 +186,7 @@ class _StaticWorker:
             self._listens_at = own.listen
         self._address = own.at_port(self._server.port)
         links = self._worker.links
-        await self._worker.accept_links(link_address(own.listen, self._settings.link_port), credentials)
+        await self._worker.accept_links(own.listen, self._settings.link_port, credentials)
         self._link_address = own.at_link_port(split_address(links.address)[1]) if links.address else ""
 
     def _registration(self) -> Register:

@@ -13,7 +13,7 @@ from llamaclust.wire.rpc.server import Handler
 from llamaclust.wire.security.credentials import Credentials, Identity
 from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.groups.listener import LinkListener
+from llamaclust.worker.groups.listener import LinkListener, link_address
 from llamaclust.worker.kv_disk.folder import KvFolder
 from llamaclust.worker.kv_disk.kv_disk import KvDisk
 from llamaclust.worker.readiness import Readiness
@@ -55,17 +55,21 @@ class Worker:
     def handlers(self) -> Mapping[str, Handler]:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
-    async def accept_links(self, address: str, credentials: Credentials) -> None:
-        """Lets `links` listen at an address. A worker that cannot listen there says so and serves without groups."""
+    async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
+        """Lets `links` listen beside the address of the stages, at that port. UsageError where the user's port cannot
+        be had; a worker that cannot listen anywhere says so and serves without groups."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return
+        address = link_address(stages, port)
         try:
-            await self.links.listen(address)
+            await self.links.listen(address, or_any_port=port is None)
         except OSError as error:
             reason = (error.strerror or str(error)).partition(" (while")[0]  # Python adds the address once more
-            why = f"links cannot be accepted at {address}: {reason}"
-            _log.warning("this worker takes part in no group: %s; --link-port N chooses another port", why)
+            why = f"links of groups cannot be accepted at {address}: {reason}"
+            if port is not None:
+                raise UsageError(f"{why}; free the port, or choose another one with --link-port N") from error
+            _log.warning("this worker takes part in no group: %s", why)
 
 
 def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:

@@ -8,6 +8,7 @@ the sender proves who it is by its certificate.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -79,13 +80,21 @@ class LinkListener:
         self._silent: dict[asyncio.Task[None], str] = {}  # hosts; the oldest first
         self._expected: dict[bytes, Take] = {}
 
-    async def listen(self, address: str) -> None:
+    async def listen(self, address: str, *, or_any_port: bool = False) -> None:
         """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else any more. OSError
-        if that is impossible."""
+        if that is impossible. `or_any_port`: instead of one that is in use."""
         if self.address and address == self._requested:
             return
         await self.stop()
-        listening = _listening_socket(address)
+        try:
+            listening = _listening_socket(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not or_any_port or address.startswith(PREFIX):
+                raise
+            host, port = split_address(address)
+            listening = _listening_socket(joined_address(host, 0))
+            instead = f"port {listening.getsockname()[1]} is taken instead, which firewalls may close"
+            _log.warning("port %d for links of groups is in use: %s; --link-port N chooses one", port, instead)
         listening.listen(_BACKLOG)
         listening.setblocking(False)
         is_unix = address.startswith(PREFIX)

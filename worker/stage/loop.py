@@ -108,6 +108,7 @@ class StageLoop:
         self._wire_ns = 0
         self._last_result_ns = 0
         self._received = self._sent = 0
+        self._has_ended = False
         self._taken_ns: dict[_Kind, int] = {}  # of the last job of a kind
 
     async def run(
@@ -287,11 +288,13 @@ class StageLoop:
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
         """One microbatch fails, the worker serves on."""
         if isinstance(error, ProtocolError | LinkError | MemberFailedError):
+            self._has_ended = True
             raise error
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
-            _log.error("microbatch %d: %s", arrival.number, error)
+            if not self._has_ended:  # else it lacks what one before it would have had
+                _log.error("microbatch %d: %s", arrival.number, error)
             return self._failed(arrival, f"{self._where}: {error}")
         _log.error("microbatch %d failed", arrival.number, exc_info=error)
         return self._failed(arrival, f"{self._where}: {type(error).__name__}: {error}")

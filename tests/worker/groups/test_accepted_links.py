@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.core.addresses import split_address
+from llamaclust.core.errors import UsageError
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
@@ -141,14 +143,44 @@ async def test_fixed_ports() -> None:
         assert joined(coordinator).link_address == f"127.0.0.1:{links}" and accepts(f"127.0.0.1:{links}")
 
 
-async def test_a_port_in_use_leaves_a_worker_without_groups(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("listen", ["", HERE, "localhost:0"])
+async def test_a_worker_whose_own_link_port_is_in_use_ends_with_a_line(listen: str) -> None:
+    """The port of its stages is treated likewise."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        async with insecure() as coordinator, running(join=coordinator.address, link_port=port):
-            await until(lambda: "a" in coordinator.workers)
-            assert joined(coordinator).link_address == "" and accepts(joined(coordinator).address)
-    why = f"links cannot be accepted at 127.0.0.1:{port}: Address already in use"
-    assert f"this worker takes part in no group: {why}; --link-port N chooses another port" in caplog.messages
+        async with insecure() as coordinator:
+            with pytest.raises(UsageError) as raised:
+                await run_static_worker(replace(SETTINGS, join=coordinator.address, listen=listen, link_port=port))
+            assert not coordinator.workers
+    what = rf"links of groups cannot be accepted at \S+:{port}: Address already in use"
+    assert re.fullmatch(rf"{what}; free the port, or choose another one with --link-port N", str(raised.value))
+
+
+@pytest.mark.parametrize("memberships", [1, 2, 3])
+async def test_another_port_stands_in_for_one_that_follows_from_that_of_stages(
+    memberships: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stays the same over all memberships, and is told once."""
+    stages, links = two_free_ports()
+    found = list[str]()
+    with socket.create_server(("127.0.0.1", links)):
+        settings = replace(SETTINGS, listen=f"127.0.0.1:{stages}", stays=True)
+        async with insecure() as first:
+            address = first.address
+            worker = asyncio.create_task(run_static_worker(replace(settings, join=address)))
+            await until(lambda: "a" in first.workers)
+            found.append(joined(first).link_address)
+        for _ in range(memberships - 1):
+            async with insecure(address) as coordinator:
+                await until(lambda: "a" in coordinator.workers)
+                found.append(joined(coordinator).link_address)
+                assert accepts(found[0])
+        worker.cancel()
+        await asyncio.wait([worker])
+    assert len({*found}) == 1 and found[0] != f"127.0.0.1:{links}"
+    told = [text for text in caplog.messages if "in use" in text]
+    instead = f"port {split_address(found[0])[1]} is taken instead, which firewalls may close"
+    assert told == [f"port {links} for links of groups is in use: {instead}; --link-port N chooses one"]
 
 
 async def test_a_worker_that_joins_again_keeps_its_port() -> None:
@@ -223,6 +255,6 @@ async def test_who_takes_part_in_groups(
     anything: Any = object()
     device: Any = SimpleNamespace(kind=kind)
     worker = Worker("a", device, anything, anything, anything)
-    await worker.accept_links(HERE, trust.identity(A))
+    await worker.accept_links(HERE, None, trust.identity(A))
     assert bool(worker.links.address) == is_member
     await worker.links.stop()

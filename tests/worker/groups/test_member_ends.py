@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from llamaclust.core.errors import DeadlineError, DeviceLostError
 from llamaclust.core.limits import GROUP_ID_BYTES
 from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.groups import GroupFault, GroupMember, GroupOrder
-from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, LoadFailed, PeerUnreachable, WorkerMessage
 from llamaclust.wire.security.credentials import Insecure
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker import loads
@@ -171,3 +172,31 @@ async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monk
         await until(lambda: len(attempts) > 1 or (member == 0 and len(asyncio.all_tasks()) > 2))
         service.keep()
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "is_error"),
+    [
+        (GroupFault(3, "a", "closed", "worker a: the other side has closed the connection"), "", False),
+        (GroupFault(3, "c", "late", "worker c: no answer within 2.5 s"), "", False),
+        (PeerUnreachable(3, "a", "Connection refused"), "worker a: Connection refused", False),
+        (GroupFault(3, "b", "failed", "no memory"), "worker b: no memory", True),
+    ],
+)
+async def test_only_its_own_failure_is_the_last_error_of_a_worker(
+    fault: Fault, line: str, is_error: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others are told to the coordinator, too; a link that ends at a normal end is nobody's error."""
+    told: list[WorkerMessage] = []
+
+    async def send(message: WorkerMessage) -> None:
+        told.append(message)
+
+    caplog.set_level(logging.INFO)
+    anything: Any = None
+    worker = Worker("b", anything, anything, anything, anything, anything)
+    await Loads(Session(worker, Insecure(), Deadlines(), Counters(), send))._report(fault)
+    assert told == [fault]
+    (record,) = caplog.records
+    assert record.getMessage() == f"epoch 0.3: {line or fault.reason}"
+    assert (record.levelno >= logging.WARNING) == is_error

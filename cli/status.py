@@ -21,7 +21,7 @@ from llamaclust.cli import terminal
 from llamaclust.cli.drafts import accepted_text
 from llamaclust.cluster.client.operations import ClusterApi
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.planner.format import choice_lines
+from llamaclust.cluster.planner.format import choice_lines, shares_text
 from llamaclust.cluster.state.clusters import find_running
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.core.errors import ClusterStartingError, LlamaclustError, UsageError
@@ -162,7 +162,13 @@ def _view(state: State) -> Group:
         return Group(Text(_starting_line(state)))
     workers = state["workers"]
     groups = state.get("groups", ())  # coordinators of before have none
-    lines = (*_quarantine_lines(workers), *group_lines(groups), *gpu_lines(workers), *_kv_disk_lines(workers))
+    lines = (
+        *_quarantine_lines(workers),
+        *closed_port_lines(workers),
+        *group_lines(groups),
+        *gpu_lines(workers),
+        *_kv_disk_lines(workers),
+    )
     below = (Text(line) for line in lines)
     absent = (Text(f"absent: {', '.join(state['absent'])}") for _ in state["absent"][:1])
     return Group(*(Text(line) for line in _head(state)), _workers(workers), *below, *absent)
@@ -217,10 +223,17 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{worker['name']}: {pause}: it failed {quarantine['failures']} times, last: {reason}"
 
 
+def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields a line for each worker whose port for links others cannot connect to."""
+    for worker in workers:
+        if why := worker.get("closed_port"):
+            yield f"{worker['name']}: in no group of an automatic plan: {why}"
+
+
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yields a line for each group that holds a stage: what a token waits in its gathers, and the slowest member."""
     for group in groups:
-        shares = ":".join(str(member["share"]) for member in group["members"])
+        shares = shares_text([member["share"] for member in group["members"]])
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
         gathers = f"{time} ms/token in gathers (predicted {_number(group['predicted_gathers_ms'])})"
         slowest = group["waits_most_for"]

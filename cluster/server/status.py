@@ -97,7 +97,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
         "model": served.name,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[name], model_id, reports, predicted.get(name))
+            worker_json(workers[name], model_id, reports, predicted.get(name))
             | {"drained": name in cluster.pool.operations.drained, "quarantine": _quarantine(supervisor, name)}
             for name in in_order(cluster.config, workers)
         ],
@@ -156,7 +156,7 @@ def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
     return {"predicted": predicted, "measured": asdict(measured)}
 
 
-def _worker(
+def worker_json(
     handle: WorkerHandle, model_id: str, reports: Mapping[str, StageReport], predicted: StagePrediction | None
 ) -> dict[str, Any]:
     """Layers are those of this model. A group's members have the speed of its leader: they compute the same steps."""
@@ -169,6 +169,7 @@ def _worker(
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "link_address": handle.registration.link_address or None,
+        "closed_port": handle.closed_port or None,
         "device": handle.registration.device,
         "gpus": [asdict(gpu) | {"unused": unused} for gpu in handle.gpus],
         "threads": handle.registration.threads,

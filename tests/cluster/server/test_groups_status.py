@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from llamaclust.cli.status import group_lines
+from llamaclust.cli.status import closed_port_lines, group_lines
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import StagePrediction
 from llamaclust.cluster.server.groups_status import groups_json
+from llamaclust.cluster.server.status import worker_json
 from llamaclust.wire.control.groups import GroupCounters, GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Heartbeat, Loaded, StageProgress
 from support.wire.control_messages import LOAD
@@ -68,3 +69,15 @@ def test_other_models_and_single_workers_have_no_groups() -> None:
     alone.stages[7] = replace(LOAD, epoch=7), Loaded(7, 1, 1, 1)
     assert groups_json([alone, handle_of("b")], LOAD.model_id, {}) == []
     assert groups_json(group_of("ab", (1, 1), (None, None)), "0" * 8, {}) == []
+
+
+@pytest.mark.parametrize("closed", ["", "b", "ca", "abc"])
+def test_workers_whose_port_is_closed_are_named(closed: str) -> None:
+    workers = group_of("abc", (1, 1, 1), (None, None, None))
+    for worker in workers:
+        if worker.name in closed:
+            worker.closed_port = f"worker x cannot connect to worker {worker.name}: open it in firewalls"
+    values = [worker_json(worker, LOAD.model_id, {}, None) for worker in workers]
+    assert [value["closed_port"] is not None for value in values] == [worker.name in closed for worker in workers]
+    shown = [f"{name}: in no group of an automatic plan: worker x cannot connect to worker {name}" for name in closed]
+    assert [line.partition(": open it")[0] for line in closed_port_lines(values)] == sorted(shown)

@@ -60,6 +60,15 @@ def is_link_local(host: str) -> bool:
     return address.version == 6 and (address.is_link_local or "%" in host)
 
 
+def is_address(host: str) -> bool:
+    """Returns whether a host is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
     try:

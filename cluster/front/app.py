@@ -29,7 +29,6 @@ from llamaclust.cluster.front.dialects.openai.responses.store import ResponseSto
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document
-from llamaclust.cluster.front.http.page import PageRoute
 from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
 from llamaclust.cluster.front.models import ApiModel, ModelRouter, adapter_routes
 from llamaclust.cluster.front.operations import Operations, Workers, disabled, no_proxy
@@ -81,7 +80,6 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
     settings = router.settings
     document = Document(is_strict=settings.is_strict)
     yield PathRoute("/openapi.json", document.show)
-    yield PageRoute()
     yield from map(router.route, zip(*(_model_routes(model, store) for model in router.models), strict=True))
     yield from ModelEndpoints(router).routes()
     yield from OllamaModels(router).routes()

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.core.addresses import ANYWHERE
+from llamaclust.core.addresses import ANYWHERE, is_address
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.core.regular_file import open_regular, read_bytes
 from llamaclust.core.this_machine import own_addresses
@@ -257,7 +257,7 @@ def keep_self_signed(path: Path, names: Sequence[str]) -> None:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if _is_ip(name) or _NAME.fullmatch(name)][:_MOST_NAMES]
+    return [name for name in dict.fromkeys(names) if is_address(name) or _NAME.fullmatch(name)][:_MOST_NAMES]
 
 
 def _former(path: Path) -> x509.Certificate | None:
@@ -298,12 +298,4 @@ def _certificate(key: ec.EllipticCurvePrivateKey, names: Sequence[str], now: dat
 
 
 def _general_name(name: str) -> x509.GeneralName:
-    return x509.IPAddress(ipaddress.ip_address(name)) if _is_ip(name) else x509.DNSName(name)
-
-
-def _is_ip(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    return x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import h11
 from h11._writers import ChunkedWriter
+from starlette.responses import Response
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.json_text import to_json
+from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.core.addresses import joined_address
 from llamaclust.wire.listening import listener, listening_host
 
@@ -237,15 +239,16 @@ class _TlsTransport:
         self._transport.write_eof()
 
 
-def _not_tls() -> bytes:
-    """The reply to a request that is not encrypted."""
-    failure = Failure(400, "this port speaks TLS: write https:// in its address", "https_required")
-    body = to_json(OPENAI.body(failure))
-    head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+def whole(reply: Response) -> bytes:
+    """A reply as it is sent on a connection of its own."""
+    status, phrase = reply.status_code, HTTPStatus(reply.status_code).phrase.encode()
+    headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
+    return b"HTTP/1.1 %d %s\r\n%sConnection: close\r\n\r\n%s" % (status, phrase, headers, bytes(reply.body))
 
 
-_NOT_TLS: Final = _not_tls()
+_PLAIN: Final = Failure(400, "this port speaks TLS: write https:// in its address", "https_required")
+_NOT_TLS: Final = whole(JsonResponse(OPENAI.body(_PLAIN), _PLAIN.status))
+"""The reply to a request that is not encrypted."""
 
 
 _CURE = "choose another with `--port N` or `listen:` (0: any free one)"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.page import assets
+from llamaclust.cluster.front.http.page import assets, page_reply
 from llamaclust.cluster.front.http.responses import error_response, has_body, name_route
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import current_owner
-from llamaclust.core.addresses import bounded_host, is_loopback
+from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
@@ -90,8 +89,8 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Refuses requests without a key before the app sees them. Notes whose requests the others are, and names their
-    routes for traces: others could make any number of names."""
+    """Sends the page, and refuses requests without a key before the app sees them. Notes whose requests the others are,
+    and names their routes for traces: others could make any number of names."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -101,6 +100,10 @@ class KeyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        page = page_reply(scope["path"], headers) if scope["method"] == "GET" else None
+        if page is not None:
+            await page(scope, receive, send)
+            return
         error = self._keys.error(sent_key(headers))
         if error is not None and scope["path"] not in self._open_paths:
             await error_response(error, scope)(scope, receive, send)
@@ -150,7 +153,7 @@ class Security:
         own = {str(server[0]).lower()} if server else set()
         if "*" in self._hosts or host in self._hosts | own or is_loopback(host):
             return
-        if self._takes_any_ip and _is_ip(host):  # a page needs a name to be rebound
+        if self._takes_any_ip and is_address(host):  # a page needs a name to be rebound
             return
         cure = "add it to `allowed_hosts` in the cluster file if it should be allowed"
         raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
@@ -176,14 +179,6 @@ def _origin(headers: Headers, scope: Scope) -> str | None:
 
 def _unauthorized(message: str) -> HttpError:
     return HttpError(401, "invalid_api_key", message, {"WWW-Authenticate": "Bearer"})
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _digest(key: str) -> bytes:

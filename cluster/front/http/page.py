@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
-from starlette.datastructures import Headers, URLPath
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, NoMatchFound
-from starlette.types import Receive, Scope, Send
 
 _TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -78,27 +75,9 @@ _HEADERS: Final = {
 }
 
 
-class PageRoute(BaseRoute):
-    """All files of the page: no path of a client ever becomes a path of a file. `/` is the page for browsers only:
-    other clients get what the routes behind this one have."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
-            return Match.NONE, {}
-        reply = page_reply(scope["path"], Headers(scope=scope))
-        return (Match.NONE, {}) if reply is None else (Match.FULL, {"page_reply": reply})
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply: Response = scope["page_reply"]
-        await reply(scope, receive, send)
-
-    def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
-        raise NoMatchFound(name, path_params)
-
-
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """The file of a path, for a request with these headers, whose names are in small letters; None where there is
-    none."""
+    """The file of a path, for a request with these headers, whose names are in small letters: no path of a client ever
+    becomes a path of a file. `/` is the page for browsers only; None where there is none."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

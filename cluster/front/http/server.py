@@ -17,11 +17,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, canonical_name, chunk, parts_of
+from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, parts_of, whole
 from llamaclust.cluster.front.http.gates import ApiKeys, sent_key
 from llamaclust.cluster.front.http.page import page_reply
-from llamaclust.cluster.front.http.responses import BODY_WRITER
-from llamaclust.cluster.front.json_text import to_json
+from llamaclust.cluster.front.http.responses import BODY_WRITER, JsonResponse
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
 from llamaclust.core.errors import ClusterStartingError
@@ -35,8 +34,6 @@ _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _READ_S = 5.0
 _LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a reset and no reply
-_LIVE = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
@@ -124,7 +121,7 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         _end_unread(transport, self.room.settings.unread_s)
         if is_full:
-            transport.write(_BUSY)
+            transport.write(whole(Response(status_code=503, headers={"Retry-After": "1"})))
             transport.close()
         else:
             self.room.enter(self, self.room.settings.head_s)
@@ -251,25 +248,23 @@ class StartingReplies:
         self._awaited = self._awaited if now is None else now
         self._report(event)
 
-    def _reply(self, head: bytes) -> bytes:
+    def _reply(self, head: bytes) -> Response:
         request, *lines = head.decode("latin-1").split("\r\n")
         method, _, target = request.rpartition(" ")[0].partition(" ")
         path = parts_of(target.encode("latin-1"))[1].decode("latin-1").partition("?")[0]
         if self._is_live and path == "/live":
-            return _LIVE
+            return Response()
         parts = [line.partition(":") for line in lines]
         headers = {name.lower(): value.strip() for name, _, value in parts}
         page = page_reply(path.removeprefix(self._prefix), headers) if method == "GET" else None
         if page is not None:  # it says that the cluster starts
-            return _whole(page)
+            return page
         is_trusted = self._keys.error(sent_key(headers)) is None
         reason = self._awaited if self._awaited and is_trusted else None
         why = f"; it waits for {reason}" if reason else ""
         failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
-        body = to_json({"error": {**OPENAI.body(failure)["error"], "awaited": reason}})
-        status = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        more = f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        return (status + more).encode() + body
+        body = {"error": {**OPENAI.body(failure)["error"], "awaited": reason}}
+        return JsonResponse(body, failure.status, {"Retry-After": "5"})
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
@@ -283,15 +278,9 @@ class StartingReplies:
     async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
             async with asyncio.timeout(_READ_S):
-                writer.write(self._reply(await reader.readuntil(b"\r\n\r\n")))
+                writer.write(whole(self._reply(await reader.readuntil(b"\r\n\r\n"))))
                 await writer.drain()
                 writer.write_eof()
             async with asyncio.timeout(_LEAVE_S):
                 while await reader.read(_HEAD_BYTES):
                     pass
-
-
-def _whole(reply: Response) -> bytes:
-    """A reply as it is sent on a connection of its own."""
-    headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
-    return b"HTTP/1.1 %d \r\n%sConnection: close\r\n\r\n%s" % (reply.status_code, headers, bytes(reply.body))

@@ -34,5 +34,7 @@ async def test_a_host_is_one_owner_whatever_address_it_takes(hosts: list[str], o
 
     gate = KeyGate(app, ApiSettings())
     for host in hosts:
-        await gate({"type": "http", "path": "/v1/models", "headers": [], "client": (host, 5)}, receive, send)
+        await gate(
+            {"type": "http", "method": "POST", "path": "/tokenize", "headers": [], "client": (host, 5)}, receive, send
+        )
     assert len(set(seen)) == owners and len(seen) == len(hosts)

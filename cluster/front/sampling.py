@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wit
 
 from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
-from llamaclust.cluster.front.schema import Body, Leniency, SeedField
+from llamaclust.cluster.front.schema import Body, Leniency, Prompt, SeedField
 from llamaclust.cluster.front.text.answer import json_logprob
 from llamaclust.cluster.front.text.request import (
     MAX_MESSAGE_CHARACTERS,
@@ -24,7 +24,7 @@ from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.validation import check_chain
 from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, AdapterScales
 from llamaclust.core.sampler_chain import CHAIN, PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
-from llamaclust.core.sampling import MAIN_NUMBERS, PARAMS, SAMPLING_TABLE, Grammar, RowResult, SamplingParams
+from llamaclust.core.sampling import MAIN_NUMBERS, PARAMS, SAMPLING_TABLE, RowResult, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_TOP_K, Dialect
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -40,6 +40,13 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """Marks a field of a body whose value is that of the `CompletionRequest`, which may have another name for it."""
+
+    name: str = ""
 
 
 class SlotFields(Body):
@@ -153,7 +160,9 @@ _SCHEMA: Final[dict[str, Any]] = {
 class SpeculativeFields(Body):
     """Whether tokens are drafted."""
 
-    speculative: Annotated[int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA)] = None
+    speculative: Annotated[
+        int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
+    ] = None
     """Drafted tokens in a step, at most, as a number or {"n_max": number}; false or 0: none; true, the default: as the
     cluster does. The answer is the same."""
 
@@ -252,12 +261,21 @@ class SamplerFields(Body):
 
     own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
 
-    dry_sequence_breakers: TextsField = DEFAULT_BREAKERS
+    dry_sequence_breakers: Annotated[TextsField, Requested("dry_breakers")] = DEFAULT_BREAKERS
     """Texts that end a repetition for DRY."""
-    penalize_nl: bool = True
+    penalize_nl: Annotated[bool, Requested()] = True
     """False: penalties do not apply to line breaks."""
     samplers: SamplersField = SAMPLERS
     """The samplers that apply, in this order."""
+
+    def completion(
+        self, prompt: Prompt, max_new_tokens: int | None, params: SamplingParams | None = None, **more: Any
+    ) -> CompletionRequest:
+        """Returns the request of one prompt: its fields are those that the body marks as `Requested`, and `more`."""
+        marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]
+        own = {mark.name or name: getattr(self, name) for name, mark in marks if isinstance(mark, Requested)}
+        windows = {"penalty_window": self.penalty_window, "dry_window": self.dry_window}
+        return CompletionRequest(prompt, max_new_tokens, params or self.params(), **(windows | own | more))
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
         """Returns values of the sampling table's fields by name; the body may call them differently."""
@@ -297,28 +315,10 @@ class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
 
     stream: bool = False
     """Server-sent events."""
-    seed: SeedField = None
+    seed: Annotated[SeedField, Requested()] = None
     """The same seed gives the same answer; drawn where it is absent or -1."""
-    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """Only requests with the same share their prompts' beginnings in the prefix cache."""
-
-    def completion(
-        self, max_new_tokens: int | None, stop: tuple[str, ...], grammar: Grammar | None
-    ) -> CompletionRequest:
-        """Without a prompt."""
-        return CompletionRequest(
-            (),
-            max_new_tokens,
-            self.params(),
-            seed=self.seed,
-            stop=stop,
-            penalize_nl=self.penalize_nl,
-            dry_window=self.dry_window,
-            dry_breakers=self.dry_sequence_breakers,
-            cache_salt=self.cache_salt,
-            grammar=grammar,
-            max_drafted=self.speculative,
-        )
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:

@@ -350,7 +350,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         effort = self.output_config.effort if self.output_config is not None else None
         return ChatRequest(
             (*system, *(message for turn in turns for message in turn.messages())),
-            self.completion(self.max_tokens, self.stop_sequences, self._grammar()),
+            self.completion((), self.max_tokens, stop=self.stop_sequences, grammar=self._grammar()),
             tuple(self.tools),
             effort_variables(effort),
             prompt_end([turn.role for turn in turns], None, None),

@@ -13,6 +13,7 @@ from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
 from llamaclust.cluster.front.replies.reply import MakeReply, Reply, Ticket
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
+    Requested,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
@@ -112,11 +113,11 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """[[token id or text, bias or false], ...]."""
     seed: int = -1
     """-1: drawn."""
-    stop: StopField = ()
+    stop: Annotated[StopField, Requested()] = ()
     """The answer ends before the first of these."""
-    ignore_eos: bool = False
+    ignore_eos: Annotated[bool, Requested()] = False
     """The model may not end its answer."""
-    n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested("top_logprobs")] = 0
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     return_tokens: bool = False
     """Token ids in the reply; a stream always has them."""

@@ -20,6 +20,7 @@ from llamaclust.cluster.front.http.sse import event
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import row_entry
+from llamaclust.cluster.front.schema import Prompt
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
@@ -60,33 +61,25 @@ class LlamaCppRequests:
             has_measurements=body.timings_per_token or body.return_progress,
         )
 
-    async def _prompts(self) -> list[str | tuple[int, ...]]:
+    async def _prompts(self) -> list[Prompt]:
         return [await self._tokenized(prompt) for prompt in self._body.prompt]
 
-    async def _tokenized(self, prompt: LlamaCppPrompt) -> str | tuple[int, ...]:
+    async def _tokenized(self, prompt: LlamaCppPrompt) -> Prompt:
         if isinstance(prompt, str):
             return prompt
         return tuple(chain(*await self._service.tokenize_all(prompt, "prompt", add_special=True)))
 
-    def _request(self, prompt: str | tuple[int, ...], biases: tuple[tuple[int, float], ...]) -> CompletionRequest:
+    def _request(self, prompt: Prompt, biases: tuple[tuple[int, float], ...]) -> CompletionRequest:
         body = self._body
-        return CompletionRequest(
+        return body.completion(
             prompt,
             body.max_new_tokens,
             body.params(biases),
             seed=None if body.seed in RANDOM_SEEDS else body.seed,
-            stop=body.stop,
-            ignore_eos=body.ignore_eos,
-            top_logprobs=body.n_probs,
-            penalty_window=body.penalty_window,
-            penalize_nl=body.penalize_nl,
-            dry_window=body.dry_window,
-            dry_breakers=body.dry_sequence_breakers,
             grammar=body.answer_grammar(),
             with_logprobs=body.n_probs > 0,
             adapters=self._adapters,
             slot=body.slot,
-            max_drafted=body.speculative,
         )
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
@@ -106,7 +99,7 @@ class InfillRequests(LlamaCppRequests):
         super().__init__(service, body, adapters)
         self._gap = body.gap
 
-    async def _prompts(self) -> list[str | tuple[int, ...]]:
+    async def _prompts(self) -> list[Prompt]:
         return [await self._service.fill_in(self._gap, self._body.max_new_tokens)]
 
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInf
 
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
 from llamaclust.cluster.front.foreign_fields import OLLAMA, OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
-from llamaclust.cluster.front.sampling import ReasoningFields, SamplerFields, SpeculativeFields, sampled
+from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.tools import media_text
@@ -30,9 +30,9 @@ class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_
 
     num_predict: WholeLimitField = -1
     """Tokens at most; 0 or less: what the context leaves."""
-    seed: SeedField = None
+    seed: Annotated[SeedField, Requested()] = None
     """-1: drawn."""
-    stop: StopField = ()
+    stop: Annotated[StopField, Requested()] = ()
     """The answer ends before the first of these."""
 
 
@@ -87,20 +87,13 @@ class AnswerFields(Body):
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
         options = self.options
-        return CompletionRequest(
+        return options.completion(
             prompt,
             options.num_predict if options.num_predict > 0 else None,
             options.params(),
-            seed=options.seed,
-            stop=options.stop,
-            penalty_window=options.penalty_window,
-            penalize_nl=options.penalize_nl,
-            dry_window=options.dry_window,
-            dry_breakers=options.dry_sequence_breakers,
             top_logprobs=self.top_logprobs,
             with_logprobs=self.logprobs,
             grammar=self._grammar(),
-            max_drafted=options.speculative,
         )
 
     @property

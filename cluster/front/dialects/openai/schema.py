@@ -12,6 +12,7 @@ from llamaclust.cluster.front.dialects.openai.tools import CallField, ContentFie
 from llamaclust.cluster.front.foreign_fields import CHAT, COMPLETION, MESSAGE
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
+    Requested,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
@@ -141,17 +142,17 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     """The served model's name, or that of an adapter; another name is refused."""
     logit_bias: BiasField = ()
     """Added to the logits of these token ids."""
-    seed: SeedField = None
+    seed: Annotated[SeedField, Requested()] = None
     """The same seed gives the same answer; drawn and returned where it is absent or -1."""
-    stop: StopField = ()
+    stop: Annotated[StopField, Requested()] = ()
     """The answer ends before the first of these."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
     """More tokens that end an answer."""
-    min_tokens: int = 0
+    min_tokens: Annotated[int, Requested()] = 0
     """Nothing ends the answer before."""
-    ignore_eos: bool = False
+    ignore_eos: Annotated[bool, Requested()] = False
     """The model may not end its answer."""
-    n: int = 1
+    n: Annotated[int, Requested()] = 1
     """Answers to each prompt."""
     timings_per_token: bool = False
     """llama.cpp's `timings` in each event of a stream and in the reply."""
@@ -163,7 +164,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     """Server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
-    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
+    cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """Only requests with the same share their prompts' beginnings in the prefix cache."""
     return_token_ids: bool = False
     """Adds `token_ids` and `prompt_token_ids` to each choice."""
@@ -183,24 +184,13 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
         """The completion of one prompt. `more` are further fields of CompletionRequest."""
-        return CompletionRequest(
+        return self.completion(
             prompt,
             max_new_tokens,
             self.params(self.logit_bias),
-            seed=self.seed,
-            stop=self.stop,
             stop_token_ids=frozenset(self.stop_token_ids),
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-            n=self.n,
-            penalty_window=self.penalty_window,
-            penalize_nl=self.penalize_nl,
-            dry_window=self.dry_window,
-            dry_breakers=self.dry_sequence_breakers,
-            cache_salt=self.cache_salt,
             grammar=self.answer_grammar(),
             slot=self.slot,
-            max_drafted=self.speculative,
             with_logprobs=self.with_logprobs,
             **more,
         )
@@ -268,9 +258,9 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
     best_of: int | None = None
     """Only n is supported."""
-    add_special_tokens: bool = True
+    add_special_tokens: Annotated[bool, Requested("add_special")] = True
     """BOS where the model wants it."""
-    parse_special: bool = True
+    parse_special: Annotated[bool, Requested()] = True
     """Control words in a prompt's text become their tokens."""
 
     @property
@@ -293,8 +283,6 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
         more = {
             "top_logprobs": self.logprobs or 0,
             "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,
-            "add_special": self.add_special_tokens,
-            "parse_special": self.parse_special,
         }
         first = self._request(self.prompt[0], self.max_tokens, **more)
         return [first, *(replace(first, prompt=prompt) for prompt in self.prompt[1:])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
@@ -12,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 from llamaclust.cluster.front.dialects.openai.responses.items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import RESPONSES
-from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields
+from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
@@ -113,7 +112,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     """Tokens of the answer, reasoning included; by default what the context leaves."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
-    stop: StopField = ()
+    stop: Annotated[StopField, Requested()] = ()
     """The answer ends before the first of these."""
     tools: _ToolsField = Field(default_factory=ToolSet)
     """Tools that the model may call and the client runs: function, custom, local_shell, shell, apply_patch, and
@@ -131,7 +130,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     """Comes back with the response."""
     include: _IncludeField = ()
     """`message.output_text.logprobs`: logprobs of the message's tokens. Other names have no effect."""
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested()] = 0
     """With the logprobs: also those of that many of the likeliest tokens."""
     timings_per_token: bool = False
     """llama.cpp's `timings` in each event of a stream that adds to the answer, and in the last one."""
@@ -182,12 +181,16 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The chat that the messages of the input, and those before them, make."""
-        grammar = response_format_grammar(self.text.format, "text.format")
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        answer = self.completion(self.max_output_tokens, self.stop, grammar)
+        answer = self.completion(
+            (),
+            self.max_output_tokens,
+            grammar=response_format_grammar(self.text.format, "text.format"),
+            with_logprobs=self.with_logprobs,
+        )
         return ChatRequest(
             with_one_system_prompt([*instructions, *messages]),
-            replace(answer, top_logprobs=self.top_logprobs, with_logprobs=self.with_logprobs),
+            answer,
             self.choice.offered,
             effort_variables(self.reasoning.effort),
             tool_use=self.choice.use,

@@ -129,7 +129,7 @@ def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
     """None: as many as the server likes. llama.cpp's other keys choose between drafts, which the server does by
     itself."""
     if isinstance(value, dict):
-        for name in value.keys() - {"n_max"}:
+        for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
                 raise ValueError(f"{shown(name)} is no key that this server has; {_FORMS}")
             info.context.ignore(f"speculative.{name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -16,17 +15,6 @@ from llamaclust.core.sampling import Grammar
 from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES
 from llamaclust.model.grammars import definitions
 
-_VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
-    "json": lambda value, origin: definitions.of_schema(_schema(value, origin), origin),
-    "regex": lambda value, origin: definitions.of_regex(_text(value, origin), origin),
-    "choice": lambda value, origin: definitions.of_choice(_texts(value, origin), origin),
-    "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
-}
-_FORMS_BY_FIELD = {
-    **{f"guided_{form}": make for form, make in _VLLM_FORMS.items()},
-    "regex": _VLLM_FORMS["regex"],
-    "ebnf": _VLLM_FORMS["grammar"],
-}
 _VLLM_FLAGS = ("disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern")
 
 
@@ -68,22 +56,8 @@ class GrammarFields(Body):
 
     def answer_grammar(self) -> Grammar | None:
         """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
-        given: dict[str, Callable[[], Grammar | None]] = {}
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            given["response_format"] = partial(response_format_grammar, self.response_format, "response_format")
-        if self.json_schema not in (None, {}):
-            given["json_schema"] = partial(_VLLM_FORMS["json"], self.json_schema, "json_schema")
-        if self.grammar:
-            given["grammar"] = partial(definitions.of_gbnf, self.grammar, "grammar")
-        if self.structured_outputs:
-            given["structured_outputs"] = partial(_of_vllm, self.structured_outputs)
-        for name, make in _FORMS_BY_FIELD.items():
-            value = getattr(self, name)
-            if value is not None and (value not in ("", {}) or name == "guided_choice"):
-                given[name] = partial(make, value, name)
-        if self.guided_json_object:
-            given["guided_json_object"] = partial(definitions.of_object, "guided_json_object")
-        made = {name: make() for name, make in given.items()}
+        values = {name: getattr(self, name) for name in _FIELDS}
+        made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
         for name, grammar in made.items():
             if grammar != made[first]:
@@ -92,7 +66,8 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Of OpenAI's form, which is the value of the field `origin`; None for `text`. ParameterError for another form."""
+    """The grammar of OpenAI's form, the value of the field `origin`; None for `text`. ParameterError for another
+    form."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -111,8 +86,7 @@ def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | Non
     return definitions.of_schema(_schema(schema, origin), origin, closes_objects=is_strict)
 
 
-def _of_vllm(value: dict[str, Any]) -> Grammar:
-    origin = "structured_outputs"
+def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
     forms = {name: given for name, given in value.items() if given not in (None, False) and name not in _VLLM_FLAGS}
     if forms == {"json_object": True}:
         return definitions.of_object(origin)
@@ -160,3 +134,28 @@ def _texts(value: Any, origin: str) -> list[str]:
     if (characters := sum(map(len, value))) > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"texts of {characters} characters, at most {MAX_GRAMMAR_BYTES} are taken")
     return value
+
+
+_Make = Callable[[Any, str], Grammar | None]
+
+_VLLM_FORMS: dict[str, Callable[[Any, str], Grammar]] = {
+    "json": lambda value, origin: definitions.of_schema(_schema(value, origin), origin),
+    "regex": lambda value, origin: definitions.of_regex(_text(value, origin), origin),
+    "choice": lambda value, origin: definitions.of_choice(_texts(value, origin), origin),
+    "grammar": lambda value, origin: definitions.of_gbnf(_text(value, origin), origin),
+}
+_UNSET: tuple[Any, ...] = (None, "", {})
+_FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
+    "response_format": (response_format_grammar, (None, {"type": "text"})),
+    "json_schema": (_VLLM_FORMS["json"], (None, {})),
+    "grammar": (_VLLM_FORMS["grammar"], _UNSET),
+    "structured_outputs": (_of_vllm, _UNSET),
+    "guided_json": (_VLLM_FORMS["json"], _UNSET),
+    "guided_regex": (_VLLM_FORMS["regex"], _UNSET),
+    "guided_choice": (_VLLM_FORMS["choice"], (None,)),
+    "guided_grammar": (_VLLM_FORMS["grammar"], _UNSET),
+    "regex": (_VLLM_FORMS["regex"], _UNSET),
+    "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
+    "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
+}
+"""What makes a grammar of each field, and its values that ask for none."""

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -203,25 +202,17 @@ def template(path: str) -> str:
     return _PARAMETER.sub(r"{\1}", path)
 
 
-@dataclass(slots=True)
-class TracedRoute:
-    """The route of a request, for what is around the app. `name`: None until the key was checked; no text of the
-    client."""
-
-    name: str | None = None
-
-    @classmethod
-    def of(cls, scope: Scope) -> TracedRoute:
-        """The route of a request that the app is about to get."""
-        route = cls()
-        scope["state"] = {**scope.get("state", {}), _STATE: route}
-        return route
+def traced_names(scope: Scope) -> list[str]:
+    """The names of the route of a request that the app is about to get, for what is around it: none until the key was
+    checked, and no text of the client."""
+    names: list[str] = []
+    scope["state"] = {**scope.get("state", {}), _STATE: names}
+    return names
 
 
 def name_route(scope: Scope) -> None:
     """Names the route of a request whose key was checked, if the request is traced."""
-    traced = scope.get("state", {}).get(_STATE)
-    if traced is not None:
+    if (names := scope.get("state", {}).get(_STATE)) is not None:
         posts = (route for route in scope["app"].routes if isinstance(route, Route) and route.method == "POST")
         paths = (template(route.path) for route in posts if route.path_regex.match(scope["path"]))
-        traced.name = next(paths, _UNKNOWN)
+        names.append(next(paths, _UNKNOWN))

@@ -8,7 +8,7 @@ from time import monotonic_ns
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaclust.cluster.engine.trace_context import current_trace
-from llamaclust.cluster.front.http.responses import TracedRoute
+from llamaclust.cluster.front.http.responses import traced_names
 from llamaclust.cluster.server.telemetry.records import ServedRequest
 from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, TraceSampler
 
@@ -27,7 +27,7 @@ class TracedRequests:
         if trace is None:
             await self._app(scope, receive, send)
             return
-        start_ns, status, route = monotonic_ns(), None, TracedRoute.of(scope)
+        start_ns, status, names = monotonic_ns(), None, traced_names(scope)
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -40,8 +40,8 @@ class TracedRequests:
             await self._app(scope, receive, note_status)
         finally:
             current_trace.reset(token)
-            if route.name is not None:
-                self._ended(ServedRequest(trace, scope["method"], route.name, start_ns, monotonic_ns(), status))
+            if names:
+                self._ended(ServedRequest(trace, scope["method"], names[0], start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> RequestTrace | None:
         """None of probes, pages and status, which compute nothing."""

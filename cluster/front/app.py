@@ -91,14 +91,21 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """The endpoints of one model, in an order that is the same for all."""
+    """The endpoints of one model, in an order that is the same for all. Clients of llama.cpp leave `/v1` away, and name
+    any model."""
     service, replies, settings = model.service, model.replies, model.settings
-    counting = ChatEndpoint(service, settings, ModelNames(model.name, settings, any_by_default=True))
+    strict, lenient = (ModelNames(model.name, settings, any_by_default=takes_any) for takes_any in (False, True))
+    chats, messages = ChatEndpoint(service, settings, lenient), MessagesEndpoint(service, settings)
     for prefix in ("/v1", ""):
-        yield Route("POST", f"{prefix}/chat/completions/input_tokens", counting.count, ChatBody)
-    yield Route("POST", "/v1/messages/count_tokens", MessagesEndpoint(service, settings).count, MessagesBody)
-    for path, make, body in _generating(service, settings):
-        yield Route("POST", path, replies.endpoint(path, make), body, computes=True)
+        yield Route("POST", f"{prefix}/chat/completions/input_tokens", chats.count, ChatBody)
+    yield Route("POST", "/v1/messages/count_tokens", messages.count, MessagesBody)
+    completions = CompletionEndpoint(service, settings, lenient).create
+    any_completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
+    yield _generating(replies, "/v1/chat/completions", ChatEndpoint(service, settings, strict).create, ChatBody)
+    yield _generating(replies, "/v1/completions", CompletionEndpoint(service, settings, strict).create, CompletionBody)
+    yield _generating(replies, "/chat/completions", chats.create, ChatBody)
+    yield _generating(replies, "/completions", any_completions, CompletionBody)
+    yield _generating(replies, "/v1/messages", messages.create, MessagesBody)
     yield from _response_routes(service, replies, store)
     yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
     yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)
@@ -112,19 +119,9 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
     yield from adapter_routes(model.adapter_control, model.name, settings)
 
 
-def _generating(service: TextService, settings: ApiSettings) -> Iterator[tuple[str, MakeReply, type[BaseModel]]]:
-    """Paths, makers and bodies. Clients of llama.cpp leave `/v1` away, and name any model."""
-    served = service.settings.model_name
-    for prefix, models in (
-        ("/v1", ModelNames(served, settings)),
-        ("", ModelNames(served, settings, any_by_default=True)),
-    ):
-        yield f"{prefix}/chat/completions", ChatEndpoint(service, settings, models).create, ChatBody
-        completions: MakeReply = CompletionEndpoint(service, settings, models).create
-        if not prefix:
-            completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
-        yield f"{prefix}/completions", completions, CompletionBody
-    yield "/v1/messages", MessagesEndpoint(service, settings).create, MessagesBody
+def _generating(replies: Replies, path: str, make: MakeReply, body: type[BaseModel]) -> Route:
+    """The route of replies that `make` makes."""
+    return Route("POST", path, replies.endpoint(path, make), body, computes=True)
 
 
 def _response_routes(service: TextService, replies: Replies, store: ResponseStore) -> Iterator[Route]:
@@ -135,9 +132,8 @@ def _response_routes(service: TextService, replies: Replies, store: ResponseStor
         path = f"{prefix}/responses"
         models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
         endpoint = ResponsesEndpoint(service, settings, models, store)
-        compact = replies.endpoint(f"{path}/compact", endpoint.compact)
-        yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True)
-        yield Route("POST", f"{path}/compact", compact, CompactionBody, computes=True)
+        yield _generating(replies, path, endpoint.create, ResponsesBody)
+        yield _generating(replies, f"{path}/compact", endpoint.compact, CompactionBody)
         yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
         yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True)
         yield Route("POST", f"{path}/{{id}}/cancel", stored.cancel, names_reply=True)

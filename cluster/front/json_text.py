@@ -180,10 +180,6 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
     return await run_on(_threads, work) if is_large else work()
 
 
-async def off_loop_if_large(work: Callable[[], _Value], entries: int) -> _Value:
-    return await off_loop_if(is_large(entries), work)
-
-
 def has_many_values(value: Any) -> bool:
     """Whether to render it takes long; no more of it is counted than needed."""
     left, count = [value], 0

@@ -37,22 +37,16 @@ _LOCAL_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
 
 
-class ApiKeys:
-    """The keys of an API, which may change; without any, none is asked for."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = keys
-
-    def error(self, key: str) -> HttpError | None:
-        """What is wrong with the key that a client sent; "" for none."""
-        digests = _digests(tuple(self._keys))
-        if not digests:
-            return None
-        if not key:
-            return _unauthorized("this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY")
-        given = _digest(key)
-        is_known = sum(hmac.compare_digest(given, known) for known in digests) > 0
-        return None if is_known else _unauthorized("unknown API key")
+def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
+    """What is wrong with the key of a request. Keys may change; without any, none is asked for."""
+    digests, key = _digests(tuple(api_keys)), sent_key(headers)
+    if not digests:
+        return None
+    given = _digest(key)
+    if key and sum(hmac.compare_digest(given, known) for known in digests) > 0:
+        return None
+    needed = "this API needs a key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY"
+    return HttpError(401, "invalid_api_key", "unknown API key" if key else needed, {"WWW-Authenticate": "Bearer"})
 
 
 @lru_cache(maxsize=2)
@@ -95,7 +89,6 @@ class KeyGate:
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._api_keys = settings.api_keys
-        self._keys = ApiKeys(settings.api_keys)
         self._open_paths = OPEN_PATHS | assets().keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +97,7 @@ class KeyGate:
         if page is not None:
             await page(scope, receive, send)
             return
-        error = self._keys.error(sent_key(headers))
+        error = key_error(headers, self._api_keys)
         if error is not None and scope["path"] not in self._open_paths:
             await error_response(error, scope)(scope, receive, send)
             return
@@ -175,10 +168,6 @@ def _origin(headers: Headers, scope: Scope) -> str | None:
     "null", unless it may be a link that was followed."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
-
-
-def _unauthorized(message: str) -> HttpError:
-    return HttpError(401, "invalid_api_key", message, {"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:

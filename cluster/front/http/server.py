@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
 from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, parts_of, whole
-from llamaclust.cluster.front.http.gates import ApiKeys, sent_key
+from llamaclust.cluster.front.http.gates import key_error
 from llamaclust.cluster.front.http.page import page_reply
 from llamaclust.cluster.front.http.responses import BODY_WRITER, JsonResponse
 from llamaclust.cluster.front.settings import ApiSettings
@@ -213,7 +213,7 @@ class StartingReplies:
         """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
         self._prefix = settings.prefix
         self._is_live = is_live
-        self._keys = ApiKeys(settings.api_keys)
+        self._api_keys = settings.api_keys
         self._report = report
         self._awaited = ""
         self._port = port
@@ -259,8 +259,7 @@ class StartingReplies:
         page = page_reply(path.removeprefix(self._prefix), headers) if method == "GET" else None
         if page is not None:  # it says that the cluster starts
             return page
-        is_trusted = self._keys.error(sent_key(headers)) is None
-        reason = self._awaited if self._awaited and is_trusted else None
+        reason = self._awaited if self._awaited and key_error(headers, self._api_keys) is None else None
         why = f"; it waits for {reason}" if reason else ""
         failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
         body = {"error": {**OPENAI.body(failure)["error"], "awaited": reason}}

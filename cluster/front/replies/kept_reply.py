@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
-from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, off_loop_if_large, one_part
+from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, one_part
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, Ticket, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
@@ -307,7 +307,7 @@ class KeptReply:
     async def value(self) -> Any:
         """The JSON of a complete one as a value, also of one that is streamed."""
         parts = self.log.parts()
-        return await off_loop_if_large(partial(self._new_view().whole, parts), self._entries(parts))
+        return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
         """Tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""

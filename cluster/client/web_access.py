@@ -6,7 +6,6 @@ import importlib.util
 import ssl
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 
 from llamaclust.cluster.config.environment import proxy_variables, trust_variables
-from llamaclust.core.addresses import ANYWHERE, is_loopback, split_address
+from llamaclust.core.addresses import ANYWHERE, is_address, is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
@@ -74,15 +73,7 @@ def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> 
 
 
 def _is_this_machine(host: str) -> bool:
-    return is_loopback(host) or host in ANYWHERE or (_is_ip(host) and host in own_addresses())
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return is_loopback(host) or host in ANYWHERE or (is_address(host) and host in own_addresses())
 
 
 def _wrong_proxy(value: str) -> str:
@@ -102,7 +93,7 @@ def _wrong_hosts(value: str) -> str:
     """Returns the reason why httpx would fail with this list of hosts without a proxy; empty if there is none."""
     for host in filter(None, map(str.strip, value.split(","))):
         try:
-            if not _is_ip(host) and "/" not in host:
+            if not is_address(host) and "/" not in host:
                 httpx.URL(f"all://*{host}")
         except httpx.InvalidURL as error:
             return f"{host} is not a host ({error})"

@@ -22,7 +22,7 @@ from llamaclust.cluster.front.foreign_fields import OF_ADAPTERS
 from llamaclust.cluster.front.http.gates import owner, require_first_key
 from llamaclust.cluster.front.http.responses import Route, unsupported
 from llamaclust.cluster.front.schema import Body
-from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, ModelNames, read_keep_alive
+from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, ModelNames, not_served, read_keep_alive
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import ParameterError
@@ -173,9 +173,7 @@ class ModelRouter:
             for model in self.models:
                 if own in model.names:
                     return model
-        served = ", ".join(repr(shown) for model in self.models for shown in model.shown_names)
-        message = f"model: {name[:200]!r} is not served here, only {served}"
-        raise HttpError(404, "model_not_found", message, param="model")
+        raise not_served(name, (shown for model in self.models for shown in model.shown_names))
 
     def queried(self, request: Request) -> ApiModel:
         """The model of `?model=`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ class ApiSettings:
         return 3 * self.max_requests
 
 
+def not_served(name: str, served: Iterable[str]) -> HttpError:
+    """The error of a request for a model that is none of those that are served."""
+    message = f"model: {name[:200]!r} is not served here, only {', '.join(map(repr, served))}"
+    return HttpError(404, "model_not_found", message, param="model")
+
+
 class ModelNames:
     """Which models requests may name."""
 
@@ -103,9 +109,7 @@ class ModelNames:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
         if name is not None and name not in self._names and not self._takes_any:
-            served = ", ".join(map(repr, (self._served, *self._adapters.names)))
-            message = f"model: {name[:200]!r} is not served here, only {served}"
-            raise HttpError(404, "model_not_found", message, param="model")
+            raise not_served(name, (self._served, *self._adapters.names))
 
 
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from html import escape
 from typing import Any, Final
@@ -31,7 +31,6 @@ _TYPES: Final = {
 _STREAMED: Final = (_JSON, _EVENTS)
 _RESPONSE: Final = "/responses/{id}"
 _OLLAMA: Final = "/api/"
-_UNSUPPORTED: Final = {"501": "what this server does not support"}
 _REFUSALS: Final = {
     "400": "a field that is wrong or not supported; a prompt that is too long",
     "401": "no API key, or an unknown one",
@@ -48,6 +47,7 @@ _REFUSALS: Final = {
     "502": "a download that failed",
     "503": "a cluster that starts, stops, or lacks a worker",
     "504": "a deadline that has passed",
+    "501": "what this server does not support",
 }
 _SLOT: Final = "/slots/{slot}"
 _FROM: Final = ("from", "integer", "the number of bytes that the client has")
@@ -166,7 +166,7 @@ def _operation(route: Route, path: str, is_strict: bool) -> dict[str, Any]:
     is_ollama = path.startswith(_OLLAMA)
     streamed = (_JSON, _LINES) if is_ollama else _STREAMED
     types = _TYPES.get(path, streamed if streams else (_JSON,))
-    error = "OllamaError" if is_ollama else "Error"
+    error = {"$ref": f"#/components/schemas/{'OllamaError' if is_ollama else 'Error'}"}
     text = " ".join((route.endpoint.__doc__ or path).split())
     return {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
@@ -175,7 +175,7 @@ def _operation(route: Route, path: str, is_strict: bool) -> dict[str, Any]:
         **({"security": []} if path in OPEN_PATHS else {}),
         **(body if is_strict else _open(body)),
         "responses": _done(method, path, types)
-        | {status: _refusal(why, error) for status, why in (_REFUSALS | _UNSUPPORTED).items()},
+        | {status: _reply(why, {_JSON: error}) for status, why in _REFUSALS.items()},
     }
 
 
@@ -191,16 +191,13 @@ def _done(method: str, path: str, types: tuple[str, ...]) -> dict[str, Any]:
     if path in ("/api/copy", "/api/delete"):
         return {"200": {"description": "done"}}
     has_reply = method != "DELETE" or path.endswith(_RESPONSE)
-    return {"200": _reply("the reply", types)} if has_reply else {"204": {"description": "done"}}
+    schemas = {kind: _SCHEMAS.get(kind, {"type": "string"}) for kind in types}
+    return {"200": _reply("the reply", schemas)} if has_reply else {"204": {"description": "done"}}
 
 
-def _reply(text: str, types: tuple[str, ...]) -> dict[str, Any]:
-    content = {kind: {"schema": _SCHEMAS.get(kind, {"type": "string"})} for kind in types}
-    return {"description": text, "content": content}
-
-
-def _refusal(why: str, error: str) -> dict[str, Any]:
-    return {"description": why, "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}}}
+def _reply(text: str, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """A reply by its media types."""
+    return {"description": text, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}
 
 
 def _fields(operation: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,23 +225,25 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}], **shown}
 
 
+def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
+    """A schema whose objects are changed, the inner ones first."""
+    if isinstance(schema, list):
+        return [_mapped(item, change) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return change({key: _mapped(value, change) for key, value in schema.items()})
+
+
 def _open(schema: Any) -> Any:
     """A schema whose objects may have other fields."""
-    if isinstance(schema, list):
-        return [_open(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {key: value is False or _open(value) if key == _OTHERS else _open(value) for key, value in schema.items()}
+    return _mapped(schema, lambda part: part | {_OTHERS: True} if part.get(_OTHERS) is False else part)
 
 
-def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+def _inlined(schema: dict[str, Any]) -> Any:
     """A JSON schema without references, which would point outside of it once it is a part of the document."""
-    if definitions is None:
-        definitions = schema.pop("$defs", {})
-    if isinstance(schema, list):
-        return [_inlined(item, definitions) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(value, definitions) for key, value in schema.items()}
+    definitions = schema.pop("$defs", {})
+
+    def inline(part: dict[str, Any]) -> Any:
+        return _mapped(definitions[part["$ref"].rpartition("/")[2]], inline) if "$ref" in part else part
+
+    return _mapped(schema, inline)

@@ -33,31 +33,23 @@ def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
     return dict.fromkeys(names.split(), neutral)
 
 
-_NO_OPS: Final = _names(
-    "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
-    "cache_prompt n_keep n_discard",
-    anything,
-)
-"""`metadata` is for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts;
-this one ends."""
-
 _HINTS: Final = {
-    **_NO_OPS,
+    **_names("user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention", anything),
+    **_names("request_id cache_prompt n_keep n_discard", anything),
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Of all endpoints: unknown fields are hints too, but these have values that need not be mentioned."""
+"""Hints to all endpoints: unknown fields are hints too, but these have values that need not be mentioned. `metadata` is
+for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts; this one ends."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
 """Where nothing is generated."""
 
-_CONSTRAINTS: Final = _names(
-    "grammar_triggers bad_words allowed_token_ids logits_processors structural_tag guided_whitespace_pattern", only()
-) | {"grammar_lazy": only(False)}
-
 _REFUSED: Final = {
-    **_CONSTRAINTS,
+    **_names("grammar_triggers bad_words allowed_token_ids logits_processors structural_tag", only()),
+    **_names("guided_whitespace_pattern", only()),
+    "grammar_lazy": only(False),
     **_names("top_a smoothing_factor", number(0)),
     **_names("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", only(False)),
     **_names("skip_special_tokens spaces_between_special_tokens", only(True)),

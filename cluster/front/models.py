@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -22,7 +23,7 @@ from llamaclust.cluster.front.foreign_fields import OF_ADAPTERS
 from llamaclust.cluster.front.http.gates import owner, require_first_key
 from llamaclust.cluster.front.http.responses import Route, unsupported
 from llamaclust.cluster.front.schema import Body
-from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, ModelNames, not_served, read_keep_alive
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames, not_served, read_keep_alive
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal_records import OpenRequest
 from llamaclust.core.errors import ParameterError
@@ -141,11 +142,11 @@ class ApiModel:
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model of a request. `keep`: how long it stays awake afterwards; `unloads`: the request has no input, and the
-    model is not to stay awake."""
+    """The model of a request. `keep`: the seconds that it stays awake afterwards; `unloads`: the request has no input,
+    and the model is not to stay awake."""
 
     model: ApiModel
-    keep: KeepAlive | None = None
+    keep: float | None = None
     unloads: bool = False
 
 
@@ -204,7 +205,7 @@ class ModelRouter:
             if not addressed.unloads:
                 resident.leave()
             if addressed.keep is not None and status < HTTPStatus.BAD_REQUEST:
-                resident.keep(addressed.keep.seconds)
+                resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
         """Hands the bytes of a body on, and holds nothing of it. HttpError of `read_bytes` and `named`, for a wrong
@@ -216,8 +217,8 @@ class ModelRouter:
         data = await read_bytes(request, self.settings)
         fields = await _fields(data)
         model = self.named(fields.get("model") or fields.get("name") or request.query_params.get("model"))
-        keep = read_keep_alive(fields) if _keeps_awake(route) else None
-        unloads = keep is not None and keep.seconds == 0 and not any(fields.get(name) for name in _INPUTS)
+        keep = read_keep_alive(fields.get("keep_alive")) if _keeps_awake(route) else None
+        unloads = keep == 0 and not any(fields.get(name) for name in _INPUTS)
         if route.computes and not (unloads or self.settings.load_on_demand):
             self._check_loaded(model, request)
         hand_on(request, data)

@@ -119,24 +119,16 @@ _MOST_S = 1_000_000_000
 """More is for ever, as Ollama's largest duration is: no calendar has the end of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeepAlive:
-    """`seconds`: None: until another model needs the memory."""
-
-    seconds: float | None
-
-
-def read_keep_alive(fields: Mapping[str, Any]) -> KeepAlive | None:
-    """Seconds, or a text like "5m"; negative or more than a lifetime: for ever. None where there is none. HttpError 400
-    for anything else."""
-    value = fields.get("keep_alive")
+def read_keep_alive(value: Any) -> float | None:
+    """The seconds of a number or of a text like "5m", infinite where it is negative or more than a lifetime; None where
+    there is none. HttpError 400 for anything else."""
     if value is None:
         return None
     seconds = _seconds(value)
     if seconds is None or not math.isfinite(seconds):
         message = f'keep_alive: {str(value)[:60]!r} is no duration; give seconds, or a text like "5m"'
         raise HttpError(400, "bad_keep_alive", message, param="keep_alive")
-    return KeepAlive(seconds if 0 <= seconds <= _MOST_S else None)
+    return seconds if 0 <= seconds <= _MOST_S else math.inf
 
 
 def _seconds(value: object) -> float | None:

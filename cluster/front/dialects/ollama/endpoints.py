@@ -34,7 +34,7 @@ from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests, Ticket
 from llamaclust.cluster.front.schema import ForeignFields, strings
-from llamaclust.cluster.front.settings import ApiSettings, KeepAlive, read_keep_alive
+from llamaclust.cluster.front.settings import ApiSettings, read_keep_alive
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
@@ -171,7 +171,7 @@ class OllamaGenerating:
             OllamaView, service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context
         )
         if body.is_load:
-            unloads = self._settings.can_unload and read_keep_alive({"keep_alive": body.keep_alive}) == KeepAlive(0)
+            unloads = self._settings.can_unload and read_keep_alive(body.keep_alive) == 0
             loaded = LoadView(lines, "unload" if unloads else "load")
             return Reply(service=service, requests=_nothing, view=lambda _: loaded, is_streamed=body.stream)
 

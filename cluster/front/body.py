@@ -108,7 +108,7 @@ def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettin
 
 
 async def parse_object_in_time(data: bytes) -> dict[str, Any]:
-    """As `parse_object`; a large one in a thread."""
+    """Calls `parse_object`, in a thread where the body is large."""
     return parse_object(data) if len(data) <= LARGE_BYTES else await run_on(_reading, parse_object, data)
 
 

@@ -35,13 +35,13 @@ class HttpError(LlamaclustError):
 
 
 def internal_error() -> LlamaclustError:
-    """What replies say of a mistake of ours, which is logged."""
+    """The error that replies show for a mistake of ours, which is logged."""
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a reply says about an error."""
+    """The parts of an error that replies show."""
 
     status: int  # of HTTP
     message: str
@@ -51,7 +51,7 @@ class Failure:
 
 
 def failure_of(error: LlamaclustError) -> Failure:
-    """What a reply says about an error."""
+    """The parts of an error that replies show."""
     param = error.param if isinstance(error, ParameterError | HttpError) else None
     numbers = {}
     if isinstance(error, ContextLengthError):
@@ -61,12 +61,12 @@ def failure_of(error: LlamaclustError) -> Failure:
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
-    """How the clients of an API expect errors."""
+    """The form of errors that the clients of an API expect."""
 
     body: Callable[[Failure], dict[str, Any]]
     """The JSON of a reply."""
     event_name: str = ""
-    """Of the event that ends a stream, and its `type`; "": it has none."""
+    """Name of the event that ends a stream, and its `type`; "": it has none."""
 
     def event(self, failure: Failure) -> bytes:
         """The last event of a stream that fails."""
@@ -124,4 +124,4 @@ _SHAPES: Final = (
     ("/cluster", OPENAI),
     ("/api/", OLLAMA),
 )
-"""By the beginning of the path, the first that fits; llama.cpp's where none does."""
+"""Shapes by the beginning of the path, the first that fits; llama.cpp's where none does."""

@@ -44,7 +44,7 @@ for stored completions, and none are stored; `n_keep` and `n_discard` are for a 
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
-"""Where nothing is generated."""
+"""Hints to endpoints that generate nothing."""
 
 _REFUSED: Final = {
     **_names("grammar_triggers bad_words allowed_token_ids logits_processors structural_tag", only()),
@@ -62,7 +62,7 @@ _REFUSED: Final = {
 """Samplers, constraints and forms of the answer that no endpoint has."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
-"""Of fields of all endpoints."""
+"""Other names of fields that all endpoints have."""
 
 _SLOT_NAME: Final = {"slot_id": "id_slot"}
 
@@ -143,7 +143,7 @@ _CHAT_ONLY: Final = {
     "guided_json_object": only(False),
     "n": number(1),
 }
-"""What other chats have."""
+"""Fields of OpenAI's chats that other chats refuse."""
 
 RESPONSES: Final = ForeignFields(
     refused={
@@ -174,7 +174,7 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Of Anthropic's API: what it says about costs, caches and places; `context_management` would only shorten chats."""
+"""Anthropic's hints are about costs, caches and places; `context_management` would only shorten chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 

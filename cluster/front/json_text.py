@@ -164,7 +164,7 @@ _GROUP = 16
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
-"""Of a text, which take about as long as a number."""
+"""Characters of a text that take about as long as a number."""
 
 _threads = Threads(2, "json")
 """Few: each waits for the interpreter beside the event loop, and more render no faster."""
@@ -181,7 +181,7 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Whether to render it takes long; no more of it is counted than needed."""
+    """Returns whether rendering a value takes long; no more of it is counted than needed."""
     left, count = [value], 0
     while left:
         part = left.pop()

@@ -75,7 +75,7 @@ def adapter_routes(control: AdapterControl | None, served: str, settings: ApiSet
 
 
 class AdapterLoading:
-    """For clients with the first key, if there are keys."""
+    """Loads and unloads adapters for clients with the first key, if there are keys."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control

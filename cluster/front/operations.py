@@ -201,7 +201,7 @@ def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, A
 
 
 def _order(record: RequestRecord) -> tuple[bool, float]:
-    """What ended, by its end; then what is open, as each model has it."""
+    """Sorts ended requests by their ends, before open ones in the order of each model."""
     is_open = record.end is None
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds
 

@@ -36,7 +36,7 @@ def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
 
 
 def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """As /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
+    """A token as /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
@@ -220,7 +220,7 @@ _TOP_K = {
     Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
     Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
 }
-"""Where all tokens are kept, some APIs say it by negative numbers."""
+"""Some APIs write negative numbers where all tokens are kept."""
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:

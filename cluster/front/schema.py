@@ -40,7 +40,7 @@ _building = Lock()
 Prompt = str | tuple[int, ...]
 
 Neutral = Callable[[Any], bool]
-"""Whether a value of a field asks for nothing that is not done anyway."""
+"""Returns whether a value of a field asks for nothing that is not done anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> Paramete
 
 
 def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
-    """What is wrong with a field's value, whatever the other fields are."""
+    """The error of a field's value, whatever the other fields are."""
     try:
         _built(kind).model_validate({name: value})
     except ValidationError as error:
@@ -267,7 +267,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def is_token_id(text: str) -> bool:
-    """Whether text is a number that may be a token's."""
+    """Returns whether a text is a number that may be a token's."""
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 

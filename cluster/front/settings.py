@@ -84,7 +84,7 @@ class ModelNames:
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """What a request for a model is computed with: an adapter that it names as the model, those of its field
+        """The adapters of a request for a model: one that it names as the model, those of its field
         `lora`, or `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an
         adapter that is none."""
         if (number := self._adapters.number_of(name)) is not None:

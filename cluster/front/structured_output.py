@@ -55,7 +55,7 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """What the answer obeys. ParameterError for fields that contradict each other, or a form that is not known."""
+        """The grammar of the answer. ParameterError for fields that contradict each other or have an unknown form."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -158,4 +158,4 @@ _FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
     "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
 }
-"""What makes a grammar of each field, and its values that ask for none."""
+"""The function that makes a grammar of each field, and the field's values that ask for none."""

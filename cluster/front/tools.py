@@ -184,5 +184,5 @@ def arguments_of_text(text: str) -> str:
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:
-    """Of a call that the model gave none: the same where a reply is computed again."""
+    """The id of a call that the model gave none: the same where a reply is computed again."""
     return f"{prefix}{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

@@ -264,7 +264,7 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
 
 
 KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
-"""Of the cluster file: those that change answers; of `api`, its defaults. The adapters' files are in the model's id."""
+"""Keys of the cluster file that change answers; of `api`, its defaults. The adapters' files are in the model's id."""
 
 
 def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:

@@ -35,7 +35,7 @@ from llamaclust.wire.security.server_context import server_context
 _LOOK_S: Final = 1.0
 """Between two looks at the files."""
 _RETRY_S: Final = 60.0
-"""After a failure, whose reason may pass: a certificate of a clock that is ahead, a full disk, a file server."""
+"""The pause after a failure that may pass: a certificate of a clock that is ahead, a full disk, a file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -43,7 +43,7 @@ _WARNING: Final = timedelta(days=7)
 _log = logging.getLogger(__name__)
 
 _Stamp = tuple[tuple[int, ...] | None, ...]
-"""What changes when a file does."""
+"""Values that change when a file does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class LoadedCertificate:
 
 @dataclass(slots=True)
 class _OncePerVersion:
-    """What is done once for each version of the files. Where it fails, it is repeated; the failure is logged once."""
+    """An action done once for each version of the files. It is repeated where it fails; the failure is logged once."""
 
     failure: str
     done: _Stamp
@@ -127,7 +127,7 @@ class ServerCertificate:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """For the next connection; those that are open are not disturbed."""
+        """The context of the next connection; those that are open are not disturbed."""
         return self._loaded.context
 
     @property

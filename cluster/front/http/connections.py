@@ -58,7 +58,7 @@ class HttpConnection(h11.Connection):
 
     @property
     def is_chunked(self) -> bool:
-        """Whether pieces of a streamed body are being sent."""
+        """True while pieces of a streamed body are being sent."""
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -107,7 +107,7 @@ def parts_of(target: bytes) -> tuple[bytes | None, bytes]:
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """With a target that is a path. Its host, if it has one, is that of the header (RFC 9112, 3.2.2)."""
+    """A request whose target is a path. The target's host, if it has one, is that of the header (RFC 9112, 3.2.2)."""
     host, target = parts_of(request.target)
     if host is None:
         return request
@@ -186,7 +186,7 @@ class TlsProtocol(asyncio.Protocol):
                 self.close()
 
     def _fail(self, error: ssl.SSLError) -> None:
-        """Of a handshake with a client that speaks something else, or of a damaged connection."""
+        """Ends a handshake with a client that speaks something else, or a damaged connection."""
         is_plain_http = self._phase is _Phase.HANDSHAKE and error.reason == "HTTP_REQUEST"
         self._phase = _Phase.ENDED
         if is_plain_http:
@@ -256,7 +256,7 @@ _CURE = "choose another with `--port N` or `listen:` (0: any free one)"
 
 @dataclass(frozen=True, slots=True)
 class ApiPort:
-    """Where clients connect to."""
+    """The addresses where clients connect."""
 
     listener: socket.socket
     certificate: ServerCertificate | None = None  # None: plain HTTP
@@ -264,17 +264,17 @@ class ApiPort:
 
     @property
     def listeners(self) -> list[socket.socket]:
-        """Of all addresses."""
+        """The sockets of all addresses."""
         return [self.listener, *self.further]
 
     @property
     def url(self) -> str:
-        """Of the first address."""
+        """The URL at the first address."""
         scheme = "http" if self.certificate is None else "https"
         return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
 
     def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
-        """What a new connection speaks to."""
+        """The protocol of a new connection."""
         return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
 
 

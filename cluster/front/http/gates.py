@@ -38,7 +38,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
-    """What is wrong with the key of a request. Keys may change; without any, none is asked for."""
+    """The error of a request's key. Keys may change; without any, none is asked for."""
     digests, key = _digests(tuple(api_keys)), sent_key(headers)
     if not digests:
         return None
@@ -164,8 +164,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Of the page that sends the request; None without a page. Where it is of another site and its Origin is missing,
-    "null", unless it may be a link that was followed."""
+    """The origin of the page that sends the request; None without a page. Where it is of another site and its Origin is
+    missing, "null", unless it may be a link that was followed."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -196,7 +196,7 @@ class Admission:
         self._body_bytes = 0
 
     def stop(self) -> None:
-        """From now on requests are refused, also those whose bodies are still to come."""
+        """Refuses requests from now on, also those whose bodies are still to come."""
         self.is_stopping = True
         self._refuse([*self._unfinished], _stopping())
 

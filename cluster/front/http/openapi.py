@@ -27,7 +27,7 @@ _TYPES: Final = {
     "/v1/stream/{id}": (_EVENTS,),
     "/v1/stream": (_EVENTS,),
 }
-"""Of replies that are not JSON, by path."""
+"""Media types of replies that are not JSON, by path."""
 _STREAMED: Final = (_JSON, _EVENTS)
 _RESPONSE: Final = "/responses/{id}"
 _OLLAMA: Final = "/api/"
@@ -68,7 +68,7 @@ _QUERIES: Final = {
         ("after", "string", "the id of the item before the first one"),
     ],
 }
-"""By path, without `/v1` where there are both."""
+"""Query parameters by path, without `/v1` where there are both."""
 _OTHERS: Final = "additionalProperties"
 _ERROR: Final = {
     "type": "object",
@@ -94,7 +94,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""Of a stream; before OpenAPI 3.2, the schema of its media type describes each event."""
+"""The schema of a stream's events; before OpenAPI 3.2, the schema of its media type describes each event."""
 _SCHEMAS: Final[dict[str, Any]] = {_JSON: {}, _EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"

@@ -34,7 +34,7 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """By path."""
+    """The files by path."""
     found = (file for file in _FOLDER.rglob("*") if file.suffix in _TYPES)
     return MappingProxyType({_path(file.relative_to(_FOLDER).as_posix()): _asset(file) for file in sorted(found)})
 

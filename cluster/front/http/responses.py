@@ -49,7 +49,7 @@ def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[R
 
 
 def error_response(error: LlamaclustError, scope: Scope) -> Response:
-    """In the shape of the request's API."""
+    """The reply in the shape of the request's API."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -87,7 +87,7 @@ def _routing_error(request: Request, error: HTTPException) -> Response:
 
 
 def _methods(request: Request) -> str:
-    """Of all routes with the path of the request. HEAD is served as GET."""
+    """The methods of all routes with the path of the request. HEAD is served as GET."""
     path = request.scope["path"]
     routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
     methods = {method for route in routes for method in route.methods or ()}
@@ -95,11 +95,11 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""For the rest of a body, of which nothing is kept. A server that ends waits a little longer."""
+"""The time for the rest of a body, of which nothing is kept. A server that ends waits a little longer."""
 
 
 def has_body(scope: Scope) -> bool:
-    """Whether a request has a body, by its head."""
+    """Returns whether a request has a body, by its head."""
     headers = Headers(scope=scope)
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 

@@ -29,7 +29,7 @@ from llamaclust.core.process_settings import connections_of_server
 _BACKLOG = 128
 """The event loop accepts so many connections before it looks at the first."""
 _GRACE_S = 1
-"""For what is still being written to clients at the end; the server takes whole seconds."""
+"""The time for what is still being written to clients at the end; the server takes whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _READ_S = 5.0
@@ -37,7 +37,7 @@ _LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a rese
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
-    """How an app is served at a port. Warnings are not logged: any client can cause them without end. Idle connections
+    """The server of an app at a port. Warnings are not logged: any client can cause them without end. Idle connections
     are the room's to close, later than clients and proxies do (nginx keeps them for 60 s): a request that meets the end
     of its connection on the way is lost."""
 
@@ -164,7 +164,7 @@ class _Connection(H11Protocol):
             self.room.enter(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
-        """Whether pieces of this reply's body may be written now."""
+        """Returns whether pieces of this reply's body may be written now."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
@@ -210,7 +210,7 @@ class StartingReplies:
     """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """What the start waits for is for those with a key. `is_live`: /live is answered 200."""
+        """Only clients with a key learn what the start waits for. `is_live`: /live is answered 200."""
         self._prefix = settings.prefix
         self._is_live = is_live
         self._api_keys = settings.api_keys

@@ -28,19 +28,19 @@ _log = logging.getLogger(__name__)
 
 
 class StreamFormat(Enum):
-    """By media type."""
+    """Forms of streams, by media type."""
 
     EVENTS = "text/event-stream"
     LINES = "application/x-ndjson"
 
     @property
     def has_ids(self) -> bool:
-        """Whether a part tells its client where the reply is found again."""
+        """True where a part tells its client where the reply is found again."""
         return self is StreamFormat.EVENTS
 
     @property
     def keepalive(self) -> bytes:
-        """What is sent when nothing came for a while; clients that read lines would take it for a part."""
+        """The bytes that are sent when nothing came for a while; clients that read lines would take them for a part."""
         return WAITING if self is StreamFormat.EVENTS else b""
 
     def part(self, event_id: str, data: bytes) -> bytes:
@@ -64,7 +64,7 @@ def event(value: Any, *, is_large: bool = False) -> bytes:
 
 
 def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
-    """Likewise with the name of its kind."""
+    """An event with the name of its kind."""
     return f"event: {name}\n".encode() + event(value, is_large=is_large)
 
 

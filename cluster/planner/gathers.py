@@ -20,7 +20,7 @@ that are copied. Members of served groups of two wait 30 to 40 us on loopback, o
 HIDDEN_SHARE = 0.5
 """The share of a prompt's bytes that travels while members compute other rows, at most."""
 
-_Seconds = TypeVar("_Seconds", float, Table)
+Seconds = TypeVar("Seconds", float, Table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,23 +58,23 @@ class GroupLinks:
 
 
 @dataclass(frozen=True, slots=True)
-class GatherTimes(Generic[_Seconds]):
+class GatherTimes(Generic[Seconds]):
     """The gathers of one stage in seconds, or tables of those of many stages: gathers of layers and of the embedding,
     and of the rows that are sampled."""
 
-    layers_s: _Seconds
-    row_s: _Seconds  # more for each row
-    output_s: _Seconds
-    output_row_s: _Seconds
+    layers_s: Seconds
+    row_s: Seconds  # more for each row
+    output_s: Seconds
+    output_row_s: Seconds
 
-    def decode_s(self, rows: int) -> _Seconds:
+    def decode_s(self, rows: int) -> Seconds:
         """Returns the time in a step with a token of each of `rows` sequences."""
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
-    def prefill_s(self, rows: int, computing_s: _Seconds) -> _Seconds:
+    def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
         """Returns the time in a step of so many prompt tokens, a part of which travels while others are computed."""
         bytes_s = rows * self.row_s
-        found: _Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
+        found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found
 
 

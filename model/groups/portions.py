@@ -33,9 +33,9 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 from llamaclust.model.row_steps import Activate, Add, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 
-_SEGMENT_COLUMNS = ActivationFormat.Q8_256.value
-_LEAST_SEGMENTS = 16
-"""A member has so many segments at least, so that portions are a thirtieth from their shares at most."""
+_LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
+"""Units are whole segments of a format where each member has at least so many of them: its portion is then a thirtieth,
+or a sixteenth, from its share at most."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -203,8 +203,9 @@ def divided_reads(step: Step) -> tuple[Buffer, ...]:
 def _product_units(width: int, members: int) -> int:
     """Whole tiles of weights; of a wide product what has one scale in the next one, which is then quantized before it
     is gathered."""
-    if width % _SEGMENT_COLUMNS == 0 and width // _SEGMENT_COLUMNS >= _LEAST_SEGMENTS * members:
-        return width // _SEGMENT_COLUMNS
+    for segment, least in _LEAST_UNITS.items():
+        if width % segment == 0 and width // segment >= least * members:
+            return width // segment
     return width // TILE_ROWS if width % TILE_ROWS == 0 else 1
 
 

@@ -116,13 +116,13 @@ class _Search:
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
         """Workers of a class stand for each other: none is used twice."""
-        holders = best.way.steps.holders
+        holders, work = best.way.steps.holders, best.way.steps.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]
         found = []
         for number, start, end in best.split.stages:
             holder = holders[number]
             names = tuple(self.workers[left[numbers[member]].pop(0)].name for member in holder.members)
-            shares = holder.shares(start, end) if isinstance(holder, Group) else ()
+            shares = holder.shares(start, end, work) if isinstance(holder, Group) else ()
             found.append(Assignment(names, start, end, shares))
         return tuple(found)

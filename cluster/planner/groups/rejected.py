@@ -90,7 +90,8 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
         tables = GroupTables(sizes, request.group_costs, contexts, nearly)
         table = tables.of(members, GroupLinks.of(request.links, names))
         if isfinite(table.of_work(work).slow[0, layers]):
-            entry = Assignment(names, 0, layers, table.integer_shares(0, layers))
+            shares, _ = table.integer_shares(0, layers, work)
+            entry = Assignment(names, 0, layers, shares)
             entry = fitted(sizes, entry, by_name, contexts)
             chain = Chain.of(sizes, (entry,), by_name, contexts)
             if chain.kv_blocks >= request.context_blocks:

@@ -40,6 +40,8 @@ _MEMBER = 1e-3
 """Each member of a group has to make it faster by so much of the least time that it could take."""
 _LIMITS = 512
 """So many limits of the slowest stage are tried, from what no split can be below to one worker with all layers."""
+_ROUNDS = 6
+_NOTHING = 1.01
 _AT_LEAST = 0.97
 """Layers differ in what they take on one worker and another."""
 _NEVER_S = 1e300
@@ -55,9 +57,18 @@ class Group:
     def table(self, work: int) -> StageTable:
         return self.search.table(self.members, work)
 
-    def shares(self, start: int, end: int) -> tuple[int, ...]:
+    def shares(self, start: int, end: int, work: int) -> tuple[int, ...]:
         """The shares of a stage that fits."""
-        return self.search.costs_of(self.members).integer_shares(start, end)
+        return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
+
+    def takes_longer(self, start: int, end: int, work: int) -> bool:
+        """True where the stage takes longer in whole shares than by the table, whose times grow by it."""
+        costs = self.search.costs_of(self.members)
+        factor = costs.integer_shares(start, end, self.search.works[work])[1]
+        is_longer = _NOTHING * costs.factor < factor < inf
+        if is_longer:
+            costs.factor = factor
+        return is_longer
 
 
 @dataclass(eq=False)
@@ -79,8 +90,24 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """The best split of less than that time; of all sets, for the work that the best one of neighbours, or else the
-        `known` one, is best for."""
+        """The best split of less than that time. Groups of the best one that take longer in whole shares than by their
+        tables are compared again with what they take."""
+        best = None
+        for _ in range(_ROUNDS):
+            best = self._best(below, known)
+            if best is None or not self._takes_longer(best):
+                break
+        return best
+
+    def _takes_longer(self, best: Best) -> bool:
+        stages = ((self.holders[number], start, end) for number, start, end in best.split.stages)
+        work = best.way.steps.work
+        longer = [holder.takes_longer(start, end, work) for holder, start, end in stages if isinstance(holder, Group)]
+        return any(longer)
+
+    def _best(self, below: float, known: Best | None) -> Best | None:
+        """The best split of all sets, for the work that the best one of neighbours, or else the `known` one, is best
+        for."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None

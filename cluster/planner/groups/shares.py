@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import numpy as np
@@ -62,20 +62,15 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
     return np.minimum(np.maximum((limit - fixed) / each, least), most)
 
 
-def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-    """Small integers that cost hardly more than exact shares; `cost`: infinite where memory does not suffice."""
-    exact = in_total(shares, MANY)
-    limit = _NOTHING * cost(exact)
+def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
+    """Integers near exact shares that cost least, or hardly more and are small, and what they cost; `cost`: infinite
+    where memory does not suffice."""
+    near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
+    costs = {found: cost(found) for found in dict.fromkeys(near)}
+    limit = _NOTHING * min(costs.values())
     if limit == inf:
-        return exact
-    few = (found for total in range(len(shares), _FEW + 1) for found in _near(shares, total))
-    return next((found for found in few if cost(found) <= limit), exact)
-
-
-def _near(shares: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
-    found = in_total(shares, total)
-    if sum(found) == total:
-        yield found
+        return in_total(shares, MANY), inf
+    return next((found, seconds) for found, seconds in costs.items() if seconds <= limit)
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:

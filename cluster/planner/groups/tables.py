@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import inf
 
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, Flags, StageCosts, Table, WorkerFacts, sums
-from llamaclust.cluster.planner.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks
+from llamaclust.cluster.planner.gathers import HIDDEN_SHARE, GatherTimes, GroupLinks, Seconds, gather_times
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 from llamaclust.cluster.planner.groups.shares import as_integers, balanced
 from llamaclust.cluster.planner.links import Link
@@ -90,7 +91,7 @@ class GroupTables:
     """Tables of all sets of workers, made when they are needed. Workers that are equal for plans share them."""
 
     _sizes: MemoryModel
-    _costs_of: Callable[[int], GroupCosts]
+    costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
     """A stage fits if shares at will do, with workspaces of portions: whole units are for `fitted`."""
@@ -104,7 +105,7 @@ class GroupTables:
 
     def divided(self, members: int) -> _DividedModel:
         if members not in self._divided:
-            costs = self._costs_of(members)
+            costs = self.costs_of(members)
             known = next((one for one in self._divided.values() if one.parts.is_of(costs)), None)
             if known is None:
                 kinds = _Kinds.of(costs)
@@ -170,29 +171,27 @@ class GroupTable:
     members: tuple[WorkerFacts, ...]
     links: GroupLinks
     divided: _DividedModel
+    factor: float = 1.0
+    """Stages take so many times as long as by exact shares: see `GroupSearch.best`."""
 
     def of_work(self, work: Work) -> StageTable:
         """The seconds of the work, without the links to other stages; infinite where the stage does not fit."""
         kind_of = self.divided.kinds.kind_of
-        slow = np.where(self._fits, self._work_s(work.slowest), np.inf)
+        slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
         fits = self.tables.possible & (starts < ends)
-        return StageTable(np.where(fits, slow[kind_of], np.inf), self._work_s(work.each)[kind_of])
+        return StageTable(np.where(fits, slow[kind_of], np.inf), self.factor * self._work_s(work.each)[kind_of])
 
     def _work_s(self, steps: Iterable[Rows]) -> Table:
         """The seconds of these steps, by kind of stage."""
         total: Table = np.zeros(len(self.divided.kinds.cells))
         for step in steps:
-            computing_s, gathers, rows = self._computing_s(step), self._gathers, step.rows
-            gathers_s = gathers.prefill_s(rows, computing_s) if step.is_prompt else gathers.decode_s(rows)
-            total += step.steps * (computing_s + gathers_s)
+            total += _with_gathers_s(step, self._gathers, self._computing(step).at(*self._parts).max(axis=0))
         return total
 
-    def _computing_s(self, step: Rows) -> Table:
-        """The slowest member; others of its machine may compute too."""
-        steps = Rows(step.rows, 1, step.is_prompt, concurrent=True)
-        found: Table = self.tables.seconds(self.divided, self.members, steps).at(*self._parts).max(axis=0)
-        return found
+    def _computing(self, step: Rows) -> DividedTables:
+        """The time of one such step, by member and kind of stage, while others of a machine may compute too."""
+        return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
@@ -238,19 +237,33 @@ class GroupTable:
             links.to_leader_s(self._shares[:, cells]) * gathers.output_bytes,
         )
 
-    def integer_shares(self, start: int, end: int) -> tuple[int, ...]:
-        """The shares of a stage that fits."""
+    def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
+        """The shares of a stage that fits, with the least time for the work, and that time in relation to the one of
+        exact shares: borders decide whether rows travel in int8."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
-        seconds, lacking, parts = self._token.chosen(kind), self._lack.chosen(kind), self.divided.parts
+        lacking, parts = self._lack.chosen(kind), self.divided.parts
+        steps = [*work.slowest, *(work.each if work.adds_up else ())]
+        computing = [self._computing(step).chosen(kind) for step in steps]
+        costs = self.tables.costs_of(len(self.members))
 
         def cost(integers: tuple[int, ...]) -> float:
             fine = np.array(integers, np.float64)[:, np.newaxis] / sum(integers)
             coarse = parts.coarse_parts(fine)
             if (lacking.at(coarse, fine) > 0).any():
-                return float("inf")
-            return float(seconds.at(coarse, fine).max())
+                return inf
+            gathers = gather_times(costs, integers, start, end, self.links)
+            return sum(
+                _with_gathers_s(step, gathers, float(seconds.at(coarse, fine).max()))
+                for step, seconds in zip(steps, computing, strict=True)
+            )
 
-        return as_integers(self._shares[:, self.divided.kinds.cells[kind[0]]].tolist(), cost)
+        shares, taken_s = as_integers(self._shares[:, self.divided.kinds.cells[kind[0]]].tolist(), cost)
+        return shares, taken_s / float(self._work_s(steps)[kind[0]])
+
+
+def _with_gathers_s(step: Rows, gathers: GatherTimes[Seconds], computing_s: Seconds) -> Seconds:
+    gathers_s = gathers.prefill_s(step.rows, computing_s) if step.is_prompt else gathers.decode_s(step.rows)
+    return step.steps * (computing_s + gathers_s)
 
 
 def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:

@@ -16,7 +16,9 @@ from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS, Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.sizes import MIB
-from support.plans.group_inputs import AUTO, able, network, planned
+from llamaclust.model.groups.costs import GatherCost, GroupCosts
+from llamaclust.model.quant_types import ActivationFormat
+from support.plans.group_inputs import AUTO, LARGE, able, network, planned
 from support.plans.plan_inputs import SMALL, group_costs
 
 
@@ -72,6 +74,35 @@ def test_shares_follow_speeds(speeds: tuple[int, ...]) -> None:
     shares = plan.stages[0].shares
     for speed, share in zip(by_speed, shares, strict=True):
         assert share / sum(shares) == pytest.approx(speed / sum(speeds), abs=0.02)
+
+
+def _segmented(costs: GroupCosts) -> GroupCosts:
+    """The same model, whose gathered rows travel in int8 where portions are of whole segments."""
+    gathers = (GatherCost(9728, 608, form=ActivationFormat.Q8_256),) * 4
+    return replace(costs, layers=tuple(replace(layer, gathers=gathers) for layer in costs.layers))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_portions_are_of_whole_segments_where_bytes_count(seed: int) -> None:
+    source = random.Random(seed)
+    workers = [able(name, source.choice((10, 15, 20, 40))) for name in "abc"[: source.randint(2, 3)]]
+    names = [each.name for each in workers]
+    byte_s, context = source.choice((0.4e-9, 2e-9)), source.choice((64, 512))
+    plans = partial(
+        planned,
+        workers,
+        links=network(names, 5, byte_s),
+        group_costs=lambda members: _segmented(group_costs(LARGE, members)),
+        context_length=context,
+    )
+    chosen = plans()
+    assert chosen.prediction is not None
+    (members,) = chosen.chain
+    drawn = ([source.randint(1, 20) for _ in members] for _ in range(40))
+    others = [plans(manual=(Assignment(members, 0, 12, tuple(shares)),)).prediction for shares in drawn]
+    least_s = min(other.answer_s for other in others if other is not None)
+    print(f"{byte_s}: {chosen.stages[0].shares} {chosen.prediction.answer_s:.4f} s, others {least_s:.4f} s")
+    assert chosen.prediction.answer_s <= 1.005 * least_s
 
 
 def test_shares_end_where_memory_ends() -> None:

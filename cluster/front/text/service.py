@@ -140,12 +140,13 @@ class TextService:
             choices = await run_on(TOKENIZING, make) if is_long else make()
             self.settings.adapters.use(generation.adapters, request.received_ns)
             held.callback(self.settings.adapters.release, generation.adapters)
-            if self.slots.count and request.slot is not None:
-                log.subscribe(self.slots.recording(request.slot, generation, prompt))
-            return Completion(self._engine, choices, log, prompt, held.close)
+            completion = Completion(self._engine, choices, log, prompt, held.close)
         except BaseException:
             held.close()
             raise
+        if self.slots.count and request.slot is not None:  # the engine has checked the tokens, and computes later
+            log.subscribe(self.slots.recording(request.slot, generation, prompt))
+        return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
         """Each reads what the prompt has written of its answer."""

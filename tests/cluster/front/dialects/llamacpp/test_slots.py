@@ -238,3 +238,12 @@ async def test_without_a_folder_slots_remember_nothing() -> None:
             assert reply.status_code == 200 and reply.headers.get(HEADER) == ignored
         for action in ("save", "restore", "erase"):
             assert "api.slot_folder" in await error(http, f"/slots/0?action={action}", {"filename": "a"}, 501)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 32, 1 << 40, 999_999])
+async def test_a_slot_does_not_remember_tokens_that_are_refused(tmp_path: Path, token: int) -> None:
+    async with serving(tmp_path) as http:
+        kept = (await saved(http))["n_saved"]
+        for prompt in ([token], ["a", token]):
+            await error(http, "/completion", {"prompt": prompt, "id_slot": 1})
+        assert (await http.post(SAVE, json={"filename": "a.bin"})).json()["n_saved"] == kept

@@ -130,7 +130,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
         return AsyncChunkStream(chunks) if stream else _joined(chunks)
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """As `TextClient.embed`."""
+        """Returns what `TextClient.embed` returns."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a text: give a list of prompts")
         return await self._embed(embedding_body(prompts, options)) if prompts else []
@@ -141,15 +141,15 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """As `TextClient.tokenize`."""
+        """Returns the token ids of a text."""
 
     @abstractmethod
     async def detokenize(self, ids: Sequence[int]) -> str:
-        """As `TextClient.detokenize`."""
+        """Returns the text of token ids."""
 
     @abstractmethod
     async def chat_sampling(self) -> Options:
-        """As `TextClient.chat_sampling`."""
+        """Returns what `TextClient.chat_sampling` returns."""
 
     @abstractmethod
     async def aclose(self) -> None:

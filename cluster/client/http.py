@@ -47,13 +47,13 @@ _CANCEL_S = 2.0
 _EMBED_S = 600.0
 """Nothing of a reply with embeddings comes before its end."""
 _RESUME_S = 120.0
-"""From the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
+"""The time from the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
 _MOST_S = 600.0
-"""From the last event to an error, however often the server answers: coordinators may end faster than they compute
-again what they had sent."""
+"""The time from the last event to an error, however often the server answers: coordinators may end faster than they
+compute again what they had sent."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""Of a stream that is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
+"""A stream that is silent for so long is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
 lost its power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
@@ -70,7 +70,7 @@ class AsyncClient(AsyncTextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """As for `Client`."""
+        """The parameters are those of `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = timeouts(timeout, READ_TIMEOUT_S)
         self._model = model
@@ -187,7 +187,7 @@ class Client(TextClient):
         return LocalClient(file, threads, feature_level, settings)
 
     def check_model(self) -> None:
-        """As `AsyncClient.check_model`."""
+        """Raises what `AsyncClient.check_model` raises."""
         self._thread.call(self._client.check_model())
 
 
@@ -271,7 +271,7 @@ class ResumableStream:
             raise CutShortError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
-        """How long to wait before the request is sent again; raises the error where that would not help."""
+        """Returns the pause before the request is sent again; raises the error where that would not help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
         if not (self._was_taken and _may_pass(error)):

@@ -48,7 +48,7 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""What parts of a chat's delta mean, in their order."""
+"""The events that parts of a chat's delta mean, in their order."""
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""

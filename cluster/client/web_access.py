@@ -1,4 +1,4 @@
-"""How HTTP clients reach servers: proxies and trusted certificates, by the environment and this user's clusters."""
+"""Access of HTTP clients to servers: proxies and trusted certificates, by the environment and this user's clusters."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class _PinnedContext(ssl.SSLContext):
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """What to do about a server that speaks TLS in another way; None where that is not why."""
+    """Returns advice about a server that speaks TLS in another way; None where that is not why."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

@@ -53,8 +53,9 @@ _MOST_S = 600.0
 compute again what they had sent."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""A stream that is silent for so long is taken for lost: the server sends a comment every 5 s where it has nothing else. A machine that
-lost its power closes no connection."""
+"""A stream that is silent for so long is taken for lost: the server sends a comment every 5 s where it has nothing
+else.
+A machine that lost its power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 

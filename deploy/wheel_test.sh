@@ -17,7 +17,7 @@ SECONDS=0
 "${2:-python3}" -m venv venv
 venv/bin/python -m pip --disable-pip-version-check install -q -c "$root/constraints.txt" "$wheel"
 installed=$SECONDS
-venv/bin/python -c 'from llamaclust.cluster.front.page.assets import assets; assert {"/", "/browser/main.js", "/browser/style.css"} <= {*assets()}'
+venv/bin/python -c 'from llamaclust.cluster.front.http.page import assets; assert {"/", "/browser/main.js", "/browser/style.css"} <= {*assets()}'
 venv/bin/python -c 'from llamaclust.kernels._native import tls_library; print(tls_library() or exit("error: the wheel has no OpenSSL"))'
 venv/bin/python "$root/examples/demo.py"
 echo "$(basename "$wheel"): $(($(stat -c %s "$wheel") / 1024)) KiB, installed in $installed s, answered after $SECONDS s"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.model.quant_types import QuantType
-from support.clusters.command_line import command_line
+from support.clusters.command_line import command_line, eventually
 from support.models.tiny_model import build_tiny_model
 from support.network.box import Box
 from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, eight, undisturbed
@@ -84,9 +84,10 @@ def test_the_plan_by_hand_of_the_page_serves(model: Path, answers: list[Answer])
     ]
     with typed(model, FILE.replace("workers: 2", f"workers: {len(names)}") + BY_HAND, commands) as cluster:
         assert cluster.answers(GENERATIONS) == answers
+        eventually(lambda: cluster.status["groups"][0]["gathers"] > 0, 60.0, "a heartbeat after the answers")
         status = cluster.status
         (group,) = status["groups"]
         assert [(member["worker"], member["share"]) for member in group["members"]] == [("desk", 2), ("tower", 1)]
-        assert group["layers"] == [0, 20] and group["gathers"] > 0
+        assert group["layers"] == [0, 20]
         assert status["choice"]["objective"] is None
         assert "  desk+tower: layers [0, 20) in shares 2:1" in cluster.coordinator.err.read_text()

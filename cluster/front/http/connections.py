@@ -98,20 +98,13 @@ class HttpConnection(h11.Connection):
         return super().send(event)
 
 
-def parts_of(target: bytes) -> tuple[bytes | None, bytes]:
-    """The host of a request's target, if it has one as for a proxy, and the rest."""
-    match = _ABSOLUTE.fullmatch(target)
-    if match is None:
-        return None, target
-    return match[1], match[2] if match[2].startswith(b"/") else b"/" + match[2]
-
-
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """A request whose target is a path. The target's host, if it has one, is that of the header (RFC 9112, 3.2.2)."""
-    host, target = parts_of(request.target)
-    if host is None:
+    """A request whose target is a path. The host of a target as for a proxy is that of the header (RFC 9112, 3.2.2)."""
+    match = _ABSOLUTE.fullmatch(request.target)
+    if match is None:
         return request
-    headers = [(b"host", host), *(header for header in request.headers if header[0] != b"host")]
+    target = match[2] if match[2].startswith(b"/") else b"/" + match[2]
+    headers = [(b"host", match[1]), *(header for header in request.headers if header[0] != b"host")]
     return h11.Request(method=request.method, headers=headers, target=target, http_version=request.http_version)
 
 
@@ -206,17 +199,13 @@ class TlsProtocol(asyncio.Protocol):
             self._tls.write(data)
             self._send()
 
-    def end(self) -> None:
-        """Says that nothing more comes."""
+    def close(self) -> None:
+        """Ends the connection once all is sent that was written."""
         if self._phase is _Phase.OPEN:
             with suppress(ssl.SSLError):  # the other side has not said so
                 self._tls.unwrap()
             self._send()
         self._phase = _Phase.ENDED
-
-    def close(self) -> None:
-        """Once all is sent that was written."""
-        self.end()
         self._transport.close()
 
 
@@ -233,10 +222,6 @@ class _TlsTransport:
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._tls.context if name == "sslcontext" else self._transport.get_extra_info(name, default)
-
-    def write_eof(self) -> None:
-        self._tls.end()
-        self._transport.write_eof()
 
 
 def whole(reply: Response) -> bytes:

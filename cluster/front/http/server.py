@@ -7,17 +7,21 @@ import asyncio
 import logging
 import math
 import socket
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import h11
 import uvicorn
+from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from llamaclust.cluster.front.errors import OPENAI, Failure
-from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, parts_of, whole
+from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, whole
 from llamaclust.cluster.front.http.gates import key_error
 from llamaclust.cluster.front.http.page import page_reply
 from llamaclust.cluster.front.http.responses import BODY_WRITER, JsonResponse
@@ -32,19 +36,18 @@ _GRACE_S = 1
 """The time for what is still being written to clients at the end; the server takes whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
-_READ_S = 5.0
-_LEAVE_S = 1.0  # for a client that still sends: one that is cut off sees a reset and no reply
+_LEAVE_S = 1.0  # for a client that still sends while the cluster starts
 
 
-def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn.Config:
-    """The server of an app at a port. Warnings are not logged: any client can cause them without end. Idle connections
-    are the room's to close, later than clients and proxies do (nginx keeps them for 60 s): a request that meets the end
-    of its connection on the way is lost."""
+def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
+    """The server of an app at a port, with so many connections at most. Warnings are not logged: any client can cause
+    them without end. Idle connections are the room's to close, later than clients and proxies do (nginx keeps them for
+    60 s): a request that meets the end of its connection on the way is lost."""
 
     class Connection(_Connection):
         """The server makes connections of a class; those of this one share a room."""
 
-        room = _Room(settings)
+        room = _Room(settings, settings.max_connections if places is None else places)
 
     def connect(**given: Any) -> asyncio.Protocol:
         return port.carrying(Connection(**given))
@@ -69,8 +72,8 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort) -> uvicorn
 class _Room:
     """The places for connections of one server, and those that are idle, the longest first."""
 
-    def __init__(self, settings: ApiSettings) -> None:
-        self.places = min(settings.max_connections, connections_of_server())
+    def __init__(self, settings: ApiSettings, most: int) -> None:
+        self.places = min(most, connections_of_server())
         self.settings = settings
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
@@ -211,24 +214,22 @@ class StartingReplies:
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
         """Only clients with a key learn what the start waits for. `is_live`: /live is answered 200."""
-        self._prefix = settings.prefix
+        self._settings = settings
         self._is_live = is_live
-        self._api_keys = settings.api_keys
         self._report = report
         self._awaited = ""
         self._port = port
-        self._open = 0
         self._servers: list[asyncio.Server] = []
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
+        config, state = server_config(self, self._settings, self._port, _MOST_EARLY), ServerState()
+        config.load()
+        connection: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        connect = partial(connection, config=config, server_state=state, app_state={})
         for listener in self._port.listeners:
-            self._servers.append(await loop.create_server(self._connect, sock=listener.dup()))
+            self._servers.append(await loop.create_server(connect, sock=listener.dup()))
         return self
-
-    def _connect(self) -> asyncio.Protocol:
-        streams = asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=_HEAD_BYTES), self._answer)
-        return self._port.carrying(streams)
 
     async def __aexit__(self, *error: object) -> None:
         self.close()
@@ -248,38 +249,31 @@ class StartingReplies:
         self._awaited = self._awaited if now is None else now
         self._report(event)
 
-    def _reply(self, head: bytes) -> Response:
-        request, *lines = head.decode("latin-1").split("\r\n")
-        method, _, target = request.rpartition(" ")[0].partition(" ")
-        path = parts_of(target.encode("latin-1"))[1].decode("latin-1").partition("?")[0]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes what the client still sends behind the reply: one that is cut off sees a reset and no reply."""
+
+        async def begin(message: Message) -> None:
+            await send({**message, "more_body": True})
+
+        reply = self._reply(scope)
+        reply.headers["Connection"] = "close"  # the next request is for the API itself
+        await reply(scope, receive, begin)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_S):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
+
+    def _reply(self, scope: Scope) -> Response:
+        path, headers = scope["path"], Headers(scope=scope)
         if self._is_live and path == "/live":
             return Response()
-        parts = [line.partition(":") for line in lines]
-        headers = {name.lower(): value.strip() for name, _, value in parts}
-        page = page_reply(path.removeprefix(self._prefix), headers) if method == "GET" else None
+        page = page_reply(path.removeprefix(self._settings.prefix), headers) if scope["method"] == "GET" else None
         if page is not None:  # it says that the cluster starts
             return page
-        reason = self._awaited if self._awaited and key_error(headers, self._api_keys) is None else None
+        is_trusted = key_error(headers, self._settings.api_keys) is None
+        reason = self._awaited if self._awaited and is_trusted else None
         why = f"; it waits for {reason}" if reason else ""
         failure = Failure(503, f"the cluster is starting: try again later{why}", ClusterStartingError.code)
         body = {"error": {**OPENAI.body(failure)["error"], "awaited": reason}}
         return JsonResponse(body, failure.status, {"Retry-After": "5"})
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
-        try:
-            if self._open <= _MOST_EARLY:
-                await self._reply_to(reader, writer)
-        finally:
-            self._open -= 1
-            writer.close()
-
-    async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
-            async with asyncio.timeout(_READ_S):
-                writer.write(whole(self._reply(await reader.readuntil(b"\r\n\r\n"))))
-                await writer.drain()
-                writer.write_eof()
-            async with asyncio.timeout(_LEAVE_S):
-                while await reader.read(_HEAD_BYTES):
-                    pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -14,8 +14,8 @@ from starlette.routing import Route as PathRoute
 
 from llamaclust.cluster.front.body import HEADER as IGNORED_HEADER
 from llamaclust.cluster.front.body import IgnoredFields
-from llamaclust.cluster.front.dialects.anthropic.message import MessagesEndpoint
-from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
+from llamaclust.cluster.front.dialects.anthropic.message import Messages
+from llamaclust.cluster.front.dialects.dialect import Dialect
 from llamaclust.cluster.front.dialects.embeddings import RerankEndpoint, embedding_routes
 from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
 from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints, llamacpp_routes
@@ -40,6 +40,8 @@ from llamaclust.cluster.front.text.service import TextService
 if TYPE_CHECKING:
     from llamaclust.cluster.control.pool.drain import WorkerOperations
 
+DIALECTS: Final[tuple[type[Dialect[Any]], ...]] = (Messages,)
+"""The generating endpoints of each model. One that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read beside those that they always may."""
 
@@ -95,17 +97,18 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
     any model."""
     service, replies, settings = model.service, model.replies, model.settings
     strict, lenient = (ModelNames(model.name, settings, any_by_default=takes_any) for takes_any in (False, True))
-    chats, messages = ChatEndpoint(service, settings, lenient), MessagesEndpoint(service, settings)
+    chats = ChatEndpoint(service, settings, lenient)
     for prefix in ("/v1", ""):
         yield Route("POST", f"{prefix}/chat/completions/input_tokens", chats.count, ChatBody)
-    yield Route("POST", "/v1/messages/count_tokens", messages.count, MessagesBody)
     completions = CompletionEndpoint(service, settings, lenient).create
     any_completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
     yield _generating(replies, "/v1/chat/completions", ChatEndpoint(service, settings, strict).create, ChatBody)
     yield _generating(replies, "/v1/completions", CompletionEndpoint(service, settings, strict).create, CompletionBody)
     yield _generating(replies, "/chat/completions", chats.create, ChatBody)
     yield _generating(replies, "/completions", any_completions, CompletionBody)
-    yield _generating(replies, "/v1/messages", messages.create, MessagesBody)
+    for dialect in DIALECTS:
+        for path in dialect.paths:
+            yield from dialect(service, replies, path).routes()
     yield from _response_routes(service, replies, store)
     yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
     yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)

@@ -9,16 +9,15 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.front.body import converted, parse_body, read_body
+from llamaclust.cluster.front.body import converted
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.sse import named_event, unless_disconnected
-from llamaclust.cluster.front.replies.reply import Event, Reply, Ticket, View
-from llamaclust.cluster.front.settings import ApiSettings, ModelNames
+from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.http.responses import Route
+from llamaclust.cluster.front.http.sse import named_event
+from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
-from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.tools import call_id_of
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.model.chat.tools.argument_values import arguments_object
@@ -210,36 +209,33 @@ def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
     return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
-class MessagesEndpoint:
-    """Chats of Anthropic's API."""
+class Messages(Dialect[MessagesBody]):
+    """Chats of Anthropic's API, whose clients name Anthropic's models, for some requests by names of their own."""
 
-    def __init__(self, service: TextService, settings: ApiSettings) -> None:
-        """Its clients name Anthropic's models, for some of their requests by names of their own."""
-        self._service = service
-        self._settings = settings
-        self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
+    paths = ("/v1/messages",)
+    body = MessagesBody
+    takes_any_model = True
 
-    async def create(self, data: bytes, ticket: Ticket) -> Reply:
-        body = await parse_body(data, MessagesBody, self._settings)
-        adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
-        chat = (await converted(body, body.request)).admitted(ticket.created, adapters)
+    def routes(self) -> Iterator[Route]:
+        yield from super().routes()
+        yield Route("POST", f"{self.path}/count_tokens", self.count, self.body)
+
+    async def reply(self, asked: Asked[MessagesBody]) -> Reply:
+        chat = await asked.chat(asked.body.request)
 
         async def requests() -> list[CompletionRequest]:
-            return [await self._service.chat(chat)]
+            return [await self.service.chat(chat)]
 
         return Reply(
-            service=self._service,
+            service=self.service,
             requests=requests,
-            view=partial(MessageView, model, ticket.id),
-            is_streamed=body.stream,
+            view=partial(MessageView, asked.model, asked.ticket.id),
+            is_streamed=asked.body.stream,
             timed=Timed.FIRST,
             has_measurements=True,  # the first event has counts of the prefix cache
         )
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt."""
-        body = await read_body(request, MessagesBody, self._settings)
-        self._models.adapters(body.model, body.lora)
-        chat = await converted(body, body.request)
-        completion = await unless_disconnected(request, self._service.chat_prompt(chat))
-        return JsonResponse({"input_tokens": len(completion.prompt)})
+        body = await self.read(request)
+        return await self.counted(request, await converted(body, body.request))

@@ -1,0 +1,96 @@
+"""Generating endpoints of an API: what all of them do between the bytes of a body and the description of its reply."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Generic, ParamSpec
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.front.body import converted, parse_body, read_body
+from llamaclust.cluster.front.http.responses import JsonResponse, Route
+from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
+from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.schema import AnyBody
+from llamaclust.cluster.front.settings import ModelNames
+from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.core.limits import AdapterScales
+
+_Arguments = ParamSpec("_Arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[AnyBody]):
+    """A request whose body is read and whose model is known."""
+
+    body: AnyBody
+    ticket: Ticket
+    adapters: AdapterScales
+    model: str  # the name in the reply
+
+    async def chat(
+        self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
+    ) -> ChatRequest:
+        """The chat that `make` makes of the body, as this request has it."""
+        chat = await converted(self.body, make, *given, **named)
+        return chat.admitted(self.ticket.created, self.adapters)
+
+
+class Dialect(ABC, Generic[AnyBody]):
+    """The endpoint of one path and one model. A subclass names paths and body, and describes the reply; a row in
+    `DIALECTS` (`front/app.py`) serves it. One that refuses requests before it reads their bodies, or leaves some to
+    another dialect, overrides `make`; one with further operations, `routes`."""
+
+    paths: ClassVar[tuple[str, ...]]
+    body: type[AnyBody]
+    takes_any_model: ClassVar[bool] = False
+    """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
+    form: ClassVar[StreamFormat] = StreamFormat.EVENTS
+
+    def __init__(self, service: TextService, replies: Replies, path: str) -> None:
+        self.service = service
+        self.replies = replies
+        self.settings = replies.settings
+        self.path = path
+        takes_any = self.takes_any_model or not path.startswith("/v1/")
+        self.models = ModelNames(service.settings.model_name, self.settings, any_by_default=takes_any)
+
+    @abstractmethod
+    async def reply(self, asked: Asked[AnyBody]) -> Reply:
+        """What a request asks for. Raises what refuses its body."""
+
+    def routes(self) -> Iterator[Route]:
+        """The operations of the endpoint."""
+        answer = self.replies.endpoint(self.path, self.make, self.form)
+        yield Route("POST", self.path, answer, self.body, computes=True)
+
+    async def make(self, data: bytes, ticket: Ticket) -> Reply:
+        """The reply to the bytes of a body."""
+        body = await parse_body(data, self.body, self.settings)
+        adapters = self._adapters(body, ticket.scales)
+        return await self.reply(Asked(body, ticket, adapters, self.models.shown(_model(body))))
+
+    async def read(self, request: Request) -> AnyBody:
+        """The body of a request that is answered at once. Raises what `read_body` raises, and refuses what `make`
+        refuses of models and adapters."""
+        body = await read_body(request, self.body, self.settings)
+        self._adapters(body)
+        return body
+
+    async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
+        """The reply with the number of tokens of a chat's prompt, and further fields before it."""
+        answer = await unless_disconnected(request, self.service.chat_prompt(chat))
+        return JsonResponse({**fields, "input_tokens": len(answer.prompt)})
+
+    def _adapters(self, body: AnyBody, default: AdapterScales = ()) -> AdapterScales:
+        return self.models.adapters(_model(body), getattr(body, "lora", None), default)
+
+
+def _model(body: AnyBody) -> str | None:
+    name: str | None = getattr(body, "model", None)
+    return name

@@ -25,7 +25,7 @@ from llamaclust.cluster.front.http.responses import Route, unsupported
 from llamaclust.cluster.front.schema import Body
 from llamaclust.cluster.front.settings import ApiSettings, ModelNames, not_served, read_keep_alive
 from llamaclust.cluster.front.text.service import TextService
-from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -134,10 +134,9 @@ class ApiModel:
     def names(self) -> tuple[str, ...]:
         return (*self.shown_names, *self.settings.aliases)
 
-    def continues(self, request: OpenRequest) -> bool:
+    def continues(self, request: RequestContext) -> bool:
         """True if a request that an earlier coordinator left gets the same answer here."""
-        admission = request.admission
-        return admission.served == self.settings.digest and self.settings.adapters.have(admission.adapters)
+        return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from llamaclust.cluster.state.api_keys import LiveKeys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import ModelUse, Ready, Report
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import OpenRequest
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.version import VERSION
@@ -220,7 +220,7 @@ async def api_models(
         yield models
 
 
-async def restore(models: Sequence[ApiModel], journal: Journal, requests: Sequence[OpenRequest]) -> None:
+async def restore(models: Sequence[ApiModel], journal: Journal, requests: Sequence[RequestContext]) -> None:
     """The requests that an earlier coordinator left, each by the model that continues it."""
     await journal.restore(requests)
     for model in models:

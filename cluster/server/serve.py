@@ -41,7 +41,7 @@ from llamaclust.cluster.state.events import Draining, Notice, Report
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import (
     Instant,
-    OpenRequest,
+    RequestContext,
     found_unanswered,
     left_unanswered,
     read_journal,
@@ -189,7 +189,7 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
         raise
 
 
-async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Front) -> list[OpenRequest]:
+async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Front) -> list[RequestContext]:
     """What an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
     restorable = [request for request in left if any(model.continues(request) for model in models)]
@@ -197,7 +197,7 @@ async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Fro
     return restorable
 
 
-def _left_requests(path: Path) -> list[OpenRequest]:
+def _left_requests(path: Path) -> list[RequestContext]:
     """Those of an earlier coordinator; none where the journal cannot be read."""
     try:
         return read_journal(path, Instant.now())

@@ -20,11 +20,10 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.disk_thread import DiskThread
 from llamaclust.cluster.state.journal_records import (
     HEAD_LINE,
-    Admission,
     Change,
     ChoiceKey,
-    OpenRequest,
     Record,
+    RequestContext,
     to_line,
 )
 from llamaclust.core.errors import SupersededError
@@ -59,21 +58,21 @@ class Journal:
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
-    async def restore(self, requests: Iterable[OpenRequest]) -> None:
+    async def restore(self, requests: Iterable[RequestContext]) -> None:
         """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
         for request in requests:
             for record in request.records():
                 self._contents.add(record)
             if request.is_sent:
-                self.sent(request.admission.id)
+                self.sent(request.id)
         await self._writer.written(b"", is_synced=True)
 
-    def admit(self, admission: Admission) -> asyncio.Future[None]:
+    def admit(self, request: RequestContext) -> asyncio.Future[None]:
         """Done once the record is on disk, or cannot be. Admissions at about the same time share one fsync.
         SupersededError where the journal is sealed."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
-        return self._writer.written(self._contents.add(admission), is_synced=True)
+        return self._writer.written(self._contents.add(request), is_synced=True)
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
         """Tokens of a choice from its token number `start` on; written soon, and not synced."""
@@ -146,7 +145,7 @@ class _Contents:
         return b"".join(self.lines.values())
 
     def add(self, record: Record) -> bytes:
-        if isinstance(record, Admission):
+        if isinstance(record, RequestContext):
             line = to_line(record)
             self.lines[record.id] = bytearray()
         elif record.id in self.lines:

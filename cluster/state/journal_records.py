@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import starmap
 from pathlib import Path
 from struct import Struct
@@ -58,13 +57,18 @@ class Instant:
         return max(0.0, until.unix_s - self.unix_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestIdentity:
-    """What a request's reply is called, and what makes it the same when it is computed again."""
+@dataclass(slots=True, kw_only=True)
+class RequestContext:
+    """A request that was accepted: the names of its reply, what makes that the same when it is computed again, and how
+    far an earlier coordinator came with it.
+
+    Its first computation adds what later ones, whose tokens have to be the same, could not find again.
+    """
 
     id: str
     seed: int  # where the body has none
     created: int  # Unix time in seconds, part of replies
+    endpoint: str  # path of the POST
     owner: str = ""  # digest of the API key, others may not read the reply; "": no key was needed
     client: str = ""  # its share of the machine is used: digest of the API key, or an address where keys are not needed
     conversation: str = ""  # llama.cpp's X-Conversation-Id: names its newest reply
@@ -72,34 +76,50 @@ class RequestIdentity:
     scales: AdapterScales = ()  # where the body chooses no adapters
     traceparent: str = ""  # trace context of its spans; "": it is not traced
     tracestate: str = ""  # which belongs to it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
-    """A request as it was accepted."""
-
-    identity: RequestIdentity
-    endpoint: str  # path of the POST
-    body: bytes
-    admitted: Instant
-    limit_s: float  # from then on; it ends unanswered
+    body: bytes = b""  # known to the journal alone
+    admitted: Instant = field(default_factory=Instant.now)
+    limit_s: float = 0.0  # from then on; it ends unanswered
     served: str = ""  # digest of what else answers depend on: the model and its settings
     is_streamed: bool = True
     is_background: bool = False  # its client does not wait for it
     has_measurements: bool = False  # its stream has other bytes if it is computed again
-    has_grammar: bool = False  # its answers obey a grammar
-    earlier: _Messages = ()  # messages of the stored chat that its body continues
+    has_grammar: bool | None = None  # its answers obey a grammar; None: that is not decided yet
+    earlier: _Messages = ()  # messages of the stored chat that the request continues
     adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded
+    received_ns: int = field(default_factory=time.monotonic_ns, init=False, compare=False)
+    is_restored: bool = field(default=False, init=False, compare=False)  # an earlier coordinator left it
+    answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict, init=False)  # tokens of choices so far
+    is_sent: bool = field(default=False, init=False)  # the whole reply was; its client may not have read it
+    restores: int = field(default=0, init=False)  # by coordinators that ended before they added a token
 
     __pydantic_config__ = _BASE64
 
     @property
-    def id(self) -> str:
-        return self.identity.id
+    def is_named(self) -> bool:
+        """True where the client may be cut off and come back."""
+        return bool(self.conversation or self.idempotency_key)
 
     def left_s(self, now: Instant) -> float:
-        """Until it ends unanswered."""
+        """Seconds until it ends unanswered."""
         return self.limit_s - self.admitted.passed_s(now)
+
+    def apply(self, change: Change) -> None:
+        """Takes a later record. Tokens that do not follow the known ones are left out."""
+        self.is_sent |= change.is_sent
+        choice = change.prompt, change.choice
+        if change.restores is not None:
+            self.restores = change.restores
+        elif change.rows and not len(change.rows) % _ROW.size and len(self.answered.get(choice, ())) == change.start:
+            self.answered.setdefault(choice, []).extend(starmap(RowResult, _ROW.iter_unpack(change.rows)))
+            self.restores = 0
+
+    def records(self) -> Iterator[Record]:
+        """Its admission, its tokens and its restores."""
+        yield self
+        for choice, rows in self.answered.items():
+            yield Change.answered(self.id, choice, 0, rows)
+        if self.restores:
+            yield Change(self.id, restores=self.restores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,32 +143,15 @@ class Change:
         return cls(request_id, *choice, start, b"".join(_ROW.pack(row.token, row.logprob) for row in rows))
 
 
-Record = Admission | Change
+Record = RequestContext | Change
 _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kind) for kind in get_args(Record)}
-
-
-@dataclass(frozen=True, slots=True)
-class OpenRequest:
-    """A request of the journal that has not ended, and the tokens of its choices so far."""
-
-    admission: Admission
-    answered: Mapping[ChoiceKey, tuple[RowResult, ...]] = field(default_factory=dict)
-    is_sent: bool = False  # the whole reply was; its client may not have read it
-    restores: int = 0  # by coordinators that ended before they added a token
-
-    def records(self) -> Iterator[Record]:
-        """Its admission, its tokens and its restores."""
-        yield self.admission
-        for choice, rows in self.answered.items():
-            yield Change.answered(self.admission.id, choice, 0, rows)
-        if self.restores:
-            yield Change(self.admission.id, restores=self.restores)
 
 
 def to_line(record: Record) -> bytes:
     """RequestError for a record that no coordinator would read again."""
     kind = type(record).__name__.encode()
-    line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude_defaults=True))
+    later = {each.name for each in fields(record) if not each.init}
+    line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude=later, exclude_defaults=True))
     if len(line) >= _MAX_LINE_BYTES:  # a line of just this length would be read as one that is longer
         what = f"the request, with the chat that it continues, takes {len(line)} bytes in the journal"
         raise RequestError(f"{what}, at most {_MAX_LINE_BYTES - 1} are possible: send less at once")
@@ -159,39 +162,24 @@ def _line(text: bytes) -> bytes:
     return _CHECKSUM % zlib.crc32(text) + text + b"\n"
 
 
-_HEAD = b"llamaclust journal 3"
+_HEAD = b"llamaclust journal 4"
 HEAD_LINE = _line(_HEAD)
 """The first line of a journal that is not empty: the version of its records."""
 
 
-def read_journal(path: Path, now: Instant) -> list[OpenRequest]:
+def read_journal(path: Path, now: Instant) -> list[RequestContext]:
     """The requests that an earlier coordinator left and that are not too old, in the order of their admission; empty
     where there is no journal. OSError where it cannot be read, ValueError for one of another version."""
-    admissions: dict[str, Admission] = {}
-    changes: dict[str, list[Change]] = {}
+    requests: dict[str, RequestContext] = {}
     for record in _records(path):
-        if isinstance(record, Admission):
-            admissions[record.id], changes[record.id] = record, []
+        if isinstance(record, RequestContext):
+            record.is_restored = True
+            requests[record.id] = record
         elif record.is_ended:
-            admissions.pop(record.id, None)
-        elif record.id in admissions:
-            changes[record.id].append(record)
-    return [_opened(each, changes[each.id]) for each in admissions.values() if each.left_s(now) > 0]
-
-
-def _opened(admission: Admission, changes: Iterable[Change]) -> OpenRequest:
-    rows: defaultdict[ChoiceKey, bytearray] = defaultdict(bytearray)
-    is_sent, restores = False, 0
-    for change in changes:
-        known = rows[change.prompt, change.choice]
-        if change.restores is not None:
-            restores = change.restores
-        elif change.rows and not len(change.rows) % _ROW.size and len(known) == change.start * _ROW.size:
-            known += change.rows
-            restores = 0
-        is_sent |= change.is_sent
-    answered = {choice: tuple(starmap(RowResult, _ROW.iter_unpack(known))) for choice, known in rows.items() if known}
-    return OpenRequest(admission, answered, is_sent, restores)
+            requests.pop(record.id, None)
+        elif (request := requests.get(record.id)) is not None:
+            request.apply(record)
+    return [request for request in requests.values() if request.left_s(now) > 0]
 
 
 def _records(path: Path) -> Iterator[Record]:
@@ -234,7 +222,7 @@ def left_unanswered(journal: Path) -> str:
     return f"{_counted(number)} computed again at the next start" if number else ""
 
 
-def found_unanswered(requests: Sequence[OpenRequest], restored: Sequence[OpenRequest]) -> str:
+def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
     """One line about the requests that a start has found, and those of them that it answers; "" for none."""
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number
@@ -244,7 +232,7 @@ def found_unanswered(requests: Sequence[OpenRequest], restored: Sequence[OpenReq
     return "; ".join(lines)
 
 
-def _unanswered(requests: Sequence[OpenRequest]) -> int:
+def _unanswered(requests: Sequence[RequestContext]) -> int:
     return sum(not request.is_sent for request in requests)
 
 

@@ -14,11 +14,12 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.schema import AnyBody
 from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import AdapterScales
 
 _Arguments = ParamSpec("_Arguments")
@@ -29,7 +30,7 @@ class Asked(Generic[AnyBody]):
     """A request whose body is read and whose model is known."""
 
     body: AnyBody
-    ticket: Ticket
+    context: RequestContext
     adapters: AdapterScales
     model: str  # the name in the reply
 
@@ -38,7 +39,7 @@ class Asked(Generic[AnyBody]):
     ) -> ChatRequest:
         """The chat that `make` makes of the body, as this request has it."""
         chat = await converted(self.body, make, *given, **named)
-        return chat.admitted(self.ticket.created, self.adapters)
+        return chat.admitted(self.context.created, self.adapters)
 
 
 class Dialect(ABC, Generic[AnyBody]):
@@ -69,11 +70,11 @@ class Dialect(ABC, Generic[AnyBody]):
         answer = self.replies.endpoint(self.path, self.make, self.form)
         yield Route("POST", self.path, answer, self.body, computes=True)
 
-    async def make(self, data: bytes, ticket: Ticket) -> Reply:
+    async def make(self, data: bytes, context: RequestContext) -> Reply:
         """The reply to the bytes of a body."""
         body = await parse_body(data, self.body, self.settings)
-        adapters = self._adapters(body, ticket.scales)
-        return await self.reply(Asked(body, ticket, adapters, self.models.shown(_model(body))))
+        adapters = self._adapters(body, context.scales)
+        return await self.reply(Asked(body, context, adapters, self.models.shown(_model(body))))
 
     async def read(self, request: Request) -> AnyBody:
         """The body of a request that is answered at once. Raises what `read_body` raises, and refuses what `make`

@@ -26,12 +26,12 @@ from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
 from llamaclust.cluster.front.json_text import one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, Ticket, read_position
+from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, new_context, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Instant, OpenRequest
+from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.errors import LlamaclustError, RequestFailedError, WorkerError
 from llamaclust.wire.rpc.task_set import TaskSet
 
@@ -40,7 +40,6 @@ _ALONE_S = 10.0
 """Until the next one begins, where a request does not progress."""
 
 _log = logging.getLogger(__name__)
-_Restored = tuple[OpenRequest, KeptReply]
 
 
 class Replies:
@@ -68,17 +67,19 @@ class Replies:
     async def _answer(self, request: Request, path: str) -> Response:
         """A reply that its client could ask for later goes on without the connection, any other ends with it."""
         body = await read_bytes(request, self.settings)
-        ticket = Ticket.draw(request.headers, path, self.settings)
-        if (same := self.cache.same(ticket, body)) is not None:
-            return await self._begun(request, same, _given(request, same.ticket))
+        context = new_context(request.headers, path, self.settings)
+        if (same := self.cache.same(context, body)) is not None:
+            return await self._begun(request, same, _given(request, same.context))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
-            raise self._not_found(ticket.identity.idempotency_key)
-        reply = await self._endpoints[path](body, ticket)
-        kept = KeptReply(ticket, reply, self.cache, is_kept=ticket.is_named or reply.is_background)
+            raise self._not_found(context.idempotency_key)
+        reply = await self._endpoints[path](body, context)
+        context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
+        context.has_measurements = reply.has_measurements
+        kept = KeptReply(context, self.cache, is_kept=context.is_named or reply.is_background)
         if kept.is_kept:
-            while (before := self.cache.in_conversation(ticket)) is not None:
+            while (before := self.cache.in_conversation(context)) is not None:
                 await self.cache.forget(before)
-            if (same := self.cache.same(ticket, body)) is not None:  # that came meanwhile
+            if (same := self.cache.same(context, body)) is not None:  # that came meanwhile
                 return await self._begun(request, same, Position())
             self.cache.add(kept, body)
         await self._begin(request, kept, reply, body)
@@ -88,11 +89,11 @@ class Replies:
         """Returns once the admission is on disk, which is written while the prompt is computed: nothing is sent before.
         It is journalled where its client could ask for the rest. A moment is waited for the first part of a stream that
         ends with its connection, so that what fails before gets a status of its own."""
-        is_journalled = kept.is_kept or (kept.is_streamed and self._form(kept).has_ids)
+        is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
             on_disk = await unless_disconnected(request, kept.begin(reply, admitted=admitted))
-            if kept.is_streamed and not kept.is_kept:
+            if kept.context.is_streamed and not kept.is_kept:
                 await unless_disconnected(request, kept.log.first(self.settings.first_chunk_s))
             if on_disk is not None:
                 await asyncio.shield(on_disk)
@@ -102,24 +103,24 @@ class Replies:
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
         """The reply to the request that begins it, or repeats that."""
-        if kept.acknowledgement is not None and not kept.is_streamed:
+        if kept.acknowledgement is not None and not kept.context.is_streamed:
             return JsonParts(one_part(kept.acknowledgement))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
         """What a client lacks of a reply."""
-        if not kept.is_streamed:
+        if not kept.context.is_streamed:
             return await self._whole(request, kept)
-        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, given)
+        framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
         framing.with_ids = kept.is_kept or _wants_ids(request)
-        framing.with_comments = not kept.ticket.identity.conversation  # its clients count bytes
+        framing.with_comments = not kept.context.conversation  # its clients count bytes
         return self._stream(kept, framing)
 
     def _stream(self, kept: KeptReply, framing: Framing) -> Response:
         return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form)
 
     def _form(self, kept: KeptReply) -> StreamFormat:
-        return self._forms.get(kept.ticket.endpoint, StreamFormat.EVENTS)
+        return self._forms.get(kept.context.endpoint, StreamFormat.EVENTS)
 
     async def _whole(self, request: Request, kept: KeptReply) -> Response:
         try:
@@ -134,7 +135,7 @@ class Replies:
         """`GET /v1/streams/ID`: the events after the one of `Last-Event-ID` or `?after=`; a reply that is not streamed
         as a whole."""
         kept = self._find(request)
-        return await self.respond(request, kept, _given(request, kept.ticket))
+        return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
         """`GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, llama.cpp's forms: the bytes of a
@@ -144,11 +145,10 @@ class Replies:
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
-        left = kept.ticket.restored
-        if int(start) and left is not None and left.admission.has_measurements:
+        if int(start) and kept.context.is_restored and kept.context.has_measurements:
             why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
             raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")
-        framing = Framing(self._form(kept), kept.ticket.id, self.settings.keepalive_s, skipped_bytes=int(start))
+        framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, skipped_bytes=int(start))
         framing.with_comments = False
         return self._stream(kept, framing)
 
@@ -172,41 +172,41 @@ class Replies:
 
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
-    async def restore(self, requests: Sequence[OpenRequest]) -> None:
+    async def restore(self, requests: Sequence[RequestContext]) -> None:
         """They can be found at once; their computation begins in the order of their admission. Those that were sent are
         computed where a client has not read them to the end. The journal has them already."""
-        begun: list[_Restored] = []
+        begun: list[KeptReply] = []
         for request in sorted(requests, key=attrgetter("is_sent")):
-            kept = KeptReply(Ticket.restore(request), request.admission, self.cache)
+            kept = KeptReply(request, self.cache)
             try:
-                self.cache.add(kept, request.admission.body)
+                self.cache.add(kept, request.body)
             except HttpError as full:
-                _log.warning("request %s is not restored: %s", kept.ticket.id, full)
+                _log.warning("request %s is not restored: %s", request.id, full)
                 self.cache.remove(kept)
                 continue
             if request.restores >= _MOST_RESTORES:
                 what = f"the coordinator ended {request.restores} times while it computed this request, at last alone"
-                _log.warning("request %s: %s", kept.ticket.id, what)
+                _log.warning("request %s: %s", request.id, what)
                 kept.fail(RequestFailedError(what))
             elif request.is_sent:
-                kept.postpone(partial(self._start, request, kept))
+                kept.postpone(partial(self._start, kept))
             else:
-                begun.append((request, kept))
+                begun.append(kept)
         if begun:
             _log.info("requests restored from the journal", extra={"requests": len(begun)})
             self._tasks.start(self._begin_all(begun))
 
-    def _start(self, request: OpenRequest, kept: KeptReply) -> None:
-        self._tasks.start(self._begin_alone(request, kept))
+    def _start(self, kept: KeptReply) -> None:
+        self._tasks.start(self._begin_alone(kept))
 
-    async def _begin_all(self, begun: list[_Restored]) -> None:
-        together = [(request, kept) for request, kept in begun if not request.restores]
-        await self._count_restores({kept.ticket.id: 1 for _, kept in together})
-        for restored in together:
-            await self._attempt(self._begin_again(*restored))
-        alone = [(request, kept) for request, kept in begun if request.restores]
-        for request, kept in sorted(alone, key=lambda restored: restored[0].restores):
-            await self._attempt(self._begin_alone(request, kept))
+    async def _begin_all(self, begun: list[KeptReply]) -> None:
+        together = [kept for kept in begun if not kept.context.restores]
+        await self._count_restores({kept.context.id: 1 for kept in together})
+        for kept in together:
+            await self._attempt(self._begin_again(kept))
+        alone = [kept for kept in begun if kept.context.restores]
+        for kept in sorted(alone, key=attrgetter("context.restores")):
+            await self._attempt(self._begin_alone(kept))
             with suppress(TimeoutError):
                 await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
 
@@ -214,30 +214,30 @@ class Replies:
         """One that is tried again, because the machine is busy, does not hold up the others for long."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
-    async def _begin_alone(self, request: OpenRequest, kept: KeptReply) -> None:
-        await self._count_restores({kept.ticket.id: request.restores + 1})
-        await self._begin_again(request, kept)
+    async def _begin_alone(self, kept: KeptReply) -> None:
+        await self._count_restores({kept.context.id: kept.context.restores + 1})
+        await self._begin_again(kept)
 
     async def _count_restores(self, times: Mapping[str, int]) -> None:
         assert self.cache.journal is not None
         await self.cache.journal.begin_restored(times)
 
-    async def _begin_again(self, request: OpenRequest, kept: KeptReply) -> None:
+    async def _begin_again(self, kept: KeptReply) -> None:
         """In a task of its own: its sequences belong to the trace of the request that was admitted."""
-        admission, identity = request.admission, request.admission.identity
-        current_owner.set(identity.client)
-        current_trace.set(TraceContext.parse([identity.traceparent], [identity.tracestate]))
-        make = self._endpoints.get(admission.endpoint)
+        context = kept.context
+        current_owner.set(context.client)
+        current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
+        make = self._endpoints.get(context.endpoint)
         if make is None:
-            kept.fail(WorkerError(f"the endpoint {admission.endpoint} is not there any more"))
+            kept.fail(WorkerError(f"the endpoint {context.endpoint} is not there any more"))
             return
-        end_s = asyncio.get_running_loop().time() + admission.left_s(Instant.now())
+        end_s = asyncio.get_running_loop().time() + context.left_s(Instant.now())
         try:
-            await kept.begin(await make(admission.body, kept.ticket), until_s=end_s)
+            await kept.begin(await make(context.body, context), until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)
         except Exception:  # noqa: BLE001  the others are restored all the same
-            _log.exception("request %s is not restored", kept.ticket.id)
+            _log.exception("request %s is not restored", context.id)
             kept.fail(WorkerError("the request could not be restored; the coordinator's log says more"))
 
     async def aclose(self) -> None:
@@ -246,7 +246,7 @@ class Replies:
         await self.cache.aclose()
 
 
-def _given(request: Request, ticket: Ticket) -> Position:
+def _given(request: Request, context: RequestContext) -> Position:
     """What the client has already of the reply: the id of an event, or what follows its colon. HttpError for what is
     neither, and for an event of another request."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
@@ -254,8 +254,8 @@ def _given(request: Request, ticket: Ticket) -> Position:
     if not last:
         return Position()
     request_id, colon, position = last.rpartition(":")
-    if colon and request_id != ticket.id:
-        why = f"{last[:60]!r} is an event of another request; the ids of this reply's events begin with {ticket.id}:"
+    if colon and request_id != context.id:
+        why = f"{last[:60]!r} is an event of another request; the ids of this reply's events begin with {context.id}:"
         raise HttpError(400, "bad_event_id", f"{param}: {why}", param=param)
     return read_position(position, param)
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
 from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, one_part
-from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, Ticket, View
+from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, ChoiceKey
+from llamaclust.cluster.state.journal_records import ChoiceKey, RequestContext
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
 from llamaclust.core.sampling import RowResult
@@ -50,9 +50,8 @@ class KeptReply:
     connection takes, which closes it; others expire when no client has read them for a while, one that its client does
     not wait for not before it has ended."""
 
-    def __init__(self, ticket: Ticket, kind: Reply | Admission, owner: ReplyCache, *, is_kept: bool = True) -> None:
-        self.ticket = ticket
-        self.is_streamed, self.is_background = kind.is_streamed, kind.is_background
+    def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
+        self.context = context
         self.is_kept = is_kept
         self.acknowledgement: bytes | None = None  # see `Reply`; None also before it has begun
         self.log = AnswerLog(*([self._grow] if is_kept else []), is_held=is_kept)
@@ -108,8 +107,8 @@ class KeptReply:
         `until_s`, in the event loop's time: where the machine is busy, it is tried again until then, and then the reply
         ends."""
         try:
-            await self._submit(reply, until_s, is_recorded=admitted is not None or self.ticket.restored is not None)
-            on_disk = None if admitted is None else self._owner.admit(self, reply, admitted)
+            await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
+            on_disk = None if admitted is None else self._owner.admit(self, admitted)
         except BaseException as error:
             self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await self._computing.aclose()
@@ -144,7 +143,7 @@ class KeptReply:
         """Submits all prompts, with one seed; where one is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
-            requests = [self.ticket.request(*numbered) for numbered in enumerate(await reply.requests())]
+            requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
             self._check_adapters({number for request in requests for number, _ in request.adapters})
             generations = [await service.prepare(request) for request in requests]
             computing.callback(service.budget.release, service.budget.reserve(reply.sizes(requests, generations)))
@@ -161,23 +160,23 @@ class KeptReply:
     def _check_adapters(self, numbers: set[int]) -> None:
         """A restored request may name a model that is an adapter only now. AdapterUnloadedError for one that it did not
         use before."""
-        restored, used = self.ticket.restored, self._owner.settings.adapters.marks(numbers)
-        if restored is not None and not {*used} <= {*restored.admission.adapters}:
+        used = self._owner.settings.adapters.marks(numbers)
+        if self.context.is_restored and not {*used} <= {*self.context.adapters}:
             raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
 
     def _record(self) -> None:
         """The journal takes the tokens of answers that need nothing else to go on; of others, that there are some."""
-        restored, journal = self.ticket.restored, self._owner.journal
+        context, journal = self.context, self._owner.journal
         if journal is None:
             return
-        known = {} if restored is None else {choice: len(rows) for choice, rows in restored.answered.items()}
-        recording = Recording(journal, self.ticket.id, known, None if restored is None else self.progressed)
+        known = {choice: len(rows) for choice, rows in context.answered.items()}
+        recording = Recording(journal, context.id, known, self.progressed if context.is_restored else None)
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in self.log.generations
         )
         if not needs_more:
             self.log.subscribe(recording.add)
-        elif restored is not None:
+        elif context.is_restored:
             self.log.subscribe(recording.progress)
 
     async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:
@@ -190,14 +189,14 @@ class KeptReply:
             self.log.raise_error()
             if is_stored:
                 await self.value()
-            if self.is_background and (journal := self._owner.journal) is not None:
-                journal.completed(self.ticket.id)
+            if self.context.is_background and (journal := self._owner.journal) is not None:
+                journal.completed(self.context.id)
         except TimeoutError:
             self.end(DeadlineError(_TOO_LONG))
         except LlamaclustError:
             pass  # its readers get it
         except Exception:  # noqa: BLE001  a mistake of ours, which ends this reply alone
-            _log.exception("request %s failed", self.ticket.id)
+            _log.exception("request %s failed", self.context.id)
         finally:
             self.progressed.set()
             await self._computing.aclose()
@@ -227,10 +226,10 @@ class KeptReply:
         await self._computing.aclose()  # a task that is cancelled before its first step closes nothing
 
     def _expire_later(self) -> None:
-        if not self.is_kept or self.is_read or self._timer is not None or (self.is_background and self.is_running):
+        settings, is_background = self._owner.settings, self.context.is_background
+        if not self.is_kept or self.is_read or self._timer is not None or (is_background and self.is_running):
             return
-        settings = self._owner.settings
-        kept_s = settings.background_s if self.is_background else settings.resume_s
+        kept_s = settings.background_s if is_background else settings.resume_s
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:

@@ -1,4 +1,4 @@
-"""A request's ticket, and the description of its reply: what is computed, and how a client reads it."""
+"""The description of a reply: what is computed for a request, and how a client reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,88 +23,48 @@ from llamaclust.cluster.front.text.request import CompletionRequest, draw_seed
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import ReplySize, RowStorage, current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.state.journal_records import OpenRequest, RequestIdentity
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import WorkerError
-from llamaclust.core.limits import AdapterScales
 
 _MAX_NAME = 255
 _MAX_SLOTS = 130
 
 
-@dataclass(slots=True, kw_only=True)
-class Ticket:
-    """A request that is admitted, or was by an earlier coordinator. Its first computation adds what later ones, whose
-    tokens have to be the same, could not find again."""
+def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
+    """The context of a new request. HttpError for a header that cannot be a name."""
+    trace = current_trace.get()
+    return RequestContext(
+        id=secrets.token_hex(12),
+        seed=draw_seed(),
+        created=int(time.time()),
+        endpoint=endpoint,
+        owner=owner(headers, settings.api_keys),
+        client=current_owner.get(),
+        conversation=_name(headers, "x-conversation-id"),
+        idempotency_key=_name(headers, "idempotency-key"),
+        scales=settings.adapters.default,
+        traceparent="" if trace is None else trace.traceparent,
+        tracestate="" if trace is None else trace.state,
+    )
 
-    identity: RequestIdentity
-    endpoint: str  # path of the POST
-    restored: OpenRequest | None = None  # as an earlier coordinator left it
-    has_grammar: bool | None = None  # answers obey a grammar; None: that is not decided yet
-    earlier: Sequence[Mapping[str, Any]] = ()  # messages of the stored chat that the request continues
-    received_ns: int = field(default_factory=time.monotonic_ns)
 
-    @classmethod
-    def draw(cls, headers: Headers, endpoint: str, settings: ApiSettings) -> Ticket:
-        """A new request's. HttpError for a header that cannot be a name."""
-        trace = current_trace.get()
-        identity = RequestIdentity(
-            id=secrets.token_hex(12),
-            seed=draw_seed(),
-            created=int(time.time()),
-            owner=owner(headers, settings.api_keys),
-            client=current_owner.get(),
-            conversation=_name(headers, "x-conversation-id"),
-            idempotency_key=_name(headers, "idempotency-key"),
-            scales=settings.adapters.default,
-            traceparent="" if trace is None else trace.traceparent,
-            tracestate="" if trace is None else trace.state,
-        )
-        return cls(identity=identity, endpoint=endpoint)
-
-    @classmethod
-    def restore(cls, left: OpenRequest) -> Ticket:
-        """The ticket of a request that an earlier coordinator left."""
-        known = left.admission
-        return cls(
-            identity=known.identity,
-            endpoint=known.endpoint,
-            restored=left,
-            has_grammar=known.has_grammar,
-            earlier=known.earlier,
-        )
-
-    @property
-    def id(self) -> str:
-        return self.identity.id
-
-    @property
-    def created(self) -> int:
-        return self.identity.created
-
-    @property
-    def scales(self) -> AdapterScales:
-        """Scales of adapters, if the request chooses none."""
-        return self.identity.scales
-
-    @property
-    def is_named(self) -> bool:
-        """True where the client may be cut off and come back."""
-        return bool(self.identity.conversation or self.identity.idempotency_key)
-
-    def request(self, prompt: int, request: CompletionRequest) -> CompletionRequest:
-        """The completion of one of its prompts, with its seed and the tokens that are known. The first computation
-        decides whether a grammar is obeyed, for the calls of a chat by the processor time that the grammar takes; later
-        ones have no choice. WorkerError where the grammar could not be made again."""
-        known = {} if self.restored is None else self.restored.answered
-        answered = {choice: rows for (of, choice), rows in known.items() if of == prompt}
-        seed = self.identity.seed if request.seed is None else request.seed
-        name = self.id if prompt == 0 else f"{self.id}-p{prompt}"
-        named = request.identified(name, self.id, seed, answered, received_ns=self.received_ns)
-        if self.has_grammar is None:
-            self.has_grammar = named.grammar is not None
-        if self.has_grammar and named.grammar is None:
-            raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
-        return named if self.has_grammar or named.grammar is None else _without_grammar(named)
+def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
+    """The completion of one prompt of a request, with its seed and the tokens that are known. The first computation
+    decides whether a grammar is obeyed, for the calls of a chat by the processor time that the grammar takes; later
+    ones have no choice. WorkerError where the grammar could not be made again."""
+    named = replace(
+        request,
+        request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
+        group=context.id,
+        seed=context.seed if request.seed is None else request.seed,
+        answered={choice: tuple(rows) for (of, choice), rows in context.answered.items() if of == prompt},
+        received_ns=context.received_ns,
+    )
+    if context.has_grammar is None:
+        context.has_grammar = named.grammar is not None
+    if context.has_grammar and named.grammar is None:
+        raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
+    return named if context.has_grammar or named.grammar is None else _without_grammar(named)
 
 
 def _without_grammar(request: CompletionRequest) -> CompletionRequest:
@@ -203,7 +163,7 @@ class Reply:
         ]
 
 
-MakeReply = Callable[[bytes, Ticket], Awaitable[Reply]]
+MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 """An endpoint: the reply to a body. Raises what refuses the body."""
 
 

@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity
+from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.errors import ClusterStoppingError
 from llamaclust.core.sharing.shares import fits
 from llamaclust.wire.rpc.task_set import TaskSet
@@ -33,7 +32,7 @@ class _Entry:
     @property
     def client(self) -> str:
         """Has the share that it is in."""
-        return self.kept.ticket.identity.client
+        return self.kept.context.client
 
     @property
     def held_bytes(self) -> int:
@@ -56,27 +55,27 @@ class ReplyCache:
 
     def add(self, kept: KeptReply, body: bytes) -> None:
         """HttpError where the client has no room."""
-        ticket, client = kept.ticket, kept.ticket.identity.client
-        body_bytes = len(body) + (json_size(ticket.earlier) if ticket.earlier else 0)
+        context, client = kept.context, kept.context.client
+        body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
         self._make_room(client, body_bytes)
-        self._entries[ticket.id] = _Entry(kept, _digest(ticket, body), body_bytes)
+        self._entries[context.id] = _Entry(kept, _digest(context, body), body_bytes)
         self._held_bytes[client] += body_bytes
         self._replies[client] += 1
-        for name in _names(ticket.identity):
-            self._ids[name] = ticket.id
+        for name in _names(context):
+            self._ids[name] = context.id
 
     def remove(self, kept: KeptReply) -> None:
-        ticket = kept.ticket
-        if (entry := self._entries.pop(ticket.id, None)) is not None:
+        context = kept.context
+        if (entry := self._entries.pop(context.id, None)) is not None:
             self._held_bytes[entry.client] -= entry.held_bytes
             self._replies[entry.client] -= 1
             if not self._replies[entry.client]:
                 del self._replies[entry.client], self._held_bytes[entry.client]
-        for name in _names(ticket.identity):
-            if self._ids.get(name) == ticket.id:
+        for name in _names(context):
+            if self._ids.get(name) == context.id:
                 del self._ids[name]
         if self.journal is not None:
-            self.journal.end(ticket.id)
+            self.journal.end(context.id)
 
     async def forget(self, kept: KeptReply) -> None:
         """Ends it, and removes it."""
@@ -87,7 +86,7 @@ class ReplyCache:
         """A connection has ended. A later coordinator computes a reply that it took all of only for a client that comes
         back, as one that ended with it."""
         if self.journal is not None and (has_all or not kept.is_kept):
-            self.journal.sent(kept.ticket.id)
+            self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()
 
@@ -103,23 +102,17 @@ class ReplyCache:
 
     # -- called by replies ---------------------------------------------------------------------------------------------
 
-    def admit(self, kept: KeptReply, reply: Reply, body: bytes) -> asyncio.Future[None]:
+    def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
         """See `Journal.admit`. Its completions were just submitted, so that no token came before."""
         assert self.journal is not None
-        ticket, settings, generations = kept.ticket, self.settings, kept.log.generations
-        numbers = {number for generation in generations for number, _ in generation.adapters}
-        admission = Admission(
-            identity=ticket.identity,
-            endpoint=ticket.endpoint,
+        settings = self.settings
+        numbers = {number for generation in kept.log.generations for number, _ in generation.adapters}
+        admission = replace(
+            kept.context,
             body=body,
             admitted=Instant.now(),
             limit_s=settings.request_s,
             served=settings.digest,
-            is_streamed=reply.is_streamed,
-            is_background=reply.is_background,
-            has_measurements=reply.has_measurements,
-            has_grammar=bool(ticket.has_grammar),
-            earlier=ticket.earlier,
             adapters=settings.adapters.marks(numbers),
         )
         return self.journal.admit(admission)
@@ -132,7 +125,7 @@ class ReplyCache:
         """It holds so many bytes more, or less. Where a client's replies, or those of all, are too much, complete ones
         that are not read give way; then the largest fail of those that run, maybe this one, first those that are not
         read. Of all clients' replies, those of the client with the most go first."""
-        if (entry := self._entries.get(kept.ticket.id)) is None:
+        if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes[entry.client] += more_bytes
         if more_bytes > 0:
@@ -184,23 +177,23 @@ class ReplyCache:
         request_id = name.replace("_", "-").rpartition("-")[2]
         for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
             entry = self._entries.get(found)
-            if entry is not None and entry.kept.ticket.identity.owner == owner:
+            if entry is not None and entry.kept.context.owner == owner:
                 return entry.kept
         return None
 
-    def in_conversation(self, ticket: Ticket) -> KeptReply | None:
+    def in_conversation(self, context: RequestContext) -> KeptReply | None:
         """The conversation's newest."""
-        name = (ticket.identity.owner, _CONVERSATION, ticket.identity.conversation)
+        name = (context.owner, _CONVERSATION, context.conversation)
         entry = self._entries.get(self._ids.get(name, ""))
         return None if entry is None else entry.kept
 
-    def same(self, ticket: Ticket, body: bytes) -> KeptReply | None:
+    def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
         """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
-        key = ticket.identity.idempotency_key
-        entry = self._entries.get(self._ids.get((ticket.identity.owner, _KEY, key), ""))
+        key = context.idempotency_key
+        entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
             return None
-        if entry.digest != _digest(ticket, body):
+        if entry.digest != _digest(context, body):
             raise HttpError(422, "idempotency_key_reused", f"Idempotency-Key {key!r} came with another request before")
         return entry.kept
 
@@ -225,11 +218,11 @@ class ReplyCache:
         return [entry for entry in self._entries.values() if entry.client in clients]
 
 
-def _names(identity: RequestIdentity) -> Iterator[_Name]:
-    for kind, text in ((_CONVERSATION, identity.conversation), (_KEY, identity.idempotency_key)):
+def _names(context: RequestContext) -> Iterator[_Name]:
+    for kind, text in ((_CONVERSATION, context.conversation), (_KEY, context.idempotency_key)):
         if text:
-            yield identity.owner, kind, text
+            yield context.owner, kind, text
 
 
-def _digest(ticket: Ticket, body: bytes) -> bytes:
-    return hashlib.sha256(ticket.endpoint.encode() + b"\n" + body).digest()
+def _digest(context: RequestContext, body: bytes) -> bytes:
+    return hashlib.sha256(context.endpoint.encode() + b"\n" + body).digest()

@@ -102,12 +102,6 @@ class CompletionRequest(AnswerOptions):
         """The characters that all answers read of what the prompt has written of them."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
-    def identified(
-        self, request_id: str, group: str, seed: int, answered: Answered, *, received_ns: int = 0
-    ) -> CompletionRequest:
-        """The same one under a name of its own, with a seed."""
-        return replace(self, request_id=request_id, group=group, seed=seed, answered=answered, received_ns=received_ns)
-
     def check_text(self) -> None:
         """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""
         if self.max_new_tokens is not None:

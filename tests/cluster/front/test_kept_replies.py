@@ -18,7 +18,7 @@ from llamaclust.cluster.front.dialects.openai.view import OpenAiView
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Event, Framing, Reply, Ticket, View
+from llamaclust.cluster.front.replies.reply import Event, Framing, Reply, View
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -27,12 +27,12 @@ from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.sharing import ReplyBudget
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.errors import ClusterStoppingError, DeadlineError, LlamaclustError, RequestCancelledError
 from support.clusters.resumable import KEY, PATHS, body_of, is_idle, served, stream
 from support.clusters.served import until
 
-TICKET = Ticket(identity=RequestIdentity(id="a", seed=1, created=1), endpoint=PATHS[0])
+CONTEXT = RequestContext(id="a", seed=1, created=1, endpoint=PATHS[0])
 
 
 class PlainView(View):
@@ -70,7 +70,7 @@ async def _one() -> list[CompletionRequest]:
 
 
 def kept_by(cache: ReplyCache, *, is_streamed: bool = True) -> KeptReply:
-    return KeptReply(TICKET, replace(Endless().reply, is_streamed=is_streamed), cache)
+    return KeptReply(replace(CONTEXT, is_streamed=is_streamed), cache)
 
 
 async def read_all(kept: KeptReply) -> bytes:
@@ -125,12 +125,12 @@ async def test_a_second_connection_gets_nothing_before_the_admission_is_on_disk(
 ) -> None:
     on_disk, asked, admit = asyncio.Event(), list[str](), Journal.admit
 
-    def slow(self: Journal, admission: Admission) -> asyncio.Task[None]:
+    def slow(self: Journal, admission: RequestContext) -> asyncio.Task[None]:
         async def written() -> None:
             await on_disk.wait()
             await admit(self, admission)
 
-        asked.append(admission.identity.id)
+        asked.append(admission.id)
         return asyncio.create_task(written())
 
     monkeypatch.setattr(Journal, "admit", slow)
@@ -192,8 +192,7 @@ async def test_a_reply_that_ends_before_its_log_has_the_cause(end: str, caplog: 
 
 
 def kept_in(cache: ReplyCache, name: str, client: str = "") -> KeptReply:
-    ticket = Ticket(identity=RequestIdentity(id=name, seed=1, created=1, client=client), endpoint=PATHS[0])
-    kept = KeptReply(ticket, Endless().reply, cache)
+    kept = KeptReply(RequestContext(id=name, seed=1, created=1, client=client, endpoint=PATHS[0]), cache)
     cache.add(kept, b"")
     return kept
 
@@ -367,8 +366,7 @@ async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room
         reply = kept_in(cache, f"id{number}", f"client {number % clients}")
         await reply.begin(Complete(1).reply)
         await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
-    ticket = Ticket(identity=RequestIdentity(id="new", seed=1, created=1, client="newcomer"), endpoint=PATHS[0])
-    kept = KeptReply(ticket, Endless().reply, cache)
+    kept = KeptReply(RequestContext(id="new", seed=1, created=1, client="newcomer", endpoint=PATHS[0]), cache)
     cache.add(kept, b"x" * 10_000)
     assert cache.named("", "new") is kept
     await cache.aclose()

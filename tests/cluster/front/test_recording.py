@@ -11,11 +11,11 @@ import pytest
 
 from llamaclust.cluster.front.replies import kept_reply
 from llamaclust.cluster.front.replies.kept_reply import Recording
-from llamaclust.cluster.front.replies.reply import Ticket
+from llamaclust.cluster.front.replies.reply import identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import RequestIdentity
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult
 from support.seed import SEED
@@ -53,26 +53,24 @@ def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyP
         assert written.tokens[number] == [token for _, token in tokens][: len(written.tokens[number])]
 
 
-def ticket(has_grammar: bool | None) -> Ticket:
-    return Ticket(
-        identity=RequestIdentity(id="a", seed=1, created=1), endpoint="/v1/chat/completions", has_grammar=has_grammar
-    )
+def context(has_grammar: bool | None) -> RequestContext:
+    return RequestContext(id="a", seed=1, created=1, endpoint="/v1/chat/completions", has_grammar=has_grammar)
 
 
 def test_the_first_decision_about_a_grammar_counts() -> None:
     free, bound = CompletionRequest("a"), CompletionRequest("a", grammar=GRAMMAR)
-    first = ticket(None)
-    assert [first.request(0, request).grammar for request in (free, bound)] == [None, None]
+    first = context(None)
+    assert [identified(request, first, 0).grammar for request in (free, bound)] == [None, None]
     assert first.has_grammar is False
-    first = ticket(None)
-    assert first.request(0, bound).grammar == GRAMMAR
+    first = context(None)
+    assert identified(bound, first, 0).grammar == GRAMMAR
     with pytest.raises(WorkerError, match="could not be made in time again"):
-        first.request(0, free)
+        identified(free, first, 0)
 
 
 def test_reasoning_without_a_budget_goes_with_the_grammar_that_it_delays() -> None:
     bound = CompletionRequest("a", grammar=GRAMMAR, reasoning=(delaying := Reasoning((), ("e",), delays_grammar=True)))
-    free, kept = (ticket(has_grammar).request(0, bound) for has_grammar in (False, True))
+    free, kept = (identified(bound, context(has_grammar), 0) for has_grammar in (False, True))
     assert (free.grammar, free.reasoning) == (None, None) and (kept.grammar, kept.reasoning) == (GRAMMAR, delaying)
-    left = ticket(False).request(0, replace(bound, reasoning=replace(delaying, budget=3)))
+    left = identified(replace(bound, reasoning=replace(delaying, budget=3)), context(False), 0)
     assert left.reasoning == replace(delaying, budget=3, delays_grammar=False)

@@ -107,7 +107,7 @@ async def test_lines_of_ollama_outlive_the_coordinator(tmp_path: Path) -> None:
     async with served(path, KilledJournal) as server:
         whole = await lines(server.http, "POST", "/api/chat", json=body)
         read = await lines(server.http, "POST", "/api/chat", most, json=body, headers=KEY)
-    assert [request.admission.endpoint for request in read_journal(path, Instant.now())] == ["/api/chat"]
+    assert [request.endpoint for request in read_journal(path, Instant.now())] == ["/api/chat"]
     async with served(path) as server:
         read += await lines(server.http, "GET", f"/v1/streams/one?after={len(read)}")
         await until(lambda: is_idle(server.engine))

@@ -15,14 +15,14 @@ import pytest
 from llamaclust.cluster.front.dialects.openai.endpoints import CompletionEndpoint
 from llamaclust.cluster.front.replies import handlers, kept_reply
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.text.completion import Completion
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from llamaclust.core.limits import AdapterScales
@@ -44,16 +44,18 @@ from support.seed import SEED
 GRAMMAR = Grammar("{}", origin="tools")
 
 
-async def write_journal(path: Path, *admissions: Admission) -> None:
+async def write_journal(path: Path, *admissions: RequestContext) -> None:
     async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal:
         for admission in admissions:
             await journal.admit(admission)
 
 
-def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> Admission:
-    identity = RequestIdentity(id=f"{number:024x}", seed=7, created=1, idempotency_key=f"key {number}")
-    return Admission(
-        identity=identity,
+def admission(number: int, body: str, *, endpoint: str = PATHS[0], is_streamed: bool = True) -> RequestContext:
+    return RequestContext(
+        id=f"{number:024x}",
+        seed=7,
+        created=1,
+        idempotency_key=f"key {number}",
         endpoint=endpoint,
         body=body.encode(),
         admitted=Instant.now(),
@@ -103,7 +105,7 @@ async def test_a_restored_chat_is_rendered_with_the_time_of_its_admission(
     await write_journal(tmp_path / "journal", journalled)
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "GET", "/v1/streams/key 0")
-    assert seen == [journalled.identity.created]
+    assert seen == [journalled.created]
 
 
 async def test_a_restored_request_has_the_scales_of_its_admission(
@@ -117,7 +119,7 @@ async def test_a_restored_request_has_the_scales_of_its_admission(
 
     monkeypatch.setattr(TextService, "chat", seeing)
     journalled = admission(0, json.dumps(body_of(PATHS[1])), endpoint=PATHS[1])
-    scaled = replace(journalled, identity=replace(journalled.identity, scales=((0, 0.5),)))
+    scaled = replace(journalled, scales=((0, 0.5),))
     await write_journal(tmp_path / "journal", scaled)
     async with served(tmp_path / "journal") as server:
         await stream(server.http, "GET", "/v1/streams/key 0")
@@ -267,11 +269,11 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
     await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
     is_over = asyncio.Event()
 
-    async def deadly(self: CompletionEndpoint, data: bytes, ticket: Ticket) -> Reply:
+    async def deadly(self: CompletionEndpoint, data: bytes, context: RequestContext) -> Reply:
         if b"poison" in data:
             is_over.set()
             await asyncio.Event().wait()
-        return await create(self, data, ticket)
+        return await create(self, data, context)
 
     monkeypatch.setattr(CompletionEndpoint, "create", deadly)
     while not lives or is_over.is_set():
@@ -341,7 +343,7 @@ async def test_a_restored_chat_has_the_grammar_of_its_first_computation(
     async with served(path, KilledJournal) as server:
         await stream(server.http, "POST", PATHS[1], json=body_of(PATHS[1]), headers=KEY)
     (left,) = read_journal(path, Instant.now())
-    assert left.admission.has_grammar == has_grammar
+    assert left.has_grammar == has_grammar
     decisions.append(not has_grammar)
     async with served(path) as server:
         events = await stream(server.http, "GET", "/v1/streams/one")

@@ -70,7 +70,7 @@ async def test_a_start_restores_what_it_can_answer_and_counts_it(
     record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
     with socket.socket() as listener:
         front = Front(ApiPort(listener), record, ApiSettings(), None, events.append)
-        api: Any = SimpleNamespace(continues=lambda request: request.admission.served == "ours")
+        api: Any = SimpleNamespace(continues=lambda request: request.served == "ours")
         requests = await serve._restorable(folder, [api], front)
-    assert [request.admission.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too
+    assert [request.served for request in requests] == ["ours"] * (restored + 1)  # the sent one, too
     assert events == ([] if line is None else [Notice(f"home: {line}")])

@@ -17,9 +17,9 @@ import pytest
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import JournalFile
-from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
+from llamaclust.cluster.state.journal_records import read_journal
 from llamaclust.core.errors import SupersededError
-from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, row, until
+from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, left, row, until
 from support.seed import SEED
 
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
@@ -36,9 +36,9 @@ async def test_open_requests_are_found_in_order_with_their_tokens(tmp_path: Path
         writing.answer("id1", (0, 0), 64, rows[64:])
         for number in (0, 3):
             writing.end(f"id{number}")
-    answered = {(0, 0): tuple(rows), (0, 1): tuple(rows[:3])}
+    answered = {(0, 0): rows, (0, 1): rows[:3]}
     assert read_journal(path, NOW) == [
-        OpenRequest(admission(number, BODY), answered if number == 1 else {}) for number in (1, 2, 4)
+        left(admission(number, BODY), answered if number == 1 else {}) for number in (1, 2, 4)
     ]
     assert read_journal(path, replace(NOW, boot_s=NOW.boot_s + LIMIT_S)) == []
 
@@ -60,7 +60,7 @@ async def test_the_file_is_bounded_by_the_open_requests(tmp_path: Path) -> None:
             await writing.admit(admission(number, body))
             writing.end(f"id{number}")
             assert path.stat().st_size < 7 << 20
-    assert [request.admission.id for request in read_journal(path, NOW)] == ["id0"]
+    assert [request.id for request in read_journal(path, NOW)] == ["id0"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link"])
@@ -73,20 +73,20 @@ async def test_what_is_in_the_way_of_a_new_file_goes(tmp_path: Path, kind: str) 
         left.symlink_to(other)
     async with asyncio.timeout(5), journal(path) as writing:
         await writing.admit(admission(0))
-        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0"]
+        assert [request.id for request in read_journal(path, NOW)] == ["id0"]
     assert other.read_text() == "precious" and not left.exists()
 
 
 async def test_a_restored_journal_holds_what_was_open_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    opened = [OpenRequest(admission(0), {(0, 0): (row(5),)}), OpenRequest(admission(1))]
+    opened = [left(admission(0), {(0, 0): [row(5)]}), left(admission(1))]
     path.write_bytes(b"something else\n")
     async with journal(path) as writing:
         await writing.restore(opened)
         assert read_journal(path, NOW) == opened
         writing.answer("id0", (0, 0), 1, [row(6)])
         writing.end("id1")
-    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5), row(6))})]
+    assert read_journal(path, NOW) == [left(admission(0), {(0, 0): [row(5), row(6)]})]
 
 
 async def test_a_disk_that_cannot_be_written_to_stops_no_request(
@@ -105,7 +105,7 @@ async def test_a_disk_that_cannot_be_written_to_stops_no_request(
         monkeypatch.setattr("llamaclust.cluster.state.journal._RETRY_S", 0.0)
         writing.end("id1")
         await writing.admit(admission(2))
-        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+        assert [request.id for request in read_journal(path, NOW)] == ["id0", "id2"]
 
 
 @pytest.mark.parametrize("attempts", [0, 1, 3])
@@ -135,7 +135,7 @@ async def test_what_could_not_be_written_is_written_although_nothing_comes(
         await until(path.exists)
         await until(lambda: writing._writer._failed_s is None)
         open_requests = ["id0"] if last == "an end" else ["id0", "id1"]
-        assert [request.admission.id for request in read_journal(path, NOW)] == open_requests
+        assert [request.id for request in read_journal(path, NOW)] == open_requests
 
 
 async def test_a_journal_that_another_coordinator_has_taken_is_not_tried_again(
@@ -209,7 +209,7 @@ async def test_tokens_after_a_damaged_line_are_not_taken(tmp_path: Path) -> None
             writing.answer("id0", (0, 0), start, rows[start : start + 3])
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join((*lines[:3], b"x" + lines[3][1:], *lines[4:])))
-    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): tuple(rows[:3])})]
+    assert read_journal(path, NOW) == [left(admission(0), {(0, 0): rows[:3]})]
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "gone"])
@@ -235,7 +235,7 @@ async def test_a_file_that_is_replaced_is_written_anew(tmp_path: Path, kind: str
                 with pytest.raises(OSError, match="not a regular file"):
                     read_journal(path, NOW)
         await writing.admit(admission(2))
-        assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id1", "id2"]
+        assert [request.id for request in read_journal(path, NOW)] == ["id0", "id1", "id2"]
         assert other.read_text() == "of somebody else"
 
 
@@ -291,7 +291,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
             with pytest.raises(SupersededError, match="newer coordinator"):
                 await record.drain(frozenset({"a"}))
             successor.answer("id0", (0, 0), 0, [row(5)])
-    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(5),)})]
+    assert read_journal(path, NOW) == [left(admission(0), {(0, 0): [row(5)]})]
     assert (ControlRecord.begin(tmp_path / "control.json").term, newer.drained) == (3, frozenset())
     assert [entry.message.partition(": ")[2] for entry in caplog.records if entry.levelname == "ERROR"] == [
         "is a newer coordinator's (term 2), and not written any more"
@@ -305,14 +305,14 @@ async def test_tokens_before_the_admission_leave_those_that_follow_out(tmp_path:
         writing.answer("id0", (0, 0), 0, rows[:2])
         await writing.admit(admission(0))
         writing.answer("id0", (0, 0), 2, rows[2:])
-    assert read_journal(path, NOW) == [OpenRequest(admission(0))]
+    assert read_journal(path, NOW) == [left(admission(0))]
 
 
 async def test_restores_count_until_a_token_is_added(tmp_path: Path) -> None:
     """One that an orderly stop ends does not count."""
     path = tmp_path / "journal"
     async with journal(path) as writing:
-        await writing.restore([OpenRequest(admission(number), restores=2) for number in range(4)])
+        await writing.restore([left(admission(number), restores=2) for number in range(4)])
         await writing.begin_restored({"id0": 3, "id1": 3, "id2": 3, "gone": 1})
         assert [request.restores for request in read_journal(path, NOW)] == [3, 3, 3, 2]
         for number in (1, 2):
@@ -353,4 +353,4 @@ async def test_admissions_at_about_the_same_time_share_a_write(tmp_path: Path, m
         writing.end("id3")
         await asyncio.sleep(0.05)
         assert len(appended) == 3
-    assert [request.admission.id for request in read_journal(path, NOW)] == ["id0", "id2"]
+    assert [request.id for request in read_journal(path, NOW)] == ["id0", "id2"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.state import journal_records
-from llamaclust.cluster.state.journal_records import OpenRequest, left_unanswered, read_journal, to_line
+from llamaclust.cluster.state.journal_records import left_unanswered, read_journal, to_line
 from llamaclust.core.errors import RequestError
-from support.clusters.journals import NOW, admission, journal, row
+from support.clusters.journals import NOW, admission, journal, left, row
 from support.seed import SEED
 
 BODY = b'{"\xc3\xa9": "%0A%%\t\xff",\n\r\n}\t\n'
@@ -38,8 +38,8 @@ async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
         place = drawn.randrange(len(whole))
         damaged[place] ^= 1 << drawn.randrange(8)
         path.write_bytes(damaged)
-        left = {request.admission.id for request in read_journal(path, NOW)}
-        assert len(left) >= 1 and left <= {"id0", "id1", "id2"}
+        found = {request.id for request in read_journal(path, NOW)}
+        assert len(found) >= 1 and found <= {"id0", "id1", "id2"}
 
 
 async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> None:
@@ -52,18 +52,20 @@ async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> Non
     wrong: list[object] = [None, [], {"a": 1}]
     tokens = {"id": "id0", "prompt": 0, "choice": 0, "start": 2, "rows": ""}
     foreign: list[tuple[str, object]] = [
-        *((kind, value) for kind in ("Admission", "Change") for value in (*wrong, 7, "id0")),
-        *(("Admission", {**whole, name: value}) for name in whole for value in wrong),
-        *(("Admission", {**whole, "earlier": earlier}) for earlier in (7, "", "7", "[7]", "[" * 100_000)),
+        *((kind, value) for kind in ("RequestContext", "Change") for value in (*wrong, 7, "id0")),
+        *(("RequestContext", {**whole, name: value}) for name in {*whole} - {"scales"} for value in wrong),
+        *(("RequestContext", {**whole, "earlier": earlier}) for earlier in (7, "", "7", "[7]", "[" * 100_000)),
         *(("Change", {**tokens, name: value}) for name in tokens for value in (*wrong, 1.5)),
         *(("Change", {**tokens, "rows": rows}) for rows in ("AAAA", "A", "!", "AAAA" * 5)),
         *(("Change", {"id": "id0", "restores": times}) for times in ("often", 1e999, "1e999")),
-        *(("Change", {"id": [], "is_sent": True}), ("Later", {"id": "id0"}), ("", {}), ("Admission", "[" * 100_000)),
+        ("Change", {"id": [], "is_sent": True}),
+        ("RequestContext", "[" * 100_000),
+        *(("Later", {"id": "id0"}), ("", {})),
     ]
     lines = [f"{kind} {json.dumps(value)}".encode() for kind, value in foreign] + [b"Change " + b"[" * 100_000]
     with path.open("ab") as file:
         file.write(b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in lines))
-    assert read_journal(path, NOW) == [OpenRequest(admission(0), {(0, 0): (row(1), row(2))})]
+    assert read_journal(path, NOW) == [left(admission(0), {(0, 0): [row(1), row(2)]})]
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -94,7 +96,7 @@ def _changed(text: bytes, drawn: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "first", [b"llamaclust journal 1", b"llamaclust journal 2", b'{"admit":["id1"]}', b"Admission {}"]
+    "first", [b"llamaclust journal 1", b"llamaclust journal 3", b'{"admit":["id1"]}', b"RequestContext {}"]
 )
 async def test_a_journal_of_another_version_is_refused(tmp_path: Path, first: bytes) -> None:
     path = tmp_path / "journal"
@@ -106,7 +108,7 @@ async def test_a_journal_of_another_version_is_refused(tmp_path: Path, first: by
             read_journal(path, NOW)
         assert left_unanswered(path) == ""
         path.write_bytes(b"x" + head[1:] + admitted)  # only damaged
-        assert [request.admission.id for request in read_journal(path, NOW)] == ["id1"]
+        assert [request.id for request in read_journal(path, NOW)] == ["id1"]
 
 
 @pytest.mark.parametrize("text", ["é", "\ud800", "a\n\t\0\x7f", '"\\'])
@@ -115,7 +117,7 @@ async def test_messages_of_an_earlier_chat_are_found_as_they_were(tmp_path: Path
     async with journal(tmp_path / "journal") as writing:
         await writing.admit(replace(admission(1), earlier=messages))
         (found,) = read_journal(tmp_path / "journal", NOW)
-        assert found.admission.earlier == messages
+        assert found.earlier == messages
 
 
 @pytest.mark.parametrize("more", [0, 1, 500, 700])
@@ -129,9 +131,9 @@ async def test_the_rest_of_a_line_that_is_too_long_is_no_line(
         written = path.read_bytes()
     monkeypatch.setattr(journal_records, "_MAX_LINE_BYTES", 600)
     path.write_bytes(written + b"a" * (600 + more) + forged + written.replace(b"id1", b"id2"))
-    assert [request.admission.id for request in read_journal(path, NOW)] == ["id1"]
+    assert [request.id for request in read_journal(path, NOW)] == ["id1"]
     path.write_bytes(b"a" * (600 + more) + forged + written)
-    assert [request.admission.id for request in read_journal(path, NOW)] == ["id1"]
+    assert [request.id for request in read_journal(path, NOW)] == ["id1"]
 
 
 @pytest.mark.parametrize("body", [b"a" * 600, b"\xff" * 300, b"\n" * 400])
@@ -143,7 +145,7 @@ async def test_a_request_that_could_not_be_read_again_is_refused(
         with pytest.raises(RequestError, match=r"takes \d+ bytes in the journal, at most 599 are possible"):
             await writing.admit(admission(1, body))
         await writing.admit(admission(2, b"a"))
-        assert [request.admission.id for request in read_journal(tmp_path / "journal", NOW)] == ["id2"]
+        assert [request.id for request in read_journal(tmp_path / "journal", NOW)] == ["id2"]
 
 
 @pytest.mark.parametrize("room", [0, 1])
@@ -155,7 +157,7 @@ async def test_what_is_admitted_at_the_limit_is_read_again(
     async with journal(tmp_path / "journal") as writing:
         with nullcontext() if room else pytest.raises(RequestError, match="send less at once"):
             await writing.admit(longest)
-        found = [request.admission.id for request in read_journal(tmp_path / "journal", NOW)]
+        found = [request.id for request in read_journal(tmp_path / "journal", NOW)]
     assert found == (["id1"] if room else [])
 
 

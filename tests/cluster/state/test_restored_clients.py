@@ -13,17 +13,19 @@ from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import Instant, RequestContext, read_journal
 from support.clusters.resumable import KEY, PATHS, SERVED, KilledJournal, body_of, served, stream
 
 CLIENTS = ["127.0.0.1", "10.0.0.7", "2001:db8::", "0123456789abcdef0123456789abcdef"]
 
 
-def admission(number: int, client: str) -> Admission:
-    return Admission(
-        identity=RequestIdentity(
-            id=f"{number:024x}", seed=7, created=1, client=client, idempotency_key=f"key {number}"
-        ),
+def admission(number: int, client: str) -> RequestContext:
+    return RequestContext(
+        id=f"{number:024x}",
+        seed=7,
+        created=1,
+        client=client,
+        idempotency_key=f"key {number}",
         endpoint=PATHS[0],
         body=json.dumps(body_of(PATHS[0])).encode(),
         admitted=Instant.now(),
@@ -36,7 +38,7 @@ async def test_a_client_without_a_key_is_known_by_its_address(tmp_path: Path) ->
     async with served(tmp_path / "journal", KilledJournal) as server:
         await stream(server.http, "POST", PATHS[0], json=body_of(PATHS[0]), headers=KEY)
     (left,) = read_journal(tmp_path / "journal", Instant.now())
-    assert (left.admission.identity.owner, left.admission.identity.client) == ("", "127.0.0.1")
+    assert (left.owner, left.client) == ("", "127.0.0.1")
 
 
 async def test_restored_requests_have_the_shares_and_turns_of_their_clients(

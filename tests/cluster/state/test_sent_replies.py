@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.state.journal_records import OpenRequest, read_journal
-from support.clusters.journals import NOW, admission, ids_in, journal, row, until
+from llamaclust.cluster.state.journal_records import read_journal
+from support.clusters.journals import NOW, admission, ids_in, journal, left, row, until
 
 
 async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
             writing.sent(f"id{number}")
             writing.sent(f"id{number}")
         await until(lambda: ids_in(path, is_sent=True) == ["id0", "id1"])
-        assert read_journal(path, NOW)[1] == OpenRequest(admission(1), {(0, 0): (row(5),)}, is_sent=True)
+        assert read_journal(path, NOW)[1] == left(admission(1), {(0, 0): [row(5)]}, is_sent=True)
         await until(lambda: ids_in(path, is_sent=True) == [] and ids_in(path, is_sent=False) == ["id2"])
         writing.sent("id2")
         await until(lambda: path.stat().st_size == 0)
@@ -47,7 +47,7 @@ async def test_sent_replies_that_are_computed_again_count_with_their_tokens(
     monkeypatch.setattr("llamaclust.cluster.state.journal._SENT_BYTES", 7000)
     path, rows = tmp_path / "journal", [row(token) for token in range(50)]
     async with journal(path) as writing:
-        await writing.restore([OpenRequest(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])
+        await writing.restore([left(admission(number, b"x" * 1000), is_sent=True) for number in range(4)])
         for start in (0, 50, 100):
             writing.answer("id3", (0, 0), start, rows)
         await writing.admit(admission(4, b"x" * 1000))

@@ -10,16 +10,37 @@ from pathlib import Path
 
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity, read_journal
+from llamaclust.cluster.state.journal_records import ChoiceKey, Instant, RequestContext, read_journal
 from llamaclust.core.sampling import RowResult
 
 NOW = Instant(unix_s=1_000.0, boot_s=50.0, machine="m")
 LIMIT_S = 60.0
 
 
-def admission(number: int, body: bytes = b"{}") -> Admission:
-    identity = RequestIdentity(id=f"id{number}", seed=number, created=7, idempotency_key="é\n", scales=((1, 0.5),))
-    return Admission(identity=identity, endpoint="/v1/completions", body=body, admitted=NOW, limit_s=LIMIT_S)
+def admission(number: int, body: bytes = b"{}") -> RequestContext:
+    return RequestContext(
+        id=f"id{number}",
+        seed=number,
+        created=7,
+        endpoint="/v1/completions",
+        idempotency_key="é\n",
+        scales=((1, 0.5),),
+        body=body,
+        admitted=NOW,
+        limit_s=LIMIT_S,
+    )
+
+
+def left(
+    request: RequestContext,
+    answered: dict[ChoiceKey, list[RowResult]] | None = None,
+    *,
+    is_sent: bool = False,
+    restores: int = 0,
+) -> RequestContext:
+    """The request as an earlier coordinator left it."""
+    request.answered, request.is_sent, request.restores = answered or {}, is_sent, restores
+    return request
 
 
 async def until(check: Callable[[], bool]) -> None:
@@ -43,4 +64,4 @@ async def journal(path: Path, record: ControlRecord | None = None, sent_s: float
 
 
 def ids_in(path: Path, *, is_sent: bool) -> list[str]:
-    return [request.admission.id for request in read_journal(path, NOW) if request.is_sent == is_sent]
+    return [request.id for request in read_journal(path, NOW) if request.is_sent == is_sent]

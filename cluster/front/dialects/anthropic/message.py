@@ -229,7 +229,7 @@ class Messages(Dialect[MessagesBody]):
         return Reply(
             service=self.service,
             requests=requests,
-            view=partial(MessageView, asked.model, asked.ticket.id),
+            view=partial(MessageView, asked.model, asked.context.id),
             is_streamed=asked.body.stream,
             timed=Timed.FIRST,
             has_measurements=True,  # the first event has counts of the prefix cache

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 from llamaclust.cluster.front.body import has_field
 from llamaclust.cluster.front.dialects.openai.schema import ChatFields
 from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
-from llamaclust.cluster.front.replies.reply import MakeReply, Reply, Ticket
+from llamaclust.cluster.front.replies.reply import MakeReply, Reply
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
     Requested,
@@ -30,6 +30,7 @@ from llamaclust.cluster.front.schema import (
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
 from llamaclust.core.sampling_bounds import Dialect
 from llamaclust.model.tokenizers.gaps import Gap, OtherFile
@@ -225,7 +226,7 @@ class Completions:
     openai: MakeReply
     llamacpp: MakeReply
 
-    async def create(self, data: bytes, ticket: Ticket) -> Reply:
+    async def create(self, data: bytes, context: RequestContext) -> Reply:
         """llama.cpp's reply unless the body names a model, as OpenAI's clients must."""
         make = self.openai if await has_field(data, "model") else self.llamacpp
-        return await make(data, ticket)
+        return await make(data, context)

@@ -26,13 +26,14 @@ from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on, tokenizing
 from llamaclust.cluster.scheduler.validation import check_adapters
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
@@ -151,18 +152,18 @@ class LlamaCppEndpoints:
         self._settings = settings
         self._models = ModelNames(service.settings.model_name, settings, any_by_default=True)
 
-    async def infill(self, data: bytes, ticket: Ticket) -> Reply:
+    async def infill(self, data: bytes, context: RequestContext) -> Reply:
         tokens = self._service.tokenizer.vocabulary.fill_in
         if tokens is None:
             message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
             raise HttpError(501, "not_supported", message)
         body = await parse_body(data, InfillBody, self._settings)
-        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
+        adapters = self._models.adapters(body.model, body.lora, context.scales)
         return InfillRequests(self._service, body, adapters).reply()
 
-    async def complete(self, data: bytes, ticket: Ticket) -> Reply:
+    async def complete(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, LlamaCppBody, self._settings)
-        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
+        adapters = self._models.adapters(body.model, body.lora, context.scales)
         return LlamaCppRequests(self._service, body, adapters).reply()
 
     async def tokenize(self, request: Request) -> Response:

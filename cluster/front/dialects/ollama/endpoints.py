@@ -32,12 +32,13 @@ from llamaclust.cluster.front.foreign_fields import anything
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests, Ticket
+from llamaclust.cluster.front.replies.reply import MakeView, Reply, Requests
 from llamaclust.cluster.front.schema import ForeignFields, strings
 from llamaclust.cluster.front.settings import ApiSettings, read_keep_alive
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
 from llamaclust.model.tokenizers.gaps import Gap
@@ -134,39 +135,39 @@ class OllamaGenerating:
         self._settings = settings
         self._names = names
 
-    async def generate(self, data: bytes, ticket: Ticket) -> Reply:
+    async def generate(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, GenerateBody, self._settings)
 
-        adapters = self._names.adapters(body.model, ticket.scales)
+        adapters = self._names.adapters(body.model, context.scales)
 
         async def requests() -> list[CompletionRequest]:
-            return [replace(await self._generation(body, ticket), adapters=adapters)]
+            return [replace(await self._generation(body, context), adapters=adapters)]
 
-        return self._reply(body, ticket, requests, as_text, with_context=not body.raw)
+        return self._reply(body, context, requests, as_text, with_context=not body.raw)
 
-    async def chat(self, data: bytes, ticket: Ticket) -> Reply:
+    async def chat(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, OllamaChatBody, self._settings)
 
-        adapters = self._names.adapters(body.model, ticket.scales)
+        adapters = self._names.adapters(body.model, context.scales)
 
         async def requests() -> list[CompletionRequest]:
             await self._check_reasoning(body)
-            chat = (await converted(body, body.chat)).admitted(ticket.created, adapters)
+            chat = (await converted(body, body.chat)).admitted(context.created, adapters)
             return [await self._service.chat(chat)]
 
-        return self._reply(body, ticket, requests, as_message, with_context=False)
+        return self._reply(body, context, requests, as_message, with_context=False)
 
     def _reply(
         self,
         body: GenerateBody | OllamaChatBody,
-        ticket: Ticket,
+        context: RequestContext,
         requests: Requests,
         show: Show,
         *,
         with_context: bool,
     ) -> Reply:
         service = self._service
-        lines = Lines(self._names.shown(body.model), ticket.created, show)
+        lines = Lines(self._names.shown(body.model), context.created, show)
         view: MakeView = partial(
             OllamaView, service.tokenizer, lines, with_logprobs=body.logprobs, with_context=with_context
         )
@@ -177,7 +178,7 @@ class OllamaGenerating:
 
         return Reply(service=service, requests=requests, view=view, is_streamed=body.stream)
 
-    async def _generation(self, body: GenerateBody, ticket: Ticket) -> CompletionRequest:
+    async def _generation(self, body: GenerateBody, context: RequestContext) -> CompletionRequest:
         """The context of an earlier reply stands before the prompt, whose BOS it has."""
         earlier = tuple(body.context)
         await self._check_reasoning(body)
@@ -188,7 +189,7 @@ class OllamaGenerating:
                 return await converted(body, body.completion, body.prompt)
             (prompt,) = await self._service.tokenize_all([body.prompt], "prompt")
             return await converted(body, body.completion, (*earlier, *prompt))
-        request = await self._service.chat((await converted(body, body.chat)).admitted(ticket.created, ()))
+        request = await self._service.chat((await converted(body, body.chat)).admitted(context.created, ()))
         assert not isinstance(request.prompt, str)
         bos = self._service.tokenizer.bos_id
         own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt

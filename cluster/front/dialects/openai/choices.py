@@ -8,12 +8,12 @@ from typing import Any
 
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.dialects.openai.view import Choice, OpenAiView, ReplyKind
-from llamaclust.cluster.front.replies.reply import Ticket
 from llamaclust.cluster.front.sampling import row_entry
 from llamaclust.cluster.front.schema import Prompt
 from llamaclust.cluster.front.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.front.text.answer_log import AnswerLog
 from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.chat.tools.events import (
     AnswerEvent,
@@ -56,8 +56,10 @@ class CompletionView(OpenAiView[CompletionBody]):
 
     kind = ReplyKind("cmpl-", "text_completion", "text_completion", "text")
 
-    def __init__(self, body: CompletionBody, ticket: Ticket, model: str, tokenizer: Tokenizer, log: AnswerLog) -> None:
-        super().__init__(body, ticket, model, tokenizer, log)
+    def __init__(
+        self, body: CompletionBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
+    ) -> None:
+        super().__init__(body, context, model, tokenizer, log)
         self._echoes: dict[int, Echo] = {}  # by prompt
 
     def _opening(self, prompt: int, index: int) -> Choice | None:
@@ -134,8 +136,10 @@ class ChatView(OpenAiView[ChatBody]):
 
     kind = ReplyKind("chatcmpl-", "chat.completion", "chat.completion.chunk", "content")
 
-    def __init__(self, body: ChatBody, ticket: Ticket, model: str, tokenizer: Tokenizer, log: AnswerLog) -> None:
-        super().__init__(body, ticket, model, tokenizer, log)
+    def __init__(
+        self, body: ChatBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
+    ) -> None:
+        super().__init__(body, context, model, tokenizer, log)
         self._messages: dict[tuple[int, int], Message] = {}  # by prompt and choice
 
     def _opening(self, prompt: int, index: int) -> Choice:
@@ -145,7 +149,7 @@ class ChatView(OpenAiView[ChatBody]):
 
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
         key, events = (prompt, part.index), part.events or (ContentText(part.text),)
-        message = self._messages.setdefault(key, Message(f"{self._ticket.id} {prompt} {part.index}", self._body.tools))
+        message = self._messages.setdefault(key, Message(f"{self._context.id} {prompt} {part.index}", self._body.tools))
         added = message.whole(events) if is_whole else message.delta(events)
         if "tool_calls" in added:
             self._calling.add(key)

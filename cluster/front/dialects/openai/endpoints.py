@@ -16,11 +16,12 @@ from llamaclust.cluster.front.dialects.openai.schema import ChatBody, Completion
 from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, OpenAiView
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import AdapterScales
 
 
@@ -35,14 +36,14 @@ class _Endpoint(ABC, Generic[AnyGeneration]):
         self._settings = settings
         self._models = models
 
-    async def create(self, data: bytes, ticket: Ticket) -> Reply:
+    async def create(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, self.body, self._settings)
-        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
+        adapters = self._models.adapters(body.model, body.lora, context.scales)
         body.check()
         return Reply(
             service=self._service,
-            requests=partial(self._requests, body, ticket, adapters),
-            view=partial(self.view, body, ticket, self._models.shown(body.model), self._service.tokenizer),
+            requests=partial(self._requests, body, context, adapters),
+            view=partial(self.view, body, context, self._models.shown(body.model), self._service.tokenizer),
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
             with_progress=body.return_progress,
@@ -51,7 +52,7 @@ class _Endpoint(ABC, Generic[AnyGeneration]):
 
     @abstractmethod
     async def _requests(
-        self, body: AnyGeneration, ticket: Ticket, adapters: AdapterScales
+        self, body: AnyGeneration, context: RequestContext, adapters: AdapterScales
     ) -> list[CompletionRequest]: ...
 
 
@@ -60,7 +61,9 @@ class CompletionEndpoint(_Endpoint[CompletionBody]):
 
     body, view = CompletionBody, CompletionView
 
-    async def _requests(self, body: CompletionBody, ticket: Ticket, adapters: AdapterScales) -> list[CompletionRequest]:
+    async def _requests(
+        self, body: CompletionBody, context: RequestContext, adapters: AdapterScales
+    ) -> list[CompletionRequest]:
         return [replace(request, adapters=adapters) for request in await converted(body, body.requests)]
 
 
@@ -69,9 +72,11 @@ class ChatEndpoint(_Endpoint[ChatBody]):
 
     body, view = ChatBody, ChatView
 
-    async def _requests(self, body: ChatBody, ticket: Ticket, adapters: AdapterScales) -> list[CompletionRequest]:
+    async def _requests(
+        self, body: ChatBody, context: RequestContext, adapters: AdapterScales
+    ) -> list[CompletionRequest]:
         chat = await converted(body, body.request)
-        return [await self._service.chat(chat.admitted(ticket.created, adapters))]
+        return [await self._service.chat(chat.admitted(context.created, adapters))]
 
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""

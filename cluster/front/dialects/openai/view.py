@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Final, Generic, TypeVar
 from llamaclust.cluster.front.dialects.openai.schema import GenerationBody, StreamOptions
 from llamaclust.cluster.front.http.sse import DONE, event
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings, to_json
-from llamaclust.cluster.front.replies.reply import Event, Ticket, View
+from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress, Timings
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.version import VERSION
 from llamaclust.model.chat.tools.events import ContentText
@@ -43,10 +44,12 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     kind: ClassVar[ReplyKind]
 
-    def __init__(self, body: AnyGeneration, ticket: Ticket, model: str, tokenizer: Tokenizer, log: AnswerLog) -> None:
+    def __init__(
+        self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
+    ) -> None:
         """`model`: the name that is shown."""
         self._body = body
-        self._ticket = ticket
+        self._context = context
         self._model = model
         self._tokenizer = tokenizer
         self._options = body.stream_options or StreamOptions()
@@ -121,9 +124,9 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     def _reply(self, kind: str, choices: Sequence[Choice | None]) -> dict[str, Any]:
         return {
-            "id": self.kind.id_prefix + self._ticket.id,
+            "id": self.kind.id_prefix + self._context.id,
             "object": kind,
-            "created": self._ticket.created,
+            "created": self._context.created,
             "model": self._model,
             "system_fingerprint": FINGERPRINT,
             "seed": self._generations[0].seed,

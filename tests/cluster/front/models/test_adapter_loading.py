@@ -17,7 +17,7 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Ticket
+from llamaclust.cluster.front.replies.reply import new_context
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.adapters import AdapterUnloadedError, ServedAdapter, ServedAdapters
 from llamaclust.core.errors import InsufficientMemoryError
@@ -117,13 +117,13 @@ async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_a
     loader.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
     replies = Replies(ApiSettings(adapters=loader.adapters))
     make_app(engine, replies=replies)
-    ticket = Ticket.draw(Headers(), "/v1/completions", replies.settings)
-    reply = await replies._endpoints["/v1/completions"](b'{"model": "poet", "prompt": "Hi"}', ticket)
+    context = new_context(Headers(), "/v1/completions", replies.settings)
+    reply = await replies._endpoints["/v1/completions"](b'{"model": "poet", "prompt": "Hi"}', context)
     loader.adapters.remove(0)
     if is_another_loaded:
         loader.adapters.add(0, ServedAdapter("poet", "other.gguf", content="cd"))
     with pytest.raises(AdapterUnloadedError) as refused:
-        await KeptReply(ticket, reply, replies.cache, is_kept=False).begin(reply)
+        await KeptReply(context, replies.cache, is_kept=False).begin(reply)
     assert refused.value.http_status == 404 and not engine.submitted and loader.adapters.uses(0) == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import Admission, Instant, RequestIdentity
+from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from support.clusters.resumable import PATHS, SERVED, body_of, served, stream
 
 
@@ -21,8 +21,11 @@ async def test_a_restored_request_does_not_go_on_with_an_adapter_that_it_did_not
 ) -> None:
     adapters = ServedAdapters()
     adapters.add(0, ServedAdapter("poet", "/poet.gguf", content="ab"))
-    admission = Admission(
-        identity=RequestIdentity(id="0" * 24, seed=7, created=1, idempotency_key="key"),
+    admission = RequestContext(
+        id="0" * 24,
+        seed=7,
+        created=1,
+        idempotency_key="key",
         endpoint=PATHS[0],
         body=json.dumps({**body_of(PATHS[0]), "model": "poet"}).encode(),
         admitted=Instant.now(),

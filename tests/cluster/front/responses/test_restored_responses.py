@@ -74,7 +74,7 @@ async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tm
         response = await ended_response(server.http, created["id"])
     async with served(tmp_path / "journal") as server:
         kept = server.replies.cache.named("", created["id"])
-        assert kept is not None and kept.gives_way and kept.is_background
+        assert kept is not None and kept.gives_way and kept.context.is_background
         again = await ended_response(server.http, created["id"])
     assert again["status"] == response["status"] and text_of(again) == text_of(response)
 
@@ -89,7 +89,7 @@ async def test_without_a_client_a_restored_response_leaves_the_journal(tmp_path:
             await left.admit(replace(known, endpoint=endpoint, admitted=Instant.now(), **kind))
         left.seal()
     async with served(path, resume_s=0.05):
-        await until(lambda: {request.admission.id for request in read_journal(path, Instant.now())} == {"id2"})
+        await until(lambda: {request.id for request in read_journal(path, Instant.now())} == {"id2"})
 
 
 async def test_a_coordinator_that_ends_leaves_responses_to_the_next_one(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.json_text import to_json
-from llamaclust.cluster.front.replies.reply import Reply, Ticket
+from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.state.journal_records import RequestContext
 
 _Body = ResponsesBody | CompactionBody
 
@@ -35,19 +36,19 @@ class ResponsesEndpoint:
         self._models = models
         self._store = store
 
-    async def create(self, data: bytes, ticket: Ticket) -> Reply:
+    async def create(self, data: bytes, context: RequestContext) -> Reply:
         body = await parse_body(data, ResponsesBody, self._settings)
-        adapters, model = self._models.adapters(body.model, body.lora, ticket.scales), self._models.shown(body.model)
+        adapters, model = self._models.adapters(body.model, body.lora, context.scales), self._models.shown(body.model)
         body.check()
-        items, messages = self._chat(body, ticket)
+        items, messages = self._chat(body, context)
         chat = await converted(body, body.request, messages)
-        head = ResponseHead(ticket, model, body)
-        storing = Storing(self._store, ticket.identity.owner, items, messages) if body.store else None
+        head = ResponseHead(context, model, body)
+        storing = Storing(self._store, context.owner, items, messages) if body.store else None
         begin = partial(storing.begin, head.begun) if storing is not None and body.background else None
         complete = None if storing is None else storing.complete
         return Reply(
             service=self._service,
-            requests=partial(self._requests, chat.admitted(ticket.created, adapters), begin),
+            requests=partial(self._requests, chat.admitted(context.created, adapters), begin),
             view=partial(ResponseView, head, self._service.tokenizer, complete),
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
@@ -58,14 +59,14 @@ class ResponsesEndpoint:
             is_stored=body.store,
         )
 
-    async def compact(self, data: bytes, ticket: Ticket) -> Reply:
+    async def compact(self, data: bytes, context: RequestContext) -> Reply:
         """A summary of a chat."""
         body = await parse_body(data, CompactionBody, self._settings)
-        adapters = self._models.adapters(body.model, body.lora, ticket.scales)
-        _, messages = self._chat(body, ticket)
+        adapters = self._models.adapters(body.model, body.lora, context.scales)
+        _, messages = self._chat(body, context)
         chat = await converted(body, body.request, messages)
-        requests = partial(self._requests, chat.admitted(ticket.created, adapters), None)
-        view = partial(CompactionView, ticket)
+        requests = partial(self._requests, chat.admitted(context.created, adapters), None)
+        view = partial(CompactionView, context)
         return Reply(service=self._service, requests=requests, view=view, is_streamed=False)
 
     async def count(self, request: Request) -> Response:
@@ -84,16 +85,16 @@ class ResponsesEndpoint:
             begin()
         return [completion]
 
-    def _chat(self, body: _Body, ticket: Ticket) -> tuple[list[Item], Messages]:
+    def _chat(self, body: _Body, context: RequestContext) -> tuple[list[Item], Messages]:
         """The input's items, and all messages of the chat. What is in the store now, a later computation has from the
-        ticket: earlier messages, or all where the input has references."""
+        context: earlier messages, or all where the input has references."""
         if not has_references(body.input):
-            ticket.earlier = ticket.earlier or self._earlier(body, ticket.identity.owner)
-            return body.input, (*ticket.earlier, *messages_of(body.input))
-        if ticket.earlier:
-            return [item for item in body.input if item["type"] != REFERENCE], tuple(ticket.earlier)
-        items, ticket.earlier = self._resolved(body, ticket.identity.owner)
-        return items, ticket.earlier
+            context.earlier = context.earlier or self._earlier(body, context.owner)
+            return body.input, (*context.earlier, *messages_of(body.input))
+        if context.earlier:
+            return [item for item in body.input if item["type"] != REFERENCE], tuple(context.earlier)
+        items, context.earlier = self._resolved(body, context.owner)
+        return items, context.earlier
 
     def _resolved(self, body: _Body, owner: str) -> tuple[list[Item], Messages]:
         """The same by what is in the store."""

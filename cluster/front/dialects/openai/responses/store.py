@@ -208,7 +208,7 @@ class StoredResponses:
 
     async def _events(self, request: Request) -> Response:
         kept = self._kept(request)
-        if kept is None or not kept.is_streamed:
+        if kept is None or not kept.context.is_streamed:
             await self._shown(request)
             raise HttpError(
                 400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
@@ -236,7 +236,7 @@ class StoredResponses:
         """The reply of a response in the background; others are kept too."""
         name = request.path_params["id"]
         kept = self._replies.cache.named(self._owner(request), name) if name.startswith(ID_PREFIX) else None
-        return kept if kept is not None and kept.is_background else None
+        return kept if kept is not None and kept.context.is_background else None
 
     def _owner(self, request: Request) -> str:
         return owner(request.headers, self._replies.settings.api_keys)
@@ -248,7 +248,7 @@ class StoredResponses:
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
     """A response that is not stored yet. One that waits for its turn after a restart is known by its id alone."""
     known = kept.acknowledgement
-    shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.ticket.created}
+    shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else json.loads(known)
     if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
         raise kept.error

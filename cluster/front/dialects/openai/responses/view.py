@@ -13,10 +13,11 @@ from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesB
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.sse import DONE, named_event
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
-from llamaclust.cluster.front.replies.reply import Event, Ticket, View
+from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.model.chat.tools.events import ContentText, ReasoningText
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -37,14 +38,14 @@ _FIXED: Final[Mapping[str, Any]] = {
 class ResponseHead:
     """The fields of a response beside its answer."""
 
-    ticket: Ticket
+    context: RequestContext
     model: str
     body: ResponsesBody
 
     @property
     def response_id(self) -> str:
         """The id that is shown."""
-        return ID_PREFIX + self.ticket.id
+        return ID_PREFIX + self.context.id
 
     @property
     def begun(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class ResponseHead:
         return {
             "id": self.response_id,
             "object": "response",
-            "created_at": self.ticket.created,
+            "created_at": self.context.created,
             "completed_at": int(ended_s) if ended_s is not None and status is Status.COMPLETED else None,
             "status": status,
             "error": None,
@@ -98,7 +99,7 @@ class ResponseView(View):
         self._head = head
         self._store = store
         self._log = log
-        self._items = OutputItems(head.ticket.id, head.body.tools.client)
+        self._items = OutputItems(head.context.id, head.body.tools.client)
         self._events = 0  # sent so far
         self._tokens = 0
         self._reasoning = ReasoningCount(tokenizer)
@@ -200,8 +201,8 @@ class ReasoningCount:
 class CompactionView(View):
     """One summary; what exceeds the limit of its tokens is cut off."""
 
-    def __init__(self, ticket: Ticket, log: AnswerLog) -> None:
-        self._ticket = ticket
+    def __init__(self, context: RequestContext, log: AnswerLog) -> None:
+        self._context = context
         self._log = log
 
     def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
@@ -218,10 +219,10 @@ class CompactionView(View):
         if not summary:
             raise HttpError(422, "summary_failed", "the model's summary is empty; keep the messages as they are")
         return {
-            "id": ID_PREFIX + self._ticket.id,
+            "id": ID_PREFIX + self._context.id,
             "object": "response.compaction",
-            "created_at": self._ticket.created,
-            "output": [summary_item(f"cmp_{self._ticket.id}", summary)],
+            "created_at": self._context.created,
+            "output": [summary_item(f"cmp_{self._context.id}", summary)],
             "usage": _usage(answer.timings, len(generation.prompt), len(answer.rows), 0),
         }
 

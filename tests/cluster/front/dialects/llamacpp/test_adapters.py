@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Ticket
+from llamaclust.cluster.front.replies.reply import new_context
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.core.limits import AdapterScales
@@ -181,11 +181,11 @@ async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     """Those of its journalled identity, whatever clients set meanwhile."""
     engine, adapters = ScriptedEngine(says("So.")), ServedAdapters(ADAPTERS, default=((1, 0.5),))
     replies = Replies(ApiSettings(adapters=adapters))
-    ticket = Ticket.draw(Headers(), "/completion", replies.settings)
+    context = new_context(Headers(), "/completion", replies.settings)
     make_app(engine, replies=replies)
-    reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', ticket)
+    reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', context)
     adapters.default = ()
-    direct = KeptReply(ticket, reply, replies.cache, is_kept=False)
+    direct = KeptReply(context, replies.cache, is_kept=False)
     await direct.begin(reply)
     assert engine.submitted[0].adapters == ((1, 0.5),)
     await direct.aclose()

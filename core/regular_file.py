@@ -70,6 +70,15 @@ def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> by
     return data
 
 
+def file_version(path: Path) -> tuple[int, ...]:
+    """Returns numbers that change when the file does; none if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns
+
+
 def read_text(path: Path, most_bytes: int) -> str:
     """As `read_bytes`. ValueError also for what is no text."""
     return decode_text(read_bytes(path, most_bytes))

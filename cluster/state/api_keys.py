@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.regular_file import read_text, write_text
+from llamaclust.core.regular_file import file_version, read_text, write_text
 
 FILE_NAME = "api-keys"
 """The file in the state directory, unless another one is named."""
@@ -56,11 +56,11 @@ class LiveKeys(Sequence[str]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._version = _version(path)
+        self._version = file_version(path)
         self._keys = read_api_keys(path)
 
     def _current(self) -> tuple[str, ...]:
-        version = _version(self._path)
+        version = file_version(self._path)
         if version != self._version:
             self._version = version
             try:
@@ -78,14 +78,6 @@ class LiveKeys(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._current())
-
-
-def _version(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 def first_key(path: Path) -> str:

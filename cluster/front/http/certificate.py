@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.addresses import ANYWHERE, is_address
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.core.regular_file import open_regular, read_bytes
+from llamaclust.core.regular_file import file_version, open_regular, read_bytes
 from llamaclust.core.this_machine import own_addresses
 from llamaclust.wire.security.certificates import load_private, private_pem
 from llamaclust.wire.security.server_context import server_context
@@ -42,19 +42,18 @@ _WARNING: Final = timedelta(days=7)
 """Before the end."""
 _log = logging.getLogger(__name__)
 
-_Stamp = tuple[tuple[int, ...] | None, ...]
-"""Values that change when a file does."""
-
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """PEM files; both may be the same."""
+    """The PEM files of a certificate, which may be one and the same."""
 
     certificate: Path  # the server's first, then those of the authorities that signed it
     key: Path
 
-    def stamp(self) -> _Stamp:
-        return tuple(_stamp(path) for path in (self.certificate, self.key))
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Numbers that change when a file does."""
+        return (*file_version(self.certificate), *file_version(self.key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +64,12 @@ class LoadedCertificate:
     pem: str  # of the server's certificate alone
     fingerprint: str  # SHA-256 as browsers and OpenSSL show it
     ends_at: datetime
+    version: tuple[int, ...]  # of its files
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """UsageError that names the file where one cannot be used, or they do not belong together."""
+        """Raises UsageError that names the file if one cannot be used, or they do not belong together."""
+        version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
         key = chain if is_one_file else _read(files.key, is_private=True)
@@ -87,42 +88,20 @@ class LoadedCertificate:
         context.set_alpn_protocols(["http/1.1"])
         pem = certificate.public_bytes(Encoding.PEM).decode()
         fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
-        return cls(context, pem, fingerprint, certificate.not_valid_after_utc)
-
-
-@dataclass(slots=True)
-class _OncePerVersion:
-    """An action done once for each version of the files. It is repeated where it fails; the failure is logged once."""
-
-    failure: str
-    done: _Stamp
-    failed: _Stamp | None = None
-    retry_at_s: float = 0.0
-
-    def run(self, stamp: _Stamp, action: Callable[[], None]) -> None:
-        if stamp == self.done or (stamp == self.failed and time.monotonic() < self.retry_at_s):
-            return
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001  the border of the thread, which goes on
-            if stamp != self.failed:
-                _log.warning("%s: %s", self.failure, error, exc_info=not isinstance(error, LlamaclustError))
-            self.failed, self.retry_at_s = stamp, time.monotonic() + _RETRY_S
-        else:
-            self.done, self.failed = stamp, None
+        return cls(context, pem, fingerprint, certificate.not_valid_after_utc, version)
 
 
 class ServerCertificate:
     """The certificate as its files have it now; where they cannot be used, as they last could be."""
 
     def __init__(self, files: CertificateFiles) -> None:
-        """UsageError where they cannot be used."""
+        """Raises UsageError if they cannot be used."""
         self._files = files
-        self._seen = files.stamp()
         self._loaded = LoadedCertificate.of(files)
-        self._loading = _OncePerVersion("the API's certificate stays as it was", self._seen)
+        self._seen = self._done = self._loaded.version
+        self._failed: tuple[int, ...] | None = None
+        self._retry_at_s = 0.0
         self._published: Path | None = None
-        self._publishing = _OncePerVersion("this user's programs do not know the API's new certificate", self._seen)
         self._has_warned = False
 
     @property
@@ -136,7 +115,7 @@ class ServerCertificate:
 
     def publish(self, path: Path) -> None:
         """Writes the certificate, now and whenever it changes, where this user's programs look which one to trust.
-        LlamaclustError where it cannot be written."""
+        Raises LlamaclustError if it cannot be written."""
         self._published = path
         self._publish()
 
@@ -159,32 +138,39 @@ class ServerCertificate:
 
     def look(self) -> None:
         """Reads files that have changed since, and did not between this look and the last: both are written."""
-        stamp, last = self._files.stamp(), self._seen
-        self._seen = stamp
-        if stamp == last:
-            self._loading.run(stamp, self._load)
-            self._publishing.run(self._loading.done, self._publish)
+        version, last = self._files.version, self._seen
+        self._seen = version
+        must_wait = version == self._failed and time.monotonic() < self._retry_at_s
+        if version == last and version != self._done and not must_wait:
+            self._renew(version)
         left = self._loaded.ends_at - datetime.now(UTC)
         if left < _WARNING and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
 
+    def _renew(self, version: tuple[int, ...]) -> None:
+        """Logs a failure once and leaves the work to a later look."""
+        failure = "the API's certificate stays as it was"
+        try:
+            if version != self._loaded.version:
+                self._load()
+            failure = "this user's programs do not know the API's new certificate"
+            self._publish()
+        except Exception as error:  # noqa: BLE001  the border of the thread, which goes on
+            if version != self._failed:
+                _log.warning("%s: %s", failure, error, exc_info=not isinstance(error, LlamaclustError))
+            self._failed, self._retry_at_s = version, time.monotonic() + _RETRY_S
+        else:
+            self._done, self._failed = version, None
+
     def _load(self) -> None:
         self._loaded = LoadedCertificate.of(self._files)
-        self._has_warned = False
+        self._has_warned, self._failed = False, None
         _log.info("the API has a new certificate: SHA-256 %s", self.fingerprint)
 
     def _publish(self) -> None:
         if self._published is not None:
             write_private(self._published, self._loaded.pem)
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read(path: Path, *, is_private: bool = False) -> bytes:
@@ -232,17 +218,17 @@ _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
-    """Names and addresses by which clients may call an API that listens there."""
+    """Returns the names and addresses by which clients may call an API that listens there."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """A file of mode 0600 with a private key and a certificate for these names, in PEM. One that is there stays while
-    it is good for them; a new one has its names as well, since several machines may share the folder.
+    """Writes a file of mode 0600 with a private key and a certificate for these names, in PEM. One that is there stays
+    while it is good for them; a new one has its names as well, since several machines may share the folder.
 
-    LlamaclustError where the file cannot be written."""
+    Raises LlamaclustError if the file cannot be written."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:
@@ -261,7 +247,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _former(path: Path) -> x509.Certificate | None:
-    """None where the file is missing or damaged."""
+    """Returns the file's certificate; None if the file is missing or damaged."""
     try:
         pem = read_bytes(path, _MOST_BYTES)
         certificate = x509.load_pem_x509_certificate(pem)

@@ -157,10 +157,10 @@ def test_a_renewal_that_fails_for_a_passing_reason_is_tried_again(
     looks(certificate)
     (message,) = caplog.messages
     assert "stays as it was" in message and "No space left" in message
-    certificate._loading.retry_at_s = 0.0  # a minute later
+    certificate._retry_at_s = 0.0  # a minute later
     monkeypatch.setattr(certificate_module, "server_context", dict[bytes, object]().__getitem__)
     looks(certificate)
-    certificate._loading.retry_at_s = 0.0
+    certificate._retry_at_s = 0.0
     monkeypatch.undo()
     looks(certificate)
     assert certificate.fingerprint != before

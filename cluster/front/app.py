@@ -27,6 +27,7 @@ from llamaclust.cluster.front.dialects.openai.responses.endpoints import Respons
 from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
 from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore, StoredResponses
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.errors import ErrorShape, openai_error
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document
 from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
@@ -129,13 +130,13 @@ def _generating(replies: Replies, path: str, make: MakeReply, body: type[BaseMod
 
 def _response_routes(service: TextService, replies: Replies, store: ResponseStore) -> Iterator[Route]:
     """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
-    settings = replies.settings
+    settings, errors = replies.settings, ErrorShape(openai_error, "error")
     stored = StoredResponses(replies, store)
     for prefix in ("/v1", ""):
         path = f"{prefix}/responses"
         models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
         endpoint = ResponsesEndpoint(service, settings, models, store)
-        yield _generating(replies, path, endpoint.create, ResponsesBody)
+        yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True, errors=errors)
         yield _generating(replies, f"{path}/compact", endpoint.compact, CompactionBody)
         yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
         yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True)

@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in the forms of the APIs' owners, chosen by the path of a request."""
+"""Errors of requests, and their JSON in the forms of APIs. A dialect may have a form of its own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any, Final
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
-_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_LLAMACPP_TYPES: Final = {**_TYPES, 404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
-
-_ANTHROPIC_TYPES: Final = {
-    **_TYPES,
+ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_LLAMACPP_TYPES: Final = {
+    **ERROR_TYPES,
     404: "not_found_error",
-    413: "request_too_large",
-    503: "overloaded_error",
-    504: "timeout_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
 }
 
 
@@ -59,6 +56,27 @@ def failure_of(error: LlamaclustError) -> Failure:
     return Failure(error.http_status, str(error), error.code, param, numbers)
 
 
+_SCHEMA: Final = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+                "n_prompt_tokens": {"type": "integer"},
+                "n_ctx": {"type": "integer"},
+            },
+        }
+    },
+}
+_OLLAMA_SCHEMA: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
     """The form of errors that the clients of an API expect."""
@@ -67,6 +85,9 @@ class ErrorShape:
     """The JSON of a reply."""
     event_name: str = ""
     """Name of the event that ends a stream, and its `type`; "": it has none."""
+    schema_name: str = "Error"
+    """The name of the schema in openapi.json."""
+    schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
     def event(self, failure: Failure) -> bytes:
         """The last event of a stream that fails."""
@@ -76,13 +97,13 @@ class ErrorShape:
         return f"event: {self.event_name}\n".encode() + b"data: " + to_json(value) + b"\n\n"
 
 
-def error_shape(path: str) -> ErrorShape:
-    """The shape for requests to a path, as the client wrote it behind the prefix."""
-    return next((shape for prefix, shape in _SHAPES if path.startswith(prefix)), LLAMACPP)
+def error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
+    """The type of an error by its status: by default `of_server`, or that of a client's mistake."""
+    return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
 
 
-def _openai(failure: Failure) -> dict[str, Any]:
-    kind = _kind(failure, _TYPES)
+def openai_error(failure: Failure) -> dict[str, Any]:
+    kind = error_type(failure, ERROR_TYPES)
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
@@ -92,36 +113,18 @@ def _ollama(failure: Failure) -> dict[str, Any]:
 
 def _llamacpp(failure: Failure) -> dict[str, Any]:
     """OpenAI's, with llama.cpp's types, and numbers where it has them."""
-    kind = "exceed_context_size_error" if failure.numbers else _kind(failure, _LLAMACPP_TYPES)
-    return {"error": {**_openai(failure)["error"], "type": kind, **failure.numbers}}
+    kind = "exceed_context_size_error" if failure.numbers else error_type(failure, _LLAMACPP_TYPES)
+    return {"error": {**openai_error(failure)["error"], "type": kind, **failure.numbers}}
 
 
-def _anthropic(failure: Failure) -> dict[str, Any]:
-    """Clients shorten a chat upon the words "prompt is too long"."""
-    kind, message = _kind(failure, _ANTHROPIC_TYPES, "api_error"), failure.message
-    if failure.numbers:
-        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
-        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
-    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
-    return {"type": "error", "error": error}
-
-
-def _kind(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
-    return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
-
-
-OPENAI: Final = ErrorShape(_openai)
+OPENAI: Final = ErrorShape(openai_error)
 LLAMACPP: Final = ErrorShape(_llamacpp)
-RESPONSES: Final = ErrorShape(_openai, "error")
-ANTHROPIC: Final = ErrorShape(_anthropic, "error")
-OLLAMA: Final = ErrorShape(_ollama)
+OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SCHEMA)
 
-_SHAPES: Final = (
-    ("/v1/messages", ANTHROPIC),
-    ("/v1/responses", RESPONSES),
-    ("/responses", RESPONSES),
-    ("/v1/", OPENAI),
-    ("/cluster", OPENAI),
-    ("/api/", OLLAMA),
-)
-"""Shapes by the beginning of the path, the first that fits; llama.cpp's where none does."""
+
+def usual_shape(path: str) -> ErrorShape:
+    """The shape of errors of paths whose routes have none of their own, as the client wrote the path behind the
+    prefix."""
+    if path.startswith("/api/"):
+        return OLLAMA
+    return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
+from llamaclust.cluster.front.errors import ErrorShape
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
@@ -52,6 +53,8 @@ class Dialect(ABC, Generic[AnyBody]):
     takes_any_model: ClassVar[bool] = False
     """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
+    errors: ClassVar[ErrorShape | None] = None
+    """Of the paths and of those that begin with them; None: OpenAI's below `/v1`, llama.cpp's for the others."""
 
     def __init__(self, service: TextService, replies: Replies, path: str) -> None:
         self.service = service
@@ -68,7 +71,7 @@ class Dialect(ABC, Generic[AnyBody]):
     def routes(self) -> Iterator[Route]:
         """The operations of the endpoint."""
         answer = self.replies.endpoint(self.path, self.make, self.form)
-        yield Route("POST", self.path, answer, self.body, computes=True)
+        yield Route("POST", self.path, answer, self.body, computes=True, errors=self.errors)
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         """The reply to the bytes of a body."""

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute
 
+from llamaclust.cluster.front.errors import ErrorShape, usual_shape
 from llamaclust.cluster.front.http.gates import OPEN_PATHS
 from llamaclust.cluster.front.http.responses import Route, template
 from llamaclust.core.version import VERSION
@@ -70,25 +71,6 @@ _QUERIES: Final = {
 }
 """Query parameters by path, without `/v1` where there are both."""
 _OTHERS: Final = "additionalProperties"
-_ERROR: Final = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
-                "n_prompt_tokens": {"type": "integer"},
-                "n_ctx": {"type": "integer"},
-            },
-        }
-    },
-}
-_OLLAMA_ERROR: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 _EVENT: Final = {
     "type": "object",
     "required": ["data"],
@@ -131,10 +113,12 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
     """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
+    errors: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route):
-            path = template(route.path)
-            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, is_strict)
+            path, shape = template(route.path), route.errors or usual_shape(route.path)
+            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, shape, is_strict)
+            errors[shape.schema_name] = shape.schema
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -144,7 +128,7 @@ def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
         "info": {"title": "llamaclust", "version": VERSION},
         "paths": paths,
         "security": [{}, {"bearer": []}, {"header": []}],
-        "components": {"securitySchemes": keys, "schemas": {"Error": _ERROR, "OllamaError": _OLLAMA_ERROR}},
+        "components": {"securitySchemes": keys, "schemas": errors},
     }
 
 
@@ -159,14 +143,13 @@ def _page(document: Mapping[str, Any]) -> str:
     return f"{head}<main>{intro}{parts}</main></html>"
 
 
-def _operation(route: Route, path: str, is_strict: bool) -> dict[str, Any]:
+def _operation(route: Route, path: str, shape: ErrorShape, is_strict: bool) -> dict[str, Any]:
     method, body = route.method, {} if route.body is None else _request_body(route.body)
     streams = "stream" in _fields(body)
     streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
-    is_ollama = path.startswith(_OLLAMA)
-    streamed = (_JSON, _LINES) if is_ollama else _STREAMED
+    streamed = (_JSON, _LINES) if path.startswith(_OLLAMA) else _STREAMED
     types = _TYPES.get(path, streamed if streams else (_JSON,))
-    error = {"$ref": f"#/components/schemas/{'OllamaError' if is_ollama else 'Error'}"}
+    error = {"$ref": f"#/components/schemas/{shape.schema_name}"}
     text = " ".join((route.endpoint.__doc__ or path).split())
     return {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route as PathRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, error_shape, failure_of, internal_error
+from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, failure_of, internal_error, usual_shape
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import LlamaclustError, QueueFullError
 
@@ -149,7 +149,8 @@ _UNKNOWN: Final = "other"
 
 class Route(PathRoute):
     """One operation of the API. `body`: the class of its fields, for openapi.json; the endpoint reads its body itself.
-    `computes`: the model must be loaded. `names_reply`: the path or `?conv_id=` names a kept reply."""
+    `computes`: the model must be loaded. `names_reply`: the path or `?conv_id=` names a kept reply. `errors`: the
+    shape of errors of this path and of those that begin with it; None: as usual."""
 
     def __init__(
         self,
@@ -160,12 +161,14 @@ class Route(PathRoute):
         *,
         computes: bool = False,
         names_reply: bool = False,
+        errors: ErrorShape | None = None,
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
         self.computes = computes
         self.names_reply = names_reply
+        self.errors = errors
 
 
 class Paths:
@@ -193,8 +196,10 @@ def given_path(scope: Scope) -> str:
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """The shape of a request's errors."""
-    return error_shape(given_path(scope))
+    """The shape of a request's errors, also before its route is found."""
+    given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
+    own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
+    return next(own, usual_shape(given))
 
 
 def template(path: str) -> str:

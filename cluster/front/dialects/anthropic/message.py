@@ -12,6 +12,7 @@ from starlette.responses import Response
 from llamaclust.cluster.front.body import converted
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.errors import ERROR_TYPES, ErrorShape, Failure, error_type
 from llamaclust.cluster.front.http.responses import Route
 from llamaclust.cluster.front.http.sse import named_event
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
@@ -209,12 +210,32 @@ def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
     return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
+_ERROR_TYPES: Final = {
+    **ERROR_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    """Clients shorten a chat upon the words "prompt is too long"."""
+    kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
+    if failure.numbers:
+        tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
+        message = f"prompt is too long: {tokens} tokens > {most} maximum ({message})"
+    error = {"type": kind, "message": message, "param": failure.param, "code": failure.code, **failure.numbers}
+    return {"type": "error", "error": error}
+
+
 class Messages(Dialect[MessagesBody]):
     """Chats of Anthropic's API, whose clients name Anthropic's models, for some requests by names of their own."""
 
     paths = ("/v1/messages",)
     body = MessagesBody
     takes_any_model = True
+    errors = ErrorShape(_error, "error")
 
     def routes(self) -> Iterator[Route]:
         yield from super().routes()

@@ -84,7 +84,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 
 
 class TextCalls(ABC, Generic[WholeT, StreamT]):
-    """Prompts and chats to answers.
+    """Completes prompts and answers chats.
 
     Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a request that is
     refused, QueueFullError, RequestFailedError, WorkerError, DeadlineError.
@@ -116,11 +116,11 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
 
     @abstractmethod
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
-        """Chunks of the answer to a body of an HTTP path."""
+        """Yields the answer to a body of an HTTP path."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
-        """Returns what such chunks make for the client's user."""
+        """Returns the chunks as a stream or as a whole answer."""
 
 
 class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]):
@@ -137,7 +137,7 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def _embed(self, body: dict[str, Any]) -> list[Vector]:
-        """The embeddings of a body of `POST /v1/embeddings`."""
+        """Sends a body of `POST /v1/embeddings`."""
 
     @abstractmethod
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -190,7 +190,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop; an interrupt of the caller cancels it. LlamaclustError once the thread is closed."""
+        """Runs `work` in the loop; an interrupt of the caller cancels it. Raises LlamaclustError once it is closed."""
         with self._lock:
             if self._is_closed:
                 work.close()
@@ -206,7 +206,7 @@ class LoopThread(Generic[_Opened]):
             self._calls.discard(future)
 
     def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
-        """The values as they come. Its end closes `values`; the thread's end closes all of them."""
+        """Yields the values as they come. Its end closes `values`; the thread's end closes all of them."""
         stepping = asyncio.Lock()  # a step that was interrupted ends before they are closed
 
         async def step() -> _Value | None:
@@ -261,13 +261,10 @@ class LoopThread(Generic[_Opened]):
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):
-    """Prompts and chats to answers. A context manager: closed when left. Safe to use from several threads.
-
-    It runs an asynchronous client on a thread of its own.
-    """
+    """Completes prompts and answers chats, from any thread, by an asynchronous client on a thread of its own. It is
+    closed where `with` is left."""
 
     def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[AsyncTextClient]]) -> None:
-        """Raises what opening the client raises."""
         self._thread = LoopThread(open_client)
         self._client = self._thread.resource
         self._closed = weakref.finalize(self, self._thread.close)
@@ -280,20 +277,20 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Embeddings of texts or token ids, in their order: [embedding], of Euclidean norm 1."""
+        """Returns embeddings of texts or token ids, in their order: [embedding], of Euclidean norm 1."""
         return self._thread.call(self._client.embed(prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text, with BOS where the model wants it unless `add_special` is false."""
+        """Returns the token ids of a text, with BOS where the model wants it unless `add_special` is false."""
         return self._thread.call(self._client.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of some tokens."""
+        """Returns the text of token ids."""
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """The sampling options of a chat for which the user chose nothing: what the cluster file or the model file
-        recommends, or else the values of `llamaclust chat`. Pass them to `chat`, whose own default is greedy."""
+        """Returns the sampling options of a chat for which the user chose nothing: what the cluster file or the model
+        file recommends, or else the values of `llamaclust chat`. Pass them to `chat`, whose own default is greedy."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ class AsyncClient(AsyncTextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """The parameters are those of `Client`."""
+        """Takes the parameters of `Client`."""
         self._http = httpx.AsyncClient(**http_options(base_url, api_key, timeout, verify))
         self._stream_timeout = timeouts(timeout, READ_TIMEOUT_S)
         self._model = model
@@ -90,7 +90,7 @@ class AsyncClient(AsyncTextClient):
         return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
 
     async def check_model(self) -> None:
-        """RequestError if the model that was given is not served; it names those that are."""
+        """Raises RequestError, which names the served models, if the one that was given is not among them."""
         if self._model is not None:
             await self._request("GET", f"v1/models/{quote(self._model, safe='')}")
 
@@ -98,8 +98,7 @@ class AsyncClient(AsyncTextClient):
         await self._http.aclose()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """The events of a streamed request with their ids, as the server sends them; a connection that breaks is
-        resumed."""
+        """Yields the events of a streamed request with their ids; a connection that breaks is resumed."""
         stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
         try:
             while not stream.is_done:
@@ -131,7 +130,7 @@ class AsyncClient(AsyncTextClient):
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: httpx.Timeout | None = None
     ) -> bytes:
-        """The body of a whole reply."""
+        """Returns the body of a whole reply."""
         content = None if body is None else self._encoded(body)
         try:
             reply = await self._http.request(method, path, content=content, timeout=timeout or self._http.timeout)
@@ -146,7 +145,7 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A cluster's HTTP API. `timeout`: seconds without a sign of life after which a call fails.
+    """A client of a cluster's HTTP API. `timeout`: seconds without a sign of life after which a call fails.
 
     Proxies of the environment are used, but never to this machine itself.
     """
@@ -165,8 +164,8 @@ class Client(TextClient):
         """`verify`: a PEM file of certificates to trust, or a context, for addresses of other machines. `model`: one of
         the served models or adapters; None: the first model.
 
-        UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects with the
-        first call."""
+        Raises UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects
+        with the first call."""
         client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
         super().__init__(lambda: client)
 
@@ -177,10 +176,8 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`.
-
-        The model is given by its path or, as text, as for the commands' `--model`.
-        """
+        """Loads a model file in this process. Arguments and errors are those of `LocalClient`; the model is given by
+        its path or, as text, as for the commands' `--model`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 
@@ -188,21 +185,17 @@ class Client(TextClient):
         return LocalClient(file, threads, feature_level, settings)
 
     def check_model(self) -> None:
-        """Raises what `AsyncClient.check_model` raises."""
+        """Raises RequestError, which names the served models, if the one that was given is not among them."""
         self._thread.call(self._client.check_model())
 
 
 class CutShortError(ProtocolError):
-    """A stream without its end."""
+    """Error of a stream that has no end."""
 
 
 class ResumableStream:
-    """The server-sent events of one request, over all its connections. Pure but for the clock: the caller sends and
-    sleeps.
-
-    The request is sent again as it was, with the same idempotency key and the id of the last event: the server answers
-    with the events after it.
-    """
+    """The server-sent events of one request over all its connections; the caller sends and sleeps. Each time, the
+    request has the same idempotency key and the id of the last event: the server answers with the events after it."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -224,7 +217,7 @@ class ResumableStream:
 
     @property
     def cancel_path(self) -> str:
-        """The path to DELETE where the answer is not wanted any more."""
+        """The path to DELETE if the answer is not wanted any more."""
         return f"v1/streams/{self._key}"
 
     @property
@@ -233,7 +226,7 @@ class ResumableStream:
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
-        """A reply has begun; `body` is all of one that is an error. Raises that error."""
+        """Takes the head of a reply, and the body of one that is an error, which is raised."""
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
@@ -241,7 +234,7 @@ class ResumableStream:
         self._parts.clear()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """The events that are complete with `data`. Raises the error that the server reports in one."""
+        """Yields the events that are complete with `data`. Raises the error that the server reports in one."""
         self._lost_s, self._silent_s, self._attempts = None, None, 0
         *lines, rest = data.split(b"\n")
         for line in lines:
@@ -267,7 +260,7 @@ class ResumableStream:
         return event
 
     def ended(self) -> None:
-        """The connection ended. CutShortError where the stream did not."""
+        """Raises CutShortError if the connection ended before the stream."""
         if not self.is_done:
             raise CutShortError("the server ended the answer before it was complete")
 
@@ -294,7 +287,7 @@ def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
 
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
-    """The error of a server that does not answer, or not to the end."""
+    """Returns the error of a server that does not answer, or not to the end."""
     where, reason = str(url).rstrip("/"), _reason(error)
     is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
     what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
@@ -303,7 +296,7 @@ def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    """The system's own words, which asyncio and its streams wrap."""
+    """Returns the system's own words, which asyncio and its streams wrap."""
     inner: BaseException | None = error
     while inner is not None:
         cause = inner

@@ -56,8 +56,8 @@ Prompt = str | Sequence[int]
 
 
 class AnswerOptions(TypedDict, total=False):
-    """How to answer. What is left out or None has the defaults of `/v1/completions` and `/v1/chat/completions`, except
-    that the likeliest token is taken each time, until the model ends its answer."""
+    """Options of an answer. What is left out or None has the defaults of `/v1/completions` and `/v1/chat/completions`,
+    except that the likeliest token is taken each time, until the model ends its answer."""
 
     max_tokens: int | None  # None, the default: until the context is full; 0: nothing is chosen
     temperature: float  # 0.0, the default, chooses the likeliest token
@@ -112,26 +112,26 @@ class CompletionOptions(AnswerOptions, total=False):
 
 
 class EmbeddingOptions(TypedDict, total=False):
-    """How to embed. What is left out has the defaults of `/v1/embeddings`."""
+    """Options of embeddings. What is left out has the defaults of `/v1/embeddings`."""
 
     pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
     dimensions: int | None  # leading channels to keep; None, the default: all
 
 
 def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any]:
-    """The body of `POST /v1/completions`, with logprobs. TypeError for an unknown option."""
+    """Returns the body of `POST /v1/completions`, with logprobs. Raises TypeError for an unknown option."""
     more = _answer_fields(options, CompletionOptions)
     fixed = {"max_tokens": MAX_CONTEXT_TOKENS, "logprobs": 0, "echo": "score_from" in more}
     return {"prompt": _json(prompt), **fixed, **more}
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
-    """The body of `POST /v1/chat/completions`, with logprobs. TypeError for an unknown option."""
+    """Returns the body of `POST /v1/chat/completions`, with logprobs. Raises TypeError for an unknown option."""
     return {"messages": [dict(message) for message in messages], "logprobs": True, **_answer_fields(options, Options)}
 
 
 def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:
-    """The body of `POST /v1/embeddings`. TypeError for an unknown option."""
+    """Returns the body of `POST /v1/embeddings`. Raises TypeError for an unknown option."""
     return {"input": [*map(_json, prompts)], "encoding_format": "base64", **_fields(options, EmbeddingOptions)}
 
 
@@ -141,7 +141,7 @@ def _answer_fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The options that are not None. TypeError for one that `kind` has not."""
+    """Returns the options that are not None. Raises TypeError for one that `kind` has not."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
@@ -157,14 +157,14 @@ def _json(value: Any) -> Any:
 
 
 def sampling_options(given: Mapping[str, Any]) -> Options:
-    """Options from the field `chat_sampling` of a model in `GET /v1/models`."""
+    """Returns options from the field `chat_sampling` of a model in `GET /v1/models`."""
     window = given.get("repeat_last_n", -1)
     found = {**given, "penalty_window": None if window == -1 else window}
     return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]
 
 
 class ChunkReader:
-    """Events of one answer as chunks. ProtocolError for events that this API would not send."""
+    """Reads events of one answer as chunks. Raises ProtocolError for events that this API would not send."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
@@ -199,7 +199,7 @@ class ChunkReader:
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
-    """The logprobs of a part of a chat's answer, or of a completion's prompt and answer."""
+    """Returns the logprobs of a part of a chat's answer, or of a completion's prompt and answer."""
     logprobs = choice["logprobs"] or {}
     if "content" in logprobs:
         return [entry["logprob"] for entry in logprobs["content"]]
@@ -220,7 +220,7 @@ def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """The body as JSON. RequestError for a value that JSON cannot say."""
+    """Returns the body as JSON. Raises RequestError for a value that JSON cannot say."""
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Parses what a server sent. ProtocolError where that is not a JSON object."""
+    """Parses what a server sent. Raises ProtocolError if that is not a JSON object."""
     try:
         value = json.loads(payload)
     except ValueError as error:
@@ -239,7 +239,7 @@ def json_object(payload: bytes) -> dict[str, Any]:
 
 
 def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
-    """One field of a reply's JSON object. ProtocolError where it is not there or of another type."""
+    """Returns one field of a JSON object. Raises ProtocolError if it is not there or of another type."""
     value = json_object(body).get(name)
     if not isinstance(value, kind):
         raise _foreign(body)
@@ -247,7 +247,7 @@ def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
 
 
 def vectors_of(body: bytes) -> list[Vector]:
-    """The embeddings of a reply. ProtocolError where it has none."""
+    """Returns the embeddings of a reply. Raises ProtocolError if it has none."""
     import numpy as np  # commands that embed nothing start without it
 
     try:
@@ -258,7 +258,7 @@ def vectors_of(body: bytes) -> list[Vector]:
 
 
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
-    """The error that a reply other than 200 reports."""
+    """Returns the error that a reply other than 200 reports."""
     try:
         report = json_object(body)["error"]
     except (ProtocolError, KeyError):
@@ -267,7 +267,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
 
 
 def reported_error(report: Any, status: int | None = None, retry_after: str | None = None) -> LlamaclustError:
-    """The server's error as one of ours, with its message, code and status."""
+    """Returns the server's error as one of ours, with its message, code and status."""
     report = report if isinstance(report, dict) else {"message": str(report)}
     message, code = str(report.get("message") or "no message"), report.get("code")
     if status == _UNAUTHORIZED:

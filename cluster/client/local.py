@@ -29,7 +29,7 @@ OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 
 class AsyncServiceClient(AsyncTextClient):
-    """`AsyncClient` of a text service in this process. The options are those of HTTP, read by the same rules."""
+    """A client of a text service in this process, with the options of HTTP, read by the same rules."""
 
     def __init__(self, service: TextService) -> None:
         self.service = service
@@ -66,13 +66,11 @@ class AsyncServiceClient(AsyncTextClient):
 
 
 class ServiceClient(TextClient):
-    """Talks to a service that lives as long as the client."""
+    """A client of a service that is open as long as the client."""
 
     _client: AsyncServiceClient
 
     def __init__(self, open_service: OpenService) -> None:
-        """Raises what opening the service raises."""
-
         @asynccontextmanager
         async def opened() -> AsyncIterator[AsyncServiceClient]:
             async with open_service() as service:
@@ -82,7 +80,7 @@ class ServiceClient(TextClient):
 
 
 class LocalClient(ServiceClient):
-    """`Client` without a server. `threads`: all cores by default; `feature_level`: the best there is, or what
+    """A client without a server. `threads`: all cores by default; `feature_level`: the best there is, or what
     LLAMACLUST_FEATURE_LEVEL says."""
 
     def __init__(
@@ -92,33 +90,33 @@ class LocalClient(ServiceClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> None:
-        """Loads the model. ModelFileError, UsageError for settings that cannot be, InsufficientMemoryError."""
+        """Loads the model. Raises ModelFileError, InsufficientMemoryError, and UsageError for impossible settings."""
         self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
         super().__init__(self._stage.serve)
 
     @property
     def feature_level(self) -> str:
-        """What the kernels run at."""
+        """The feature level of the kernels."""
         return self._stage.feature_level
 
     @property
     def placement(self) -> str:
-        """How many layers are on GPUs, and which; "" without GPUs."""
+        """The number of layers on GPUs, and which they are; "" without GPUs."""
         return self._stage.placement
 
     @property
     def vocabulary_size(self) -> int:
-        """How many logits a token has."""
+        """The number of logits of a token."""
         return self._stage.scheduling.vocabulary
 
     def logits(self, token_ids: Sequence[int]) -> Float32:
-        """Float32 [tokens, vocabulary]: what the model says after each token. RequestError for ids it does not have,
-        none, or more than the context."""
+        """Returns what the model says after each token, float32 [tokens, vocabulary]. Raises RequestError for ids it
+        does not have, none, or more than the context."""
         parts: list[Float32] = []
         self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
         return np.concatenate(parts)
 
     def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
         """Gives `use` the rows of tokens [start, end), some at a time, in order; they are its until it returns. Errors
-        as for `logits`."""
+        are those of `logits`."""
         self._stage.logits(tuple(token_ids), start, use)

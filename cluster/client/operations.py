@@ -25,18 +25,18 @@ _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list,
 
 
 class ClusterApi:
-    """A context manager: holds a connection while it is entered. Errors name the cluster and its address."""
+    """The operations of a cluster over a connection that is held while it is entered. Errors name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
-        """`where`: its name in errors. UsageError for what is not the address of an HTTP server, and without a key or
-        certificates in the files."""
+        """Takes its name in errors as `where`. Raises UsageError for what is not the address of an HTTP server, and if
+        a file holds no key or no certificates."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
         self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
 
     @classmethod
     def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:
-        """The API of a cluster on this machine."""
+        """Returns the API of a cluster on this machine."""
         keys = api_keys_file or (Path(record.api_keys_file) if record.api_keys_file else None)
         return cls(f"cluster {record.name} at {record.api}", record.api, keys)
 
@@ -47,8 +47,8 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """The `status` part of GET /cluster, as a model has it (None: the first one). ClusterStartingError where there
-        is none yet."""
+        """Returns the `status` part of GET /cluster, as a model has it (None: the first one). Raises
+        ClusterStartingError if there is none yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
@@ -56,29 +56,29 @@ class ClusterApi:
         return state
 
     def context_length(self) -> int:
-        """Tokens that one sequence may have."""
+        """Returns the number of tokens that one sequence may have."""
         settings: dict[str, Any] = self._field(self._request("GET", "/props"), "default_generation_settings", dict)
         return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
-        """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
-        another error where it has to hold them."""
+        """Returns when the worker, or the one that will have the name, holds no layers. Raises InsufficientMemoryError
+        or another error if it has to hold them."""
         self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
 
     def undrain(self, worker: str) -> None:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """(how many lines its process wrote before, the last ones)."""
+        """Returns the number of lines that its process wrote before the last ones, and the last ones."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
-        """Those that are open and the last ones that ended, the oldest first."""
+        """Returns requests that are open and the last ones that ended, the oldest first."""
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """The waterfall of each sequence of a request, by its id or the first 4 characters or more of that."""
+        """Returns the waterfall of each sequence of a request, by its id or 4 or more of its first characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
@@ -88,7 +88,7 @@ class ClusterApi:
             raise ProtocolError(f"{self._where}: {error}") from error
 
     def _request(self, method: str, path: str, read_s: float | None = None) -> bytes:
-        """The whole body. ProtocolError where it is too large, or comes too slowly."""
+        """Returns the whole body. Raises ProtocolError if it is too large, or comes too slowly."""
         read_s = read_s or _ANSWER_S
         body, end_s = bytearray(), monotonic() + read_s
         try:

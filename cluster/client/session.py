@@ -54,7 +54,7 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """The answer to a message of the user. Options given here hold for this answer alone.
+        """Answers a message of the user. Options given here hold for this answer alone.
 
         Both messages are part of the conversation when the answer or its stream has ended. Of a stream that is closed
         and of an answer that fails, what came stays; without any text, the conversation is as before.
@@ -66,7 +66,8 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Another answer to the user's last message, in place of the one that there is. UsageError without a message.
+        """Answers the user's last message again, in place of the answer that there is. Raises UsageError without a
+        message.
 
         The seed decides the answer: another answer needs another `seed`, or none.
         """
@@ -78,7 +79,7 @@ class Session(Generic[WholeT, StreamT]):
         self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
 
     def undo(self) -> list[dict[str, Any]]:
-        """Removes the last turn; its messages. UsageError where there is none."""
+        """Removes the last turn and returns its messages. Raises UsageError if there is none."""
         start = self._last_turn()
         turn, self.messages[start:] = self.messages[start:], []
         self.dropped_messages = 0
@@ -90,14 +91,14 @@ class Session(Generic[WholeT, StreamT]):
         self.dropped_messages = 0
 
     def branch(self) -> Self:
-        """Another one with the same messages, options and client; what is sent to one leaves the other as it is."""
+        """Returns a session with copies of the messages and options, and with the same client."""
         other = copy(self)
         other.messages, other.options = deepcopy(self.messages), deepcopy(self.options)
         other._is_answering = False
         return other
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the messages to a file that its owner alone may read, as a whole or not at all. UsageError."""
+        """Writes the messages to a file that its owner alone may read, or raises UsageError with the file unchanged."""
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
@@ -109,7 +110,7 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message is no JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces all messages by those of a file that `save` wrote. UsageError, with the messages as they were."""
+        """Replaces all messages by those of a file that `save` wrote, or raises UsageError and keeps them."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
@@ -119,9 +120,8 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message, or with None the last one of the user again. UsageError while another one is
-        answered. Afterwards the conversation has the answer as far as it came; without any text of it, it is as
-        before."""
+        """Answers one more message, or with None the last one of the user again; the conversation has the answer then
+        as far as it came, and is as before without any text of it. Raises UsageError while another one is answered."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -158,7 +158,7 @@ class Session(Generic[WholeT, StreamT]):
         return True
 
     def _before(self, end: int) -> list[Message]:
-        """The messages before `end` that are sent."""
+        """Returns the messages before `end` that are sent."""
         first = self._first_turn()
         return [*self.messages[:first], *self.messages[first + self.dropped_messages : end]]
 
@@ -167,7 +167,7 @@ class Session(Generic[WholeT, StreamT]):
         return next(others, len(self.messages))
 
     def _last_turn(self) -> int:
-        """The place of the last message of role `user`. UsageError where there is none."""
+        """Returns the place of the last message of role `user`. Raises UsageError if there is none."""
         for at in range(len(self.messages) - 1, -1, -1):
             if self.messages[at]["role"] == "user":
                 return at
@@ -179,12 +179,12 @@ class ChatSession(Session[Answer, ChunkStream]):
 
 
 class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """`ChatSession` for asyncio: `await session.send(...)`, or `async for` over what it gives with `stream=True`.
-    Reading and writing a conversation's file blocks."""
+    """A session for asyncio: `await session.send(...)`, or `async for` over what it gives with `stream=True`. Reading
+    and writing a conversation's file blocks."""
 
 
 def is_conversation(path: Path) -> bool:
-    """True for a file that `save` wrote."""
+    """Returns true for a file that `save` wrote."""
     try:
         _checked(read_json(path))
     except (OSError, ValueError, KeyError, TypeError):
@@ -193,14 +193,14 @@ def is_conversation(path: Path) -> bool:
 
 
 def _message(parts: list[TextChunk]) -> dict[str, Any]:
-    """The assistant's message, as far as it came. The chat template decides what of its reasoning is sent again."""
+    """Returns the assistant's message; the chat template decides what of its reasoning is sent again."""
     reasoning = "".join(part.reasoning for part in parts)
     content = "".join(part.text for part in parts)
     return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
 
 
 def _place(path: str | PathLike[str]) -> Path:
-    """A link is followed: what it leads to is replaced. UsageError for what no file can have as its path."""
+    """Returns the file that a path or a link leads to. Raises UsageError for what no file can have as its path."""
     try:
         return Path(os.path.realpath(expand_home(os.fspath(path))))
     except ValueError as error:
@@ -208,7 +208,7 @@ def _place(path: str | PathLike[str]) -> Path:
 
 
 def _checked(saved: Any) -> list[dict[str, Any]]:
-    """ValueError, KeyError or TypeError for what are no messages."""
+    """Returns the messages of a saved conversation. Raises ValueError, KeyError or TypeError for what are none."""
     messages = saved["messages"]
     if not isinstance(messages, list):
         raise TypeError("messages is not a list")

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from llamaclust.cluster.config.environment import proxy_variables, trust_variables
+from llamaclust.cluster.config.environment import environment, proxy_variables, trust_variables
 from llamaclust.core.addresses import ANYWHERE, is_address, is_loopback, split_address
 from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
@@ -31,8 +31,9 @@ _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the envir
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Arguments of httpx's clients of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's clients want
-    it, is taken as well. UsageError for an address or a key that is none, and as for `trust` and `web_options`."""
+    """Returns arguments of httpx's clients of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's
+    clients want it, is taken as well. Raises UsageError for an address or a key that is none, and for files and
+    variables that cannot be used."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
@@ -57,11 +58,9 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Arguments of httpx's clients that reach `url`, or any server (None), through the proxies of the environment; this
-    machine itself without them. `verify`: the certificates to trust, by default those of this machine.
-
-    UsageError that names the variable which cannot be used.
-    """
+    """Returns arguments of httpx's clients that reach `url`, or any server (None), through the proxies of the
+    environment; this machine itself without them. `verify`: the certificates to trust, by default those of this
+    machine. Raises UsageError that names the variable which cannot be used."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -77,7 +76,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _wrong_proxy(value: str) -> str:
-    """The reason why httpx would fail with this proxy; empty where it can be used."""
+    """Returns the reason why httpx would fail with this proxy; empty if there is none."""
     try:
         url = httpx.URL(value if "://" in value else f"http://{value}")
     except httpx.InvalidURL as error:
@@ -101,7 +100,7 @@ def _wrong_hosts(value: str) -> str:
 
 
 def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
-    """The context for httpx's `verify`. UsageError for a file that cannot be used."""
+    """Returns the context for httpx's `verify`. Raises UsageError for a file that cannot be used."""
     if url.scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and reads no file, which would take 20 ms
     if isinstance(verify, ssl.SSLContext):
@@ -112,8 +111,8 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Trusts the authorities of a PEM file alone, or those that this machine trusts. UsageError where the file or one
-    that the environment names cannot be used."""
+    """Trusts the authorities of a PEM file alone, or those that this machine trusts. Raises UsageError if the file or
+    one that the environment names cannot be used."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)
@@ -135,8 +134,7 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Certificates of clusters of this user that have this address, one that was killed among them."""
-    from llamaclust.cluster.config.environment import environment
+    """Returns certificates of this user's clusters at this address, including one that was killed."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)
@@ -187,7 +185,7 @@ class _PinnedContext(ssl.SSLContext):
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """Returns advice about a server that speaks TLS in another way; None where that is not why."""
+    """Returns advice about a server that speaks TLS in another way; None if the error has another reason."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

@@ -54,12 +54,12 @@ _Arguments = ParamSpec("_Arguments")
 
 
 async def read_body(request: Request, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
-    """The request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
+    """Reads the request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
     return await parse_body(await read_bytes(request, settings), kind, settings)
 
 
 async def parse_body(data: bytes, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
-    """The reply names the fields that have no effect. Raises HttpError (400), and what `read_fields` raises."""
+    """Parses a body; the reply names fields without effect. Raises HttpError (400), and what `read_fields` raises."""
     leniency = None if settings.is_strict or _is_strict.get() else Leniency()
 
     def parse() -> AnyBody:
@@ -81,7 +81,7 @@ async def converted(
 
 
 def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
-    """The endpoint's own fields that have no effect with these settings."""
+    """Returns the endpoint's own fields that have no effect with these settings."""
     slots = {} if settings.slot_folder is not None or "id_slot" not in kind.model_fields else SLOTS_NOT_KEPT
     return slots if settings.can_unload or "keep_alive" not in kind.model_fields else slots | ALWAYS_LOADED
 
@@ -94,7 +94,7 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """The fields of a body, and the server's values of those that the endpoint has and the body has under no name."""
+    """Adds the server's values of fields that the endpoint has and the body has under no name."""
     if not settings.defaults and not settings.recommended:
         return fields
     given = {kind.foreign.name(name) for name, value in fields.items() if value is not None}
@@ -113,8 +113,8 @@ async def parse_object_in_time(data: bytes) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. HttpError and ParameterError for one that has too many values, before they are made; errors of
-    `parse_json`."""
+    """Parses a JSON object. Raises HttpError and ParameterError for one with too many values, before they are made, and
+    what `parse_json` raises."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -145,8 +145,8 @@ def _check_field(member: Member) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON, nested 200 levels deep at most. HttpError for what is none, ParameterError for numbers that no reply could
-    show."""
+    """Parses JSON, nested 200 levels deep at most. Raises HttpError for what is none, and ParameterError for numbers
+    that no reply could show."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
@@ -158,7 +158,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """The place of a number that JSON lacks (NaN) or Python reads as infinite (1e999), if there is one."""
+    """Returns the place of a number that JSON lacks (NaN) or Python reads as infinite (1e999), if there is one."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
@@ -196,7 +196,7 @@ def hand_on(request: Request, data: bytes) -> None:
 
 
 async def _read_all(request: Request, max_bytes: int) -> bytes | None:
-    """None where there is more; the rest is still to come then."""
+    """Returns None if there is more; the rest is still to come then."""
     if (read := request.scope.pop(_READ, None)) is not None:
         return read if len(read) <= max_bytes else None
     data = bytearray()
@@ -222,7 +222,7 @@ _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
 
 
 class IgnoredFields:
-    """Adds the header. The log has a line for each field the first time that a client of this process sends it."""
+    """A middleware that adds the header. The log has a line for each field that a client sends for the first time."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -254,7 +254,7 @@ class IgnoredFields:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The names; how many more there are where they are too long together."""
+    """Returns the names, or the first of them and the number of the others if they are too long together."""
     shown = bisect_right([*accumulate(len(name) + 2 for name in names)], _MOST_OF_A_HEADER)
     more = [f"and {len(names) - shown} more"] if shown < len(names) else []
     return ", ".join([*names[:shown], *more])

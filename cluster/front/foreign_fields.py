@@ -9,23 +9,23 @@ from llamaclust.cluster.front.schema import ForeignFields, Neutral
 
 
 def only(*values: Any) -> Neutral:
-    """Neutral at these values, or where nothing is in it."""
+    """Makes a field neutral at these values, or if nothing is in it."""
     known = [(type(value), value) for value in values]
     return lambda value: value in ([], {}, "") or (type(value), value) in known
 
 
 def anything(value: Any) -> bool:
-    """A field that never changes the answer."""
+    """Returns true: the field never changes the answer."""
     return True
 
 
 def negative(value: Any) -> bool:
-    """A field that asks for something from 0 on."""
+    """Returns whether a field is negative; it asks for something from 0 on."""
     return type(value) is int and value < 0
 
 
 def number(neutral: float) -> Neutral:
-    """Neutral at one number, written as 1 or 1.0."""
+    """Makes a field neutral at one number, written as 1 or 1.0."""
     return lambda value: type(value) in (int, float) and value == neutral
 
 

@@ -28,7 +28,7 @@ class DeferredValue(ABC):
     @property
     @abstractmethod
     def entries(self) -> int:
-        """About the numbers and texts in it."""
+        """The approximate number of numbers and texts in it."""
 
     @property
     @abstractmethod
@@ -37,12 +37,12 @@ class DeferredValue(ABC):
 
     @abstractmethod
     def made(self) -> Any:
-        """The value."""
+        """Makes the value."""
 
 
 def to_json(value: Any) -> bytes:
-    """A value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate pairs
-    become '?'."""
+    """Renders a value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate
+    pairs become '?'."""
     return _encoder.encode(value).encode("utf-8", "replace")
 
 
@@ -80,7 +80,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """`members` has the first thousand or so."""
+    """The members of the outermost object, of which `members` has the first thousand, and the number of all values."""
 
     members: tuple[Member, ...]
     member_count: int
@@ -88,7 +88,7 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """The outline of a JSON text; of other texts, some outline."""
+    """Returns the outline of a JSON text; for other texts, some outline."""
     values = depth = border_count = 0
     borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
     is_inside = is_escaped = False  # a string, and its next character
@@ -119,7 +119,7 @@ def outline(text: bytes) -> Outline:
 
 
 def _name(text: bytes) -> str:
-    """The name at the beginning of a member; "" where it is none, or too long to be a field's."""
+    """Returns the name at the beginning of a member; "" if it is none, or too long to be a field's."""
     match = _NAME.match(text)
     try:
         return "" if match is None else str(from_json(match[1]))
@@ -208,13 +208,12 @@ def _made_parts(make: Callable[[], Any]) -> Generator[bytes, None, None]:
 
 
 async def one_part(data: bytes) -> JsonBody:
-    """JSON that is there."""
     yield data
 
 
 def json_size(value: Any) -> int:
-    """About the bytes of a value's JSON, without rendering it: its texts, and some for each value. For deferred ones,
-    those that they hold."""
+    """Estimates the bytes of a value's JSON without rendering it: its texts, and some for each value. For deferred ones
+    it is the memory that they take."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -269,7 +268,6 @@ def shown_timings(timings: Timings) -> dict[str, float]:
 
 
 def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str, Any]:
-    """Fields of an event."""
     shown = {
         "total": progress.total,
         "cache": progress.cached,
@@ -283,7 +281,7 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """`measured` of the tokens were computed within the time that the rate is of."""
+    """Shows a phase's tokens, of which `measured` were computed within the time that the rate is of."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

@@ -30,13 +30,13 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
-    """A chosen token with the likeliest ones in its place."""
+    """Shows a chosen token with the likeliest ones in its place."""
     top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
     return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
 
 
 def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """A token as /v1/chat/completions and llama.cpp show it; `id` is llama.cpp's."""
+    """Shows a token as /v1/chat/completions and llama.cpp do; `id` is llama.cpp's."""
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
@@ -61,7 +61,7 @@ class SlotFields(Body):
 
 
 def read_scales(value: Any) -> AdapterScales:
-    """[{"id": number, "scale": scale}, ...], in ascending order."""
+    """Reads [{"id": number, "scale": scale}, ...]; the result is in ascending order."""
     if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
         raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
     scales = dict(map(_lora_entry, value))
@@ -114,11 +114,11 @@ class ReasoningFields(Body):
 
     @property
     def answer_budget(self) -> ReasoningBudget | None:
-        """None: no limit."""
+        """The budget; None: no limit."""
         return self.budget_of(self.reasoning_budget)
 
     def budget_of(self, tokens: int) -> ReasoningBudget | None:
-        """Another number of tokens, with the same message."""
+        """Returns a budget of another number of tokens with the same message."""
         return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
 
@@ -126,8 +126,8 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """None: as many as the server likes. llama.cpp's other keys choose between drafts, which the server does by
-    itself."""
+    """Reads a number of drafted tokens; None: as many as the server likes. llama.cpp's other keys choose between
+    drafts, which the server does by itself."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
@@ -179,7 +179,7 @@ _LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
 
 def _samplers(value: Any) -> tuple[SamplerName, ...]:
-    """A list of names, or a string of llama.cpp's letters for them. Raises ValueError."""
+    """Reads a list of names, or a string of llama.cpp's letters for them. Raises ValueError."""
     if isinstance(value, str):
         names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
     elif isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -207,7 +207,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def documented(low: float, high: float) -> Any:
-    """Bounds for openapi.json; the scheduler checks them."""
+    """Documents bounds in openapi.json; the scheduler checks them."""
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
@@ -224,7 +224,7 @@ _TOP_K = {
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
-    """The type and the field of a number in bodies of the dialect."""
+    """Returns the type and the field of a number in bodies of the dialect."""
     row = SAMPLING_TABLE[name]
     kind: Any = int if row.is_whole else float
     if name == "top_k":
@@ -287,7 +287,7 @@ class SamplerFields(Body):
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
-        """The samplers that change anything, in their order; None where the plain ones do the same."""
+        """Returns the samplers that change anything, in their order; None if the plain ones do the same."""
         chain = SamplerChain(self.samplers, **self.numbers(CHAIN))
         check_chain(chain)
         chain = replace(chain, order=_effective_order(chain))
@@ -296,12 +296,12 @@ class SamplerFields(Body):
 
     @property
     def dry_window(self) -> int | None:
-        """None: all tokens."""
+        """The last tokens that DRY looks at; None: all."""
         return self._window("dry_penalty_last_n")
 
     @property
     def penalty_window(self) -> int | None:
-        """None: all tokens."""
+        """The last tokens that penalties count; None: all."""
         return self._window("repeat_last_n") if "repeat_last_n" in self.own_names else None
 
     def _window(self, name: str) -> int | None:
@@ -340,8 +340,8 @@ _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of fields of `/v1/chat/completions`: the cluster file's `defaults`, then what the model file recommends,
-    then llama.cpp's own values."""
+    """Returns values of fields of `/v1/chat/completions`: the cluster file's `defaults`, then what the model file
+    recommends, then llama.cpp's own values."""
     plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

@@ -52,12 +52,12 @@ class ForeignFields:
     other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
 
     def name(self, given: str) -> str:
-        """The endpoint's name of a field."""
+        """Returns the endpoint's name of a field."""
         return self.other_names.get(given, given)
 
 
 class Leniency:
-    """Takes the names of fields that one body has and that have no effect."""
+    """A list of the names of fields that one body has and that have no effect."""
 
     def __init__(self) -> None:
         self.ignored: list[str] = []
@@ -77,7 +77,7 @@ class Body(DocumentedModel):
     foreign: ClassVar[ForeignFields] = ForeignFields()
 
     def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
-        """`foreign`: what other servers have in its place."""
+        """Sets the fields that other servers have in its place."""
         super().__init_subclass__(**settings)
         cls.foreign = foreign or cls.foreign
 
@@ -106,7 +106,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def _as_declared(field_info: FieldInfo, value: Any) -> Any:
-    """5.0 as 5 where a field is a whole number, [] as {} where it is an object: PHP has one empty array for both."""
+    """Reads 5.0 as 5 for a whole number, and [] as {} for an object: PHP has one empty array for both."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
     return {} if value == [] and _is_object(field_info) else value
@@ -127,14 +127,14 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @cache
 def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
-    """The kinds of the objects in a body that hold its sampling fields, by field."""
+    """Returns the kinds of the objects in a body that hold its sampling fields, by field."""
     kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
     bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}
     return {name: part for name, part in bodies.items() if part.takes_recommended}
 
 
 def read_part(kind: type[AnyBody], value: Any, leniency: Leniency | None) -> AnyBody:
-    """A part of a body, for the validator of its field, whose errors are ValueErrors. See `read_fields`."""
+    """Reads a part of a body for the validator of its field, whose errors are ValueErrors."""
     try:
         return read_fields(kind, value, leniency)
     except ParameterError as error:
@@ -147,7 +147,7 @@ def read_fields(
     leniency: Leniency | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """The body that the fields make. ParameterError for one that is wrong or asks for what is not supported; without
+    """Makes a body of fields. Raises ParameterError for one that is wrong or asks for what is not supported; without
     `leniency` also for those that are unknown or have no effect. `idle`: fields that have none with these settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
@@ -166,22 +166,22 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Its validator is made for its first body: those of all kinds take a tenth of a coordinator's start. Under a lock,
-    which not every pydantic has: bodies are read on several threads."""
+    """Makes its validator for its first body: those of all kinds take a tenth of a coordinator's start. A lock is held,
+    since bodies are read on several threads and not every pydantic has one."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """An unknown field comes before others: it may be one of those that are missing, misspelt. `as_sent`: other names
-    that the body has for fields."""
+    """Returns an error, first of all of an unknown field: it may be one of those that are missing, misspelt.
+    `as_sent`: other names that the body has for fields."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
 
 def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
-    """The error of a field's value, whatever the other fields are."""
+    """Returns the error of a field's value, whatever the other fields are."""
     try:
         _built(kind).model_validate({name: value})
     except ValidationError as error:
@@ -213,9 +213,8 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """-1 for a limit that no context reaches, which programs write for none (2147483647)."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return -1 if is_number and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
+    """Returns -1 for a limit that no context reaches, which programs write for none (2147483647)."""
+    return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
 def _seed(value: Any) -> Any:
@@ -223,7 +222,7 @@ def _seed(value: Any) -> Any:
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """A string or a list of strings. ValueError for anything else."""
+    """Reads a string or a list of strings. Raises ValueError for anything else."""
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list) or not all(isinstance(string, str) for string in given):
         raise ValueError("must be a string or a list of strings")
@@ -231,7 +230,7 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """One prompt (text, token ids) or a list of them."""
+    """Reads one prompt (text, token ids) or a list of them."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
@@ -240,7 +239,6 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
 
 
 def _prompt(value: Any) -> Prompt:
-    """A prompt of text or token ids. Raises ValueError."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and set(map(type, value)) <= {int}:
@@ -249,7 +247,7 @@ def _prompt(value: Any) -> Prompt:
 
 
 def prompt_string(value: dict[str, Any]) -> str:
-    """{"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
+    """Reads {"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
     text = value.get("prompt_string")
     if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
         raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
@@ -257,7 +255,7 @@ def prompt_string(value: dict[str, Any]) -> str:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """{"token id": bias}."""
+    """Reads {"token id": bias}."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
     if len(value) > MAX_LOGIT_BIASES:

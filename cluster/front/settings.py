@@ -18,7 +18,7 @@ from llamaclust.core.limits import AdapterScales
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Fixed for the life of an app, but for its adapters and copies. Durations are in seconds."""
+    """The settings of an app, fixed for its life but for its adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -61,12 +61,12 @@ class ApiSettings:
 
     @property
     def max_connections(self) -> int:
-        """Open at once; idle ones give their places to others."""
+        """The number of connections open at once; idle ones give their places to others."""
         return 3 * self.max_requests
 
 
 def not_served(name: str, served: Iterable[str]) -> HttpError:
-    """The error of a request for a model that is none of those that are served."""
+    """Returns the error of a request for a model that is none of those that are served."""
     message = f"model: {name[:200]!r} is not served here, only {', '.join(map(repr, served))}"
     return HttpError(404, "model_not_found", message, param="model")
 
@@ -120,8 +120,8 @@ _MOST_S = 1_000_000_000
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """The seconds of a number or of a text like "5m", infinite where it is negative or more than a lifetime; None where
-    there is none. HttpError 400 for anything else."""
+    """Reads the seconds of a number or of a text like "5m", infinite if negative or more than a lifetime; None if there
+    is none. Raises HttpError 400 for anything else."""
     if value is None:
         return None
     seconds = _seconds(value)

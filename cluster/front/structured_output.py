@@ -55,7 +55,7 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """The grammar of the answer. ParameterError for fields that contradict each other or have an unknown form."""
+        """Returns the answer's grammar. Raises ParameterError for fields that contradict each other or are unknown."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -66,8 +66,8 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """The grammar of OpenAI's form, the value of the field `origin`; None for `text`. ParameterError for another
-    form."""
+    """Returns the grammar of OpenAI's form, the value of the field `origin`; None for `text`. Raises ParameterError for
+    another form."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -101,7 +101,7 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
 
 
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
-    """A JSON schema, or the text of one."""
+    """Reads a JSON schema, or the text of one."""
     if isinstance(value, str):
         _check_text(value, origin)
         try:
@@ -114,7 +114,7 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
 
 
 def _check_text(text: str, origin: str) -> None:
-    """ParameterError for a schema that is too large as a text, before anything is made of it."""
+    """Raises ParameterError for a schema that is too large as a text, before anything is made of it."""
     if len(text) > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are taken")
     values = outline(text.encode("utf-8", "replace")).values

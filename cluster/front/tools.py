@@ -28,7 +28,7 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """The text in place of a part. ValueError unless `context`, that of validation, is a `Leniency`."""
+    """Returns the text in place of a part. Raises ValueError unless `context`, that of validation, is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; leave it out")
@@ -37,7 +37,7 @@ def media_text(kind: str, context: object) -> str:
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
-    """Names a tool or an item that has no effect. ValueError as of `media_text`."""
+    """Names a tool or an item that has no effect. Raises ValueError unless `context` is a `Leniency`."""
     if not isinstance(context, Leniency):
         raise ValueError(f"{kind[:60]!r} is not supported by this server; leave it out")
     context.ignore(f"{place}.{kind}")
@@ -49,13 +49,13 @@ def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
 
 
 def item_text(item: Mapping[str, Any]) -> str:
-    """JSON of an item without its own fields that say nothing to a model, cut where it is long."""
+    """Returns JSON of an item without its own fields that say nothing to a model, cut where it is long."""
     kept = {name: _readable(value) for name, value in _without_bytes(item) if name not in _OF_ITEMS}
     return _cut({name: value for name, value in kept.items() if value not in (None, [], {})})
 
 
 def readable(value: Any) -> str:
-    """JSON of a value without encrypted texts and the bytes of media, cut where it is long."""
+    """Returns JSON of a value without encrypted texts and the bytes of media, cut where it is long."""
     return _cut(_readable(value))
 
 
@@ -71,7 +71,7 @@ def _readable(value: Any) -> Any:
 
 
 def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Fields of an object that are neither encrypted nor, where it is a picture, sound or a file, base64."""
+    """Yields fields of an object that are neither encrypted nor, in a picture, sound or a file, base64."""
     kind = str(fields.get("type"))
     has_media = kind == "base64" or is_media(kind)
     for name, value in fields.items():
@@ -113,8 +113,8 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """OpenAI's definition of a function. `place` and `parameters` name its fields in messages: ValueError for a field
-    of another form."""
+    """Makes OpenAI's definition of a function. Raises ValueError for a field of another form; `place` and `parameters`
+    name the fields in messages."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -129,7 +129,7 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
 
 
 def with_objects(schema: Any) -> Any:
-    """A JSON schema with {} for each [] in the place of an object."""
+    """Returns a JSON schema with {} for each [] in the place of an object."""
     if isinstance(schema, list):
         return [with_objects(part) for part in schema]
     if not isinstance(schema, dict):
@@ -142,19 +142,19 @@ def with_objects(schema: Any) -> Any:
 
 
 def present(tools: list[Any]) -> list[Any]:
-    """The tools that were not left out, as None stands for one that was."""
+    """Returns the tools that were not left out; None stands for one that was."""
     return [tool for tool in tools if tool is not None]
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """The name of a function that may be in a namespace, as the model knows it."""
+    """Returns the name of a function that may be in a namespace, as the model knows it."""
     return name if namespace is None else f"{namespace}{_BETWEEN}{name}"
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """The fields of a function in place of a custom tool, whose only argument is a text. A regular expression binds the
-    text; a Lark grammar is shown to the model alone, and named as without effect. Chats have the grammar in an object
-    of its own."""
+    """Returns the fields of a function in place of a custom tool, whose only argument is a text. A regular expression
+    binds the text; a Lark grammar is shown to the model alone, and named as without effect. Chats have the grammar in
+    an object of its own."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -173,16 +173,16 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """The text of a custom tool's call. Arguments of another form, as of an answer that was cut, are the text."""
+    """Returns the text of a custom tool's call. Arguments of another form, as of a cut answer, are the text."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 
 
 def arguments_of_text(text: str) -> str:
-    """The arguments of the function that stands in place of a custom tool."""
+    """Returns the arguments of the function that stands in place of a custom tool."""
     return json.dumps({TEXT_ARGUMENT: text}, ensure_ascii=False)
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:
-    """The id of a call that the model gave none: the same where a reply is computed again."""
+    """Returns the id of a call that the model gave none: the same if a reply is computed again."""
     return f"{prefix}{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

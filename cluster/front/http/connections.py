@@ -35,7 +35,7 @@ _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
 def canonical_name(name: bytes) -> bytes:
-    """A header's name with capitals, as most servers write it: some clients compare names case-sensitively."""
+    """Writes a header's name with capitals, as most servers do: some clients compare names case-sensitively."""
     return name.title()
 
 
@@ -53,7 +53,7 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """`next_event` gave no more because the turn is over: what was received may hold further events."""
+        """True if `next_event` gave no more because the turn is over: what was received may hold further events."""
         return self._events_left == 0
 
     @property
@@ -62,7 +62,7 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """RemoteProtocolError for too many headers or too small chunks, as for what is no HTTP."""
+        """Raises RemoteProtocolError for too many headers or too small chunks, as for what is no HTTP."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -99,7 +99,7 @@ class HttpConnection(h11.Connection):
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """A request whose target is a path. The host of a target as for a proxy is that of the header (RFC 9112, 3.2.2)."""
+    """Moves the host of a target, as clients of a proxy write it, into the header (RFC 9112, 3.2.2)."""
     match = _ABSOLUTE.fullmatch(request.target)
     if match is None:
         return request
@@ -109,7 +109,7 @@ def _in_origin_form(request: h11.Request) -> h11.Request:
 
 
 def chunk(data: bytes) -> bytes:
-    """A piece of a streamed body."""
+    """Returns a piece of a streamed body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -166,7 +166,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Hands all data on that is complete; then, ssl.SSLWantReadError."""
+        """Hands all data on that is complete, then raises ssl.SSLWantReadError."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -194,7 +194,7 @@ class TlsProtocol(asyncio.Protocol):
             self._transport.write(self._outgoing.read())
 
     def write(self, data: Any) -> None:
-        """Bytes of the carried protocol."""
+        """Sends bytes of the carried protocol."""
         if self._phase is _Phase.OPEN and data:
             self._tls.write(data)
             self._send()
@@ -225,7 +225,7 @@ class _TlsTransport:
 
 
 def whole(reply: Response) -> bytes:
-    """A reply as it is sent on a connection of its own."""
+    """Returns a reply as it is sent on a connection of its own."""
     status, phrase = reply.status_code, HTTPStatus(reply.status_code).phrase.encode()
     headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
     return b"HTTP/1.1 %d %s\r\n%sConnection: close\r\n\r\n%s" % (status, phrase, headers, bytes(reply.body))
@@ -259,13 +259,13 @@ class ApiPort:
         return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
 
     def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
-        """The protocol of a new connection."""
+        """Returns the protocol of a new connection."""
         return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
 
 
 @contextmanager
 def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
-    """Takes the ports. UsageError where that is not possible."""
+    """Takes the ports. Raises UsageError if that is not possible."""
     with ExitStack() as sockets:
         first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
         yield ApiPort(first, certificate, tuple(further))

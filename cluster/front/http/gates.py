@@ -38,7 +38,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
-    """The error of a request's key. Keys may change; without any, none is asked for."""
+    """Returns the error of a request's key. Keys may change; without any, none is asked for."""
     digests, key = _digests(tuple(api_keys)), sent_key(headers)
     if not digests:
         return None
@@ -55,21 +55,21 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """The key in the headers of a request, whose names are in small letters; "" where there is none. Anthropic's
-    clients send it without a scheme."""
+    """Returns the key in a request's headers, whose names are in small letters; "" without one. Anthropic's clients
+    send it without a scheme."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Digest of the configured API key that a request shows; "" where none is needed, whatever it shows."""
+    """Returns the digest of the configured API key that a request shows; "" if it shows none of them."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all clients,
-    and only the first key may do it."""
+    """Raises HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all
+    clients, and only the first key may do it."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -164,8 +164,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """The origin of the page that sends the request; None without a page. Where it is of another site and its Origin is
-    missing, "null", unless it may be a link that was followed."""
+    """Returns the origin of the page that sends the request; None without a page. It is "null" for a page of another
+    site without an Origin, unless the request may be a link that was followed."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -211,7 +211,7 @@ class Admission:
         self._refuse([request for request in self._open if not request.is_answered], _stopping())
 
     def check(self) -> None:
-        """Raises HttpError where no further request of the current owner is taken."""
+        """Raises HttpError if no further request of the current owner is taken."""
         if self.is_stopping:
             raise _stopping()
         whole = len(self._open) - len(self._unfinished)
@@ -221,8 +221,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """A request of the current task, open meanwhile. Bodies that do not come keep no others out: the oldest
-        unfinished request of the owner with the most gives way."""
+        """Keeps a request of the current task open. Bodies that do not come keep no others out: the oldest unfinished
+        request of the owner with the most gives way."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get())
@@ -241,7 +241,7 @@ class Admission:
             self._body_bytes -= request.body_bytes
 
     def count(self, request: _Open, message: Message) -> None:
-        """A part of a request's body has come. Raises HttpError where all together are too much."""
+        """Counts a part of a request's body. Raises HttpError if all together are too much."""
         if request in self._unfinished and not message.get("more_body", False):
             self.check()
             del self._unfinished[request]
@@ -281,7 +281,7 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """The refusal of a request that was cancelled for others before its reply began."""
+        """Returns the refusal of a request that was cancelled for others before its reply began."""
 
         async def counted() -> Message:
             message = await receive()

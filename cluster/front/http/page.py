@@ -34,7 +34,7 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """The files by path."""
+    """Returns the files by path."""
     found = (file for file in _FOLDER.rglob("*") if file.suffix in _TYPES)
     return MappingProxyType({_path(file.relative_to(_FOLDER).as_posix()): _asset(file) for file in sorted(found)})
 
@@ -76,8 +76,8 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """The file of a path, for a request with these headers, whose names are in small letters: no path of a client ever
-    becomes a path of a file. `/` is the page for browsers only; None where there is none."""
+    """Returns the file of a path, None if there is none: no path of a client ever becomes a path of a file. Names of
+    headers are in small letters. `/` is the page for browsers only."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

@@ -40,12 +40,12 @@ _LEAVE_S = 1.0  # for a client that still sends while the cluster starts
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """The server of an app at a port, with so many connections at most. Warnings are not logged: any client can cause
-    them without end. Idle connections are the room's to close, later than clients and proxies do (nginx keeps them for
-    60 s): a request that meets the end of its connection on the way is lost."""
+    """Returns the server of an app at a port, with so many connections at most. Warnings are not logged: any client can
+    cause them without end. Idle connections are the room's to close, later than clients and proxies do (nginx keeps
+    them for 60 s): a request that meets the end of its connection on the way is lost."""
 
     class Connection(_Connection):
-        """The server makes connections of a class; those of this one share a room."""
+        """A connection in the room of this server, which makes connections of a class."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -78,12 +78,12 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def enter(self, connection: _Connection, wait_s: float) -> None:
-        """It is closed unless the whole head of a request is there in time."""
+        """Closes the connection unless the whole head of a request is there in time."""
         if connection not in self._idle:
             self._idle[connection] = connection.loop.call_later(wait_s, self._close, connection)
 
     def begin_head(self, connection: _Connection) -> None:
-        """The first byte of a head is there. The connection keeps its place among those that are idle."""
+        """Starts the time of a head at its first byte. The connection keeps its place among those that are idle."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -96,7 +96,7 @@ class _Room:
             timer.cancel()
 
     def make_place(self) -> bool:
-        """Closes the connection that was idle longest. False where none is."""
+        """Closes the connection that was idle longest. Returns False if none is."""
         if not self._idle:
             return False
         self._close(next(iter(self._idle)))
@@ -109,8 +109,8 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """Idle until the whole head of a request is there, and again when its reply is written. A new connection has as
-    long for its first head, TLS handshake included, as others have from the first byte of a head."""
+    """A connection that is idle until the whole head of a request is there, and again when its reply is written. A new
+    one has as long for its first head, TLS handshake included, as others have from the first byte of a head."""
 
     room: ClassVar[_Room]
 
@@ -203,7 +203,7 @@ class _Body:
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
-    """The system ends a connection whose other side takes nothing of what is sent for so long."""
+    """Lets the system end a connection whose other side takes nothing of what is sent for so long."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
@@ -213,7 +213,7 @@ class StartingReplies:
     """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Only clients with a key learn what the start waits for. `is_live`: /live is answered 200."""
+        """Tells only clients with a key what the start waits for. `is_live`: /live is answered 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report
@@ -235,7 +235,7 @@ class StartingReplies:
         self.close()
 
     def close(self) -> None:
-        """Connections that are accepted already get their replies: a closed server would leave them without."""
+        """Accepts no more; connections that are accepted get replies, of which a closed server would deprive them."""
         loop = asyncio.get_running_loop()
         while self._servers:
             server = self._servers.pop()

@@ -44,27 +44,27 @@ class StreamFormat(Enum):
         return WAITING if self is StreamFormat.EVENTS else b""
 
     def part(self, event_id: str, data: bytes) -> bytes:
-        """One event, with its id where the form has ids."""
+        """Returns one event, with its id if the form has ids."""
         return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
 
     def error(self, scope: Scope, error: LlamaclustError) -> bytes:
-        """The last part of a stream that fails, in the form of the request's API."""
+        """Returns the last part of a stream that fails, in the form of the request's API."""
         shape, failure = shape_of(scope), failure_of(error)
         return shape.event(failure) if self is StreamFormat.EVENTS else line(shape.body(failure))
 
 
 def line(value: object) -> bytes:
-    """A part of a stream of lines."""
+    """Returns a part of a stream of lines."""
     return to_json(value) + b"\n"
 
 
 def event(value: Any, *, is_large: bool = False) -> bytes:
-    """One event whose data is JSON. Other threads go on while a large one is made."""
+    """Returns an event whose data is JSON. Other threads go on while a large one is made."""
     return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
 
 
 def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
-    """An event with the name of its kind."""
+    """Returns an event with the name of its kind."""
     return f"event: {name}\n".encode() + event(value, is_large=is_large)
 
 
@@ -131,8 +131,7 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A body of JSON; has a Content-Length where it is one part. What rendering the first parts raises comes before the
-    head."""
+    """A body of JSON, with a Content-Length if it is one part. Errors of the first parts come before the head."""
 
     media_type = "application/json"
 
@@ -151,14 +150,14 @@ class JsonParts(PartsResponse):
 
 
 def rendered(value: Any) -> JsonParts:
-    """A value as a body."""
+    """Returns a value as a body."""
     return JsonParts(json_body(lambda: value, is_large=has_many_values(value)))
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Does the work; cancels it and raises ClientDisconnect where the client goes away meanwhile. The request's body
-    must have been read. What the work leaves to be closed must be its caller's before it ends: a cancelled caller gets
-    no result."""
+    """Does the work; cancels it and raises ClientDisconnect if the client goes away meanwhile. The request's body must
+    have been read. What the work leaves to be closed must be its caller's before it ends: a cancelled caller gets no
+    result."""
     results: list[_Value] = []
 
     async def do_it() -> None:

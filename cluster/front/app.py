@@ -23,9 +23,9 @@ from llamaclust.cluster.front.dialects.ollama.endpoints import ollama_routes
 from llamaclust.cluster.front.dialects.ollama.models import OllamaModels
 from llamaclust.cluster.front.dialects.openai.endpoints import ChatEndpoint, CompletionEndpoint
 from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
-from llamaclust.cluster.front.dialects.openai.responses.endpoints import ResponsesEndpoint
-from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
-from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore, StoredResponses
+from llamaclust.cluster.front.dialects.openai.response_endpoints import ResponsesEndpoint
+from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponsesBody
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, StoredResponses
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.errors import ErrorShape, openai_error
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins

@@ -27,7 +27,7 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import (
 )
 from llamaclust.cluster.front.dialects.ollama.endpoints import EmbedBody, EmbeddingsBody
 from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody
-from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
+from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.http.connections import ApiPort, listening
 from llamaclust.cluster.front.models import AdapterControl, ApiModel

@@ -19,7 +19,7 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import (
     TokenizeBody,
 )
 from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody, Options, ShowBody
-from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.response_schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.schema import Body
 from support.clusters.served import MODEL, VOCABULARY, client, make_app, real_engine

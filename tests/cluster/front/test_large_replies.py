@@ -18,9 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.front import json_text
-from llamaclust.cluster.front.dialects.openai import choices
-from llamaclust.cluster.front.dialects.openai.choices import completion_logprobs
-from llamaclust.cluster.front.dialects.openai.view import OpenAiView
+from llamaclust.cluster.front.dialects.openai import view as view_module
+from llamaclust.cluster.front.dialects.openai.view import OpenAiView, completion_logprobs
 from llamaclust.cluster.front.json_text import JsonBody, json_body, json_parts, to_json
 from llamaclust.cluster.front.text import sharing
 from llamaclust.cluster.front.text.sharing import current_owner
@@ -164,7 +163,7 @@ async def test_large_replies_are_rendered_off_the_event_loop(stream: bool, monke
         threads.add(threading.get_ident())
         return row(*given)
 
-    monkeypatch.setattr(choices, "completion_logprobs", spied)
+    monkeypatch.setattr(view_module, "completion_logprobs", spied)
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         body = {"prompt": [5] * 150, "max_tokens": 0, "echo": True, "logprobs": 128, "stream": stream}
         reply = await http.post("/v1/completions", json=body)

@@ -11,9 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
-from llamaclust.cluster.front.dialects.openai.choices import ChatView, CompletionView
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, OpenAiView
+from llamaclust.cluster.front.dialects.openai.view import AnyGeneration, ChatView, CompletionView, OpenAiView
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.reply import Reply

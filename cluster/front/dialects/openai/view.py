@@ -1,24 +1,36 @@
-"""OpenAI's replies: an answer's log as chunks of a stream, or whole. An endpoint's view says how a choice looks."""
+"""OpenAI's replies: an answer's log as chunks of a stream, or whole, its choices as texts or as messages of a chat."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from llamaclust.cluster.front.dialects.openai.schema import GenerationBody, StreamOptions
+from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from llamaclust.cluster.front.http.sse import DONE, event
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings, to_json
 from llamaclust.cluster.front.replies.reply import Event, View
-from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.sampling import row_entry
+from llamaclust.cluster.front.schema import Prompt
+from llamaclust.cluster.front.text.answer import TextChunk, json_logprob
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
-from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress, Timings
+from llamaclust.cluster.front.tools import ClientTool, call_id_of, text_of_call
+from llamaclust.cluster.scheduler.requests import FinishReason, PromptProgress, Timings
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.core.sampling import RowResult
 from llamaclust.core.version import VERSION
-from llamaclust.model.chat.tools.events import ContentText
-from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.model.chat.tools.events import (
+    AnswerEvent,
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ParsedAnswer,
+    ReasoningText,
+)
+from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
 FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
@@ -26,23 +38,15 @@ FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 AnyGeneration = TypeVar("AnyGeneration", bound=GenerationBody)
 Choice = dict[str, Any]
 
-_NO_USAGE: Final = {"usage": None}
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyKind:
-    """Names in the replies of an endpoint."""
-
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
-    text: str  # the member of a choice, or of its delta, that a piece of text adds
-
 
 class OpenAiView(View, Generic[AnyGeneration]):
-    """One reader's view."""
+    """One reader's view; each endpoint shows choices in its own form."""
 
-    kind: ClassVar[ReplyKind]
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+    text_member: ClassVar[str]
+    """The member of a choice, or of its delta, that a piece of text adds."""
 
     def __init__(
         self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
@@ -55,7 +59,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._options = body.stream_options or StreamOptions()
         self._generations = log.generations
         self._choices = body.n * len(log.generations)
-        self._echoed = sum(len(generation.prompt) for generation in log.generations)
+        self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._opened: set[tuple[int, int]] = set()
         self._calling: set[tuple[int, int]] = set()  # choices with calls so far
         self._texts: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}  # slot, and events around a piece of text
@@ -63,68 +67,73 @@ class OpenAiView(View, Generic[AnyGeneration]):
         self._timings: list[Timings] = []  # of each prompt's first choice
 
     @abstractmethod
-    def _opening(self, prompt: int, index: int) -> Choice | None:
+    def _opening(self, prompt: int) -> Choice | None:
         """Returns the beginning of a streamed choice, without its index; None for a choice without one."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns the member of a choice with what a chunk adds, or with a whole answer."""
-
-    @abstractmethod
-    def _logprobs(self, prompt: int, part: TextChunk, *, is_whole: bool) -> dict[str, Any] | None:
-        """Returns the logprobs of a chunk or a whole answer, where they are asked for."""
+        """Returns the content and the logprobs that a chunk adds to a choice, or those of a whole answer."""
 
     def size(self, prompt: int, item: LogItem) -> int:
-        """See `View`. Prompts count where they may be shown."""
+        """Prompts count where they may be shown."""
         if isinstance(item, PromptProgress):
             return 0
         is_shown = (prompt, item.index) not in self._opened
         is_shown |= self._body.verbose and item.finish_reason is not None
-        return item.entries + (self._echoed if is_shown else 0)
+        return item.entries + (self._prompt_tokens if is_shown else 0)
 
     def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> Sequence[Event]:
-        """See `View`. Progress is in a slot of its own: a reply that is computed again has other progress."""
+        """Progress is in a slot of its own: a reply that is computed again has other progress."""
         if isinstance(item, PromptProgress):
-            more = shown_progress(item, with_timings=self._body.timings_per_token)
-            return (Event(self._choices + 1, self._event([], more)),)
-        self._tokens += len(item.rows)
+            progress = shown_progress(item, with_timings=self._body.timings_per_token)
+            return (Event(self._choices + 1, self._event([], progress)),)
+        self._count(item)
         key, text = (prompt, item.index), self._text(item)
         if text is not None and (around := self._texts.get(key)) is not None:
             slot, begin, end = around
             return (Event(slot, begin + to_json(text) + end),)
-        if item.finish_reason is not None and item.index == 0 and item.timings is not None:
-            self._timings.append(item.timings)
-        more = self._more(prompt, item)
-        timed = more | self._timed(item.timings)
-        events = [
-            Event(choice["index"], self._event([choice], more if _opens(choice) else timed, is_large=is_large))
-            for choice in self._shown(prompt, item)
-        ]
-        if events and not is_large and text is not None and timed in ({}, _NO_USAGE):
-            self._texts[key] = _around(self.kind.text, text, events[-1])
+        choices = [self._choice(prompt, item)]
+        if key not in self._opened:
+            self._opened.add(key)
+            choices.insert(0, self._opening(prompt))
+        more: dict[str, Any] = {}
+        if self._options.include_usage:
+            more["usage"] = self._usage() if self._options.continuous_usage_stats else None
+        if item.finish_reason is not None:
+            more |= self._verbose(prompt)
+        timed, index = more | self._timed(item.timings), prompt * self._body.n + item.index
+        events = []
+        for choice in filter(None, choices):
+            beside = more if _opens(choice) else timed
+            events.append(Event(index, self._event([{"index": index, **choice}], beside, is_large=is_large)))
+        if events and not is_large and text is not None and timed in ({}, {"usage": None}):
+            self._texts[key] = _around(self.text_member, text, events[-1])
         return events
 
     def closing(self) -> Sequence[Event]:
-        """See `View`."""
         events = [Event(self._choices, DONE)]
         if self._options.include_usage:
-            last = {"usage": self._usage(self._tokens, self._timings), **self._timed(self._timings[0])}
+            last = {"usage": self._usage(), **self._timed(self._timings[0])}
             events.insert(0, Event(self._choices, self._event([], last)))
         return events
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """See `View`."""
-        choices = [
-            self._choice(prompt, answer, is_whole=True) for prompt, answers in enumerate(parts) for answer in answers
-        ]
-        tokens = sum(len(answer.rows) for answers in parts for answer in answers)
-        timings = [answers[0].timings for answers in parts if answers[0].timings is not None]
-        more = self._timed(timings[0]) | self._verbose(self._generations[0])
-        return {**self._reply(self.kind.whole_object, choices), "usage": self._usage(tokens, timings), **more}
+        choices: list[Choice] = []
+        for prompt, answers in enumerate(parts):
+            for answer in answers:
+                self._count(answer)
+                choices.append({"index": len(choices), **(self._choice(prompt, answer, is_whole=True) or {})})
+        more = self._timed(self._timings[0]) | self._verbose(0)
+        return {**self._reply(self.whole_object, choices), "usage": self._usage(), **more}
 
-    def _reply(self, kind: str, choices: Sequence[Choice | None]) -> dict[str, Any]:
+    def _count(self, part: TextChunk) -> None:
+        self._tokens += len(part.rows)
+        if part.finish_reason is not None and part.index == 0 and part.timings is not None:
+            self._timings.append(part.timings)
+
+    def _reply(self, kind: str, choices: Sequence[Choice]) -> dict[str, Any]:
         return {
-            "id": self.kind.id_prefix + self._context.id,
+            "id": self.id_prefix + self._context.id,
             "object": kind,
             "created": self._context.created,
             "model": self._model,
@@ -134,35 +143,22 @@ class OpenAiView(View, Generic[AnyGeneration]):
         }
 
     def _event(self, choices: Sequence[Choice], more: Mapping[str, Any], *, is_large: bool = False) -> bytes:
-        return event({**self._reply(self.kind.chunk_object, choices), **more}, is_large=is_large)
-
-    def _shown(self, prompt: int, chunk: TextChunk) -> list[Choice]:
-        """What a chunk adds to its choice, behind its beginning."""
-        choices = [self._choice(prompt, chunk)]
-        if (prompt, chunk.index) not in self._opened:
-            self._opened.add((prompt, chunk.index))
-            choices.insert(0, self._opening(prompt, chunk.index))
-        return [choice for choice in choices if choice is not None]
+        return event({**self._reply(self.chunk_object, choices), **more}, is_large=is_large)
 
     def _choice(self, prompt: int, part: TextChunk, *, is_whole: bool = False) -> Choice | None:
-        """What a chunk adds to a choice, or a whole one; None where a client would see nothing."""
+        """A chunk's addition to a choice, or a whole one; None where a client would see nothing."""
         content = self._content(prompt, part, is_whole=is_whole)
-        logprobs = self._logprobs(prompt, part, is_whole=is_whole)
         with_ids = self._body.return_token_ids
         is_shown = is_whole or part.finish_reason is not None or (with_ids and bool(part.rows))
-        if not (is_shown or logprobs or any(content.values())):
+        if not (is_shown or any(content.values())):
             return None
         ids = {"token_ids": part.token_ids} if with_ids else {}
         if with_ids and is_whole:
             ids["prompt_token_ids"] = self._generations[prompt].prompt
-        index = self._index(prompt, part.index)
-        return {"index": index, **content, "logprobs": logprobs, **ids, **self._ending(prompt, part)}
-
-    def _index(self, prompt: int, index: int) -> int:
-        return prompt * self._body.n + index
+        return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """How a choice ended, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id.
+        """The end of a choice, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id.
         A complete answer with calls waits for their results."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
@@ -180,27 +176,22 @@ class OpenAiView(View, Generic[AnyGeneration]):
             return None
         return chunk.text or None
 
-    def _more(self, prompt: int, chunk: TextChunk) -> dict[str, Any]:
-        """The fields beside a choice."""
-        more: dict[str, Any] = _NO_USAGE if self._options.include_usage else {}
-        if self._options.include_usage and self._options.continuous_usage_stats:
-            more = {"usage": self._usage(self._tokens, self._timings)}
-        return more | (self._verbose(self._generations[prompt]) if chunk.finish_reason is not None else {})
-
     def _timed(self, timings: Timings | None) -> dict[str, Any]:
         return {} if timings is None or not self._body.timings_per_token else {"timings": shown_timings(timings)}
 
-    def _verbose(self, generation: GenerationRequest) -> dict[str, Any]:
+    def _verbose(self, prompt: int) -> dict[str, Any]:
         """The prompt's text as the model sees it, where it is asked for."""
-        return {"__verbose": {"prompt": self._tokenizer.decode(generation.prompt)}} if self._body.verbose else {}
+        if not self._body.verbose:
+            return {}
+        return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
-    def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
-        """Token counts: of the prompts, of all answers, and the cached ones of each prompt's first choice."""
+    def _usage(self) -> dict[str, Any]:
+        """Counts of the tokens so far; cached ones are those of each prompt's first choice."""
         return {
-            "prompt_tokens": self._echoed,
-            "completion_tokens": tokens,
-            "total_tokens": self._echoed + tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._tokens,
+            "total_tokens": self._prompt_tokens + self._tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in self._timings)},
         }
 
 
@@ -215,3 +206,179 @@ def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
 def _opens(choice: Choice) -> bool:
     """Returns true if the choice begins a message of a chat, before any token."""
     return "role" in choice.get("delta", ())
+
+
+ShownToken = tuple[int, int, RowResult | None]
+"""A token, the place of its text in a choice's, and its row; None where nothing stands before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that stands before its answers: its text, where each of its tokens begins, those without a logprob."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()
+    unscored: Sequence[ShownToken] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
+        """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
+        detokenizer = Detokenizer(tokenizer, text_start=True)
+        offsets, length = [], 0
+        for token in ids:
+            offsets.append(min(length, len(text)))
+            length += len(detokenizer.push(token))
+        unscored = zip(ids, offsets[: max(1, score_from)], strict=False)
+        return cls(text, offsets, [(token, offset, None) for token, offset in unscored])
+
+
+class CompletionView(OpenAiView[CompletionBody]):
+    """Choices as text."""
+
+    id_prefix, whole_object, chunk_object, text_member = "cmpl-", "text_completion", "text_completion", "text"
+
+    def __init__(
+        self, body: CompletionBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
+    ) -> None:
+        super().__init__(body, context, model, tokenizer, log)
+        self._echoes: dict[int, Echo] = {}  # by prompt
+
+    def _opening(self, prompt: int) -> Choice | None:
+        if not (self._body.echo or self._body.return_token_ids):
+            return None
+        echo, ids = self._echo(prompt), {"token_ids": (), "prompt_token_ids": self._generations[prompt].prompt}
+        begun = {"text": echo.text, "logprobs": self._logprobs(echo.unscored), "finish_reason": None}
+        return begun | (ids if self._body.return_token_ids else {})
+
+    def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
+        echo, first = self._echo(prompt), part.prompt_start
+        text = echo.text + part.text if is_whole else part.text
+        if not self._body.with_logprobs:
+            return {"text": text, "logprobs": None}
+        scored = zip(part.prompt_rows, echo.offsets[first : first + len(part.prompt_rows)], strict=True)
+        chosen = zip(part.rows, part.offsets, strict=True)
+        tokens = [
+            *(echo.unscored if is_whole else ()),
+            *((row.token, offset, row) for row, offset in scored),
+            *((row.token, len(echo.text) + offset, row) for row, offset in chosen),
+        ]
+        return {"text": text, "logprobs": self._logprobs(tokens)}
+
+    def _echo(self, prompt: int) -> Echo:
+        """Made once a prompt."""
+        if (echo := self._echoes.get(prompt)) is None:
+            given, ids = self._body.prompt[prompt], self._generations[prompt].prompt
+            made = Echo.of(self._tokenizer, given, ids, self._body.score_from or 0) if self._body.echo else Echo()
+            echo = self._echoes[prompt] = made
+        return echo
+
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
+        return completion_logprobs(self._tokenizer, tokens) if tokens and self._body.with_logprobs else None
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    """Iterators, for many tokens."""
+    return {
+        "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
+        "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
+        "top_logprobs": (None if row is None else _top(tokenizer, row) for _, _, row in tokens),
+        "text_offset": (offset for _, offset, _ in tokens),
+    }
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or its bytes where they are only a part of a character."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
+    """The likeliest tokens by label, best first, and the chosen one; of tokens that look alike, the best."""
+    labels: dict[str, float] = {}
+    for token, logprob in (*row.top_logprobs, (row.token, row.logprob)):
+        labels.setdefault(_label(tokenizer, token), json_logprob(logprob))
+    return labels
+
+
+class ChatView(OpenAiView[ChatBody]):
+    """Choices as messages of a chat."""
+
+    id_prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    text_member = "content"
+
+    def __init__(
+        self, body: ChatBody, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
+    ) -> None:
+        super().__init__(body, context, model, tokenizer, log)
+        self._messages: dict[tuple[int, int], Message] = {}  # by prompt and choice
+
+    def _opening(self, prompt: int) -> Choice:
+        ids = {"prompt_token_ids": self._generations[prompt].prompt} if self._body.return_token_ids else {}
+        delta = {"role": "assistant", "content": None}  # clients of llama.cpp read it from the first chunk on
+        return {"delta": delta, "logprobs": None, "finish_reason": None, **ids}
+
+    def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
+        key, events = (prompt, part.index), part.events or (ContentText(part.text),)
+        message = self._messages.setdefault(key, Message(f"{self._context.id} {prompt} {part.index}", self._body.tools))
+        added = message.whole(events) if is_whole else message.delta(events)
+        if "tool_calls" in added:
+            self._calling.add(key)
+        logprobs: dict[str, Any] | None = None
+        if self._body.logprobs and (part.rows or is_whole):
+            logprobs = {"content": (row_entry(self._tokenizer, row) for row in part.rows), "refusal": None}
+        content = {"message": {"role": "assistant", **added, "refusal": None}} if is_whole else {"delta": added}
+        return {**content, "logprobs": logprobs}
+
+
+class Message:
+    """The message of a choice. In a stream, the text of a custom tool's call is known, and comes, at its end."""
+
+    def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
+        self._choice_id = choice_id
+        self._custom = {tool.function_name for tool in tools if tool.kind == "custom"}
+        self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
+
+    def whole(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
+        """Returns the fields that all events make: content is null beside calls where there is none."""
+        answer = ParsedAnswer()
+        answer.add(events)
+        message: dict[str, Any] = {"content": answer.content or (None if answer.calls else "")}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            calls = enumerate(answer.calls)
+            message["tool_calls"] = [self._call(i, call.name, call.call_id, call.arguments) for i, call in calls]
+        return message
+
+    def delta(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
+        """Returns one delta of the next events. Clients put pieces together by kind, and calls by index."""
+        answer = ParsedAnswer()
+        calls: dict[int, dict[str, Any]] = {}
+        for part in events:
+            match part:
+                case ReasoningText() | ContentText():
+                    answer.add((part,))
+                case CallBegun(index, name, call_id):
+                    calls[index] = {"index": index, **self._call(index, name, call_id, "")}
+                    if name in self._custom:
+                        self._texts[index] = []
+                case ArgumentText(index, text) if index in self._texts:
+                    self._texts[index].append(text)
+                case ArgumentText(index, text):
+                    call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                    call["function"]["arguments"] += text
+                case CallEnded(index) if index in self._texts:
+                    call = calls.setdefault(index, {"index": index, "custom": {}})
+                    call["custom"]["input"] = text_of_call("".join(self._texts.pop(index)))
+        delta: dict[str, Any] = {"reasoning_content": answer.reasoning, "content": answer.content}
+        return {key: text for key, text in delta.items() if text} | ({"tool_calls": [*calls.values()]} if calls else {})
+
+    def _call(self, index: int, name: str, call_id: str, arguments: str) -> dict[str, Any]:
+        call_id = call_id or call_id_of(self._choice_id, index)
+        if name in self._custom:
+            return {"id": call_id, "type": "custom", "custom": {"name": name, "input": text_of_call(arguments)}}
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

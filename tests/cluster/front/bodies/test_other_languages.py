@@ -9,7 +9,7 @@ import pytest
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
 from llamaclust.cluster.front.dialects.ollama.schema import OllamaChatBody
-from llamaclust.cluster.front.dialects.openai.responses.schema import ResponsesBody
+from llamaclust.cluster.front.dialects.openai.response_schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.schema import read_fields
 from llamaclust.core.errors import ParameterError

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore
 from llamaclust.core.errors import WorkerError
 from support.clusters.served import ScriptedEngine, ended_response, events_of, says, until
 from support.clusters.tool_chats import served

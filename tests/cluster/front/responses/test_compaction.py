@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.responses import schema
+from llamaclust.cluster.front.dialects.openai import response_schema as schema
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served
 

@@ -16,9 +16,8 @@ from pydantic import TypeAdapter
 
 from llamaclust.cluster.front import json_text
 from llamaclust.cluster.front.body import HEADER
-from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems, ShownRow
-from llamaclust.cluster.front.dialects.openai.responses.store import StoredResponse
-from llamaclust.cluster.front.dialects.openai.responses.view import ResponseView
+from llamaclust.cluster.front.dialects.openai.response_store import StoredResponse
+from llamaclust.cluster.front.dialects.openai.response_view import OutputItems, ResponseView, ShownRow
 from llamaclust.cluster.front.replies import reply as reply_module
 from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError

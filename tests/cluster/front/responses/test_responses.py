@@ -15,9 +15,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from llamaclust.cluster.front import json_text
-from llamaclust.cluster.front.dialects.openai.responses.output import OutputItems
-from llamaclust.cluster.front.dialects.openai.responses.store import ResponseStore, StoredResponse
-from llamaclust.cluster.front.dialects.openai.responses.view import ReasoningCount
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, StoredResponse
+from llamaclust.cluster.front.dialects.openai.response_view import OutputItems, ReasoningCount
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.text import service as service_module
 from llamaclust.core.errors import WorkerError

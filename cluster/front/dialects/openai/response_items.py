@@ -33,8 +33,14 @@ _SUMMARY: Final = "Summary of the conversation so far:"
 _UNREADABLE_SUMMARY: Final = "(The conversation before was summarized by another server and cannot be read.)"
 _CALL: Final = "_call"
 _OUTPUT: Final = "_output"
-_TEXT_PARTS: Final = ("input_text", "output_text", "text")
-_REASONING_PARTS: Final = ("summary_text", "reasoning_text", "text")
+_STRINGS: Final = {
+    REFERENCE: ("id",),
+    "compaction": ("encrypted_content",),
+    **{kind: ("call_id", "name", text) for kind, text in CALL_TEXTS.items()},
+}
+"""The fields of an item that must be strings, by its type."""
+_TEXTS: Final = ("input_text", "output_text", "text")
+_THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
@@ -136,30 +142,34 @@ def _items(value: Any, context: object) -> list[Item]:
         case "message":
             return [_message(value, context)]
         case "item_reference":
-            return [{"type": kind, "id": _string(value, "id")}]
+            return [_item(kind, value)]
         case "reasoning":
             names = ("summary", "content")
-            parts = {name: _parts(value.get(name) or [], _REASONING_PARTS, context) for name in names}
-            return [{"type": kind, **_id(value), **parts}]
+            return [_item(kind, value, **{name: _parts(value.get(name) or [], context, _THOUGHTS) for name in names})]
         case "compaction":
-            return [_compaction(value, context)]
+            return [_compaction(_item(kind, value), context)]
         case str() if kind.endswith(_CALL):
             return [_call(kind, value, context)]
         case str() if kind.endswith(_OUTPUT):
             call_id = _string(value, "call_id" if "call_id" in value else "id")
-            return [{"type": kind, **_id(value), "call_id": call_id, "output": _output(kind, value, context)}]
+            return [_item(kind, value, call_id=call_id, output=_output(kind, value, context))]
     if not isinstance(kind, str) or "role" in value or "content" in value:
         raise ValueError(f"items of type {str(kind)[:60]!r} are not supported")
     leave_out("input", kind, context)
     return []
 
 
+def _item(kind: str, value: Item, **more: Any) -> Item:
+    """The fields of an item that its type has, its id where there is one, and more."""
+    item_id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    return {"type": kind, **item_id, **{name: _string(value, name) for name in _STRINGS.get(kind, ())}, **more}
+
+
 def _call(kind: str, value: Item, context: object) -> Item:
     """Calls of the client's tools by their fields, others as they are: they belong to tools of other servers."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
-        fields = {name: _string(value, name) for name in ("call_id", "name", CALL_TEXTS[kind])}
-        return {"type": kind, **_id(value), **fields, **space, "status": "completed"}
+        return _item(kind, value, **space, status="completed")
     built_in = BUILT_IN.get(kind.removesuffix(_CALL))
     if built_in is not None and not isinstance(value.get(built_in.field), dict):
         raise ValueError(f"{built_in.field}: must be an object")
@@ -175,7 +185,7 @@ def _output(kind: str, value: Item, context: object) -> str | list[Item]:
     if isinstance(output, str):
         return output
     if is_text or (isinstance(output, list) and all(_is_part(part) for part in output)):
-        return _parts(output, _TEXT_PARTS, context)
+        return _parts(output, context)
     inner = output.get("type") if isinstance(output, dict) else None
     if isinstance(inner, str) and is_media(inner):
         return media_text(inner, context)
@@ -185,19 +195,18 @@ def _output(kind: str, value: Item, context: object) -> str | list[Item]:
 
 def _is_part(part: Any) -> bool:
     kind = part.get("type") if isinstance(part, dict) else None
-    return isinstance(kind, str) and (kind in _TEXT_PARTS or is_media(kind))
+    return isinstance(kind, str) and (kind in _TEXTS or is_media(kind))
 
 
-def _compaction(value: Item, context: object) -> Item:
-    """A summary of another server is none that could be read: a text in its place."""
-    item = {"type": "compaction", **_id(value), "encrypted_content": _string(value, "encrypted_content")}
+def _compaction(item: Item, context: object) -> Item:
+    """A text stands in place of a summary that another server made."""
     try:
         _summary(item)
     except ValueError:
         if context is None or _SUMMARY_FORMAT in item["encrypted_content"]:
             raise
         leave_out("input", "compaction", context)
-        return _message({**_id(value), "role": "system", "content": _UNREADABLE_SUMMARY}, context)
+        return _message({**item, "role": "system", "content": _UNREADABLE_SUMMARY}, context)
     return item
 
 
@@ -218,17 +227,17 @@ def _message(value: Item, context: object) -> Item:
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"role: must be one of {', '.join(_ROLES)}")
     kind = "output_text" if role == "assistant" else "input_text"
-    parts = [{"type": kind, "text": content}] if isinstance(content, str) else _parts(content, _TEXT_PARTS, context)
-    return {"type": "message", **_id(value), "role": role, "status": "completed", "content": parts}
+    parts = [{"type": kind, "text": content}] if isinstance(content, str) else _parts(content, context)
+    return _item("message", value, role=role, status="completed", content=parts)
 
 
-def _parts(value: Any, kinds: Sequence[str], context: object) -> list[Item]:
+def _parts(value: Any, context: object, kinds: Sequence[str] = _TEXTS) -> list[Item]:
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of parts")
-    return [_part(part, kinds, context) for part in value]
+    return [_part(part, context, kinds) for part in value]
 
 
-def _part(part: Any, kinds: Sequence[str], context: object) -> Item:
+def _part(part: Any, context: object, kinds: Sequence[str]) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
         return {"type": "output_text", "text": _string(part, "refusal")}
@@ -243,7 +252,3 @@ def _string(value: Item, name: str) -> str:
     if not isinstance(value.get(name), str):
         raise ValueError(f"{name}: must be a string")
     return str(value[name])
-
-
-def _id(value: Item) -> dict[str, str]:
-    return {"id": value["id"]} if isinstance(value.get("id"), str) else {}

@@ -1,14 +1,16 @@
-"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`."""
+"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and the response as an object."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from itertools import takewhile
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from llamaclust.cluster.front.dialects.openai.responses.items import Item, read_items
+from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
 from llamaclust.cluster.front.foreign_fields import RESPONSES
 from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields, Requested
@@ -18,18 +20,23 @@ from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.tools import MAX_TOOLS
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sampling import PARAMS
 
 _MAX_METADATA: Final = 16
 _LOGPROBS: Final = "message.output_text.logprobs"
-
-
-def _tools(value: Any, info: ValidationInfo) -> ToolSet:
-    return read_tools(value, info.context)
-
-
-def _input(value: Any, info: ValidationInfo) -> list[Item]:
-    return read_items(value, info.context)
+_REPEATED: Final = (
+    "background instructions max_output_tokens parallel_tool_calls previous_response_id reasoning store temperature "
+    "text tool_choice tools top_logprobs top_p metadata presence_penalty frequency_penalty"
+)
+_FIXED: Final[Mapping[str, Any]] = {
+    "max_tool_calls": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "service_tier": "default",
+    "truncation": "disabled",
+    "user": None,
+}
+"""Fields of requests that have no effect here."""
+ID_PREFIX: Final = "resp_"
 
 
 def _include(value: Any, info: ValidationInfo) -> tuple[str, ...]:
@@ -56,8 +63,12 @@ def _metadata(value: Any) -> Any:
 _INPUT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 _CHOICE: Final = {"anyOf": [{"enum": [*MODES]}, {"type": "object", "required": ["type"]}]}
 _TOOLS: Final = {"type": "array", "maxItems": MAX_TOOLS, "items": {"type": "object", "required": ["type"]}}
-InputField = Annotated[list[dict[str, Any]], BeforeValidator(_input), WithJsonSchema(_INPUT)]
-_ToolsField = Annotated[ToolSet, PlainValidator(_tools), WithJsonSchema(_TOOLS)]
+InputField = Annotated[
+    list[Item], BeforeValidator(lambda value, info: read_items(value, info.context)), WithJsonSchema(_INPUT)
+]
+_ToolsField = Annotated[
+    ToolSet, PlainValidator(lambda value, info: read_tools(value, info.context)), WithJsonSchema(_TOOLS)
+]
 _ChoiceField = Annotated[Any, BeforeValidator(read_choice), WithJsonSchema(_CHOICE)]
 _IncludeField = Annotated[
     tuple[str, ...], BeforeValidator(_include), WithJsonSchema({"type": "array", "items": {"type": "string"}})
@@ -146,25 +157,12 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         return _LOGPROBS in self.include
 
     def shown(self) -> dict[str, Any]:
-        """What a response repeats of its request."""
-        given = self.numbers(PARAMS)
-        return {
-            "background": self.background,
-            "instructions": self.instructions,
-            "max_output_tokens": self.max_output_tokens,
+        """The fields of the request that a response repeats."""
+        return {name: getattr(self, name) for name in _REPEATED.split()} | {
             "parallel_tool_calls": self.choice.use.is_parallel,
-            "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
-            "store": self.store,
-            "temperature": given["temperature"],
             "text": {"format": self.text.format},
-            "tool_choice": self.tool_choice,
             "tools": [*self.tools.shown],
-            "top_logprobs": self.top_logprobs,
-            "top_p": given["top_p"],
-            "metadata": self.metadata,
-            "presence_penalty": given["presence_penalty"],
-            "frequency_penalty": given["frequency_penalty"],
         }
 
     def check(self) -> None:
@@ -181,7 +179,6 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
         """The chat that the messages of the input, and those before them, make."""
-        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         answer = self.completion(
             (),
             self.max_output_tokens,
@@ -189,7 +186,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
             with_logprobs=self.with_logprobs,
         )
         return ChatRequest(
-            with_one_system_prompt([*instructions, *messages]),
+            _chat(self.instructions, messages),
             answer,
             self.choice.offered,
             effort_variables(self.reasoning.effort),
@@ -199,13 +196,72 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         )
 
 
-def with_one_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """Instructions and the developer's first messages are one: many templates take no second one."""
     systems = [*takewhile(lambda message: message["role"] == "system", messages)]
-    others = messages[len(systems) :]
-    if not systems:
-        return tuple(others)
-    return ({"role": "system", "content": "\n\n".join(message["content"] for message in systems)}, *others)
+    texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
+    prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+    return (*prompt, *messages[len(systems) :])
+
+
+class Status(StrEnum):
+    """The status of a response, or of an item of it."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    INCOMPLETE = "incomplete"  # the tokens that it may have are used up
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """The fields of a response beside its answer."""
+
+    reply_id: str
+    created: int
+    model: str
+    body: ResponsesBody
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """The response before its computation."""
+        return self.shown(Status.QUEUED if self.body.background else Status.IN_PROGRESS)
+
+    @property
+    def first_events(self) -> list[dict[str, Any]]:
+        """The events that a stream begins with."""
+        statuses = [Status.QUEUED, Status.IN_PROGRESS] if self.body.background else [Status.IN_PROGRESS]
+        return [{"type": "response.created", "response": self.begun}, *map(self.event, statuses)]
+
+    def event(self, status: Status) -> dict[str, Any]:
+        """The event that the response gets this status."""
+        return {"type": f"response.{status}", "response": self.shown(status)}
+
+    def shown(
+        self,
+        status: Status,
+        output: Sequence[Mapping[str, Any]] = (),
+        usage: Mapping[str, Any] | None = None,
+        *,
+        ended_s: float | None = None,
+    ) -> dict[str, Any]:
+        """The whole object. `ended_s`: Unix time of the answer's end."""
+        return {
+            "id": ID_PREFIX + self.reply_id,
+            "object": "response",
+            "created_at": self.created,
+            "completed_at": int(ended_s) if ended_s is not None and status is Status.COMPLETED else None,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status is Status.INCOMPLETE else None,
+            "model": self.model,
+            "output": [*output],
+            "usage": usage,
+            **_FIXED,
+            **self.body.shown(),
+        }
 
 
 MAX_SUMMARY_TOKENS: Final = 1024
@@ -231,9 +287,8 @@ class CompactionBody(AdapterFields, foreign=RESPONSES):
         """The chat, with the task at its end; greedy, without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
-        instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        chat = with_one_system_prompt([*instructions, *_with_task(messages)])
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
+        chat = _chat(self.instructions, _with_task(messages))
         return ChatRequest(chat, answer, may_reason=False, reasoning_budget=ReasoningBudget(0))
 
 

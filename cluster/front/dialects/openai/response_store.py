@@ -12,9 +12,8 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, Item, messages_of, with_ids
-from llamaclust.cluster.front.dialects.openai.responses.output import Status
-from llamaclust.cluster.front.dialects.openai.responses.view import ID_PREFIX
+from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, messages_of, with_ids
+from llamaclust.cluster.front.dialects.openai.response_schema import ID_PREFIX, Status
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import JsonResponse

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted, parse_body, read_body
-from llamaclust.cluster.front.dialects.openai.responses.items import REFERENCE, Item, has_references, messages_of
-from llamaclust.cluster.front.dialects.openai.responses.schema import CompactionBody, ResponsesBody
-from llamaclust.cluster.front.dialects.openai.responses.store import Messages, ResponseStore, Storing
-from llamaclust.cluster.front.dialects.openai.responses.view import CompactionView, ResponseHead, ResponseView
+from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, has_references, messages_of
+from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponseHead, ResponsesBody
+from llamaclust.cluster.front.dialects.openai.response_store import Messages, ResponseStore, Storing
+from llamaclust.cluster.front.dialects.openai.response_view import CompactionView, ResponseView
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
@@ -42,7 +42,7 @@ class ResponsesEndpoint:
         body.check()
         items, messages = self._chat(body, context)
         chat = await converted(body, body.request, messages)
-        head = ResponseHead(context, model, body)
+        head = ResponseHead(context.id, context.created, model, body)
         storing = Storing(self._store, context.owner, items, messages) if body.store else None
         begin = partial(storing.begin, head.begun) if storing is not None and body.background else None
         complete = None if storing is None else storing.complete

@@ -24,7 +24,7 @@ from llamaclust.cluster.front.http.responses import error_response, has_body, na
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import current_owner
 from llamaclust.core.addresses import bounded_host, is_address, is_loopback
-from llamaclust.core.sharing.shares import fits
+from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
 """Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
@@ -193,7 +193,7 @@ class Admission:
         self._settings = settings
         self._open: set[_Open] = set()
         self._unfinished: dict[_Open, None] = {}  # those whose bodies are still to come, the oldest first
-        self._body_bytes = 0
+        self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
         """Refuses requests from now on, also those whose bodies are still to come."""
@@ -238,7 +238,7 @@ class Admission:
         finally:
             self._open.remove(request)
             self._unfinished.pop(request, None)
-            self._body_bytes -= request.body_bytes
+            self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
         """Counts a part of a request's body. Raises HttpError if all together are too much."""
@@ -246,11 +246,10 @@ class Admission:
             self.check()
             del self._unfinished[request]
         size = len(message.get("body", b""))
-        own = sum(other.body_bytes for other in self._open if other.owner == request.owner)
-        if not fits(own, self._body_bytes, self._settings.max_held_bytes, size):
-            raise _busy(f"{own + size} bytes of requests")
+        if not self._body_bytes.fits(request.owner, size):
+            raise _busy(f"{self._body_bytes.held[request.owner] + size} bytes of requests")
         request.body_bytes += size
-        self._body_bytes += size
+        self._body_bytes.take(request.owner, size)
 
     def _refuse(self, requests: list[_Open], refusal: HttpError) -> None:
         for request in requests:

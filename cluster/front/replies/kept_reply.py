@@ -146,7 +146,7 @@ class KeptReply:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
             self._check_adapters({number for request in requests for number, _ in request.adapters})
             generations = [await service.prepare(request) for request in requests]
-            computing.callback(service.budget.release, service.budget.reserve(reply.sizes(requests, generations)))
+            computing.enter_context(service.budget.reserve(reply.sizes(requests, generations)))
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
             if is_recorded:
                 self._record()

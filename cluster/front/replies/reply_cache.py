@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.errors import ClusterStoppingError
-from llamaclust.core.sharing.shares import fits
+from llamaclust.core.sharing.shares import Shares
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _Name = tuple[str, str, str]
@@ -49,8 +48,8 @@ class ReplyCache:
         self.journal = journal
         self._entries: dict[str, _Entry] = {}  # by id, the oldest first
         self._ids: dict[_Name, str] = {}
-        self._held_bytes: Counter[str] = Counter()  # by client
-        self._replies: Counter[str] = Counter()  # likewise
+        self._held_bytes = Shares(settings.max_kept_bytes)  # of clients
+        self._replies = Shares(settings.max_kept_replies)
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes) -> None:
@@ -59,18 +58,16 @@ class ReplyCache:
         body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
         self._make_room(client, body_bytes)
         self._entries[context.id] = _Entry(kept, _digest(context, body), body_bytes)
-        self._held_bytes[client] += body_bytes
-        self._replies[client] += 1
+        self._held_bytes.take(client, body_bytes)
+        self._replies.take(client, 1)
         for name in _names(context):
             self._ids[name] = context.id
 
     def remove(self, kept: KeptReply) -> None:
         context = kept.context
         if (entry := self._entries.pop(context.id, None)) is not None:
-            self._held_bytes[entry.client] -= entry.held_bytes
-            self._replies[entry.client] -= 1
-            if not self._replies[entry.client]:
-                del self._replies[entry.client], self._held_bytes[entry.client]
+            self._held_bytes.take(entry.client, -entry.held_bytes)
+            self._replies.take(entry.client, -1)
         for name in _names(context):
             if self._ids.get(name) == context.id:
                 del self._ids[name]
@@ -127,20 +124,20 @@ class ReplyCache:
         read. Of all clients' replies, those of the client with the most go first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
-        self._held_bytes[entry.client] += more_bytes
+        self._held_bytes.take(entry.client, more_bytes)
         if more_bytes > 0:
             while (large := self._too_large(entry.client)) and (
-                self._evict(large, self._held_bytes) or self._fail(large)
+                self._evict(large, self._held_bytes.held) or self._fail(large)
             ):
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
         """The replies of which some have to go: the client's, or all."""
-        most = self.settings.max_kept_bytes
-        if self._held_bytes[client] > most:
+        held, most = self._held_bytes.held, self._held_bytes.room
+        if held[client] > most:
             clients: Collection[str] = (client,)
-        elif self._held_bytes.total() > 2 * most:
-            clients = self._held_bytes
+        elif held.total() > 2 * most:
+            clients = held
         else:
             return []
         return [entry for entry in self._of(clients) if entry.held_bytes]
@@ -167,7 +164,7 @@ class ReplyCache:
 
     def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
         """The highest fails first."""
-        return self._held_bytes[entry.client], not entry.kept.is_read, entry.kept.held_bytes
+        return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     # -- those of clients ----------------------------------------------------------------------------------------------
 
@@ -200,16 +197,13 @@ class ReplyCache:
     def _make_room(self, client: str, body_bytes: int) -> None:
         """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, give
         way as needed. HttpError if that is not enough."""
-        settings = self.settings
-        for held, room, more in (
-            (self._held_bytes, settings.max_kept_bytes, body_bytes),
-            (self._replies, settings.max_kept_replies, 1),
-        ):
-            while not fits(own := held[client], held.total(), room, more):
-                takes_own = own + more > room
-                larger = {other for other, count in held.items() if count > own and not takes_own}
-                if not self._evict(self._of({client, *larger}), held):
-                    what = f"{self._replies[client]} kept replies of {self._held_bytes[client] >> 20} MiB"
+        for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
+            while not shares.fits(client, more):
+                own = shares.held[client]
+                takes_own = own + more > shares.room
+                larger = {other for other, count in shares.held.items() if count > own and not takes_own}
+                if not self._evict(self._of({client, *larger}), shares.held):
+                    what = f"{self._replies.held[client]} kept replies of {self._held_bytes.held[client] >> 20} MiB"
                     busy = f"the server is busy with {what}; try again"
                     raise HttpError(503, "server_busy", busy, {"Retry-After": "5"})
 

@@ -178,11 +178,8 @@ class TextService:
         with self._counted():
             ids = [tuple(await self._input_ids(prompt)) for prompt in prompts]
             vectors = sum(options.pooling.vectors(len(prompt)) for prompt in ids)
-            reserved = self.budget.reserve_numbers(vectors * length, "input", _TOO_MANY_NUMBERS)
-            try:
+            with self.budget.reserve_numbers(vectors * length, "input", _TOO_MANY_NUMBERS):
                 yield await self._embedder.embed(ids, options)
-            finally:
-                self.budget.release(reserved)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
         """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
@@ -190,15 +187,13 @@ class TextService:
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
-        with self._counted(), ExitStack() as held:
+        with self._counted():
             pair = await self._pair_reader(ranking.prompts, query)
             least = len(await pair("", "query")) * len(documents)
-            held.callback(budget.release, budget.reserve_numbers(least, "documents", _TOO_MANY_PAIRS))
-            pairs = [await pair(document, "documents") for document in documents]
-            held.close()
-            tokens = sum(map(len, pairs))
-            held.callback(budget.release, budget.reserve_numbers(tokens, "documents", _TOO_MANY_PAIRS))
-            return await self._embedder.rank(pairs, ranking)
+            with budget.reserve_numbers(least, "documents", _TOO_MANY_PAIRS):
+                pairs = [await pair(document, "documents") for document in documents]
+            with budget.reserve_numbers(sum(map(len, pairs)), "documents", _TOO_MANY_PAIRS):
+                return await self._embedder.rank(pairs, ranking)
 
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str

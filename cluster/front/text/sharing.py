@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,7 +17,7 @@ from weakref import WeakKeyDictionary
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import ParameterError, QueueFullError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sharing.shares import fits
+from llamaclust.core.sharing.shares import Shares
 from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -165,31 +164,15 @@ class ReplySize:
         return self.rows * (self.storage.row_bytes + self.top_logprobs * _TOP_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Units of the budget that a request has taken."""
-
-    owner: str
-    units: int
-
-
-NOTHING: Final = Reservation("", 0)
-
-
 class ReplyBudget:
     """What all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as long as
     they may be."""
 
     def __init__(self) -> None:
-        self._held: Counter[str] = Counter()  # by owner
+        self.shares = Shares(MAX_HELD_UNITS)
 
-    @property
-    def held(self) -> int:
-        """Units that all owners hold."""
-        return self._held.total()
-
-    def reserve(self, sizes: Sequence[ReplySize]) -> Reservation:
-        """Takes what a request needs, to be `release`d. ParameterError where it is more than any request may have,
+    def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
+        """Holds what a request needs while it is open. ParameterError where it is more than any request may have,
         QueueFullError where the current owner's other requests, or those of all, hold too much at present."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
@@ -203,7 +186,7 @@ class ReplyBudget:
         reason = f"{rows} tokens with {top} top logprobs each {excess}: {advice}"
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
-    def reserve_numbers(self, count: int, param: str, refusal: str) -> Reservation:
+    def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
         """Likewise for numbers of embeddings, and for tokens of prompts that are ranked. `refusal`: the text of the
         ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
@@ -211,17 +194,12 @@ class ReplyBudget:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")
         return self._take(-(-count // _UNIT_NUMBERS))
 
-    def release(self, reserved: Reservation) -> None:
-        self._held[reserved.owner] -= reserved.units
-        if not self._held[reserved.owner]:
-            del self._held[reserved.owner]
-
-    def _take(self, units: int) -> Reservation:
+    def _take(self, units: int) -> AbstractContextManager[None]:
         owner = current_owner.get()
-        if not fits(self._held[owner], self.held, MAX_HELD_UNITS, units):
-            raise QueueFullError(f"replies of up to {_mib(self.held)} MiB are under way; try again", _RETRY_S)
-        self._held[owner] += units
-        return Reservation(owner, units)
+        if not self.shares.fits(owner, units):
+            held = _mib(self.shares.held.total())
+            raise QueueFullError(f"replies of up to {held} MiB are under way; try again", _RETRY_S)
+        return self.shares.holding(owner, units)
 
 
 def _mib(units: int) -> int:

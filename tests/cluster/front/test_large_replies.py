@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Generator
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,31 +76,32 @@ def test_large_requests_of_owners_leave_others_some_of_the_budget(
     """However large each request of the others is, of the largest size as well."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
     shared = sharing.ReplyBudget()
-    for owner in owners:
-        current_owner.set(owner)
-        for entries in (large, 1):
-            with suppress(QueueFullError):
-                shared.reserve_numbers(5 * entries, "input", "")
-    current_owner.set("newcomer")
-    shared.reserve_numbers(5, "input", "")
-    assert shared.held <= 2 * 40
+    with ExitStack() as reserved:
+        for owner in owners:
+            current_owner.set(owner)
+            for entries in (large, 1):
+                with suppress(QueueFullError):
+                    reserved.enter_context(shared.reserve_numbers(5 * entries, "input", ""))
+        current_owner.set("newcomer")
+        reserved.enter_context(shared.reserve_numbers(5, "input", ""))
+        assert 20 < shared.shares.held.total() <= 2 * 40
 
 
 @pytest.mark.parametrize("owners", ["aab", "aabc", "aaaaaabcd"])
 def test_an_owner_leaves_others_a_share_of_the_budget(owners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one releases is its own, whoever releases it."""
     monkeypatch.setattr(sharing, "MAX_HELD_UNITS", 40)
-    shared, reserved = sharing.ReplyBudget(), []
-    for owner in owners:
-        current_owner.set(owner)
-        with suppress(QueueFullError):
-            reserved.append(shared.reserve_numbers(5 * 20 if owner == "a" else 5, "input", ""))
-    assert Counter(each.owner for each in reserved) == Counter("aa" + owners.lstrip("a"))
-    for each in reserved:
-        shared.release(each)
-    assert shared.held == 0
+    shared = sharing.ReplyBudget()
+    with ExitStack() as reserved:
+        for owner in owners:
+            current_owner.set(owner)
+            with suppress(QueueFullError):
+                reserved.enter_context(shared.reserve_numbers(5 * 20 if owner == "a" else 5, "input", ""))
+        assert shared.shares.held == Counter("a" * 40 + owners.lstrip("a"))
+    assert not shared.shares.held
     current_owner.set("a")
-    shared.release(shared.reserve_numbers(5 * 40, "input", ""))
+    with shared.reserve_numbers(5 * 40, "input", ""):
+        assert shared.shares.held["a"] == 40
 
 
 @pytest.mark.parametrize(
@@ -271,10 +272,11 @@ def test_the_largest_reply_fits_beside_those_of_others(top: int) -> None:
     """Packed rows take little."""
     shared, rows = sharing.ReplyBudget(), sharing.MAX_REPLY_ENTRIES // (1 + top)
     largest = sharing.ReplySize(rows, top, True, sharing.RowStorage.PACKED)
-    for owner in "abc":
-        current_owner.set(owner)
-        shared.reserve([largest])
-    assert shared.held * sharing.UNIT_BYTES < 300 << 20
+    with ExitStack() as reserved:
+        for owner in "abc":
+            current_owner.set(owner)
+            reserved.enter_context(shared.reserve([largest]))
+        assert shared.shares.held.total() * sharing.UNIT_BYTES < 300 << 20
 
 
 @pytest.mark.parametrize("storage", [sharing.RowStorage.CHUNKS, sharing.RowStorage.STREAMED])
@@ -285,13 +287,12 @@ def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
     """It may have few entries: 600 bytes are held for a token that is not packed."""
     shared = sharing.ReplyBudget()
     largest = sharing.ReplySize(most_rows, top, True, storage)
-    reserved = shared.reserve([largest] * prompts)
-    assert reserved.units * sharing.UNIT_BYTES >= prompts * largest.held_bytes
-    shared.release(reserved)
+    with shared.reserve([largest] * prompts):
+        assert shared.shares.held.total() * sharing.UNIT_BYTES >= prompts * largest.held_bytes
     with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, at most 400 MiB are held for one reply") as error:
         shared.reserve([replace(largest, rows=round(most_rows * 1.01))] * prompts)
-    assert error.value.code == "reply_too_large" and shared.held == 0
-    shared.reserve([replace(largest, rows=most_rows, has_logprobs=False)] * prompts)
+    assert error.value.code == "reply_too_large" and not shared.shares.held
+    assert shared.reserve([replace(largest, rows=most_rows, has_logprobs=False)] * prompts)
 
 
 async def test_a_response_whose_logprobs_take_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ async def test_restored_requests_have_the_shares_and_turns_of_their_clients(
         await journal.admit(admission(number, client))
     await journal.aclose()
     async with served(path) as server:
-        assert server.replies.cache._held_bytes.keys() == set(CLIENTS)
+        assert server.replies.cache._held_bytes.held.keys() == set(CLIENTS)
         for number in range(len(CLIENTS)):
             await stream(server.http, "GET", f"/v1/streams/key {number}")
     assert sorted(seen) == sorted(CLIENTS)

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.core.sharing.shares import fits
+from llamaclust.core.sharing.shares import Shares, fits
 from support.seed import SEED
 
 
@@ -60,3 +60,11 @@ def test_owners_that_take_all_they_can_leave_some_to_others(room: int) -> None:
 
 def test_nothing_more_fits_always() -> None:
     assert fits(7, 14, 7, 0) and fits(9, 20, 7, 0)
+
+
+def test_what_is_held_meanwhile_is_given_back_whatever_happens() -> None:
+    shares = Shares(7)
+    with shares.holding("a", 3), pytest.raises(ZeroDivisionError), shares.holding("a", 4):
+        assert shares.held == {"a": 7} and not shares.fits("a") and shares.fits("b", 4) and not shares.fits("b", 5)
+        raise ZeroDivisionError
+    assert not shares.held

@@ -40,7 +40,7 @@ async def read_until_refused(
     monkeypatch.setattr(service.tokenizer, "encode", recorded)
     with pytest.raises(ContextLengthError) as refused:
         await service.rank(query, documents)
-    assert service.budget.held == 0
+    assert not service.budget.shares.held
     return read, refused.value
 
 
@@ -89,12 +89,12 @@ async def test_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
         ):
             await service.rank("1234", ["1", "2", "3"])
         monkeypatch.undo()
-        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 4)
+        monkeypatch.setattr(service.budget.shares, "room", 4)
         with pytest.raises(QueueFullError):
             await service.rank("1234", ["1", "2", "3"])
-        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 5)
+        monkeypatch.setattr(service.budget.shares, "room", 5)
         assert len(await service.rank("1234", ["1", "2", "3"])) == 3
-        assert service.budget.held == 0
+        assert not service.budget.shares.held
         await service.aclose()
 
 
@@ -113,7 +113,7 @@ async def test_rendered_prompts_that_are_too_long_are_refused_in_order() -> None
         await service.rank("1" * (CONTEXT + 1), ["b"] * 2048)
     with pytest.raises(ContextLengthError, match=r"^documents: have one that has, with the query,"):
         await service.rank("123", ["1", "1" * CONTEXT, "2"])
-    assert service.budget.held == 0
+    assert not service.budget.shares.held
 
 
 async def test_rendered_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,10 @@ async def test_rendered_prompts_count_for_the_budget(monkeypatch: pytest.MonkeyP
         service = rendering(engine)
         documents = ["1", "2", "3"]
         tokens = sum(len(ids(f"1234 {document}")) for document in documents)
-        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", -(-tokens // 5) - 1)
+        monkeypatch.setattr(service.budget.shares, "room", -(-tokens // 5) - 1)
         with pytest.raises(QueueFullError):
             await service.rank("1234", documents)
-        monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", -(-tokens // 5))
+        monkeypatch.setattr(service.budget.shares, "room", -(-tokens // 5))
         assert [rank.prompt_tokens for rank in await service.rank("1234", documents)] == [tokens // 3] * 3
-        assert service.budget.held == 0
+        assert not service.budget.shares.held
         await service.aclose()

@@ -160,7 +160,8 @@ async def test_numbers_of_one_reply_and_of_all_are_bounded(monkeypatch: pytest.M
         refused = await http.post("/embedding", json={"input": [[1] * 4, [2] * 7], "pooling": "none"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "reply_too_large")
         monkeypatch.setattr("llamaclust.cluster.front.text.sharing.MAX_HELD_UNITS", 0)
-        busy = await http.post("/embedding", json={"input": "a"})
+        async with client(make_app(engine)) as full:
+            busy = await full.post("/embedding", json={"input": "a"})
         assert (busy.status_code, busy.headers["retry-after"]) == (429, "5")
 
 

@@ -15,8 +15,8 @@ from starlette.routing import Route as PathRoute
 from llamaclust.cluster.front.body import HEADER as IGNORED_HEADER
 from llamaclust.cluster.front.body import IgnoredFields
 from llamaclust.cluster.front.dialects.anthropic.message import Messages
-from llamaclust.cluster.front.dialects.dialect import Dialect
-from llamaclust.cluster.front.dialects.embeddings import RerankEndpoint, embedding_routes
+from llamaclust.cluster.front.dialects.dialect import Endpoint
+from llamaclust.cluster.front.dialects.embeddings import LlamaCppEmbeddings, OpenAiEmbeddings, Rerank
 from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
 from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints, llamacpp_routes
 from llamaclust.cluster.front.dialects.ollama.endpoints import ollama_routes
@@ -41,8 +41,8 @@ from llamaclust.cluster.front.text.service import TextService
 if TYPE_CHECKING:
     from llamaclust.cluster.control.pool.drain import WorkerOperations
 
-DIALECTS: Final[tuple[type[Dialect[Any]], ...]] = (Messages,)
-"""The generating endpoints of each model. One that needs more than its model is made in `_model_routes`."""
+ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (Messages, OpenAiEmbeddings, LlamaCppEmbeddings, Rerank)
+"""The endpoints of each model. One that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read beside those that they always may."""
 
@@ -107,17 +107,15 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
     yield _generating(replies, "/v1/completions", CompletionEndpoint(service, settings, strict).create, CompletionBody)
     yield _generating(replies, "/chat/completions", chats.create, ChatBody)
     yield _generating(replies, "/completions", any_completions, CompletionBody)
-    for dialect in DIALECTS:
-        for path in dialect.paths:
-            yield from dialect(service, replies, path).routes()
+    for endpoint in ENDPOINTS:
+        for path in endpoint.paths:
+            yield from endpoint(service, replies, path).routes()
     yield from _response_routes(service, replies, store)
     yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
     yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)
     yield Route("GET", "/v1/stream", replies.replay, names_reply=True)
     for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}", "/v1/stream"):
         yield Route("DELETE", path, replies.stop, names_reply=True)
-    yield from embedding_routes(service, settings)
-    yield from RerankEndpoint(service, settings).routes()
     yield from llamacpp_routes(service, replies)
     yield from ollama_routes(service, replies)
     yield from adapter_routes(model.adapter_control, model.name, settings)

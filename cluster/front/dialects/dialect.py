@@ -43,16 +43,13 @@ class Asked(Generic[AnyBody]):
         return chat.admitted(self.context.created, self.adapters)
 
 
-class Dialect(ABC, Generic[AnyBody]):
-    """The endpoint of one path and one model. A subclass names paths and body, and describes the reply; a row in
-    `DIALECTS` (`front/app.py`) serves it. One that refuses requests before it reads their bodies, or leaves some to
-    another dialect, overrides `make`; one with further operations, `routes`."""
+class Endpoint(ABC, Generic[AnyBody]):
+    """The operation of one path and one model. A row in `ENDPOINTS` (`front/app.py`) serves a subclass on its paths."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
     """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
-    form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
     """Of the paths and of those that begin with them; None: OpenAI's below `/v1`, llama.cpp's for the others."""
 
@@ -64,14 +61,37 @@ class Dialect(ABC, Generic[AnyBody]):
         takes_any = self.takes_any_model or not path.startswith("/v1/")
         self.models = ModelNames(service.settings.model_name, self.settings, any_by_default=takes_any)
 
+    def routes(self) -> Iterator[Route]:
+        """The operation, and others that belong to it."""
+        yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors)
+
+    @abstractmethod
+    async def answer(self, request: Request) -> Response: ...
+
+    async def read(self, request: Request) -> AnyBody:
+        """The body of a request. Raises what `read_body` raises, and what refuses its model and adapters."""
+        body = await read_body(request, self.body, self.settings)
+        self.check_model(body)
+        return body
+
+    def check_model(self, body: AnyBody) -> None:
+        """Refuses adapters too."""
+        self.models.check(_model(body))
+
+
+class Dialect(Endpoint[AnyBody]):
+    """A generating endpoint, whose subclass describes the reply to a body. One that refuses requests before it reads
+    their bodies, or leaves some to another dialect, overrides `make`; one with further operations, `routes`."""
+
+    form: ClassVar[StreamFormat] = StreamFormat.EVENTS
+
+    def __init__(self, service: TextService, replies: Replies, path: str) -> None:
+        super().__init__(service, replies, path)
+        self._answer = replies.endpoint(path, self.make, self.form)
+
     @abstractmethod
     async def reply(self, asked: Asked[AnyBody]) -> Reply:
         """What a request asks for. Raises what refuses its body."""
-
-    def routes(self) -> Iterator[Route]:
-        """The operations of the endpoint."""
-        answer = self.replies.endpoint(self.path, self.make, self.form)
-        yield Route("POST", self.path, answer, self.body, computes=True, errors=self.errors)
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         """The reply to the bytes of a body."""
@@ -79,17 +99,16 @@ class Dialect(ABC, Generic[AnyBody]):
         adapters = self._adapters(body, context.scales)
         return await self.reply(Asked(body, context, adapters, self.models.shown(_model(body))))
 
-    async def read(self, request: Request) -> AnyBody:
-        """The body of a request that is answered at once. Raises what `read_body` raises, and refuses what `make`
-        refuses of models and adapters."""
-        body = await read_body(request, self.body, self.settings)
-        self._adapters(body)
-        return body
+    async def answer(self, request: Request) -> Response:
+        return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
         """The reply with the number of tokens of a chat's prompt, and further fields before it."""
         answer = await unless_disconnected(request, self.service.chat_prompt(chat))
         return JsonResponse({**fields, "input_tokens": len(answer.prompt)})
+
+    def check_model(self, body: AnyBody) -> None:
+        self._adapters(body)
 
     def _adapters(self, body: AnyBody, default: AdapterScales = ()) -> AdapterScales:
         return self.models.adapters(_model(body), getattr(body, "lora", None), default)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 from uuid import uuid4
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llamaclust.cluster.front.body import read_body
+from llamaclust.cluster.front.dialects.dialect import Endpoint
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import EMBEDDING, RERANK
-from llamaclust.cluster.front.http.responses import JsonResponse, Route
+from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import JsonParts, unless_disconnected
 from llamaclust.cluster.front.json_text import is_large, json_body
 from llamaclust.cluster.front.schema import Body, is_int, prompt_string
-from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions, Rank, Vector
 from llamaclust.cluster.front.text.request import MAX_SALT_CHARACTERS
 from llamaclust.cluster.front.text.service import TextService
@@ -147,7 +146,6 @@ def check_single(pooling: Pooling) -> None:
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
 """A public one."""
 _COHERE_PATH: Final = "/v2/rerank"
-RERANK_PATHS: Final = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking", _COHERE_PATH)
 _PAIRS_OF_A_UNIT: Final = 100
 """Documents that Cohere bills as one search."""
 
@@ -197,45 +195,37 @@ class RerankBody(Body, foreign=RERANK):
         return lists[0]
 
 
-class RerankEndpoint:
+class Rerank(Endpoint[RerankBody]):
     """One served model's."""
 
-    def __init__(self, service: TextService, settings: ApiSettings) -> None:
-        self._service = service
-        self._settings = settings
-        self._names = ModelNames(service.settings.model_name, settings, any_by_default=True)
+    paths = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking", _COHERE_PATH)
+    body = RerankBody
+    takes_any_model = True
 
-    def routes(self) -> Iterator[Route]:
-        for path in RERANK_PATHS:
-            yield Route("POST", path, self.rerank, RerankBody, computes=True)
-
-    async def rerank(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         """Documents by their score for a query, the best first."""
-        if self._service.settings.ranking is None:
+        if self.service.settings.ranking is None:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
-        body = await read_body(request, RerankBody, self._settings)
-        self._names.check(body.model)
-        is_cohere = request.url.path.endswith(_COHERE_PATH)
-        return await unless_disconnected(request, self._answer(body, is_cohere=is_cohere))
+        return await unless_disconnected(request, self._ranked(await self.read(request)))
 
     def _refusal(self) -> str:
-        own = f"{self._service.settings.model_name!r} does not rank documents"
-        if self._settings.rankers:
-            return f"{own}: name {' or '.join(map(repr, self._settings.rankers))} as model"
+        own = f"{self.service.settings.model_name!r} does not rank documents"
+        if self.settings.rankers:
+            return f"{own}: name {' or '.join(map(repr, self.settings.rankers))} as model"
         return f"{own}: serve a reranker, such as `llamaclust up {_RERANKER}`, or one of `models` in the cluster file"
 
-    async def _answer(self, body: RerankBody, *, is_cohere: bool) -> Response:
+    async def _ranked(self, body: RerankBody) -> Response:
         texts = body.given
-        ranks = await self._service.rank(body.query, texts)
+        ranks = await self.service.rank(body.query, texts)
         best = sorted(range(len(ranks)), key=lambda index: -ranks[index].score)[: body.top_n]
         if body.texts is not None:
             return JsonResponse([_tei_result(body, texts, ranks, index) for index in best])
         results = [_result(body, texts, ranks, index) for index in best]
-        if is_cohere:
+        if self.path == _COHERE_PATH:
             return JsonResponse({"id": str(uuid4()), "results": results, "meta": _cohere_meta(len(texts))})
         tokens = sum(rank.prompt_tokens for rank in ranks)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        model = self._service.settings.model_name
+        model = self.service.settings.model_name
         return JsonResponse({"object": "list", "model": model, "results": results, "usage": usage})
 
 
@@ -254,52 +244,36 @@ def _tei_result(body: RerankBody, texts: Sequence[str], ranks: Sequence[Rank], i
     return {**result, "text": texts[index]} if body.return_text else result
 
 
-_Fields = TypeVar("_Fields", bound=EmbeddingFields)
+class OpenAiEmbeddings(Endpoint[OpenAiEmbeddingBody]):
+    paths = ("/v1/embeddings",)
+    body = OpenAiEmbeddingBody
 
-
-def embedding_routes(service: TextService, settings: ApiSettings) -> Iterator[Route]:
-    endpoints = EmbeddingEndpoints(service, settings)
-    yield Route("POST", "/v1/embeddings", endpoints.openai, OpenAiEmbeddingBody, computes=True)
-    for path in ("/embedding", "/embeddings"):
-        yield Route("POST", path, endpoints.llamacpp, LlamaCppEmbeddingBody, computes=True)
-
-
-class EmbeddingEndpoints:
-    """One served model's."""
-
-    def __init__(self, service: TextService, settings: ApiSettings) -> None:
-        self._service = service
-        self._settings = settings
-        served = service.settings.model_name
-        self._names = ModelNames(served, settings)
-        self._llamacpp_names = ModelNames(served, settings, any_by_default=True)
-
-    async def openai(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         """One vector for each prompt."""
-        body = await self._read(request, OpenAiEmbeddingBody, self._names)
-        options = body.options(self._service.settings.pooling)
+        body = await self.read(request)
+        options = body.options(self.service.settings.pooling)
         check_single(options.pooling)
-        return await embedded(request, self._service, body.input, options, partial(self._openai_reply, body))
+        return await embedded(request, self.service, body.input, options, partial(self._shown, body))
 
-    async def llamacpp(self, request: Request) -> Response:
-        """A list of vectors for each prompt: one, or without pooling one for each token."""
-        body = await self._read(request, LlamaCppEmbeddingBody, self._llamacpp_names)
-        options = body.options(self._service.settings.pooling, body.embd_normalize)
-        return await embedded(request, self._service, body.inputs, options, partial(_llamacpp_reply, body))
-
-    async def _read(self, request: Request, kind: type[_Fields], names: ModelNames) -> _Fields:
-        body = await read_body(request, kind, self._settings)
-        names.check(body.model)
-        return body
-
-    def _openai_reply(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
+    def _shown(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:
         tokens = sum(embedding.prompt_tokens for embedding in embeddings)
         return {
             "object": "list",
             "data": (_openai_entry(body, index, embedding) for index, embedding in enumerate(embeddings)),
-            "model": self._service.settings.model_name,
+            "model": self.service.settings.model_name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
+
+
+class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
+    paths = ("/embedding", "/embeddings")
+    body = LlamaCppEmbeddingBody
+
+    async def answer(self, request: Request) -> Response:
+        """A list of vectors for each prompt: one, or without pooling one for each token."""
+        body = await self.read(request)
+        options = body.options(self.service.settings.pooling, body.embd_normalize)
+        return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))
 
 
 def _openai_entry(body: OpenAiEmbeddingBody, index: int, embedding: Embedding) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -32,6 +32,8 @@ from llamaclust.model.chat.tools.events import (
 )
 
 Block = dict[str, Any]
+Shown = dict[str, Any]
+"""An event of a stream."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -48,39 +50,29 @@ class MessageView(View):
         self._reply_id = reply_id
         self._prompt_tokens = sum(len(generation.prompt) for generation in log.generations)
         self._is_begun = False
-        self._blocks = _StreamedBlocks(reply_id)
+        self._blocks = _Blocks(reply_id)
         self._tokens = 0
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """See `View`."""
         ((answer,),) = parts
-        blocks = _whole_blocks(answer.events or (ContentText(answer.text),), self._reply_id)
-        return self._message(
-            blocks or [dict(_STARTS["text"])],
-            self._usage(answer.timings, len(answer.rows)),
-            _stop(answer, has_calls=any(block["type"] == "tool_use" for block in blocks)),
-        )
+        content = _put_together(self._blocks.take(answer))
+        return self._message(content, self._usage(answer.timings, len(answer.rows)), self._stop(answer))
 
     def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
-        """See `View`."""
-        return [Event(0, data) for data in self._events(item)] if isinstance(item, TextChunk) else []
+        shown = self._events(item) if isinstance(item, TextChunk) else ()
+        return [Event(0, named_event(event["type"], event)) for event in shown]
 
-    def _events(self, chunk: TextChunk) -> Iterator[bytes]:
+    def _events(self, chunk: TextChunk) -> Iterator[Shown]:
         if not self._is_begun:
             self._is_begun = True
-            message = self._message([], self._usage(chunk.timings, 0), _UNSTOPPED)
-            yield named_event("message_start", {"type": "message_start", "message": message})
-            yield named_event("ping", {"type": "ping"})
+            yield {"type": "message_start", "message": self._message([], self._usage(chunk.timings, 0), _UNSTOPPED)}
+            yield {"type": "ping"}
         self._tokens += len(chunk.rows)
-        for event in chunk.events or (ContentText(chunk.text),):
-            yield from self._blocks.take(event)
-        if chunk.finish_reason is None:
-            return
-        yield from self._blocks.end()
-        usage = self._usage(chunk.timings, self._tokens)
-        delta = _stop(chunk, has_calls=self._blocks.has_calls)
-        yield named_event("message_delta", {"type": "message_delta", "delta": delta, "usage": usage})
-        yield named_event("message_stop", {"type": "message_stop"})
+        yield from self._blocks.take(chunk)
+        if chunk.finish_reason is not None:
+            usage = self._usage(chunk.timings, self._tokens)
+            yield {"type": "message_delta", "delta": self._stop(chunk), "usage": usage}
+            yield {"type": "message_stop"}
 
     def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
         """Anthropic counts the tokens of the prompt that the cache held apart from the others."""
@@ -91,6 +83,15 @@ class MessageView(View):
             "cache_read_input_tokens": cached,
             "output_tokens": tokens,
         }
+
+    def _stop(self, part: TextChunk) -> dict[str, Any]:
+        if part.finish_reason is FinishReason.LENGTH:
+            return {"stop_reason": "max_tokens", "stop_sequence": None}
+        if self._blocks.has_calls:
+            return {"stop_reason": "tool_use", "stop_sequence": None}
+        if isinstance(part.stopped_by, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
+        return {"stop_reason": "end_turn", "stop_sequence": None}
 
     def _message(self, blocks: list[Block], usage: dict[str, int], stop: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -104,7 +105,7 @@ class MessageView(View):
         }
 
 
-class _StreamedBlocks:
+class _Blocks:
     """The events of an answer's blocks. One block is open at a time."""
 
     def __init__(self, reply_id: str) -> None:
@@ -113,82 +114,72 @@ class _StreamedBlocks:
         self._index = -1  # of the newest block
         self._open: str | None = None  # its type
 
-    def take(self, event: AnswerEvent) -> Iterator[bytes]:
+    def take(self, chunk: TextChunk) -> Iterator[Shown]:
+        """The last chunk closes the last block. An empty answer has an empty one, as readers expect one."""
+        for event in chunk.events or (ContentText(chunk.text),):
+            yield from self._take(event)
+        if chunk.finish_reason is not None:
+            if self._index < 0:
+                yield from self._begin("text", _STARTS["text"])
+            yield from self._close()
+
+    def _take(self, event: AnswerEvent) -> Iterator[Shown]:
         match event:
             case ReasoningText(text) if text:
                 yield from self._piece("thinking", text)
             case ContentText(text) if text:
                 yield from self._piece("text", text)
-            case CallBegun():
+            case CallBegun(index, name, call_id):
                 self.has_calls = True
-                yield from self._begin("tool_use", _call(event, self._reply_id))
+                call_id = call_id or call_id_of(self._reply_id, index, "toolu_")
+                yield from self._begin("tool_use", {"type": "tool_use", "id": call_id, "name": name, "input": {}})
             case ArgumentText(_, text) if text:
-                yield self._delta({"type": "input_json_delta", "partial_json": text})
+                yield self._delta("input_json_delta", partial_json=text)
             case CallEnded():
                 yield from self._close()
 
-    def end(self) -> Iterator[bytes]:
-        """Closes the last block. An empty answer has an empty one, as readers expect one."""
-        if self._index < 0:
-            yield from self._begin("text", _STARTS["text"])
-        yield from self._close()
-
-    def _piece(self, kind: str, text: str) -> Iterator[bytes]:
+    def _piece(self, kind: str, text: str) -> Iterator[Shown]:
         if self._open != kind:
             yield from self._begin(kind, _STARTS[kind])
-        yield self._delta({"type": _DELTAS[kind], kind: text})
+        yield self._delta(_DELTAS[kind], **{kind: text})
 
-    def _begin(self, kind: str, block: Block) -> Iterator[bytes]:
+    def _begin(self, kind: str, block: Block) -> Iterator[Shown]:
         yield from self._close()
         self._index += 1
         self._open = kind
         yield self._event("content_block_start", content_block=block)
 
-    def _close(self) -> Iterator[bytes]:
+    def _close(self) -> Iterator[Shown]:
         """Thinking ends with its signature, which is empty: nothing checks it here."""
         if self._open == "thinking":
-            yield self._delta({"type": "signature_delta", "signature": ""})
+            yield self._delta("signature_delta", signature="")
         if self._open is not None:
             yield self._event("content_block_stop")
         self._open = None
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        return self._event("content_block_delta", delta=delta)
+    def _delta(self, kind: str, **fields: str) -> Shown:
+        return self._event("content_block_delta", delta={"type": kind, **fields})
 
-    def _event(self, name: str, **fields: Any) -> bytes:
-        return named_event(name, {"type": name, "index": self._index, **fields})
+    def _event(self, name: str, **fields: Any) -> Shown:
+        return {"type": name, "index": self._index, **fields}
 
 
-def _whole_blocks(events: tuple[AnswerEvent, ...], reply_id: str) -> list[Block]:
-    """The blocks that a stream's reader would put together."""
+def _put_together(events: Iterable[Shown]) -> list[Block]:
+    """The blocks that a reader makes of their events."""
     blocks: list[Block] = []
-    arguments: dict[int, str] = {}
-    places: dict[int, Block] = {}
+    pieces: list[str] = []
     for event in events:
         match event:
-            case ReasoningText(text) if text:
-                _append(blocks, "thinking", text)
-            case ContentText(text) if text:
-                _append(blocks, "text", text)
-            case CallBegun(index):
-                places[index] = _call(event, reply_id)
-                blocks.append(places[index])
-            case ArgumentText(index, text):
-                arguments[index] = arguments.get(index, "") + text
-    for index, block in places.items():
-        block["input"] = _input(arguments.get(index, ""))
+            case {"content_block": block}:
+                blocks.append(dict(block))
+                pieces.clear()
+            case {"delta": delta}:
+                _, piece = delta.values()
+                pieces.append(piece)
+            case _:
+                kind, text = blocks[-1]["type"], "".join(pieces)
+                blocks[-1] |= {"input": _input(text)} if kind == "tool_use" else {kind: text}
     return blocks
-
-
-def _append(blocks: list[Block], kind: str, text: str) -> None:
-    if not blocks or blocks[-1]["type"] != kind:
-        blocks.append(dict(_STARTS[kind]))
-    blocks[-1][kind] += text
-
-
-def _call(event: CallBegun, reply_id: str) -> Block:
-    call_id = event.call_id or call_id_of(reply_id, event.index, "toolu_")
-    return {"type": "tool_use", "id": call_id, "name": event.name, "input": {}}
 
 
 def _input(text: str) -> dict[str, Any]:
@@ -198,16 +189,6 @@ def _input(text: str) -> dict[str, Any]:
 
 
 _UNSTOPPED: Final[dict[str, Any]] = {"stop_reason": None, "stop_sequence": None}
-
-
-def _stop(part: TextChunk, *, has_calls: bool) -> dict[str, Any]:
-    if part.finish_reason is FinishReason.LENGTH:
-        return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if has_calls:
-        return {"stop_reason": "tool_use", "stop_sequence": None}
-    if isinstance(part.stopped_by, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": part.stopped_by}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
 _ERROR_TYPES: Final = {

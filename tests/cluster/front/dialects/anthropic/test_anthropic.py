@@ -264,7 +264,7 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
 async def test_a_stream_that_meets_a_mistake_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     events = MessageView._events
 
-    def broken(view: MessageView, chunk: TextChunk) -> Iterator[bytes]:
+    def broken(view: MessageView, chunk: TextChunk) -> Iterator[Any]:
         yield from events(view, chunk)
         raise KeyError(0)
 

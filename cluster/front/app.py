@@ -30,7 +30,15 @@ from llamaclust.cluster.front.dialects.openai.schema import ChatBody, Completion
 from llamaclust.cluster.front.errors import ErrorShape, openai_error
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document
-from llamaclust.cluster.front.http.responses import EarlyReplies, Paths, Route, add_error_handlers
+from llamaclust.cluster.front.http.responses import (
+    EVENTS,
+    JSON,
+    EarlyReplies,
+    Paths,
+    QueryParameter,
+    Route,
+    add_error_handlers,
+)
 from llamaclust.cluster.front.models import ApiModel, ModelRouter, adapter_routes
 from llamaclust.cluster.front.operations import Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.front.replies.handlers import Replies
@@ -45,6 +53,22 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (Messages, OpenAiEmbeddings,
 """The endpoints of each model. One that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read beside those that they always may."""
+
+
+_AFTER: Final = QueryParameter(
+    "after", "string", "the id of the last event that the client has, or its part after the colon"
+)
+_FROM: Final = QueryParameter("from", "integer", "the number of bytes that the client has")
+_CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's name")
+_RETRIEVED: Final = (
+    QueryParameter("stream", "boolean", "the events of a response that is streamed in the background"),
+    QueryParameter("starting_after", "integer", "the number of the last event that the client has"),
+)
+_ITEMS: Final = (
+    QueryParameter("limit", "integer", "items at most, up to 100"),
+    QueryParameter("order", "string", "asc: the oldest first"),
+    QueryParameter("after", "string", "the id of the item before the first one"),
+)
 
 
 def create_app(
@@ -89,7 +113,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
     yield from Operations(router).routes()
     if workers is not None:
         yield from Workers(workers).routes()
-    yield Route("GET", "/docs", disabled if "docs" in settings.disabled else document.show_page)
+    yield Route("GET", "/docs", disabled if "docs" in settings.disabled else document.show_page, types=("text/html",))
     yield Route("GET", "/cors-proxy", no_proxy)
 
 
@@ -111,14 +135,20 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
         for path in endpoint.paths:
             yield from endpoint(service, replies, path).routes()
     yield from _response_routes(service, replies, store)
-    yield Route("GET", "/v1/streams/{id:path}", replies.resume, names_reply=True)
-    yield Route("GET", "/v1/stream/{id:path}", replies.replay, names_reply=True)
-    yield Route("GET", "/v1/stream", replies.replay, names_reply=True)
-    for path in ("/v1/streams/{id:path}", "/v1/stream/{id:path}", "/v1/stream"):
-        yield Route("DELETE", path, replies.stop, names_reply=True)
+    yield from _stream_routes(replies)
     yield from llamacpp_routes(service, replies)
     yield from ollama_routes(service, replies)
     yield from adapter_routes(model.adapter_control, model.name, settings)
+
+
+def _stream_routes(replies: Replies) -> Iterator[Route]:
+    """Replies that are read again, or stopped."""
+    by_id, by_place = "/v1/streams/{id:path}", "/v1/stream/{id:path}"
+    yield Route("GET", by_id, replies.resume, names_reply=True, query=(_AFTER,), types=(JSON, EVENTS))
+    yield Route("GET", by_place, replies.replay, names_reply=True, query=(_FROM,), types=(EVENTS,))
+    yield Route("GET", "/v1/stream", replies.replay, names_reply=True, query=(_CONVERSATION, _FROM), types=(EVENTS,))
+    for path in (by_id, by_place, "/v1/stream"):
+        yield Route("DELETE", path, replies.stop, names_reply=True, types=(), status=204)
 
 
 def _generating(replies: Replies, path: str, make: MakeReply, body: type[BaseModel]) -> Route:
@@ -137,7 +167,7 @@ def _response_routes(service: TextService, replies: Replies, store: ResponseStor
         yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True, errors=errors)
         yield _generating(replies, f"{path}/compact", endpoint.compact, CompactionBody)
         yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
-        yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True)
+        yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True, query=_ITEMS)
         yield Route("POST", f"{path}/{{id}}/cancel", stored.cancel, names_reply=True)
-        yield Route("GET", f"{path}/{{id}}", stored.retrieve, names_reply=True)
+        yield Route("GET", f"{path}/{{id}}", stored.retrieve, names_reply=True, query=_RETRIEVED, types=(JSON, EVENTS))
         yield Route("DELETE", f"{path}/{{id}}", stored.delete, names_reply=True)

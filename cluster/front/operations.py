@@ -88,7 +88,8 @@ class Operations:
     def routes(self) -> Iterator[Route]:
         off = self._router.settings.disabled
         for name in _READ_ONLY:
-            yield Route("GET", f"/{name}", disabled if name in off else getattr(self, name))
+            types = ("text/plain",) if name == "metrics" else None
+            yield Route("GET", f"/{name}", disabled if name in off else getattr(self, name), types=types)
         yield Route("GET", "/cluster/requests", self.requests)
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 

@@ -50,6 +50,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
     """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
+    form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
     """Of the paths and of those that begin with them; None: OpenAI's below `/v1`, llama.cpp's for the others."""
 
@@ -63,7 +64,8 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     def routes(self) -> Iterator[Route]:
         """The operation, and others that belong to it."""
-        yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors)
+        form = self.form.value
+        yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors, form=form)
 
     @abstractmethod
     async def answer(self, request: Request) -> Response: ...
@@ -82,8 +84,6 @@ class Endpoint(ABC, Generic[AnyBody]):
 class Dialect(Endpoint[AnyBody]):
     """A generating endpoint, whose subclass describes the reply to a body. One that refuses requests before it reads
     their bodies, or leaves some to another dialect, overrides `make`; one with further operations, `routes`."""
-
-    form: ClassVar[StreamFormat] = StreamFormat.EVENTS
 
     def __init__(self, service: TextService, replies: Replies, path: str) -> None:
         super().__init__(service, replies, path)

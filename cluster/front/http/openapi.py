@@ -15,23 +15,9 @@ from starlette.routing import BaseRoute
 
 from llamaclust.cluster.front.errors import ErrorShape, usual_shape
 from llamaclust.cluster.front.http.gates import OPEN_PATHS
-from llamaclust.cluster.front.http.responses import Route, template
+from llamaclust.cluster.front.http.responses import EVENTS, JSON, Route, template
 from llamaclust.core.version import VERSION
 
-_JSON: Final = "application/json"
-_EVENTS: Final = "text/event-stream"
-_LINES: Final = "application/x-ndjson"
-_TYPES: Final = {
-    "/": ("text/plain",),
-    "/metrics": ("text/plain",),
-    "/docs": ("text/html",),
-    "/v1/stream/{id}": (_EVENTS,),
-    "/v1/stream": (_EVENTS,),
-}
-"""Media types of replies that are not JSON, by path."""
-_STREAMED: Final = (_JSON, _EVENTS)
-_RESPONSE: Final = "/responses/{id}"
-_OLLAMA: Final = "/api/"
 _REFUSALS: Final = {
     "400": "a field that is wrong or not supported; a prompt that is too long",
     "401": "no API key, or an unknown one",
@@ -50,26 +36,6 @@ _REFUSALS: Final = {
     "504": "a deadline that has passed",
     "501": "what this server does not support",
 }
-_SLOT: Final = "/slots/{slot}"
-_FROM: Final = ("from", "integer", "the number of bytes that the client has")
-_QUERIES: Final = {
-    "/v1/streams/{id}": [
-        ("after", "string", "the id of the last event that the client has, or its part after the colon")
-    ],
-    "/v1/stream/{id}": [_FROM],
-    _SLOT: [("action", "string", "save, restore or erase")],
-    "/v1/stream": [("conv_id", "string", "the conversation's name"), _FROM],
-    _RESPONSE: [
-        ("stream", "boolean", "the events of a response that is streamed in the background"),
-        ("starting_after", "integer", "the number of the last event that the client has"),
-    ],
-    f"{_RESPONSE}/input_items": [
-        ("limit", "integer", "items at most, up to 100"),
-        ("order", "string", "asc: the oldest first"),
-        ("after", "string", "the id of the item before the first one"),
-    ],
-}
-"""Query parameters by path, without `/v1` where there are both."""
 _OTHERS: Final = "additionalProperties"
 _EVENT: Final = {
     "type": "object",
@@ -77,7 +43,7 @@ _EVENT: Final = {
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
 """The schema of a stream's events; before OpenAPI 3.2, the schema of its media type describes each event."""
-_SCHEMAS: Final[dict[str, Any]] = {_JSON: {}, _EVENTS: _EVENT}
+_SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
     "code{font-size:.9em}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
@@ -107,7 +73,7 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
         schema["properties"] = {name: part if name in required else _nullable(part) for name, part in fields.items()}
-    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
 
 
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
@@ -144,38 +110,26 @@ def _page(document: Mapping[str, Any]) -> str:
 
 
 def _operation(route: Route, path: str, shape: ErrorShape, is_strict: bool) -> dict[str, Any]:
-    method, body = route.method, {} if route.body is None else _request_body(route.body)
-    streams = "stream" in _fields(body)
-    streams = streams or (method == "GET" and path.endswith((_RESPONSE, "/v1/streams/{id}")))
-    streamed = (_JSON, _LINES) if path.startswith(_OLLAMA) else _STREAMED
-    types = _TYPES.get(path, streamed if streams else (_JSON,))
+    body = {} if route.body is None else _request_body(route.body)
+    schemas = {kind: _SCHEMAS.get(kind, {"type": "string"}) for kind in route.types}
     error = {"$ref": f"#/components/schemas/{shape.schema_name}"}
     text = " ".join((route.endpoint.__doc__ or path).split())
     return {
-        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
         "summary": text.partition(". ")[0],
-        "parameters": [*_parameters(path, method)],
+        "parameters": [*_parameters(route, path)],
         **({"security": []} if path in OPEN_PATHS else {}),
         **(body if is_strict else _open(body)),
-        "responses": _done(method, path, types)
-        | {status: _reply(why, {_JSON: error}) for status, why in _REFUSALS.items()},
+        "responses": {str(route.status): _reply("the reply", schemas) if schemas else {"description": "done"}}
+        | {status: _reply(why, {JSON: error}) for status, why in _REFUSALS.items()},
     }
 
 
-def _parameters(path: str, method: str) -> Iterator[dict[str, Any]]:
+def _parameters(route: Route, path: str) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"\{(\w+)\}", path):
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-    has_query = method == "GET" or path == _SLOT
-    for name, kind, text in _QUERIES.get(path.removeprefix("/v1"), _QUERIES.get(path, ())) if has_query else ():
+    for name, kind, text in route.query:
         yield {"name": name, "in": "query", "description": text, "schema": {"type": kind}}
-
-
-def _done(method: str, path: str, types: tuple[str, ...]) -> dict[str, Any]:
-    if path in ("/api/copy", "/api/delete"):
-        return {"200": {"description": "done"}}
-    has_reply = method != "DELETE" or path.endswith(_RESPONSE)
-    schemas = {kind: _SCHEMAS.get(kind, {"type": "string"}) for kind in types}
-    return {"200": _reply("the reply", schemas)} if has_reply else {"204": {"description": "done"}}
 
 
 def _reply(text: str, schemas: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +139,7 @@ def _reply(text: str, schemas: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(operation: Mapping[str, Any]) -> dict[str, Any]:
     content = operation.get("requestBody", {}).get("content", {})
-    fields: dict[str, Any] = content.get(_JSON, {}).get("schema", {}).get("properties", {})
+    fields: dict[str, Any] = content.get(JSON, {}).get("schema", {}).get("properties", {})
     return fields
 
 

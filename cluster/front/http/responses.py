@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -22,6 +22,8 @@ from llamaclust.cluster.front.errors import ErrorShape, Failure, HttpError, fail
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import LlamaclustError, QueueFullError
 
+JSON: Final = "application/json"
+EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
 """The extension of the scope by which streams are written, where this program's own server has the connection."""
@@ -32,7 +34,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 class JsonResponse(Response):
     """A body of JSON."""
 
-    media_type = "application/json"
+    media_type = JSON
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
@@ -147,10 +149,16 @@ _GIVEN: Final = "given_path"
 _UNKNOWN: Final = "other"
 
 
+class QueryParameter(NamedTuple):
+    """A parameter of a URL, for openapi.json."""
+
+    name: str
+    kind: str  # type of JSON schema
+    text: str
+
+
 class Route(PathRoute):
-    """One operation of the API. `body`: the class of its fields, for openapi.json; the endpoint reads its body itself.
-    `computes`: the model must be loaded. `names_reply`: the path or `?conv_id=` names a kept reply. `errors`: the
-    shape of errors of this path and of those that begin with it; None: as usual."""
+    """One operation of the API, with its description for openapi.json."""
 
     def __init__(
         self,
@@ -162,13 +170,25 @@ class Route(PathRoute):
         computes: bool = False,
         names_reply: bool = False,
         errors: ErrorShape | None = None,
+        query: Sequence[QueryParameter] = (),
+        form: str = EVENTS,
+        types: Sequence[str] | None = None,
+        status: int = 200,
     ) -> None:
+        """`body`: the class of its fields; the endpoint reads its body itself. `computes`: the model must be loaded.
+        `names_reply`: the path or `?conv_id=` names a kept reply. `errors`: the shape of errors of this path and of
+        those that begin with it; None: as usual. `types`: media types of the reply; None: JSON, and `form` if the body
+        may ask for a stream."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
         self.computes = computes
         self.names_reply = names_reply
         self.errors = errors
+        self.query = query
+        streams = body is not None and "stream" in body.model_fields
+        self.types = types if types is not None else (JSON, form) if streams else (JSON,)
+        self.status = status
 
 
 class Paths:

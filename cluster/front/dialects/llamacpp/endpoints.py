@@ -23,7 +23,7 @@ from llamaclust.cluster.front.dialects.llamacpp.reply import InfillRequests, Lla
 from llamaclust.cluster.front.dialects.llamacpp.slots import SlotActions, SlotBody
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import require_first_key
-from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
+from llamaclust.cluster.front.http.responses import JsonResponse, QueryParameter, Route, unsupported
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.reply import Reply
@@ -217,4 +217,5 @@ def llamacpp_routes(service: TextService, replies: Replies) -> Iterator[Route]:
     yield Route("POST", "/lora-adapters", adapters.set, AllScales)
     folder = replies.settings.slot_folder
     act = unsupported(_NO_SLOTS) if folder is None else SlotActions(service, replies.settings, folder).act
-    yield Route("POST", "/slots/{slot}", act, SlotBody)
+    action = QueryParameter("action", "string", "save, restore or erase")
+    yield Route("POST", "/slots/{slot}", act, SlotBody, query=(action,))

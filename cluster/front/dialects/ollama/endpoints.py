@@ -225,12 +225,13 @@ def ollama_routes(service: TextService, replies: Replies) -> Iterator[Route]:
         ("/api/generate", generating.generate, GenerateBody),
         ("/api/chat", generating.chat, OllamaChatBody),
     ):
-        yield Route("POST", path, replies.endpoint(path, make, form=StreamFormat.LINES), body, computes=True)
+        answer = replies.endpoint(path, make, form=StreamFormat.LINES)
+        yield Route("POST", path, answer, body, computes=True, form=StreamFormat.LINES.value)
     managing = OllamaManaging(settings, names)
-    yield Route("POST", "/api/pull", managing.pull, PullBody)
-    yield Route("POST", "/api/create", managing.create, CreateBody)
-    yield Route("POST", "/api/copy", managing.copy, CopyBody)
-    yield Route("DELETE", "/api/delete", managing.delete, DeleteBody)
+    yield Route("POST", "/api/pull", managing.pull, PullBody, form=StreamFormat.LINES.value)
+    yield Route("POST", "/api/create", managing.create, CreateBody, form=StreamFormat.LINES.value)
+    yield Route("POST", "/api/copy", managing.copy, CopyBody, types=())
+    yield Route("DELETE", "/api/delete", managing.delete, DeleteBody, types=())
     yield Route("GET", "/api/blobs/{digest}", managing.blob)
     yield Route("POST", "/api/blobs/{digest}", unsupported("models are not made from uploaded files", 403))
     yield Route("POST", "/api/push", unsupported("models are not uploaded to registries", 403))

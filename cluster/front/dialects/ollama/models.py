@@ -214,7 +214,7 @@ class OllamaModels:
         self._details = {model.name: ModelDetails.of(model.service.settings) for model in router.models}
 
     def routes(self) -> Iterator[Route]:
-        yield Route("GET", "/", self.root)
+        yield Route("GET", "/", self.root, types=("text/plain",))
         yield Route("GET", "/api/version", self.version)
         yield Route("GET", "/api/tags", self.tags)
         yield Route("GET", "/api/ps", self.ps)

@@ -49,8 +49,8 @@ class Turn:
 
 async def answer(service: TextService, request: CompletionRequest, started: list[float]) -> int:
     tokens = 0
-    async with await service.start(request) as chunks:
-        async for chunk in chunks:
+    async with await service.start(request) as running:
+        async for chunk in running.log.chunks():
             if chunk.rows and not tokens:
                 started.append(perf_counter())
             tokens += len(chunk.rows)

@@ -53,7 +53,7 @@ class AsyncServiceClient(AsyncTextClient):
         async with await self.service.start(request) as completion:
             generation = completion.generation
             yield TextChunk(prompt_token_ids=generation.prompt, seed=generation.seed)
-            async for chunk in completion:
+            async for chunk in completion.log.chunks():
                 yield chunk
 
     async def _embed(self, body: dict[str, Any]) -> list[Vector]:

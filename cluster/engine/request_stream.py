@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections.abc import Callable, Iterable
 from copy import copy
 from time import monotonic_ns
@@ -158,27 +157,33 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request, `Finished` last; a request that failed ends with an exception instead.
+    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception instead.
 
-    Leaving `async with`, `abort`, cancelling the reading task and dropping the stream end the request and free its KV
-    memory. It also ends at its deadline.
+    Leaving `async with`, `abort` and cancelling the reading task end the request and free its KV memory. It also ends
+    at its deadline.
     """
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         """Raises what `submit` raises."""
-        self._events = _EventQueue()
-        self._request = submit(self._events)
-        self._dropped = weakref.finalize(self, _abort_later, asyncio.get_running_loop(), self._request.abort)
-        self._dropped.atexit = False
+        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
+        self._request = submit(self)
+
+    def begin(self, request: SubmittedRequest) -> None:
+        """Needs nothing: `submit` returns the request."""
+
+    def take(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    def end(self, error: LlamaclustError | None) -> None:
+        self._events.put_nowait(error)
 
     @property
     def timings(self) -> Timings:
-        """As far as the request came."""
+        """The timings of the request up to now."""
         return self._request.timings
 
     def abort(self) -> None:
-        """See `SubmittedRequest.abort`."""
-        self._dropped.detach()
+        """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""
         self._request.abort()
 
     async def __aenter__(self) -> Self:
@@ -192,37 +197,11 @@ class RequestStream:
 
     async def __anext__(self) -> Event:
         try:
-            return await self._events.next()
+            event = await self._events.get()
         except asyncio.CancelledError:
             self.abort()
             raise
-
-
-class _EventQueue:
-    """A sink for one reader. The engine holds it, not the stream, which may be dropped."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
-
-    def begin(self, request: SubmittedRequest) -> None:
-        """See `Sink`."""
-
-    def take(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    def end(self, error: LlamaclustError | None) -> None:
-        self._events.put_nowait(error)
-
-    async def next(self) -> Event:
-        """The next event. StopAsyncIteration after the last one, or the error."""
-        event = await self._events.get()
         if event is not None and not isinstance(event, LlamaclustError):
             return event
         self._events.put_nowait(event)  # the end stays
         raise StopAsyncIteration if event is None else copy(event)
-
-
-def _abort_later(loop: asyncio.AbstractEventLoop, abort: Callable[[], None]) -> None:
-    """The garbage collector may run in any thread."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(abort)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from operator import itemgetter
@@ -142,6 +142,16 @@ class AnswerLog:
             if isinstance(item, TextChunk):
                 parts[prompt].append(item)
         return parts
+
+    async def chunks(self) -> AsyncGenerator[TextChunk, None]:
+        """The chunks as they come; raises the error that ended the log."""
+        with LogReader(self) as reader:
+            while not reader.is_at_end:
+                if (entry := reader.take()) is None:
+                    await reader.wait()
+                elif isinstance(entry[1], TextChunk):
+                    yield entry[1]
+        self.raise_error()
 
     def raise_error(self) -> None:
         if self.error is not None:

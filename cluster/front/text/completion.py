@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from llamaclust.cluster.engine.request_stream import SubmittedRequest
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader, Timed
+from llamaclust.cluster.front.text.answer_log import AnswerLog, Timed
 from llamaclust.cluster.front.text.request import AnswerReading
 from llamaclust.cluster.front.text.sharing import when_free
 from llamaclust.cluster.scheduler.requests import (
@@ -47,9 +47,8 @@ class Completion:
     """All choices of one prompt, appended to a log in the order in which they come. `aclose` ends what still runs.
 
     Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
-    cache; the request counts as accepted by then, so they wait where the queue is full, though not for ever.
-
-    As an iterator it is the only reader of its log, and gives the chunks. An error ends all choices.
+    cache; the request counts as accepted by then, so they wait where the queue is full, though not for ever. An error
+    ends all choices.
     """
 
     def __init__(
@@ -59,9 +58,8 @@ class Completion:
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
-        self._log = log
+        self.log = log
         self._prompt = prompt
-        self._reader = LogReader(log)
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._shows_progress = log.content.with_progress
@@ -79,22 +77,6 @@ class Completion:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TextChunk:
-        """The next chunk; may be cancelled and called again. Raises the error that ended a choice."""
-        with self._reader:
-            while not self._reader.is_at_end:
-                if (entry := self._reader.take()) is None:
-                    await self._reader.wait()
-                elif isinstance(chunk := entry[1], TextChunk):
-                    if chunk.finish_reason is not None:
-                        self._choices[chunk.index].abort()  # a stop string's end is soon, and over for who has read it
-                    return chunk
-        self._log.raise_error()
-        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
@@ -125,10 +107,10 @@ class Completion:
             return
         if self._shown is None:
             self._shown = replace(now, processed=now.cached, since_ms=0.0)
-            self._log.append(self._prompt, self._shown)
+            self.log.append(self._prompt, self._shown)
         if now.processed > self._shown.processed:
             self._shown = now
-            self._log.append(self._prompt, now)
+            self.log.append(self._prompt, now)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -146,16 +128,16 @@ class Completion:
         if self._shows_progress:  # until the first chunk
             self._shows_progress = False
             self._show_progress()
-        self._log.append(self._prompt, chunk)
+        self.log.append(self._prompt, chunk)
         if chunk.finish_reason is not None:
             self._unfinished -= 1
             if not self._unfinished:
-                self._log.end(self._prompt)
+                self.log.end(self._prompt)
 
     def failed(self, error: BaseException) -> None:
         for choice in self._choices:
             choice.abort_soon()
-        self._log.end(self._prompt, error)
+        self.log.end(self._prompt, error)
 
 
 class _Running:

@@ -125,7 +125,7 @@ class Embedder:
         first = self._engine.submit(requests[0])
         places, limit_s = asyncio.Semaphore(_MOST_SUBMITTED), self._engine.deadlines.request_s
         try:
-            async with deadline("the request (timeouts.request)", limit_s), asyncio.TaskGroup() as tasks:
+            async with first, deadline("the request (timeouts.request)", limit_s), asyncio.TaskGroup() as tasks:
                 later = [tasks.create_task(self._run(places, request, options)) for request in requests[1:]]
                 head = tasks.create_task(_pooled(first, requests[0], options))
         except BaseExceptionGroup as errors:

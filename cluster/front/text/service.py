@@ -99,7 +99,7 @@ class TextService:
         await asyncio.to_thread(self._grammars.close)
 
     async def start(self, request: CompletionRequest) -> Completion:
-        """Prepares and submits a request, whose chunks the caller reads."""
+        """Prepares and submits a request; the caller reads its log, and closes it."""
         generation, log = await self.prepare(request), AnswerLog()
         log.begin([generation], LogContent(RowStorage.STREAMED))
         return await self.submit(request, generation, log)

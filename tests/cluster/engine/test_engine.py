@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import re
 from collections.abc import AsyncIterator, Callable
@@ -134,17 +133,12 @@ async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
         stream.abort()
 
 
-@pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
+@pytest.mark.parametrize("way", ["cancelled", "left"])
 async def test_a_cancelled_reader_frees_memory(way: str) -> None:
     async with running() as (engine, pipeline):
-        stream: RequestStream | None = engine.submit(generation(max_new_tokens=300))
-        assert stream is not None
+        stream = engine.submit(generation(max_new_tokens=300))
         await anext(stream)
-        if way == "dropped":
-            stream = None
-            gc.collect()
-            await asyncio.sleep(0)
-        elif way == "cancelled":
+        if way == "cancelled":
             pipeline.gate.clear()
             task = asyncio.ensure_future(collect(stream))
             for _ in range(10):  # until it waits

@@ -95,8 +95,8 @@ class SlotActions:
             cache_salt=tokens.cache_salt,
             adapters=tokens.adapters,
         )
-        async with await self._service.start(completion) as stream:
-            await collect(stream)
+        async with await self._service.start(completion) as running:
+            await collect(running.log.chunks())
 
     def _slot(self, given: Any) -> int:
         count = self._service.slots.count

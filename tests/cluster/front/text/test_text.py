@@ -42,12 +42,12 @@ GENERATION = CompletionRequest("Hello", seed=7)
 
 async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list[Answer]:
     async with await make_service(engine).start(generation) as stream:
-        return await collect(stream)
+        return await collect(stream.log.chunks())
 
 
 async def chunks_of(service: TextService, generation: CompletionRequest) -> AsyncGenerator[TextChunk, None]:
     async with await service.start(generation) as stream:
-        async for chunk in stream:
+        async for chunk in stream.log.chunks():
             yield chunk
 
 
@@ -133,7 +133,8 @@ async def test_a_stop_string_ends_the_answer_and_the_request() -> None:
     engine = ScriptedEngine(says("one two three four"))
     service = make_service(engine)
     async with await service.start(replace(GENERATION, stop=("zzz", "o th", "our"))) as stream:
-        (answer,) = await collect(stream)
+        (answer,) = await collect(stream.log.chunks())
+        await asyncio.sleep(0)
         assert engine.running == 0, "the engine goes on after the stop string"
     assert answer.text == "one tw"
     assert (answer.finish_reason, answer.stopped_by) == (FinishReason.STOP, "o th")
@@ -183,14 +184,14 @@ async def test_later_choices_are_submitted_once_the_prompt_is_computed() -> None
     async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
         await until(lambda: len(engine.submitted) == 1)
         engine.gate.set()
-        assert len(await collect(stream)) == 3
+        assert len(await collect(stream.log.chunks())) == 3
 
 
 async def test_choices_find_the_prompt_in_the_prefix_cache() -> None:
     async with real_engine() as (engine, _):
         generation = CompletionRequest(tuple(range(100)), max_new_tokens=4, n=3, seed=1)
         async with await make_service(engine).start(generation) as stream:
-            found = await collect(stream)
+            found = await collect(stream.log.chunks())
         assert [answer.timings.cached_tokens for answer in found] == [0, 96, 96]
 
 

@@ -23,7 +23,7 @@ GENERATION = CompletionRequest("Hello", seed=7)
 
 async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list[Answer]:
     async with await make_service(engine).start(generation) as stream:
-        return await collect(stream)
+        return await collect(stream.log.chunks())
 
 
 async def test_later_choices_wait_where_the_queue_is_full() -> None:
@@ -61,10 +61,11 @@ async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.M
     monkeypatch.setattr(answer_log, "MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
-        await anext(stream)
+        chunks = stream.log.chunks()
+        await anext(chunks)
         await until(lambda: engine.running == 0)
         with pytest.raises(DeadlineError, match="read too slowly: 21 tokens"):
-            await collect(stream)
+            await collect(chunks)
 
 
 async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +79,8 @@ async def test_a_bug_in_one_text_ends_no_other_request(monkeypatch: pytest.Monke
         monkeypatch.setattr(ChoiceText, "take", lambda text, event: 1 / 0 if text is faulty else taken(text, event))
         async with first, second:
             with pytest.raises(ZeroDivisionError):
-                await collect(first)
-            (answer,) = await collect(second)
+                await collect(first.log.chunks())
+            (answer,) = await collect(second.log.chunks())
     assert len(answer.rows) == 9
 
 
@@ -91,7 +92,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
 
         async def read() -> list[Answer]:
             async with stream:
-                return await collect(stream)
+                return await collect(stream.log.chunks())
 
         reading = asyncio.create_task(read())
         draining = asyncio.create_task(engine.drain(10))
@@ -108,7 +109,7 @@ async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(GENERATION) as stream:
         await until(lambda: engine.running == 0)
-        (answer,) = await collect(stream)
+        (answer,) = await collect(stream.log.chunks())
     assert answer.text == "a" * 100
 
 

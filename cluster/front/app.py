@@ -49,7 +49,12 @@ from llamaclust.cluster.front.text.service import TextService
 if TYPE_CHECKING:
     from llamaclust.cluster.control.pool.drain import WorkerOperations
 
-ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (Messages, OpenAiEmbeddings, LlamaCppEmbeddings, Rerank)
+ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
+    Messages,
+    OpenAiEmbeddings,
+    LlamaCppEmbeddings,
+    Rerank,
+)
 """The endpoints of each model. One that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read beside those that they always may."""

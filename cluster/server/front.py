@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.errors import hint
-from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.embeddings import LlamaCppEmbeddingBody, OpenAiEmbeddingBody, RerankBody
+from llamaclust.cluster.front.app import ENDPOINTS
 from llamaclust.cluster.front.dialects.llamacpp.completions import (
     DetokenizeBody,
     InfillBody,
@@ -179,9 +178,10 @@ def _use(model: Model) -> ModelUse:
 
 
 BODIES: Final[tuple[type[Body], ...]] = (
-    *(ChatBody, CompletionBody, ResponsesBody, CompactionBody, MessagesBody),
+    *(endpoint.body for endpoint in ENDPOINTS),
+    *(ChatBody, CompletionBody, ResponsesBody, CompactionBody),
     *(LlamaCppBody, InfillBody, TokenizeBody, DetokenizeBody, TemplateBody, GenerateBody, OllamaChatBody),
-    *(OpenAiEmbeddingBody, LlamaCppEmbeddingBody, EmbedBody, EmbeddingsBody, RerankBody),
+    *(EmbedBody, EmbeddingsBody),
 )
 """The bodies whose fields may have defaults."""
 

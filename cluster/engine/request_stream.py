@@ -164,7 +164,7 @@ class RequestStream:
     """
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
-        """Raises what `submit` raises."""
+        """Submits the request; raises what `submit` raises."""
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
         self._request = submit(self)
 

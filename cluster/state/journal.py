@@ -31,15 +31,15 @@ from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""From the begin of one write to that of the next: admissions of that time share it. Less than a prompt takes."""
+"""Least time between the starts of two writes, which admissions of that time share. Less than a prompt takes."""
 _LATER_S = 0.1
-"""Until lines are written that nothing waits for, unless an admission takes them along."""
+"""Delay of lines that nothing waits for, unless an admission takes them along."""
 _RETRY_S = 5.0
-"""Between two attempts to write to a disk that is full, read-only or away."""
+"""Pause between two attempts to write to a disk that is full, read-only or away."""
 _ENDED_BYTES = 4 << 20
-"""Of ended requests, and as much again as of open ones, before the file is rewritten."""
+"""Bytes of ended requests, beside as many as those of open ones, before the file is rewritten."""
 _SENT_BYTES = 16 << 20
-"""Of requests whose replies were sent; the oldest are removed."""
+"""Most bytes of requests whose replies were sent; the oldest are removed."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,13 +92,14 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Its whole reply was sent: it ends in a while, the oldest earlier where these are many."""
+        """Keeps a request whose whole reply was sent for a while, shorter for the oldest where these are many."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str) -> None:
-        """Its whole reply is there for its client, which does not wait: a successor computes it if it is asked for."""
+        """Marks a request whose whole reply is there for a client that does not wait: a successor computes it if it is
+        asked for."""
         self._add(Change(request_id, is_sent=True))
 
     def end(self, request_id: str) -> None:
@@ -106,7 +107,7 @@ class Journal:
         self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
-        """All whose replies were sent: clients that come back later are too late."""
+        """Ends all requests whose replies were sent: clients that come back later are too late."""
         for request_id in tuple(self._contents.sent_ids):
             self._add(Change(request_id, is_ended=True))
 
@@ -117,7 +118,7 @@ class Journal:
         self._without_progress.clear()
 
     def seal(self) -> None:
-        """What is open is left to the next coordinator: from now on nothing is recorded."""
+        """Records nothing from now on: open requests are left to the next coordinator."""
         self._writer.is_sealed = True
 
     def _add(self, record: Record) -> None:
@@ -193,7 +194,7 @@ class _Writer:
         self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
 
     def add(self, lines: bytes) -> None:
-        """They are written in a while."""
+        """Writes the lines in a while."""
         if lines:
             self._pending.append(lines)
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)

@@ -114,7 +114,7 @@ class RequestContext:
             self.restores = 0
 
     def records(self) -> Iterator[Record]:
-        """Its admission, its tokens and its restores."""
+        """The records of its admission, its tokens and its restores."""
         yield self
         for choice, rows in self.answered.items():
             yield Change.answered(self.id, choice, 0, rows)
@@ -124,7 +124,7 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What has become of an admitted request: tokens of one of its choices came, or another part of it is new."""
+    """A change of an admitted request: tokens of one of its choices came, or another part of it is new."""
 
     id: str
     prompt: int = 0
@@ -183,7 +183,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """What is on undamaged lines of this version."""
+    """The records on undamaged lines of this version."""
     try:
         file = open_regular(path)
     except FileNotFoundError:

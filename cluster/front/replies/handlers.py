@@ -37,7 +37,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 4
 _ALONE_S = 10.0
-"""Until the next one begins, where a request does not progress."""
+"""Seconds until the next one begins, where a request does not progress."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Replies:
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """What a client lacks of a reply."""
+        """The part of a reply that its client lacks."""
         if not kept.context.is_streamed:
             return await self._whole(request, kept)
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
@@ -173,8 +173,8 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """They can be found at once; their computation begins in the order of their admission. Those that were sent are
-        computed where a client has not read them to the end. The journal has them already."""
+        """Lists the requests of an earlier coordinator, which the journal has already. Their computation begins in the
+        order of their admission; replies that were sent are computed where a client has not read them to the end."""
         begun: list[KeptReply] = []
         for request in sorted(requests, key=attrgetter("is_sent")):
             kept = KeptReply(request, self.cache)
@@ -211,7 +211,8 @@ class Replies:
                 await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """One that is tried again, because the machine is busy, does not hold up the others for long."""
+        """Waits for the beginning of a request, not for long: one that is tried again, because the machine is busy,
+        does not hold up the others."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -223,7 +224,7 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """In a task of its own: its sequences belong to the trace of the request that was admitted."""
+        """Runs in a task of its own: its sequences belong to the trace of the request that was admitted."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
@@ -247,8 +248,8 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """What the client has already of the reply: the id of an event, or what follows its colon. HttpError for what is
-    neither, and for an event of another request."""
+    """The position that the client has reached in the reply: the id of an event, or what follows its colon. HttpError
+    for a text that is neither, and for an event of another request."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -261,5 +262,5 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """Whether a client that named no request reads ids of events: some read nothing but `data:`."""
+    """True if a client that named no request reads ids of events: some read nothing but `data:`."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

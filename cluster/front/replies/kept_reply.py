@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import partial
 from itertools import count
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from llamaclust.cluster.front.errors import HttpError, internal_error
 from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, off_loop_if, one_part
+from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
-from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import ChoiceKey, RequestContext
+from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
-from llamaclust.core.sampling import RowResult
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
@@ -36,19 +33,15 @@ _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
 """Between attempts to submit a request."""
-_RECORDED_ROWS = 64
-_RECORDED_S = 1.0
-"""The oldest row that is not recorded waits no longer, once another one comes: of slow streams, too, a successor
-computes little again."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """Its log is appended from `begin` until it ends or is `aclose`d. One that is not kept lets go of the rows that its
-    connection takes, which closes it; others expire when no client has read them for a while, one that its client does
-    not wait for not before it has ended."""
+    """A reply whose log is appended from `begin` until it ends or is `aclose`d. One that is not kept lets go of the
+    rows that its connection takes, which closes it; others expire when no client has read them for a while, one that
+    its client does not wait for not before it has ended."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -67,23 +60,23 @@ class KeptReply:
 
     @property
     def is_read(self) -> bool:
-        """Whether a client reads it at this moment."""
+        """True while a client reads it."""
         return bool(self.log.readers)
 
     @property
     def is_running(self) -> bool:
-        """Whether it is computed, or about to be."""
+        """True if it is computed, or about to be."""
         return not self.log.is_over and self._postponed is None
 
     @property
     def error(self) -> LlamaclustError | None:
-        """What ended it."""
+        """The error that ended it."""
         error = self.log.error
         return error if error is None or isinstance(error, LlamaclustError) else internal_error()
 
     @property
-    def gives_way(self) -> bool:
-        """Whether nothing is computed for it, and no client reads it."""
+    def is_evictable(self) -> bool:
+        """True if nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
 
     # -- its computation -----------------------------------------------------------------------------------------------
@@ -148,8 +141,8 @@ class KeptReply:
             generations = [await service.prepare(request) for request in requests]
             computing.enter_context(service.budget.reserve(reply.sizes(requests, generations)))
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
-            if is_recorded:
-                self._record()
+            if is_recorded and (journal := self._owner.journal) is not None:
+                Recording(journal, self.context, self.progressed).follow(self.log)
             for prompt, request in enumerate(requests):
                 completion = await service.submit(request, generations[prompt], self.log, prompt)
                 computing.push_async_callback(completion.aclose)
@@ -163,21 +156,6 @@ class KeptReply:
         used = self._owner.settings.adapters.marks(numbers)
         if self.context.is_restored and not {*used} <= {*self.context.adapters}:
             raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
-
-    def _record(self) -> None:
-        """The journal takes the tokens of answers that need nothing else to go on; of others, that there are some."""
-        context, journal = self.context, self._owner.journal
-        if journal is None:
-            return
-        known = {choice: len(rows) for choice, rows in context.answered.items()}
-        recording = Recording(journal, context.id, known, self.progressed if context.is_restored else None)
-        needs_more = any(
-            each.top_logprobs or each.score_from is not None or each.params.needs_state for each in self.log.generations
-        )
-        if not needs_more:
-            self.log.subscribe(recording.add)
-        elif context.is_restored:
-            self.log.subscribe(recording.progress)
 
     async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:
         try:
@@ -203,12 +181,12 @@ class KeptReply:
         self._expire_later()
 
     def end(self, error: LlamaclustError) -> None:
-        """Readers get an error where it has not ended before."""
+        """Gives readers an error where it has not ended before."""
         self.log.fail(error)
         self.progressed.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """It ends with an error, and its computation as well; what it holds is freed."""
+        """Ends it and its computation with an error; frees what it holds."""
         self.end(error)
         self.log.clear()
         self._hold(-self.held_bytes)
@@ -266,7 +244,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """What a client lacks of a stream, and what comes; raises the error that ended the log."""
+        """The bytes that a client lacks of a stream, and those that come; raises the error that ended the log."""
         view: View | None = None
         taken = 0
         with self.reading() as reader:
@@ -317,53 +295,3 @@ class KeptReply:
         """A new reader's view of the log, which has begun."""
         assert self._view is not None
         return self._view(self.log)
-
-
-class Recording:
-    """The tokens of a request's choices, recorded some at a time: of a restored request the first ones sooner, so that
-    it gets further in a coordinator's short life."""
-
-    def __init__(
-        self, journal: Journal, request_id: str, known: Mapping[ChoiceKey, int], progressed: asyncio.Event | None
-    ) -> None:
-        """`known`: how many tokens of each choice are recorded already. `progressed`: of a restored request, set at the
-        first token that is not."""
-        self._journal = journal
-        self._id = request_id
-        self._progressed = progressed
-        self._known = known
-        self._came: Counter[ChoiceKey] = Counter()
-        self._most = _RECORDED_ROWS if progressed is None else 1
-        self._rows: dict[ChoiceKey, list[RowResult]] = {}
-        self._oldest_s = 0.0  # of these rows
-
-    def add(self, prompt: int, chunk: TextChunk) -> None:
-        """The next tokens of a choice, from its first one on."""
-        choice, new = (prompt, chunk.index), chunk.rows
-        came = self._came[choice]
-        self._came[choice] = came + len(new)
-        if self._known and (known := self._known.get(choice, 0)) > came:
-            new = new[known - came :]
-        if not new:
-            return
-        if self._progressed is not None:
-            self.progress(prompt, chunk)
-        now_s = monotonic()
-        if not self._rows:
-            self._oldest_s = now_s
-        rows = self._rows.setdefault(choice, [])
-        rows += new
-        if len(rows) >= self._most or now_s - self._oldest_s >= _RECORDED_S:
-            self._most = min(2 * self._most, _RECORDED_ROWS)
-            self._write()
-
-    def progress(self, _: int, chunk: TextChunk) -> None:
-        """A chunk with tokens that were not known."""
-        if self._progressed is not None and chunk.rows and not self._progressed.is_set():
-            self._progressed.set()
-            self._journal.progressed(self._id)
-
-    def _write(self) -> None:
-        for choice, rows in self._rows.items():
-            self._journal.answer(self._id, choice, self._came[choice] - len(rows), rows)
-        self._rows.clear()

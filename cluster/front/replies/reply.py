@@ -120,7 +120,7 @@ Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a request asks for, independent of the connection that the reply goes to."""
+    """The description of a reply, independent of the connection that it goes to."""
 
     service: TextService
     requests: Requests
@@ -130,7 +130,7 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """Whether its stream shows times, or what the prefix cache had: computed again, it has other bytes. Those of its
+    """True if its stream shows times, or what the prefix cache had: computed again, it has other bytes. Those of its
     last event do not count."""
     acknowledgement: bytes | None = None
     """The JSON of a client that does not wait for its reply; None: it waits. The reply is kept for it."""
@@ -148,7 +148,7 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """What its log holds: all chunks of a stream that is kept."""
+        """The content of its log: all chunks of a stream that is kept."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
@@ -168,7 +168,7 @@ MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
 
 
 Position = Counter[int]
-"""How many events of each slot a client has. As text in event ids: `3`, or `3-5-0` for several slots."""
+"""The number of events of each slot that a client has. As text in event ids: `3`, or `3-5-0` for several slots."""
 
 
 def read_position(text: str, param: str) -> Position:
@@ -181,7 +181,7 @@ def read_position(text: str, param: str) -> Position:
 
 @dataclass(slots=True)
 class Framing:
-    """How one client gets the events of a stream."""
+    """The form in which one client gets the events of a stream."""
 
     form: StreamFormat
     request_id: str

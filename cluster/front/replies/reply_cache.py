@@ -30,7 +30,7 @@ class _Entry:
 
     @property
     def client(self) -> str:
-        """Has the share that it is in."""
+        """The client whose share it takes."""
         return self.kept.context.client
 
     @property
@@ -75,7 +75,6 @@ class ReplyCache:
             self.journal.end(context.id)
 
     async def forget(self, kept: KeptReply) -> None:
-        """Ends it, and removes it."""
         self.remove(kept)
         await kept.aclose()
 
@@ -100,7 +99,8 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """See `Journal.admit`. Its completions were just submitted, so that no token came before."""
+        """Journals a request whose completions were just submitted, so that no token came before; done once that is on
+        disk, or cannot be."""
         assert self.journal is not None
         settings = self.settings
         numbers = {number for generation in kept.log.generations for number, _ in generation.adapters}
@@ -115,13 +115,13 @@ class ReplyCache:
         return self.journal.admit(admission)
 
     def expired(self, kept: KeptReply) -> None:
-        """No client has read it for a while."""
+        """Ends a reply that no client has read for a while."""
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """It holds so many bytes more, or less. Where a client's replies, or those of all, are too much, complete ones
-        that are not read give way; then the largest fail of those that run, maybe this one, first those that are not
-        read. Of all clients' replies, those of the client with the most go first."""
+        """Counts so many bytes more, or less, of a reply. Where a client's replies, or those of all, are too much,
+        complete ones that are not read are evicted; then the largest fail of those that run, maybe this one, first
+        those that are not read. Of all clients' replies, those of the client with the most go first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -143,9 +143,9 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the first that gives way, of the client for which most is held; False where none does."""
-        giving = (entry for entry in entries if entry.kept.gives_way)
-        entry = max(giving, key=lambda entry: held[entry.client], default=None)
+        """Removes the first evictable one of the client for which most is held; False where there is none."""
+        evictable = (entry for entry in entries if entry.kept.is_evictable)
+        entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
             self.remove(entry.kept)
             self._ending.start(entry.kept.aclose())  # its timer would hold it for as long as it is kept
@@ -195,8 +195,8 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, give
-        way as needed. HttpError if that is not enough."""
+        """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, are
+        evicted as needed. HttpError if that is not enough."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]

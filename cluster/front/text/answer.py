@@ -75,7 +75,8 @@ def json_logprob(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
+    """The part of choice `index` that one event adds. Text may come later than its tokens (half characters, stop
+    strings).
 
     `rows` holds every sampled token with its logprob, also the end token or those of a stop string, whose text is not
     shown; offsets[i] is where rows[i]'s text begins in the answer, in characters, where the server counts them.
@@ -96,7 +97,7 @@ class TextChunk:
 
     @property
     def reasoning(self) -> str:
-        """What the model of a chat wrote apart from the text, before it."""
+        """The text that the model of a chat wrote apart from the content, before it."""
         return "".join(event.text for event in self.events if isinstance(event, ReasoningText))
 
     @property
@@ -115,7 +116,7 @@ class TextChunk:
 
     @property
     def prompt_logprobs(self) -> tuple[float, ...]:
-        """Likewise of the scored prompt tokens, in order."""
+        """Float32 values of the scored prompt tokens, in order; -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
 
 

@@ -21,7 +21,7 @@ MAX_UNREAD_ROWS = 4096
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
-"""What came, and the index of its prompt."""
+"""The index of a prompt, and an item of its answer."""
 Subscriber = Callable[[int, TextChunk], None]
 """Gets each chunk as it is appended, with the index of its prompt. What it raises ends the log."""
 
@@ -36,7 +36,7 @@ class Timed(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LogContent:
-    """What the readers of a log need of it."""
+    """The part of an answer that the readers of a log need."""
 
     storage: RowStorage
     timed: Timed = Timed.NEVER
@@ -78,7 +78,7 @@ class AnswerLog:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more comes: it has its end, or an error."""
+        """True if nothing more comes: it has its end, or an error."""
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
@@ -94,7 +94,7 @@ class AnswerLog:
             self._finish(None)
 
     def subscribe(self, subscriber: Subscriber) -> None:
-        """It gets what comes from now on."""
+        """Gives the subscriber all chunks from now on."""
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
@@ -120,7 +120,6 @@ class AnswerLog:
         self._finish(error)
 
     def release(self) -> None:
-        """Readers get what is there."""
         self._is_held = False
         self._wake()
 
@@ -133,7 +132,7 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Of each prompt, once the log is over, its answers where they are packed, or its chunks. Raises the error."""
+        """The answers of each prompt where they are packed, or its chunks, once the log is over. Raises the error."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -158,7 +157,6 @@ class AnswerLog:
             raise self.error
 
     async def wait_over(self) -> None:
-        """Returns when nothing more comes."""
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
@@ -188,7 +186,7 @@ class AnswerLog:
             reader.wake()
 
     def _end_prompt(self, end: _PromptEnd) -> None:
-        """What waits of the next prompt comes."""
+        """Takes the items that wait of the next prompt."""
         self._prompt += 1
         if end.error is not None or self._prompt == len(self.generations):
             self._finish(end.error)
@@ -226,7 +224,7 @@ class AnswerLog:
         return entry
 
     def is_end(self, number: int) -> bool:
-        """Whether nothing comes from that number on."""
+        """True if nothing comes from that number on."""
         return self.is_over and not self._is_held and not 0 <= number - self._first < len(self._entries)
 
     def _wake(self) -> None:
@@ -257,7 +255,7 @@ class LogReader:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether it has read all, and nothing more comes."""
+        """True if it has read all, and nothing more comes."""
         return self._log.is_end(self._place)
 
     def take(self) -> Entry | None:

@@ -21,7 +21,8 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""Of parts of the tools, to find those that cannot be obeyed; tools that are not judged by then are free."""
+"""Most checks of parts of the tools, to find those that cannot be obeyed; tools that are not judged by then are
+free."""
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """By the length of their schemas: together they are too much for a grammar."""
+    """The half of the tools with the longest schemas: together they are too much for a grammar."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 

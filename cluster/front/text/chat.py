@@ -40,9 +40,9 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
 """A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
 _MAX_DERIVATION_S: Final = 60.0
-"""Of a slow template, or on a busy machine; the next chat tries again."""
+"""Deadline of a slow template, or on a busy machine; the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
-"""Of one chat, while others derive it."""
+"""Deadline of one chat, while others derive the form."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _PROGRESS_S = 0.1
 """Between looks at a prompt's progress."""
 _QUEUE_S = 120.0
-"""How long a later choice waits for a place in a full queue."""
+"""Seconds that a later choice waits for a place in a full queue."""
 SCORED_TOKENS = 256
 """Scored prompt tokens of one chunk: it ends where as many tokens, or a multiple, are before its end in the prompt."""
 
@@ -124,7 +124,7 @@ class Completion:
         self._is_primed.set()
 
     def put(self, chunk: TextChunk) -> None:
-        """Raises what `AnswerLog.append` raises."""
+        """Appends a chunk; raises what `AnswerLog.append` raises."""
         if self._shows_progress:  # until the first chunk
             self._shows_progress = False
             self._show_progress()
@@ -154,11 +154,9 @@ class _Running:
         self._has_begun = False
 
     def begin(self, request: SubmittedRequest) -> None:
-        """See `Sink`."""
         self.request = request
 
     def take(self, event: Event) -> None:
-        """See `Sink`."""
         if self._is_over:
             return
         if not self._has_begun:
@@ -185,7 +183,6 @@ class _Running:
         return replace(chunk, timings=chunk.timings or self.request.timings)
 
     def end(self, error: Exception | None) -> None:
-        """See `Sink`."""
         if not self._is_over:
             self._is_over = True
             self._owner.primed()
@@ -335,7 +332,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back, once the text has ended without a stop string."""
+        """The text that was held back, once all has come without a stop string."""
         rest, self._held = self._held, ""
         return rest if self.matched is None else ""
 
@@ -355,7 +352,7 @@ class _Pattern:
             self._fallback[i] = length
 
     def step(self, character: str) -> bool:
-        """Whether the string is complete with this character; no more steps after that."""
+        """True if the string is complete with this character; no more steps after that."""
         state = self.state
         while state and character != self.text[state]:
             state = self._fallback[state - 1]

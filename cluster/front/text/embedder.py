@@ -50,7 +50,7 @@ class Pooler:
                 self._rows.append(row)
 
     def vectors(self) -> list[Float64]:
-        """Of each token without pooling, else one: [embedding]."""
+        """One vector [embedding], or one of each token without pooling."""
         if self._pooling is Pooling.MEAN:
             return [self._rows[0] / self.count]
         return self._rows
@@ -94,7 +94,7 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Of one prompt: a vector, or one of each token without pooling."""
+    """The embedding of one prompt: a vector, or one of each token without pooling."""
 
     vectors: tuple[Vector, ...]
     prompt_tokens: int
@@ -109,7 +109,7 @@ class Rank:
 
 
 class Embedder:
-    """Of one engine. Use from one event loop."""
+    """Embeds prompts with one engine. Use from one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

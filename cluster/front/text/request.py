@@ -39,7 +39,7 @@ MAX_MESSAGE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerReading:
-    """How the text of an answer is read; the same for each choice."""
+    """The parser's settings for the text of an answer; the same for each choice."""
 
     form: ToolFormat
     tools: Tools = field(default_factory=dict)
@@ -51,7 +51,7 @@ class AnswerReading:
 
     @property
     def is_thinking(self) -> bool:
-        """Whether the answer begins in reasoning."""
+        """True if the answer begins in reasoning."""
         tags = self.form.reasoning
         return tags is not None and tags.begin in self.begun and tags.end not in self.begun
 
@@ -103,7 +103,7 @@ class CompletionRequest(AnswerOptions):
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     def check_text(self) -> None:
-        """Raises ParameterError for a field that tokens no longer show; `validate` checks the others."""
+        """Checks the fields that tokens no longer show, as `validate` does the others. Raises ParameterError."""
         if self.max_new_tokens is not None:
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
@@ -121,7 +121,7 @@ class CompletionRequest(AnswerOptions):
 
 
 def draw_seed() -> int:
-    """For a request that has none."""
+    """A seed for a request that has none."""
     return secrets.randbits(_DRAWN_SEED_BITS)
 
 
@@ -129,8 +129,6 @@ Variables = Mapping[str, Any]
 
 
 class ToolMode(Enum):
-    """Whether an answer calls tools."""
-
     AUTO = auto()  # as the model decides
     NONE = auto()
     REQUIRED = auto()  # at least one
@@ -161,7 +159,7 @@ class ToolUse:
 
 
 class PromptEnd(Enum):
-    """What a rendered chat ends with."""
+    """The end of a rendered chat."""
 
     GENERATION_PROMPT = auto()  # the beginning of a new answer
     LAST_MESSAGE = auto()  # the text of the last message, without its end: the answer continues it
@@ -189,7 +187,7 @@ class ChatRequest:
 
     @property
     def offered_tools(self) -> tuple[Variables, ...]:
-        """Those that the model may call."""
+        """The tools that the model may call."""
         named = self.tool_use.name
         if self.tool_use.mode is ToolMode.NONE:
             return ()
@@ -207,7 +205,7 @@ class ChatRequest:
         return bool(self.variables.get("documents"))
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """How the answer is read; None: it is content as it stands."""
+        """The reading of the answer; None: it is content as it stands."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -220,8 +218,8 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least, unless its
-        template leaves reasoning out. Large tools take long."""
+        """The characters of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least,
+        unless its template leaves reasoning out. Large tools take long."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -239,7 +237,7 @@ class ReasoningBudget:
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Of a template, for an effort of reasoning. As llama.cpp: the template decides what it means."""
+    """Variables of a template for an effort of reasoning. As in llama.cpp, the template decides what it means."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -248,9 +246,9 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """By the roles of the messages and the fields of vLLM and Transformers. Without `continue_final_message` as
-    llama.cpp: a last message of an assistant is continued unless a generation prompt is requested. ParameterError
-    where they contradict each other."""
+    """The end that the roles of the messages and the fields of vLLM and Transformers ask for. Without
+    `continue_final_message` as llama.cpp: a last message of an assistant is continued unless a generation prompt is
+    requested. ParameterError where they contradict each other."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

@@ -52,12 +52,12 @@ _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most 
 _ANSWER_SHARE = 4
 """One in so many tokens of the context is left to an answer without a limit, where other files fill the rest."""
 _MAX_BEGUN_CHARACTERS = 1 << 18
-"""Of a continued message, for all choices together: about two seconds of parsing."""
+"""Most characters of a continued message, for all choices together: about two seconds of parsing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """What a served model is called and how much it takes."""
+    """The name of a served model, and the sizes that it takes."""
 
     model_name: str
     context_length: int  # tokens of a sequence, prompt and answer together
@@ -149,7 +149,7 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Each reads what the prompt has written of its answer."""
+        """The choices of a prompt; each reads what the prompt has written of its answer."""
         name, ends = generation.request_id, generation.stop_token_ids
         return [
             (
@@ -325,14 +325,14 @@ class TextService:
             raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
-        """Only where DRY looks for them."""
+        """The breakers of DRY, where the sampling looks for them."""
         chain = request.params.chain
         if chain is None or not chain.needs_history:
             return {}
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """With the line break spared, where it is to be."""
+        """The sampling parameters, with the line break spared where it is to be."""
         params = request.params
         if request.penalize_nl or not params.needs_history:
             return params

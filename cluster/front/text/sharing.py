@@ -1,4 +1,4 @@
-"""What the owners of requests share: threads and processes for work on texts, and the memory that replies hold."""
+"""Resources that the owners of requests share: threads and processes for work on texts, and memory of replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
-"""Of the request that a task works for: its API key's digest, or its client's address where keys are not needed."""
+"""The owner of the request that a task works for: its API key's digest, or its client's address where keys are not
+needed."""
 
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
@@ -37,7 +38,7 @@ def report_ignored(names: Iterable[str]) -> None:
 
 
 _WORK_S = 120.0
-"""Of any work, its wait for a thread included: what takes seconds at most takes longer on a busy machine."""
+"""Deadline of any work, its wait for a thread included: what takes seconds at most takes longer on a busy machine."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -88,8 +89,8 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """What the function returns or raises. DeadlineError where it is late: what no thread has taken until then
-    does not run."""
+    """Runs a function on a thread and returns its result. DeadlineError where it is late: work that no thread has taken
+    until then does not run."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
@@ -165,8 +166,8 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """What all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as long as
-    they may be."""
+    """The memory that all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as
+    long as they may be."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
@@ -187,8 +188,8 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Likewise for numbers of embeddings, and for tokens of prompts that are ranked. `refusal`: the text of the
-        ParameterError, with {count} and {most}."""
+        """Holds the room of numbers of embeddings, or of tokens of prompts that are ranked, while it is open. Errors as
+        of `reserve`; `refusal`: the text of the ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

@@ -62,7 +62,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """Those of a slot whose keys and values are computed, or are to be."""
+        """The tokens of a slot whose keys and values are computed, or are to be."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # a request may go on
 

@@ -243,7 +243,7 @@ async def test_running_replies_are_bounded_together() -> None:
     with kept["read"].reading() as reader:
         for name in ("complete", "small"):
             await kept[name].begin(replies[name].reply)
-        await until(lambda: kept["complete"].gives_way)
+        await until(lambda: kept["complete"].is_evictable)
         await kept["read"].begin(replies["read"].reply)
         await until(reader.take)  # type: ignore[arg-type]
         assert cache.named("", "complete") is not None
@@ -269,7 +269,7 @@ async def test_a_reply_that_gave_way_is_not_held_until_it_would_expire() -> None
     async def computed() -> tuple[weakref.ref[KeptReply], weakref.ref[Complete]]:
         kept, reply = kept_in(cache, "a"), Complete(2)
         await kept.begin(reply.reply)
-        await until(lambda: kept.gives_way and reply.closed > 0)
+        await until(lambda: kept.is_evictable and reply.closed > 0)
         return weakref.ref(kept), weakref.ref(reply)
 
     held, source = await computed()
@@ -290,7 +290,7 @@ async def test_replies_of_one_owner_take_no_room_from_others(bounds: dict[str, A
         kept = kept_in(cache, name, owner)
         reply = Complete(1)
         await kept.begin(reply.reply)
-        await until(lambda: kept.gives_way)
+        await until(lambda: kept.is_evictable)
         return kept
 
     first = await keep("quiet", "mine")
@@ -329,7 +329,7 @@ async def test_complete_replies_of_all_give_way_before_a_running_one_fails() -> 
         for name, events in ((f"{number} old", 1), (f"{number} new", number + 2)):
             kept[name] = kept_in(cache, name, f"client {number}")
             await kept[name].begin(Complete(events).reply)
-            await until(lambda name=name: kept[name].gives_way)  # type: ignore[misc]
+            await until(lambda name=name: kept[name].is_evictable)  # type: ignore[misc]
     running = kept_in(cache, "running", "running")
     await running.begin(Long(30).reply)
     await until(partial(_has_grown, running, 30))
@@ -348,7 +348,7 @@ async def test_replies_of_a_client_within_its_room_do_not_give_way_for_others(
     cache, running = ReplyCache(ApiSettings(max_kept_bytes=40_000)), list[KeptReply]()
     complete = kept_in(cache, "complete", "a")
     await complete.begin(Complete(5).reply)
-    await until(lambda: complete.gives_way)
+    await until(lambda: complete.is_evictable)
     each = {f"other {number}": events for number, events in enumerate(others)} | {"a": own - 8}
     for client, events in each.items():
         reply = kept_in(cache, client, client)
@@ -365,7 +365,7 @@ async def test_a_newcomer_is_kept_where_complete_replies_of_others_take_all_room
     for number in range(200):
         reply = kept_in(cache, f"id{number}", f"client {number % clients}")
         await reply.begin(Complete(1).reply)
-        await until(lambda reply=reply: reply.gives_way)  # type: ignore[misc]
+        await until(lambda reply=reply: reply.is_evictable)  # type: ignore[misc]
     kept = KeptReply(RequestContext(id="new", seed=1, created=1, client="newcomer", endpoint=PATHS[0]), cache)
     cache.add(kept, b"x" * 10_000)
     assert cache.named("", "new") is kept

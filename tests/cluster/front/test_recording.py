@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -9,8 +10,8 @@ from typing import cast
 
 import pytest
 
-from llamaclust.cluster.front.replies import kept_reply
-from llamaclust.cluster.front.replies.kept_reply import Recording
+from llamaclust.cluster.front.replies import recording
+from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import identified
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.request import CompletionRequest
@@ -37,8 +38,8 @@ class Written:
 
 def test_of_slow_streams_at_most_a_second_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     source, now_s, written = Random(SEED), 0.0, Written()
-    monkeypatch.setattr(kept_reply, "monotonic", lambda: now_s)
-    recorded = Recording(cast(Journal, written), "id", {}, None)
+    monkeypatch.setattr(recording, "monotonic", lambda: now_s)
+    recorded = Recording(cast(Journal, written), context(None), asyncio.Event())
     sampled: dict[int, list[tuple[float, int]]] = {0: [], 1: []}
     for token in range(2000):
         now_s += source.expovariate(20)

@@ -74,7 +74,7 @@ async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tm
         response = await ended_response(server.http, created["id"])
     async with served(tmp_path / "journal") as server:
         kept = server.replies.cache.named("", created["id"])
-        assert kept is not None and kept.gives_way and kept.context.is_background
+        assert kept is not None and kept.is_evictable and kept.context.is_background
         again = await ended_response(server.http, created["id"])
     assert again["status"] == response["status"] and text_of(again) == text_of(response)
 

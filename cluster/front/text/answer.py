@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import defaultdict
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import overload
@@ -126,14 +125,6 @@ class Answer(TextChunk):
 
     finish_reason: FinishReason
     timings: Timings
-
-
-async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
-    """The answers of all choices, by index. Raises what ended a choice early."""
-    by_index = defaultdict[int, Collected](Collected)
-    async for chunk in chunks:
-        by_index[chunk.index].add(chunk)
-    return [by_index[index].answer() for index in sorted(by_index)]
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:

@@ -175,7 +175,7 @@ class _Running:
         elif self._text.is_stopped:
             assert self.request is not None
             self.abort_soon()
-            self._owner.put(self._text.stopped(self.request.timings))
+            self._owner.put(self._text.finished(FinishReason.STOP, self.request.timings))
 
     def _with_timings(self, chunk: TextChunk) -> TextChunk:
         assert self.request is not None
@@ -236,20 +236,8 @@ class ChoiceText:
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
-            return (*self._rest_of_scores(), self._finished(event.reason, event.timings))
+            return (*self._rest_of_scores(), self.finished(event.reason, event.timings))
         return [*self._score(event.start, event.rows)] if isinstance(event, PromptScored) else ()
-
-    def stopped(self, timings: Timings) -> TextChunk:
-        """The last chunk of a choice that a stop string ended."""
-        text, events = self._read("", is_last=True)
-        return TextChunk(
-            self._index,
-            text,
-            finish_reason=FinishReason.STOP,
-            stopped_by=self._stop.matched,
-            timings=timings,
-            events=events,
-        )
 
     def _score(self, start: int, rows: Sequence[RowResult]) -> Iterator[TextChunk]:
         if not self._scored:
@@ -282,15 +270,16 @@ class ChoiceText:
         self._characters += len(text)
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
-    def _finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
+    def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
+        """The last chunk of a choice; a stop string is the reason before others."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
-        is_stop_string = self._stop.matched is not None
         text, events = self._read(text, is_last=True)
+        stop = self._stop.matched
         return TextChunk(
             self._index,
             text,
-            finish_reason=FinishReason.STOP if is_stop_string else reason,
-            stopped_by=self._stop.matched if is_stop_string else self._end_token,
+            finish_reason=reason if stop is None else FinishReason.STOP,
+            stopped_by=self._end_token if stop is None else stop,
             timings=timings,
             events=events,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +28,7 @@ from llamaclust.cluster.front.http.server import server_config
 from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.scheduler.requests import (
     Event,
@@ -199,6 +201,14 @@ def make_service(
         max_drafted=engine.scheduler.settings.max_drafted if isinstance(engine, Engine) else 0,
     )
     return TextService(engine, tokenizer(), template or chat_template(), settings)
+
+
+async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
+    """The answers of all choices, by index. Raises what ended a choice early."""
+    by_index = defaultdict[int, list[TextChunk]](list)
+    async for chunk in chunks:
+        by_index[chunk.index].append(chunk)
+    return [join(by_index[index]) for index in sorted(by_index)]
 
 
 def make_app(

@@ -24,7 +24,6 @@ from llamaclust.cluster.front.http.responses import JsonResponse
 from llamaclust.cluster.front.http.sse import unless_disconnected
 from llamaclust.cluster.front.schema import Body
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.front.text.answer import collect
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.slots import SlotTokens
@@ -96,7 +95,8 @@ class SlotActions:
             adapters=tokens.adapters,
         )
         async with await self._service.start(completion) as running:
-            await collect(running.log.chunks())
+            await running.log.wait_over()
+            running.log.raise_error()
 
     def _slot(self, given: Any) -> int:
         count = self._service.slots.count

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaclust.cluster.front.text.answer import Answer, TextChunk, collect
+from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.cluster.front.text.completion import SCORED_TOKENS, ChoiceText, StopStrings
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
@@ -28,6 +28,7 @@ from support.clusters.served import (
     CONTEXT,
     END,
     ScriptedEngine,
+    collect,
     ids,
     make_service,
     real_engine,

@@ -11,12 +11,12 @@ import pytest
 
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.front.text import answer_log, completion, sharing
-from llamaclust.cluster.front.text.answer import Answer, collect
+from llamaclust.cluster.front.text.answer import Answer
 from llamaclust.cluster.front.text.completion import ChoiceText
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.sharing import BREAKERS, Threads, run_on, tokenizing
 from llamaclust.core.errors import DeadlineError, QueueFullError
-from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
+from support.clusters.served import ScriptedEngine, collect, make_service, real_engine, says, until
 
 GENERATION = CompletionRequest("Hello", seed=7)
 

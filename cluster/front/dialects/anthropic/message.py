@@ -39,7 +39,6 @@ _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
     "thinking": {"type": "thinking", "thinking": "", "signature": ""},
 }
-_DELTAS: Final = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
 class MessageView(View):
@@ -120,7 +119,7 @@ class _Blocks:
             yield from self._take(event)
         if chunk.finish_reason is not None:
             if self._index < 0:
-                yield from self._begin("text", _STARTS["text"])
+                yield from self._begin(_STARTS["text"])
             yield from self._close()
 
     def _take(self, event: AnswerEvent) -> Iterator[Shown]:
@@ -132,7 +131,7 @@ class _Blocks:
             case CallBegun(index, name, call_id):
                 self.has_calls = True
                 call_id = call_id or call_id_of(self._reply_id, index, "toolu_")
-                yield from self._begin("tool_use", {"type": "tool_use", "id": call_id, "name": name, "input": {}})
+                yield from self._begin({"type": "tool_use", "id": call_id, "name": name, "input": {}})
             case ArgumentText(_, text) if text:
                 yield self._delta("input_json_delta", partial_json=text)
             case CallEnded():
@@ -140,13 +139,13 @@ class _Blocks:
 
     def _piece(self, kind: str, text: str) -> Iterator[Shown]:
         if self._open != kind:
-            yield from self._begin(kind, _STARTS[kind])
-        yield self._delta(_DELTAS[kind], **{kind: text})
+            yield from self._begin(_STARTS[kind])
+        yield self._delta(f"{kind}_delta", **{kind: text})
 
-    def _begin(self, kind: str, block: Block) -> Iterator[Shown]:
+    def _begin(self, block: Block) -> Iterator[Shown]:
         yield from self._close()
         self._index += 1
-        self._open = kind
+        self._open = block["type"]
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:

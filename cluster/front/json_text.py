@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -130,7 +130,7 @@ def _name(text: bytes) -> str:
 _LARGE_ENTRIES = 1024
 """A part of a reply that has more tokens and logprobs is rendered on a thread."""
 _GROUP = 16
-"""Items of an iterator that are encoded in one go; no other thread runs meanwhile."""
+"""Items of an array that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
@@ -226,34 +226,26 @@ def json_size(value: Any) -> int:
 
 
 def _pieces(value: Any) -> Iterator[bytes]:
-    if not has_many_values(value):
-        yield to_json(value)
-    elif isinstance(value, dict):
-        members = ((to_json(str(key)) + b":", item) for key, item in value.items())
-        yield from _joined(b"{", members, b"}")
-    elif isinstance(value, list | tuple):
-        yield from _joined(b"[", ((b"", item) for item in value), b"]")
-    elif isinstance(value, Iterator):
+    if isinstance(value, dict) and has_many_values(value):
+        for place, (key, item) in enumerate(value.items()):
+            yield (b"," if place else b"{") + to_json(str(key)) + b":"
+            yield from _pieces(item)
+        yield b"}"
+    elif isinstance(value, list | tuple | Iterator) and has_many_values(value):
         yield from _array(value)
     else:
         yield to_json(value)
 
 
-def _joined(begin: bytes, members: Iterable[tuple[bytes, Any]], end: bytes) -> Iterator[bytes]:
-    yield begin
-    for place, (key, item) in enumerate(members):
-        yield b"," + key if place else key
-        yield from _pieces(item)
-    yield end
-
-
-def _array(items: Iterator[Any]) -> Iterator[bytes]:
-    comma = b"["
+def _array(value: list[Any] | tuple[Any, ...] | Iterator[Any]) -> Iterator[bytes]:
+    begin, items, is_lazy = b"[", iter(value), isinstance(value, Iterator)
     while group := list(islice(items, _GROUP)):
-        yield comma
-        yield to_json(group)[1:-1]
-        comma = b","
-    yield b"[]" if comma == b"[" else b"]"
+        is_small = is_lazy or not has_many_values(group)
+        for part in [[to_json(group)[1:-1]]] if is_small else map(_pieces, group):
+            yield begin
+            yield from part
+            begin = b","
+    yield b"[]" if begin == b"[" else b"]"
 
 
 def shown_timings(timings: Timings) -> dict[str, float]:

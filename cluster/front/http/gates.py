@@ -180,6 +180,7 @@ class _Open:
 
     task: asyncio.Task[Any]
     owner: str
+    awaits_body: bool  # whose last part is still to come
     body_bytes: int = 0
     is_answered: bool = False  # its reply has begun
     refusal: HttpError | None = None  # why it was cancelled
@@ -191,14 +192,13 @@ class Admission:
     def __init__(self, settings: ApiSettings) -> None:
         self.is_stopping = False
         self._settings = settings
-        self._open: set[_Open] = set()
-        self._unfinished: dict[_Open, None] = {}  # those whose bodies are still to come, the oldest first
+        self._open: dict[_Open, None] = {}  # the oldest first
         self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
         """Refuses requests from now on, also those whose bodies are still to come."""
         self.is_stopping = True
-        self._refuse([*self._unfinished], _stopping())
+        self._refuse(self._unfinished, _stopping())
 
     async def wait_idle(self) -> None:
         """Returns once the replies of all requests are whole; its caller sets the deadline."""
@@ -214,9 +214,9 @@ class Admission:
         """Raises HttpError if no further request of the current owner is taken."""
         if self.is_stopping:
             raise _stopping()
-        whole = len(self._open) - len(self._unfinished)
-        own = sum(request.owner == current_owner.get() for request in self._open - self._unfinished.keys())
-        if not fits(own, whole, self._settings.max_requests):
+        whole = [request for request in self._open if not request.awaits_body]
+        own = sum(request.owner == current_owner.get() for request in whole)
+        if not fits(own, len(whole), self._settings.max_requests):
             raise _busy(f"{own} requests")
 
     @contextmanager
@@ -225,35 +225,36 @@ class Admission:
         request of the owner with the most gives way."""
         task = asyncio.current_task()
         assert task is not None
-        request = _Open(task, current_owner.get())
-        self._open.add(request)
-        if has_body:
-            self._unfinished[request] = None
-        if len(self._unfinished) > self._settings.max_requests:
-            counts = Counter(unfinished.owner for unfinished in self._unfinished)
-            oldest = max(self._unfinished, key=lambda unfinished: counts[unfinished.owner])
+        request = _Open(task, current_owner.get(), has_body)
+        self._open[request] = None
+        if len(unfinished := self._unfinished) > self._settings.max_requests:
+            counts = Counter(each.owner for each in unfinished)
+            oldest = max(unfinished, key=lambda each: counts[each.owner])
             self._refuse([oldest], _busy("newer requests, and the body had not arrived"))
         try:
             yield request
         finally:
-            self._open.remove(request)
-            self._unfinished.pop(request, None)
+            del self._open[request]
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
         """Counts a part of a request's body. Raises HttpError if all together are too much."""
-        if request in self._unfinished and not message.get("more_body", False):
+        if request.awaits_body and not message.get("more_body", False):
             self.check()
-            del self._unfinished[request]
+            request.awaits_body = False
         size = len(message.get("body", b""))
         if not self._body_bytes.fits(request.owner, size):
             raise _busy(f"{self._body_bytes.held[request.owner] + size} bytes of requests")
         request.body_bytes += size
         self._body_bytes.take(request.owner, size)
 
+    @property
+    def _unfinished(self) -> list[_Open]:
+        return [request for request in self._open if request.awaits_body]
+
     def _refuse(self, requests: list[_Open], refusal: HttpError) -> None:
         for request in requests:
-            self._unfinished.pop(request, None)
+            request.awaits_body = False
             request.refusal = refusal
             request.task.cancel()
 

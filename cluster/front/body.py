@@ -238,13 +238,9 @@ class IgnoredFields:
                 self._report(scope["path"], names)
             await send(message)
 
-        asked = Headers(scope=scope).get(STRICT_HEADER, "").lower() in _YES
-        token, strict_token = ignored_parts.set(fields), _is_strict.set(asked)
-        try:
-            await self._app(scope, receive, name_fields)
-        finally:
-            ignored_parts.reset(token)
-            _is_strict.reset(strict_token)
+        ignored_parts.set(fields)
+        _is_strict.set(Headers(scope=scope).get(STRICT_HEADER, "").lower() in _YES)
+        await self._app(scope, receive, name_fields)
 
     def _report(self, path: str, fields: Sequence[str]) -> None:
         new = [field for field in fields if (path, field) not in self._logged]

@@ -77,18 +77,13 @@ class _Room:
         self.settings = settings
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
-    def enter(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless the whole head of a request is there in time."""
-        if connection not in self._idle:
-            self._idle[connection] = connection.loop.call_later(wait_s, self._close, connection)
-
-    def begin_head(self, connection: _Connection) -> None:
-        """Starts the time of a head at its first byte. The connection keeps its place among those that are idle."""
+    def wait(self, connection: _Connection, wait_s: float) -> None:
+        """Closes the connection unless the whole head of a request is there in time. One that is idle already keeps its
+        place."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
-            head_s = self.settings.head_s
-            self._idle[connection] = connection.loop.call_later(head_s, self._close, connection)
+        self._idle[connection] = connection.loop.call_later(wait_s, self._close, connection)
 
     def leave(self, connection: _Connection) -> None:
         timer = self._idle.pop(connection, None)
@@ -127,12 +122,12 @@ class _Connection(H11Protocol):
             transport.write(whole(Response(status_code=503, headers={"Retry-After": "1"})))
             transport.close()
         else:
-            self.room.enter(self, self.room.settings.head_s)
+            self.room.wait(self, self.room.settings.head_s)
 
     def data_received(self, data: bytes) -> None:
         if self._awaits_head:
             self._awaits_head = False
-            self.room.begin_head(self)
+            self.room.wait(self, self.room.settings.head_s)
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -164,7 +159,7 @@ class _Connection(H11Protocol):
         if self._is_idle and not self.transport.is_closing():
             self._awaits_head = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
             settings = self.room.settings
-            self.room.enter(self, settings.idle_s if self._awaits_head else settings.head_s)
+            self.room.wait(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
         """Returns whether pieces of this reply's body may be written now."""

@@ -8,7 +8,6 @@ import logging
 import math
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -16,7 +15,7 @@ import h11
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -24,7 +23,7 @@ from llamaclust.cluster.front.errors import OPENAI, Failure
 from llamaclust.cluster.front.http.connections import ApiPort, HttpConnection, chunk, whole
 from llamaclust.cluster.front.http.gates import key_error
 from llamaclust.cluster.front.http.page import page_reply
-from llamaclust.cluster.front.http.responses import BODY_WRITER, JsonResponse
+from llamaclust.cluster.front.http.responses import BODY_WRITER, EarlyReplies, JsonResponse
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.events import Event, Report, awaited
 from llamaclust.core.errors import ClusterStartingError
@@ -36,7 +35,6 @@ _GRACE_S = 1
 """The time for what is still being written to clients at the end; the server takes whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
-_LEAVE_S = 1.0  # for a client that still sends while the cluster starts
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
@@ -218,7 +216,7 @@ class StartingReplies:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        config, state = server_config(self, self._settings, self._port, _MOST_EARLY), ServerState()
+        config, state = server_config(EarlyReplies(self), self._settings, self._port, _MOST_EARLY), ServerState()
         config.load()
         connection: Callable[..., asyncio.Protocol] = config.http_protocol_class
         connect = partial(connection, config=config, server_state=state, app_state={})
@@ -245,19 +243,9 @@ class StartingReplies:
         self._report(event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Takes what the client still sends behind the reply: one that is cut off sees a reset and no reply."""
-
-        async def begin(message: Message) -> None:
-            await send({**message, "more_body": True})
-
         reply = self._reply(scope)
         reply.headers["Connection"] = "close"  # the next request is for the API itself
-        await reply(scope, receive, begin)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LEAVE_S):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b""})
+        await reply(scope, receive, send)
 
     def _reply(self, scope: Scope) -> Response:
         path, headers = scope["path"], Headers(scope=scope)

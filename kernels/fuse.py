@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of, written_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
         step = program.steps[at]
     if not isinstance(step, ir.Attention):
         return None
-    read = reads_of(step)
+    read = step.reads
     parts = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
     fits = all(
         rope.heads == parts.get(name) and rope.head_dim == step.head_dim and not is_read(program, at + 1, name)
@@ -126,9 +125,9 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 def is_read(program: ir.Program, at: int, name: str) -> bool:
     """Whether a step from `at` on reads what stands in the buffer now."""
     for step in program.steps[at:]:
-        if any(buffer.name == name for buffer in reads_of(step)):
+        if any(buffer.name == name for buffer in step.reads):
             return True
-        if written_by(step).name == name:
+        if step.out.name == name:
             return False
     return name in {result.name for result in (program.out, program.normed) if result is not None}
 

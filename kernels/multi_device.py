@@ -21,7 +21,6 @@ from llamaclust.kernels.backend import (
     Stage,
 )
 from llamaclust.kernels.gathers import bands_of, borders_in
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, Slice, Step
 
@@ -177,14 +176,14 @@ class _Carried:
         """To the steps from `at` on; None where they read the hidden state alone."""
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
         for step in program.steps[at:]:
-            for buffer in reads_of(step):
+            for buffer in step.reads:
                 if buffer.name in written:
                     continue
                 if isinstance(step, Slice) and step.heads == 1:
                     slices[buffer] = min(step.start, slices.get(buffer, step.start))
                 else:
                     whole.add(buffer)
-            written.add(written_by(step).name)
+            written.add(step.out.name)
         if len(whole) != 1 or len(slices) != 1 or whole == slices.keys():
             return None
         (hidden,), ((further, start),) = whole, slices.items()

@@ -25,17 +25,11 @@ from llamaclust.kernels.backend import (
     RankedLogits,
     Stage,
 )
-from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
 """Microbatches of more rows use most experts of a layer: one device computes all of these."""
-
-
-def layer_of(step: Moe) -> int:
-    """A step's layer, by the name of its router."""
-    return int(step.router.split(".")[1])
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
@@ -49,7 +43,7 @@ def experts_of(program: Program, layers: Collection[int]) -> Program | None:
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
-    hidden = Buffer("experts in", sum(buffer.width for buffer in reads_of(mixtures[0])))
+    hidden = Buffer("experts in", sum(buffer.width for buffer in mixtures[0].reads))
     out = Buffer("experts out", mixtures[0].out.width)
     steps = tuple(step for mixture in mixtures for step in _from_hidden(mixture, hidden, out))
     return replace(program, hidden=hidden, out=out, normed=None, steps=steps)
@@ -58,11 +52,6 @@ def experts_of(program: Program, layers: Collection[int]) -> Program | None:
 def mixtures_of(program: Program) -> tuple[Moe, ...]:
     """In the order of their numbers."""
     return tuple(step for step in program.steps if isinstance(step, Moe))
-
-
-def biases_of(step: Moe) -> tuple[str, ...]:
-    """Of the experts' products."""
-    return tuple(name for name in (step.gate_bias, step.up_bias, step.down_bias) if name is not None)
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
@@ -91,16 +80,16 @@ def expert_parts(program: Program) -> Iterator[Program]:
 
 
 def _is_of(step: Step, layers: Collection[int]) -> bool:
-    return isinstance(step, Moe) and layer_of(step) in layers
+    return isinstance(step, Moe) and step.layer in layers
 
 
 def _exchanged(step: Step) -> Exchange:
     assert isinstance(step, Moe)
-    return Exchange(reads_of(step), step.out)
+    return Exchange(step.reads, step.out)
 
 
 def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
-    reads = reads_of(step)
+    reads = step.reads
     assert (sum(buffer.width for buffer in reads), step.out.width) == (hidden.width, out.width), "layers alike"
     if step.routed is None:
         return (replace(step, x=hidden, out=out),)

@@ -3,40 +3,17 @@ multiply-accumulates."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from math import prod
 from operator import attrgetter
 
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.mixtures.steps import shard_name, whole_name
-from llamaclust.model.program import (
-    Adapt,
-    AddPosition,
-    AddRow,
-    Attention,
-    Convolution,
-    DeltaRule,
-    Embed,
-    ExpertChoice,
-    ExpertDown,
-    ExpertInner,
-    ExpertShards,
-    HeadMatMul,
-    MatMul,
-    MixtureStep,
-    Moe,
-    Program,
-    Scan,
-    SelectRows,
-    Step,
-    weights_of,
-)
+from llamaclust.model.program import Attention, MixtureStep, Moe, Program, SelectRows, Step, weights_of
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.steps.step import StepWeight, WeightKind
 
 resident_bytes = attrgetter("resident_bytes")
 file_bytes = attrgetter("n_bytes")
@@ -55,21 +32,18 @@ class TypedWeights:
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
     """By quant type: matrices of experts, or those outside of mixtures. Routers are in neither."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
+    kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
-    for step in steps:
-        is_mixture = isinstance(step, Moe | MixtureStep)
-        for name, count in macs(step):
-            if name is None or is_mixture is not experts or name == _router(step):
-                continue
-            quant_type = tensors[name].tile_type
-            n_bytes[quant_type] += 0 if name in seen else tensors[name].resident_bytes
-            products[quant_type] += count
-            seen.add(name)
+    for weight in _weights(steps, kind):
+        quant_type = tensors[weight.name].tile_type
+        n_bytes[quant_type] += 0 if weight.name in seen else tensors[weight.name].resident_bytes
+        products[quant_type] += weight.macs
+        seen.add(weight.name)
     return tuple(TypedWeights(kind, n_bytes[kind], products[kind]) for kind in sorted(products))
 
 
-def _router(step: Step) -> str | None:
-    return step.router if isinstance(step, Moe) else step.mixture.router if isinstance(step, ExpertChoice) else None
+def _weights(steps: Iterable[Step], kind: WeightKind) -> Iterator[StepWeight]:
+    return (weight for step in steps for weight in step.weights if weight.kind is kind)
 
 
 def weight_bytes(
@@ -81,97 +55,35 @@ def weight_bytes(
 def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
     """Of the experts that a token does not choose."""
     idle = 0
-    for step in steps:
-        if isinstance(step, Moe | MixtureStep):
-            mixture = step if isinstance(step, Moe) else step.mixture
-            held = sum(size(tensors[name]) for name in _expert_matrices(step))
-            idle += held * (mixture.experts - mixture.used) // mixture.experts
+    for step in _of_mixtures(steps):
+        held = sum(size(tensors[weight.name]) for weight in _weights([step], WeightKind.EXPERTS))
+        idle += held * (step.mixture.experts - step.mixture.used) // step.mixture.experts
     return idle
 
 
 def idle_share(steps: Iterable[Step]) -> float:
     """Of the layer's experts, those that a token does not choose. No layer has two mixtures."""
-    return next((1 - step.used / step.experts for step in map(_mixture, steps) if step is not None), 0.0)
+    return next((1 - step.mixture.used / step.mixture.experts for step in _of_mixtures(steps)), 0.0)
 
 
-def _mixture(step: Step) -> Moe | None:
-    return step.mixture if isinstance(step, MixtureStep) else step if isinstance(step, Moe) else None
-
-
-def _expert_matrices(step: Moe | MixtureStep) -> tuple[str, ...]:
-    match step:
-        case Moe():
-            return *step.inner, step.down
-        case ExpertInner(mixture):
-            return mixture.inner
-        case ExpertDown(mixture):
-            return (mixture.down,)
-        case ExpertShards(mixture):
-            return tuple(shard_name(name, shard) for name in (*mixture.inner, mixture.down) for shard in step.shards)
-        case _:
-            return ()
+def _of_mixtures(steps: Iterable[Step]) -> Iterator[Moe | MixtureStep]:
+    return (step for step in steps if isinstance(step, Moe | MixtureStep))
 
 
 def float_macs(tensors: Mapping[str, Tensor], steps: Iterable[Step]) -> int:
-    counts = (named for step in steps for named in macs(step))
     return sum(
-        count
-        for name, count in counts
-        if name is None or tensors[name].quant_type.info.activation is ActivationFormat.F32
+        step.state_macs
+        + sum(
+            weight.macs
+            for weight in step.weights
+            if tensors[weight.name].quant_type.info.activation is ActivationFormat.F32
+        )
+        for step in steps
     )
 
 
-def macs(step: Step) -> Sequence[tuple[str | None, int]]:
-    """Multiply-accumulates of each of the step's weights for one row; None: those of a state, in float32."""
-    match step:
-        case MatMul():
-            return [(step.weight, step.x.width * step.out.width)]
-        case HeadMatMul():
-            return [(step.weight, prod(step.shape))]
-        case Adapt():
-            return [(step.down, step.x.width * step.rank), (step.up, step.rank * step.out.width)]
-        case Convolution():
-            return [(step.weight, step.x.width * step.taps)]
-        case DeltaRule():
-            return [(None, 4 * prod(step.shape))]
-        case Scan():
-            return [(None, 3 * step.out.width * step.state_size)]
-        case Moe():
-            return [_router_macs(step), *_inner_macs(step), _down_macs(step)]
-        case ExpertChoice():
-            return [_router_macs(step.mixture)]
-        case ExpertInner():
-            return _inner_macs(step.mixture)
-        case ExpertDown():
-            return [_down_macs(step.mixture)]
-        case ExpertShards():
-            return [(name, _shard_macs(step, name)) for name in _expert_matrices(step)]
-        case _:
-            return []
-
-
-def _router_macs(mixture: Moe) -> tuple[str, int]:
-    return mixture.router, (mixture.routed or mixture.x).width * mixture.experts
-
-
-def _inner_macs(mixture: Moe) -> list[tuple[str, int]]:
-    return [(name, mixture.used * mixture.x.width * mixture.inner_width) for name in mixture.inner]
-
-
-def _down_macs(mixture: Moe) -> tuple[str, int]:
-    return mixture.down, mixture.used * mixture.ffn_width * mixture.out.width
-
-
-def _shard_macs(step: ExpertShards, name: str) -> int:
-    """Of a token that chooses experts evenly."""
-    mixture, (start, end) = step.mixture, map(int, re.findall(r"\d+", name.rpartition("[")[2]))
-    is_down = whole_name(name) == mixture.down
-    size = mixture.ffn_width * mixture.out.width if is_down else mixture.inner_width * mixture.x.width
-    return mixture.used * size * (end - start) // mixture.experts
-
-
 def all_macs(steps: Iterable[Step]) -> int:
-    return sum(count for step in steps for _, count in macs(step))
+    return sum(step.state_macs + sum(weight.macs for weight in step.weights) for step in steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +194,13 @@ class ModelCosts:
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
-    return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not is_embedding(step))))
+    return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not step.is_embedding)))
 
 
 def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
     """Of all steps, those of a head as well."""
     steps = program.steps
-    mixtures = [step for step in steps if isinstance(step, Moe | MixtureStep)]
+    mixtures = list(_of_mixtures(steps))
     return LayerCost(
         weight_bytes=weight_bytes(tensors, steps),
         macs_per_token=all_macs(steps),
@@ -303,17 +215,13 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
         kv_source=next((step.layer for step in steps if isinstance(step, Attention) and step.shares_kv), None),
         expert_bytes=weight_bytes(tensors, mixtures),
         expert_macs_per_token=all_macs(mixtures),
-        state_macs_per_token=sum(count for step in steps for name, count in macs(step) if name is None),
+        state_macs_per_token=sum(step.state_macs for step in steps),
         weights=typed_weights(tensors, steps, experts=False),
         expert_weights=typed_weights(tensors, steps, experts=True),
     )
 
 
-def is_embedding(step: Step) -> bool:
-    return isinstance(step, Embed | AddPosition | AddRow)
-
-
 def is_before_head(program: Program, step: Step) -> bool:
     """The head begins with the norm of all rows, where there is one."""
     has_norm = program.normed is not None and program.normed != program.hidden
-    return not isinstance(step, SelectRows) and not (has_norm and getattr(step, "out", None) == program.normed)
+    return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -32,23 +32,22 @@ from llamaclust.model.costs import (
     file_bytes,
     float_macs,
     is_before_head,
-    is_embedding,
     layer_cost,
     typed_weights,
     weight_bytes,
 )
+from llamaclust.model.expert_shards import divided_program, mixture_of
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hyperparameters
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.mixtures.division import divided_program, mixture_of
-from llamaclust.model.mixtures.steps import shard_of, whole_name
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import Program, weights_of
 from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
+from llamaclust.model.shard_names import whole_name
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
@@ -190,7 +189,7 @@ class Model:
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
-        return {name: shard_of(self.file.tensor(whole_name(name)), name) for name in program.weights}
+        return {name: self.file.tensor(whole_name(name)).shard(name) for name in program.weights}
 
     def costs(self, kv_type: KvType, expert_shards: int = 1) -> ModelCosts:
         """Of layers, or of the parts that `expert_shards` divide them into."""
@@ -201,7 +200,7 @@ class Model:
 
     def _computed_costs(self, kv_type: KvType, expert_shards: int) -> ModelCosts:
         tensors = self.file.tensors
-        embedding = [step for step in self._whole.steps if is_embedding(step)]
+        embedding = [step for step in self._whole.steps if step.is_embedding]
         head = list(dropwhile(partial(is_before_head, self._whole), self._whole.steps))
         layers = [self.program(layer, layer + 1, kv_type) for layer in range(self.layer_count)]
         parts = [list(self._parts(layer, expert_shards)) for layer in layers]

@@ -196,7 +196,7 @@ def _layers(model: Model) -> list[_Layer]:
     for step in program.steps:
         if isinstance(step, Moe):
             names, deciding = weights_of([step]), (*step.inner, step.down)
-            part = found[int(step.router.split(".")[1])].experts
+            part = found[step.layer].experts
             part.deciding.extend(deciding)
             part.others.extend(name for name in names if name not in deciding)
             of_experts |= set(names)

@@ -6,43 +6,53 @@ the rows whose logits are wanted. Weights are named by their GGUF tensor names; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamaclust.model.delta_rule import Decay, DeltaRule
-from llamaclust.model.groups.gather import Gather
-from llamaclust.model.kv_type import KV_BLOCK_TOKENS, KvType
-from llamaclust.model.mixtures.exchange import Exchange
-from llamaclust.model.mixtures.steps import ExpertChoice, ExpertDown, ExpertInner, ExpertShards, ExpertSum, Moe
-from llamaclust.model.row_steps import (
+from llamaclust.model.kv_type import KV_BLOCK_TOKENS
+from llamaclust.model.steps.across import Exchange, Gather
+from llamaclust.model.steps.attention import SPAN_TOKENS, Attention, Rope, RopeTable
+from llamaclust.model.steps.mixtures import ExpertChoice, ExpertDown, ExpertInner, ExpertShards, ExpertSum, Moe
+from llamaclust.model.steps.products import Adapt, HeadMatMul, MatMul
+from llamaclust.model.steps.rows import (
     Activate,
     Add,
-    Buffer,
+    AddPosition,
+    AddRow,
+    Embed,
     GaussianTopK,
     Join,
+    LayerNorm,
     MatchMagnitude,
     Mix,
-    MixingStep,
     Mul,
     PositionScale,
+    RmsNorm,
     Scale,
     ScaleByWeight,
+    SelectRows,
+    SigmoidGate,
     SiluMul,
     Slice,
     SoftCap,
 )
-from llamaclust.model.scan import Scan
-from llamaclust.model.states import Convolution, SequenceState, StatePart
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.states import Convolution, Decay, DeltaRule, Scan, SequenceState, StatePart
+from llamaclust.model.steps.step import Buffer
 
 __all__ = [
     "KV_BLOCK_TOKENS",
+    "SPAN_TOKENS",
     "Activate",
+    "Adapt",
     "Add",
+    "AddPosition",
+    "AddRow",
+    "Attention",
     "Buffer",
     "Convolution",
     "Decay",
     "DeltaRule",
+    "Embed",
     "Exchange",
     "ExpertChoice",
     "ExpertDown",
@@ -51,16 +61,24 @@ __all__ = [
     "ExpertSum",
     "Gather",
     "GaussianTopK",
+    "HeadMatMul",
     "Join",
+    "LayerNorm",
+    "MatMul",
     "MatchMagnitude",
     "Mix",
     "Moe",
     "Mul",
     "PositionScale",
+    "RmsNorm",
+    "Rope",
+    "RopeTable",
     "Scale",
     "ScaleByWeight",
     "Scan",
+    "SelectRows",
     "SequenceState",
+    "SigmoidGate",
     "SiluMul",
     "Slice",
     "SoftCap",
@@ -69,198 +87,6 @@ __all__ = [
 
 LOGITS = "logits"
 """The buffer of a last stage's results, where it has a head."""
-
-SPAN_TOKENS = 512
-"""Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class RopeTable:
-    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
-    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, so they are the same on every machine."""
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Embed:
-    """out[r] = dequantized row tokens[r] of `weight`, in float32."""
-
-    out: Buffer
-    weight: str
-
-
-@dataclass(frozen=True, slots=True)
-class RmsNorm:
-    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
-    all with the same weight [x.width / heads], or with none, or with `own_weights` [heads, x.width / heads]; out may be
-    x."""
-
-    x: Buffer
-    out: Buffer
-    weight: str | None
-    epsilon: float
-    heads: int = 1
-    own_weights: bool = False
-
-    @property
-    def width(self) -> int:
-        """Channels that are normed together."""
-        return self.x.width // self.heads
-
-
-@dataclass(frozen=True, slots=True)
-class LayerNorm:
-    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias), a row at a time; out may be x."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-    bias: str | None
-    epsilon: float
-
-
-@dataclass(frozen=True, slots=True)
-class AddPosition:
-    """out[r] = x[r] + dequantized row positions[r] of `weight`; out is not x."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-
-
-@dataclass(frozen=True, slots=True)
-class AddRow:
-    """out = x + dequantized row `row` of `weight`, the same for all rows of x; out is not x."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class MatMul:
-    """out = x @ weight^T (+ bias), weight [out.width, x.width] in GGUF's row order."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-    bias: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HeadMatMul:
-    """Each of a row's `heads` equal parts by a matrix of its own: out_h = x_h @ weight_h^T, weight [heads, out.width /
-    heads, x.width / heads] in GGUF's row order."""
-
-    x: Buffer
-    out: Buffer
-    weight: str
-    heads: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the weight."""
-        return self.heads, self.out.width // self.heads, self.x.width // self.heads
-
-
-@dataclass(frozen=True, slots=True)
-class Adapt:
-    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what
-    the batch has for the row and this adapter. Where that is 0, the row stays as it is.
-
-    down [rank, x.width], up [out.width, rank].
-    """
-
-    x: Buffer
-    out: Buffer
-    adapter: int
-    down: str
-    up: str
-    rank: int
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position."""
-
-    x: Buffer
-    heads: int
-    head_dim: int
-    style: RopeStyle
-    table: RopeTable
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
-
-    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
-    h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
-    it; if `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, of which `soft_cap` makes
-    soft_cap * tanh(scores / soft_cap). `slopes`, one a query head, add a linear bias: -slope * the distance.
-
-    Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
-    [rows, heads * so many]; neither window nor slopes.
-
-    Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
-    positions at most window // 2 before and behind its own.
-
-    `sinks` [heads]: a score for each query head that takes part in the softmax, without a value.
-
-    With `shares_kv`, an earlier step has stored the keys and values of `layer`: k and v are not read.
-    """
-
-    q: Buffer
-    k: Buffer
-    v: Buffer | None
-    out: Buffer
-    layer: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    kv_type: KvType = KvType.F16
-    window: int | None = None
-    soft_cap: float | None = None
-    slopes: tuple[float, ...] | None = None
-    causal: bool = True
-    sinks: str | None = None
-    shares_kv: bool = False
-    chunked: bool = False
-
-    @property
-    def value_dim(self) -> int:
-        """Channels of a value."""
-        return self.out.width // max(self.heads, 1)
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """KV memory of one position."""
-        bytes_of = self.kv_type.key_bytes if self.v is None else self.kv_type.pair_bytes
-        return self.kv_heads * bytes_of(self.head_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class SigmoidGate:
-    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number weighs a whole row; out may be y."""
-
-    x: Buffer
-    y: Buffer
-    out: Buffer
-    weight: str
-
-
-@dataclass(frozen=True, slots=True)
-class SelectRows:
-    """out = the rows of x whose logits are wanted (the microbatch's output rows); every later step has only these."""
-
-    x: Buffer
-    out: Buffer
-
 
 RowStep = (
     RmsNorm
@@ -273,7 +99,10 @@ RowStep = (
     | Add
     | Mul
     | Scale
-    | MixingStep
+    | ScaleByWeight
+    | Mix
+    | MatchMagnitude
+    | GaussianTopK
     | PositionScale
     | SoftCap
     | Slice
@@ -374,20 +203,19 @@ class Program:
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
-_WEIGHT_FIELDS = (
-    *("weight", "bias", "sinks", "router", "router_bias", "selection_bias", "expert_scales"),
-    *("gate", "gate_bias", "up", "up_bias", "down", "down_bias", "decay", "skip"),
-)
-
-
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
     """Names of every tensor the steps read, in first-use order, each once."""
-    names = (name for step in steps for name in _weights_of(step))
-    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+    return tuple(dict.fromkeys(weight.name for step in steps for weight in step.weights))
 
 
-def _weights_of(step: Step) -> Iterator[str | None]:
-    if isinstance(step, MixtureStep):
-        yield from step.weights
-    else:
-        yield from (getattr(step, field, None) for field in _WEIGHT_FIELDS)
+def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
+    """What has to be there before these steps, in the order of use; `results`: what is read behind them."""
+    found: dict[str, Buffer] = {}
+    written: set[str] = set()
+    for step in steps:
+        found |= {buffer.name: buffer for buffer in step.reads if buffer.name not in written | found.keys()}
+        written.add(step.out.name)
+    for result in results:
+        if result is not None and result.name not in written | found.keys():
+            found[result.name] = result
+    return tuple(found.values())

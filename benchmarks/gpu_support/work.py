@@ -9,7 +9,7 @@ from functools import partial
 from typing import Self
 
 from llamaclust.core.gpus import DeviceLayers
-from llamaclust.kernels.split_experts import experts_of, layer_of, mixtures_of
+from llamaclust.kernels.split_experts import experts_of, mixtures_of
 from llamaclust.model.costs import LayerCost, layer_cost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
@@ -129,7 +129,7 @@ def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:
 
 def _router_bytes(model: Model, layers: Sequence[int]) -> int:
     mixtures = mixtures_of(model.program(0, model.layer_count))
-    return sum(model.file.tensor(step.router).n_bytes for step in mixtures if layer_of(step) in layers)
+    return sum(model.file.tensor(step.router).n_bytes for step in mixtures if step.layer in layers)
 
 
 def _kv_bytes(model: Model, cut: int, generate: int) -> Amount:

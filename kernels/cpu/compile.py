@@ -14,16 +14,14 @@ from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
-from llamaclust.kernels.cpu.plan_mixing import add_mixing
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
 from llamaclust.kernels.cpu.ranges import check_ranges
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, elementwise, fuse
 from llamaclust.kernels.gathers import gather_formats, packed_width
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
@@ -167,12 +165,12 @@ class Compiler:
 
     def _emit_rows(self, step: ir.RowStep) -> None:
         plan = self.plan
-        x, *others = map(self._buffers.read, reads_of(step))
+        x, *others = map(self._buffers.read, step.reads)
         if isinstance(step, ir.SoftCap) and step.x == step.out and self._buffers.is_shared(step.x):
             plan.elementwise("soft_cap", x, x, x, step.cap)
             return
         y = others[0] if others else x
-        out = self._buffers.write(written_by(step), private=True)
+        out = self._buffers.write(step.out, private=True)
         match step:
             case ir.RmsNorm():
                 add_norm(plan, step, x, out, self._weights)
@@ -187,11 +185,17 @@ class Compiler:
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
             case ir.PositionScale():
                 plan.scale_by_position(x, out, step.factor, step.length, step.offset)
-            case ir.SiluMul() | ir.Activate() | ir.Add() | ir.Mul() | ir.Scale() | ir.SoftCap():
-                op, number = elementwise(step)
-                plan.elementwise(op, x, y, out, number or 0)
-            case ir.ScaleByWeight() | ir.Mix() | ir.MatchMagnitude() | ir.GaussianTopK():
-                add_mixing(plan, step, (x, *others), out, self._weights)
+            case ir.ScaleByWeight(by_channel=True):
+                plan.scale_channels(x, out, self._weights[step.weight].vector)
+            case ir.ScaleByWeight():
+                plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
+            case ir.Mix():
+                coefficients = None if step.coefficients is None else others[1]
+                plan.mix(x, y, out, coefficients, step.width, step.first, step.offset)
+            case ir.MatchMagnitude():
+                plan.match_magnitude(x, y, out, step.epsilon)
+            case ir.GaussianTopK():
+                plan.gaussian_top_k(x, out, step.factor)
             case ir.Slice():
                 plan.copy_channels(x, out, step.heads, step.start, 0, step.out.width // step.heads)
             case ir.Join():
@@ -202,6 +206,9 @@ class Compiler:
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
             case ir.Decay():
                 add_decay(plan, step, (x, out), self._weights)
+            case _:
+                op, number = elementwise(step)
+                plan.elementwise(op, x, y, out, number or 0)
 
     def _finish(self, out: ir.Buffer) -> None:
         result = self._buffers.read(out)
@@ -324,7 +331,7 @@ class Compiler:
         self.plan.convolve(x, self._buffers.write(step.out), layer, weight, bias)
 
     def _delta_rule(self, step: ir.DeltaRule) -> None:
-        q, k, v, decay, beta = map(self._buffers.read, reads_of(step))
+        q, k, v, decay, beta = map(self._buffers.read, step.reads)
         layer, out = self._kv.state(step.state), self._buffers.write(step.out)
         self.plan.delta_rule(q, k, v, decay, beta, out, layer, step.heads, step.key_heads, step.tiled)
 

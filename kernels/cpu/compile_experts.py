@@ -14,8 +14,7 @@ from llamaclust.kernels.fuse import fuse
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.kernels.split_experts import expert_parts, mixtures_of
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class _ExpertsCompiler(Compiler):
         """A line is a row and one of its experts, which has 1 among the `experts` channels behind the row's own, where
         others have 0: so a line can name no expert that is not there."""
         first, *_ = mixtures = mixtures_of(self._program)
-        read = sum(buffer.width for buffer in reads_of(first))
+        read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)
         lines = self.plan.add_buffer(first.out.width, 1, False, False)
         for step in mixtures:

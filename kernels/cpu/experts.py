@@ -11,7 +11,7 @@ from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Stage
 from llamaclust.kernels.cpu.compile_experts import CompiledLines
 from llamaclust.kernels.packed.weights import Weight
-from llamaclust.kernels.split_experts import biases_of, mixtures_of
+from llamaclust.kernels.split_experts import mixtures_of
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
 
 _GENERIC = "generic"
@@ -94,7 +94,7 @@ class CpuExperts:
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
         step = self._steps[number]
         tiles = (self._weights[name].tiles for name in (*step.inner, step.down))
-        biases = (self._bias(name)[expert] for name in biases_of(step))
+        biases = (self._bias(name)[expert] for name in step.biases)
         return (*(each.reshape(step.experts, -1)[expert] for each in tiles), *(bias.view(np.uint8) for bias in biases))
 
     def _bias(self, name: str) -> Float32:

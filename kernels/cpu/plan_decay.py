@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.kernels._native import Plan, dequantize
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.packed.weights import Weight
-from llamaclust.model.delta_rule import Decay
+from llamaclust.model.steps.states import Decay
 
 
 def add_decay(plan: Plan, step: Decay, buffers: tuple[int, int], weights: Mapping[str, Weight]) -> None:

@@ -10,9 +10,9 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.buffers import Buffers
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model import program as ir
-from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
+from llamaclust.model.shard_names import shard_name
+from llamaclust.model.steps.options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
 
 GATINGS = tuple(Gating)
 """The native enum has the order of these."""
@@ -125,8 +125,7 @@ class _Experts:
         self.plan_experts.observe(step.inner, inputs, self.chosen, used if weighed else 1)
         parts = [ir.Buffer(f"expert {part}", step.inner_width) for part, _ in enumerate(step.inner)]
         self._multiply(inputs, list(zip(step.inner, parts, strict=True)), choice, per_rank=weighed)
-        biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
-        inner = [self._add_bias(part, bias, choice) for part, bias in zip(parts, biases, strict=True)]
+        inner = [self._add_bias(part, bias, choice) for part, bias in zip(parts, step.inner_biases, strict=True)]
         self._activate(self._halves(inner[0]) if step.fused else inner, result)
 
     def reduce(self, choice: int, x: ir.Buffer, down: ir.Buffer) -> int:

@@ -30,7 +30,6 @@ from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.kernels.split_experts import MOST_CACHED_ROWS
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
@@ -198,8 +197,8 @@ def _check_part(program: Program) -> None:
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:
-        missing = {buffer.name for buffer in reads_of(step)} - known
-        known.add(written_by(step).name)
+        missing = {buffer.name for buffer in step.reads} - known
+        known.add(step.out.name)
         if isinstance(step, Attention):
             missing |= (
                 {f"keys and values of layer {step.layer}"} if step.shares_kv and step.layer not in stored else set()

@@ -3,7 +3,7 @@ become."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -14,104 +14,11 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import PackedMatrix, quant_types
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.mixtures.steps import shard_name
-from llamaclust.model.program import (
-    Adapt,
-    AddPosition,
-    AddRow,
-    Attention,
-    Convolution,
-    Decay,
-    Embed,
-    ExpertChoice,
-    ExpertDown,
-    ExpertInner,
-    ExpertShards,
-    HeadMatMul,
-    LayerNorm,
-    MatMul,
-    Moe,
-    Program,
-    RmsNorm,
-    ScaleByWeight,
-    Scan,
-    SigmoidGate,
-    Step,
-)
+from llamaclust.model.program import Program
 from llamaclust.model.quant_types import QuantType
 
 SUPPORTED_TYPES = tuple(map(QuantType, quant_types()))
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
-
-
-def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The tensors that it takes, and in which shape; -1 stands for any number of rows."""
-    match step:
-        case Embed():
-            yield step.weight, (-1, step.out.width)
-        case RmsNorm(weight=str(weight)):
-            yield weight, (step.heads, step.width) if step.own_weights else (step.width,)
-        case LayerNorm():
-            yield step.weight, (step.x.width,)
-            if step.bias is not None:
-                yield step.bias, (step.x.width,)
-        case Attention(sinks=str(sinks)):
-            yield sinks, (step.heads,)
-        case Convolution():
-            yield step.weight, (step.x.width, step.taps)
-            if step.bias is not None:
-                yield step.bias, (step.x.width,)
-        case Decay():
-            yield step.weight, step.weight_shape
-            yield step.bias, (step.x.width,)
-        case Scan():
-            yield step.bias, (step.heads,)
-            yield from ((name, (step.heads, 1)) for name in (step.decay, step.skip))
-        case AddPosition() | AddRow():
-            yield step.weight, (-1, step.out.width)
-        case SigmoidGate():
-            yield step.weight, (step.x.width,)
-        case ScaleByWeight():
-            yield step.weight, (step.x.width if step.by_channel else 1,)
-        case MatMul():
-            yield step.weight, (step.out.width, step.x.width)
-            if step.bias is not None:
-                yield step.bias, (step.out.width,)
-        case HeadMatMul():
-            yield step.weight, step.shape
-        case Adapt():
-            yield step.down, (step.rank, step.x.width)
-            yield step.up, (step.out.width, step.rank)
-        case Moe():
-            yield step.router, (step.experts, (step.routed or step.x).width)
-            yield from (*_inner_shapes(step), *_down_shapes(step), *_choice_vectors(step))
-        case ExpertChoice(mixture):
-            yield mixture.router, (mixture.experts, step.x.width)
-            yield from _choice_vectors(mixture)
-        case ExpertInner(mixture):
-            yield from _inner_shapes(mixture)
-        case ExpertDown(mixture):
-            yield from _down_shapes(mixture)
-        case ExpertShards(mixture):
-            for name, shape in (*_inner_shapes(mixture), *_down_shapes(mixture)):
-                yield from ((shard_name(name, shard), (len(shard), *shape[1:])) for shard in step.shards)
-
-
-def _choice_vectors(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    names = step.router_bias, step.selection_bias, step.expert_scales
-    yield from ((name, (step.experts,)) for name in names if name is not None)
-
-
-def _inner_shapes(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from ((name, (step.experts, step.inner_width, step.x.width)) for name in step.inner)
-    biases = step.gate_bias, step.up_bias
-    yield from ((name, (step.experts, step.ffn_width)) for name in biases if name is not None)
-
-
-def _down_shapes(step: Moe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield step.down, (step.experts, step.out.width, step.ffn_width)
-    if step.down_bias is not None:
-        yield step.down_bias, (step.experts, step.out.width)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -151,8 +58,8 @@ def _shape_only(tensor: Tensor) -> Weight:
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
     """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
     for step in program.steps:
-        for name, wanted in _shapes(step):
-            _check(tensors[name], wanted)
+        for weight in step.weights:
+            _check(tensors[weight.name], weight.shape)
 
 
 def _check(tensor: Tensor, wanted: tuple[int, ...]) -> None:

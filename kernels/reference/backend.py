@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import count
 
 import numpy as np
@@ -16,8 +17,8 @@ from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
 from llamaclust.kernels.reference.steps import State, of_heads, run_step
 from llamaclust.model.gguf.tensors import Tensor
-from llamaclust.model.groups.gather import Gather
 from llamaclust.model.program import Buffer, Program
+from llamaclust.model.steps.across import Gather
 
 
 class ReferenceStage:
@@ -159,8 +160,8 @@ class ReferenceBackend:
 
 def _workspace_bytes(program: Program, limits: StageLimits) -> int:
     """Bytes of all named buffers; temporaries of a step are not counted."""
-    fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
-    buffers = {field for field in fields if isinstance(field, Buffer)}
+    values = (getattr(step, field.name) for step in program.steps for field in fields(step))
+    buffers = {value for value in values if isinstance(value, Buffer)}
     return sum(buffer.width for buffer in buffers) * limits.max_batch_tokens * np.dtype(np.float32).itemsize
 
 

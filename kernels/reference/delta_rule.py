@@ -9,8 +9,8 @@ import numpy as np
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.kv import Float64
 from llamaclust.kernels.reference.states import SequenceRows
-from llamaclust.model.delta_rule import Decay, DeltaRule
-from llamaclust.model.row_steps import Buffer
+from llamaclust.model.program import Buffer
+from llamaclust.model.steps.states import Decay, DeltaRule
 
 
 def decay(step: Decay, x: Float32, weights: Mapping[str, Float32]) -> Float64:

@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.reference.kv import Float64
 from llamaclust.kernels.reference.states import SequenceRows
-from llamaclust.model.scan import Scan
+from llamaclust.model.steps.states import Scan
 
 
 def scan(

@@ -16,8 +16,8 @@ from llamaclust.kernels.reference.mixing import gaussian_top_k, match_magnitude,
 from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
-from llamaclust.model.mixtures.steps import shard_name
-from llamaclust.model.step_options import (
+from llamaclust.model.shard_names import shard_name
+from llamaclust.model.steps.options import (
     LEAST_WEIGHT_SUM,
     SWIGLU_LIMIT,
     ActivationFunction,
@@ -287,7 +287,7 @@ def expert_sum(step: ir.Moe, choice: Float32, results: Float32) -> Float64:
 
 def expert_shards(step: ir.ExpertShards, state: State) -> Float32:
     choice, mixture = state[step.choice], step.mixture
-    names = [name for name in (*mixture.inner, mixture.down, *step.biases, mixture.down_bias) if name is not None]
+    names = *mixture.inner, mixture.down, *mixture.biases
     parts = {name: [state.weights[shard_name(name, shard)] for shard in step.shards] for name in names}
     before = {name: np.zeros((step.experts.start, *found[0].shape[1:]), np.float32) for name, found in parts.items()}
     weights = {name: np.concatenate((before[name], *found)) for name, found in parts.items()}

@@ -9,7 +9,7 @@ from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import AttentionVariant
 from llamaclust.model.architectures.positions import alibi_slopes
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 _ACTIVATIONS = {
     "gelu": ActivationFunction.GELU_ERF,

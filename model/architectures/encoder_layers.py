@@ -10,7 +10,7 @@ from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import EMBEDDING, AttentionVariant, ProgramBuilder
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction, ExpertOptions
+from llamaclust.model.steps.options import ActivationFunction, ExpertOptions
 
 _TYPES = "token_types.weight"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
 from llamaclust.model.program import Buffer, Moe
-from llamaclust.model.step_options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, GatedActivation, Gating
+from llamaclust.model.steps.options import USUAL_EXPERTS, ActivationFunction, ExpertOptions, GatedActivation, Gating
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}

@@ -4,7 +4,7 @@ channels of a head turn, half of them, neighbouring ones together."""
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, Norms, ProgramBuilder
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 
 def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:

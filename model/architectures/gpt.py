@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
 def gpt2(builder: ProgramBuilder) -> None:

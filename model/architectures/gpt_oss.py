@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.step_options import GatedActivation, Gating, RopeStyle
+from llamaclust.model.steps.options import GatedActivation, Gating, RopeStyle
 
 _PERIOD = 2
 _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.hyperparameters import ModelKeys
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 _MAX_SCALE = 1e6
 

@@ -15,7 +15,7 @@ from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopePar
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.pooling import Pooling, read_pooling
 from llamaclust.model.program import Buffer, Program, RopeTable
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 

@@ -8,8 +8,8 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.experts import read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
-from llamaclust.model.states import MAX_TAPS
-from llamaclust.model.step_options import Gating, RopeStyle
+from llamaclust.model.steps.options import Gating, RopeStyle
+from llamaclust.model.steps.states import MAX_TAPS
 
 
 def lfm2(builder: ProgramBuilder) -> None:

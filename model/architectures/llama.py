@@ -7,7 +7,7 @@ from dataclasses import replace
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.architectures.positions import alibi_slopes
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 _BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS = 32, 40
 _SMOLLM3_PERIOD = 4

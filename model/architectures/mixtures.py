@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.step_options import ExpertOptions, Gating, RopeStyle
+from llamaclust.model.steps.options import ExpertOptions, Gating, RopeStyle
 
 _MAX_WIDTH = 1 << 20
 _MAX_COUNT = 1 << 10

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, Norms, ProgramBuilder
 from llamaclust.model.hyperparameters import RopeScaling
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 _PERIOD = 4
 _EXAONE4_32B_LAYERS, _EXAONE4_32B_WINDOW = 64, 4096

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 
 def phi3(builder: ProgramBuilder) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
 from llamaclust.model.architectures.positions import check_sections
-from llamaclust.model.step_options import ExpertOptions, RopeStyle
+from llamaclust.model.steps.options import ExpertOptions, RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 

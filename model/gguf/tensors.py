@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
+from llamaclust.model.shard_names import named_range
 
 _LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
@@ -145,6 +146,29 @@ class Tensor:
             return 4 * self.shape[0]
         *count, rows, width = self.shape
         return prod(count) * -(-rows // TILE_ROWS) * self.tile_type.info.tile_bytes(width)
+
+    def shard(self, name: str) -> Tensor:
+        """The part of it that has this name, or all of it."""
+        if (found := named_range(name)) is None:
+            return self
+        dimension, part = found
+        outer, inner = self.shape[:dimension], self.shape[dimension:]
+        count = inner[0]
+        head_rows = count // self.paired_heads if self.paired_heads else 1
+        assert 0 <= part.start < part.stop <= count, (name, self.shape)
+        assert part.start % head_rows == part.stop % head_rows == 0, (name, self.shape)
+        stride = self.n_bytes // prod(outer)
+        each = stride // count
+        return replace(
+            self,
+            name=name,
+            shape=(*outer, len(part), *inner[1:]),
+            offset=self.offset + part.start * each,
+            n_bytes=prod(outer) * len(part) * each,
+            stride_bytes=stride if outer else 0,
+            paired_heads=len(part) // head_rows if self.paired_heads else 0,
+            content=None,
+        )
 
     def read(self) -> bytes:
         """All bytes. ModelFileError where the file went away, shrank or changed."""

@@ -16,23 +16,13 @@ from llamaclust.model.costs import (
     ModelCosts,
     TypedWeights,
     is_before_head,
-    is_embedding,
     steps_cost,
     weight_bytes,
 )
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.groups.formats import format_of_readers
 from llamaclust.model.groups.portions import Division, Gathered, borders
-from llamaclust.model.program import (
-    Attention,
-    Embed,
-    ExpertDown,
-    ExpertInner,
-    HeadMatMul,
-    MatMul,
-    Program,
-    Step,
-)
+from llamaclust.model.program import Embed, Program, Step
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TensorsFor = Callable[[Program], Mapping[str, Tensor]]
@@ -184,7 +174,7 @@ class _DividedProgram:
         return self._costs(range(self.head), () if self.program.is_last else self.division.gathered)
 
     def embedding_cost(self) -> EmbeddingCost:
-        embedding = [divided.step for divided in self.division.steps if is_embedding(divided.step)]
+        embedding = [divided.step for divided in self.division.steps if divided.step.is_embedding]
         tables = [step for step in embedding if isinstance(step, Embed)]
         whole = [step for step in embedding if not isinstance(step, Embed)]
         gathers = (GatherCost(step.out.width, 1, from_leader=True) for step in tables)
@@ -202,8 +192,8 @@ class _DividedProgram:
         gathers: list[GatherCost] = []
         for number in numbers:
             divided = self.division.steps[number]
-            units = divided.units if _has_part(divided.step) else 0
-            if not is_embedding(divided.step):
+            units = divided.units if divided.step.division.has_part else 0
+            if not divided.step.is_embedding:
                 steps.setdefault(units, []).append(divided.step)
             gathers += (self._gather(gathered, number) for gathered in divided.gathered)
         gathers += (self._gather(gathered, len(self.division.steps)) for gathered in results)
@@ -228,14 +218,6 @@ class _DividedProgram:
 def _bytes(channels: int, form: ActivationFormat | None) -> int:
     """Int8 values with a float32 scale for each segment of a format."""
     return 4 * channels if form is None else channels + 4 * (channels // form)
-
-
-def _has_part(step: Step) -> bool:
-    """True where a member has a part of a divided step's weights or KV memory. Heads share the weights of their norm,
-    and a single head of keys. Adapters, of which members have one matrix whole, count as whole."""
-    if isinstance(step, Attention):
-        return step.kv_heads > 1
-    return isinstance(step, MatMul | HeadMatMul | ExpertInner | ExpertDown)
 
 
 def _total(costs: Sequence[LayerCost]) -> LayerCost:

@@ -9,31 +9,12 @@ of the whole program: results have its bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from llamaclust.model.dataflow import written_by
-from llamaclust.model.groups.gather import Gather
-from llamaclust.model.groups.portions import DividedStep, Division, Gathered, borders, divided_reads
-from llamaclust.model.mixtures.steps import rows_name, shard_name
-from llamaclust.model.program import (
-    Adapt,
-    Attention,
-    Buffer,
-    Embed,
-    ExpertDown,
-    ExpertInner,
-    ExpertSum,
-    HeadMatMul,
-    Join,
-    MatMul,
-    Moe,
-    Program,
-    RmsNorm,
-    Rope,
-    Slice,
-    Step,
-)
+from llamaclust.model.groups.portions import DividedStep, Division, Gathered, borders
+from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
+from llamaclust.model.steps.step import Units
 
 LEADER = 0
 """The member that samples: it alone needs the results of the last stage. It alone has the tables of tokens, too."""
@@ -62,9 +43,10 @@ class _Member:
             yield from self._embedded(divided.step)
             return
         yield from map(self._gather, divided.gathered)
+        units = self._units(divided.units)
         for buffer in divided.cut:
-            yield Slice(buffer, self._own(buffer, divided.units), self._range(divided.units, buffer.width).start)
-        yield self._part(divided.step, divided.units) if divided.units else divided.step
+            yield Slice(buffer, units.own(buffer), units.of(buffer.width).start)
+        yield _portion(divided.step, units) if divided.units else divided.step
 
     def _embedded(self, step: Embed) -> Iterator[Step]:
         """Rows of the leader's table."""
@@ -78,82 +60,22 @@ class _Member:
         buffer, lines = gathered.buffer, gathered.lines
         unit = buffer.width // lines // gathered.units
         places = tuple(unit * border for border in borders(gathered.units, self.shares))
-        return Gather(self._own(buffer, gathered.units), buffer, places, lines=lines)
+        return Gather(self._units(gathered.units).own(buffer), buffer, places, lines=lines)
 
-    def _part(self, step: Step, units: int) -> Step:
-        own = self._own_buffers(step, units)
-        match step:
-            case MatMul():
-                rows = self._range(units, step.out.width)
-                bias = None if step.bias is None else shard_name(step.bias, rows)
-                return replace(step, weight=shard_name(step.weight, rows), bias=bias, **own)
-            case HeadMatMul():
-                heads = self._range(units, step.heads)
-                return replace(step, heads=len(heads), weight=shard_name(step.weight, heads), **own)
-            case Adapt():
-                return replace(step, up=shard_name(step.up, self._range(units, step.out.width)), **own)
-            case ExpertInner():
-                return replace(step, mixture=self._inner(step.mixture, units), **own)
-            case ExpertDown() | ExpertSum():
-                return replace(step, mixture=self._down(step.mixture, units), **own)
-            case Attention():
-                return replace(self._attention(step, units), **own)
-            case Rope() | RmsNorm() | Slice() | Join():
-                return replace(step, heads=len(self._range(units, step.heads)), **own)
-        return replace(step, **own)
-
-    def _own_buffers(self, step: Step, units: int) -> dict[str, Any]:
-        """The fields of a step whose buffers are divided, with those of the member."""
-        fields = {name: getattr(step, name) for name in step.__slots__}
-        divided = (*divided_reads(step), written_by(step))
-        return {
-            name: self._own(buffer, units)
-            for name, buffer in fields.items()
-            if isinstance(buffer, Buffer) and buffer in divided
-        }
-
-    def _inner(self, mixture: Moe, units: int) -> Moe:
-        """The step with the member's rows of gate and up."""
-        rows, ffn_width = self._range(units, mixture.ffn_width), mixture.ffn_width
-        up, gate = rows, None if mixture.gate is None else rows_name(mixture.gate, rows)
-        if mixture.fused:
-            assert mixture.up_bias is None
-            up, gate = range(rows.start + ffn_width, rows.stop + ffn_width), rows_name(mixture.up, rows)
-        return replace(
-            mixture,
-            ffn_width=len(rows),
-            gate=gate,
-            up=rows_name(mixture.up, up),
-            fused=False,
-            gate_bias=_rows_of(mixture.gate_bias, rows),
-            up_bias=_rows_of(mixture.up_bias, rows),
-        )
-
-    def _down(self, mixture: Moe, units: int) -> Moe:
-        """The step with the member's rows of down."""
-        rows, out = self._range(units, mixture.out.width), self._own(mixture.out, units)
-        bias = _rows_of(mixture.down_bias, rows)
-        return replace(mixture, out=out, down=rows_name(mixture.down, rows), down_bias=bias)
-
-    def _attention(self, step: Attention, units: int) -> Attention:
-        heads = self._range(units, step.heads)
-        return replace(
-            step,
-            heads=len(heads),
-            kv_heads=1 if step.kv_heads == 1 else len(self._range(units, step.kv_heads)),
-            slopes=None if step.slopes is None else step.slopes[heads.start : heads.stop],
-            sinks=None if step.sinks is None else shard_name(step.sinks, heads),
-        )
-
-    def _own(self, buffer: Buffer, units: int) -> Buffer:
-        return Buffer(f"own {buffer.name}", len(self._range(units, buffer.width)))
-
-    def _range(self, units: int, size: int) -> range:
-        """The member's of so many channels, rows or heads."""
-        assert size % units == 0, (size, units)
-        places, unit = borders(units, self.shares), size // units
-        return range(unit * places[self.member], unit * places[self.member + 1])
+    def _units(self, count: int) -> Units:
+        if not count:
+            return Units(0, 0, 1)
+        places = borders(count, self.shares)
+        return Units(places[self.member], places[self.member + 1], count)
 
 
-def _rows_of(name: str | None, rows: range) -> str | None:
-    return None if name is None else rows_name(name, rows)
+def _portion(step: Step, units: Units) -> Step:
+    """The step with the member's units of all that is divided."""
+    rule, own = step.division, dict[str, Any]()
+    for field in fields(step):
+        value = getattr(step, field.name)
+        if isinstance(value, Buffer) and value in (*rule.reads, step.out):
+            own[field.name] = units.own(value)
+        elif field.name == "heads" and rule.heads:
+            own[field.name] = len(units.of(value))
+    return replace(step.portion(units), **own)

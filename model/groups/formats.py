@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llamaclust.model.dataflow import reads_of, written_by
-from llamaclust.model.program import Buffer, ExpertDown, MatMul, Step
+from llamaclust.model.program import Buffer, Step
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 
@@ -17,9 +16,9 @@ def format_of_readers(
     `results`: what is read behind the steps. `type_of` is that of a tensor."""
     formats = set[ActivationFormat | None]()
     for step in steps:
-        if buffer in reads_of(step):
+        if buffer in step.reads:
             formats.add(_format(step, type_of))
-        if written_by(step).name == buffer.name:
+        if step.out.name == buffer.name:
             break
     else:
         formats |= {None for result in results if result == buffer}
@@ -27,11 +26,5 @@ def format_of_readers(
 
 
 def _format(step: Step, type_of: Callable[[str], QuantType]) -> ActivationFormat | None:
-    match step:
-        case MatMul():
-            form = type_of(step.weight).info.activation
-        case ExpertDown():
-            form = type_of(step.mixture.down).info.activation
-        case _:
-            return None
+    form = None if step.sent_format is None else type_of(step.sent_format).info.activation
     return None if form is ActivationFormat.F32 else form

@@ -11,27 +11,21 @@ from dataclasses import dataclass, field
 from math import gcd
 
 from llamaclust.core.errors import UsageError
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.groups.separation import separated
 from llamaclust.model.program import (
     Adapt,
     Attention,
     Buffer,
-    ExpertDown,
-    ExpertInner,
-    ExpertSum,
-    HeadMatMul,
     Join,
     MatMul,
     Program,
     RmsNorm,
     Rope,
     SelectRows,
-    SigmoidGate,
+    Slice,
     Step,
 )
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
-from llamaclust.model.row_steps import Activate, Add, Mul, PositionScale, Scale, SiluMul, Slice, SoftCap
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
 """Units are whole segments of a format where each member has at least so many of them: its portion is then a thirtieth,
@@ -120,13 +114,13 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
-        read = [current.get(buffer.name) for buffer in divided_reads(step)]
+        read = [current.get(buffer.name) for buffer in step.division.reads]
         if isinstance(step, Attention) and step.kv_heads > 1 and step.shares_kv and step.layer in kept:
             read.append(kept[step.layer])
         portion = _portion_of(step, members, [None if each is None else each.found() for each in read])
         portion = None if at in shared else portion
         found.append(portion)
-        current[written_by(step).name] = portion
+        current[step.out.name] = portion
         if isinstance(step, Attention):
             kept[step.layer] = portion
     units = (0 if portion is None else portion.found().units for portion in found)
@@ -138,15 +132,15 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
     whole, and computes them in less time than a gather takes."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
-        name = written_by(step).name
+        name = step.out.name
         if isinstance(step, Attention) and step.kv_heads == 1:
-            wanted |= {buffer.name for buffer in reads_of(step)[1:]}
+            wanted |= {buffer.name for buffer in step.reads[1:]}
         elif name in wanted and not isinstance(step, Adapt):
             wanted.discard(name)
             if isinstance(step, MatMul):
                 found.add(at)
             elif isinstance(step, Slice | Join | RmsNorm | Rope):
-                wanted |= {buffer.name for buffer in reads_of(step)}
+                wanted |= {buffer.name for buffer in step.reads}
     return found
 
 
@@ -160,44 +154,21 @@ class _Rows:
     _whole: set[str] = field(default_factory=set)
 
     def step(self, step: Step, units: int) -> DividedStep:
-        reads, out = reads_of(step), written_by(step)
-        own = divided_reads(step) if units else ()
+        reads, out = step.reads, step.out
+        own = step.division.reads if units else ()
         kept = (self.normed,) if isinstance(step, SelectRows) and self.normed is not None else ()
         gathered = self.gathered([buffer for buffer in (*reads, *kept) if buffer not in own])
         cut = tuple(buffer for buffer in own if buffer.name not in self._divided)
         self._divided.pop(out.name, None)
         self._whole.discard(out.name)
         if units:
-            lines = step.mixture.used if isinstance(step, ExpertInner | ExpertDown) else 1
-            self._divided[out.name] = Gathered(out, units, lines)
+            self._divided[out.name] = Gathered(out, units, step.division.lines)
         return DividedStep(step, units, gathered, cut)
 
     def gathered(self, read: Sequence[Buffer]) -> tuple[Gathered, ...]:
         names = dict.fromkeys(buffer.name for buffer in read if buffer.name in self._divided.keys() - self._whole)
         self._whole |= names.keys()
         return tuple(self._divided[name] for name in names)
-
-
-def divided_reads(step: Step) -> tuple[Buffer, ...]:
-    """The buffers that a step reads in the portion of its result; it reads whole rows of the others. If all heads have
-    the same keys and values, as in latent attention, these are whole."""
-    match step:
-        case Attention(kv_heads=1):
-            return (step.q,)
-        case HeadMatMul() | ExpertSum():
-            return (step.x,)
-        case Adapt():
-            return (step.out,)
-        case SigmoidGate():
-            return (step.y,)
-        case RmsNorm():
-            return reads_of(step) if step.heads > 1 and not step.own_weights else ()
-        case Slice() | Join():
-            return reads_of(step) if step.heads > 1 else ()
-        case Attention() | Rope() | SiluMul() | Activate() | Add() | Mul() | Scale() | SoftCap() | PositionScale():
-            return reads_of(step)
-        case _:
-            return ()
 
 
 def _product_units(width: int, members: int) -> int:
@@ -210,23 +181,15 @@ def _product_units(width: int, members: int) -> int:
 
 
 def _portion_of(step: Step, members: int, read: Sequence[_Portion | None]) -> _Portion | None:
-    match step:
-        case MatMul():
-            return _Portion(_product_units(step.out.width, members))
-        case ExpertInner():
-            return _Portion(_product_units(step.mixture.ffn_width, members))
-        case ExpertDown():
-            return _Portion(_product_units(step.mixture.out.width, members))
+    if step.division.rows:
+        return _Portion(_product_units(step.division.rows, members))
     divided = [portion for portion in read if portion is not None]
     cuts = isinstance(step, Attention) and step.kv_heads > 1
     if not read or (len(divided) < len(read) and not cuts):
         return None
     first = divided[0] if divided else _Portion()
-    match step:
-        case Attention():
-            first.in_heads(step.heads if step.kv_heads == 1 else step.kv_heads)
-        case Rope() | RmsNorm() | Slice() | Join() | HeadMatMul():
-            first.in_heads(step.heads)
+    if step.division.heads:
+        first.in_heads(step.division.heads)
     for other in divided[1:]:
         first.join(other.found())
     return first

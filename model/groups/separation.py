@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from llamaclust.model.dataflow import read_before_written
-from llamaclust.model.mixtures.steps import shard_name
 from llamaclust.model.program import (
     Adapt,
     Buffer,
@@ -18,6 +16,7 @@ from llamaclust.model.program import (
     Moe,
     Slice,
     Step,
+    read_before_written,
 )
 
 
@@ -40,7 +39,9 @@ def separated(steps: Sequence[Step]) -> Iterator[Step]:
             yield step
             continue
         at, parts = behind, list[MatMul | Adapt]([step, *adapts])
-        yield from (_rows_of(part, cut) for part in parts for cut in slices)
+        for part in parts:
+            for cut in slices:
+                yield replace(part.of_rows(range(cut.start, cut.start + cut.out.width)), out=cut.out)
 
 
 def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
@@ -51,15 +52,6 @@ def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
             break
         found.append(step)
     return found
-
-
-def _rows_of(step: MatMul | Adapt, cut: Slice) -> Step:
-    """The step that makes the slice alone."""
-    rows = range(cut.start, cut.start + cut.out.width)
-    if isinstance(step, Adapt):
-        return replace(step, out=cut.out, up=shard_name(step.up, rows))
-    bias = None if step.bias is None else shard_name(step.bias, rows)
-    return replace(step, out=cut.out, weight=shard_name(step.weight, rows), bias=bias)
 
 
 def _parts_of(mixture: Moe) -> Iterator[Step]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels.backend import Float32
-from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.program import Activate, Buffer, Program, RmsNorm, Scale
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
+from llamaclust.model.steps.states import Decay, DeltaRule
 from support.arithmetic.conformance_cases import EXACT, generator_of
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
 from llamaclust.model.architectures.positions import rope_table
-from llamaclust.model.costs import all_macs, macs
+from llamaclust.model.costs import all_macs
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.mixtures.steps import ExpertChoice, ExpertShards
 from llamaclust.model.program import Attention, Buffer, Embed, MatMul, Moe, Program, Rope, SelectRows
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.mixtures import ExpertChoice, ExpertShards
+from llamaclust.model.steps.options import RopeStyle
 from support.models.tiny_model import build_tiny_model
 
 PLAIN = RopeParameters(
@@ -298,7 +298,7 @@ def test_products_of_experts_are_counted_by_the_widths_of_both_sides(gate: str |
     mixture = Moe(x, out, "router", inner, "up", "down", experts=8, used=2, ffn_width=32, routed=routed, fused=fused)
     up = 2 * 2 * 32 * 48 if gate is not None else 2 * 32 * 48
     assert all_macs([mixture]) == 96 * 8 + up + 2 * 32 * 80
-    assert dict(macs(mixture))["down"] == 2 * 32 * 80
+    assert {weight.name: weight.macs for weight in mixture.weights}["down"] == 2 * 32 * 80
     choice = ExpertChoice(mixture, Buffer("choice", 4))
     shards = [ExpertShards(mixture, choice.out, Buffer("results", 160), (range(at, at + 2),)) for at in range(0, 8, 2)]
     assert all_macs([choice, *shards]) == all_macs([mixture])

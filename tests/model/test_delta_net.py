@@ -12,7 +12,6 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program
-from llamaclust.model.delta_rule import DeltaRule
 from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
@@ -20,7 +19,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, Program, Rope, SequenceState
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.states import StatePart
+from llamaclust.model.steps.states import DeltaRule, StatePart
 from support.models.tiny.delta_net import DeltaNet, KimiDelta
 from support.models.tiny_architectures import MODELS, build_architecture
 

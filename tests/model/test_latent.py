@@ -16,7 +16,7 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, HeadMatMul, Moe, PositionScale, Program, Rope
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 from support.models.tiny.latent_models import LATENT_MODELS
 from support.models.tiny_architectures import build_architecture
 

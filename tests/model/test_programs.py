@@ -31,7 +31,7 @@ from llamaclust.model.program import (
     Slice,
     SoftCap,
 )
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.worker.stage.stage_runner import model_program
 from support.models.tiny_architectures import MODELS, build_architecture

@@ -12,7 +12,6 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Placement, cache_room
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
-from llamaclust.kernels.split_experts import layer_of
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Moe
@@ -70,7 +69,7 @@ def _with_cache(
 def _mixtures(model: Model) -> frozenset[int]:
     """Layers with experts."""
     steps = model.program(0, model.layer_count).steps
-    return frozenset(layer_of(step) for step in steps if isinstance(step, Moe))
+    return frozenset(step.layer for step in steps if isinstance(step, Moe))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from llamaclust.kernels._native import Gatherer, PythonGatherer
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.gathers import bands_of, borders_in, finite_members
-from llamaclust.model.groups.gather import Gather
 from llamaclust.model.program import Program
+from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:

@@ -11,7 +11,7 @@ from dataclasses import astuple
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
-from llamaclust.model.mixtures.steps import whole_name
+from llamaclust.model.shard_names import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device

@@ -21,7 +21,6 @@ from llamaclust.kernels.fuse import Adapts, Attend, Products
 from llamaclust.kernels.fuse import elementwise as operation_of
 from llamaclust.kernels.gathers import gather_formats
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of, written_by
 from llamaclust.model.quant_types import ActivationFormat
 
 
@@ -78,7 +77,7 @@ class Emitter:
             case ir.Convolution():
                 yield from self._convolve(step)
             case ir.DeltaRule():
-                inputs = tuple(self.ops.current[buffer.name] for buffer in reads_of(step))
+                inputs = tuple(self.ops.current[buffer.name] for buffer in step.reads)
                 yield self._states(step.state).delta_rule(step, inputs, self.ops.out(step.out))
             case ir.Scan():
                 yield self._scan(step)
@@ -177,9 +176,9 @@ class Emitter:
         return matmul.quantize_gated(step.format, inputs, step.out.width, self.ops.rows, out)
 
     def _row_step(self, step: ir.RowStep) -> Iterator[Launch]:
-        x, *others = (self.ops.current[buffer.name] for buffer in reads_of(step))
-        out = x if isinstance(step, ir.Rope) else self.ops.out(written_by(step))
-        width, rows = written_by(step).width, self.ops.rows
+        x, *others = (self.ops.current[buffer.name] for buffer in step.reads)
+        out = x if isinstance(step, ir.Rope) else self.ops.out(step.out)
+        width, rows = step.out.width, self.ops.rows
         match step:
             case ir.RmsNorm():
                 yield elementwise.rms_norm(step, x, self.ops.norm_weight(step), out, rows)
@@ -259,7 +258,7 @@ class Emitter:
             for rope in (attend.rotate_q, attend.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, ops.current[rope.x.name])
-        q, *stored = (ops.current[buffer.name] for buffer in reads_of(step))
+        q, *stored = (ops.current[buffer.name] for buffer in step.reads)
         k, v = (*stored, NULL, NULL)[:2]
         out = ops.out(step.out)
         by_32 = by_256 = NULL

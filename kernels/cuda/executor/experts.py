@@ -13,7 +13,7 @@ from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.model.program import Moe
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
-from llamaclust.model.step_options import GatedActivation
+from llamaclust.model.steps.options import GatedActivation
 
 _FLOAT = 4
 
@@ -90,9 +90,8 @@ class ExpertsEmitter:
     def _inner(self) -> tuple[_Product, ...]:
         """Gate and up, or both in one."""
         step = self.step
-        biases = (step.up_bias,) if step.gate is None else (step.gate_bias, step.up_bias)
-        outs = (self.ops.scratch(f"expert {place}", step.inner_width, step.used) for place in range(len(biases)))
-        return tuple(map(_Product, step.inner, biases, outs))
+        outs = (self.ops.scratch(f"expert {place}", step.inner_width, step.used) for place in range(len(step.inner)))
+        return tuple(map(_Product, step.inner, step.inner_biases, outs))
 
     def _activated(self, inner: Sequence[_Product]) -> Iterator[Launch]:
         """What is made of gate and up, or of up alone: floats if down has float weights, else quantized."""
@@ -142,15 +141,10 @@ class ExpertsEmitter:
             yield matmul.multiply_experts(group, ops.activation_of(group[0].weights, x), lines, ops.gpu)
 
     @property
-    def _biases(self) -> tuple[str, ...]:
-        step = self.step
-        return tuple(name for name in (step.gate_bias, step.up_bias, step.down_bias) if name is not None)
-
-    @property
     def _bias_rows(self) -> int:
         """Products read biases of float32 in their tiles; others are dequantized, one row after the other."""
-        is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self._biases)
-        return TILE_ROWS if self._biases and is_plain else 1
+        is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self.step.biases)
+        return TILE_ROWS if self.step.biases and is_plain else 1
 
     def _bias(self, name: str | None) -> np.uint64:
         if name is None:
@@ -158,13 +152,13 @@ class ExpertsEmitter:
         weights = self.ops.weights[name]
         if self._bias_rows == TILE_ROWS:
             return weights.address
-        return self.ops.layout.at(("expert bias", self._biases.index(name)), _FLOAT * weights.rows * weights.cols)
+        return self.ops.layout.at(("expert bias", self.step.biases.index(name)), _FLOAT * weights.rows * weights.cols)
 
     def _dequantize_biases(self) -> Iterator[Launch]:
         constant, count = self.ops.layout.constant, self.step.experts
-        if self._bias_rows == TILE_ROWS or not self._biases:
+        if self._bias_rows == TILE_ROWS or not self.step.biases:
             return
         every = constant(np.arange(count, dtype=np.int32))
         rows = RowCount(count, constant(np.array([count], np.int32)))
-        for name in self._biases:
+        for name in self.step.biases:
             yield matmul.embed(self.ops.weights[name], every, rows, self._bias(name))

@@ -10,9 +10,8 @@ from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
 from llamaclust.kernels.fuse import Adapts, Attend, FusedStep, Products, fuse, is_read
 from llamaclust.model import program as ir
-from llamaclust.model.dataflow import reads_of
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
 
 _MOST_STEPS = 4
 """Steps that become one, and the one that reads the result, at most."""
@@ -145,7 +144,7 @@ def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attende
 def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
     """Whether the kernels that rotate and store can normalize heads before, and no other step reads these."""
     attend, step, norms = attended.attend, attended.attend.attention, attended.norms
-    read = reads_of(step)
+    read = step.reads
     heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
     rotates_before = not attended.rotates and (attend.rotate_q is not None or attend.rotate_k is not None)
     return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.model.dataflow import reads_of
 from llamaclust.model.program import Across, Buffer
 from llamaclust.model.quant_types import ActivationFormat
 
@@ -20,7 +19,7 @@ class HostStep:
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        return reads_of(self.step)
+        return self.step.reads
 
     @property
     def out(self) -> Buffer:

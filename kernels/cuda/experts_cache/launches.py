@@ -23,7 +23,6 @@ from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
-from llamaclust.kernels.split_experts import biases_of
 from llamaclust.model.program import Moe, Program
 
 _INT = _FLOAT = 4
@@ -230,4 +229,4 @@ def _slot_weights(step: Moe, pool: PoolPlace, weights: Mapping[str, Weights]) ->
 
 def _bias_addresses(step: Moe, pool: PoolPlace) -> dict[str, np.uint64]:
     offsets = pool.layout.bias_offsets(pool.slots)
-    return {name: pool.address + np.uint64(offset) for name, offset in zip(biases_of(step), offsets, strict=True)}
+    return {name: pool.address + np.uint64(offset) for name, offset in zip(step.biases, offsets, strict=True)}

@@ -12,7 +12,6 @@ from itertools import accumulate
 
 from llamaclust.kernels.cuda.launches.matmul import Weights
 from llamaclust.kernels.cuda.runtime.memory import aligned
-from llamaclust.kernels.split_experts import biases_of
 from llamaclust.model.program import Moe
 
 _FLOAT = 4
@@ -28,7 +27,7 @@ class SlotLayout:
     @classmethod
     def of(cls, step: Moe, weights: Mapping[str, Weights]) -> SlotLayout:
         matrices = tuple(weights[name].matrix_bytes for name in (*step.inner, step.down))
-        return cls(matrices, tuple(_FLOAT * weights[name].cols for name in biases_of(step)))
+        return cls(matrices, tuple(_FLOAT * weights[name].cols for name in step.biases))
 
     @property
     def stride_bytes(self) -> int:

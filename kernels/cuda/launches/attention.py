@@ -17,7 +17,7 @@ from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.kv_type import KV_GROUP_CHANNELS, KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Program
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""

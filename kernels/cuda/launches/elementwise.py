@@ -10,7 +10,7 @@ from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import Join, LayerNorm, PositionScale, RmsNorm, Rope, RopeTable, SigmoidGate, Slice
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ActivationFunction, GatedActivation, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, GatedActivation, RopeStyle
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024

@@ -10,7 +10,7 @@ from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
 from llamaclust.model.program import Moe
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 
 _GATINGS = tuple(Gating)
 """In the order of the kernel's numbers."""

@@ -1,4 +1,4 @@
-"""Launches of steps that weigh the channels of a row, or mix its parts (`model/row_steps.py`)."""
+"""Launches of steps that weigh the channels of a row, or mix its parts (`model/steps/rows.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.kernels.cuda.launches.elementwise import elementwise
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
-from llamaclust.model.row_steps import GaussianTopK, MatchMagnitude, Mix, ScaleByWeight
+from llamaclust.model.steps.rows import GaussianTopK, MatchMagnitude, Mix, ScaleByWeight
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024

@@ -1,4 +1,4 @@
-// Steps that read and update a state of each sequence (model/states.py). States are [blocks][floats] of a layer.
+// Steps that read and update a state of each sequence (model/steps/states.py). States are [blocks][floats] of a layer.
 #include "elementwise/lines.cuh"
 #include "math.cuh"
 #include "matmul/float_types.cuh"

@@ -10,7 +10,7 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.hyperparameters import SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer, RopeTable
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from llamaclust.model.architectures.encoder_layers import EncoderBuilder
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, Norms, ProgramBuilder
 from llamaclust.model.hyperparameters import Hyperparameters
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 _MAX_CAP = 1e6

@@ -13,7 +13,7 @@ from llamaclust.model.architectures.gemma.layer_inputs import LayerInputs
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.hyperparameters import SHARED_KV_KEY, ModelKeys
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
 
 _PERIOD = 5
 _MAX_CAP = 1e6

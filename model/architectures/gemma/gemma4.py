@@ -15,7 +15,7 @@ from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.positions import rope_table
 from llamaclust.model.hyperparameters import RopeScaling
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction, GatedActivation, Gating
+from llamaclust.model.steps.options import ActivationFunction, GatedActivation, Gating
 
 _PERIOD = 6
 _MAX_CAP = 1e6

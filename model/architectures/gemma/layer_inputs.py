@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
 
 _MAX_INPUT = 1 << 12
 

@@ -13,7 +13,7 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.tensors import CheckedTensors
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Buffer, RopeTable
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 
 
 @dataclass(frozen=True, slots=True)

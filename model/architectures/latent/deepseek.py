@@ -11,7 +11,7 @@ from llamaclust.model.architectures.latent.attention import LatentAttention, Lat
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.positions import yarn_score_scale
 from llamaclust.model.hyperparameters import LATENT_KEYS, RopeScaling
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 
 _MAX_WIDTH, _MAX_COUNT, _MAX_SCALE = 1 << 12, 1 << 10, 1e3
 _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880

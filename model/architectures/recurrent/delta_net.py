@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS, Decay, DeltaRule
 from llamaclust.model.hyperparameters import ModelKeys
 from llamaclust.model.program import Buffer
-from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
+from llamaclust.model.steps.states import MAX_HEADS, MAX_KEY_CHANNELS, MAX_TAPS, VALUE_CHANNELS, Decay, DeltaRule
 
 
 @dataclass(frozen=True, slots=True)

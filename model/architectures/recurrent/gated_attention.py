@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.program import Buffer, RopeTable
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
 def gated_attention(builder: ProgramBuilder, layer: int, table: RopeTable) -> Iterator[ir.Step]:

@@ -13,11 +13,18 @@ from llamaclust.model.architectures.latent.attention import LatentAttention
 from llamaclust.model.architectures.latent.deepseek import latent_variant
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.architectures.recurrent.delta_net import unit_lengths
-from llamaclust.model.delta_rule import VALUE_CHANNELS, Decay, DeltaRule, excess_of_heads
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.program import Buffer
-from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS, StatePart
-from llamaclust.model.step_options import ActivationFunction, Gating
+from llamaclust.model.steps.options import ActivationFunction, Gating
+from llamaclust.model.steps.states import (
+    MAX_KEY_CHANNELS,
+    MAX_TAPS,
+    VALUE_CHANNELS,
+    Decay,
+    DeltaRule,
+    StatePart,
+    excess_of_heads,
+)
 
 _MAX_COUNT = 1 << 10
 

@@ -9,8 +9,8 @@ from llamaclust.model import program as ir
 from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.hyperparameters import ModelKeys
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer
-from llamaclust.model.states import MAX_STATE_FLOATS, MAX_TAPS
-from llamaclust.model.step_options import ActivationFunction
+from llamaclust.model.steps.options import ActivationFunction
+from llamaclust.model.steps.states import MAX_STATE_FLOATS, MAX_TAPS
 
 _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 

@@ -10,7 +10,7 @@ from llamaclust.model.architectures.experts import ExpertsVariant, expert_step, 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.architectures.recurrent.mamba import mamba, read_mamba_shape
 from llamaclust.model.program import Buffer
-from llamaclust.model.step_options import ActivationFunction, Gating
+from llamaclust.model.steps.options import ActivationFunction, Gating
 
 _MAX_WIDTH = 1 << 20
 

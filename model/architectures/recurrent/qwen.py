@@ -11,7 +11,7 @@ from llamaclust.model.architectures.positions import check_sections
 from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
 from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
 from llamaclust.model.hyperparameters import read_block_count
-from llamaclust.model.step_options import Gating
+from llamaclust.model.steps.options import Gating
 
 _FEED_FORWARD_NORM = "post_attention_norm"
 _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10

@@ -10,8 +10,8 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.model.groups.division import divide
-from llamaclust.model.groups.gather import Gather
 from llamaclust.model.loader import Model
+from llamaclust.model.steps.across import Gather
 from llamaclust.wire.control.groups import GroupCounters
 from support.clusters.recovering import Recovering, answer_of, config, model_in, recovering
 from support.seed import SEED

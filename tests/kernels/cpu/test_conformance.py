@@ -24,7 +24,7 @@ from llamaclust.model.program import (
     SiluMul,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, Float32, attention_case, generator_of, moe_case, whole_numbers
 from support.arithmetic.single_steps import (

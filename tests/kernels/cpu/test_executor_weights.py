@@ -37,7 +37,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ExpertOptions, RopeStyle
+from llamaclust.model.steps.options import ExpertOptions, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import LIMITS, Weight, normal, program_of, rows_at
 

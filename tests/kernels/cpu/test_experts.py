@@ -18,7 +18,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, Moe, RmsNorm
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ExpertOptions, GatedActivation, Gating
+from llamaclust.model.steps.options import ExpertOptions, GatedActivation, Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.conformance_cases import moe_case
 from support.arithmetic.single_steps import (

@@ -35,7 +35,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ActivationFunction, ExpertOptions
+from llamaclust.model.steps.options import ActivationFunction, ExpertOptions
 from support.arithmetic.batches import batch_of
 from support.arithmetic.conformance_cases import EXACT, attention_case, generator_of, moe_case
 from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter

@@ -27,7 +27,7 @@ from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
-from llamaclust.model.step_options import ExpertOptions, Gating
+from llamaclust.model.steps.options import ExpertOptions, Gating
 from support.arithmetic.backends import all_threads
 from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
 from support.cuda.launching import Bench

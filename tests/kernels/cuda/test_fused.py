@@ -42,7 +42,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.model.step_options import SWIGLU_LIMIT, ActivationFunction, ExpertOptions, GatedActivation, RopeStyle
+from llamaclust.model.steps.options import SWIGLU_LIMIT, ActivationFunction, ExpertOptions, GatedActivation, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
 from support.arithmetic.single_steps import Weight, program_of, rows_at

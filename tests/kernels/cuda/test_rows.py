@@ -41,7 +41,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import ActivationFunction, RopeStyle
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import Weight, program_of, rows_at
 from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of

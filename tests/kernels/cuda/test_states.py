@@ -13,11 +13,11 @@ from llamaclust.kernels.backend import Batch, BatchStates
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.executor.state_places import StatePlaces, state_places
-from llamaclust.model.delta_rule import Decay, DeltaRule
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, Convolution, Program, Scan, Slice
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.steps.states import Decay, DeltaRule
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.single_steps import Weight, normal, program_of, splitter
 from support.cuda.exact import same_bits

@@ -19,11 +19,10 @@ from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStag
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.steps import State, attention, moe, rms_norm, rope, run_step, silu
-from llamaclust.model.dataflow import reads_of
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Add, Attention, Buffer, Moe, Rope, RopeTable, SelectRows, SiluMul
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.quant_blocks import stream_blocks
 from support.models.tiny_model import build_tiny_model
@@ -105,7 +104,7 @@ def attention_step(heads: int, kv_heads: int, head_dim: int) -> Attention:
 def attention_state(step: Attention, batch: Batch, kv: LayerKv, seed: int) -> State:
     generator = np.random.default_rng(seed)
     state = State({}, {0: kv}, batch)
-    for buffer in reads_of(step):
+    for buffer in step.reads:
         state[buffer] = generator.standard_normal((batch.rows, buffer.width), np.float32)
     return state
 
@@ -134,7 +133,7 @@ def test_attention_keeps_sequences_apart() -> None:
     for rows, table in ((slice(0, 3), [1]), (slice(3, 21), [2, 0])):
         count = rows.stop - rows.start
         alone = State({}, {0: LayerKv(step, blocks=4)}, batch_of([([0] * count, range(count), table)]))
-        for buffer in reads_of(step):
+        for buffer in step.reads:
             alone[buffer] = state[buffer][rows]
         np.testing.assert_array_equal(attention(step, alone), together[rows])
 

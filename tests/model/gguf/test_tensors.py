@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.mixtures.steps import rows_name, shard_name, shard_of, whole_name
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.shard_names import rows_name, shard_name, whole_name
 from support.models.tiny_model import build_tiny_model
 
 EXPERTS, ROWS, WIDTH = 4, 512, 256
@@ -28,7 +28,7 @@ def test_rows_of_every_expert(tmp_path: Path, kind: QuantType) -> None:
     for _ in range(20):
         start, end = sorted(source.sample(range(ROWS + 1), 2))
         name = rows_name(whole.name, range(start, end))
-        part = shard_of(whole, name)
+        part = whole.shard(name)
         assert (part.name, whole_name(name), part.shape) == (name, whole.name, (EXPERTS, end - start, WIDTH))
         wanted = rows[:, start:end].tobytes()
         assert part.read() == wanted and part.n_bytes == len(wanted)
@@ -40,8 +40,8 @@ def test_rows_of_every_expert(tmp_path: Path, kind: QuantType) -> None:
 def test_the_same_bytes_at_another_place_are_told_apart(tmp_path: Path) -> None:
     file = open_model(build_tiny_model(tmp_path / "m.gguf", experts=EXPERTS, layers=1))
     whole = file.tensor("blk.0.ffn_up_exps.weight")
-    rows = shard_of(whole, rows_name(whole.name, range(0, ROWS // EXPERTS)))
-    expert = shard_of(whole, shard_name(whole.name, range(1)))
+    rows = whole.shard(rows_name(whole.name, range(0, ROWS // EXPERTS)))
+    expert = whole.shard(shard_name(whole.name, range(1)))
     alike = replace(expert, shape=rows.shape)
     assert (alike.offset, alike.n_bytes, alike.shape) == (rows.offset, rows.n_bytes, rows.shape)
     assert alike.place != rows.place and alike.read() != rows.read()
@@ -53,6 +53,6 @@ def test_whole_heads_of_rows_in_halves(tmp_path: Path) -> None:
     rows = np.frombuffer(query.read(), np.uint8).reshape(256, -1)
     for heads in (range(0, 3), range(3, 8), range(7, 8)):
         part = range(32 * heads.start, 32 * heads.stop)
-        assert shard_of(query, shard_name(query.name, part)).read() == rows[part.start : part.stop].tobytes()
+        assert query.shard(shard_name(query.name, part)).read() == rows[part.start : part.stop].tobytes()
     with pytest.raises(AssertionError):
-        shard_of(query, shard_name(query.name, range(16, 64)))
+        query.shard(shard_name(query.name, range(16, 64)))

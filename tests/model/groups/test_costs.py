@@ -10,14 +10,14 @@ import pytest
 
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.kernels.gathers import gather_formats, packed_width
-from llamaclust.model.costs import LayerCost, is_before_head, is_embedding, layer_cost, steps_cost, weight_bytes
+from llamaclust.model.costs import LayerCost, is_before_head, layer_cost, steps_cost, weight_bytes
 from llamaclust.model.groups.costs import GatherCost
 from llamaclust.model.groups.division import divide
-from llamaclust.model.groups.gather import Gather
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
+from llamaclust.model.steps.across import Gather
 from support.models.tiny_architectures import MODELS, build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -67,7 +67,7 @@ def test_a_members_costs_are_those_of_its_program(tmp_path: Path, name: str) -> 
                     assert_same(model, cost, layer)
                 head = head_of(model, programs[-1])
                 assert (found.head_bytes, found.head_macs) == (head.weight_bytes, head.macs_per_token)
-                embedding = [step for step in programs[0].steps if is_embedding(step)]
+                embedding = [step for step in programs[0].steps if step.is_embedding]
                 assert found.embedding_bytes == weight_bytes(model.tensors_for(programs[0]), embedding)
 
 

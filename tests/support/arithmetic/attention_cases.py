@@ -21,7 +21,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention, Buffer, Program, Rope, RopeTable
-from llamaclust.model.step_options import RopeStyle
+from llamaclust.model.steps.options import RopeStyle
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of
 from support.arithmetic.single_steps import normal, program_of, splitter
@@ -86,7 +86,7 @@ class Model:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         program = self.program
-        parts = [step.out for step in program.steps[:3]]  # type: ignore[union-attr]
+        parts = [step.out for step in program.steps[:3]]
         _, weights = splitter(program.hidden, parts)
         path = self.folder / "weights.gguf"
         write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])

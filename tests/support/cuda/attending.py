@@ -27,7 +27,6 @@ from llamaclust.kernels.cuda.launches.inputs import Inputs, RowCount
 from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.kernels.reference.attention import seen_by
-from llamaclust.model.dataflow import reads_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.kv_type import KvType
@@ -97,7 +96,7 @@ HeadStep = RmsNorm | Rope
 
 def by_the_cpu(folder: Path, step: Attention, rows: Float32, before: Sequence[HeadStep] = ()) -> Float32:
     """Attention of one sequence, whole, by the CPU backend, behind other steps."""
-    parts = reads_of(step)
+    parts = step.reads
     hidden = Buffer("x", sum(part.width for part in parts))
     copies, weights = splitter(hidden, parts)
     if step.sinks is not None:
@@ -121,7 +120,7 @@ def sequences_of(
     generator: np.random.Generator,
     before: Sequence[HeadStep] = (),
 ) -> list[Told]:
-    width = sum(part.width for part in reads_of(step))
+    width = sum(part.width for part in step.reads)
     free = iter(generator.permutation(LIMITS.kv_blocks).tolist())
     told = []
     for length in lengths:
@@ -170,7 +169,7 @@ class Attender:
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
         """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
         step, put, unused = self.step, self.bench.put, UNUSED_ROWS
-        parts = np.split(rows, np.cumsum([part.width for part in reads_of(step)])[:-1], axis=1)
+        parts = np.split(rows, np.cumsum([part.width for part in step.reads])[:-1], axis=1)
         padded = (np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)]) for part in parts)
         q, k, v = (*(put(part).at() for part in padded), NULL)[:3]
         out = self.bench.room(4 * (len(rows) + unused) * step.out.width)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.delta_rule import MAX_HEADS, VALUE_CHANNELS
-from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
+from llamaclust.model.steps.states import MAX_HEADS, MAX_KEY_CHANNELS, MAX_TAPS, VALUE_CHANNELS
 from llamaclust.tools.convert.lazy import columns_of, decay, gathered, joined, mapped, squeezed
 from llamaclust.tools.convert.page import Page, picked
 from llamaclust.tools.convert.pages import decoder, experts

@@ -1,4 +1,4 @@
-// Row by row steps (model/program.py) element by element. Matrices are [rows, width], one row after the other. Grids, for
+// Row by row steps (model/steps/rows.py) element by element. Matrices are [rows, width], one row after the other. Grids, for
 // blocks of 256 threads: (width / 1024 rounded up, rows of the bucket), of which *rows are there; out may be x.
 #include "gated.cuh"
 #include "lines.cuh"

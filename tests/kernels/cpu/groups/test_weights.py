@@ -15,11 +15,11 @@ from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceGroup
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES as REFERENCE_TYPES
 from llamaclust.model.groups.division import divide
-from llamaclust.model.groups.gather import Gather
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.model.quant_types import QuantType
+from llamaclust.model.steps.across import Gather
 from support.arithmetic.batches import LIMITS, batch_of
 from support.arithmetic.members import CpuGroup
 from support.models.tiny_adapter import build_adapter, build_peft

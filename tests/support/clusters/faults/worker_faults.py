@@ -22,7 +22,7 @@ from llamaclust.core.errors import ModelFileError, ProtocolError
 from llamaclust.kernels._native import PythonGatherer
 from llamaclust.kernels.backend import Logits
 from llamaclust.kernels.gathers import bands_of, borders_in
-from llamaclust.model.groups.gather import Gather
+from llamaclust.model.steps.across import Gather
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
 from llamaclust.wire.microbatch.codec import decode_result, encode_result
 from llamaclust.worker.stage import leading

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from llamaclust.model.checkpoints.settings import Settings
-from llamaclust.model.delta_rule import VALUE_CHANNELS
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.states import MAX_KEY_CHANNELS, MAX_TAPS
+from llamaclust.model.steps.states import MAX_KEY_CHANNELS, MAX_TAPS, VALUE_CHANNELS
 from llamaclust.tools.convert.lazy import decay, reshaped
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from llamaclust.model.states import MAX_TAPS
+from llamaclust.model.steps.states import MAX_TAPS
 from llamaclust.tools.convert.lazy import joined
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder, experts

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from llamaclust.model.architectures.recurrent.mamba import MambaShape
-from llamaclust.model.states import MAX_TAPS
+from llamaclust.model.steps.states import MAX_TAPS
 from llamaclust.tools.convert.lazy import Lazy, decay, in_groups, joined
 from llamaclust.tools.convert.page import Page
 

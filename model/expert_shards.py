@@ -12,8 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import UsageError
-from llamaclust.model.dataflow import read_before_written
-from llamaclust.model.program import Buffer, ExpertChoice, ExpertShards, ExpertSum, Moe, Program, Slice, Step
+from llamaclust.model.program import (
+    Buffer,
+    ExpertChoice,
+    ExpertShards,
+    ExpertSum,
+    Moe,
+    Program,
+    Slice,
+    Step,
+    read_before_written,
+)
 
 Build = Callable[[int, int], Program]
 """The program of whole layers [start, end)."""
@@ -43,7 +52,7 @@ def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
 def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
     """The mixture of a layer, if it has one."""
     mixtures = (step for step in steps if isinstance(step, Moe))
-    return next((step for step in mixtures if int(step.router.split(".")[1]) == layer), None)
+    return next((step for step in mixtures if step.layer == layer), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,122 @@
+"""Attention, and the rotation of its queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.shard_names import shard_name
+from llamaclust.model.steps.options import RopeStyle
+from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
+
+SPAN_TOKENS = 512
+"""Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
+    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, so they are the same on every machine."""
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope(StepFacts):
+    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position."""
+
+    x: Buffer
+    heads: int
+    head_dim: int
+    style: RopeStyle
+    table: RopeTable
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.x,)
+
+    @property
+    def out(self) -> Buffer:
+        return self.x
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(self.reads, self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention(StepFacts):
+    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
+
+    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
+    h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
+    it; if `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, of which `soft_cap` makes
+    soft_cap * tanh(scores / soft_cap). `slopes`, one a query head, add a linear bias: -slope * the distance.
+
+    Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
+    [rows, heads * so many]; neither window nor slopes.
+
+    Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
+    positions at most window // 2 before and behind its own.
+
+    `sinks` [heads]: a score for each query head that takes part in the softmax, without a value.
+
+    With `shares_kv`, an earlier step has stored the keys and values of `layer`: k and v are not read.
+    """
+
+    q: Buffer
+    k: Buffer
+    v: Buffer | None
+    out: Buffer
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    kv_type: KvType = KvType.F16
+    window: int | None = None
+    soft_cap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    causal: bool = True
+    sinks: str | None = None
+    shares_kv: bool = False
+    chunked: bool = False
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.out.width // max(self.heads, 1)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one position."""
+        bytes_of = self.kv_type.key_bytes if self.v is None else self.kv_type.pair_bytes
+        return self.kv_heads * bytes_of(self.head_dim)
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        if self.shares_kv:
+            return (self.q,)
+        return (self.q, self.k) if self.v is None else (self.q, self.k, self.v)
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return optional_weight(self.sinks, self.heads)
+
+    @property
+    def division(self) -> DivisionRule:
+        """Keys and values of a single head are whole, as in latent attention."""
+        if self.kv_heads == 1:
+            return DivisionRule((self.q,), self.heads)
+        return DivisionRule(self.reads, self.kv_heads, has_part=True)
+
+    def portion(self, own: Units) -> Self:
+        heads = own.of(self.heads)
+        return replace(
+            self,
+            kv_heads=1 if self.kv_heads == 1 else len(own.of(self.kv_heads)),
+            slopes=None if self.slopes is None else self.slopes[heads.start : heads.stop],
+            sinks=None if self.sinks is None else shard_name(self.sinks, heads),
+        )

@@ -1,0 +1,279 @@
+"""Mixtures of experts: the step of a whole one, and the steps of one whose experts are on several stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from llamaclust.model.shard_names import rows_name, shard_name
+from llamaclust.model.steps.options import USUAL_EXPERTS, ExpertOptions
+from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, WeightKind, optional_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Moe(StepFacts):
+    """Mixture of experts by its `options`. weights = gating(router @ x + router_bias), of which the `used` best are
+    chosen (ties to the lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then
+    multiplied by `scale`. out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts'
+    biases); without a gate, the activation is a function of up_e(x) alone.
+
+    The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
+    groups whose two best of these have the greatest sums (ties to the lower group). `expert_scales` [experts] multiply
+    the weights of the chosen experts last. With `routed`, the router reads it instead of x.
+
+    router [experts, x.width, or that of routed]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases
+    [experts] and [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
+    """
+
+    x: Buffer
+    out: Buffer
+    router: str
+    gate: str | None
+    up: str
+    down: str
+    experts: int
+    used: int
+    ffn_width: int
+    options: ExpertOptions = USUAL_EXPERTS
+    router_bias: str | None = None
+    selection_bias: str | None = None
+    gate_bias: str | None = None
+    up_bias: str | None = None
+    down_bias: str | None = None
+    expert_scales: str | None = None
+    routed: Buffer | None = None
+    fused: bool = False
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.x,) if self.routed is None else (self.x, self.routed)
+
+    @property
+    def mixture(self) -> Moe:
+        """Itself, as of its parts."""
+        return self
+
+    @property
+    def layer(self) -> int:
+        return int(self.router.split(".")[1])
+
+    @property
+    def inner_width(self) -> int:
+        """Channels of the products with each of `inner`."""
+        return 2 * self.ffn_width if self.fused else self.ffn_width
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The experts' weights that multiply x."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def inner_biases(self) -> tuple[str | None, ...]:
+        """The bias of each of `inner`."""
+        return (self.up_bias,) if self.gate is None else (self.gate_bias, self.up_bias)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """All biases of the experts' products."""
+        return tuple(name for name in (self.gate_bias, self.up_bias, self.down_bias) if name is not None)
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return *self.choice_weights, *self.inner_weights, *self.down_weights
+
+    @property
+    def choice_weights(self) -> tuple[StepWeight, ...]:
+        router = StepWeight(self.router, (self.experts, (self.routed or self.x).width), WeightKind.ROUTER)
+        vectors = self.router_bias, self.selection_bias, self.expert_scales
+        return router, *(weight for name in vectors for weight in optional_weight(name, self.experts))
+
+    @property
+    def inner_weights(self) -> tuple[StepWeight, ...]:
+        found: list[StepWeight] = []
+        for name, bias in zip(self.inner, self.inner_biases, strict=True):
+            found.append(self._matrix(name, self.inner_width, self.x.width))
+            found += optional_weight(bias, self.experts, self.ffn_width)
+        return tuple(found)
+
+    @property
+    def down_weights(self) -> tuple[StepWeight, ...]:
+        matrix = self._matrix(self.down, self.out.width, self.ffn_width)
+        return matrix, *optional_weight(self.down_bias, self.experts, self.out.width)
+
+    def _matrix(self, name: str, rows: int, columns: int) -> StepWeight:
+        return StepWeight(name, (self.experts, rows, columns), WeightKind.EXPERTS, self.used, self.experts)
+
+    def portion_of_inner(self, own: Units) -> Moe:
+        """The mixture with a member's rows of gate and up."""
+        rows, ffn_width = own.of(self.ffn_width), self.ffn_width
+        up, gate = rows, None if self.gate is None else rows_name(self.gate, rows)
+        if self.fused:
+            assert self.up_bias is None
+            up, gate = range(rows.start + ffn_width, rows.stop + ffn_width), rows_name(self.up, rows)
+        return replace(
+            self,
+            ffn_width=len(rows),
+            gate=gate,
+            up=rows_name(self.up, up),
+            fused=False,
+            gate_bias=_rows_of(self.gate_bias, rows),
+            up_bias=_rows_of(self.up_bias, rows),
+        )
+
+    def portion_of_down(self, own: Units) -> Moe:
+        """The mixture with a member's rows of down."""
+        rows = own.of(self.out.width)
+        bias = _rows_of(self.down_bias, rows)
+        return replace(self, out=own.own(self.out), down=rows_name(self.down, rows), down_bias=bias)
+
+
+def _rows_of(name: str | None, rows: range) -> str | None:
+    return None if name is None else rows_name(name, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice(StepFacts):
+    """The part of a mixture that chooses: out [2 * used] = the ids of the best experts, then their weights."""
+
+    mixture: Moe
+    out: Buffer
+
+    @property
+    def x(self) -> Buffer:
+        """What the router reads."""
+        return self.mixture.routed or self.mixture.x
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.x,)
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return self.mixture.choice_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShards(StepFacts):
+    """The part of a mixture that computes experts, of which it has `shards`, ranges one behind the other: their
+    results, not yet weighed, each at the rank that `choice` has for the expert. Those of other experts are taken from
+    the end of `given`, or 0.
+
+    out = the results [used * width of the mixture's out]; or, for another stage, `carried` buffers, the choice and the
+    results, one behind the other.
+    """
+
+    mixture: Moe
+    choice: Buffer
+    out: Buffer
+    shards: tuple[range, ...]
+    given: Buffer | None = None
+    carried: tuple[Buffer, ...] | None = None
+
+    @property
+    def x(self) -> Buffer:
+        return self.mixture.x
+
+    @property
+    def experts(self) -> range:
+        """All that it has."""
+        return range(self.shards[0].start, self.shards[-1].stop)
+
+    @property
+    def results_width(self) -> int:
+        return self.mixture.used * self.mixture.out.width
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        given = () if self.given is None else (self.given,)
+        return self.x, self.choice, *given, *(self.carried or ())
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return tuple(
+            replace(weight, name=shard_name(weight.name, shard), shape=(len(shard), *weight.shape[1:]))
+            for weight in (*self.mixture.inner_weights, *self.mixture.down_weights)
+            for shard in self.shards
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInner(StepFacts):
+    """The part of a mixture before its down products: out = activation(gate_e(x), up_e(x)) of each expert e of the
+    choice, one behind the other by rank [used * ffn_width]."""
+
+    mixture: Moe
+    choice: Buffer
+    out: Buffer
+
+    @property
+    def x(self) -> Buffer:
+        return self.mixture.x
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.choice
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return self.mixture.inner_weights
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(rows=self.mixture.ffn_width, lines=self.mixture.used, has_part=True)
+
+    def portion(self, own: Units) -> Self:
+        return replace(self, mixture=self.mixture.portion_of_inner(own))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDown(StepFacts):
+    """The part of a mixture with its down products: out = down_e(x_e) of each expert of the choice by rank [used *
+    width of the mixture's out], not yet weighed; x [used * ffn_width]."""
+
+    mixture: Moe
+    choice: Buffer
+    x: Buffer
+    out: Buffer
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.choice
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return self.mixture.down_weights
+
+    @property
+    def sent_format(self) -> str:
+        return self.mixture.down
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(rows=self.mixture.out.width, lines=self.mixture.used, has_part=True)
+
+    def portion(self, own: Units) -> Self:
+        return replace(self, mixture=self.mixture.portion_of_down(own))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSum(StepFacts):
+    """The part of a mixture that adds: out = sum in rank order of weight * result."""
+
+    mixture: Moe
+    choice: Buffer
+    x: Buffer
+
+    @property
+    def out(self) -> Buffer:
+        return self.mixture.out
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.choice
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule((self.x,))
+
+    def portion(self, own: Units) -> Self:
+        return replace(self, mixture=self.mixture.portion_of_down(own))

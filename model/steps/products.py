@@ -1,0 +1,98 @@
+"""Products of rows with weight matrices, and what adapters add to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from llamaclust.model.shard_names import shard_name
+from llamaclust.model.steps.step import Buffer, DivisionRule, StepWeight, UnaryStep, Units, WeightKind, optional_weight
+
+
+@dataclass(frozen=True, slots=True)
+class MatMul(UnaryStep):
+    """out = x @ weight^T (+ bias), weight [out.width, x.width] in GGUF's row order."""
+
+    weight: str
+    bias: str | None = None
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        weight = StepWeight(self.weight, (self.out.width, self.x.width), WeightKind.MATRIX)
+        return weight, *optional_weight(self.bias, self.out.width)
+
+    @property
+    def sent_format(self) -> str:
+        return self.weight
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(rows=self.out.width, has_part=True)
+
+    def portion(self, own: Units) -> Self:
+        return self.of_rows(own.of(self.out.width))
+
+    def of_rows(self, rows: range) -> Self:
+        """The product with some rows of the weight; `out` is still the whole one."""
+        bias = None if self.bias is None else shard_name(self.bias, rows)
+        return replace(self, weight=shard_name(self.weight, rows), bias=bias)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMatMul(UnaryStep):
+    """Each of a row's `heads` equal parts by a matrix of its own: out_h = x_h @ weight_h^T, weight [heads, out.width /
+    heads, x.width / heads] in GGUF's row order."""
+
+    weight: str
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the weight."""
+        return self.heads, self.out.width // self.heads, self.x.width // self.heads
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, self.shape, WeightKind.MATRIX),)
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(self.reads, self.heads, has_part=True)
+
+    def portion(self, own: Units) -> Self:
+        return replace(self, weight=shard_name(self.weight, own.of(self.heads)))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapt(UnaryStep):
+    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what
+    the batch has for the row and this adapter. Where that is 0, the row stays as it is.
+
+    down [rank, x.width], up [out.width, rank].
+    """
+
+    adapter: int
+    down: str
+    up: str
+    rank: int
+    factor: float
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.out
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        up = StepWeight(self.up, (self.out.width, self.rank), WeightKind.MATRIX)
+        return up, StepWeight(self.down, (self.rank, self.x.width), WeightKind.MATRIX)
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule((self.out,))
+
+    def portion(self, own: Units) -> Self:
+        return self.of_rows(own.of(self.out.width))
+
+    def of_rows(self, rows: range) -> Self:
+        """The same for some rows of the product's weight; `out` is still the whole one."""
+        return replace(self, up=shard_name(self.up, rows))

@@ -1,0 +1,262 @@
+"""Steps that compute a row of a buffer from the same row of others, without weights or by a vector of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.model.steps.options import ActivationFunction
+from llamaclust.model.steps.step import (
+    WHOLE,
+    BinaryStep,
+    Buffer,
+    DivisionRule,
+    StepFacts,
+    StepWeight,
+    UnaryStep,
+    by_heads,
+    optional_weight,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Embed(StepFacts):
+    """out[r] = dequantized row tokens[r] of `weight`, in float32."""
+
+    out: Buffer
+    weight: str
+
+    is_embedding = True
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return ()
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, (-1, self.out.width)),)
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm(UnaryStep):
+    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
+    all with the same weight [x.width / heads], or with none, or with `own_weights` [heads, x.width / heads]; out may be
+    x."""
+
+    weight: str | None
+    epsilon: float
+    heads: int = 1
+    own_weights: bool = False
+
+    @property
+    def width(self) -> int:
+        """Channels that are normed together."""
+        return self.x.width // self.heads
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        heads = (self.heads,) if self.own_weights else ()
+        return optional_weight(self.weight, *heads, self.width)
+
+    @property
+    def division(self) -> DivisionRule:
+        return WHOLE if self.own_weights else by_heads(self.reads, self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm(UnaryStep):
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias), a row at a time; out may be x."""
+
+    weight: str
+    bias: str | None
+    epsilon: float
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return StepWeight(self.weight, (self.x.width,)), *optional_weight(self.bias, self.x.width)
+
+
+@dataclass(frozen=True, slots=True)
+class AddPosition(UnaryStep):
+    """out[r] = x[r] + dequantized row positions[r] of `weight`; out is not x."""
+
+    weight: str
+
+    is_embedding = True
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, (-1, self.out.width)),)
+
+
+@dataclass(frozen=True, slots=True)
+class AddRow(UnaryStep):
+    """out = x + dequantized row `row` of `weight`, the same for all rows of x; out is not x."""
+
+    weight: str
+    row: int
+
+    is_embedding = True
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, (-1, self.out.width)),)
+
+
+@dataclass(frozen=True, slots=True)
+class SiluMul(StepFacts):
+    """out = silu(gate) * up; out may be gate."""
+
+    gate: Buffer
+    up: Buffer
+    out: Buffer
+
+    is_elementwise = True
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.gate, self.up
+
+
+@dataclass(frozen=True, slots=True)
+class Activate(UnaryStep):
+    """out = function(x); out may be x."""
+
+    function: ActivationFunction
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class Add(BinaryStep):
+    """out = x + y; out may be x."""
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mul(BinaryStep):
+    """out = x * y; out may be x."""
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(UnaryStep):
+    """out = x * factor, a float32; out may be x."""
+
+    factor: float
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class PositionScale(UnaryStep):
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), the number rounded to float32; out may be x."""
+
+    factor: float
+    length: int
+    offset: int = 0
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class SoftCap(UnaryStep):
+    """out = cap * tanh(x / cap); out may be x."""
+
+    cap: float
+
+    is_elementwise = True
+
+
+@dataclass(frozen=True, slots=True)
+class Slice(UnaryStep):
+    """out = the channels [start, start + out.width) of x: one of the parts that a file's tensor computes together. Of
+    several `heads`, x and out are equal parts, of each of which the same channels are taken."""
+
+    start: int
+    heads: int = 1
+
+    @property
+    def division(self) -> DivisionRule:
+        return by_heads(self.reads, self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Join(BinaryStep):
+    """out = the channels of x, then those of y, for each of the `heads` that all three are equal parts of; out is a
+    third buffer."""
+
+    heads: int = 1
+
+    @property
+    def division(self) -> DivisionRule:
+        return by_heads(self.reads, self.heads)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleByWeight(UnaryStep):
+    """out = x * the number in `weight` [1], or `by_channel` each channel times its own, weight [x.width]; out may be
+    x."""
+
+    weight: str
+    by_channel: bool = False
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, (self.x.width if self.by_channel else 1,)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix(BinaryStep):
+    """out_i = y_i + sum over j of (coefficients[i, j] + offset) * x_j, where x_j, y_i and out_i are the parts of a row,
+    of `width` channels each. Without coefficients, every part of x is added as it is. Parts of y before `first` are
+    copied.
+
+    coefficients [rows, parts of out * parts of x]; out may be y, and neither x nor coefficients.
+    """
+
+    width: int
+    coefficients: Buffer | None = None
+    offset: float = 0.0
+    first: int = 0
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.x, self.y) if self.coefficients is None else (self.x, self.y, self.coefficients)
+
+
+@dataclass(frozen=True, slots=True)
+class MatchMagnitude(BinaryStep):
+    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for each of the parts x_i of x, which are as wide
+    as y; out may be x."""
+
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianTopK(UnaryStep):
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0), a row at a time: of normally distributed numbers,
+    those above a quantile are left; out may be x."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidGate(BinaryStep):
+    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number weighs a whole row; out may be y."""
+
+    weight: str
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return (StepWeight(self.weight, (self.x.width,)),)
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule((self.y,))
+
+
+@dataclass(frozen=True, slots=True)
+class SelectRows(UnaryStep):
+    """out = the rows of x whose logits are wanted (the microbatch's output rows); every later step has only these."""

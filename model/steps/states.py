@@ -1,0 +1,189 @@
+"""Steps that keep a state of each sequence, the decay of one, and what KV memory keeps for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+
+from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep, WeightKind, optional_weight
+
+MAX_TAPS = 16
+"""Of a convolution."""
+MAX_KEY_CHANNELS = 256
+"""Of a head of a delta rule."""
+MAX_STATE_FLOATS = 1 << 26
+"""Of one state of a layer; like the other limits, what kernels have room for."""
+VALUE_CHANNELS = 16
+"""Channels of a delta rule's value are a multiple of it."""
+MAX_HEADS = 1 << 10
+
+
+class StatePart(Enum):
+    """Which of a layer's states."""
+
+    CONVOLUTION = "convolution"
+    CONVOLUTION_OF_KEYS = "convolution of keys"
+    CONVOLUTION_OF_VALUES = "convolution of values"
+    RECURRENCE = "recurrence"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
+    A layer may have one of each part, and attention beside them.
+
+    It lies in state blocks, each the state behind some position, which other sequences with the same tokens up to it
+    may go on from; or, where there are none, in KV blocks: behind the last of a block's positions that are computed.
+    """
+
+    layer: int
+    part: StatePart
+    floats: int
+
+    @property
+    def n_bytes(self) -> int:
+        return 4 * self.floats
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution(UnaryStep):
+    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]), for the row at position p
+    and those before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of x.
+
+    weight [x.width, taps].
+    """
+
+    weight: str
+    taps: int
+    layer: int
+    bias: str | None = None
+    part: StatePart = StatePart.CONVOLUTION
+
+    @property
+    def state(self) -> SequenceState:
+        return SequenceState(self.layer, self.part, (self.taps - 1) * self.x.width)
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        weight = StepWeight(self.weight, (self.x.width, self.taps), WeightKind.MATRIX)
+        return weight, *optional_weight(self.bias, self.x.width)
+
+
+def excess_of_heads(heads: int, channels: int) -> str | None:
+    """What is wrong with so many heads of `channels` keys and values each, if their state is too large."""
+    floats = heads * channels * channels
+    if floats <= MAX_STATE_FLOATS:
+        return None
+    return f"{heads} heads of {channels} channels have a state of {floats} numbers, at most {MAX_STATE_FLOATS} expected"
+
+
+@dataclass(frozen=True, slots=True)
+class Decay(UnaryStep):
+    """out = exp(weight * softplus(x + bias)); out may be x.
+
+    weight [heads], or [heads, 1] with a `column`: a number for each of the row's equal parts, which is negative in
+    models; bias [x.width].
+    """
+
+    weight: str
+    bias: str
+    heads: int
+    column: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.heads, 1) if self.column else (self.heads,)
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        return StepWeight(self.weight, self.weight_shape), StepWeight(self.bias, (self.x.width,))
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRule(StepFacts):
+    """A state [key channels, value channels] for each head, which a row reads and updates:
+
+    decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
+
+    q, k [rows, key_heads * key channels]; v, out [rows, heads * value channels]; beta [rows, heads]; decay [rows,
+    heads], or [rows, heads * key channels]. Head h has key head h % key_heads where they are `tiled`, otherwise
+    h // (heads / key_heads).
+    """
+
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    decay: Buffer
+    beta: Buffer
+    out: Buffer
+    layer: int
+    heads: int
+    key_heads: int
+    tiled: bool = False
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.q, self.k, self.v, self.decay, self.beta
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, key channels and value channels of the state."""
+        return self.heads, self.k.width // self.key_heads, self.v.width // self.heads
+
+    @property
+    def state(self) -> SequenceState:
+        heads, keys, values = self.shape
+        return SequenceState(self.layer, StatePart.RECURRENCE, heads * keys * values)
+
+    @property
+    def state_macs(self) -> int:
+        return 4 * prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan(StepFacts):
+    """Mamba 2's selective state space (Dao and Gu, 2024): a state [state size, channels] for each head, which a row
+    reads and updates:
+
+    step = ln(1 + exp(dt + bias)); state' = state * exp(step * decay) + b @ (x * step)^T; out = state'^T @ c + x * skip.
+
+    x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b and then c of each group; heads
+    are in equal groups, one after the other. dt [rows, heads]; bias [heads]; decay, which is negative in models, and
+    skip [heads, 1]; out [rows, heads * channels].
+    """
+
+    x: Buffer
+    dt: Buffer
+    out: Buffer
+    bias: str
+    decay: str
+    skip: str
+    groups: int
+    layer: int
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.dt
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        of_heads = (StepWeight(name, (self.heads, 1)) for name in (self.decay, self.skip))
+        return StepWeight(self.bias, (self.heads,)), *of_heads
+
+    @property
+    def heads(self) -> int:
+        return self.dt.width
+
+    @property
+    def state_size(self) -> int:
+        """Numbers for each channel."""
+        return (self.x.width - self.out.width) // (2 * self.groups)
+
+    @property
+    def state(self) -> SequenceState:
+        return SequenceState(self.layer, StatePart.RECURRENCE, self.out.width * self.state_size)
+
+    @property
+    def state_macs(self) -> int:
+        return 3 * self.out.width * self.state_size

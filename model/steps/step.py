@@ -1,0 +1,154 @@
+"""What a step of a program says of itself, whatever its kind: all but the arithmetic, which backends have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import prod
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One activation matrix [rows, width] of float32, by name; equal names are the same memory."""
+
+    name: str
+    width: int
+
+
+class WeightKind(Enum):
+    """What a step does with a weight: NUMBERS are added, or scale rows; rows are multiplied with a MATRIX, a mixture's
+    ROUTER, or EXPERTS, a matrix for each one."""
+
+    NUMBERS = auto()
+    MATRIX = auto()
+    ROUTER = auto()
+    EXPERTS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeight:
+    """A tensor that a step reads; in `shape`, -1 stands for any number of rows. Of `experts`, each row uses `used`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: WeightKind = WeightKind.NUMBERS
+    used: int = 1
+    experts: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a row. Rows choose experts evenly."""
+        return 0 if self.kind is WeightKind.NUMBERS else prod(self.shape) * self.used // self.experts
+
+
+def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
+    """The numbers of this name, if there is one."""
+    return () if name is None else (StepWeight(name, shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class DivisionRule:
+    """How members of a group divide a step's result: those of a product its `rows`, as weights have them; those of
+    other steps the portions of the `reads` buffers, in whole `heads` if it has any. All other buffers are read whole.
+
+    A row of the result is `lines`, divided alike. Of a step that `has_part`, each member has a part of the weights or
+    of KV memory.
+    """
+
+    reads: tuple[Buffer, ...] = ()
+    heads: int = 0
+    rows: int = 0
+    lines: int = 1
+    has_part: bool = False
+
+
+WHOLE = DivisionRule()
+"""Every member has the step's whole result."""
+
+
+def by_heads(reads: tuple[Buffer, ...], heads: int) -> DivisionRule:
+    """The rule of a step that computes each of several heads alike."""
+    return DivisionRule(reads, heads) if heads > 1 else WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A member's portion of divided values: units [start, end) of `count` equal ones."""
+
+    start: int
+    end: int
+    count: int
+
+    def of(self, size: int) -> range:
+        """The member's of so many channels, rows or heads."""
+        assert size % self.count == 0, (size, self.count)
+        unit = size // self.count
+        return range(unit * self.start, unit * self.end)
+
+    def own(self, buffer: Buffer) -> Buffer:
+        return Buffer(f"own {buffer.name}", len(self.of(buffer.width)))
+
+
+class StepFacts:
+    """What is true of most kinds of steps. Each kind also has a buffer `out`."""
+
+    __slots__ = ()
+
+    is_elementwise = False
+    """True where each channel of `out` is made of the same channel of what is read."""
+    is_embedding = False
+    """True for what comes before the first layer."""
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> tuple[StepWeight, ...]:
+        """The tensors that it reads."""
+        return ()
+
+    @property
+    def state_macs(self) -> int:
+        """Multiply-adds of a row with a sequence's state, in float32."""
+        return 0
+
+    @property
+    def sent_format(self) -> str | None:
+        """The weight in whose activation format members of a group may send x, if there is one."""
+        return None
+
+    @property
+    def division(self) -> DivisionRule:
+        return DivisionRule(self.reads) if self.is_elementwise else WHOLE
+
+    def portion(self, own: Units) -> Self:
+        """The step with a member's part of the weights, if its result is divided. Its buffers and heads are still the
+        whole ones."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class UnaryStep(StepFacts):
+    """A step that makes `out` of `x`."""
+
+    x: Buffer
+    out: Buffer
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryStep(StepFacts):
+    """A step that makes `out` of `x` and `y`."""
+
+    x: Buffer
+    y: Buffer
+    out: Buffer
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.x, self.y

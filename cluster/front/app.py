@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -21,13 +20,13 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
 from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints, llamacpp_routes
 from llamaclust.cluster.front.dialects.ollama.endpoints import ollama_routes
 from llamaclust.cluster.front.dialects.ollama.models import OllamaModels
-from llamaclust.cluster.front.dialects.openai.endpoints import ChatEndpoint, CompletionEndpoint
-from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
-from llamaclust.cluster.front.dialects.openai.response_endpoints import ResponsesEndpoint
-from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponsesBody
-from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore, StoredResponses
-from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.errors import ErrorShape, openai_error
+from llamaclust.cluster.front.dialects.openai.endpoints import (
+    ChatCompletions,
+    ModelEndpoints,
+    Responses,
+    TextCompletions,
+)
+from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document
 from llamaclust.cluster.front.http.responses import (
@@ -42,14 +41,14 @@ from llamaclust.cluster.front.http.responses import (
 from llamaclust.cluster.front.models import ApiModel, ModelRouter, adapter_routes
 from llamaclust.cluster.front.operations import Operations, Workers, disabled, no_proxy
 from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.reply import MakeReply
-from llamaclust.cluster.front.settings import ApiSettings, ModelNames
-from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.settings import ApiSettings
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.pool.drain import WorkerOperations
 
 ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
+    ChatCompletions,
+    TextCompletions,
     Messages,
     OpenAiEmbeddings,
     LlamaCppEmbeddings,
@@ -65,15 +64,6 @@ _AFTER: Final = QueryParameter(
 )
 _FROM: Final = QueryParameter("from", "integer", "the number of bytes that the client has")
 _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's name")
-_RETRIEVED: Final = (
-    QueryParameter("stream", "boolean", "the events of a response that is streamed in the background"),
-    QueryParameter("starting_after", "integer", "the number of the last event that the client has"),
-)
-_ITEMS: Final = (
-    QueryParameter("limit", "integer", "items at most, up to 100"),
-    QueryParameter("order", "string", "asc: the oldest first"),
-    QueryParameter("after", "string", "the id of the item before the first one"),
-)
 
 
 def create_app(
@@ -123,23 +113,17 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """The endpoints of one model, in an order that is the same for all. Clients of llama.cpp leave `/v1` away, and name
-    any model."""
+    """The endpoints of one model, in an order that is the same for all."""
     service, replies, settings = model.service, model.replies, model.settings
-    strict, lenient = (ModelNames(model.name, settings, any_by_default=takes_any) for takes_any in (False, True))
-    chats = ChatEndpoint(service, settings, lenient)
-    for prefix in ("/v1", ""):
-        yield Route("POST", f"{prefix}/chat/completions/input_tokens", chats.count, ChatBody)
-    completions = CompletionEndpoint(service, settings, lenient).create
-    any_completions = Completions(completions, LlamaCppEndpoints(service, settings).complete).create
-    yield _generating(replies, "/v1/chat/completions", ChatEndpoint(service, settings, strict).create, ChatBody)
-    yield _generating(replies, "/v1/completions", CompletionEndpoint(service, settings, strict).create, CompletionBody)
-    yield _generating(replies, "/chat/completions", chats.create, ChatBody)
-    yield _generating(replies, "/completions", any_completions, CompletionBody)
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(service, replies, path).routes()
-    yield from _response_routes(service, replies, store)
+    completions = TextCompletions(service, replies, "/completions")
+    any_completions = Completions(completions.make, LlamaCppEndpoints(service, settings).complete).create
+    answer = replies.endpoint(completions.path, any_completions)
+    yield Route("POST", completions.path, answer, completions.body, computes=True)
+    for path in Responses.paths:
+        yield from Responses(service, replies, path, store).routes()
     yield from _stream_routes(replies)
     yield from llamacpp_routes(service, replies)
     yield from ollama_routes(service, replies)
@@ -154,25 +138,3 @@ def _stream_routes(replies: Replies) -> Iterator[Route]:
     yield Route("GET", "/v1/stream", replies.replay, names_reply=True, query=(_CONVERSATION, _FROM), types=(EVENTS,))
     for path in (by_id, by_place, "/v1/stream"):
         yield Route("DELETE", path, replies.stop, names_reply=True, types=(), status=204)
-
-
-def _generating(replies: Replies, path: str, make: MakeReply, body: type[BaseModel]) -> Route:
-    """The route of replies that `make` makes."""
-    return Route("POST", path, replies.endpoint(path, make), body, computes=True)
-
-
-def _response_routes(service: TextService, replies: Replies, store: ResponseStore) -> Iterator[Route]:
-    """OpenAI's Responses API; clients of llama.cpp leave `/v1` away here too."""
-    settings, errors = replies.settings, ErrorShape(openai_error, "error")
-    stored = StoredResponses(replies, store)
-    for prefix in ("/v1", ""):
-        path = f"{prefix}/responses"
-        models = ModelNames(service.settings.model_name, settings, any_by_default=not prefix)
-        endpoint = ResponsesEndpoint(service, settings, models, store)
-        yield Route("POST", path, replies.endpoint(path, endpoint.create), ResponsesBody, computes=True, errors=errors)
-        yield _generating(replies, f"{path}/compact", endpoint.compact, CompactionBody)
-        yield Route("POST", f"{path}/input_tokens", endpoint.count, ResponsesBody)
-        yield Route("GET", f"{path}/{{id}}/input_items", stored.input_items, names_reply=True, query=_ITEMS)
-        yield Route("POST", f"{path}/{{id}}/cancel", stored.cancel, names_reply=True)
-        yield Route("GET", f"{path}/{{id}}", stored.retrieve, names_reply=True, query=_RETRIEVED, types=(JSON, EVENTS))
-        yield Route("DELETE", f"{path}/{{id}}", stored.delete, names_reply=True)

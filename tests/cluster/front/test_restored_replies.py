@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front.dialects.openai.endpoints import CompletionEndpoint
+from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.replies import handlers, kept_reply
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Reply
@@ -73,7 +73,7 @@ async def test_a_mistake_of_an_endpoint_is_logged(
 
     path = tmp_path / "journal"
     await write_journal(path, admission(0, json.dumps(body_of(PATHS[0]))))
-    monkeypatch.setattr("llamaclust.cluster.front.dialects.openai.endpoints.parse_body", broken)
+    monkeypatch.setattr("llamaclust.cluster.front.dialects.dialect.parse_body", broken)
     async with served(path) as server:
         reply = await server.http.get(f"/v1/streams/{0:024x}")
     assert "could not be restored" in reply.text and "a mistake of ours" in caplog.text
@@ -264,18 +264,18 @@ async def test_a_request_that_ends_the_coordinator_again_and_again_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are not computed at first, since they stand behind it; later it is begun behind them."""
-    path, create, lives = tmp_path / "journal", CompletionEndpoint.create, 0
+    path, create, lives = tmp_path / "journal", TextCompletions.make, 0
     body, poison = json.dumps(body_of(PATHS[0])), json.dumps(body_of(PATHS[0], prompt="poison"))
     await write_journal(path, *(admission(number, poison if number == 1 else body) for number in range(4)))
     is_over = asyncio.Event()
 
-    async def deadly(self: CompletionEndpoint, data: bytes, context: RequestContext) -> Reply:
+    async def deadly(self: TextCompletions, data: bytes, context: RequestContext) -> Reply:
         if b"poison" in data:
             is_over.set()
             await asyncio.Event().wait()
         return await create(self, data, context)
 
-    monkeypatch.setattr(CompletionEndpoint, "create", deadly)
+    monkeypatch.setattr(TextCompletions, "make", deadly)
     while not lives or is_over.is_set():
         is_over.clear()
         async with served(path, KilledJournal) as server:

@@ -1,34 +1,20 @@
-"""Responses that can be read again and followed, in memory and within bounds, and what clients do with them."""
+"""Responses that can be read again and followed, in memory and within bounds."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, messages_of, with_ids
-from llamaclust.cluster.front.dialects.openai.response_schema import ID_PREFIX, Status
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.gates import owner
-from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.sse import rendered
 from llamaclust.cluster.front.json_text import json_size
-from llamaclust.cluster.front.replies.handlers import Replies
-from llamaclust.cluster.front.replies.kept_reply import KeptReply
-from llamaclust.cluster.front.replies.reply import Position, read_position
-from llamaclust.core.errors import ClusterStoppingError, ParameterError
+from llamaclust.core.errors import ParameterError
 
 MAX_RESPONSES: Final = 1024
 MAX_BYTES: Final = 64 << 20
-_MOST_LISTED: Final = 100
-_LISTED: Final = 20
-_RUNNING: Final = (Status.QUEUED, Status.IN_PROGRESS)
 
 Messages = tuple[Mapping[str, Any], ...]
 
@@ -116,149 +102,31 @@ class ResponseStore:
             held_bytes[name] -= self._stored.pop(oldest).held_bytes
 
 
+@dataclass(slots=True, eq=False)
 class Storing:
-    """Stores a response once it is complete, with the items that it answers. All readers of a reply share one."""
+    """Stores a response once it is complete, with the items that it answers. Made on the event loop of the store; all
+    readers of a reply share one."""
 
-    def __init__(self, store: ResponseStore, owner: str, input_items: Sequence[Item], messages: Messages) -> None:
-        """`messages`: of the chat before the answer. Made on the event loop of the store."""
-        self._store = store
-        self._owner = owner
-        self._input_items = input_items
-        self._messages = messages
-        self._loop = asyncio.get_running_loop()
-        self._is_done = False
+    store: ResponseStore
+    owner: str
+    input_items: Sequence[Item]
+    messages: Messages  # of the chat before the answer
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _is_done: bool = False
 
     def begin(self, response: dict[str, Any]) -> None:
-        """Stores what a response answers that is computed in the background."""
-        self._store.put(self._owner, self._stored(response, ()))
+        """Stores the input of a response that is computed in the background."""
+        self.store.put(self.owner, self._stored(response, ()))
 
     def complete(self, response: dict[str, Any]) -> None:
         """Stores the response before its client has the end of it. May be called on any thread, by each reader."""
-        stored = self._stored(response, (*self._messages, *messages_of(response["output"])))
+        stored = self._stored(response, (*self.messages, *messages_of(response["output"])))
         self._loop.call_soon_threadsafe(self._put, stored)
 
     def _stored(self, response: dict[str, Any], messages: Messages) -> StoredResponse:
-        return StoredResponse(response, with_ids(self._input_items, response["id"]), messages)
+        return StoredResponse(response, with_ids(self.input_items, response["id"]), messages)
 
     def _put(self, stored: StoredResponse) -> None:
         if not self._is_done:
             self._is_done = True
-            self._store.put(self._owner, stored)
-
-
-class StoredResponses:
-    """Reads responses, also those that are computed in the background, and ends them."""
-
-    def __init__(self, replies: Replies, store: ResponseStore) -> None:
-        self._replies = replies
-        self._store = store
-
-    async def retrieve(self, request: Request) -> Response:
-        """A response as it is; `?stream=true`: the events of one that was streamed in the background, after the one of
-        number `starting_after`."""
-        if request.query_params.get("stream", "false").lower() in ("true", "1"):
-            return await self._events(request)
-        return rendered(await self._shown(request))
-
-    async def cancel(self, request: Request) -> Response:
-        """Ends a response that is computed in the background."""
-        kept, response = self._kept(request), await self._shown(request)
-        if not response["background"]:
-            raise HttpError(
-                400, "not_in_background", f"response {response['id']} was not created with background: true"
-            )
-        if kept is not None and response["status"] in _RUNNING:
-            response = {**response, "status": Status.CANCELLED}
-            begun = self._store.get(self._owner(request), response["id"])
-            items = [] if begun is None else begun.input_items
-            self._store.put(self._owner(request), StoredResponse(response, items, ()))
-            await self._replies.cache.forget(kept)
-        return rendered(response)
-
-    async def delete(self, request: Request) -> Response:
-        """Ends a response that runs, and forgets it."""
-        kept = self._kept(request)
-        is_stored = self._store.delete(self._owner(request), request.path_params["id"])
-        if kept is not None:
-            await self._replies.cache.forget(kept)
-        elif not is_stored:
-            raise self._not_found(request)
-        return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
-
-    async def input_items(self, request: Request) -> Response:
-        """What a response answered; the newest item first unless `order=asc`."""
-        stored = self._store.get(self._owner(request), request.path_params["id"])
-        if stored is None:
-            raise self._not_found(request)
-        items = stored.input_items if request.query_params.get("order") == "asc" else stored.input_items[::-1]
-        after = request.query_params.get("after")
-        place = next((place for place, item in enumerate(items) if item["id"] == after), -1)
-        if after is not None and place < 0:
-            raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is no item of this response", param="after")
-        most = _number(request, "limit", _LISTED)
-        if not 1 <= most <= _MOST_LISTED:
-            raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
-        rest = items[place + 1 :]
-        shown = rest[:most]
-        ends = (
-            {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-        )
-        return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
-
-    async def _events(self, request: Request) -> Response:
-        kept = self._kept(request)
-        if kept is None or not kept.context.is_streamed:
-            await self._shown(request)
-            raise HttpError(
-                400, "not_streamed", "only responses of background: true and stream: true can be streamed again"
-            )
-        after = Position()
-        if "starting_after" in request.query_params:
-            after = read_position(str(_number(request, "starting_after", 0) + 1), "starting_after")
-        return await self._replies.respond(request, kept, after)
-
-    async def _shown(self, request: Request) -> dict[str, Any]:
-        """HttpError where there is none."""
-        stored = self._store.get(self._owner(request), request.path_params["id"])
-        if stored is not None and stored.response["status"] not in _RUNNING:
-            return stored.response
-        kept = self._kept(request)
-        if kept is None:
-            raise self._not_found(request)
-        kept.resume()
-        if kept.log.is_over and kept.error is None:  # the store has no room for it any more, or gets it now
-            complete: dict[str, Any] = await kept.value()
-            return complete
-        return _unended(kept, request.path_params["id"])
-
-    def _kept(self, request: Request) -> KeptReply | None:
-        """The reply of a response in the background; others are kept too."""
-        name = request.path_params["id"]
-        kept = self._replies.cache.named(self._owner(request), name) if name.startswith(ID_PREFIX) else None
-        return kept if kept is not None and kept.context.is_background else None
-
-    def _owner(self, request: Request) -> str:
-        return owner(request.headers, self._replies.settings.api_keys)
-
-    def _not_found(self, request: Request) -> HttpError:
-        return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
-
-
-def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """A response that is not stored yet. One that waits for its turn after a restart is known by its id alone."""
-    known = kept.acknowledgement
-    shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
-    shown |= {"background": True, "output": []} if known is None else json.loads(known)
-    if isinstance(kept.error, ClusterStoppingError):  # the next coordinator computes it on
-        raise kept.error
-    if kept.error is not None:
-        error = {"code": "server_error", "message": str(kept.error)}
-        return {**shown, "status": Status.FAILED, "error": error}
-    return {**shown, "status": Status.QUEUED if known is None else Status.IN_PROGRESS}
-
-
-def _number(request: Request, name: str, default: int) -> int:
-    text = request.query_params.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 12):
-        raise HttpError(400, "bad_number", f"{name}: {text[:60]!r} is not a number", param=name)
-    return int(text)
+            self.store.put(self.owner, stored)

@@ -49,15 +49,28 @@ def read_given(path: Path, most_bytes: int) -> bytes:
         return first + file.read(most_bytes - len(first))
 
 
+class NotRegularError(OSError):
+    """A directory, a pipe, a device or the like instead of a file."""
+
+
+def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a regular file, without waiting for a writer of a pipe; a file that is made has mode 0600.
+    NotRegularError, or the OSError of the system."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise NotRegularError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise NotRegularError(errno.EINVAL, "not a regular file")
+
+
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
     """Opens a file for reading, and for writing if `is_writable`. OSError, also if it is no regular file, or a link
     that is not followed."""
-    access = os.O_RDWR if is_writable else os.O_RDONLY
-    flags = access | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
-    file: BinaryIO = os.fdopen(os.open(path, flags), "r+b" if is_writable else "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
+    flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
+    file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import numpy as np
 
 from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.regular_file import NotRegularError, open_descriptor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 from llamaclust.model.shard_names import named_range
 
@@ -48,16 +48,16 @@ class FileIdentity:
 def open_regular(path: Path) -> Iterator[int]:
     """A read-only descriptor of a regular file; ModelFileError where there is none (a pipe would block for ever)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_descriptor(path)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file; check the path") from None
     except ValueError:
         raise ModelFileError(f"{str(path)!a}: not a file name; check the path") from None
+    except NotRegularError:
+        raise ModelFileError(f"{path}: not a regular file; give the path of a .gguf file") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened: {error.strerror}; check its permissions") from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ModelFileError(f"{path}: not a regular file; give the path of a .gguf file")
         yield descriptor
     finally:
         os.close(descriptor)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamaclust.cli.options import Json
@@ -15,6 +14,8 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
+    from llamaclust.core.disk_cache.cache import CachedFile, DiskCache
+    from llamaclust.kernels.cuda.runtime.cubin_cache import KernelFolder
     from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.weights.cache import WeightCache
     from llamaclust.worker.kv_disk.folder import KvFolder
@@ -24,73 +25,79 @@ def list_layers(as_json: Json = False) -> None:
     """Show the packed-weight cache by model, weights fetched from workers, and KV memory on disk.
 
     A part is a layer, the embedding or the output matrix."""
-    folder, weights, kernels_dir = _caches()
-    with _named(f"{folder.path}: cannot be listed"):
-        found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
-        used_bytes = folder.used_bytes()
-        fetched, begun = weights.list_files()
-    kernels, kv_disk = _kernels(kernels_dir), _kv_disk()
-    kv_bytes = kv_disk.used_bytes
+    from llamaclust.core.disk_cache.files import TEMPORARY
+    from llamaclust.model.weights.cache import UNFINISHED, WHOLE
+
+    caches = packed, weights, kv, kernels = _caches()
+    with _named(packed, "listed"):
+        models = packed.list_models()
+    unfinished = [file for cache in caches for file in _files(cache, TEMPORARY)]
+    strange = [path for cache in caches for path in cache.in_the_way()]
+    fetched, begun = _files(weights, WHOLE), _files(weights, UNFINISHED)
+    blocks, compiled = _files(kv), _files(kernels)
     if as_json:
         held = {"folder": str(weights.path), "most_bytes": weights.most_bytes, "tensors": len(fetched)}
         listed = {
-            "fetched": held | {"size_bytes": sum(fetched), "unfinished_bytes": sum(begun)},
-            "models": [asdict(model) for model in found],
-            "unfinished": {"files": len(unfinished), "size_bytes": sum(unfinished)},
+            "fetched": held | {"size_bytes": _total(fetched), "unfinished_bytes": _total(begun)},
+            "models": [asdict(model) for model in models],
+            "unfinished": {"files": len(unfinished), "size_bytes": _total(unfinished)},
             "in_the_way": [str(path) for path in strange],
-            "kv_disk": {"folder": str(kv_disk.path), "size_bytes": kv_bytes},
-            "kernels": {"files": len(kernels), "size_bytes": sum(kernels.values())},
+            "kv_disk": {"folder": str(kv.path), "size_bytes": _total(blocks)},
+            "kernels": {"files": len(compiled), "size_bytes": _total(compiled)},
         }
-        print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, **listed}))
+        print(json.dumps({"folder": str(packed.path), "most_bytes": packed.most_bytes, **listed}))
         return
-    for model in found:
+    for model in models:
         print(f"{_mib(model.size_bytes)}  {model.parts:4} parts  {printable(model.model)}")
     if unfinished:
         why = "being written, or left by a process that was killed: the next one that writes deletes it"
-        print(f"{_mib(sum(unfinished))}  {len(unfinished):4} unfinished  ({why})")
+        print(f"{_mib(_total(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
         print(f"in the way, as it is no regular file: {printable(str(path))}")
-    print(f"{_mib(used_bytes)} of {folder.most_bytes / MIB:,.2f} in {folder.path}")
+    print(f"{_mib(_total(_files(packed)))} of {packed.most_bytes / MIB:,.2f} in {packed.path}")
     if fetched or begun:
-        used = f"{_mib(sum(fetched) + sum(begun))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"
+        used = f"{_mib(_total([*fetched, *begun]))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"
         print(f"{used}: weights fetched from other workers, {len(begun)} of them unfinished")
-    if kv_bytes:
-        print(f"{_mib(kv_bytes)} in {kv_disk.path}: KV memory of prompts (kv_disk)")
-    if kernels:
-        print(f"{_mib(sum(kernels.values()))}  {len(kernels):4} files of kernels compiled for GPUs")
+    if blocks:
+        print(f"{_mib(_total(blocks))} in {kv.path}: KV memory of prompts (kv_disk)")
+    if compiled:
+        print(f"{_mib(_total(compiled))}  {len(compiled):4} files of kernels compiled for GPUs")
 
 
 def clear(as_json: Json = False) -> None:
     """Delete packed layers, fetched weights, KV memory and compiled kernels. Processes that use them go on; the next
     start makes them anew."""
-    folder, weights, kernels_dir = _caches()
-    with _named(f"{folder.path}: cannot be cleared"):
-        cleared = folder.clear()
-    with _named(f"{weights.path}: cannot be cleared"):
-        fetched = weights.clear()
-    kv_disk = _kv_disk()
-    with _named(f"{kv_disk.path}: cannot be cleared"):
-        kv_files, kv_bytes = kv_disk.clear()
-    kernels = _kernels(kernels_dir)
-    with _named("compiled kernels cannot be deleted"):
-        for path in kernels:
-            path.unlink(missing_ok=True)
+    caches = _caches()
+    cleared = []
+    for cache in caches:
+        with _named(cache, "cleared"):
+            cleared.append(cache.clear())
+    packed, fetched, kv, kernels = cleared
+    left = [error for each in cleared for error in each.left]
     if as_json:
-        deleted = {"files": cleared.files, "size_bytes": cleared.size_bytes}
-        deleted |= {"kernel_files": len(kernels), "kernel_bytes": sum(kernels.values())}
-        deleted |= {"kv_files": kv_files, "kv_bytes": kv_bytes}
+        deleted = {"files": packed.files, "size_bytes": packed.size_bytes}
+        deleted |= {"kernel_files": kernels.files, "kernel_bytes": kernels.size_bytes}
+        deleted |= {"kv_files": kv.files, "kv_bytes": kv.size_bytes}
         deleted |= {"fetched_files": fetched.files, "fetched_bytes": fetched.size_bytes}
-        print(json.dumps({"folder": str(folder.path), **deleted, "left": [error.filename for error in cleared.left]}))
+        print(json.dumps({"folder": str(caches[0].path), **deleted, "left": [error.filename for error in left]}))
     else:
-        print(f"{cleared.files} files, {cleared.size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
-        if fetched.files:
-            print(f"{fetched.files} files, {fetched.size_bytes / MIB:,.2f} MiB deleted in {weights.path}")
-        if kv_files:
-            print(f"{kv_files} files, {kv_bytes / MIB:,.2f} MiB of KV memory deleted in {kv_disk.path}")
-        if kernels:
-            print(f"{len(kernels)} files, {sum(kernels.values()) / MIB:,.2f} MiB of compiled kernels deleted")
-    if cleared.left:
-        raise LlamaclustError(f"{folder.path}: cannot be deleted: {'; '.join(map(_reason, cleared.left))}")
+        packed_in, fetched_in, kv_in, _ = (f"deleted in {cache.path}" for cache in caches)
+        kinds = (packed_in, fetched_in, f"of KV memory {kv_in}", "of compiled kernels deleted")
+        for each, kind in zip(cleared, kinds, strict=True):
+            if each.files or each is packed:
+                print(f"{each.files} files, {each.size_bytes / MIB:,.2f} MiB {kind}")
+    if left:
+        folders = (cache.path for cache, each in zip(caches, cleared, strict=True) if each.left)
+        raise LlamaclustError(f"{next(folders)}: cannot be deleted: {'; '.join(map(_reason, left))}")
+
+
+def _files(cache: DiskCache, *suffixes: str) -> list[CachedFile]:
+    with _named(cache, "listed"):
+        return cache.files(*suffixes)
+
+
+def _total(files: Sequence[CachedFile]) -> int:
+    return sum(file.size_bytes for file in files)
 
 
 def _mib(size_bytes: int) -> str:
@@ -98,11 +105,11 @@ def _mib(size_bytes: int) -> str:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(cache: DiskCache, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LlamaclustError(f"{what}: {_reason(error)}") from error
+        raise LlamaclustError(f"{cache.path}: cannot be {what}: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:
@@ -110,26 +117,17 @@ def _reason(error: OSError) -> str:
     return what if error.filename is None else f"{printable(str(error.filename))}: {what}"
 
 
-def _caches() -> tuple[PackedCacheFolder, WeightCache, Path]:
+def _caches() -> tuple[PackedCacheFolder, WeightCache, KvFolder, KernelFolder]:
     from llamaclust.cluster.config.environment import environment
+    from llamaclust.kernels.cuda.runtime.cubin_cache import KernelFolder
     from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.weights.cache import WeightCache
-
-    variables = environment()
-    packed = PackedCacheFolder(variables.packed_cache_dir, variables.packed_cache_bytes)
-    return packed, WeightCache(variables.weights_dir, variables.weights_bytes), variables.kernels_dir
-
-
-def _kv_disk() -> KvFolder:
-    from llamaclust.cluster.config.environment import environment
     from llamaclust.worker.kv_disk.folder import KvFolder
 
-    return KvFolder(environment().kv_disk_dir, 0)
-
-
-def _kernels(folder: Path) -> dict[Path, int]:
-    """Files of kernels compiled for GPUs, and their bytes."""
-    from llamaclust.kernels.cuda.runtime.cubin_cache import kernel_files
-
-    with _named(f"{folder}: cannot be listed"):
-        return {path: found.st_size for path, found in kernel_files(folder)}
+    given = environment()
+    return (
+        PackedCacheFolder(given.packed_cache_dir, given.packed_cache_bytes),
+        WeightCache(given.weights_dir, given.weights_bytes),
+        KvFolder(given.kv_disk_dir, 0),
+        KernelFolder(given.kernels_dir),
+    )

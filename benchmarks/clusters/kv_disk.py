@@ -101,7 +101,7 @@ def written(client: httpx.Client) -> None:
 
 def flip_bytes(folder: Path) -> int:
     """Of each file; how many."""
-    paths = sorted(folder.glob("*/*.kv"))
+    paths = sorted(folder.glob("*.kv"))
     for path in paths:
         with path.open("r+b") as file:
             file.seek(-1 - path.stat().st_size // 3, os.SEEK_END)
@@ -127,13 +127,13 @@ def main() -> None:
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         kv = Path(folder) / "home" / "kv"
         home = os.environ.get("LLAMACLUST_HOME") or Path.home() / ".cache" / "llamaclust"
-        _link_caches(Path(home), kv.parent)
+        _link_models(Path(home), kv.parent)
         os.environ["LLAMACLUST_HOME"] = str(kv.parent)
         with cluster(setting, folder) as client:
             answer(client, own[0])  # the first request of all also pays for what is made once
             cold = [answer(client, prefix + own[0]) for prefix in prefixes]
             written(client)
-        size_mib = sum(path.stat().st_size for path in kv.glob("*/*.kv")) / (1 << 20)
+        size_mib = sum(path.stat().st_size for path in kv.glob("*.kv")) / (1 << 20)
         print(f"{size_mib:.0f} MiB written, {size_mib * 1024 / given.prefix / given.repeats:.1f} KiB a token")
         if given.damage:
             print(f"one byte of each of {flip_bytes(kv)} files is flipped")
@@ -150,12 +150,11 @@ def main() -> None:
     )
 
 
-def _link_caches(home: Path, to: Path) -> None:
-    """Models and packed layers are those of the user; KV memory is not."""
+def _link_models(home: Path, to: Path) -> None:
+    """Models are those of the user."""
     to.mkdir()
-    for name in ("models", "packed"):
-        if (home / name).is_dir():
-            (to / name).symlink_to(home / name)
+    if (home / "models").is_dir():
+        (to / "models").symlink_to(home / "models")
 
 
 def _output(command: list[str], environment: dict[str, str]) -> str:

@@ -20,10 +20,11 @@ from typing import TypeVar
 from weakref import ref
 
 from llamaclust.core.cgroups import drop_cached_pages
+from llamaclust.core.disk_cache.files import reason
 from llamaclust.kernels._native import Memory, packing_fingerprint
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
-from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made, reason, warn_not_kept
+from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made, warn_not_kept
 from llamaclust.kernels.packed.mapping import in_huge_pages
 from llamaclust.kernels.packed.packed_layer import PackedLayer
 from llamaclust.model.gguf.file_systems import is_remote

@@ -15,9 +15,10 @@ from threading import Lock, Thread, get_native_id
 from typing import TYPE_CHECKING
 from weakref import ref
 
+from llamaclust.core.disk_cache.cache import NoRoomError
+from llamaclust.core.disk_cache.files import BusyError, StoppedError, Writing, reason
 from llamaclust.kernels._native import Memory
-from llamaclust.kernels.packed.cache_files import BusyError, StoppedError, Writing
-from llamaclust.kernels.packed.cache_folder import Entry, NoRoomError, PackedCacheFolder
+from llamaclust.kernels.packed.cache_folder import Entry, PackedCacheFolder
 
 if TYPE_CHECKING:
     from llamaclust.kernels.packed.packed_layer import PackedLayer
@@ -138,13 +139,6 @@ class BackgroundWriter:
 def warn_not_kept(folder: PackedCacheFolder, error: OSError) -> None:
     what = f"{folder.path}: {reason(error)}" if error.filename is None and error.strerror else reason(error)
     _log.warning("packed layers are not cached on disk: %s; the next load packs them anew", what)
-
-
-def reason(error: OSError) -> str:
-    """Without the number."""
-    if error.strerror is None:
-        return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _end(writer: ref[BackgroundWriter]) -> None:

@@ -104,7 +104,7 @@ class Start:
 
     @property
     def files(self) -> list[Path]:
-        return sorted((self.folder / "home" / "kv").glob("*/*"))
+        return sorted((self.folder / "home" / "kv").glob("*.kv"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import get_native_id
 from weakref import WeakKeyDictionary
 
+from llamaclust.core.disk_cache.files import reason
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv, split_keys
 from llamaclust.worker.kv_disk.folder import KvFolder
@@ -63,14 +64,16 @@ class KvDisk:
             return None
         if (known := self._stages.get(runner)) is None:
             try:
-                path = self.folder.create(runner.kv_content)
+                self.folder.create()
             except OSError as error:
                 if not self._is_reported:
-                    _log.warning("KV memory is not kept on disk: %s", error)
+                    _log.warning("KV memory is not kept on disk: %s", reason(error))
                 self._is_reported = True
                 return None
             self._is_reported = False
-            known = self._stages.setdefault(runner, StageBlocks(self.folder, path, runner.program.start, self.traffic))
+            known = self._stages.setdefault(
+                runner, StageBlocks(self.folder, runner.kv_content, runner.program.start, self.traffic)
+            )
         return known
 
 

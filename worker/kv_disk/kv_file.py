@@ -7,13 +7,11 @@
         SHA-256 of all before
         the blocks [blocks, layers], without gaps
 
-A file is renamed into place when complete and never changed. It may be damaged nevertheless: nothing is used whose
-digest is another.
+A file is never changed. It may be damaged nevertheless: nothing is used whose digest is another.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Sequence
@@ -21,16 +19,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.bounds import MAX_LAYERS
-from llamaclust.kernels.packed.cache_files import open_regular
 from llamaclust.wire.control.kv_disk import KEY_BYTES, MAX_KEYS
 
-SUFFIX = ".kv"
 _MAGIC, _VERSION = b"LCKV", 1
 _PREFIX = struct.Struct("<4s4I")
 _DIGEST_BYTES = 32
@@ -48,7 +43,7 @@ class DamagedError(Exception):
 class KvFile:
     """A file's header. `layer_bytes`: of a block, in each of layers [start, end), all its parts together."""
 
-    path: Path
+    name: str
     start: int
     end: int
     layer_bytes: tuple[int, ...]
@@ -67,39 +62,34 @@ class KvFile:
         return self._data_at + len(self.keys) * sum(self.layer_bytes)
 
     @classmethod
-    def read(cls, path: Path) -> KvFile:
+    def read(cls, name: str, file: FileIO) -> KvFile:
         """DamagedError for a damaged header or another size; OSError."""
-        with open_regular(path) as file:
-            prefix = _read(file, 0, _PREFIX.size)
-            magic, version, start, end, blocks = _PREFIX.unpack(prefix)
-            if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
-                raise DamagedError("no file of KV memory")
-            sizes = _read(file, _PREFIX.size, 4 * (end - start))
-            keys = _read(file, _PREFIX.size + len(sizes), KEY_BYTES * blocks)
-            layer_bytes = struct.unpack(f"<{end - start}I", sizes)
-            split = tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
-            found = cls(path, start, end, layer_bytes, split)
-            digests = _read(file, found._digests_at, found._data_at - found._digests_at)
-            if sha256(prefix + sizes + keys + digests[:-_DIGEST_BYTES]).digest() != digests[-_DIGEST_BYTES:]:
-                raise DamagedError("its header is damaged")
-            if os.fstat(file.fileno()).st_size != found.size_bytes:
-                raise DamagedError("its size is not what its header says")
-            return found
+        prefix = _read(file, 0, _PREFIX.size)
+        magic, version, start, end, blocks = _PREFIX.unpack(prefix)
+        if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
+            raise DamagedError("no file of KV memory")
+        sizes = _read(file, _PREFIX.size, 4 * (end - start))
+        keys = _read(file, _PREFIX.size + len(sizes), KEY_BYTES * blocks)
+        layer_bytes = struct.unpack(f"<{end - start}I", sizes)
+        split = tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
+        found = cls(name, start, end, layer_bytes, split)
+        digests = _read(file, found._digests_at, found._data_at - found._digests_at)
+        if sha256(prefix + sizes + keys + digests[:-_DIGEST_BYTES]).digest() != digests[-_DIGEST_BYTES:]:
+            raise DamagedError("its header is damaged")
+        if os.fstat(file.fileno()).st_size != found.size_bytes:
+            raise DamagedError("its size is not what its header says")
+        return found
 
-    def write(self, kv: KvLayers, blocks: Sequence[int]) -> None:
-        """Writes the file at `path`, which must not exist: of its layers, a block for each key. OSError."""
+    def parts(self, kv: KvLayers, blocks: Sequence[int]) -> list[bytes | memoryview]:
+        """The bytes of the file: of its layers, a block for each key."""
         header = _PREFIX.pack(_MAGIC, _VERSION, self.start, self.end, len(self.keys))
         header += struct.pack(f"<{len(self.layer_bytes)}I", *self.layer_bytes) + b"".join(self.keys)
         for key, block in zip(self.keys, blocks, strict=True):
             header += b"".join(_digest(key, self.start + i, _block(layer, block)) for i, layer in enumerate(kv))
         header += sha256(header).digest()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with FileIO(os.open(self.path, flags, 0o600), "w") as file:
-            _write(file, [memoryview(header)])
-            for block in blocks:
-                _write(file, [part[block].data for layer in kv for part in layer])
+        return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
-    def restore(self, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
+    def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
         """Reads block number `index` of the file into a block of KV memory, whose layers begin with `first_layer`;
         returns the bytes read. DamagedError where a digest is another, OSError."""
         count = len(self.layer_bytes)
@@ -107,14 +97,9 @@ class KvFile:
         targets = [_block(kv[layer - first_layer], block) for layer in layers]
         first, last = layers.start - self.start, layers.stop - self.start
         offsets = (0, *accumulate(self.layer_bytes))
-        with open_regular(self.path) as file:
-            at = self._digests_at + _DIGEST_BYTES * (index * count + first)
-            digests = _read(file, at, _DIGEST_BYTES * len(layers))
-            _read_into(
-                file,
-                self._data_at + index * offsets[-1] + offsets[first],
-                [part for target in targets for part in target],
-            )
+        digests = _read(file, self._digests_at + _DIGEST_BYTES * (index * count + first), _DIGEST_BYTES * len(layers))
+        data_at = self._data_at + index * offsets[-1] + offsets[first]
+        _read_into(file, data_at, [part for target in targets for part in target])
         for layer, target, known in zip(layers, targets, _split(digests), strict=True):
             if _digest(self.keys[index], layer, target) != known:
                 raise DamagedError(f"layer {layer} of a block is damaged")
@@ -155,10 +140,3 @@ def _read_into(file: FileIO, at: int, targets: Sequence[NDArray[np.uint8]]) -> N
         if os.preadv(file.fileno(), [target.data for target in some], at) != expected:
             raise DamagedError(f"it ends before byte {at + expected}")
         at += expected
-
-
-def _write(file: FileIO, parts: Sequence[memoryview]) -> None:
-    for first in range(0, len(parts), _MOST_BUFFERS):
-        some = parts[first : first + _MOST_BUFFERS]
-        if os.writev(file.fileno(), some) != sum(part.nbytes for part in some):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

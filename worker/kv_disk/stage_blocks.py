@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 
-from llamaclust.kernels.packed.cache_files import NotAFileError, remove
-from llamaclust.worker.kv_disk.folder import KvFolder, NoRoomError, mark_used
-from llamaclust.worker.kv_disk.kv_file import SUFFIX, DamagedError, KvFile, KvLayers, block_bytes
+from llamaclust.core.disk_cache.files import reason
+from llamaclust.worker.kv_disk.folder import KvFolder
+from llamaclust.worker.kv_disk.kv_file import DamagedError, KvFile, KvLayers, block_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -28,18 +27,19 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """Layers from `start` on, whose files lie in `path`. Other processes write and delete files there, too: layers of a
+    """Layers from `start` on, in files of `content`. Other processes write and delete such files, too: layers of a
     block may come from several files, which other cuts of the model have written."""
 
-    def __init__(self, folder: KvFolder, path: Path, start: int, traffic: KvTraffic) -> None:
+    def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
-        self._path = path
+        self._content = content
         self._start = start
         self._traffic = traffic
         self._lock = Lock()
-        self._files: dict[str, KvFile] = {}
+        self._files: dict[str, KvFile] = {}  # by name
         self._places: dict[bytes, list[_Place]] = {}
         self._unreadable: set[str] = set()  # names that were logged
+        self._is_reported = False  # that nothing can be written
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
@@ -50,16 +50,16 @@ class StageBlocks:
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
         """Reads blocks until one is missing or damaged; how many were read. Damaged files are deleted."""
-        used: dict[str, KvFile] = {}
+        used: dict[str, None] = {}  # in order
         done = 0
         for key, block in zip(keys, blocks, strict=True):
             with self._lock:
                 places = self._cover(key, kv)
             if not places or not all(self._restored(place, kv, block) for place in places):
                 break
-            used |= {file.path.name: file for file, _ in places}
+            used |= dict.fromkeys(file.name for file, _ in places)
             done += 1
-        mark_used(used.values())
+        self._folder.mark_used([*used])
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
@@ -69,35 +69,42 @@ class StageBlocks:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
             missing = [(key, block) for key, block in own if not self._cover(key, kv)]
-            chain = {file.path: file for key in keys for file, _ in self._cover(key, kv)}
+            chain = dict.fromkeys(file.name for key in keys for file, _ in self._cover(key, kv))
         if missing:
             layer_bytes = tuple(map(block_bytes, kv))
-            new = KvFile(self._path, self._start, self._start + len(kv), layer_bytes, tuple(key for key, _ in missing))
+            new_keys, new_blocks = zip(*missing, strict=True)
+            name = self._folder.new_name(self._content)
+            new = KvFile(name, self._start, self._start + len(kv), layer_bytes, new_keys)
             try:
-                written = self._folder.write(new, kv, [block for _, block in missing], chain)
-            except (NoRoomError, OSError) as error:
-                _log.warning("KV memory is not written to disk: %s", error)
+                self._folder.write(name, new.parts(kv, new_blocks), kept=chain)
+            except OSError as error:
+                if not self._is_reported:
+                    _log.warning("KV memory is not written to disk: %s", reason(error))
+                self._is_reported = True
                 return 0
-            self._traffic.written_bytes += written.size_bytes
+            self._is_reported = False
+            self._traffic.written_bytes += new.size_bytes
             self._traffic.used_bytes = self._folder.used_bytes
             with self._lock:
-                self._learn(written)
-            chain[written.path] = written
-        mark_used(chain.values())
+                self._learn(new)
+            chain[name] = None
+        self._folder.mark_used([*chain])
         return len(blocks)
 
     def _restored(self, place: _Place, kv: KvLayers, block: int) -> bool:
-        file, index = place
+        known, index = place
         try:
-            self._traffic.read_bytes += file.restore(index, kv, self._start, block)
-            return True
+            file = self._folder.open(known.name)
+            if file is not None:
+                with file:
+                    self._traffic.read_bytes += known.restore(file, index, kv, self._start, block)
+                return True
         except DamagedError as error:
-            _log.warning("%s: %s; it is deleted, and what it held is computed again", file.path, error)
-            remove(file.path)
+            self._folder.drop(known.name, f"{error}; what it held is computed again")
         except OSError as error:
-            _log.warning("%s cannot be read, what it held is computed again: %s", file.path, error)
+            _log.warning("%s cannot be read, what it held is computed again: %s", known.name, reason(error))
         with self._lock:
-            self._forget(file.path.name)
+            self._forget(known.name)
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
@@ -115,27 +122,26 @@ class StageBlocks:
 
     def _refresh(self) -> None:
         """Learns which files came and went."""
-        names = {path.name for path in self._path.glob(f"*{SUFFIX}")}
+        names = self._folder.names(self._content)
         for gone in self._files.keys() - names:
             self._forget(gone)
         for name in names - self._files.keys():
-            path = self._path / name
             try:
-                self._learn(KvFile.read(path))
-            except (FileNotFoundError, NotAFileError):
-                continue
+                file = self._folder.open(name, is_use=False)
+                if file is not None:
+                    with file:
+                        self._learn(KvFile.read(name, file))
             except DamagedError as error:
-                _log.warning("%s: %s; it is deleted", path, error)
-                remove(path)
+                self._folder.drop(name, str(error))
             except OSError as error:  # of a bad sector, or for want of descriptors: the other files serve
                 if name not in self._unreadable:
                     _log.warning("%s", error)
                     self._unreadable.add(name)
 
     def _learn(self, file: KvFile) -> None:
-        if file.path.name in self._files:
+        if file.name in self._files:
             return
-        self._files[file.path.name] = file
+        self._files[file.name] = file
         for index, key in enumerate(file.keys):
             self._places.setdefault(key, []).append((file, index))
 

@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
-import time
-from contextlib import suppress
+import logging
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import get_ident
 
-from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, machine_target
+from llamaclust.core.disk_cache.cache import DiskCache
+from llamaclust.core.disk_cache.files import reason
+from llamaclust.kernels.cuda.runtime.nvrtc import Binary, Nvrtc, machine_target
 from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
-_KINDS = ("cubin", "ptx")
-_UNUSED_S = 90 * 86400.0
-_UNFINISHED_S = 3600.0
+_log = logging.getLogger(__name__)
+
+_MOST_BYTES = 1 << 30
+"""Of all versions, architectures and compilers; those of one take a hundredth of it."""
+
+_MOST_MODULE_BYTES = 1 << 28
+
+
+class KernelFolder(DiskCache):
+    """Names of files have the digest of what a module was compiled from, and that of its bytes."""
+
+    suffixes = (".cubin", ".ptx")
+    content, limit = "compiled kernels", "of all versions"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _MOST_BYTES)
+
+    def find(self, key: str) -> Path | None:
+        """An undamaged module, which counts as used now. OSError."""
+        for path in (path for suffix in self.suffixes for path in self.path.glob(f"{key}.*{suffix}")):
+            data = self.read(path.name, _MOST_MODULE_BYTES)
+            if data is not None and path.name == _file_name(key, data, path.suffix):
+                return path
+            if data is not None:
+                self.drop(path.name, "it has other bytes than those that were compiled")
+        return None
+
+    def keep(self, key: str, binary: Binary) -> Path:
+        """Writes a module as with `write`."""
+        name = _file_name(key, binary.data, f".{binary.kind}")
+        self.write(name, [binary.data])
+        return self.path / name
 
 
 class CubinCache:
-    """Compiled modules by the hash of source, options, architecture and compiler. If `folder` cannot be written, or
-    other users can write there, modules are kept in a temporary folder until `close`."""
+    """Compiled modules by the hash of source, options, architecture and compiler. Those that cannot be kept in `folder`
+    are in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
         """None: no persistent folder."""
-        self._folder = folder
+        self._folder = None if folder is None else KernelFolder(folder)
         self._instead: TemporaryDirectory[str] | None = None
+        self._is_reported = False  # that the folder cannot be used
 
     def close(self) -> None:
         if self._instead is not None:
@@ -35,59 +64,36 @@ class CubinCache:
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
         """The file of a module; compiled if it is missing or if `anew`."""
         of = "\0".join((text, *OPTIONS, machine_target(architecture), str(nvrtc.version)))
-        stem = f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:32]}"
-        folder = self._folder if self._folder is not None and _is_safe(self._folder) else None
-        if folder is not None and not anew:
-            for path in (folder / f"{stem}.{kind}" for kind in _KINDS):
-                if path.is_file():
-                    with suppress(OSError):  # of another user
-                        os.utime(path)
-                    return path
+        key = f"{name}-{_digest(of.encode())}"
+        found = None if anew else self._in_folder(lambda folder: folder.find(key))
+        if found is not None:
+            return found
         binary = nvrtc.compile(name, text, architecture)
-        file = f"{stem}.{binary.kind}"
-        if folder is not None:
-            with suppress(OSError):
-                _evict_unused(folder)
-                return _write(folder / file, binary.data)
+        return self._in_folder(lambda folder: folder.keep(key, binary)) or self._keep_for_now(key, binary)
+
+    def _in_folder(self, act: Callable[[KernelFolder], Path | None]) -> Path | None:
+        """None also where the folder cannot be used."""
+        if self._folder is None:
+            return None
+        try:
+            self._folder.create()
+            return act(self._folder)
+        except OSError as error:
+            if not self._is_reported:
+                _log.warning("compiled kernels are not kept: %s; the next start compiles them anew", reason(error))
+            self._is_reported = True
+            return None
+
+    def _keep_for_now(self, key: str, binary: Binary) -> Path:
         self._instead = self._instead or TemporaryDirectory(prefix="llamaclust-kernels-")
-        return _write(Path(self._instead.name) / file, binary.data)
+        path = Path(self._instead.name) / _file_name(key, binary.data, f".{binary.kind}")
+        path.write_bytes(binary.data)
+        return path
 
 
-def _is_safe(folder: Path) -> bool:
-    """Creates the folder if needed. Whether it is readable, and only this user may write there."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError:
-        return False
-    is_own = found.st_uid in (0, os.geteuid()) and not stat.S_IMODE(found.st_mode) & 0o022
-    return is_own and os.access(folder, os.R_OK | os.X_OK)
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()[:32]
 
 
-def kernel_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """Compiled and unfinished files. OSError."""
-    found = []
-    for pattern in (*(f"*.{kind}" for kind in _KINDS), "*.tmp"):
-        for path in folder.glob(pattern):
-            with suppress(FileNotFoundError):  # another process cleans up
-                found.append((path, path.lstat()))
-    return found
-
-
-def _evict_unused(folder: Path) -> None:
-    """Deletes kernels that were unused for long, and unfinished files of killed processes."""
-    now_s = time.time()
-    for path, found in kernel_files(folder):
-        if now_s - found.st_mtime > (_UNFINISHED_S if path.suffix == ".tmp" else _UNUSED_S):
-            path.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Atomic."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")
-    try:
-        partial.write_bytes(data)
-        return partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+def _file_name(key: str, data: bytes, suffix: str) -> str:
+    return f"{key}.{_digest(data)}{suffix}"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llamaclust.core.disk_cache import files
 from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.runtime import cupy_open
-from llamaclust.kernels.cuda.runtime.cubin_cache import CubinCache
+from llamaclust.kernels.cuda.runtime.cubin_cache import CubinCache, KernelFolder
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
@@ -178,22 +178,25 @@ def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPa
         device.synchronize()
 
 
-def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder, write = tmp_path / "kernels", Path.write_bytes
+def test_kernels_that_cannot_be_kept_are_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "kernels"
 
-    def write_half(path: Path, data: bytes) -> int:
-        if path.parent != folder:
-            return write(path, data)
-        write(path, data[: len(data) // 2])
+    def full(descriptor: int, data: memoryview) -> None:
+        os.write(descriptor, data[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(files, "_write_all", full)
     compiler: Any = FakeNvrtc()
     binaries = CubinCache(folder)
-    path = binaries.get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', 90)
-    assert path.parent != folder and path.read_bytes() == b"rows for 90"
+    paths = [binaries.get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', architecture) for architecture in (75, 90)]
+    assert [path.read_bytes() for path in paths] == [b"rows for 75", b"rows for 90"]
     binaries.close()
-    assert not path.parent.exists() and not list(folder.iterdir())
+    assert not paths[0].parent.exists() and [path.name for path in folder.iterdir()] == ["lock"]
+    (record,) = caplog.records
+    what = "compiled kernels are not kept: No space left on device; the next start compiles them anew"
+    assert record.getMessage() == what
 
 
 def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
@@ -282,18 +285,50 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeN
     assert not cupy.files[-1].exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"half of i"])
+def kept_kernels(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix == ".cubin"]
+
+
+@pytest.mark.parametrize("data", [b"", b"half of i", b"elementwise.rows for 99"])
 def test_a_damaged_kernel_is_compiled_anew(
-    monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path, data: bytes
+    monkeypatch: pytest.MonkeyPatch,
+    nvrtc: FakeNvrtc,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    data: bytes,
 ) -> None:
+    """It never reaches the driver."""
     cupy = install(monkeypatch)
     CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
-    (kept,) = tmp_path.iterdir()
+    (kept,) = kept_kernels(tmp_path)
     kept.write_bytes(data)
     for _ in range(2):
         CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice", "elementwise.rows.add_rows"])
     assert nvrtc.compiled == [("elementwise.rows", 86)] * 2 and kept.read_bytes() == b"elementwise.rows for 86"
-    assert cupy.loaded == [b"elementwise.rows for 86", data, b"elementwise.rows for 86", b"elementwise.rows for 86"]
+    assert cupy.loaded == [b"elementwise.rows for 86"] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{kept}: it has other bytes than those that were compiled; it is deleted"
+    ]
+
+
+def test_a_kernel_that_the_driver_rejects_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path
+) -> None:
+    """As where another process deletes or damages it before the driver reads it."""
+    cupy = install(monkeypatch)
+    CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
+    (kept,) = kept_kernels(tmp_path)
+    find = KernelFolder.find
+
+    def find_then_damage(folder: KernelFolder, key: str) -> Path | None:
+        path = find(folder, key)
+        kept.write_bytes(b"half of i")
+        return path
+
+    monkeypatch.setattr(KernelFolder, "find", find_then_damage)
+    CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
+    assert nvrtc.compiled == [("elementwise.rows", 86)] * 2 and kept.read_bytes() == b"elementwise.rows for 86"
+    assert cupy.loaded[-1] == b"elementwise.rows for 86"
 
 
 def test_a_folder_where_others_could_plant_kernels(
@@ -302,7 +337,7 @@ def test_a_folder_where_others_could_plant_kernels(
     cupy, folder = install(monkeypatch), tmp_path / "kernels"
     CupyDevice(folder=folder).prepare(["elementwise.rows.slice"])
     assert folder.stat().st_mode & 0o777 == 0o700
-    (kept,) = folder.iterdir()
+    (kept,) = kept_kernels(folder)
     kept.write_bytes(b"planted for 86")
     folder.chmod(0o777)
     CupyDevice(folder=folder).prepare(["elementwise.rows.slice"])
@@ -338,18 +373,3 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cupy.runtime.memory) == 3
     device.close()
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
-
-
-def test_unused_kernels_are_deleted(tmp_path: Path) -> None:
-    """With what killed processes left; those in use stay, however old they are."""
-    compiler: Any = FakeNvrtc()
-    text = '#line 1 "rows.cu"\nKERNEL'
-    used = CubinCache(tmp_path).get(compiler, "rows", text, 75)
-    unused, unfinished = tmp_path / "rows-0.cubin", tmp_path / "rows-0.cubin.1-1.tmp"
-    for path, days in ((used, 200), (unused, 100), (unfinished, 1)):
-        path.touch()
-        os.utime(path, (time.time() - 86400 * days,) * 2)
-    assert CubinCache(tmp_path).get(compiler, "rows", text, 75) == used
-    assert unused.exists(), "nothing was compiled"
-    made = CubinCache(tmp_path).get(compiler, "rows", text, 90)
-    assert sorted(tmp_path.iterdir()) == sorted([used, made])

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.core.disk_cache import files
 from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.packed import cache, cache_files, cache_writer
-from llamaclust.kernels.packed.cache_files import Writing, locked
+from llamaclust.kernels.packed import cache, cache_writer
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from support.arithmetic.packed_layers import IMAGES, LIMITS, images, run
@@ -84,9 +84,9 @@ def test_a_writer_that_fails_says_so_and_is_done(
 def test_a_writer_gives_up_on_a_lock_with_one_line(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_files, "_LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(files, "_LOCK_WAIT_S", 0.05)
     folder.create()
-    with locked(folder.path / "lock", Writing()):
+    with folder.locked():
         run(model, folder)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "another process" in record.getMessage()
@@ -121,7 +121,7 @@ def test_a_write_that_fails_is_one_warning(
     def full(descriptor: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_files, "_write_all", full)
+    monkeypatch.setattr(files, "_write_all", full)
     assert run(model, folder) == run(model, None)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "No space left on device" in record.getMessage()

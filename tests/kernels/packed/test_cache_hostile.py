@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
+from llamaclust.core.disk_cache import files
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.packed import cache_files, cache_writer
+from llamaclust.kernels.packed import cache_writer
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from support.arithmetic.packed_layers import IMAGES, LIMITS, images, run, use_any_disk
@@ -174,18 +175,6 @@ def test_unfinished_files_are_listed(folder: PackedCacheFolder, monkeypatch: pyt
     assert listed["unfinished"] == {"files": 1, "size_bytes": 3 << 20}
 
 
-@pytest.mark.parametrize(
-    ("uid", "mode", "words"), [(1, 0o755, "belongs to another user"), (0, 0o775, "others may write")]
-)
-def test_a_folder_of_others_is_not_used_and_why(folder: PackedCacheFolder, uid: int, mode: int, words: str) -> None:
-    folder.path.mkdir(parents=True)
-    folder.path.chmod(mode)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "geteuid", lambda: folder.path.stat().st_uid + uid)
-        with pytest.raises(PermissionError, match=words):
-            folder.create()
-
-
 def test_the_end_finishes_a_layer_and_no_more(
     model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,15 +196,15 @@ def test_the_end_finishes_a_layer_and_no_more(
 
 def load(model: Path, folder: Path) -> None:
     """A load that ends while its first layer is being written, which takes a while."""
-    writes, begun = cache_files.write_whole, threading.Event()
+    writes, begun = files._write_all, threading.Event()
 
-    def slow(*arguments: object) -> None:
+    def slow(descriptor: int, data: memoryview) -> None:
         begun.set()
         time.sleep(0.1)
-        writes(*arguments)  # type: ignore[arg-type]
+        writes(descriptor, data)
 
     use_any_disk()
-    cache_files.write_whole = slow  # type: ignore[assignment]
+    files._write_all = slow
     cache_writer._FINISH_S = 30.0  # the test machine's disk may be slow
     opened, backend = Model.open(model), CpuBackend(2, packed_cache=PackedCacheFolder(folder, 1 << 30))
     program = opened.program(0, opened.layer_count)

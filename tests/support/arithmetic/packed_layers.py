@@ -8,7 +8,6 @@ from pathlib import Path
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.packed import cache_folder
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from support.arithmetic.batches import batch_of
@@ -21,7 +20,7 @@ IMAGES = LAYERS + 2  # and the embedding, and the output
 
 def use_any_disk() -> None:
     """From now on this process prepares layers however full the disk is."""
-    cache_folder._FREE_BYTES = 0
+    PackedCacheFolder.free_bytes = 0
 
 
 def settled(path: Path) -> Path:

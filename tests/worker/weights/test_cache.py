@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
+from llamaclust.core.disk_cache.files import BusyError
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
@@ -61,7 +62,7 @@ def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:
         cache.make_room(2000)
     part.close()
     cache.make_room(2000)
-    assert cache.list_files() == ([], [])
+    assert cache.files() == []
 
 
 def test_what_another_process_has_just_finished_is_not_begun_again(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 1 << 20)
     cache.prepare()
     cache.path.chmod(0o777)
-    with pytest.raises(LlamaclustError, match="others may write to it"):
+    with pytest.raises(LlamaclustError, match=r"weights cannot be kept there: others may write there \(mode 777\)"):
         cache.prepare()
 
 
@@ -102,12 +103,12 @@ def test_the_command_lists_and_clears_fetched_weights(tmp_path: Path, monkeypatc
     with cache.in_use():
         refused = CliRunner().invoke(app, ["model", "cache", "clear"])
         assert isinstance(refused.exception, LlamaclustError) and "a load is using it" in str(refused.exception)
-        with monkeypatch.context() as clock, pytest.raises(BlockingIOError):
+        with monkeypatch.context() as clock, pytest.raises(BusyError):
             clock.setattr(time, "time_ns", lambda: 0)  # set back since the load began
             cache.clear()
     cleared = json.loads(CliRunner().invoke(app, ["model", "cache", "clear", "--json"]).output)
     assert (cleared["fetched_files"], cleared["fetched_bytes"]) == (1, 1000)
-    assert cache.list_files() == ([], [])
+    assert cache.files() == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

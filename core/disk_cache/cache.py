@@ -1,0 +1,246 @@
+"""A folder of files that can be made again: bounded, of this user alone, and shared by all processes of the user.
+
+A file gets its name when it is complete, and is never changed then: maps and open files stay valid when it is deleted.
+One process writes at a time; readers need no lock. The last use of a file is its time of access.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import ClassVar
+
+from llamaclust.core.disk_cache import files
+from llamaclust.core.disk_cache.files import BusyError, ForeignFileError, Writing
+from llamaclust.core.sizes import MIB, mib
+
+_log = logging.getLogger(__name__)
+
+_FREE_SHARE = 20
+"""One part in so many of the disk stays free, at most `free_bytes`."""
+
+_LOCK = "lock"
+NEVER_NS = 1 << 63
+
+
+class NoRoomError(OSError):
+    """A file that may not be written, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    path: Path
+    size_bytes: int
+    used_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The number and size of deleted files, and the errors of those left."""
+
+    files: int = 0
+    size_bytes: int = 0
+    left: tuple[OSError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCache:
+    """Files with one of `suffixes` in the folder `path`, which hold `most_bytes` together. A subclass is one kind of
+    cache. Other files in the folder, and what folders and links in it lead to, are left alone."""
+
+    path: Path
+    most_bytes: int
+
+    suffixes: ClassVar[tuple[str, ...]]
+    content: ClassVar[str]  # for messages
+    limit: ClassVar[str]  # the setting of `most_bytes`, for messages
+    most_files: ClassVar[int] = 1 << 16
+    free_bytes: ClassVar[int] = 2 << 30
+    is_secret: ClassVar[bool] = False  # others may not even read
+    is_synced: ClassVar[bool] = True  # a file is on the disk when it gets its name
+    modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
+
+    def create(self) -> None:
+        """Makes the folder. OSError if that fails, PermissionError if it is a link, or others could plant files there,
+        or read secret ones."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)
+        mode = stat.S_IMODE(self._check_owner().st_mode)
+        if mode & (0o077 if self.is_secret else 0o022):
+            what = "others may enter it" if self.is_secret else "others may write there"
+            raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
+
+    def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
+        """The whole file, which counts as used now if `is_use`; None where there is none. What else lies there is
+        deleted. OSError with the name of what cannot be read, or not deleted."""
+        path = self.path / name
+        try:
+            file = files.open_own(path)
+        except FileNotFoundError:
+            return None
+        except ForeignFileError as error:
+            _drop_foreign(path, error)
+            return None
+        found = files.mark_used(file.fileno()) if is_use else os.fstat(file.fileno())
+        if self.modified_ns in (None, found.st_mtime_ns):
+            return file
+        file.close()
+        self.drop(name, "it was changed after it was written")
+        return None
+
+    def read(self, name: str, most_bytes: int, *, is_use: bool = True) -> bytes | None:
+        """The first bytes of a file, as with `open`."""
+        file = self.open(name, is_use=is_use)
+        if file is None:
+            return None
+        with file:
+            return file.read(most_bytes)
+
+    def write(
+        self,
+        name: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        since_ns: int = NEVER_NS,
+        kept: Container[str] = (),
+        writing: Writing | None = None,
+    ) -> None:
+        """Writes a file, unless it is there with that size. To make room, files are deleted that were not used since
+        `since_ns`, without those `kept`. NoRoomError, BusyError where others write long, StoppedError soon after
+        `writing` was stopped, or another OSError: no part of the file is there then."""
+        n_bytes, writing = sum(map(len, parts)), writing or Writing()
+        with self.locked(writing):
+            if not self._has(name, n_bytes):
+                self._make_room(n_bytes, since_ns, kept)
+                files.write_whole(self.path / name, parts, writing, self.modified_ns, is_synced=self.is_synced)
+
+    @contextmanager
+    def locked(self, writing: Writing | None = None) -> Iterator[None]:
+        """The lock between writers. Deletes what killed ones left. Errors as of `files.locked`."""
+        with files.locked(self.path / _LOCK, writing or Writing()):
+            for file in self.files(files.TEMPORARY):
+                files.remove(file.path)
+            yield
+
+    def drop(self, name: str, why: str) -> None:
+        """Deletes a damaged file, with a line in the log."""
+        _log.warning("%s: %s; it is deleted", self.path / name, why)
+        files.remove(self.path / name)
+
+    def files(self, *suffixes: str) -> list[CachedFile]:
+        """Files with these suffixes, all by default, the longest unused first."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name.endswith(suffixes or self.suffixes):
+                    with suppress(FileNotFoundError):  # deleting needs no lock
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            found.append(CachedFile(Path(entry.path), status.st_size, files.used_ns(status)))
+        return sorted(found, key=lambda file: file.used_ns)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files())
+
+    def in_the_way(self) -> list[Path]:
+        """Links, directories and the like with the name of a file of this folder."""
+        return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
+
+    def clear(self) -> Cleared:
+        """Deletes what can be deleted. Processes that use the files continue. OSError if no file can be deleted,
+        BusyError if another process writes for long."""
+        if not os.path.lexists(self.path):
+            return Cleared()
+        self._check_owner()
+        lock = self.path / _LOCK
+        if lock in self.in_the_way():
+            files.delete(lock)
+        count, size_bytes, left = 0, 0, []
+        with files.locked(lock, Writing()):
+            if self._needed_since_ns() != NEVER_NS:
+                raise BusyError(errno.EAGAIN, "a load is using it; try again later")
+            for path in sorted(self._names()):
+                try:
+                    size_bytes += files.delete(path)
+                    count += 1
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    left.append(error)
+        return Cleared(count, size_bytes, tuple(left))
+
+    def _needed_since_ns(self) -> int:
+        """Files that were used since then must not be deleted; `NEVER_NS`: all may be. For the holder of the lock."""
+        return NEVER_NS
+
+    def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
+        """Deletes files, as in `write`, until there is room for one more of so many bytes, the longest unused first.
+        For the holder of the lock."""
+        held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
+        held_bytes, count = sum(file.size_bytes for file in held), len(held)
+        disk = os.statvfs(self.path)
+        reserved_bytes = min(disk.f_blocks * disk.f_frsize // _FREE_SHARE, self.free_bytes)
+        disk_bytes = disk.f_bavail * disk.f_frsize - reserved_bytes
+        for file in held:
+            if held_bytes + n_bytes <= self.most_bytes and n_bytes <= disk_bytes and count < self.most_files:
+                return
+            if file.used_ns < since_ns and file.path.name not in kept and _delete(file.path):
+                held_bytes, disk_bytes, count = held_bytes - file.size_bytes, disk_bytes + file.size_bytes, count - 1
+        more = f"{mib(n_bytes)} MiB more of {self.content}"
+        if held_bytes + n_bytes > self.most_bytes:
+            allowed = f"{mib(self.most_bytes)} MiB are allowed ({self.limit})"
+            raise NoRoomError(f"{self.path}: {more} beside {mib(held_bytes)} MiB in use, {allowed}")
+        if n_bytes > disk_bytes:
+            free_mib, stays = (disk_bytes + reserved_bytes) // MIB, f" ({mib(reserved_bytes)} stay free)"
+            what = f"the disk has {free_mib} MiB free{stays if reserved_bytes else ''}, {more} are needed"
+            raise NoRoomError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
+
+    def _names(self, *others: str) -> Iterator[Path]:
+        """Paths with a suffix of this folder, or one of these names, whatever is there."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.name.endswith((*self.suffixes, files.TEMPORARY)) or path.name in others:
+                yield path
+
+    def _has(self, name: str, n_bytes: int) -> bool:
+        file = self.open(name)
+        if file is None:
+            return False
+        with file:
+            return os.fstat(file.fileno()).st_size == n_bytes
+
+    def _check_owner(self) -> os.stat_result:
+        found = self.path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            why = "is a symbolic link; set LLAMACLUST_HOME to use another disk"
+            raise PermissionError(errno.EPERM, why, str(self.path))
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.path))
+        if found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"belongs to another user (id {found.st_uid})", str(self.path))
+        return found
+
+
+def _drop_foreign(path: Path, error: ForeignFileError) -> None:
+    """Deletes what lies at the place of a file. The error if that fails."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError:
+        raise error from None
+    _log.warning("%s: %s; it is deleted", path, error.strerror)
+
+
+def _delete(path: Path) -> bool:
+    with suppress(OSError):
+        return files.delete_unlocked(path)
+    return False

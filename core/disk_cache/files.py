@@ -1,0 +1,160 @@
+"""Files of a folder that several processes write: of this user alone, opened without blocking or following links,
+written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+from llamaclust.core.cgroups import drop_cached_pages
+from llamaclust.core.regular_file import NotRegularError, open_descriptor, take_lock
+
+TEMPORARY = ".tmp"
+"""Suffix of a file that is being written, or was left by a process that was killed meanwhile."""
+
+_WRITE_BYTES = 1 << 21
+"""One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
+
+_LOCK_WAIT_S = 10.0
+"""How long a writer waits for another one, which has the lock while it writes one file."""
+
+_LOCK_RETRY_S = 0.02
+
+_NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
+"""Errors of open for links, sockets, devices without a driver, directories."""
+
+
+class ForeignFileError(OSError):
+    """A link, a pipe, a directory or the like instead of a file, or a file of another user."""
+
+
+class BusyError(OSError):
+    """Another process has the lock."""
+
+
+class StoppedError(Exception):
+    """A stopped write."""
+
+
+class Writing:
+    """The state of a writer, and the means to stop it."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self.waits = False  # for the lock
+        self.unfinished: Path | None = None
+
+
+def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
+    """Opens a file of this user, unbuffered. FileNotFoundError, ForeignFileError, or another OSError with its name."""
+    try:
+        descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
+    except OSError as error:
+        if isinstance(error, NotRegularError) or error.errno in _NOT_A_FILE:
+            raise ForeignFileError(errno.EINVAL, "is no regular file, and in the way", str(path)) from error
+        raise
+    if (owner := os.fstat(descriptor).st_uid) != os.geteuid():
+        os.close(descriptor)
+        raise ForeignFileError(errno.EPERM, f"belongs to another user (id {owner}), and is in the way", str(path))
+    return FileIO(descriptor, "r" if flags & os.O_ACCMODE == os.O_RDONLY else "r+")
+
+
+@contextmanager
+def locked(path: Path, writing: Writing) -> Iterator[None]:
+    """BusyError where another process has the lock for long, StoppedError soon after `writing` was stopped."""
+    with open_own(path, os.O_RDWR | os.O_CREAT) as file:
+        deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
+        while not take_lock(file.fileno()):
+            if writing.is_stopped:
+                raise StoppedError
+            if time.monotonic() >= deadline:
+                reason = f"another process has written there for {_LOCK_WAIT_S:g} s; try again later"
+                raise BusyError(errno.EAGAIN, reason)
+            time.sleep(_LOCK_RETRY_S)
+        writing.waits = False
+        yield
+
+
+def write_whole(
+    path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
+) -> None:
+    """Writes a whole file or none; its time of modification is `modified_ns` or now. The caller has the folder's lock.
+    OSError, StoppedError."""
+    made = path.with_name(f"{path.name}{TEMPORARY}")
+    try:
+        file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        raise ForeignFileError(errno.EEXIST, "is in the way", str(made)) from None
+    writing.unfinished = made
+    try:
+        with file:
+            for part in parts:
+                for start in range(0, len(part), _WRITE_BYTES):
+                    if writing.is_stopped:
+                        raise StoppedError
+                    _write_all(file.fileno(), memoryview(part)[start : start + _WRITE_BYTES])
+            if is_synced:
+                os.fsync(file.fileno())
+                drop_cached_pages(file.fileno())
+            now_ns = time.time_ns()
+            os.utime(file.fileno(), ns=(now_ns, modified_ns or now_ns))
+        made.rename(path)
+    finally:
+        remove(made)
+        writing.unfinished = None
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def used_ns(status: os.stat_result) -> int:
+    """The last use of a file, or its writing."""
+    return max(status.st_atime_ns, status.st_mtime_ns)
+
+
+def mark_used(descriptor: int) -> os.stat_result:
+    """Sets the last use to now, unless the file system is read-only, and returns the status before. The kernel's own
+    stamp would be some milliseconds behind."""
+    found = os.fstat(descriptor)
+    with suppress(OSError):
+        os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
+    return found
+
+
+def remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def delete(path: Path) -> int:
+    """Deletes a file or an empty directory; returns the size of a file. OSError with its name."""
+    found = path.lstat()
+    if stat.S_ISDIR(found.st_mode):
+        path.rmdir()
+    else:
+        path.unlink()
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def delete_unlocked(path: Path) -> bool:
+    """Deletes a file that no process has locked. OSError if it is gone or cannot be deleted."""
+    with open_own(path, os.O_RDWR) as file:
+        is_free = take_lock(file.fileno())
+        if is_free:
+            path.unlink()
+        return is_free
+
+
+def reason(error: OSError) -> str:
+    """The error without its number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

@@ -16,10 +16,10 @@ from llamaclust.cluster.front.body import IgnoredFields
 from llamaclust.cluster.front.dialects.anthropic.message import Messages
 from llamaclust.cluster.front.dialects.dialect import Endpoint
 from llamaclust.cluster.front.dialects.embeddings import LlamaCppEmbeddings, OpenAiEmbeddings, Rerank
-from llamaclust.cluster.front.dialects.llamacpp.completions import Completions
-from llamaclust.cluster.front.dialects.llamacpp.endpoints import LlamaCppEndpoints, llamacpp_routes
-from llamaclust.cluster.front.dialects.ollama.endpoints import ollama_routes
-from llamaclust.cluster.front.dialects.ollama.models import OllamaModels
+from llamaclust.cluster.front.dialects.llamacpp.completions import Completions, Infill, LlamaCppCompletion
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import llamacpp_routes
+from llamaclust.cluster.front.dialects.ollama.answers import Chat, Embed, Embeddings, Generate
+from llamaclust.cluster.front.dialects.ollama.models import OllamaManaging, OllamaModels
 from llamaclust.cluster.front.dialects.openai.endpoints import (
     ChatCompletions,
     ModelEndpoints,
@@ -53,6 +53,12 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     OpenAiEmbeddings,
     LlamaCppEmbeddings,
     Rerank,
+    LlamaCppCompletion,
+    Infill,
+    Generate,
+    Chat,
+    Embed,
+    Embeddings,
 )
 """The endpoints of each model. One that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
@@ -119,14 +125,14 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
         for path in endpoint.paths:
             yield from endpoint(service, replies, path).routes()
     completions = TextCompletions(service, replies, "/completions")
-    any_completions = Completions(completions.make, LlamaCppEndpoints(service, settings).complete).create
+    any_completions = Completions(completions.make, LlamaCppCompletion(service, replies, "/completion").make).create
     answer = replies.endpoint(completions.path, any_completions)
     yield Route("POST", completions.path, answer, completions.body, computes=True)
     for path in Responses.paths:
         yield from Responses(service, replies, path, store).routes()
     yield from _stream_routes(replies)
-    yield from llamacpp_routes(service, replies)
-    yield from ollama_routes(service, replies)
+    yield from llamacpp_routes(service, settings)
+    yield from OllamaManaging(model.name, settings).routes()
     yield from adapter_routes(model.adapter_control, model.name, settings)
 
 

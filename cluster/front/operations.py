@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -15,13 +15,10 @@ from llamaclust.cluster.engine.metrics import CONTENT_TYPE
 from llamaclust.cluster.engine.model_metrics import render_all
 from llamaclust.cluster.engine.waterfall_json import matching, summary_json, waterfall_json
 from llamaclust.cluster.engine.waterfalls import RequestRecord
-from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
-from llamaclust.cluster.front.dialects.llamacpp.endpoints import llamacpp_metrics
-from llamaclust.cluster.front.dialects.openai.view import FINGERPRINT
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import llamacpp_metrics, server_properties, slot_list
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
-from llamaclust.cluster.front.text.service import TextService
 from llamaclust.wire.rpc.deadlines import deadline
 
 if TYPE_CHECKING:
@@ -32,7 +29,6 @@ _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; a repeated request waits on."""
 _MOST_SEQUENCES = 32
 """Sequences of one request that are shown."""
-_READ_ONLY = ("health", "live", "metrics", "cluster", "props", "slots")
 
 _Record = tuple[ApiModel, RequestRecord]
 
@@ -48,8 +44,7 @@ async def no_proxy(request: Request) -> Response:
 
 
 class Workers:
-    """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
-    the last lines of their logs: `GET /cluster/workers/NAME/log`."""
+    """Takes layers away from workers, gives them back, and shows the last lines of their logs."""
 
     def __init__(self, pool: WorkerOperations) -> None:
         self._pool = pool
@@ -79,7 +74,7 @@ class Workers:
 
 
 class Operations:
-    """Reads only."""
+    """Endpoints that only read."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
@@ -87,14 +82,16 @@ class Operations:
 
     def routes(self) -> Iterator[Route]:
         off = self._router.settings.disabled
-        for name in _READ_ONLY:
+        for endpoint in (self.health, self.live, self.metrics, self.cluster, self.props, self.slots):
+            name = endpoint.__name__
             types = ("text/plain",) if name == "metrics" else None
-            yield Route("GET", f"/{name}", disabled if name in off else getattr(self, name), types=types)
+            yield Route("GET", f"/{name}", disabled if name in off else endpoint, types=types)
         yield Route("GET", "/cluster/requests", self.requests)
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken, even if they have to wait; else 503, and why not for those with a key."""
+        """Answers 200 while requests are taken, even if they have to wait; else 503, and why not for those with a
+        key."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
@@ -104,19 +101,19 @@ class Operations:
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
 
     async def live(self, request: Request) -> Response:
-        """200 unless only a restart helps: a liveness probe."""
+        """Answers 200, for a liveness probe, unless only a restart helps."""
         if self._router.queried(request).engine.state is not EngineState.DOWN:
             return JsonResponse({"status": "ok"})
         raise HttpError(503, "cluster_down", self._reason(request))
 
     def _reason(self, request: Request) -> str:
-        """Names workers, hosts and layers: without a key, the state alone."""
+        """Names workers, hosts and layers; without a key, the state alone."""
         engine = self._router.queried(request).engine
         error = engine.error if request.state.is_trusted else None
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus: this program's metrics, and those that have names in llama.cpp."""
+        """Returns this program's metrics for Prometheus, and those that have names in llama.cpp."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
@@ -127,12 +124,11 @@ class Operations:
         return JsonResponse(self._router.queried(request).status())
 
     async def requests(self, request: Request) -> Response:
-        """The requests that are open, and the last ones that ended, the oldest first."""
-        found = sorted(self._records(request), key=lambda each: _order(each[1]))
-        return _listed(found, summary_json)
+        """Returns the requests that are open, and the last ones that ended, the oldest first."""
+        return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Where the time of a request went: each of its sequences, without any of its text."""
+        """Returns where the time of a request went: each of its sequences, without any of its text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:
@@ -141,73 +137,30 @@ class Operations:
         return _listed(found[-_MOST_SEQUENCES:], waterfall_json)
 
     async def props(self, request: Request) -> Response:
-        model, settings = self._router.queried(request), self._router.settings
-        shown = properties(model.service, settings.defaults)
-        if settings.can_unload:  # what llama.cpp's router says of itself
-            shown |= {
-                "role": "router",
-                "max_instances": settings.max_loaded_models or len(self._router.models),
-                "models_autoload": settings.load_on_demand,
-                "is_sleeping": model.resident.is_asleep,
-            }
-        return JsonResponse(shown)
+        return JsonResponse(server_properties(self._router.models, self._router.queried(request)))
 
     async def slots(self, request: Request) -> Response:
-        """The sequences that can run together; the first ones are those that do."""
-        model = self._router.queried(request)
-        settings, running = model.service.settings, model.engine.counts.running
-        slots = [
-            {
-                "id": slot,
-                "n_ctx": settings.context_length,
-                "speculative": settings.max_drafted > 0,
-                "is_processing": slot < running,
-            }
-            for slot in range(settings.max_sequences)
-        ]
-        return JsonResponse(slots)
+        """Returns the sequences that can run together; the first ones are those that do."""
+        return JsonResponse(slot_list(self._router.queried(request)))
 
     def _read(self, request: Request) -> Sequence[ApiModel]:
-        """All models, or that of `?model=`."""
+        """Returns all models, or that of `?model=`."""
         return [self._router.queried(request)] if request.query_params.get("model") else self._router.models
 
     def _records(self, request: Request) -> list[_Record]:
-        """The oldest of each model first."""
+        """Returns each model's records, the oldest first."""
         now_ns = time.monotonic_ns()
         return [(model, record) for model in self._read(request) for record in model.engine.waterfalls.records(now_ns)]
 
 
-def properties(service: TextService, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of llama.cpp's server. `defaults`: the cluster file's values of request fields."""
-    settings, tokenizer = service.settings, service.tokenizer
-    params = LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"})
-    return {
-        "default_generation_settings": {
-            "n_ctx": settings.context_length,
-            "speculative": settings.max_drafted > 0,
-            "is_processing": False,
-            "params": {**params, **settings.recommended, **defaults},
-        },
-        "total_slots": settings.max_sequences,
-        "model_path": settings.model_path or settings.model_name,
-        "model_alias": settings.model_name,
-        "chat_template": service.chat_template.source or "",
-        **{f"chat_template_{name}": template.source for name, template in service.chat_template.named.items()},
-        "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
-        "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
-        "modalities": {"vision": False, "audio": False},
-        "build_info": FINGERPRINT,
-        "is_sleeping": False,
-    }
-
-
-def _order(record: RequestRecord) -> tuple[bool, float]:
+def _order(known: _Record) -> tuple[bool, float]:
     """Sorts ended requests by their ends, before open ones in the order of each model."""
+    _, record = known
     is_open = record.end is None
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds
 
 
-def _listed(found: Sequence[_Record], show: Callable[[RequestRecord, Mapping[int, str]], dict[str, Any]]) -> Response:
+def _listed(found: Iterable[_Record], show: Callable[[RequestRecord, Mapping[int, str]], dict[str, Any]]) -> Response:
     shown = (
         {"model": model.name, **show(record, model.settings.adapters.names_at(record.waterfall.start_ns))}
         for model, record in found

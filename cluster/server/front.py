@@ -17,15 +17,7 @@ from urllib.parse import urlsplit
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.errors import hint
 from llamaclust.cluster.front.app import ENDPOINTS
-from llamaclust.cluster.front.dialects.llamacpp.completions import (
-    DetokenizeBody,
-    InfillBody,
-    LlamaCppBody,
-    TemplateBody,
-    TokenizeBody,
-)
-from llamaclust.cluster.front.dialects.ollama.endpoints import EmbedBody, EmbeddingsBody
-from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import DetokenizeBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.front.dialects.openai.response_schema import CompactionBody, ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.http.connections import ApiPort, listening
@@ -180,8 +172,7 @@ def _use(model: Model) -> ModelUse:
 BODIES: Final[tuple[type[Body], ...]] = (
     *(endpoint.body for endpoint in ENDPOINTS),
     *(ChatBody, CompletionBody, ResponsesBody, CompactionBody),
-    *(LlamaCppBody, InfillBody, TokenizeBody, DetokenizeBody, TemplateBody, GenerateBody, OllamaChatBody),
-    *(EmbedBody, EmbeddingsBody),
+    *(TokenizeBody, DetokenizeBody, TemplateBody),
 )
 """The bodies whose fields may have defaults."""
 

@@ -78,7 +78,12 @@ class Endpoint(ABC, Generic[AnyBody]):
 
     def check_model(self, body: AnyBody) -> None:
         """Refuses adapters too."""
-        self.models.check(_model(body))
+        self.models.check(self.named(body))
+
+    def named(self, body: AnyBody) -> str | None:
+        """The model that a body names."""
+        name: str | None = getattr(body, "model", None)
+        return name
 
 
 class Dialect(Endpoint[AnyBody]):
@@ -97,7 +102,7 @@ class Dialect(Endpoint[AnyBody]):
         """The reply to the bytes of a body."""
         body = await parse_body(data, self.body, self.settings)
         adapters = self._adapters(body, context.scales)
-        return await self.reply(Asked(body, context, adapters, self.models.shown(_model(body))))
+        return await self.reply(Asked(body, context, adapters, self.models.shown(self.named(body))))
 
     async def answer(self, request: Request) -> Response:
         return await self._answer(request)
@@ -111,9 +116,4 @@ class Dialect(Endpoint[AnyBody]):
         self._adapters(body)
 
     def _adapters(self, body: AnyBody, default: AdapterScales = ()) -> AdapterScales:
-        return self.models.adapters(_model(body), getattr(body, "lora", None), default)
-
-
-def _model(body: AnyBody) -> str | None:
-    name: str | None = getattr(body, "model", None)
-    return name
+        return self.models.adapters(self.named(body), getattr(body, "lora", None), default)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llamaclust.cluster.front.dialects.llamacpp.completions import DetokenizeBody
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import DetokenizeBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.front.schema import Body, read_fields
 from llamaclust.core.errors import ParameterError

@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.llamacpp.completions import (
-    DetokenizeBody,
-    LlamaCppBody,
-    TemplateBody,
-    TokenizeBody,
-)
+from llamaclust.cluster.front.dialects.llamacpp.completions import LlamaCppBody
+from llamaclust.cluster.front.dialects.llamacpp.endpoints import DetokenizeBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.front.dialects.ollama.schema import GenerateBody, OllamaChatBody, Options, ShowBody
 from llamaclust.cluster.front.dialects.openai.response_schema import ResponsesBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody

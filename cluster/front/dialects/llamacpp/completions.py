@@ -1,27 +1,34 @@
-"""llama.cpp's `/completion` and `/infill`: their bodies with its defaults, and the requests that they make."""
+"""llama.cpp's `/completion` and `/infill`: bodies with its defaults, the requests that they make, and their replies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.front.body import has_field
-from llamaclust.cluster.front.dialects.openai.schema import ChatFields
-from llamaclust.cluster.front.foreign_fields import LLAMACPP, TEXT_ONLY
-from llamaclust.cluster.front.replies.reply import MakeReply, Reply
+from llamaclust.cluster.front.body import converted, has_field
+from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.foreign_fields import LLAMACPP
+from llamaclust.cluster.front.http.sse import event
+from llamaclust.cluster.front.json_text import shown_progress, shown_timings
+from llamaclust.cluster.front.replies.reply import Event, MakeReply, Reply, View
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
     Requested,
     SamplerFields,
     SlotFields,
     SpeculativeFields,
+    row_entry,
     sampled,
 )
 from llamaclust.cluster.front.schema import (
     MAX_PROMPTS,
-    Body,
+    Prompt,
     StopField,
     WholeLimitField,
     is_int,
@@ -29,30 +36,34 @@ from llamaclust.cluster.front.schema import (
     prompt_string,
 )
 from llamaclust.cluster.front.structured_output import GrammarFields
-from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
 from llamaclust.cluster.state.journal_records import RequestContext
-from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.core.sampling_bounds import Dialect
+from llamaclust.core import sampling_bounds
+from llamaclust.core.limits import MAX_TOP_LOGPROBS, AdapterScales
 from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
-RANDOM_SEEDS = (-1, 0xFFFFFFFF)
-NEVER = -1e9
+_RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
+_NEVER: Final = -1e9
 """The bias of a token that may not be chosen, which llama.cpp writes as false."""
-
-MAX_TOKENIZED_BYTES = 1 << 20
-MAX_FILES = 1024
+_MAX_FILES: Final = 1024
+_INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
+"""Fields that are no settings of the generation."""
 
 LlamaCppPrompt = str | tuple[str | int, ...]
 """Text, or token ids and texts mixed."""
 
 
 def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
-    """One prompt, or a list of texts and lists."""
-    if isinstance(value, list) and value and not any(is_int(item) for item in value):
-        if len(value) > MAX_PROMPTS:
-            raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
-        return tuple(_prompt(item) for item in value)
-    return (_prompt(value),)
+    """Reads one prompt, or a list of texts and lists."""
+    if not isinstance(value, list) or not value or any(map(is_int, value)):
+        return (_prompt(value),)
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+    return tuple(map(_prompt, value))
 
 
 def _prompt(value: Any) -> LlamaCppPrompt:
@@ -66,28 +77,22 @@ def _prompt(value: Any) -> LlamaCppPrompt:
 
 
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
-    """[[token id or text, bias or false], ...] or {"token id or text": bias or false}."""
+    """Reads [[token id or text, bias or false], ...] or {"token id or text": bias or false}."""
     if isinstance(value, dict):
-        pairs = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
-    else:
-        pairs = value
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        value = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise ValueError("must be a list of [token, bias] or an object of them")
-    return tuple((_bias_token(token), _bias(bias)) for token, bias in pairs)
+    return tuple(_token_bias(*pair) for pair in value)
 
 
-def _bias_token(token: Any) -> int | str:
-    if is_int(token) or isinstance(token, str):
-        return token  # type: ignore[no-any-return]
-    raise ValueError("a token must be an id or a text")
-
-
-def _bias(value: Any) -> float:
-    if value is False:
-        return NEVER
-    if not isinstance(value, int | float) or isinstance(value, bool) or not NEVER <= value <= -NEVER:
+def _token_bias(token: Any, bias: Any) -> tuple[int | str, float]:
+    if not is_int(token) and not isinstance(token, str):
+        raise ValueError("a token must be an id or a text")
+    if bias is False:
+        return token, _NEVER
+    if not isinstance(bias, int | float) or bias is True or not _NEVER <= bias <= -_NEVER:
         raise ValueError("a bias must be a number, or false for never")
-    return float(value)
+    return token, float(bias)
 
 
 _OBJECT = {"type": "object", "required": ["prompt_string"], "properties": {"prompt_string": {"type": "string"}}}
@@ -98,9 +103,9 @@ _PROMPTS = {"anyOf": [*_MIXED["anyOf"], {"type": "array", "items": _MIXED}]}
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-@sampled(Dialect.LLAMACPP)
+@sampled(sampling_bounds.Dialect.LLAMACPP)
 class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields, foreign=LLAMACPP):
-    """`POST /completion`."""
+    """The body of `POST /completion`."""
 
     takes_recommended: ClassVar = True
 
@@ -129,10 +134,33 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     stream: bool = False
     """Server-sent events."""
 
+    async def prompts(self, service: TextService) -> list[Prompt]:
+        return [await _tokenized(service, prompt) for prompt in self.prompt]
+
     @property
     def max_new_tokens(self) -> int | None:
         """None: what the context leaves, which llama.cpp writes -1 or -2."""
         return None if self.n_predict < 0 else self.n_predict
+
+    def request(
+        self, prompt: Prompt, biases: tuple[tuple[int, float], ...], adapters: AdapterScales
+    ) -> CompletionRequest:
+        return self.completion(
+            prompt,
+            self.max_new_tokens,
+            self.params(biases),
+            seed=None if self.seed in _RANDOM_SEEDS else self.seed,
+            grammar=self.answer_grammar(),
+            with_logprobs=self.n_probs > 0,
+            adapters=adapters,
+            slot=self.slot,
+        )
+
+
+async def _tokenized(service: TextService, prompt: LlamaCppPrompt) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    return tuple(chain(*await service.tokenize_all(prompt, "prompt", add_special=True)))
 
 
 def _begun(value: Any) -> tuple[str, ...]:
@@ -144,9 +172,9 @@ def _begun(value: Any) -> tuple[str, ...]:
 def _files(value: Any) -> tuple[OtherFile, ...]:
     if not isinstance(value, list):
         raise ValueError("must be a list of objects with 'filename' and 'text'")
-    if len(value) > MAX_FILES:
-        raise ValueError(f"{len(value)} files, at most {MAX_FILES} are taken")
-    return tuple(_file(item) for item in value)
+    if len(value) > _MAX_FILES:
+        raise ValueError(f"{len(value)} files, at most {_MAX_FILES} are taken")
+    return tuple(map(_file, value))
 
 
 def _file(value: Any) -> OtherFile:
@@ -160,7 +188,7 @@ _FILES = {"type": "array", "items": {"type": "object", "required": ["text"]}}
 
 
 class InfillBody(LlamaCppBody):
-    """`POST /infill`."""
+    """The body of `POST /infill`."""
 
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
         default_factory=lambda: ("",)
@@ -173,60 +201,157 @@ class InfillBody(LlamaCppBody):
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
     """Texts of other files; where room is short, the first ones are left out."""
 
-    @property
-    def gap(self) -> Gap:
-        return Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
+    async def prompts(self, service: TextService) -> list[Prompt]:
+        gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
+        return [await service.fill_in(gap, self.max_new_tokens)]
 
 
-def _text(value: Any) -> Any:
-    """Text of so many bytes, and so of no more tokens."""
-    if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > MAX_TOKENIZED_BYTES:
-        raise ValueError(f"more than {MAX_TOKENIZED_BYTES} bytes of text; send less at once")
-    return value
+class LlamaCppCompletion(Dialect[LlamaCppBody]):
+    """The endpoint of completions in llama.cpp's form."""
 
+    paths = ("/completion",)
+    body: type[LlamaCppBody] = LlamaCppBody
 
-class TokenizeBody(Body, foreign=TEXT_ONLY):
-    """`POST /tokenize`."""
-
-    content: Annotated[str, BeforeValidator(_text)]
-    """The text, 1 MiB of UTF-8 at most."""
-    add_special: bool = False
-    """BOS and EOS where the model wants them."""
-    parse_special: bool = True
-    """Control words become their tokens."""
-    with_pieces: bool = False
-    """Each token with its text."""
-
-
-class DetokenizeBody(Body, foreign=TEXT_ONLY):
-    """`POST /detokenize`."""
-
-    tokens: Annotated[list[int], FailFast(), Field(max_length=1 << 20)]
-    """Token ids."""
-
-
-class TemplateBody(ChatFields, foreign=TEXT_ONLY):
-    """`POST /apply-template`."""
-
-    def request(self) -> ChatRequest:
-        self.choice.check()
-        return ChatRequest(
-            self.variables,
-            tools=self.choice.offered,
-            variables=self.template_variables,
-            end=self.prompt_end,
-            tool_use=self.choice.use,
+    async def reply(self, asked: Asked[LlamaCppBody]) -> Reply:
+        body = asked.body
+        return Reply(
+            service=self.service,
+            requests=partial(self._requests, body, asked.adapters),
+            view=partial(LlamaCppView, self.service, body),
+            is_streamed=body.stream,
+            timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
+            with_progress=body.return_progress,
+            has_measurements=body.timings_per_token or body.return_progress,
         )
+
+    async def _requests(self, body: LlamaCppBody, adapters: AdapterScales) -> list[CompletionRequest]:
+        biases = await self._biases(body.logit_bias)
+        first, *others = await body.prompts(self.service)
+        request = await converted(body, body.request, first, biases, adapters)
+        return [request, *(replace(request, prompt=prompt) for prompt in others)]
+
+    async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
+        """Gives the bias of a text to each of its tokens."""
+        tokens = [token for token, _ in given]
+        ids = await self.service.tokenize_all(tokens, "logit_bias", sampling_bounds.MAX_LOGIT_BIASES) if tokens else []
+        biases: dict[int, float] = {}
+        for part, (_, bias) in zip(ids, given, strict=True):
+            biases.update(dict.fromkeys(part, bias))
+        return tuple(sorted(biases.items()))
+
+
+class Infill(LlamaCppCompletion):
+    """The endpoint of completions that fill a gap."""
+
+    paths = ("/infill",)
+    body = InfillBody
+
+    async def make(self, data: bytes, context: RequestContext) -> Reply:
+        if self.service.tokenizer.vocabulary.fill_in is None:
+            message = "/infill: the model has no tokens for a prefix, a suffix and a middle"
+            raise HttpError(501, "not_supported", message)
+        return await super().make(data, context)
 
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """The endpoints of both."""
+    """Replies in OpenAI's form to bodies that name a model, as its clients must, and in llama.cpp's to others."""
 
     openai: MakeReply
     llamacpp: MakeReply
 
     async def create(self, data: bytes, context: RequestContext) -> Reply:
-        """llama.cpp's reply unless the body names a model, as OpenAI's clients must."""
         make = self.openai if await has_field(data, "model") else self.llamacpp
         return await make(data, context)
+
+
+class LlamaCppView(View):
+    """Shows one answer to each prompt."""
+
+    def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
+        self._answers = [_AnswerView(service, body, place, one) for place, one in enumerate(log.generations)]
+
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        answer = self._answers[prompt]
+        if isinstance(item, PromptProgress):  # in a slot of its own: a reply that is computed again has other progress
+            return [Event(len(self._answers) + 1, event(answer.progress(item)))]
+        return [Event(prompt, event(answer.part(item)))]
+
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
+        shown = [view.part(answer, is_whole=True) for view, (answer,) in zip(self._answers, parts, strict=True)]
+        return shown[0] if len(shown) == 1 else shown
+
+
+class _AnswerView:
+    """Shows the answer to one prompt."""
+
+    def __init__(self, service: TextService, body: LlamaCppBody, index: int, generation: GenerationRequest) -> None:
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._index = index
+        self._predicted = 0
+        self._has_new_line = False
+
+    def part(self, part: TextChunk, *, is_whole: bool = False) -> dict[str, Any]:
+        """Returns one event, or the whole answer."""
+        self._predicted += len(part.rows)
+        self._has_new_line |= "\n" in part.text
+        with_tokens = self._body.return_tokens or not is_whole
+        more = self._running(part) if part.finish_reason is None else self._end(part)
+        if self._body.n_probs and (is_whole or part.finish_reason is None):
+            more["completion_probabilities"] = (row_entry(self._service.tokenizer, row) for row in part.rows)
+        return self._shown(part.text, part.token_ids if with_tokens else (), more)
+
+    def progress(self, progress: PromptProgress) -> dict[str, Any]:
+        """Returns an event without text."""
+        more = shown_progress(progress, with_timings=self._body.timings_per_token)
+        return self._shown("", (), {**self._counts(0), "stop": False, **more})
+
+    def _shown(self, text: str, tokens: Sequence[int], more: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self._index, "content": text, "tokens": tokens, **more}
+
+    def _running(self, part: TextChunk) -> dict[str, Any]:
+        shown = {**self._counts(self._predicted), "stop": False}
+        if self._body.timings_per_token and part.timings is not None:
+            shown["timings"] = shown_timings(part.timings)
+        return shown
+
+    def _end(self, part: TextChunk) -> dict[str, Any]:
+        assert part.timings is not None
+        word = part.stopped_by if isinstance(part.stopped_by, str) else ""
+        stop_type = "word" if isinstance(part.stopped_by, str) else "eos"
+        return {
+            **self._counts(self._predicted),
+            "stop": True,
+            "model": self._service.settings.model_name,
+            "stop_type": "limit" if part.finish_reason is FinishReason.LENGTH else stop_type,
+            "stopping_word": word,
+            "truncated": False,
+            "has_new_line": self._has_new_line,
+            "tokens_cached": part.timings.cached_tokens,
+            "generation_settings": self._settings(),
+            "timings": shown_timings(part.timings),
+        }
+
+    def _counts(self, predicted: int) -> dict[str, Any]:
+        slot, evaluated = self._body.slot or 0, len(self._generation.prompt)
+        return {"id_slot": slot, "tokens_predicted": predicted, "tokens_evaluated": evaluated}
+
+    def _settings(self) -> dict[str, Any]:
+        most, wanted = self._service.settings.max_drafted, self._body.speculative
+        return {
+            **self._body.model_dump(exclude=_INPUTS),
+            "lora": [{"id": number, "scale": scale} for number, scale in self._generation.adapters],
+            "logit_bias": self._shown_biases(),
+            "seed": self._generation.seed,
+            "speculative.n_max": most if wanted is None else min(most, wanted),
+            "n_ctx": self._service.settings.context_length,
+        }
+
+    def _shown_biases(self) -> list[dict[str, Any]]:
+        """Returns the biases, null for tokens that may not be chosen."""
+        biases: dict[int, float | None] = dict(self._generation.params.logit_bias)
+        if self._body.ignore_eos:
+            biases |= dict.fromkeys(self._service.tokenizer.end_of_generation)
+        return [{"token": token, "bias": None if bias == _NEVER else bias} for token, bias in sorted(biases.items())]

@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import re
-import sys
 import time
 from array import array
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -34,7 +33,7 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 
 class SlotBody(Body):
-    """`POST /slots/ID?action=save` and `restore`; `erase` has no body."""
+    """The body of `POST /slots/ID?action=save` and `restore`; `erase` has none."""
 
     filename: str = Field(min_length=1, max_length=128)
     """A name in the folder `api.slot_folder` of the cluster file."""
@@ -51,7 +50,7 @@ class SlotActions:
         self._folder = SlotFolder(folder)
 
     async def act(self, request: Request) -> Response:
-        """What the query's `action` names."""
+        """Does what the query's `action` names."""
         slot, action = self._slot(request.path_params["slot"]), request.query_params.get("action")
         begin = time.monotonic()
         if action == "erase":
@@ -74,18 +73,18 @@ class SlotActions:
         if not tokens.tokens:
             raise ParameterError("id_slot", f"slot {slot} has no tokens: no request has named it as its id_slot")
         written = await asyncio.to_thread(self._folder.write, name, tokens, slots.model_id)
-        return {"n_saved": len(tokens.tokens), "n_written": written.size_bytes}
+        return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
         """Computes the tokens' keys and values, or reads them from the workers' disks, so that requests find them."""
         slots = self._service.slots
-        read = await asyncio.to_thread(self._folder.read, name, slots.model_id)
-        await unless_disconnected(request, self._compute(read.tokens))
-        slots.put(slot, read.tokens)
-        return {"n_restored": len(read.tokens.tokens), "n_read": read.size_bytes}
+        tokens, size_bytes = await asyncio.to_thread(self._folder.read, name, slots.model_id)
+        await unless_disconnected(request, self._compute(tokens))
+        slots.put(slot, tokens)
+        return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """One token is chosen, since prompts without an answer are not computed."""
+        """Computes the tokens as a prompt with an answer of one token: one without an answer is not computed."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,
@@ -110,18 +109,10 @@ _FORMAT: Final = "llamaclust slot 1"
 _BEGINNING: Final = b'{"format": "llamaclust slot '
 _MOST_BYTES: Final = 4 * MAX_CONTEXT_TOKENS + (1 << 20)
 _DIGEST_BYTES: Final = 32
-_TOKEN_BYTES: Final = 4
+_TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
 """In the folder: a client that saves under ever new names does not fill the disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotFile:
-    """What was written or read."""
-
-    tokens: SlotTokens
-    size_bytes: int
 
 
 class SlotFolder:
@@ -130,9 +121,9 @@ class SlotFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, name: str, tokens: SlotTokens, model_id: str) -> SlotFile:
-        """Replaces a slot file of this name. ParameterError for a name that is none or that something else has, and
-        where there are too many files; OSError."""
+    def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
+        """Writes or replaces a slot file; returns its bytes. Raises ParameterError for a name that is none or that
+        something else has, and where there are too many files; OSError."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -141,16 +132,17 @@ class SlotFolder:
             raise ParameterError("filename", f"there are {files} files, at most {_MOST_FILES} are kept; delete some")
         data = _encode(tokens, model_id)
         regular_file.write_bytes(path, data)
-        return SlotFile(tokens, len(data))
+        return len(data)
 
-    def read(self, name: str, model_id: str) -> SlotFile:
-        """ParameterError where there is no file of this name that this model can use; OSError."""
+    def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
+        """Returns the tokens and the bytes of a slot file. Raises ParameterError where there is no file of this name
+        that this model can use; OSError."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
         try:
             data = regular_file.read_bytes(path, _MOST_BYTES, follows_links=False)
-            return SlotFile(_decode(data, model_id), len(data))
+            return _decode(data, model_id), len(data)
         except FileNotFoundError as error:
             raise ParameterError("filename", f"there is no file {name!r}") from error
         except ValueError as error:
@@ -164,7 +156,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """By its beginning: the rest may be damaged. OSError."""
+    """Looks at the beginning alone: the rest may be damaged. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:
@@ -179,12 +171,12 @@ def _encode(tokens: SlotTokens, model_id: str) -> bytes:
         "adapters": tokens.adapters,
         "tokens": len(tokens.tokens),
     }
-    data = json.dumps(head).encode() + b"\n" + _little_endian(tokens.tokens).tobytes()
+    data = json.dumps(head).encode() + b"\n" + np.asarray(tokens.tokens).astype(_TOKEN).tobytes()
     return data + sha256(data).digest()
 
 
 def _decode(data: bytes, model_id: str) -> SlotTokens:
-    """ValueError for what `_encode` has not made, or for another model."""
+    """Raises ValueError for data that `_encode` has not made, and for another model's."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
     if sha256(content).digest() != digest or not head.startswith(_BEGINNING):
@@ -194,19 +186,12 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
         raise ValueError(f"it has another format than {_FORMAT!r}")
     if fields.get("model") != model_id:
         raise ValueError("another model has saved it")
-    if not ids or len(ids) % _TOKEN_BYTES or fields.keys() != _FIELDS or fields["tokens"] != len(ids) // _TOKEN_BYTES:
+    count, rest = divmod(len(ids), _TOKEN.itemsize)
+    if not count or rest or fields.keys() != _FIELDS or fields["tokens"] != count:
         raise ValueError("it lacks fields or tokens, or has further ones")
-    tokens = array("I")
-    tokens.frombytes(ids)
+    tokens = array("I", np.frombuffer(ids, _TOKEN).astype(np.uint32).tobytes())
     try:
         adapters = tuple((int(number), float(scale)) for number, scale in fields["adapters"])
     except TypeError:
         raise ValueError("its adapters are no pairs of numbers") from None
-    return SlotTokens(_little_endian(tokens), str(fields["cache_salt"]), adapters)
-
-
-def _little_endian(tokens: array[int]) -> array[int]:
-    if sys.byteorder == "big":
-        tokens = tokens[:]
-        tokens.byteswap()
-    return tokens
+    return SlotTokens(tokens, str(fields["cache_salt"]), adapters)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.front.dialects.embeddings import MAX_INPUTS
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
 from llamaclust.cluster.front.foreign_fields import OLLAMA, OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
 from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
-from llamaclust.cluster.front.schema import Body, ForeignFields, SeedField, StopField, WholeLimitField, read_part
+from llamaclust.cluster.front.schema import (
+    Body,
+    ForeignFields,
+    SeedField,
+    StopField,
+    WholeLimitField,
+    read_part,
+    strings,
+)
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
@@ -24,7 +34,7 @@ _MESSAGES: Final = 16_384
 
 @sampled(Dialect.OLLAMA)
 class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
-    """How an answer is sampled."""
+    """The field that says how an answer is sampled."""
 
     takes_recommended: ClassVar = True
 
@@ -63,7 +73,7 @@ _ThinkField = Annotated[
 
 
 class AnswerFields(Body):
-    """What both endpoints take."""
+    """Fields of both endpoints."""
 
     model: str
     """The served model, with or without `:latest`; any name unless `api.strict_model` is true."""
@@ -83,7 +93,7 @@ class AnswerFields(Body):
     """Also those of that many of the likeliest tokens; needs `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
-        """ParameterError for fields that contradict each other."""
+        """Raises ParameterError for fields that contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
         options = self.options
@@ -97,8 +107,18 @@ class AnswerFields(Body):
         )
 
     @property
+    @abstractmethod
+    def is_load(self) -> bool:
+        """True where there is no prompt: the model is only loaded."""
+
+    @property
+    def has_context(self) -> bool:
+        """True where the reply has the token ids of prompt and answer, which the next request may continue."""
+        return False
+
+    @property
     def wants_reasoning(self) -> bool:
-        """Whether it makes sense only with a model that reasons."""
+        """True where it makes sense only with a model that reasons."""
         return self.think not in (None, False)
 
     def _grammar(self) -> Grammar | None:
@@ -119,7 +139,7 @@ class AnswerFields(Body):
 
 
 class GenerateBody(AnswerFields, foreign=OLLAMA):
-    """`POST /api/generate`."""
+    """The body of `POST /api/generate`."""
 
     prompt: str = ""
     """The text; empty: the model is loaded, as it always is."""
@@ -138,8 +158,12 @@ class GenerateBody(AnswerFields, foreign=OLLAMA):
     def is_load(self) -> bool:
         return not self.prompt and not self.suffix
 
+    @property
+    def has_context(self) -> bool:
+        return not self.raw
+
     def chat(self) -> ChatRequest:
-        """The prompt as a chat."""
+        """Makes a chat of the prompt."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return self._chat((*system, {"role": "user", "content": self.prompt}))
 
@@ -148,7 +172,7 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """One message of a chat."""
 
     role: Annotated[str, WithJsonSchema({"enum": ["system", "user", "assistant", "tool"]})]
-    """Of the message's author."""
+    """The role of the message's author."""
     content: str = ""
     """The text."""
     thinking: str = ""
@@ -161,7 +185,7 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """The call that a message of role `tool` answers."""
 
     def as_variables(self) -> dict[str, Any]:
-        """As chat templates know it."""
+        """Returns the message as chat templates know it."""
         more = {
             "name": self.tool_name,
             "reasoning_content": self.thinking,
@@ -187,7 +211,7 @@ def _message(value: Any, info: ValidationInfo) -> Any:
 
 
 class OllamaChatBody(AnswerFields, foreign=OLLAMA):
-    """`POST /api/chat`."""
+    """The body of `POST /api/chat`."""
 
     messages: Annotated[
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
@@ -206,45 +230,37 @@ class OllamaChatBody(AnswerFields, foreign=OLLAMA):
 
 
 _NAMES: Final = {"name": "model"}
-
-_NEITHER: Final = only(False)
+_OFF: Final = only(False)
 _CHANGES: Final = "files adapters template license system parameters messages quantize modelfile path"
-
-SHOW: Final = ForeignFields(
-    hints=dict.fromkeys(("verbose", "system", "template", "options"), _NEITHER), other_names=_NAMES
-)
-PULL: Final = ForeignFields(hints={"insecure": _NEITHER}, other_names=_NAMES)
-CREATE: Final = ForeignFields(
-    refused=dict.fromkeys(_CHANGES.split(), only()),
-    other_names={**_NAMES, "from": "source"},
-)
-DELETE: Final = ForeignFields(hints={"force": anything}, other_names=_NAMES)
 
 
 class ModelBody(Body):
-    """A model's name."""
+    """A body that names a model."""
 
     model: str
     """With or without `:latest`."""
 
 
-class ShowBody(ModelBody, foreign=SHOW):
-    """`POST /api/show`."""
+class ShowBody(
+    ModelBody,
+    foreign=ForeignFields(hints=dict.fromkeys(("verbose", "system", "template", "options"), _OFF), other_names=_NAMES),
+):
+    """The body of `POST /api/show`."""
 
 
-class PullBody(ModelBody, foreign=PULL):
-    """`POST /api/pull`."""
+class PullBody(ModelBody, foreign=ForeignFields(hints={"insecure": _OFF}, other_names=_NAMES)):
+    """The body of `POST /api/pull`."""
 
     stream: bool = True
     """Lines of JSON; false: one object."""
 
 
-class DeleteBody(ModelBody, foreign=DELETE):
-    """`DELETE /api/delete`."""
+class DeleteBody(ModelBody, foreign=ForeignFields(hints={"force": anything}, other_names=_NAMES)):
+    """The body of `DELETE /api/delete`."""
 
 
 class CopyBody(Body):
-    """`POST /api/copy`."""
+    """The body of `POST /api/copy`."""
 
     source: str
     """A name of the served model."""
@@ -253,16 +269,55 @@ class CopyBody(Body):
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """The field has Ollama's name, which is a keyword of Python."""
+    """Gives the field Ollama's name, which is a keyword of Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 
 
-class CreateBody(ModelBody, foreign=CREATE):
-    """`POST /api/create`."""
+class CreateBody(
+    ModelBody,
+    foreign=ForeignFields(refused=dict.fromkeys(_CHANGES.split(), only()), other_names={**_NAMES, "from": "source"}),
+):
+    """The body of `POST /api/create`."""
 
     model_config = ConfigDict(json_schema_extra=_with_from)
 
     source: str = Field(description="`from`: a name of the served model.")
     stream: bool = True
     """Lines of JSON; false: one object."""
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = strings(value)
+    if len(texts) > MAX_INPUTS:
+        raise ValueError(f"{len(texts)} texts in one request, at most {MAX_INPUTS} are taken")
+    return texts
+
+
+_TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
+"""Prompts are never truncated, and no option changes an embedding."""
+
+
+class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
+    """Fields of both endpoints of embeddings."""
+
+    pooling: Literal["none", "mean", "cls", "last"] | None = None
+    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's. `none`,
+    which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
+
+
+class EmbedBody(EmbeddingFields):
+    """The body of `POST /api/embed`."""
+
+    input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
+    """A text, or a list of texts."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Leading numbers to keep; by default all."""
+
+
+class EmbeddingsBody(EmbeddingFields):
+    """The body of `POST /api/embeddings`."""
+
+    prompt: str
+    """The text."""

@@ -251,4 +251,4 @@ def test_an_adapter_of_a_copys_name_is_not_hidden() -> None:
     names = OllamaNames("tiny", settings := ApiSettings())
     names.copy("tiny", "poet")
     settings.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
-    assert names.adapters("poet", ()) == ((0, 1.0),) and names.shown("poet:latest") == "poet"
+    assert names.original("poet") == names.original("poet:latest") == "poet"

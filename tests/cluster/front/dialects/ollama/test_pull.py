@@ -14,7 +14,7 @@ import ollama
 import pytest
 
 from llamaclust.cluster.config.catalog import CATALOG
-from llamaclust.cluster.front.dialects.ollama import managing
+from llamaclust.cluster.front.dialects.ollama import pulls
 from support.clusters.served import MODEL, ScriptedEngine, client, make_app, says, serving, until
 from support.hub.download_server import running_server
 
@@ -44,7 +44,7 @@ def started(monkeypatch: pytest.MonkeyPatch, program: str) -> list[str]:
         names.append(name)
         return [sys.executable, "-c", program]
 
-    monkeypatch.setattr(managing, "_command", command)
+    monkeypatch.setattr(pulls, "_command", command)
     return names
 
 

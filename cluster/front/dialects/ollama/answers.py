@@ -1,0 +1,348 @@
+"""`/api/generate`, `/api/chat` and embeddings: answers as Ollama's lines of JSON, which have text, reasoning and whole
+calls."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.front.body import converted
+from llamaclust.cluster.front.dialects.dialect import Asked, Dialect, Endpoint
+from llamaclust.cluster.front.dialects.embeddings import check_single, embedded
+from llamaclust.cluster.front.dialects.ollama.models import OllamaNames, shown_time
+from llamaclust.cluster.front.dialects.ollama.schema import (
+    AnswerFields,
+    EmbedBody,
+    EmbeddingFields,
+    EmbeddingsBody,
+    GenerateBody,
+    OllamaChatBody,
+)
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.responses import JsonResponse
+from llamaclust.cluster.front.http.sse import StreamFormat, line
+from llamaclust.cluster.front.json_text import shown_timings
+from llamaclust.cluster.front.replies.reply import Event, Reply, View
+from llamaclust.cluster.front.sampling import row_entry
+from llamaclust.cluster.front.schema import AnyBody
+from llamaclust.cluster.front.settings import read_keep_alive
+from llamaclust.cluster.front.text.answer import TextChunk
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
+from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
+from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.core.errors import ParameterError
+from llamaclust.model.chat.tools.argument_values import arguments_object
+from llamaclust.model.chat.tools.events import (
+    ArgumentText,
+    CallBegun,
+    CallEnded,
+    ContentText,
+    ReasoningText,
+    ToolCall,
+)
+from llamaclust.model.pooling import Pooling
+from llamaclust.model.tokenizers.gaps import Gap
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_NS_OF_MS: Final = 1_000_000
+_UNCHANGED: Final = -1
+"""The norm of vectors that keep their lengths."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """The parts of an answer that a chunk adds."""
+
+    content: str = ""
+    thinking: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, index: int, call: ToolCall) -> None:
+        """Adds a call; what is no complete one, since the answer was cut off, as content: arguments are objects
+        here."""
+        arguments = arguments_object(call.arguments)
+        if arguments is None:
+            self.content += f"{call.name}({call.arguments}"
+            return
+        named = {"id": call.call_id} if call.call_id else {}
+        self.calls.append({**named, "function": {"index": index, "name": call.name, "arguments": arguments}})
+
+
+class PieceReader:
+    """Reads one answer from its first chunk to its last, or a whole answer, which is its only chunk."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, ToolCall] = {}
+
+    def read(self, chunk: TextChunk) -> Piece:
+        """Returns the piece of a chunk; a call is part of the one that completes it."""
+        piece = Piece()
+        for event in chunk.events or (ContentText(chunk.text),):
+            match event:
+                case ReasoningText(text):
+                    piece.thinking += text
+                case ContentText(text):
+                    piece.content += text
+                case CallBegun(index, name, call_id):
+                    self._open[index] = ToolCall(name, call_id)
+                case ArgumentText(index, text):
+                    self._open[index].arguments += text
+                case CallEnded(index, call_id):
+                    call = self._open.pop(index)
+                    piece.add(index, ToolCall(call.name, call_id or call.call_id, call.arguments or "{}"))
+        if chunk.finish_reason is not None:
+            for index, call in self._open.items():
+                piece.add(index, call)
+            self._open.clear()
+        return piece
+
+
+Show = Callable[[Piece], dict[str, Any]]
+"""How an endpoint shows a piece."""
+
+
+@dataclass(eq=False)
+class OllamaView(View):
+    """Shows one answer; or the end of a request without a prompt, which loads a model, or unloads one of several."""
+
+    tokenizer: Tokenizer
+    begin: dict[str, Any]  # of each line
+    show: Show
+    with_logprobs: bool
+    with_context: bool  # the last line has all token ids
+    end: str | None  # of a request without a prompt
+    log: AnswerLog
+
+    def __post_init__(self) -> None:
+        self._reader = PieceReader()
+        self._tokens = [*self.log.generations[0].prompt] if self.with_context and self.log.generations else []
+
+    def size(self, prompt: int, item: LogItem) -> int:
+        """Returns the tokens and logprobs; the last line may have the whole context."""
+        if not isinstance(item, TextChunk):
+            return 0
+        context = len(self._tokens) if item.finish_reason is not None else 0
+        return context + (item.entries if self.with_logprobs else 0)
+
+    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+        return [Event(0, line(value)) for value in self._lines(item)] if isinstance(item, TextChunk) else []
+
+    def closing(self) -> list[Event]:
+        return [] if self.end is None else [Event(0, line(self._last(self.end, Piece())))]
+
+    def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
+        if self.end is not None:
+            return self._last(self.end, Piece())
+        ((answer,),) = parts
+        return {**self._end(answer, self._read(answer)), **self._logprobs(answer)}
+
+    def _lines(self, chunk: TextChunk) -> Iterator[dict[str, Any]]:
+        piece, logprobs = self._read(chunk), self._logprobs(chunk)
+        if logprobs or piece != Piece():
+            yield {**self.begin, **self.show(piece), "done": False, **logprobs}
+        if chunk.finish_reason is not None:
+            yield self._end(chunk, Piece())
+
+    def _read(self, chunk: TextChunk) -> Piece:
+        if self.with_context:
+            self._tokens += chunk.token_ids
+        return self._reader.read(chunk)
+
+    def _end(self, chunk: TextChunk, piece: Piece) -> dict[str, Any]:
+        assert chunk.timings is not None
+        context = {"context": self._tokens} if self.with_context else {}
+        return {**self._last(str(chunk.finish_reason), piece), **context, **durations(chunk.timings)}
+
+    def _last(self, reason: str, piece: Piece) -> dict[str, Any]:
+        return {**self.begin, **self.show(piece), "done": True, "done_reason": reason}
+
+    def _logprobs(self, chunk: TextChunk) -> dict[str, Any]:
+        if not self.with_logprobs or not chunk.rows:
+            return {}
+        return {"logprobs": (row_entry(self.tokenizer, row) for row in chunk.rows)}
+
+
+def durations(timings: Timings) -> dict[str, int]:
+    """Returns nanoseconds and numbers of tokens; those that were in the prefix cache are counted, and cost nothing. A
+    request waits where Ollama loads the model."""
+    shown = shown_timings(timings)
+    answer_ms = shown["predicted_ms"]
+    return {
+        "total_duration": _ns(timings.ttft_ms + answer_ms),
+        "load_duration": _ns(timings.queue_ms),
+        "prompt_eval_count": timings.prompt_tokens,
+        "prompt_eval_duration": _ns(shown["prompt_ms"]),
+        "eval_count": timings.generated_tokens,
+        "eval_duration": _ns(answer_ms),
+    }
+
+
+def _ns(ms: float) -> int:
+    return round(ms * _NS_OF_MS)
+
+
+AnyAnswer = TypeVar("AnyAnswer", bound=AnswerFields)
+AnyEmbedding = TypeVar("AnyEmbedding", bound=EmbeddingFields)
+
+
+class OllamaEndpoint(Endpoint[AnyBody]):
+    """An endpoint of one served model under Ollama's names."""
+
+    def named(self, body: AnyBody) -> str:
+        return OllamaNames(self.service.settings.model_name, self.settings).original(str(super().named(body)))
+
+
+class OllamaDialect(OllamaEndpoint[AnyAnswer], Dialect[AnyAnswer]):
+    """An endpoint whose answers are lines of JSON."""
+
+    form = StreamFormat.LINES
+
+    @abstractmethod
+    def show(self, piece: Piece) -> dict[str, Any]:
+        """Returns the part of a line that shows a piece."""
+
+    @abstractmethod
+    async def request(self, asked: Asked[AnyAnswer]) -> CompletionRequest:
+        """Makes the completion that a body asks for."""
+
+    async def reply(self, asked: Asked[AnyAnswer]) -> Reply:
+        """Describes the reply. Its time is that of the admission: a reply that is computed again is the same."""
+        body, end = asked.body, None
+        if body.is_load:
+            unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
+            end = "unload" if unloads else "load"
+        begin = {"model": asked.model, "created_at": shown_time(asked.context.created)}
+        return Reply(
+            service=self.service,
+            requests=partial(self._requests, asked),
+            view=partial(OllamaView, self.service.tokenizer, begin, self.show, body.logprobs, body.has_context, end),
+            is_streamed=body.stream,
+        )
+
+    async def _requests(self, asked: Asked[AnyAnswer]) -> list[CompletionRequest]:
+        """Makes no request where a model is only loaded, and refuses reasoning of a model that knows none, as Ollama
+        does."""
+        if asked.body.is_load:
+            return []
+        if asked.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
+            message = f"{self.service.settings.model_name!r} does not support thinking; leave think out"
+            raise HttpError(400, "unsupported_parameter", message, param="think")
+        return [replace(await self.request(asked), adapters=asked.adapters)]
+
+
+class Chat(OllamaDialect[OllamaChatBody]):
+    """The endpoint of chats."""
+
+    paths = ("/api/chat",)
+    body = OllamaChatBody
+
+    def show(self, piece: Piece) -> dict[str, Any]:
+        more = {"thinking": piece.thinking, "tool_calls": piece.calls}
+        shown = {name: value for name, value in more.items() if value}
+        return {"message": {"role": "assistant", "content": piece.content, **shown}}
+
+    async def request(self, asked: Asked[OllamaChatBody]) -> CompletionRequest:
+        return await self.service.chat(await asked.chat(asked.body.chat))
+
+
+class Generate(OllamaDialect[GenerateBody]):
+    """The endpoint of answers to one text."""
+
+    paths = ("/api/generate",)
+    body = GenerateBody
+
+    def show(self, piece: Piece) -> dict[str, Any]:
+        thinking = {"thinking": piece.thinking} if piece.thinking else {}
+        return {"response": piece.content, **thinking}
+
+    async def request(self, asked: Asked[GenerateBody]) -> CompletionRequest:
+        """Makes the completion with the context of an earlier reply before the prompt, whose BOS it has."""
+        body, earlier = asked.body, tuple(asked.body.context)
+        if body.suffix:
+            return await self._fill_in(body)
+        if body.raw:
+            if not earlier:
+                return await converted(body, body.completion, body.prompt)
+            (prompt,) = await self.service.tokenize_all([body.prompt], "prompt")
+            return await converted(body, body.completion, (*earlier, *prompt))
+        request = await self.service.chat(await asked.chat(body.chat))
+        assert not isinstance(request.prompt, str)
+        bos = self.service.tokenizer.bos_id
+        own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt
+        return replace(request, prompt=(*earlier, *own))
+
+    async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
+        service = self.service
+        if service.tokenizer.vocabulary.fill_in is None:
+            message = f"{service.settings.model_name!r} does not support insert; leave suffix out"
+            raise HttpError(400, "unsupported_parameter", message, param="suffix")
+        if body.raw or body.context or body.system:
+            raise ParameterError("suffix", "cannot be used together with raw, context or system")
+        request, gap = await converted(body, body.completion), Gap(body.prompt, body.suffix)
+        return replace(request, prompt=await service.fill_in(gap, request.max_new_tokens))
+
+
+class OllamaEmbedding(OllamaEndpoint[AnyEmbedding]):
+    """An endpoint of embeddings."""
+
+    async def embedded(
+        self,
+        request: Request,
+        texts: Sequence[str],
+        options: EmbeddingOptions,
+        shape: Callable[[list[Embedding]], dict[str, Any]],
+    ) -> Response:
+        """Embeds the texts, if there are any: without one, the model is only loaded."""
+        if not texts:
+            return JsonResponse(shape([]))
+        return await embedded(request, self.service, [(text,) for text in texts], options, shape)
+
+    def pooling(self, body: AnyEmbedding) -> Pooling:
+        pooling = self.service.settings.pooling if body.pooling is None else Pooling(body.pooling)
+        check_single(pooling)
+        return pooling
+
+
+class Embed(OllamaEmbedding[EmbedBody]):
+    paths = ("/api/embed",)
+    body = EmbedBody
+
+    async def answer(self, request: Request) -> Response:
+        """Returns a vector of length 1 for each text."""
+        body = await self.read(request)
+        begun_ns = time.perf_counter_ns()
+
+        def shape(embeddings: list[Embedding]) -> dict[str, Any]:
+            return {
+                "model": self.service.settings.model_name,
+                "embeddings": (embedding.vectors[0].tolist() for embedding in embeddings),
+                "total_duration": time.perf_counter_ns() - begun_ns,
+                "load_duration": 0,
+                "prompt_eval_count": sum(embedding.prompt_tokens for embedding in embeddings),
+            }
+
+        options = EmbeddingOptions(self.pooling(body), EUCLIDEAN, body.dimensions)
+        return await self.embedded(request, body.input, options, shape)
+
+
+class Embeddings(OllamaEmbedding[EmbeddingsBody]):
+    paths = ("/api/embeddings",)
+    body = EmbeddingsBody
+
+    async def answer(self, request: Request) -> Response:
+        """Returns a vector of the length that the model gave it; an empty one for an empty text."""
+        body = await self.read(request)
+        options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
+        return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)
+
+
+def _first(embeddings: list[Embedding]) -> dict[str, Any]:
+    return {"embedding": embeddings[0].vectors[0].tolist() if embeddings else []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_only_secret_files_are_refused_where_others_may_read(make: Make, kind: s
 def of_another_user(path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
-    path.write_bytes(bytes(BYTES))
+    shutil.copy2(path.parent.parent / "elsewhere", path)
     os.chown(path, 4711, 4711)
 
 

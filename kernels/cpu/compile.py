@@ -11,7 +11,6 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Plan
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.buffers import Buffers
-from llamaclust.kernels.cpu.plan_decay import add_decay
 from llamaclust.kernels.cpu.plan_experts import PlanExperts
 from llamaclust.kernels.cpu.plan_kv import PlanKv
 from llamaclust.kernels.cpu.plan_scan import add_norm, add_scan
@@ -205,7 +204,8 @@ class Compiler:
             case ir.SigmoidGate():
                 plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
             case ir.Decay():
-                add_decay(plan, step, (x, out), self._weights)
+                weight, bias = (self._weights[name].vector for name in (step.weight, step.bias))
+                plan.decay(x, out, weight.repeat(step.x.width // step.heads), bias)
             case _:
                 op, number = elementwise(step)
                 plan.elementwise(op, x, y, out, number or 0)

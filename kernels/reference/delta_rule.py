@@ -15,7 +15,7 @@ from llamaclust.model.steps.states import Decay, DeltaRule
 
 def decay(step: Decay, x: Float32, weights: Mapping[str, Float32]) -> Float64:
     exponent = np.logaddexp(0, x.astype(np.float64) + weights[step.bias])
-    return np.asarray(np.exp(exponent * weights[step.weight].reshape(-1).repeat(x.shape[1] // step.heads)))
+    return np.asarray(np.exp(exponent * weights[step.weight].repeat(x.shape[1] // step.heads)))
 
 
 def delta_rule(step: DeltaRule, buffers: Mapping[str, Float32], sequences: Iterator[SequenceRows]) -> Float64:

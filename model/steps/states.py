@@ -82,22 +82,16 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 class Decay(UnaryStep):
     """out = exp(weight * softplus(x + bias)); out may be x.
 
-    weight [heads], or [heads, 1] with a `column`: a number for each of the row's equal parts, which is negative in
-    models; bias [x.width].
+    weight [heads]: a number for each of the row's equal parts, which is negative in models; bias [x.width].
     """
 
     weight: str
     bias: str
     heads: int
-    column: bool = False
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return (self.heads, 1) if self.column else (self.heads,)
 
     @property
     def weights(self) -> tuple[StepWeight, ...]:
-        return StepWeight(self.weight, self.weight_shape), StepWeight(self.bias, (self.x.width,))
+        return StepWeight(self.weight, (self.heads,)), StepWeight(self.bias, (self.x.width,))
 
 
 @dataclass(frozen=True, slots=True)

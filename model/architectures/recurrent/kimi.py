@@ -29,17 +29,19 @@ from llamaclust.model.steps.states import (
 _MAX_COUNT = 1 << 10
 
 
-_WITH_ONES = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.weight", ".ssm_a")
+_CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.weight")
 
 
 def without_ones(file: ModelFile) -> ModelFile:
     """The model with tensors in the shapes that other families have: of convolutions, files have [1, channels, 1, taps]
-    or [channels, 1, taps] for [channels, taps], and of decays [1, 1, heads, 1] for [heads, 1]."""
-    reshaped = {
-        name: replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
-        for name, tensor in file.tensors.items()
-        if name.endswith(_WITH_ONES) and len(tensor.shape) > 2 and sum(size > 1 for size in tensor.shape[:-1]) < 2
-    }
+    or [channels, 1, taps] for [channels, taps], and of decays [1, 1, heads, 1] or [heads, 1] for [heads]."""
+    reshaped = {}
+    for name, tensor in file.tensors.items():
+        if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
+            channels = tensor.shape[: -1 if name.endswith(_CONVOLUTIONS) else None]
+            if len(channels) > 1 and sum(size > 1 for size in channels) < 2:
+                shape = math.prod(channels), *tensor.shape[len(channels) :]
+                reshaped[name] = replace(tensor, shape=shape)
     return replace(file, tensors=MappingProxyType({**file.tensors, **reshaped})) if reshaped else file
 
 
@@ -119,11 +121,8 @@ class _KimiDelta:
         yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)
 
     def _decay(self, x: Buffer, heads: int) -> ir.Step:
-        builder, name = self.builder, self._name("ssm_a")
-        column = builder.has(name) and len(builder.model.tensor(name).shape) == 2
-        step = Decay(x, x, name, builder.vector(self._name("ssm_dt.bias"), x.width), heads, column)
-        builder.floats(name, step.weight_shape)
-        return step
+        weight = self.builder.vector(self._name("ssm_a"), heads)
+        return Decay(x, x, weight, self.builder.vector(self._name("ssm_dt.bias"), x.width), heads)
 
     def _name(self, name: str) -> str:
         return f"blk.{self.layer}.{name}"

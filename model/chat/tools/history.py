@@ -119,13 +119,14 @@ def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Messag
 
 
 def _instructed(form: ToolFormat, messages: list[dict[str, Any]], tools: Sequence[Message]) -> list[dict[str, Any]]:
-    """With the tools described in the system message, or in the first one where the template has no such role."""
+    """The messages with the tools described in the system message, or in the first one where the template has no such
+    role."""
     definitions = "\n".join(_dumped(tool.get("function", tool)) for tool in tools)
     text = _INSTRUCTIONS.format(tools=definitions)
-    first, *others = messages
-    if first["role"] == "system" or not form.takes_system_role:
+    if messages and (messages[0]["role"] == "system" or not form.takes_system_role):
+        first, *others = messages
         return [{**first, "content": "\n\n".join(filter(None, [first["content"], text]))}, *others]
-    return [{"role": "system", "content": text}, *messages]
+    return [{"role": "system" if form.takes_system_role else "user", "content": text}, *messages]
 
 
 def _dumped(value: Any) -> str:

@@ -139,12 +139,17 @@ class Replies:
 
     async def replay(self, request: Request) -> Response:
         """`GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, llama.cpp's forms: the bytes of a
-        conversation's newest stream from N on. Refused where it was computed again with other measurements, as after a
-        restart."""
+        conversation's newest stream from N on, or a reply that is not streamed as a whole. N other than 0 is refused
+        for the latter, and for a stream computed again with other measurements, as after a restart."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
             raise HttpError(400, "bad_offset", f"from: {start[:60]!r} is not a number of bytes", param="from")
+        if not kept.context.is_streamed:
+            if int(start):
+                why = "this reply is not streamed and is only sent as a whole: leave from out"
+                raise HttpError(409, "not_streamed", f"from: {why}", param="from")
+            return await self._whole(request, kept)
         if int(start) and kept.context.is_restored and kept.context.has_measurements:
             why = "the coordinator was restarted, and this stream shows measurements, whose new values move its bytes"
             raise HttpError(409, "stream_computed_again", f"from: {why}: read it from 0 on", param="from")

@@ -192,6 +192,20 @@ async def test_llamacpps_form_counts_bytes(tmp_path: Path) -> None:
         assert (await server.http.get("/v1/stream/chat 5")).status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/api/chat"])
+async def test_llamacpps_form_returns_a_reply_that_is_not_streamed_as_a_whole(path: str, tmp_path: Path) -> None:
+    said = {"input": "Hello"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hello"}]}
+    body = {"model": MODEL, "stream": False, **said}
+    async with served(tmp_path / "journal") as server:
+        whole = await server.http.post(path, json=body, headers=KEY)
+        assert whole.status_code == 200 and whole.json()
+        for query in ("", "?from=0"):
+            again = await server.http.get(f"/v1/stream/one{query}")
+            assert (again.content, again.headers["content-type"]) == (whole.content, whole.headers["content-type"])
+        refused = await server.http.get("/v1/stream/one?from=1")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_streamed")
+
+
 async def test_a_key_is_the_same_however_its_header_is_written(tmp_path: Path) -> None:
     async with served(tmp_path / "journal", api_keys=("first-key",)) as server:
         first = {"Authorization": "Bearer first-key"}

@@ -246,8 +246,8 @@ class Responses(_Continuing[ResponsesBody]):
         return rendered(response)
 
     async def delete(self, request: Request) -> Response:
-        """Ends a response that runs, and forgets it."""
-        kept, is_stored = self._kept(request), self._store.delete(*self._key(request))
+        """Ends a response that runs, in the background or kept for its client, and forgets it."""
+        kept, is_stored = self._named(request), self._store.delete(*self._key(request))
         if kept is not None:
             await self.replies.cache.forget(kept)
         elif not is_stored:
@@ -289,9 +289,14 @@ class Responses(_Continuing[ResponsesBody]):
 
     def _kept(self, request: Request) -> KeptReply | None:
         """The reply of a response in the background; others are kept too."""
+        kept = self._named(request)
+        return kept if kept is not None and kept.context.is_background else None
+
+    def _named(self, request: Request) -> KeptReply | None:
+        """The kept reply of a response or a compaction."""
         key = self._key(request)
         kept = self.replies.cache.named(*key) if key[1].startswith(ID_PREFIX) else None
-        return kept if kept is not None and kept.context.is_background else None
+        return kept if kept is not None and kept.context.endpoint.startswith(self.paths) else None
 
     def _key(self, request: Request) -> tuple[str, str]:
         """The owner and the id of a response."""

@@ -181,6 +181,30 @@ async def test_a_response_follows_another() -> None:
     assert prompts[2] == "<user>A<assistant>Yes.<user>B<assistant>Yes.<user>C<assistant>"
 
 
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"background": True}, {"store": False}])
+async def test_a_deleted_response_is_not_returned_to_the_same_request_again(more: dict[str, Any]) -> None:
+    engine = ScriptedEngine(says("Yes."))
+    async with served(engine) as http:
+        ids = []
+        for _ in range(2):
+            reply = await http.post(PATH, json={"input": "A", **more}, headers={"Idempotency-Key": "one"})
+            assert reply.status_code == 200, reply.text
+            ids.append(f"resp_{engine.submitted[-1].request_id}")
+            assert ids[-1] in reply.text
+            assert (await http.delete(f"{PATH}/{ids[-1]}")).json()["deleted"]
+            assert (await http.delete(f"{PATH}/{ids[-1]}")).status_code == 404
+    assert len({*ids}) == 2
+
+
+async def test_deleting_a_response_leaves_the_replies_of_other_endpoints() -> None:
+    engine = ScriptedEngine(says("Yes."))
+    async with served(engine) as http:
+        body, headers = {"messages": [{"role": "user", "content": "A"}]}, {"Idempotency-Key": "one"}
+        first = await http.post("/v1/chat/completions", json=body, headers=headers)
+        assert (await http.delete(f"{PATH}/resp_{engine.submitted[0].request_id}")).status_code == 404
+        assert (await http.post("/v1/chat/completions", json=body, headers=headers)).content == first.content
+
+
 async def test_stored_responses_are_read_and_deleted() -> None:
     async with served(ScriptedEngine(says("Yes."))) as http:
         items = [{"role": "user", "content": "A"}, {"role": "user", "content": "B"}]

@@ -87,10 +87,12 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns whether a body has a field. Raises what `parse_object` raises, unless the body is large."""
+    """Returns whether a body has a field that is not null. Raises what `parse_object` raises, unless the body is
+    large."""
     if len(data) <= LARGE_BYTES:
-        return name in parse_object(data)
-    return any(member.name == name for member in (await run_on(_reading, outline, data)).members)
+        return parse_object(data).get(name) is not None
+    members = (await run_on(_reading, outline, data)).members
+    return {member.name: not member.is_null for member in members}.get(name, False)
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:

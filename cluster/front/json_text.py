@@ -76,6 +76,7 @@ class Member:
     name: str
     size_bytes: int
     values: int
+    is_null: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,12 @@ def outline(text: bytes) -> Outline:
         if len(marks):
             depth, values = int(depths[-1]), int(counts[-1])
     members = tuple(
-        Member(_name(text[start + 1 : start + 1 + _MOST_NAME_BYTES]), end - start - 1, values_before_end - before)
+        Member(
+            _name(text[start + 1 : start + 1 + _MOST_NAME_BYTES]),
+            end - start - 1,
+            values_before_end - before,
+            text[max(start + 1, end - _MOST_NAME_BYTES) : end].rstrip().endswith(b"null"),
+        )
         for (start, before), (end, values_before_end) in pairwise(borders)
     )
     return Outline(members, max(0, border_count - 1), values + 1)

@@ -64,6 +64,8 @@ async def test_completions_without_v1_are_llamacpps_unless_the_body_names_a_mode
         own, openai = [
             (await post("/completions", {"prompt": "a", **fields, **model})).text for model in ({}, {"model": "any"})
         ]
+        null = (await post("/completions", {"prompt": "a", **fields, "model": None})).text
+        assert ('"content"' in null, '"choices"' in null) == (True, False)
         assert ('"content"' in own, '"choices"' in own) == (True, False)
         assert ('"content"' in openai, '"choices"' in openai) == (False, True)
     assert (await post("/completions", {})).status_code == 400

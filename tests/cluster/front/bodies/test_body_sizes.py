@@ -63,6 +63,7 @@ def test_an_outline_has_every_member_and_its_values(block_bytes: int, monkeypatc
         assert made.member_count == len(value)
         for member, inner in zip(made.members, value.values(), strict=True):
             assert _values(inner) - 1 <= member.values <= 2 * _values(inner) + 1
+            assert member.is_null is (inner is None)
 
 
 @pytest.mark.parametrize("data", [b"", b"[", b'{"a', b'{"a":1', b"\\\\", b"}}},{", b'"', b"[1,2]", b"\xff" * 9])

@@ -19,6 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamaclust.cluster.front.defaults import usable_defaults
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
@@ -96,13 +97,14 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """Adds the server's values of fields that the endpoint has and the body has under no name."""
+    """Adds the server's values of fields that the endpoint has and the body has under no name, where the body's own
+    fields leave room for them."""
     if not settings.defaults and not settings.recommended:
         return fields
-    given = {kind.foreign.name(name) for name, value in fields.items() if value is not None}
+    given = {kind.foreign.name(name): value for name, value in fields.items() if value is not None}
     defaults = {**settings.recommended, **settings.defaults} if kind.takes_recommended else settings.defaults
-    own = ((kind.foreign.name(name), value) for name, value in defaults.items())
-    filled = fields | {name: value for name, value in own if name in kind.model_fields and name not in given}
+    own = {kind.foreign.name(name): value for name, value in defaults.items()}
+    filled = fields | usable_defaults(own, given, kind.model_fields)
     for name, part in parts_of(kind).items():
         if (inner := filled.get(name)) is None or isinstance(inner, dict):
             filled[name] = _with_defaults(inner or {}, part, settings)

@@ -1,0 +1,76 @@
+"""The rules by which the server's defaults of request fields give way to a request's own fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from itertools import combinations
+from operator import ne
+from typing import Any, Final
+
+_Refuses = Callable[[Any, Any], bool]
+"""Returns whether a value of one field is refused beside a value of another, which is None where it is absent."""
+
+_GRAMMARS: Final = (
+    *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
+    *("guided_choice", "guided_grammar", "guided_json_object", "regex", "ebnf"),
+)
+_LOGPROBS: Final = "message.output_text.logprobs"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {}, {"type": "text"})
+
+
+def _both(one: Any, other: Any) -> bool:
+    return not _is_empty(one) and not _is_empty(other)
+
+
+def _alone(one: Any, other: Any) -> bool:
+    return not _is_empty(one) and _is_empty(other)
+
+
+def _exceeds(least: Any, most: Any) -> bool:
+    return isinstance(least, int | float) and isinstance(most, int | float) and 0 <= most < least
+
+
+_EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
+    ("max_tokens", "max_completion_tokens", ne),
+    ("min_tokens", "max_tokens", _exceeds),
+    ("min_tokens", "max_completion_tokens", _exceeds),
+    ("n", "best_of", ne),
+    ("ignore_eos", "stop_token_ids", _both),
+    ("continue_final_message", "add_generation_prompt", _both),
+    ("background", "store", lambda background, store: background is True and store is False),
+    *(("suffix", other, _both) for other in ("raw", "context", "system")),
+    *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
+)
+"""Pairs of fields that cannot be used together, in either order."""
+_NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
+    ("stream_options", "stream", _alone),
+    ("top_logprobs", "logprobs", _alone),
+    ("top_logprobs", "include", lambda top, names: not isinstance(names, list) or _LOGPROBS not in names),
+    ("score_from", "echo", _alone),
+    ("score_from", "logprobs", _alone),
+    ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
+)
+"""Fields that make sense only with another one."""
+
+
+def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Returns the defaults that a request's own fields leave room for: those of no field that is given, that a given
+    field excludes, or that needs a field which is absent. `known`: the fields of the endpoint."""
+    absent = {name: value for name, value in defaults.items() if name in known and name not in given}
+    values = {**absent, **given}
+    excluded = {
+        name
+        for one, other, refuses in _EXCLUDED
+        for name, field in ((one, other), (other, one))
+        if name in absent and field in given and field in known and refuses(values[one], values[other])
+    }
+    left = {name: value for name, value in values.items() if name not in excluded}
+    lacking = {
+        name
+        for name, needed, refuses in _NEEDED
+        if name in absent and name in left and needed in known and refuses(left[name], left.get(needed))
+    }
+    return {name: value for name, value in left.items() if name in absent and name not in lacking}

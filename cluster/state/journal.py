@@ -63,7 +63,9 @@ class Journal:
         for request in requests:
             for record in request.records():
                 self._contents.add(record)
-            if request.is_sent:
+            if request.is_complete:
+                self.completed(request.id, request.limit_s)
+            elif request.is_sent:
                 self.sent(request.id)
         await self._writer.written(b"", is_synced=True)
 
@@ -97,10 +99,10 @@ class Journal:
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
-    def completed(self, request_id: str) -> None:
-        """Marks a request whose whole reply is there for a client that does not wait: a successor computes it if it is
-        asked for."""
-        self._add(Change(request_id, is_sent=True))
+    def completed(self, request_id: str, limit_s: float) -> None:
+        """Marks a request whose whole reply is there for a client that does not wait: until `limit_s` after its
+        admission, a successor computes it if it is asked for."""
+        self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
         """The request needs no record any more."""

@@ -99,13 +99,19 @@ class RequestContext:
         """True where the client may be cut off and come back."""
         return bool(self.conversation or self.idempotency_key)
 
+    @property
+    def is_complete(self) -> bool:
+        """True for a request in the background whose whole reply was there, read or not."""
+        return self.is_background and self.is_sent
+
     def left_s(self, now: Instant) -> float:
-        """Seconds until it ends unanswered."""
+        """Seconds until it ends unanswered, or is not kept any more."""
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
         """Takes a later record. Tokens that do not follow the known ones are left out."""
         self.is_sent |= change.is_sent
+        self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
         if change.restores is not None:
             self.restores = change.restores
@@ -134,6 +140,7 @@ class Change:
     restores: int | None = None  # coordinators began to compute it again, so many times without a new token
     is_sent: bool = False  # the whole reply was; its client may not have read it
     is_ended: bool = False  # it needs no record any more
+    limit_s: float = 0.0  # a new limit, since its admission; 0: the one of before
 
     __pydantic_config__ = _BASE64
 

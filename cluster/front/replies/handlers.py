@@ -237,7 +237,8 @@ class Replies:
         if make is None:
             kept.fail(WorkerError(f"the endpoint {context.endpoint} is not there any more"))
             return
-        end_s = asyncio.get_running_loop().time() + context.left_s(Instant.now())
+        left_s = self.settings.request_s if context.is_complete else context.left_s(Instant.now())
+        end_s = asyncio.get_running_loop().time() + left_s
         try:
             await kept.begin(await make(context.body, context), until_s=end_s)
         except LlamaclustError as error:

@@ -18,7 +18,7 @@ from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
-from llamaclust.cluster.state.journal_records import RequestContext
+from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
 
@@ -168,7 +168,8 @@ class KeptReply:
             if is_stored:
                 await self.value()
             if self.context.is_background and (journal := self._owner.journal) is not None:
-                journal.completed(self.context.id)
+                passed_s = self.context.admitted.passed_s(Instant.now())
+                journal.completed(self.context.id, passed_s + self._owner.settings.background_s)
         except TimeoutError:
             self.end(DeadlineError(_TOO_LONG))
         except LlamaclustError:

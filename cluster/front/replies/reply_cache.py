@@ -80,8 +80,8 @@ class ReplyCache:
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
         """A connection has ended. A later coordinator computes a reply that it took all of only for a client that comes
-        back, as one that ended with it."""
-        if self.journal is not None and (has_all or not kept.is_kept):
+        back, as one that ended with it. A reply in the background lasts as long for any reader."""
+        if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()

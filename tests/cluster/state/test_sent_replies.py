@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llamaclust.cluster.state.journal_records import read_journal
-from support.clusters.journals import NOW, admission, ids_in, journal, left, row, until
+from support.clusters.journals import LIMIT_S, NOW, admission, ids_in, journal, left, row, until
 
 
 async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: Path) -> None:
@@ -25,6 +26,24 @@ async def test_requests_whose_replies_were_sent_are_kept_for_a_while(tmp_path: P
         writing.sent("id2")
         await until(lambda: path.stat().st_size == 0)
     assert path.read_bytes() == b""
+
+
+async def test_a_complete_request_in_the_background_is_kept_until_its_new_limit(tmp_path: Path) -> None:
+    """As often as coordinators end; not for as long only as replies that were sent."""
+    path, late = tmp_path / "journal", replace(NOW, boot_s=NOW.boot_s + 2 * LIMIT_S)
+    async with journal(path, sent_s=0.01) as writing:
+        await writing.admit(replace(admission(0), is_background=True))
+        await writing.admit(admission(1))
+        writing.completed("id0", 3 * LIMIT_S)
+        writing.sent("id1")
+        await until(lambda: ids_in(path, is_sent=True) == ["id0"])
+        writing.seal()
+    for _ in range(2):
+        async with journal(path, sent_s=0.01) as writing:
+            await writing.restore([*read_journal(path, late), left(admission(2), is_sent=True)])
+            await until(lambda: ids_in(path, is_sent=True) == ["id0"])
+            writing.seal()
+    assert read_journal(path, replace(NOW, boot_s=NOW.boot_s + 3 * LIMIT_S)) == []
 
 
 async def test_requests_whose_replies_were_sent_are_bounded_in_bytes(

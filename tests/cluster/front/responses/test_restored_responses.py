@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,21 @@ import pytest
 
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.journals import admission, journal, until
-from support.clusters.resumable import KilledJournal, served, stream
+from support.clusters.resumable import KilledJournal, Served, served, stream
 from support.clusters.served import ended_response
 
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"input": "Hello", "background": True, "seed": 7, "max_output_tokens": 40}
+
+
+@asynccontextmanager
+async def killed(path: Path) -> AsyncIterator[Served]:
+    """A server that is killed some time after `timeouts.resume`."""
+    async with served(path, resume_s=0.05) as server:
+        yield server
+        await asyncio.sleep(0.2)
+        assert server.replies.cache.journal is not None
+        server.replies.cache.journal.seal()
 
 
 def text_of(response: dict[str, Any]) -> str:
@@ -77,6 +90,41 @@ async def test_a_complete_response_is_computed_after_a_kill_only_for_a_poller(tm
         assert kept is not None and kept.is_evictable and kept.context.is_background
         again = await ended_response(server.http, created["id"])
     assert again["status"] == response["status"] and text_of(again) == text_of(response)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_complete_response_outlives_several_coordinators(tmp_path: Path, is_streamed: bool) -> None:
+    """Read or not, and each of which lived longer than `timeouts.resume`."""
+    path = tmp_path / "journal"
+    async with killed(path) as server:
+        if is_streamed:
+            events = await stream(server.http, "POST", PATH, json=BODY | {"stream": True})
+            first = events[0][1]
+            assert events[-1][1] == "[DONE]" and isinstance(first, dict)
+            created = first["response"]
+        else:
+            created = (await server.http.post(PATH, json=BODY)).json()
+        response = await ended_response(server.http, created["id"])
+    async with killed(path):
+        pass
+    async with served(path) as server:
+        again = await ended_response(server.http, created["id"])
+    assert again["status"] == response["status"] and text_of(again) == text_of(response)
+
+
+async def test_a_complete_response_has_time_to_be_computed_again(tmp_path: Path) -> None:
+    """Whatever is left of the time for which it is kept."""
+    known = replace(admission(0, json.dumps(BODY).encode()), endpoint=PATH, admitted=Instant.now(), scales=())
+    async with journal(tmp_path / "journal") as left:
+        await left.admit(replace(known, is_streamed=False, is_background=True))
+        left.completed(known.id, 100.0)
+        left.seal()
+    async with served(tmp_path / "journal") as server:
+        kept = server.replies.cache.named("", known.id)
+        assert kept is not None and kept.context.limit_s == 100.0
+        kept.context.limit_s = 0.0
+        response = await ended_response(server.http, f"resp_{known.id}")
+    assert response["status"] in ("completed", "incomplete")
 
 
 async def test_without_a_client_a_restored_response_leaves_the_journal(tmp_path: Path) -> None:

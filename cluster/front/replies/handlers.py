@@ -103,8 +103,8 @@ class Replies:
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
         """The reply to the request that begins it, or repeats that."""
-        if kept.acknowledgement is not None and not kept.context.is_streamed:
-            return JsonParts(one_part(kept.acknowledgement))
+        if kept.context.is_background and not kept.context.is_streamed:
+            return JsonParts(one_part(await unless_disconnected(request, kept.acknowledged())))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:

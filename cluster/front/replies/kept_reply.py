@@ -270,6 +270,14 @@ class KeptReply:
                 if part := framing.part(event):
                     yield part
 
+    async def acknowledged(self) -> bytes:
+        """The acknowledgement of a reply in the background, once it has begun. Raises what ended it before."""
+        with self.reading() as reader:
+            while self.acknowledgement is None:
+                self.log.raise_error()
+                await reader.wait()
+        return self.acknowledgement
+
     async def whole(self) -> JsonBody:
         """The JSON of a reply that is not streamed, once it has ended. Raises the error that ended it. A kept one is
         rendered at once, so that it need not be read to its end."""

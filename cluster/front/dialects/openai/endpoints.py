@@ -43,7 +43,7 @@ from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.cluster.state.journal_records import RequestContext
-from llamaclust.core.errors import ClusterStoppingError
+from llamaclust.core.errors import ClusterStoppingError, ParameterError
 from llamaclust.wire.rpc.deadlines import deadline
 
 _COUNT: Final = "response.input_tokens"
@@ -372,8 +372,10 @@ class ModelEndpoints:
         return JsonResponse({"success": True})
 
     async def _named(self, request: Request) -> ApiModel:
-        fields = await parse_object_in_time(await read_bytes(request, self._router.settings))
-        return self._router.named(fields.get("model"))
+        name = (await parse_object_in_time(await read_bytes(request, self._router.settings))).get("model")
+        if not isinstance(name, str):
+            raise ParameterError("model", "is missing" if name is None else "must be a string")
+        return self._router.named(name)
 
     def _entry(self, model: ApiModel, adapter: ServedAdapter | None) -> dict[str, Any]:
         """The model under its own name, or an adapter as vLLM shows it."""

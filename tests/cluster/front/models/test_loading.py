@@ -16,7 +16,7 @@ from llamaclust.cluster.front.dialects.openai import endpoints as endpoints_modu
 from llamaclust.cluster.front.dialects.openai.endpoints import ModelEndpoints
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.models import ModelRouter
-from llamaclust.core.errors import DeadlineError
+from llamaclust.core.errors import DeadlineError, ParameterError
 from support.several_models.api_models import ScriptedResident, named_model
 
 
@@ -66,3 +66,12 @@ async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytes
     monkeypatch.setattr(endpoints_module, "_UNLOAD_S", 0.01)
     with pytest.raises(DeadlineError, match="the end of a load of 'a', which is unloaded then: not within"):
         await endpoints(Loading()).unload(request(model="a"))
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": [1]}, {"model": 1}])
+@pytest.mark.parametrize("call", ["load", "unload"])
+async def test_a_model_must_be_named(call: str, fields: dict[str, Any]) -> None:
+    resident = ScriptedResident()
+    with pytest.raises(ParameterError, match=r"model: (is missing|must be a string)"):
+        await getattr(endpoints(resident), call)(request(**fields))
+    assert not resident.is_asleep

@@ -3,6 +3,7 @@ nothing. `refused` ones would change the answer; hints may be left undone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from llamaclust.cluster.front.schema import ForeignFields, Neutral
@@ -166,6 +167,8 @@ RESPONSES: Final = ForeignFields(
         "max_completion_tokens": "max_output_tokens",
     },
 )
+
+COMPACTION: Final = replace(RESPONSES, other_names={})
 
 MESSAGES: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("mcp_servers container fallback_model", only())},

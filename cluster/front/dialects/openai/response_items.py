@@ -175,7 +175,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
         raise ValueError(f"{built_in.field}: must be an object")
     if built_in is None and context is None:
         leave_out("input", kind, context)
-    return {**value, "type": kind}
+    return {name: part for name, part in value.items() if name != "id" or isinstance(part, str)} | {"type": kind}
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:

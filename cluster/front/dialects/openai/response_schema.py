@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, Wit
 
 from llamaclust.cluster.front.dialects.openai.response_items import Item, read_items
 from llamaclust.cluster.front.dialects.openai.tools import MODES, ToolChoice, ToolSet, read_choice, read_tools
-from llamaclust.cluster.front.foreign_fields import RESPONSES
+from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
 from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
@@ -166,7 +166,6 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         }
 
     def check(self) -> None:
-        """ParameterError for fields that contradict each other."""
         self.choice.check()
         if self.top_logprobs and _LOGPROBS not in self.include:
             raise ParameterError("top_logprobs", f"only makes sense with include: [{_LOGPROBS!r}]")
@@ -271,7 +270,7 @@ _TASK: Final = (
 )
 
 
-class CompactionBody(AdapterFields, foreign=RESPONSES):
+class CompactionBody(AdapterFields, foreign=COMPACTION):
     """`POST /v1/responses/compact`."""
 
     model: str

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llamaclust.cluster.front.body import HEADER, STRICT_HEADER
 from llamaclust.cluster.front.dialects.openai import response_schema as schema
 from support.clusters.served import MODEL, ScriptedEngine, says, tokenizer
 from support.clusters.tool_chats import served
@@ -82,6 +83,16 @@ async def test_a_stored_response_is_summarized() -> None:
         fields = {"model": MODEL, "previous_response_id": stored["id"]}
         assert (await http.post(PATH, json=fields)).status_code == 200
     assert prompt_of(engine).startswith("<user>A<assistant>B<user>Summarize ")
+
+
+async def test_an_unknown_field_is_named_as_it_was_sent() -> None:
+    body = {"model": MODEL, "input": CHAT, "max_tokens": 5}
+    async with served(ScriptedEngine(says("B"))) as http:
+        refused = await http.post(PATH, json=body, headers={STRICT_HEADER: "1"})
+        taken = await http.post(PATH, json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("max_tokens: unknown field")
+    assert (taken.status_code, taken.headers[HEADER]) == (200, "max_tokens")
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,14 @@ async def test_an_expired_response_is_not_shown_as_running() -> None:
             assert reply.json()["status"] != "completed"
             await asyncio.sleep(0.05)  # each look keeps it
     assert reply.status_code == 404
+
+
+async def test_an_id_that_is_no_text_is_not_listed() -> None:
+    async with served(ScriptedEngine(says("Yes."))) as http:
+        calls = [{"type": "web_search_call", "id": given, "query": "cats"} for given in (5, "ws_1", None)]
+        response = (await http.post(PATH, json={"input": [*calls, {"role": "user", "content": "A"}]})).json()
+        items = (await http.get(f"{PATH}/{response['id']}/input_items?order=asc")).json()["data"]
+    assert [item["id"].startswith(kind) for item, kind in zip(items, ("item_", "ws_1", "item_"), strict=False)] == [
+        True
+    ] * 3
+    assert all(item["query"] == "cats" for item in items[:3])

@@ -81,6 +81,9 @@ class Body(DocumentedModel):
         super().__init_subclass__(**settings)
         cls.foreign = foreign or cls.foreign
 
+    def check(self) -> None:
+        """Raises ParameterError for fields that contradict each other; called once they are read."""
+
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
@@ -160,9 +163,11 @@ def read_fields(
         if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
             raise ParameterError(other, f"is another name of {name}, which has another value: leave one out")
     try:
-        return _built(kind).model_validate(kept, context=leniency)
+        body = _built(kind).model_validate(kept, context=leniency)
     except ValidationError as error:
         raise _first_error(error, as_sent) from error
+    body.check()
+    return body
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:

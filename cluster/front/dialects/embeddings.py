@@ -100,6 +100,12 @@ class OpenAiEmbeddingBody(EmbeddingFields):
     input: InputsField
     """Text, token ids, both mixed, or a list of several."""
 
+    def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
+        """Raises ParameterError for a pooling that gives several vectors for a prompt."""
+        options = super().options(default, norm)
+        check_single(options.pooling)
+        return options
+
 
 class LlamaCppEmbeddingBody(EmbeddingFields):
     """`POST /embedding`."""
@@ -252,7 +258,6 @@ class OpenAiEmbeddings(Endpoint[OpenAiEmbeddingBody]):
         """One vector for each prompt."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling)
-        check_single(options.pooling)
         return await embedded(request, self.service, body.input, options, partial(self._shown, body))
 
     def _shown(self, body: OpenAiEmbeddingBody, embeddings: list[Embedding]) -> dict[str, Any]:

@@ -10,20 +10,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from llamaclust import Client
+from llamaclust.cluster.client.http_codec import CHAT as CHAT_PATH
 from llamaclust.cluster.client.http_codec import AnswerOptions
-from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.client.local import AsyncServiceClient, LocalClient
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
+from llamaclust.core.errors import (
+    InsufficientMemoryError,
+    LlamaclustError,
+    ModelFileError,
+    ParameterError,
+    RequestError,
+    UsageError,
+)
+from llamaclust.model.pooling import Pooling
 from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 from support.several_models.api_models import api_model
@@ -43,6 +54,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(tiny: Path) -> Iterator[LocalClient]:
     with Client.local(tiny, threads=1, settings=LocalSettings(context_length=CONTEXT)) as client:
         yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "reason"),
+    [
+        (CHAT_PATH, {"messages": CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens: is 2"),
+        (CHAT_PATH, {"messages": CHAT, "tool_choice": "required"}, "tool_choice: needs tools"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of: is 2"),
+        ("/v1/embeddings", {"input": ["abc", "d"]}, "pooling: 'none'"),
+    ],
+)
+async def test_contradictory_fields_are_refused_as_over_http(path: str, fields: dict[str, Any], reason: str) -> None:
+    service = Mock(settings=Mock(pooling=Pooling.NONE))
+    client = AsyncServiceClient(service)
+    with pytest.raises(ParameterError, match=reason):
+        await (client._embed(fields) if "input" in fields else anext(aiter(client.chunks(path, fields))))
+    assert not service.mock_calls
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -86,8 +86,10 @@ class DetokenizeBody(Body, foreign=TEXT_ONLY):
 class TemplateBody(ChatFields, foreign=TEXT_ONLY):
     """The body of `POST /apply-template`."""
 
-    def request(self) -> ChatRequest:
+    def check(self) -> None:
         self.choice.check()
+
+    def request(self) -> ChatRequest:
         return ChatRequest(
             self.variables,
             tools=self.choice.offered,

@@ -71,7 +71,6 @@ class _Generating(Dialect[AnyGeneration]):
 
     async def reply(self, asked: Asked[AnyGeneration]) -> Reply:
         body = asked.body
-        body.check()
         return Reply(
             service=self.service,
             requests=partial(self._requests, asked),
@@ -116,7 +115,6 @@ class ChatCompletions(_Generating[ChatBody]):
     async def count(self, request: Request) -> Response:
         """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
         body = await self.read(request)
-        body.check()
         return await self.counted(request, await converted(body, body.request), object=_COUNT)
 
 
@@ -189,7 +187,6 @@ class Responses(_Continuing[ResponsesBody]):
 
     async def reply(self, asked: Asked[ResponsesBody]) -> Reply:
         body, context = asked.body, asked.context
-        body.check()
         items, messages = self._chat(body, context)
         chat = await asked.chat(body.request, messages)
         head = ResponseHead(context.id, context.created, asked.model, body)
@@ -212,7 +209,6 @@ class Responses(_Continuing[ResponsesBody]):
     async def count(self, request: Request) -> Response:
         """The tokens of a response's prompt."""
         body = await self.read(request)
-        body.check()
         _, messages = self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)
 

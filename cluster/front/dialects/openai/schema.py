@@ -196,7 +196,6 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
         )
 
     def check(self) -> None:
-        """ParameterError for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", "only makes sense with stream: true")
 

@@ -1,4 +1,5 @@
-"""Values of replies as JSON: finite numbers, sizes, text in parts, and timings by llama.cpp's names."""
+"""JSON of replies and bodies: rendering in parts, sizes of values, outlines of large texts, and timings by llama.cpp's
+names."""
 
 from __future__ import annotations
 

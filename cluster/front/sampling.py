@@ -50,7 +50,7 @@ class Requested:
 
 
 class SlotFields(Body):
-    """Which slot remembers the tokens of a request."""
+    """The slot that remembers the tokens of a request."""
 
     id_slot: int = -1
     """The slot that remembers the tokens, for `POST /slots`; below 0: none. Without `api.slot_folder` no slot does."""
@@ -97,7 +97,7 @@ SCALES_SCHEMA: dict[str, Any] = {
 
 
 class AdapterFields(Body):
-    """With which adapters an answer is computed."""
+    """The adapters that an answer is computed with."""
 
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
     """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used.
@@ -110,7 +110,7 @@ class ReasoningFields(Body):
     reasoning_budget: Annotated[int, Field(ge=-1)] = -1
     """Tokens of reasoning at most, after which its end follows; 0: the answer begins without it; -1: no limit."""
     reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """What stands before an end that the budget forces."""
+    """The text that precedes the end of reasoning where the budget forces it."""
 
     @property
     def answer_budget(self) -> ReasoningBudget | None:
@@ -158,7 +158,7 @@ _SCHEMA: Final[dict[str, Any]] = {
 
 
 class SpeculativeFields(Body):
-    """Whether tokens are drafted."""
+    """The number of drafted tokens."""
 
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
@@ -257,7 +257,7 @@ TextsField = Annotated[
 
 
 class SamplerFields(Body):
-    """How tokens are sampled; the decorator `sampled` adds the numbers."""
+    """Settings of the samplers; the decorator `sampled` adds the numbers."""
 
     own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
 
@@ -311,7 +311,7 @@ class SamplerFields(Body):
 
 @sampled(Dialect.OPENAI, without=("repeat_last_n",))
 class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
-    """Of one answer to one chat, where an API has no more to say of how tokens are sampled."""
+    """Fields of APIs that give one answer to one chat and have no others about sampling."""
 
     stream: bool = False
     """Server-sent events."""

@@ -29,7 +29,7 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """How the answer must look. Several of these must say the same."""
+    """Constraints on the form of an answer. Several in one request must ask for the same form."""
 
     response_format: _Object | None = None
     """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""

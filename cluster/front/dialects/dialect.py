@@ -52,7 +52,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """Of the paths and of those that begin with them; None: OpenAI's below `/v1`, llama.cpp's for the others."""
+    """The form of errors of the paths and of those below them; None: OpenAI's below `/v1`, llama.cpp's elsewhere."""
 
     def __init__(self, service: TextService, replies: Replies, path: str) -> None:
         self.service = service
@@ -77,7 +77,7 @@ class Endpoint(ABC, Generic[AnyBody]):
         return body
 
     def check_model(self, body: AnyBody) -> None:
-        """Refuses adapters too."""
+        """Raises HttpError for a model, and ParameterError for adapters, that are not served."""
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:
@@ -96,7 +96,7 @@ class Dialect(Endpoint[AnyBody]):
 
     @abstractmethod
     async def reply(self, asked: Asked[AnyBody]) -> Reply:
-        """What a request asks for. Raises what refuses its body."""
+        """Describes the reply to a request. Raises what refuses its body."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         """The reply to the bytes of a body."""

@@ -37,7 +37,7 @@ Input = tuple[str | int, ...]
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
-    """One prompt, or a list of them; a list with token ids among its items is one."""
+    """Reads one prompt, or a list of them; a list with token ids among its items is one."""
     if isinstance(value, list) and not any(is_int(item) for item in value):
         if not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
@@ -157,7 +157,7 @@ _PAIRS_OF_A_UNIT: Final = 100
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """Texts, or objects with one."""
+    """Reads texts, or objects with one."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_INPUTS:
         raise ValueError(f"must be a list of 1 to {MAX_INPUTS} texts")
     return tuple(_text(item) for item in value)
@@ -180,7 +180,7 @@ class RerankBody(Body, foreign=RERANK):
     model: str | None = None
     """Name of the served model; any is taken."""
     query: str
-    """What the documents are to say something about."""
+    """The question or topic that the documents are ranked by."""
     documents: _Texts | None = None
     """Texts, or objects with the field `text`."""
     texts: _Texts | None = None
@@ -188,7 +188,7 @@ class RerankBody(Body, foreign=RERANK):
     top_n: int | None = Field(default=None, ge=1)
     """The best so many; by default all."""
     return_documents: bool = False
-    """Whether results have the documents."""
+    """Adds the documents to the results."""
     return_text: bool = False
     """The same in the other form."""
 
@@ -202,8 +202,6 @@ class RerankBody(Body, foreign=RERANK):
 
 
 class Rerank(Endpoint[RerankBody]):
-    """One served model's."""
-
     paths = ("/v1/rerank", "/v1/reranking", "/rerank", "/reranking", _COHERE_PATH)
     body = RerankBody
     takes_any_model = True
@@ -255,7 +253,7 @@ class OpenAiEmbeddings(Endpoint[OpenAiEmbeddingBody]):
     body = OpenAiEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """One vector for each prompt."""
+        """Returns one vector for each prompt."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling)
         return await embedded(request, self.service, body.input, options, partial(self._shown, body))

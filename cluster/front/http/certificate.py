@@ -33,13 +33,13 @@ from llamaclust.wire.security.certificates import load_private, private_pem
 from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
-"""Between two looks at the files."""
+"""The pause between two checks of the files."""
 _RETRY_S: Final = 60.0
 """The pause after a failure that may pass: a certificate of a clock that is ahead, a full disk, a file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
-"""Before the end."""
+"""The time before a certificate's end from which on the log warns."""
 _log = logging.getLogger(__name__)
 
 

@@ -32,7 +32,7 @@ _FRAME_BYTES: Final = 250
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
-"""Between attempts to submit a request."""
+"""The pauses between attempts to submit a request."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)

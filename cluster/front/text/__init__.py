@@ -1,1 +1,1 @@
-"""Text in, text out: prompts and chats to tokens, through the engine and back."""
+"""Text generation: chats, prompts, answers, embeddings, and the service that connects them to an engine."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _PROGRESS_S = 0.1
-"""Between looks at a prompt's progress."""
+"""Seconds between checks of a prompt's progress."""
 _QUEUE_S = 120.0
 """Seconds that a later choice waits for a place in a full queue."""
 SCORED_TOKENS = 256

@@ -1,4 +1,5 @@
-"""Text in, text out: prompts and chats to tokens, through the engine and back. For HTTP and the in-process client."""
+"""The text service of one model, for HTTP and the in-process client: it tokenizes requests, has them computed by an
+engine, and collects the answers."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class TextSettings:
 
 
 class TextService:
-    """One served model. Use from one event loop."""
+    """The text service of one served model. Use from one event loop."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings

@@ -42,7 +42,7 @@ _STARTS: Final[dict[str, Block]] = {
 
 
 class MessageView(View):
-    """One answer."""
+    """Shows one answer as a message."""
 
     def __init__(self, model: str, reply_id: str, log: AnswerLog) -> None:
         self._model = model

@@ -78,7 +78,7 @@ class Tool(Body, foreign=ANTHROPIC_TOOL):
 
 
 class ToolChoice(Body):
-    """Whether the answer calls tools."""
+    """The calls that the answer may or must have."""
 
     type: Literal["auto", "any", "tool", "none"]
     """`any`: at least one; `tool`: the one of that `name`."""
@@ -95,7 +95,7 @@ class ToolChoice(Body):
 
 
 class Thinking(Body, foreign=THINKING):
-    """Whether the model may think before it answers."""
+    """The thinking before the answer."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -103,7 +103,7 @@ class Thinking(Body, foreign=THINKING):
 
 
 class OutputConfig(Body):
-    """How the answer looks."""
+    """The form of the answer."""
 
     format: Any = None
     """`{"type": "json_schema", "schema": ...}`."""
@@ -115,7 +115,7 @@ class OutputConfig(Body):
 
 
 def output_grammar(value: Any, origin: str) -> Grammar | None:
-    """Of `{"type": "json_schema", "schema": ...}`; ParameterError for another form."""
+    """Returns the grammar of `{"type": "json_schema", "schema": ...}`. Raises ParameterError for another form."""
     if value is None:
         return None
     if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
@@ -159,7 +159,7 @@ _ERROR: Final = "Error: "
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says before the other one does."""
+    """The blocks that one side says before the other one does."""
 
     role: str
     texts: tuple[str, ...] = ()
@@ -328,7 +328,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     tools: ToolsField = Field(default_factory=list)
     """Functions that the model may call, and bash_*, text_editor_* and memory_*; other tools are left out."""
     tool_choice: ToolChoice | None = None
-    """Whether the answer calls them."""
+    """The calls that the answer may or must have."""
     thinking: ThinkingField | None = None
     """Type `disabled`: the answer begins without thinking; otherwise as the model decides."""
     output_config: OutputConfig | None = None
@@ -361,7 +361,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
 
     @property
     def _budget(self) -> ReasoningBudget | None:
-        """That of `thinking`, if it has one."""
+        """The budget of `thinking` if it has one, else that of `reasoning_budget`."""
         tokens = None if self.thinking is None else self.thinking.budget_tokens
         return self.answer_budget if tokens is None else self.budget_of(tokens)
 

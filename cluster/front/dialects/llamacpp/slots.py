@@ -1,4 +1,4 @@
-"""llama.cpp's slots: their list, and prompts saved to files and restored from them."""
+"""`POST /slots/ID` of llama.cpp: the tokens of a slot saved to a file, restored from it, or erased."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SlotBody(Body):
     filename: str = Field(min_length=1, max_length=128)
     """A name in the folder `api.slot_folder` of the cluster file."""
     model: str | None = None
-    """Of several models, the one whose slot it is."""
+    """The model whose slot it is, where several are served."""
 
 
 class SlotActions:
@@ -112,7 +112,7 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""In the folder: a client that saves under ever new names does not fill the disk."""
+"""The limit of files in the folder: a client that saves under ever new names does not fill the disk."""
 
 
 class SlotFolder:

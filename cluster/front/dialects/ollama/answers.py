@@ -106,7 +106,7 @@ class PieceReader:
 
 
 Show = Callable[[Piece], dict[str, Any]]
-"""How an endpoint shows a piece."""
+"""Shows a piece in an endpoint's form."""
 
 
 @dataclass(eq=False)

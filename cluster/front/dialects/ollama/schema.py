@@ -86,7 +86,7 @@ class AnswerFields(Body):
     think: _ThinkField = None
     """false: the answer begins without reasoning; true, or an effort for the template: the model must know it."""
     options: _OptionsField = Field(default_factory=Options)
-    """How the answer is sampled."""
+    """Settings of the samplers, and the answer's length."""
     logprobs: bool = False
     """Logprobs of the chosen tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
@@ -238,7 +238,7 @@ class ModelBody(Body):
     """A body that names a model."""
 
     model: str
-    """With or without `:latest`."""
+    """The model's name, with or without `:latest`."""
 
 
 class ShowBody(

@@ -146,7 +146,7 @@ class _Continuing(Dialect[_AnyResponse]):
         return items, context.earlier
 
     def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
-        """The same by what is in the store."""
+        """Resolves the input and the earlier messages by what the store has."""
         items = self._store.resolved(owner, body.input, self.settings.max_body_bytes)
         return items, (*self._earlier(body, owner), *messages_of(items))
 
@@ -270,7 +270,7 @@ class Responses(_Continuing[ResponsesBody]):
         return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _shown(self, request: Request) -> dict[str, Any]:
-        """HttpError where there is none."""
+        """Returns a response as it is now. Raises HttpError where there is none."""
         stored = self._store.get(*self._key(request))
         if stored is not None and stored.response["status"] not in _RUNNING:
             return stored.response

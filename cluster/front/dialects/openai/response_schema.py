@@ -77,7 +77,7 @@ _MetadataField = Annotated[dict[str, str], BeforeValidator(_metadata), WithJsonS
 
 
 class Reasoning(Body):
-    """How the model thinks."""
+    """Settings of reasoning."""
 
     effort: str | None = None
     """Passed to the chat template; none sets its `enable_thinking` to false."""
@@ -88,7 +88,7 @@ class Reasoning(Body):
 
 
 class TextConfig(Body):
-    """How the text looks."""
+    """The form of the text."""
 
     format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
     """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
@@ -97,7 +97,7 @@ class TextConfig(Body):
 
 
 class StreamOptions(Body):
-    """What a stream carries beside the answer."""
+    """Additions to a stream beside the answer."""
 
     include_obfuscation: bool = False
     """No-op: events are never padded."""
@@ -122,7 +122,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     max_output_tokens: LimitField = None
     """Tokens of the answer, reasoning included; by default what the context leaves."""
     stream_options: StreamOptions | None = None
-    """Only with `stream`."""
+    """Additions to the stream; needs `stream`."""
     stop: Annotated[StopField, Requested()] = ()
     """The answer ends before the first of these."""
     tools: _ToolsField = Field(default_factory=ToolSet)
@@ -134,9 +134,9 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     parallel_tool_calls: bool | None = None
     """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    """How the model thinks."""
+    """Settings of reasoning."""
     text: TextConfig = Field(default_factory=TextConfig)
-    """How the text looks."""
+    """The form of the text."""
     metadata: _MetadataField = Field(default_factory=dict)
     """Comes back with the response."""
     include: _IncludeField = ()

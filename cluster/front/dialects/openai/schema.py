@@ -48,7 +48,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class StreamOptions(Body):
-    """What a stream carries beside the answer."""
+    """Additions to a stream beside the answer."""
 
     include_usage: bool = False
     """A last chunk with the tokens counted."""
@@ -76,7 +76,7 @@ class Message(Body, foreign=MESSAGE):
     """The call that a message of role `tool` answers."""
 
     def as_variables(self) -> dict[str, Any]:
-        """As chat templates know it."""
+        """Returns the message as chat templates know it."""
         role = "system" if self.role == "developer" else self.role
         more = {
             "name": self.name,
@@ -105,7 +105,7 @@ MessagesField = Annotated[
 
 
 class ChatFields(ToolFields):
-    """What a chat's prompt is made of."""
+    """The parts of a chat's prompt."""
 
     messages: MessagesField
     """The chat so far."""
@@ -163,7 +163,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     stream: bool = False
     """Server-sent events."""
     stream_options: StreamOptions | None = None
-    """Only with `stream`."""
+    """Additions to the stream; needs `stream`."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """Only requests with the same share their prompts' beginnings in the prefix cache."""
     return_token_ids: bool = False

@@ -22,6 +22,7 @@ from llamaclust.cluster.front.dialects.ollama.answers import Chat, Embed, Embedd
 from llamaclust.cluster.front.dialects.ollama.models import OllamaManaging, OllamaModels
 from llamaclust.cluster.front.dialects.openai.endpoints import (
     ChatCompletions,
+    CreatedResponses,
     ModelEndpoints,
     Responses,
     TextCompletions,
@@ -109,6 +110,9 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
     document = Document(is_strict=settings.is_strict)
     yield PathRoute("/openapi.json", document.show)
     yield from map(router.route, zip(*(_model_routes(model, store) for model in router.models), strict=True))
+    replies = router.models[0].replies
+    yield from CreatedResponses(replies, store).routes()
+    yield from _stream_routes(replies)
     yield from ModelEndpoints(router).routes()
     yield from OllamaModels(router).routes()
     yield from Operations(router).routes()
@@ -120,18 +124,17 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
     """The endpoints of one model, in an order that is the same for all."""
-    service, replies, settings = model.service, model.replies, model.settings
+    settings = model.settings
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
-            yield from endpoint(service, replies, path).routes()
-    completions = TextCompletions(service, replies, "/completions")
-    any_completions = Completions(completions.make, LlamaCppCompletion(service, replies, "/completion").make).create
-    answer = replies.endpoint(completions.path, any_completions)
+            yield from endpoint(model, path).routes()
+    completions = TextCompletions(model, "/completions")
+    any_completions = Completions(completions.make, LlamaCppCompletion(model, "/completion").make).create
+    answer = model.replies.endpoint(completions.path, any_completions, settings)
     yield Route("POST", completions.path, answer, completions.body, computes=True)
     for path in Responses.paths:
-        yield from Responses(service, replies, path, store).routes()
-    yield from _stream_routes(replies)
-    yield from llamacpp_routes(service, settings)
+        yield from Responses(model, path, store).routes()
+    yield from llamacpp_routes(model.service, settings)
     yield from OllamaManaging(model.name, settings).routes()
     yield from adapter_routes(model.adapter_control, model.name, settings)
 
@@ -139,8 +142,8 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
 def _stream_routes(replies: Replies) -> Iterator[Route]:
     """Replies that are read again, or stopped."""
     by_id, by_place = "/v1/streams/{id:path}", "/v1/stream/{id:path}"
-    yield Route("GET", by_id, replies.resume, names_reply=True, query=(_AFTER,), types=(JSON, EVENTS))
-    yield Route("GET", by_place, replies.replay, names_reply=True, query=(_FROM,), types=(EVENTS,))
-    yield Route("GET", "/v1/stream", replies.replay, names_reply=True, query=(_CONVERSATION, _FROM), types=(EVENTS,))
+    yield Route("GET", by_id, replies.resume, query=(_AFTER,), types=(JSON, EVENTS))
+    yield Route("GET", by_place, replies.replay, query=(_FROM,), types=(EVENTS,))
+    yield Route("GET", "/v1/stream", replies.replay, query=(_CONVERSATION, _FROM), types=(EVENTS,))
     for path in (by_id, by_place, "/v1/stream"):
-        yield Route("DELETE", path, replies.stop, names_reply=True, types=(), status=204)
+        yield Route("DELETE", path, replies.stop, types=(), status=204)

@@ -111,7 +111,8 @@ class ApiModel:
     """One served model."""
 
     service: TextService
-    replies: Replies
+    settings: ApiSettings
+    replies: Replies  # of all models
     engine: Engine
     resident: Resident
     status: Callable[[], Mapping[str, Any]]  # the JSON of `GET /cluster`
@@ -120,10 +121,6 @@ class ApiModel:
     @property
     def name(self) -> str:
         return self.service.settings.model_name
-
-    @property
-    def settings(self) -> ApiSettings:
-        return self.replies.settings
 
     @property
     def shown_names(self) -> tuple[str, ...]:
@@ -209,8 +206,6 @@ class ModelRouter:
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
         """Hands the bytes of a body on, and holds nothing of it. HttpError of `read_bytes` and `named`, for a wrong
         `keep_alive`, and for a model that is to be loaded first."""
-        if route.names_reply:
-            return _Addressed(self._with_reply(request))
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -222,13 +217,6 @@ class ModelRouter:
             self._check_loaded(model, request)
         hand_on(request, data)
         return _Addressed(model, keep, unloads)
-
-    def _with_reply(self, request: Request) -> ApiModel:
-        """The model of the kept reply that a request names; the first one where there is none."""
-        name = request.path_params.get("id") or request.query_params.get("conv_id", "")
-        own = owner(request.headers, self.settings.api_keys)
-        kept = (model for model in self.models if model.replies.cache.named(own, name) is not None)
-        return next(kept, self.models[0])
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
         """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself, and a

@@ -31,7 +31,6 @@ from llamaclust.cluster.state.api_keys import LiveKeys
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import ModelUse, Ready, Report
 from llamaclust.cluster.state.journal import Journal
-from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import UsageError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.version import VERSION
@@ -198,24 +197,17 @@ async def api_models(
     """All models, the first one first. `show`: the JSON of `GET /cluster`. The owner of the journal closes it."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
+        services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
+        replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
         models: list[ApiModel] = []
-        for served in cluster.models:
-            service = await stack.enter_async_context(aclosing(_text_service(served)))
+        for served, service in zip(cluster.models, services, strict=True):
             model, context_length = served.model, service.settings.context_length
             digest = answer_digest(served.config, model.model_id, model.chat_template.source, context_length)
             own = _settings_of(served, replace(settings, digest=digest), cluster.models)
-            replies = await stack.enter_async_context(aclosing(Replies(own, journal)))
             control = AdapterControl(served.loader.load, served.loader.unload)
             status, resident = partial(show, served), residents[served.name]
-            models.append(ApiModel(service, replies, served.engine, resident, status, control))
+            models.append(ApiModel(service, own, replies, served.engine, resident, status, control))
         yield models
-
-
-async def restore(models: Sequence[ApiModel], journal: Journal, requests: Sequence[RequestContext]) -> None:
-    """The requests that an earlier coordinator left, each by the model that continues it."""
-    await journal.restore(requests)
-    for model in models:
-        await model.replies.restore([*filter(model.continues, requests)])
 
 
 def _text_service(served: ServedModel) -> TextService:
@@ -239,15 +231,13 @@ def _text_service(served: ServedModel) -> TextService:
 
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:
-    """The settings of one of the models: of `models` in the cluster file, requests name one, and the kept replies share
-    their memory."""
+    """The settings of one of the models: of `models` in the cluster file, requests name one."""
     are_several = bool(served.config.models)
     return replace(
         settings,
         aliases=served.config.api.aliases,
         strict_model=are_several or settings.strict_model,
         can_unload=are_several,
-        max_kept_bytes=settings.max_kept_bytes // len(models),
         adapters=served.adapters,
         rankers=tuple(model.name for model in models if model.model.ranking is not None),
         recommended=recommended_sampling(served.model.file),

@@ -31,7 +31,6 @@ from llamaclust.cluster.server.front import (
     cluster_record,
     open_port,
     ready_event,
-    restore,
 )
 from llamaclust.cluster.server.signals import Signals
 from llamaclust.cluster.server.status import cluster_status
@@ -150,7 +149,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: S
     ):
         app = create_app(models, admission, cluster.pool.operations)
         with _left_to_the_next(journal):
-            await restore(models, journal, await _restorable(folder, models, front))
+            await models[0].replies.restore(await _restorable(folder, models, front))
             traced = app if telemetry is None else telemetry.traced(app)
             server = _Server(server_config(traced, front.settings, front.port))
             serving = asyncio.create_task(server.serve(sockets=front.port.listeners))

@@ -14,12 +14,11 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.errors import ErrorShape
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
-from llamaclust.cluster.front.replies.handlers import Replies
+from llamaclust.cluster.front.models import ApiModel
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.schema import AnyBody
 from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.front.text.request import ChatRequest
-from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.limits import AdapterScales
 
@@ -54,13 +53,13 @@ class Endpoint(ABC, Generic[AnyBody]):
     errors: ClassVar[ErrorShape | None] = None
     """The form of errors of the paths and of those below them; None: OpenAI's below `/v1`, llama.cpp's elsewhere."""
 
-    def __init__(self, service: TextService, replies: Replies, path: str) -> None:
-        self.service = service
-        self.replies = replies
-        self.settings = replies.settings
+    def __init__(self, model: ApiModel, path: str) -> None:
+        self.model = model
+        self.service = model.service
+        self.settings = model.settings
         self.path = path
         takes_any = self.takes_any_model or not path.startswith("/v1/")
-        self.models = ModelNames(service.settings.model_name, self.settings, any_by_default=takes_any)
+        self.models = ModelNames(model.name, self.settings, any_by_default=takes_any)
 
     def routes(self) -> Iterator[Route]:
         """The operation, and others that belong to it."""
@@ -90,9 +89,9 @@ class Dialect(Endpoint[AnyBody]):
     """A generating endpoint, whose subclass describes the reply to a body. One that refuses requests before it reads
     their bodies, or leaves some to another dialect, overrides `make`; one with further operations, `routes`."""
 
-    def __init__(self, service: TextService, replies: Replies, path: str) -> None:
-        super().__init__(service, replies, path)
-        self._answer = replies.endpoint(path, self.make, self.form)
+    def __init__(self, model: ApiModel, path: str) -> None:
+        super().__init__(model, path)
+        self._answer = model.replies.endpoint(path, self.make, self.settings, self.form)
 
     @abstractmethod
     async def reply(self, asked: Asked[AnyBody]) -> Reply:

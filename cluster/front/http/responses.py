@@ -168,7 +168,6 @@ class Route(PathRoute):
         body: type[BaseModel] | None = None,
         *,
         computes: bool = False,
-        names_reply: bool = False,
         errors: ErrorShape | None = None,
         query: Sequence[QueryParameter] = (),
         form: str = EVENTS,
@@ -176,14 +175,12 @@ class Route(PathRoute):
         status: int = 200,
     ) -> None:
         """`body`: the class of its fields; the endpoint reads its body itself. `computes`: the model must be loaded.
-        `names_reply`: the path or `?conv_id=` names a kept reply. `errors`: the shape of errors of this path and of
-        those that begin with it; None: as usual. `types`: media types of the reply; None: JSON, and `form` if the body
-        may ask for a stream."""
+        `errors`: the shape of errors of this path and of those that begin with it; None: as usual. `types`: media types
+        of the reply; None: JSON, and `form` if the body may ask for a stream."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
         self.computes = computes
-        self.names_reply = names_reply
         self.errors = errors
         self.query = query
         streams = body is not None and "stream" in body.model_fields

@@ -49,30 +49,31 @@ class Replies:
         """Without a journal, nothing survives this process."""
         self.settings = settings
         self.cache = ReplyCache(settings, journal)
-        self._endpoints: dict[str, MakeReply] = {}
+        self._endpoints: dict[tuple[str, str], MakeReply] = {}  # by digest of the model's settings, and path
         self._forms: dict[str, StreamFormat] = {}
         self._tasks = TaskSet()
 
     def endpoint(
-        self, path: str, make: MakeReply, form: StreamFormat = StreamFormat.EVENTS
+        self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The handler of a path whose replies `make` makes; `form`: of those that are streamed."""
-        self._endpoints[path], self._forms[path] = make, form
+        """The handler of a path of the model with `settings`, whose replies `make` makes; `form`: of those that are
+        streamed."""
+        self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
-            return await self._answer(request, path)
+            return await self._answer(request, path, make, settings)
 
         return answer
 
-    async def _answer(self, request: Request, path: str) -> Response:
+    async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
         """A reply that its client could ask for later goes on without the connection, any other ends with it."""
         body = await read_bytes(request, self.settings)
-        context = new_context(request.headers, path, self.settings)
+        context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
             return await self._begun(request, same, _given(request, same.context))
         if "last-event-id" in request.headers:  # a new computation may give other tokens
             raise self._not_found(context.idempotency_key)
-        reply = await self._endpoints[path](body, context)
+        reply = await make(body, context)
         context.is_streamed, context.is_background = reply.is_streamed, reply.is_background
         context.has_measurements = reply.has_measurements
         kept = KeptReply(context, self.cache, is_kept=context.is_named or reply.is_background)
@@ -178,8 +179,10 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Lists the requests of an earlier coordinator, which the journal has already. Their computation begins in the
-        order of their admission; replies that were sent are computed where a client has not read them to the end."""
+        """Journals and lists the requests of an earlier coordinator. Their computation begins in the order of their
+        admission; replies that were sent are computed where a client has not read them to the end."""
+        assert self.cache.journal is not None
+        await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
         for request in sorted(requests, key=attrgetter("is_sent")):
             kept = KeptReply(request, self.cache)
@@ -233,7 +236,7 @@ class Replies:
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
-        make = self._endpoints.get(context.endpoint)
+        make = self._endpoints.get((context.served, context.endpoint))
         if make is None:
             kept.fail(WorkerError(f"the endpoint {context.endpoint} is not there any more"))
             return

@@ -137,7 +137,8 @@ class KeptReply:
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
-            self._check_adapters({number for request in requests for number, _ in request.adapters})
+            numbers = {number for request in requests for number, _ in request.adapters}
+            self._take_adapters(service.settings.adapters.marks(numbers))
             generations = [await service.prepare(request) for request in requests]
             computing.enter_context(service.budget.reserve(reply.sizes(requests, generations)))
             self.log.begin(generations, reply.content(is_kept=self.is_kept))
@@ -150,11 +151,12 @@ class KeptReply:
             await computing.aclose()
             raise
 
-    def _check_adapters(self, numbers: set[int]) -> None:
-        """A restored request may name a model that is an adapter only now. AdapterUnloadedError for one that it did not
-        use before."""
-        used = self._owner.settings.adapters.marks(numbers)
-        if self.context.is_restored and not {*used} <= {*self.context.adapters}:
+    def _take_adapters(self, used: tuple[str, ...]) -> None:
+        """Notes the marks of adapters for later computations. A restored request may name a model that is an adapter
+        only now. AdapterUnloadedError for one that it did not use before."""
+        if not self.context.is_restored:
+            self.context.adapters = used
+        elif not {*used} <= {*self.context.adapters}:
             raise AdapterUnloadedError("model: an adapter was loaded under this name meanwhile: send the request again")
 
     async def _run(self, is_stored: bool, until_s: float | None, on_disk: asyncio.Future[None] | None) -> None:

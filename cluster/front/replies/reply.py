@@ -31,7 +31,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """The context of a new request. HttpError for a header that cannot be a name."""
+    """The context of a new request; `settings`: of its model. HttpError for a header that cannot be a name."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -43,6 +43,7 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
         conversation=_name(headers, "x-conversation-id"),
         idempotency_key=_name(headers, "idempotency-key"),
         scales=settings.adapters.default,
+        served=settings.digest,
         traceparent="" if trace is None else trace.traceparent,
         tracestate="" if trace is None else trace.state,
     )

@@ -102,17 +102,8 @@ class ReplyCache:
         """Journals a request whose completions were just submitted, so that no token came before; done once that is on
         disk, or cannot be."""
         assert self.journal is not None
-        settings = self.settings
-        numbers = {number for generation in kept.log.generations for number, _ in generation.adapters}
-        admission = replace(
-            kept.context,
-            body=body,
-            admitted=Instant.now(),
-            limit_s=settings.request_s,
-            served=settings.digest,
-            adapters=settings.adapters.marks(numbers),
-        )
-        return self.journal.admit(admission)
+        context, limit_s = kept.context, self.settings.request_s
+        return self.journal.admit(replace(context, body=body, admitted=Instant.now(), limit_s=limit_s))
 
     def expired(self, kept: KeptReply) -> None:
         """Ends a reply that no client has read for a while."""
@@ -219,4 +210,4 @@ def _names(context: RequestContext) -> Iterator[_Name]:
 
 
 def _digest(context: RequestContext, body: bytes) -> bytes:
-    return hashlib.sha256(context.endpoint.encode() + b"\n" + body).digest()
+    return hashlib.sha256(f"{context.served} {context.endpoint}\n".encode() + body).digest()

@@ -24,6 +24,7 @@ from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.text.request import CompletionRequest
+from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.cluster.front.text.sharing import ReplyBudget
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.state.journal import Journal
@@ -52,6 +53,7 @@ class Endless:
         service: Any = self
         self.reply = Reply(service=service, requests=_one, view=view, is_streamed=True)
         self.budget = ReplyBudget()
+        self.settings = TextSettings("a", 64)
         self.submitted = self.closed = 0
 
     async def prepare(self, request: CompletionRequest) -> GenerationRequest:

@@ -19,7 +19,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.residency import Resident
 from llamaclust.cluster.front.app import create_app
 from llamaclust.cluster.front.settings import ApiSettings
-from llamaclust.cluster.server.front import api_models, api_settings, restore
+from llamaclust.cluster.server.front import api_models, api_settings
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import ClusterRecord
 from llamaclust.cluster.state.journal import Journal
@@ -53,8 +53,8 @@ async def api_of(files: list[Path], folder: Path, *, tight: bool) -> AsyncIterat
         aclosing(Journal(folder / "journal", found.cluster.record, 30.0)) as journal,
         api_models(found.cluster, ApiSettings(), journal, partial(cluster_status, found.cluster, RECORD)) as served,
     ):
-        await restore(served, journal, [])
         app = create_app(served)
+        await served[0].replies.restore([])
         async with serving(app) as address, httpx.AsyncClient(base_url=address, trust_env=False, timeout=60) as http:
             yield Api(found, http)
 

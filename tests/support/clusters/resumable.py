@@ -65,7 +65,6 @@ async def served(
     ):
         app = make_app(engine, replies=replies, **settings)
         left = read_journal(journal, Instant.now())
-        await opened.restore(left)
         await replies.restore(left)
         async with (
             serving(app) as address,

@@ -226,7 +226,7 @@ def make_app(
     slots = SETTINGS.max_sequences if "slot_folder" in settings else 0
     service = make_service(engine, chat_template, slots, replies.settings.adapters)
     show = {"status": {"name": "test"}}.copy
-    return create_app([api_model(service, idle, replies, show, control)], admission, workers)
+    return create_app([api_model(service, idle, None, show, control, replies)], admission, workers)
 
 
 def client(app: ASGIApp, **options: Any) -> httpx.AsyncClient:

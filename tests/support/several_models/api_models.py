@@ -41,13 +41,16 @@ class ScriptedResident:
 def api_model(
     service: TextService,
     engine: Engine,
-    settings: ApiSettings | Replies | None = None,
+    settings: ApiSettings | None = None,
     status: Callable[[], Mapping[str, Any]] = dict,
     control: AdapterControl | None = None,
+    replies: Replies | None = None,
 ) -> ApiModel:
-    """A model that is always loaded. `engine`: the one that operators see."""
-    replies = settings if isinstance(settings, Replies) else Replies(settings or ApiSettings())
-    return ApiModel(service, replies, engine, cast(Resident, ScriptedResident()), status, control)
+    """A model that is always loaded. `engine`: the one that operators see; `replies`: of all models."""
+    replies = replies or Replies(settings or ApiSettings())
+    return ApiModel(
+        service, settings or replies.settings, replies, engine, cast(Resident, ScriptedResident()), status, control
+    )
 
 
 def named_model(
@@ -63,6 +66,7 @@ def named_model(
     cache = SimpleNamespace(named=lambda owner, reply: reply if reply in kept else None)
     return ApiModel(
         cast(TextService, SimpleNamespace(settings=SimpleNamespace(model_name=name))),
+        own,
         cast(Replies, SimpleNamespace(settings=own, cache=cache)),
         cast(Engine, SimpleNamespace()),
         cast(Resident, resident or ScriptedResident()),

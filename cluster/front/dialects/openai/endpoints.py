@@ -40,7 +40,6 @@ from llamaclust.cluster.front.sampling import chat_sampling
 from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.front.text.answer_log import Timed
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest
-from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core.errors import ClusterStoppingError, ParameterError
@@ -124,8 +123,8 @@ _AnyResponse = TypeVar("_AnyResponse", bound=ResponsesBody | CompactionBody)
 class _Continuing(Dialect[_AnyResponse]):
     """An endpoint whose requests may continue stored chats."""
 
-    def __init__(self, service: TextService, replies: Replies, path: str, store: ResponseStore) -> None:
-        super().__init__(service, replies, path)
+    def __init__(self, model: ApiModel, path: str, store: ResponseStore) -> None:
+        super().__init__(model, path)
         self._store = store
 
     async def _requests(self, chat: ChatRequest, begin: Callable[[], None] | None = None) -> list[CompletionRequest]:
@@ -169,7 +168,7 @@ class Compaction(_Continuing[CompactionBody]):
 
 
 class Responses(_Continuing[ResponsesBody]):
-    """Responses, which can be read again and cancelled while they are computed in the background."""
+    """Responses of a model."""
 
     paths = ("/v1/responses", "/responses")
     body = ResponsesBody
@@ -177,13 +176,8 @@ class Responses(_Continuing[ResponsesBody]):
 
     def routes(self) -> Iterator[Route]:
         yield from super().routes()
-        yield from Compaction(self.service, self.replies, f"{self.path}/compact", self._store).routes()
+        yield from Compaction(self.model, f"{self.path}/compact", self._store).routes()
         yield Route("POST", f"{self.path}/input_tokens", self.count, self.body)
-        one = f"{self.path}/{{id}}"
-        yield Route("GET", f"{one}/input_items", self.input_items, names_reply=True, query=_ITEMS)
-        yield Route("POST", f"{one}/cancel", self.cancel, names_reply=True)
-        yield Route("GET", one, self.retrieve, names_reply=True, query=_RETRIEVED, types=(JSON, EVENTS))
-        yield Route("DELETE", one, self.delete, names_reply=True)
 
     async def reply(self, asked: Asked[ResponsesBody]) -> Reply:
         body, context = asked.body, asked.context
@@ -211,6 +205,22 @@ class Responses(_Continuing[ResponsesBody]):
         body = await self.read(request)
         _, messages = self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)
+
+
+class CreatedResponses:
+    """The responses of all models, which can be read again, and cancelled while they are computed in the background."""
+
+    def __init__(self, replies: Replies, store: ResponseStore) -> None:
+        self.replies = replies
+        self._store = store
+
+    def routes(self) -> Iterator[Route]:
+        for path in Responses.paths:
+            one = f"{path}/{{id}}"
+            yield Route("GET", f"{one}/input_items", self.input_items, query=_ITEMS)
+            yield Route("POST", f"{one}/cancel", self.cancel)
+            yield Route("GET", one, self.retrieve, query=_RETRIEVED, types=(JSON, EVENTS))
+            yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
         """A response as it is; `?stream=true`: the events of one that was streamed in the background, after the one of
@@ -296,7 +306,7 @@ class Responses(_Continuing[ResponsesBody]):
 
     def _key(self, request: Request) -> tuple[str, str]:
         """The owner and the id of a response."""
-        return owner(request.headers, self.settings.api_keys), request.path_params["id"]
+        return owner(request.headers, self.replies.settings.api_keys), request.path_params["id"]
 
 
 def _not_found(request: Request) -> HttpError:

@@ -118,7 +118,7 @@ async def test_a_request_that_chose_an_adapter_before_its_unload_is_refused(is_a
     replies = Replies(ApiSettings(adapters=loader.adapters))
     make_app(engine, replies=replies)
     context = new_context(Headers(), "/v1/completions", replies.settings)
-    reply = await replies._endpoints["/v1/completions"](b'{"model": "poet", "prompt": "Hi"}', context)
+    reply = await replies._endpoints["", "/v1/completions"](b'{"model": "poet", "prompt": "Hi"}', context)
     loader.adapters.remove(0)
     if is_another_loaded:
         loader.adapters.add(0, ServedAdapter("poet", "other.gguf", content="cd"))

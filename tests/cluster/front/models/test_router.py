@@ -53,40 +53,11 @@ def client_of(*models: ApiModel, endpoint: Endpoint | None = None) -> httpx.Asyn
 
     def route(of: Route, model: ApiModel) -> Route:
         answer = endpoint or replying(200, model.name)
-        return Route(of.method, of.path, answer, computes=of.computes, names_reply=of.names_reply)
+        return Route(of.method, of.path, answer, computes=of.computes)
 
     app = Starlette(routes=[routing.route([route(of, model) for model in models]) for of in operations()])
     add_error_handlers(app)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
-
-
-@pytest.mark.parametrize(
-    ("path", "model"),
-    [
-        ("/v1/streams/plain", "b"),
-        ("/v1/streams/chats/7", "b"),
-        ("/v1/stream/chats/7", "b"),
-        ("/v1/stream?conv_id=chats%2F7", "b"),
-        ("/v1/responses/resp_1/input_items", "b"),
-        ("/responses/resp_1/input_items", "b"),
-        ("/v1/responses/resp_1", "b"),
-        ("/v1/streams/my-chat/compact", "b"),
-        ("/v1/streams/chats", "a"),
-        ("/v1/streams/none", "a"),
-    ],
-)
-async def test_a_kept_reply_is_found_with_its_model(path: str, model: str) -> None:
-    kept = ("plain", "chats/7", "resp_1", "my-chat/compact")
-    async with client_of(named_model("a"), named_model("b", kept=kept)) as http:
-        assert (await http.get(path)).text == model
-        if not path.endswith("/input_items"):
-            assert (await http.delete(path)).text == model
-
-
-async def test_a_response_is_cancelled_with_its_model() -> None:
-    async with client_of(named_model("a"), named_model("b", kept=("resp_1",))) as http:
-        for path, model in (("/v1/responses/resp_1/cancel", "b"), ("/responses/resp_2/cancel", "a")):
-            assert (await http.post(path, json={"model": "a"})).text == model
 
 
 @pytest.mark.parametrize(

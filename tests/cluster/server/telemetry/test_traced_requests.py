@@ -271,7 +271,6 @@ async def journalled(path: Path, kind: type[Journal]) -> AsyncIterator[Traced]:
         ):
             app = make_app(engine, replies=replies)
             left = await asyncio.to_thread(read_journal, path, Instant.now())
-            await journal.restore(left)
             await replies.restore(left)
             async with (
                 serving(telemetry.traced(app)) as address,

@@ -183,7 +183,7 @@ async def test_a_request_keeps_the_scales_of_its_admission() -> None:
     replies = Replies(ApiSettings(adapters=adapters))
     context = new_context(Headers(), "/completion", replies.settings)
     make_app(engine, replies=replies)
-    reply = await replies._endpoints["/completion"](b'{"prompt": "Hi"}', context)
+    reply = await replies._endpoints["", "/completion"](b'{"prompt": "Hi"}', context)
     adapters.default = ()
     direct = KeptReply(context, replies.cache, is_kept=False)
     await direct.begin(reply)

@@ -144,6 +144,16 @@ class _Connection(H11Protocol):
         if not self._is_idle:
             self.room.leave(self)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answers a request that is no HTTP, if no reply has begun; the app's reply to its head is not sent."""
+        if self._is_idle or not self.cycle.response_started:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _go_on(self) -> None:
         """Parses what an ended turn left."""
         if self.transport.is_closing():

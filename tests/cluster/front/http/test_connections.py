@@ -310,6 +310,16 @@ async def test_garbage_leaves_no_line_in_the_log() -> None:
             assert (await peer.reader.read()).startswith(b"HTTP/1.1 400 ")
 
 
+@pytest.mark.parametrize("path", ["/nope", "/tokenize", "/v1/completions"])
+async def test_a_bad_chunk_behind_a_head_leaves_no_line_in_the_log(path: str) -> None:
+    async with served() as server:
+        for peer in await server.connect(20):
+            head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+            peer.writer.write(head.encode() + b"ZZ\r\n")
+        for peer in server.peers:
+            assert (await peer.reader.read()).startswith(b"HTTP/1.1 4")
+
+
 async def test_heads_and_chunks_that_cost_more_than_they_weigh_are_refused() -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     async with served() as server:

@@ -20,13 +20,9 @@ from llamaclust.cluster.front.dialects.llamacpp.completions import Completions, 
 from llamaclust.cluster.front.dialects.llamacpp.endpoints import llamacpp_routes
 from llamaclust.cluster.front.dialects.ollama.answers import Chat, Embed, Embeddings, Generate
 from llamaclust.cluster.front.dialects.ollama.models import OllamaManaging, OllamaModels
-from llamaclust.cluster.front.dialects.openai.endpoints import (
-    ChatCompletions,
-    CreatedResponses,
-    ModelEndpoints,
-    Responses,
-    TextCompletions,
-)
+from llamaclust.cluster.front.dialects.openai.created_responses import CreatedResponses
+from llamaclust.cluster.front.dialects.openai.endpoints import ChatCompletions, Responses, TextCompletions
+from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
 from llamaclust.cluster.front.dialects.openai.response_store import ResponseStore
 from llamaclust.cluster.front.http.gates import Admission, AdmissionGate, KeyGate, Security, page_origins
 from llamaclust.cluster.front.http.openapi import Document

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from llamaclust.cluster.front import body
-from llamaclust.cluster.front.dialects.openai import endpoints as endpoints_module
-from llamaclust.cluster.front.dialects.openai.endpoints import ModelEndpoints
+from llamaclust.cluster.front.dialects.openai import models as models_module
+from llamaclust.cluster.front.dialects.openai.models import ModelEndpoints
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.models import ModelRouter
 from llamaclust.core.errors import DeadlineError, ParameterError
@@ -63,7 +63,7 @@ async def test_an_unload_does_not_wait_for_a_load_without_end(monkeypatch: pytes
         async def sleep(self) -> None:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(endpoints_module, "_UNLOAD_S", 0.01)
+    monkeypatch.setattr(models_module, "_UNLOAD_S", 0.01)
     with pytest.raises(DeadlineError, match="the end of a load of 'a', which is unloaded then: not within"):
         await endpoints(Loading()).unload(request(model="a"))
 

@@ -1,0 +1,99 @@
+"""The served models in OpenAI's form: lists of them, loading and unloading."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.front.body import parse_object_in_time, read_bytes
+from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
+from llamaclust.cluster.front.models import ApiModel, ModelRouter
+from llamaclust.cluster.front.sampling import chat_sampling
+from llamaclust.cluster.front.settings import ModelNames
+from llamaclust.cluster.state.adapters import ServedAdapter
+from llamaclust.core.errors import ParameterError
+from llamaclust.wire.rpc.deadlines import deadline
+
+_ONE_MODEL: Final = "one model is served, which stays loaded; list several as `models` in the cluster file"
+_UNLOAD_S: Final = 60.0
+"""A reply waits so long for the end of a load, which is not cancelled."""
+
+
+class ModelEndpoints:
+    """The endpoints of served models, in OpenAI's form with a few fields of vLLM and of llama.cpp's router."""
+
+    def __init__(self, router: ModelRouter) -> None:
+        self._router = router
+        self._can_unload = router.settings.can_unload
+        self._created = int(time.time())
+
+    def routes(self) -> Iterator[Route]:
+        yield Route("GET", "/v1/models", self.list)
+        yield Route("GET", "/v1/models/{model:path}", self.retrieve)
+        for endpoint in (self.load, self.unload):
+            served = endpoint if self._can_unload else unsupported(_ONE_MODEL)
+            yield Route("POST", f"/v1/models/{endpoint.__name__}", served)
+
+    async def list(self, request: Request) -> Response:
+        models = self._router.models
+        entries = [self._entry(model, adapter) for model in models for adapter in (None, *model.settings.adapters)]
+        return JsonResponse({"object": "list", "data": entries})
+
+    async def retrieve(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        model = self._router.named(name)
+        adapter = next((adapter for adapter in model.settings.adapters if adapter.name == name), None)
+        if adapter is None and not self._can_unload:
+            ModelNames(model.name, model.settings).check(name)
+        return JsonResponse(self._entry(model, adapter))
+
+    async def load(self, request: Request) -> Response:
+        """Loads the named model, where memory is left or other models have no requests; answers at once."""
+        (await self._named(request)).resident.load()
+        return JsonResponse({"success": True})
+
+    async def unload(self, request: Request) -> Response:
+        """Unloads the named model; answers once it sleeps. HttpError 409 where it has requests; DeadlineError where a
+        load takes long, after which it sleeps none the less."""
+        model = await self._named(request)
+        async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
+            await model.resident.sleep()
+        if not model.resident.is_asleep:
+            message = f"model: {model.name!r} has requests and stays loaded; try again after their replies"
+            raise HttpError(409, "model_in_use", message, param="model")
+        return JsonResponse({"success": True})
+
+    async def _named(self, request: Request) -> ApiModel:
+        name = (await parse_object_in_time(await read_bytes(request, self._router.settings))).get("model")
+        if not isinstance(name, str):
+            raise ParameterError("model", "is missing" if name is None else "must be a string")
+        return self._router.named(name)
+
+    def _entry(self, model: ApiModel, adapter: ServedAdapter | None) -> dict[str, Any]:
+        """The model under its own name, or an adapter as vLLM shows it."""
+        settings = model.settings
+        entry = {
+            "id": model.name,
+            "object": "model",
+            "aliases": settings.aliases,
+            "tags": settings.tags,
+            "created": self._created,
+            "owned_by": "llamaclust",
+            "max_model_len": model.service.settings.context_length,
+            "chat_sampling": chat_sampling(settings.recommended, settings.defaults),
+        }
+        if adapter is not None:
+            entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": adapter.path}
+        return {**entry, "status": {"value": _status(model)}} if self._can_unload else entry
+
+
+def _status(model: ApiModel) -> str:
+    """The words of llama.cpp's router."""
+    if model.resident.is_asleep:
+        return "unloaded"
+    return "loading" if model.resident.is_loading else "loaded"

@@ -34,7 +34,7 @@ class Shared:
     http: httpx.AsyncClient
     replies: Replies
 
-    async def ask(self, model: str, headers: dict[str, str], **fields: Any) -> httpx.Response:
+    async def posted(self, model: str, headers: dict[str, str], **fields: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json={"model": model, "prompt": "Hi", **fields}, headers=headers)
 
 
@@ -60,7 +60,7 @@ async def shared(journal: Journal | None = None, **settings: Any) -> AsyncIterat
 async def test_a_conversation_has_one_stream_whatever_model_it_goes_on_with(path: str) -> None:
     async with shared() as api:
         for name in NAMES:
-            assert (await api.ask(name, CONVERSATION, stream=True)).status_code == 200
+            assert (await api.posted(name, CONVERSATION, stream=True)).status_code == 200
             read = await api.http.get(path)
             assert f'"model":"{name}"' in read.text, read.text
         assert (await api.http.delete(path)).status_code == 204
@@ -70,9 +70,9 @@ async def test_a_conversation_has_one_stream_whatever_model_it_goes_on_with(path
 async def test_a_request_to_another_model_ends_the_conversations_running_one() -> None:
     async with shared() as api:
         api.engines["ma"].gate.clear()
-        asking = asyncio.create_task(api.ask("ma", CONVERSATION, stream=True))
+        asking = asyncio.create_task(api.posted("ma", CONVERSATION, stream=True))
         await until(lambda: api.engines["ma"].running == 1)
-        assert (await api.ask("mb", CONVERSATION)).json()["choices"][0]["text"] == "mb"
+        assert (await api.posted("mb", CONVERSATION)).json()["choices"][0]["text"] == "mb"
         assert "cancelled" in (await asking).text and not api.engines["ma"].running
 
 
@@ -91,7 +91,7 @@ async def test_an_idempotency_key_of_another_models_request_is_refused(in_query:
 async def test_the_bounds_of_kept_replies_are_those_of_all_models() -> None:
     async with shared(max_kept_replies=1) as api:
         for name in NAMES:
-            await api.ask(name, {"Idempotency-Key": name})
+            await api.posted(name, {"Idempotency-Key": name})
         kept = [(await api.http.get(f"/v1/streams/{name}")).status_code for name in NAMES]
         assert kept == [404, 200]
 
@@ -115,7 +115,7 @@ async def test_a_restored_request_is_computed_on_its_own_model(tmp_path: Path) -
     path = tmp_path / "journal"
     async with aclosing(KilledJournal(path, ControlRecord(), 60.0)) as killed, shared(killed, request_s=60.0) as api:
         for name in NAMES:
-            assert (await api.ask(name, {"Idempotency-Key": f"of-{name}"})).status_code == 200
+            assert (await api.posted(name, {"Idempotency-Key": f"of-{name}"})).status_code == 200
     left = read_journal(path, Instant.now())
     assert [request.served for request in left] == [*NAMES]
     async with aclosing(Journal(path, ControlRecord(), 60.0)) as journal, shared(journal, request_s=60.0) as api:
@@ -123,6 +123,6 @@ async def test_a_restored_request_is_computed_on_its_own_model(tmp_path: Path) -
         for name in NAMES:
             reply = json.loads((await api.http.get(f"/v1/streams/of-{name}")).text)
             assert (reply["model"], reply["choices"][0]["text"]) == (name, name)
-        assert (await api.ask("mb", {"Idempotency-Key": "of-ma"})).status_code == 422
-        assert (await api.ask("ma", {"Idempotency-Key": "of-ma"})).json()["model"] == "ma"
+        assert (await api.posted("mb", {"Idempotency-Key": "of-ma"})).status_code == 422
+        assert (await api.posted("ma", {"Idempotency-Key": "of-ma"})).json()["model"] == "ma"
         assert [len(engine.submitted) for engine in api.engines.values()] == [1, 1]

@@ -14,7 +14,7 @@ import pytest
 
 from llamaclust.cluster.state.journal_records import Instant, read_journal
 from support.clusters.journals import admission, journal, until
-from support.clusters.resumable import KilledJournal, Served, served, stream
+from support.clusters.resumable import SERVED, KilledJournal, Served, served, stream
 from support.clusters.served import ended_response
 
 PATH = "/v1/responses"
@@ -116,7 +116,7 @@ async def test_a_complete_response_has_time_to_be_computed_again(tmp_path: Path)
     """Whatever is left of the time for which it is kept."""
     known = replace(admission(0, json.dumps(BODY).encode()), endpoint=PATH, admitted=Instant.now(), scales=())
     async with journal(tmp_path / "journal") as left:
-        await left.admit(replace(known, is_streamed=False, is_background=True))
+        await left.admit(replace(known, served=SERVED, is_streamed=False, is_background=True))
         left.completed(known.id, 100.0)
         left.seal()
     async with served(tmp_path / "journal") as server:

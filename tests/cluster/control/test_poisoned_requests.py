@@ -27,23 +27,14 @@ _POISONED = dedent(
 
     if "--name" in sys.orig_argv:
         from llamaclust.worker.stage.loop import StageLoop
-        from llamaclust.worker.stage.step_inputs import StepInputs
-        from support.wire.slow_codec import plain_inputs
 
-        finish, read, poison = StageLoop._finish, StepInputs.read, dict()
-
-        def notes(data):
-            inputs = plain_inputs(data)
-            risky = [task.position for task in inputs.tasks if getattr(task, "seed", 0) == {POISON}]
-            poison[inputs.number] = any(position >= 30 for position in risky)
-            return read(data)
+        finish = StageLoop._finish
 
         def poisoned(loop, arrival, logits, received):
-            if poison[arrival.number]:
+            if any(getattr(task, "seed", 0) == {POISON} and task.position >= 30 for task in received.inputs.tasks):
                 BREAK
             return finish(loop, arrival, logits, received)
 
-        StepInputs.read = notes
         StageLoop._finish = poisoned
     """
 )

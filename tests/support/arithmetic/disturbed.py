@@ -59,10 +59,11 @@ class CutModel(FakeModel):
         for runner in self.runners:
             hidden = runner.run(microbatch, hidden)
         assert hidden is not None
-        return self.runners[-1].finish(hidden, inputs)
+        rows = self.runners[-1].finish(hidden, inputs)
+        return self.runners[-1].draft(microbatch, rows, inputs).rows
 
     def embeddings(self, microbatch: Microbatch) -> bytes:
-        return self.runners[-1].embeddings()
+        return self.runners[-1].embeddings(microbatch)
 
     def close(self) -> None:
         for runner in self.runners:

@@ -92,8 +92,7 @@ struct NativeStage {
                                   "]");
     const MicrobatchFrame& frame = read.frame;
     const Batch batch{frame.tokens,       frame.positions,     frame.sequence_starts, frame.table_starts,
-                      frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden(),
-                      {frame.states_before, frame.state_starts, frame.state_rows, frame.state_blocks}};
+                      frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden()};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }

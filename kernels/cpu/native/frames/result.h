@@ -1,7 +1,6 @@
-// The result of a microbatch (proto/sampling.proto) as bytes.
+// The result of a microbatch (proto/sampling.proto) as bytes: those that the codec makes of it.
 #pragma once
 
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,25 +9,7 @@
 
 namespace llamaclust {
 
-// As RowResult in core/sampling.py.
-struct RowAnswer : RowOutcome {
-  RowAnswer() = default;
-  explicit RowAnswer(RowOutcome outcome) : RowOutcome(std::move(outcome)) {}
-
-  std::vector<int32_t> forced, forced_draft, drafted;
-  bool is_deferred = false, is_request_fault = false;
-  uint64_t matcher_ns = 0;
-};
-
-struct StageResult {
-  const MicrobatchFrame& frame;
-  std::optional<Timing> timing;  // of this stage; none where it failed
-  const std::vector<RowAnswer>& rows;
-  const std::string& failure;  // empty: none
-  Bytes embeddings;
-  uint64_t drafting_ns;
-
-  std::string bytes() const;
-};
+// Of rows none of which failed.
+std::string write_result(const MicrobatchFrame& frame, const Timing& timing, const std::vector<RowOutcome>& rows);
 
 }  // namespace llamaclust

@@ -209,7 +209,7 @@ def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """What has to be there before these steps, in the order of use; `results`: what is read behind them."""
+    """The buffers that must be filled before these steps, in the order of use; `results`: buffers read behind them."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

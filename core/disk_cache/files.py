@@ -22,7 +22,7 @@ _WRITE_BYTES = 1 << 21
 """One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
-"""How long a writer waits for another one, which has the lock while it writes one file."""
+"""A writer waits so long for another one, which has the lock while it writes one file."""
 
 _LOCK_RETRY_S = 0.02
 

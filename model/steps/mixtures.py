@@ -140,7 +140,7 @@ class ExpertChoice(StepFacts):
 
     @property
     def x(self) -> Buffer:
-        """What the router reads."""
+        """The router's input."""
         return self.mixture.routed or self.mixture.x
 
     @property

@@ -48,7 +48,7 @@ class HeadMatMul(UnaryStep):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the weight."""
+        """The weight's shape: [heads, rows, columns]."""
         return self.heads, self.out.width // self.heads, self.x.width // self.heads
 
     @property

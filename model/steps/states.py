@@ -9,18 +9,18 @@ from math import prod
 from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep, WeightKind, optional_weight
 
 MAX_TAPS = 16
-"""Of a convolution."""
+"""The most taps of a convolution."""
 MAX_KEY_CHANNELS = 256
-"""Of a head of a delta rule."""
+"""The most channels of a delta rule's key, for each head."""
 MAX_STATE_FLOATS = 1 << 26
-"""Of one state of a layer; like the other limits, what kernels have room for."""
+"""The most numbers of one state of a layer. Kernels have no room for more, as with the other limits."""
 VALUE_CHANNELS = 16
 """Channels of a delta rule's value are a multiple of it."""
 MAX_HEADS = 1 << 10
 
 
 class StatePart(Enum):
-    """Which of a layer's states."""
+    """The kinds of states that a layer may have."""
 
     CONVOLUTION = "convolution"
     CONVOLUTION_OF_KEYS = "convolution of keys"
@@ -30,7 +30,7 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """What a layer keeps of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
+    """A layer's memory of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
     A layer may have one of each part, and attention beside them.
 
     It lies in state blocks, each the state behind some position, which other sequences with the same tokens up to it
@@ -71,7 +71,7 @@ class Convolution(UnaryStep):
 
 
 def excess_of_heads(heads: int, channels: int) -> str | None:
-    """What is wrong with so many heads of `channels` keys and values each, if their state is too large."""
+    """An error text where the state of `heads` heads with `channels` keys and values each is too large, else None."""
     floats = heads * channels * channels
     if floats <= MAX_STATE_FLOATS:
         return None

@@ -1,7 +1,8 @@
-"""What a step of a program says of itself, whatever its kind: all but the arithmetic, which backends have."""
+"""The base of all kinds of steps: buffers, weights, costs and division. Backends have the arithmetic."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import prod
@@ -17,8 +18,8 @@ class Buffer:
 
 
 class WeightKind(Enum):
-    """What a step does with a weight: NUMBERS are added, or scale rows; rows are multiplied with a MATRIX, a mixture's
-    ROUTER, or EXPERTS, a matrix for each one."""
+    """The use of a weight: NUMBERS are added, or scale rows; rows are multiplied with a MATRIX, a mixture's ROUTER, or
+    EXPERTS, a matrix for each one."""
 
     NUMBERS = auto()
     MATRIX = auto()
@@ -49,8 +50,9 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """How members of a group divide a step's result: those of a product its `rows`, as weights have them; those of
-    other steps the portions of the `reads` buffers, in whole `heads` if it has any. All other buffers are read whole.
+    """The division of a step's result among the members of a group: they divide a product's `rows`, as its weights have
+    them, of other steps the portions of the `reads` buffers, in whole `heads` if it has any. All other buffers are read
+    whole.
 
     A row of the result is `lines`, divided alike. Of a step that `has_part`, each member has a part of the weights or
     of KV memory.
@@ -90,7 +92,7 @@ class Units:
         return Buffer(f"own {buffer.name}", len(self.of(buffer.width)))
 
 
-class StepFacts:
+class StepFacts(ABC):
     """What is true of most kinds of steps. Each kind also has a buffer `out`."""
 
     __slots__ = ()
@@ -101,8 +103,9 @@ class StepFacts:
     """True for what comes before the first layer."""
 
     @property
+    @abstractmethod
     def reads(self) -> tuple[Buffer, ...]:
-        raise NotImplementedError
+        """Buffers that the step reads, in the order of their use."""
 
     @property
     def weights(self) -> tuple[StepWeight, ...]:

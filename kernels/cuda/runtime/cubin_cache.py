@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""Of all versions, architectures and compilers; those of one take a hundredth of it."""
+"""The folder holds cubins of all versions, architectures and compilers; those of one take a hundredth of it."""
 
 _MOST_MODULE_BYTES = 1 << 28
 

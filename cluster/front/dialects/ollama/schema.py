@@ -303,8 +303,8 @@ class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
     """Fields of both endpoints of embeddings."""
 
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's. `none`,
-    which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
+    """The tokens whose hidden states make the embedding; by default as the model file says, else the last one's.
+    `none`, which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
 
 
 class EmbedBody(EmbeddingFields):

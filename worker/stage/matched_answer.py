@@ -64,7 +64,7 @@ class MatchedAnswer:
         self._tokens = list(start.tokens)  # that the matcher has taken in
         self._matcher: GrammarMatcher | ReasoningMatcher | None = None
         self._forced: list[int] = []  # the newest of its tokens: those that had to follow
-        self._is_refused = False  # the row's token: it is sampled again
+        self.is_refused = False  # the row's token: it is sampled again
         self._is_costly = False  # its matcher, see GrammarMatcher
         self._excess_ns = 0  # of a processor, beyond what its tokens may take
         self._row_ns = _TOLD_NS  # of a processor, for the newest row: slow until one was looked at
@@ -169,7 +169,7 @@ class MatchedAnswer:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
             self._failed = result
-        if self._failed is None and time.is_used_up and not self._is_refused:
+        if self._failed is None and time.is_used_up and not self.is_refused:
             self._due = len(self._tokens)
             self._held += 1
             return DEFERRED
@@ -219,13 +219,13 @@ class MatchedAnswer:
         self._failed = RowResult(-1, nan, failure=message, is_request_fault=is_fault)
 
     def _defer(self) -> RowResult:
-        self._is_costly, self._is_refused = True, False
+        self._is_costly, self.is_refused = True, False
         self.ready, self._begun_s = Future(), None
         self._due = len(self._tokens)
         return DEFERRED
 
     def _take_timed(self, time: MatcherTime, token: int) -> AllowedTokens | None:
-        before_ns = self._row_ns if self._is_refused else 0
+        before_ns = self._row_ns if self.is_refused else 0
         began_ns = thread_time_ns()
         allowed = self._take(token)
         taken_ns = thread_time_ns() - began_ns
@@ -243,12 +243,12 @@ class MatchedAnswer:
     def _take(self, token: int) -> AllowedTokens | None:
         matcher = self._matcher
         assert matcher is not None, "it is ready"
-        if self._is_refused:
+        if self.is_refused:
             matcher.take((token,))
         elif (allowed := matcher.try_take(token)) is not None:
-            self._is_refused = True
+            self.is_refused = True
             return allowed
-        self._is_refused = False
+        self.is_refused = False
         self._forced = matcher.forced() if self._start.may_force else []
         self._tokens += (token, *self._forced)
         return None

@@ -167,7 +167,8 @@ class StageMatchers:
             self._last[answer] = place
 
     def _take(self, answer: MatchedAnswer, row: MatcherRow, result: RowResult) -> RowResult | AllowedTokens:
-        if row.drafted is not None and not (self._time.may_draft and answer.begin(row)):
+        is_new = row.drafted is not None and not answer.is_refused
+        if is_new and not (self._time.may_draft and answer.begin(row)):
             return DEFERRED
         taken = answer.take(result, self._time)
         if taken is DEFERRED and not answer.ready.done():

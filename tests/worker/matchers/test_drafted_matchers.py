@@ -11,6 +11,7 @@ from llamaclust.core.sampling import AllowedTokens, MatcherRow
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.matcher import GrammarMatcher, LexerUsedUpError
 from llamaclust.worker.stage import matched_answer
+from llamaclust.worker.stage.matched_answer import MatchedAnswer
 from llamaclust.worker.stage.matchers import StageMatchers
 from support.chat.matching import ABC, VOCABULARY, Task, begin, inputs_of, sampled, step, taken, task
 
@@ -67,6 +68,27 @@ def test_rows_are_sampled_again_one_after_the_other(stage: StageMatchers) -> Non
     results[2] = sampled("e")
     assert stage.take(results) == {}
     assert results == [sampled(letter) for letter in "bcea"]
+
+
+def test_a_refused_row_is_sampled_again_when_no_time_is_left_for_drafted_ones(
+    stage: StageMatchers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it was put off, its refused token would be taken in unseen when it comes again: here the end of the answer."""
+    spent_ns, take = [0], MatchedAnswer._take
+
+    def timed(answer: MatchedAnswer, token: int) -> AllowedTokens | None:
+        spent_ns[0] += matched_answer._DRAFTED_NS if answer._tokens else 0
+        return take(answer, token)
+
+    monkeypatch.setattr(matched_answer, "thread_time_ns", lambda: spent_ns[0])
+    monkeypatch.setattr(MatchedAnswer, "_take", timed)
+    begin(stage, inputs_of(0, task(1, 0, ABC), drafted(1, 1, "a"), drafted(1, 2, "c")))
+    results, refused = taken(stage, map(sampled, "a.d"))
+    assert set(refused) == {1}
+    results[1] = sampled("c")
+    assert stage.take(results) == {}
+    assert [row.token for row in results[:2]] == [*b"ac"] and results[2].is_deferred
+    assert step(stage, 1, task(1, 2), says="e", refused=".")[0] == [set("de")]
 
 
 def test_forced_tokens_are_repeated_by_drafted_rows(stage: StageMatchers) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from llamaclust.cluster.front.json_text import to_json
 from llamaclust.core.errors import ContextLengthError, LlamaclustError, ParameterError
 
 ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -88,13 +87,6 @@ class ErrorShape:
     schema_name: str = "Error"
     """The name of the schema in openapi.json."""
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
-
-    def event(self, failure: Failure) -> bytes:
-        """The last event of a stream that fails."""
-        if not self.event_name:
-            return b"data: " + to_json(self.body(failure)) + b"\n\n"
-        value = {"type": self.event_name, **self.body(failure)}
-        return f"event: {self.event_name}\n".encode() + b"data: " + to_json(value) + b"\n\n"
 
 
 def error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:

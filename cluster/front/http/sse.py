@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -15,11 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.front.errors import failure_of, internal_error
 from llamaclust.cluster.front.http.responses import BODY_WRITER, shape_of
-from llamaclust.cluster.front.json_text import has_many_values, json_body, json_parts, to_json
+from llamaclust.cluster.front.json_text import has_many_values, json_body, to_json
 from llamaclust.core.errors import LlamaclustError
 
-DONE = b"data: [DONE]\n\n"
-WAITING = b": waiting\n\n"
+DONE: Final = b"[DONE]"
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _Value = TypeVar("_Value")
@@ -41,31 +40,20 @@ class StreamFormat(Enum):
     @property
     def keepalive(self) -> bytes:
         """The bytes that are sent when nothing came for a while; clients that read lines would take them for a part."""
-        return WAITING if self is StreamFormat.EVENTS else b""
+        return b": waiting\n\n" if self is StreamFormat.EVENTS else b""
 
-    def part(self, event_id: str, data: bytes) -> bytes:
-        """Returns one event, with its id if the form has ids."""
-        return b"id: %s\n%s" % (event_id.encode(), data) if self.has_ids else data
+    def part(self, data: bytes, name: str = "", event_id: str = "") -> bytes:
+        """Returns one event or line. A line has neither a name nor an id."""
+        if self is StreamFormat.LINES:
+            return data + b"\n"
+        head = f"id: {event_id}\n" if event_id else ""
+        return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError) -> bytes:
         """Returns the last part of a stream that fails, in the form of the request's API."""
         shape, failure = shape_of(scope), failure_of(error)
-        return shape.event(failure) if self is StreamFormat.EVENTS else line(shape.body(failure))
-
-
-def line(value: object) -> bytes:
-    """Returns a part of a stream of lines."""
-    return to_json(value) + b"\n"
-
-
-def event(value: Any, *, is_large: bool = False) -> bytes:
-    """Returns an event whose data is JSON. Other threads go on while a large one is made."""
-    return b"data: " + (b"".join(json_parts(value)) if is_large else to_json(value)) + b"\n\n"
-
-
-def named_event(name: str, value: Any, *, is_large: bool = False) -> bytes:
-    """Returns an event with the name of its kind."""
-    return f"event: {name}\n".encode() + event(value, is_large=is_large)
+        kind = {"type": shape.event_name} if shape.event_name else {}
+        return self.part(to_json({**kind, **shape.body(failure)}), shape.event_name)
 
 
 class PartsResponse(Response):

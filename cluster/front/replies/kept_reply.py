@@ -15,12 +15,13 @@ from llamaclust.cluster.front.json_text import JsonBody, is_large, json_body, of
 from llamaclust.cluster.front.replies.recording import Recording
 from llamaclust.cluster.front.replies.reply import Framing, MakeView, Reply, View, identified
 from llamaclust.cluster.front.text.answer import TextChunk
-from llamaclust.cluster.front.text.answer_log import AnswerLog, LogReader
+from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, LogReader
 from llamaclust.cluster.front.text.sharing import RowStorage
 from llamaclust.cluster.state.adapters import AdapterUnloadedError
 from llamaclust.cluster.state.journal_records import Instant, RequestContext
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestCancelledError
+from llamaclust.model.chat.tools.events import CallBegun
 
 if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
@@ -130,7 +131,7 @@ class KeptReply:
                     busy.retry_after_s if isinstance(busy, QueueFullError) else _BUSY.pause_s(next(failures))
                 )
         self.log.raise_error()
-        self._hold(_PROMPT_TOKEN_BYTES * sum(len(generation.prompt) for generation in self.log.generations))
+        self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
         """Submits all prompts, with one seed; where one is refused, none runs."""
@@ -249,28 +250,25 @@ class KeptReply:
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
         """The bytes that a client lacks of a stream, and those that come; raises the error that ended the log."""
         view: View | None = None
-        taken = 0
+        sizes = _Sizes(self.log)
         with self.reading() as reader:
             while (entry := reader.take()) is not None or not reader.is_at_end:
                 if entry is None:
                     if not await reader.wait(framing.keepalive_s) and framing.with_comments and framing.form.keepalive:
                         yield framing.form.keepalive
                     continue
-                taken += 1
-                if not taken % _TURN_ENTRIES:
+                view, size = view or self._new_view(), sizes.next(*entry)
+                if not sizes.taken % _TURN_ENTRIES:
                     await asyncio.sleep(0)
-                view = view or self._new_view()
-                if is_large(view.size(*entry)):
-                    events = await off_loop_if(True, partial(view.frames, *entry, is_large=True))
+                if is_large(size):
+                    parts = await off_loop_if(True, partial(framing.shown, view, *entry, is_large=True))
                 else:
-                    events = view.frames(*entry, is_large=False)
-                for event in events:
-                    if part := framing.part(event):
-                        yield part
-            self.log.raise_error()
-            for event in (view or self._new_view()).closing():
-                if part := framing.part(event):
+                    parts = framing.shown(view, *entry)
+                for part in parts:
                     yield part
+            self.log.raise_error()
+            for part in framing.parts((view or self._new_view()).closing()):
+                yield part
 
     async def acknowledged(self) -> bytes:
         """The acknowledgement of a reply in the background, once it has begun. Raises what ended it before."""
@@ -299,10 +297,36 @@ class KeptReply:
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
         """Tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""
-        prompts = sum(len(generation.prompt) for generation in self.log.generations)
-        return prompts + sum(chunk.entries for chunks in parts for chunk in chunks)
+        return _prompt_tokens(self.log) + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _new_view(self) -> View:
         """A new reader's view of the log, which has begun."""
         assert self._view is not None
         return self._view(self.log)
+
+
+class _Sizes:
+    """The most that the next entry of a log may show: chunks that begin or end an answer, or begin a call, may show all
+    prompts and what came so far."""
+
+    def __init__(self, log: AnswerLog) -> None:
+        self.taken = 0
+        self._log = log
+        self._begun: set[tuple[int, int]] = set()  # choices
+        self._entries = 0  # so far
+
+    def next(self, prompt: int, item: LogItem) -> int:
+        """Tokens and logprobs that the events of the next entry may have."""
+        self.taken += 1
+        if not isinstance(item, TextChunk):
+            return 0
+        self._entries += item.entries
+        is_first = (prompt, item.index) not in self._begun
+        if not (is_first or item.finish_reason or any(isinstance(event, CallBegun) for event in item.events)):
+            return item.entries
+        self._begun.add((prompt, item.index))
+        return self._entries + _prompt_tokens(self._log)
+
+
+def _prompt_tokens(log: AnswerLog) -> int:
+    return sum(len(generation.prompt) for generation in log.generations)

@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from llamaclust.cluster.engine.trace_context import current_trace
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import StreamFormat
+from llamaclust.cluster.front.json_text import json_parts, to_json
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import MAX_UNREAD_ROWS, AnswerLog, LogContent, LogItem, Timed
@@ -84,27 +85,24 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream: the `data:` line of a server-sent event, or a line of JSON. The events of one slot come in
-    the same order whenever the reply is read or computed; those of different slots mix as they come."""
+    """A part of a stream. The events of one slot come in the same order whenever the reply is read or computed; those
+    of different slots mix as they come."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
-    data: bytes
+    value: Any  # rendered as JSON; bytes are the text itself
+    name: str = ""
 
 
 class View(ABC):
     """Folds the entries of an answer's log to what one client reads. Made anew for each reader; called on a thread
-    where what it renders is large."""
-
-    def size(self, prompt: int, item: LogItem) -> int:
-        """Tokens, logprobs and texts of about that length in the events of the next entry."""
-        return 0
+    where much may be shown."""
 
     @abstractmethod
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> Sequence[Event]:
+    def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
         """The events that the next entry adds, with those that begin a stream before the first, and those that end an
-        answer behind its last. `is_large`: by `size`; other threads go on while such events are rendered."""
+        answer behind its last. Each is rendered before the next one is made."""
 
-    def closing(self) -> Sequence[Event]:
+    def closing(self) -> Iterable[Event]:
         """The events behind those of all entries."""
         return ()
 
@@ -182,7 +180,7 @@ def read_position(text: str, param: str) -> Position:
 
 @dataclass(slots=True)
 class Framing:
-    """The form in which one client gets the events of a stream."""
+    """Renders the events of a stream for one client."""
 
     form: StreamFormat
     request_id: str
@@ -193,18 +191,25 @@ class Framing:
     skipped_bytes: int = 0  # of the stream, that it has
     _numbers: Position = field(default_factory=Counter)
 
-    def part(self, event: Event) -> bytes:
-        """The bytes of the next event; none where the client has it."""
-        if not self.with_ids:
-            return event.data
-        slot = event.slot
-        self._numbers[slot] += 1
-        if self._numbers[slot] <= self.given[slot]:
-            return b""
-        self.given[slot] += 1
-        position = "-".join(str(self.given[each]) for each in range(max(self.given) + 1))
-        data = self.form.part(f"{self.request_id}:{position}", event.data)
-        if not self.skipped_bytes:
-            return data
+    def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
+        """The events that the next entry adds, as `parts`. Other threads go on while large ones are rendered."""
+        return self.parts(view.frames(prompt, item), is_large=is_large)
+
+    def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
+        """The bytes of the next events that the client lacks."""
+        return [part for event in events if (part := self._part(event, is_large=is_large))]
+
+    def _part(self, event: Event, *, is_large: bool) -> bytes:
+        slot, value, event_id = event.slot, event.value, ""
+        if self.with_ids:
+            self._numbers[slot] += 1
+            if self._numbers[slot] <= self.given[slot]:
+                return b""
+            self.given[slot] += 1
+            position = "-".join(str(self.given[each]) for each in range(max(self.given) + 1))
+            event_id = f"{self.request_id}:{position}"
+        if not isinstance(value, bytes):
+            value = b"".join(json_parts(value)) if is_large else to_json(value)
+        data = self.form.part(value, event.name, event_id)
         skipped, self.skipped_bytes = self.skipped_bytes, max(0, self.skipped_bytes - len(data))
         return data[skipped:]

@@ -39,7 +39,7 @@ CONTEXT = RequestContext(id="a", seed=1, created=1, endpoint=PATHS[0])
 class PlainView(View):
     """Texts as they are."""
 
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+    def frames(self, prompt: int, item: LogItem) -> list[Event]:
         return [Event(0, item.text.encode())] if isinstance(item, TextChunk) else []
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
@@ -233,7 +233,7 @@ async def test_a_late_reader_of_a_long_reply_leaves_others_their_turns(chunks: i
     while not reading.done():
         await asyncio.sleep(0)
         turns += 1
-    assert len(reading.result()) == chunks * 656 and turns >= chunks // 256
+    assert len(reading.result()) == chunks * 657 and turns >= chunks // 256
     await kept.aclose()
 
 

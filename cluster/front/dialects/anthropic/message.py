@@ -14,7 +14,6 @@ from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
 from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
 from llamaclust.cluster.front.errors import ERROR_TYPES, ErrorShape, Failure, error_type
 from llamaclust.cluster.front.http.responses import Route
-from llamaclust.cluster.front.http.sse import named_event
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
@@ -57,9 +56,9 @@ class MessageView(View):
         content = _put_together(self._blocks.take(answer))
         return self._message(content, self._usage(answer.timings, len(answer.rows)), self._stop(answer))
 
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+    def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
         shown = self._events(item) if isinstance(item, TextChunk) else ()
-        return [Event(0, named_event(event["type"], event)) for event in shown]
+        return (Event(0, event, event["type"]) for event in shown)
 
     def _events(self, chunk: TextChunk) -> Iterator[Shown]:
         if not self._is_begun:

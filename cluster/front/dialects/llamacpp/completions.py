@@ -14,7 +14,6 @@ from llamaclust.cluster.front.body import converted, has_field
 from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
-from llamaclust.cluster.front.http.sse import event
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, MakeReply, Reply, View
 from llamaclust.cluster.front.sampling import (
@@ -271,11 +270,11 @@ class LlamaCppView(View):
     def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
         self._answers = [_AnswerView(service, body, place, one) for place, one in enumerate(log.generations)]
 
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+    def frames(self, prompt: int, item: LogItem) -> list[Event]:
         answer = self._answers[prompt]
         if isinstance(item, PromptProgress):  # in a slot of its own: a reply that is computed again has other progress
-            return [Event(len(self._answers) + 1, event(answer.progress(item)))]
-        return [Event(prompt, event(answer.part(item)))]
+            return [Event(len(self._answers) + 1, answer.progress(item))]
+        return [Event(prompt, answer.part(item))]
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
         shown = [view.part(answer, is_whole=True) for view, (answer,) in zip(self._answers, parts, strict=True)]

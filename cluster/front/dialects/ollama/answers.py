@@ -27,7 +27,7 @@ from llamaclust.cluster.front.dialects.ollama.schema import (
 )
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse
-from llamaclust.cluster.front.http.sse import StreamFormat, line
+from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.json_text import shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import row_entry
@@ -125,31 +125,23 @@ class OllamaView(View):
         self._reader = PieceReader()
         self._tokens = [*self.log.generations[0].prompt] if self.with_context and self.log.generations else []
 
-    def size(self, prompt: int, item: LogItem) -> int:
-        """Returns the tokens and logprobs; the last line may have the whole context."""
+    def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
         if not isinstance(item, TextChunk):
-            return 0
-        context = len(self._tokens) if item.finish_reason is not None else 0
-        return context + (item.entries if self.with_logprobs else 0)
-
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
-        return [Event(0, line(value)) for value in self._lines(item)] if isinstance(item, TextChunk) else []
+            return
+        piece, logprobs = self._read(item), self._logprobs(item)
+        if logprobs or piece != Piece():
+            yield Event(0, {**self.begin, **self.show(piece), "done": False, **logprobs})
+        if item.finish_reason is not None:
+            yield Event(0, self._end(item, Piece()))
 
     def closing(self) -> list[Event]:
-        return [] if self.end is None else [Event(0, line(self._last(self.end, Piece())))]
+        return [] if self.end is None else [Event(0, self._last(self.end, Piece()))]
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
         if self.end is not None:
             return self._last(self.end, Piece())
         ((answer,),) = parts
         return {**self._end(answer, self._read(answer)), **self._logprobs(answer)}
-
-    def _lines(self, chunk: TextChunk) -> Iterator[dict[str, Any]]:
-        piece, logprobs = self._read(chunk), self._logprobs(chunk)
-        if logprobs or piece != Piece():
-            yield {**self.begin, **self.show(piece), "done": False, **logprobs}
-        if chunk.finish_reason is not None:
-            yield self._end(chunk, Piece())
 
     def _read(self, chunk: TextChunk) -> Piece:
         if self.with_context:

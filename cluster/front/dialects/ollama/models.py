@@ -24,7 +24,8 @@ from llamaclust.cluster.front.dialects.ollama.pulls import CatalogPulls
 from llamaclust.cluster.front.dialects.ollama.schema import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
-from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, line, unless_disconnected
+from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, unless_disconnected
+from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextSettings
@@ -316,9 +317,13 @@ class OllamaManaging:
 
 
 async def _lines(first: dict[str, Any], steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    yield line(first)
+    yield _line(first)
     async for step in steps:
-        yield line(step)
+        yield _line(step)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return StreamFormat.LINES.part(to_json(value))
 
 
 async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
@@ -333,4 +338,4 @@ def _done(step: str, *, is_streamed: bool) -> Response:
     last = {"status": "success"}
     if not is_streamed:
         return JsonResponse(last)
-    return Response(line({"status": step}) + line(last), media_type=StreamFormat.LINES.value)
+    return Response(_line({"status": step}) + _line(last), media_type=StreamFormat.LINES.value)

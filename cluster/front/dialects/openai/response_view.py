@@ -12,7 +12,7 @@ from llamaclust.cluster.front.dialects.openai.response_items import summary_item
 from llamaclust.cluster.front.dialects.openai.response_schema import ID_PREFIX, ResponseHead, Status
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
 from llamaclust.cluster.front.errors import HttpError
-from llamaclust.cluster.front.http.sse import DONE, named_event
+from llamaclust.cluster.front.http.sse import DONE
 from llamaclust.cluster.front.json_text import DeferredValue, shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.sampling import row_entry
@@ -79,7 +79,6 @@ class OutputItems:
         self._open: str | None = None  # the type of the open item
         self._pieces: list[str] = []  # of the open item's text or arguments
         self._logprobs: list[ShownRow] = []  # of the open item's text
-        self.logprobs = 0  # in all items so far, with those of the likeliest tokens
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
@@ -118,7 +117,6 @@ class OutputItems:
         if kind == "message":
             more["logprobs"], self._pending = _logprobs_of(text, self._pending, is_first=is_first)
             self._logprobs += more["logprobs"]
-            self.logprobs += sum(entry.entries for entry in more["logprobs"])
         yield self._event(f"response.{_PART_TYPES[kind]}.delta", content_index=0, delta=text, **more)
 
     def _begin_text(self, kind: str) -> Iterator[Shown]:
@@ -219,34 +217,29 @@ class ResponseView(View):
                 pass
         return self._ended(chunks[-1])
 
-    def size(self, prompt: int, item: LogItem) -> int:
-        """Events that end an item, and the response, have all its logprobs."""
-        if not self._body.with_logprobs or not isinstance(item, TextChunk):
-            return 0
-        is_end = item.finish_reason is not None or not all(isinstance(event, ContentText) for event in item.events)
-        return item.entries + (self._items.logprobs if is_end else 0)
-
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+    def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
         """Progress is in a slot of its own, with the number of the event before: a reply that is computed again has
         other progress."""
-        events = [] if self._events else [Event(0, self._numbered(shown)) for shown in self._head.first_events]
+        if not self._events:
+            yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
-            return [*events, *(Event(0, data) for data in self._events_of(item, is_large=is_large))]
+            yield from self._events_of(item)
+            return
         shown = {**self._head.event(Status.IN_PROGRESS), "sequence_number": self._events - 1}
         more = shown_progress(item, with_timings=self._body.timings_per_token)
-        return [*events, Event(1, named_event(shown["type"], {**shown, **more}))]
+        yield Event(1, {**shown, **more}, shown["type"])
 
-    def _events_of(self, chunk: TextChunk, *, is_large: bool) -> Iterator[bytes]:
+    def _events_of(self, chunk: TextChunk) -> Iterator[Event]:
         timings = {}
         if self._body.timings_per_token and chunk.timings is not None:
             timings["timings"] = shown_timings(chunk.timings)
         for shown in self._take(chunk):
-            yield self._numbered({**shown, **timings}, is_large=is_large)
+            yield self._numbered({**shown, **timings})
         if chunk.finish_reason is not None:
             response = self._ended(chunk)
             end = {"type": f"response.{response['status']}", "response": response, **timings}
-            yield self._numbered(end, is_large=is_large)
-            yield DONE
+            yield self._numbered(end)
+            yield Event(0, DONE)
 
     def _take(self, part: TextChunk) -> Iterator[Shown]:
         events = part.events or (ContentText(part.text),)
@@ -267,10 +260,10 @@ class ResponseView(View):
             self._store(response)
         return response
 
-    def _numbered(self, shown: Shown, *, is_large: bool = False) -> bytes:
+    def _numbered(self, shown: Shown) -> Event:
         number = self._events
         self._events += 1
-        return named_event(shown["type"], {**shown, "sequence_number": number}, is_large=is_large)
+        return Event(0, {**shown, "sequence_number": number}, shown["type"])
 
 
 class ReasoningCount:
@@ -304,7 +297,7 @@ class CompactionView(View):
         self._context = context
         self._log = log
 
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> list[Event]:
+    def frames(self, prompt: int, item: LogItem) -> list[Event]:
         """Summaries are not streamed."""
         return []
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody, GenerationBody, StreamOptions
-from llamaclust.cluster.front.http.sse import DONE, event
+from llamaclust.cluster.front.http.sse import DONE
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings, to_json
 from llamaclust.cluster.front.replies.reply import Event, View
 from llamaclust.cluster.front.sampling import row_entry
@@ -74,15 +74,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
         """Returns the content and the logprobs that a chunk adds to a choice, or those of a whole answer."""
 
-    def size(self, prompt: int, item: LogItem) -> int:
-        """Prompts count where they may be shown."""
-        if isinstance(item, PromptProgress):
-            return 0
-        is_shown = (prompt, item.index) not in self._opened
-        is_shown |= self._body.verbose and item.finish_reason is not None
-        return item.entries + (self._prompt_tokens if is_shown else 0)
-
-    def frames(self, prompt: int, item: LogItem, *, is_large: bool) -> Sequence[Event]:
+    def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
         """Progress is in a slot of its own: a reply that is computed again has other progress."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
@@ -105,8 +97,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         events = []
         for choice in filter(None, choices):
             beside = more if _opens(choice) else timed
-            events.append(Event(index, self._event([{"index": index, **choice}], beside, is_large=is_large)))
-        if events and not is_large and text is not None and timed in ({}, {"usage": None}):
+            events.append(Event(index, self._event([{"index": index, **choice}], beside)))
+        if events and text is not None and timed in ({}, {"usage": None}):
             self._texts[key] = _around(self.text_member, text, events[-1])
         return events
 
@@ -142,8 +134,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
             "choices": choices,
         }
 
-    def _event(self, choices: Sequence[Choice], more: Mapping[str, Any], *, is_large: bool = False) -> bytes:
-        return event({**self._reply(self.chunk_object, choices), **more}, is_large=is_large)
+    def _event(self, choices: Sequence[Choice], more: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._reply(self.chunk_object, choices), **more}
 
     def _choice(self, prompt: int, part: TextChunk, *, is_whole: bool = False) -> Choice | None:
         """A chunk's addition to a choice, or a whole one; None where a client would see nothing."""
@@ -199,7 +191,7 @@ def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
     """An event before and behind the text that it adds. The bytes of the member stand nowhere else in it: quotes in
     strings are escaped."""
     key = to_json(name) + b":"
-    begin, _, end = event.data.partition(key + to_json(text))
+    begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
 
 

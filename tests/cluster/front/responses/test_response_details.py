@@ -19,6 +19,7 @@ from llamaclust.cluster.front.body import HEADER
 from llamaclust.cluster.front.dialects.openai.response_store import StoredResponse
 from llamaclust.cluster.front.dialects.openai.response_view import OutputItems, ResponseView, ShownRow
 from llamaclust.cluster.front.replies import reply as reply_module
+from llamaclust.cluster.front.replies.reply import Event
 from llamaclust.cluster.front.text import sharing
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.sampling import RowResult
@@ -101,9 +102,9 @@ async def test_all_logprobs_of_a_stream_are_rendered_off_the_event_loop(monkeypa
     threads: dict[str, int] = {}
     numbered, sized = ResponseView._numbered, StoredResponse.__post_init__
 
-    def spied(view: ResponseView, shown: Any, **more: Any) -> bytes:
+    def spied(view: ResponseView, shown: Any) -> Event:
         threads[shown["type"]] = threading.get_ident()
-        return numbered(view, shown, **more)
+        return numbered(view, shown)
 
     def spied_size(stored: StoredResponse) -> None:
         threads["size"] = threading.get_ident()

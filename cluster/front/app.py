@@ -52,6 +52,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Rerank,
     LlamaCppCompletion,
     Infill,
+    Completions,
     Generate,
     Chat,
     Embed,
@@ -111,6 +112,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
     yield from _stream_routes(replies)
     yield from ModelEndpoints(router).routes()
     yield from OllamaModels(router).routes()
+    yield from OllamaManaging(router).routes()
     yield from Operations(router).routes()
     if workers is not None:
         yield from Workers(workers).routes()
@@ -120,19 +122,13 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
     """The endpoints of one model, in an order that is the same for all."""
-    settings = model.settings
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()
-    completions = TextCompletions(model, "/completions")
-    any_completions = Completions(completions.make, LlamaCppCompletion(model, "/completion").make).create
-    answer = model.replies.endpoint(completions.path, any_completions, settings)
-    yield Route("POST", completions.path, answer, completions.body, computes=True)
     for path in Responses.paths:
         yield from Responses(model, path, store).routes()
-    yield from llamacpp_routes(model.service, settings)
-    yield from OllamaManaging(model.name, settings).routes()
-    yield from adapter_routes(model.adapter_control, model.name, settings)
+    yield from llamacpp_routes(model.service, model.settings)
+    yield from adapter_routes(model)
 
 
 def _stream_routes(replies: Replies) -> Iterator[Route]:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,10 +66,10 @@ class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The model that the adapter is of; of several, without it the first one."""
 
 
-def adapter_routes(control: AdapterControl | None, served: str, settings: ApiSettings) -> Iterator[Route]:
+def adapter_routes(model: ApiModel) -> Iterator[Route]:
     load = unload = unsupported(_OFF)
-    if control is not None and settings.adapter_folder is not None:
-        loading = AdapterLoading(control, served, settings)
+    if model.adapter_control is not None and model.settings.adapter_folder is not None:
+        loading = AdapterLoading(model.adapter_control, model.name, model.settings)
         load, unload = loading.load, loading.unload
     yield Route("POST", "/v1/load_lora_adapter", load, LoadAdapterBody)
     yield Route("POST", "/v1/unload_lora_adapter", unload, UnloadAdapterBody)
@@ -123,13 +124,8 @@ class ApiModel:
         return self.service.settings.model_name
 
     @property
-    def shown_names(self) -> tuple[str, ...]:
-        """The model's name and those of its adapters."""
-        return (self.name, *self.settings.adapters.names)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.shown_names, *self.settings.aliases)
+    def names(self) -> ModelNames:
+        return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
         """True if a request that an earlier coordinator left gets the same answer here."""
@@ -162,15 +158,19 @@ class ModelRouter:
             first.app = partial(self._serve, first, apps)
         return first
 
+    def find(self, name: str) -> ApiModel | None:
+        """The model that has a name as a whole, or with its tag; None for an unknown name."""
+        whole = (model for model in self.models if name in model.names.all)
+        return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
+
     def named(self, name: object) -> ApiModel:
         """The model with a name; the first one without a name. HttpError 404 for an unknown name."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
-        for own in (name, name.removesuffix(TAG)):
-            for model in self.models:
-                if own in model.names:
-                    return model
-        raise not_served(name, (shown for model in self.models for shown in model.shown_names))
+        if (model := self.find(name)) is not None:
+            return model
+        shown = ((model.name, *model.settings.adapters.names) for model in self.models)
+        raise not_served(name, chain.from_iterable(shown))
 
     def queried(self, request: Request) -> ApiModel:
         """The model of `?model=`."""

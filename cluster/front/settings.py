@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from llamaclust.cluster.config.values import TAG, tagged
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.scheduler.validation import check_adapters
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import AdapterScales
+
+MAX_COPIES: Final = 64
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +76,27 @@ def not_served(name: str, served: Iterable[str]) -> HttpError:
 
 
 class ModelNames:
-    """Which models requests may name."""
+    """The names of one served model: its own, aliases, adapters, and copies, which clients make and which last as long
+    as this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
         """`any_by_default`: unless the settings say otherwise, a request may name any model."""
         self._served = served
-        self._names = {served, *settings.aliases}
+        self._settings = settings
         self._adapters = settings.adapters
         self._takes_any = any_by_default if settings.strict_model is None else not settings.strict_model
+
+    @property
+    def all(self) -> dict[str, str]:
+        """The served model's or an adapter's name by each name."""
+        adapters, settings = self._adapters.names, self._settings
+        known = (self._served, *settings.aliases, *adapters, *settings.copies)
+        return dict.fromkeys(known, self._served) | {name: name for name in adapters}
+
+    def find(self, name: str) -> str | None:
+        """The served model's or an adapter's name by a name with or without its tag; None for another model's."""
+        names = self.all
+        return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
@@ -87,7 +104,7 @@ class ModelNames:
         """The adapters of a request for a model: one that it names as the model, those of its field
         `lora`, or `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an
         adapter that is none."""
-        if (number := self._adapters.number_of(name)) is not None:
+        if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
             scale = self._adapters[number].scale
@@ -100,16 +117,53 @@ class ModelNames:
 
     def shown(self, name: str | None) -> str:
         """The name of the model in replies."""
-        return name if name is not None and name in self._adapters.names else self._served
+        return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
         """Another model's name is refused, lest its answers seem to be this model's, and an adapter's where none is
         taken. HttpError."""
-        if name in self._adapters.names:
+        if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
-        if name is not None and name not in self._names and not self._takes_any:
+        if name is not None and not self._takes_any and self.find(name) is None:
             raise not_served(name, (self._served, *self._adapters.names))
+
+    def check_known(self, name: str) -> None:
+        """Raises HttpError 404 for a name that Ollama's list of models does not have."""
+        if self.find(name) is None:
+            raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
+
+    def copy(self, source: str, destination: str) -> None:
+        """Adds a name of the served model. Raises HttpError where it is none, where the cluster file decides about
+        names, and for adapters: a copy lasts no longer than this process, and an unknown name means the model without
+        adapters."""
+        self.check_known(source)
+        if not _NAME.fullmatch(destination):
+            message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
+            raise HttpError(400, "bad_name", message, param="destination")
+        for name in map(self.find, (source, destination)):
+            if name in self._adapters.names:
+                message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
+                raise HttpError(403, "names_are_fixed", message)
+        if self.find(destination) is not None:
+            return
+        name = destination.removesuffix(TAG)
+        if self._settings.strict_model:
+            message = f"names are fixed here: add {name!r} to api.aliases in the cluster file"
+            raise HttpError(403, "names_are_fixed", message)
+        if len(self._settings.copies) >= MAX_COPIES:
+            raise HttpError(507, "too_many_names", f"there are {MAX_COPIES} copies already; delete one")
+        self._settings.copies.append(name)
+
+    def delete(self, name: str) -> None:
+        """Removes a copy. Raises HttpError for the served model and the cluster file's aliases, and for a name that is
+        none."""
+        self.check_known(name)
+        plain = name.removesuffix(TAG)
+        if plain not in self._settings.copies:
+            message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
+            raise HttpError(403, "model_in_use", message, param="model")
+        self._settings.copies.remove(plain)
 
 
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -232,12 +232,11 @@ def _text_service(served: ServedModel) -> TextService:
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:
     """The settings of one of the models: of `models` in the cluster file, requests name one."""
-    are_several = bool(served.config.models)
     return replace(
         settings,
         aliases=served.config.api.aliases,
-        strict_model=are_several or settings.strict_model,
-        can_unload=are_several,
+        copies=[],
+        can_unload=bool(served.config.models),
         adapters=served.adapters,
         rankers=tuple(model.name for model in models if model.model.ranking is not None),
         recommended=recommended_sampling(served.model.file),

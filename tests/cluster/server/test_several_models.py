@@ -72,6 +72,9 @@ async def test_requests_reach_the_model_that_they_name(files: list[Path], tmp_pa
         assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("a", own["a"])
         llamacpp = await api.post("/completion", model="b", prompt="abc", n_predict=8, temperature=0, ignore_eos=True)
         assert llamacpp["content"] == own["b"]
+        assert (await api.http.post("/api/copy", json={"source": "b", "destination": "poet"})).status_code == 200
+        copied = await api.post("/v1/completions", model="poet:latest", **PROMPT)
+        assert (copied["model"], copied["choices"][0]["text"]) == ("b", own["b"])
         both = await asyncio.gather(*(api.post("/v1/completions", model=name, **PROMPT) for name in "abab"))
         assert [reply["choices"][0]["text"] for reply in both] == [own[name] for name in "abab"]
         for path in ("/v1/completions", "/completion", "/api/generate", "/v1/messages"):

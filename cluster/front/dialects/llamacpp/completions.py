@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Final
@@ -12,10 +12,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.front.body import converted, has_field
 from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
-from llamaclust.cluster.front.replies.reply import Event, MakeReply, Reply, View
+from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import (
     AdapterFields,
     Requested,
@@ -252,16 +253,15 @@ class Infill(LlamaCppCompletion):
         return await super().make(data, context)
 
 
-@dataclass(frozen=True, slots=True)
-class Completions:
+class Completions(TextCompletions):
     """Replies in OpenAI's form to bodies that name a model, as its clients must, and in llama.cpp's to others."""
 
-    openai: MakeReply
-    llamacpp: MakeReply
+    paths = ("/completions",)
 
-    async def create(self, data: bytes, context: RequestContext) -> Reply:
-        make = self.openai if await has_field(data, "model") else self.llamacpp
-        return await make(data, context)
+    async def make(self, data: bytes, context: RequestContext) -> Reply:
+        if await has_field(data, "model"):
+            return await super().make(data, context)
+        return await LlamaCppCompletion(self.model, *LlamaCppCompletion.paths).make(data, context)
 
 
 class LlamaCppView(View):

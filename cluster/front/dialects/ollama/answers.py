@@ -16,7 +16,7 @@ from starlette.responses import Response
 from llamaclust.cluster.front.body import converted
 from llamaclust.cluster.front.dialects.dialect import Asked, Dialect, Endpoint
 from llamaclust.cluster.front.dialects.embeddings import check_single, embedded
-from llamaclust.cluster.front.dialects.ollama.models import OllamaNames, shown_time
+from llamaclust.cluster.front.dialects.ollama.models import shown_time
 from llamaclust.cluster.front.dialects.ollama.schema import (
     AnswerFields,
     EmbedBody,
@@ -31,7 +31,6 @@ from llamaclust.cluster.front.http.sse import StreamFormat
 from llamaclust.cluster.front.json_text import shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import row_entry
-from llamaclust.cluster.front.schema import AnyBody
 from llamaclust.cluster.front.settings import read_keep_alive
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
@@ -185,14 +184,7 @@ AnyAnswer = TypeVar("AnyAnswer", bound=AnswerFields)
 AnyEmbedding = TypeVar("AnyEmbedding", bound=EmbeddingFields)
 
 
-class OllamaEndpoint(Endpoint[AnyBody]):
-    """An endpoint of one served model under Ollama's names."""
-
-    def named(self, body: AnyBody) -> str:
-        return OllamaNames(self.service.settings.model_name, self.settings).original(str(super().named(body)))
-
-
-class OllamaDialect(OllamaEndpoint[AnyAnswer], Dialect[AnyAnswer]):
+class OllamaDialect(Dialect[AnyAnswer]):
     """An endpoint whose answers are lines of JSON."""
 
     form = StreamFormat.LINES
@@ -282,7 +274,7 @@ class Generate(OllamaDialect[GenerateBody]):
         return replace(request, prompt=await service.fill_in(gap, request.max_new_tokens))
 
 
-class OllamaEmbedding(OllamaEndpoint[AnyEmbedding]):
+class OllamaEmbedding(Endpoint[AnyEmbedding]):
     """An endpoint of embeddings."""
 
     async def embedded(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from llamaclust.cluster.config.values import TAG, tagged
+from llamaclust.cluster.config.values import tagged
 from llamaclust.cluster.front.body import read_body
 from llamaclust.cluster.front.dialects.ollama.pulls import CatalogPulls
 from llamaclust.cluster.front.dialects.ollama.schema import CopyBody, CreateBody, DeleteBody, PullBody, ShowBody
@@ -27,15 +26,12 @@ from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsuppo
 from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, unless_disconnected
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
-from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.model.adapters import own_tensors
 
 API_VERSION: Final = "0.12.11"
 """The release of Ollama whose API this is: clients compare it with the one that they need."""
-MAX_COPIES: Final = 64
 _NEVER: Final = "2318-12-31T00:00:00Z"
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
 """Longer arrays, such as vocabularies, are left out."""
@@ -109,71 +105,6 @@ def _shown(value: Any) -> Any:
     return [_shown(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
 
 
-class OllamaNames:
-    """The names of one served model. Copies are those that clients made; they last as long as this process."""
-
-    def __init__(self, served: str, settings: ApiSettings) -> None:
-        self._served = served
-        self._adapters = settings.adapters
-        self._aliases = settings.aliases
-        self._is_strict = settings.strict_model is True
-        self._copies = settings.copies
-
-    @property
-    def _fixed(self) -> tuple[str, ...]:
-        return (self._served, *self._aliases, *self._adapters.names)
-
-    @property
-    def all(self) -> list[str]:
-        """All names with their tags."""
-        return [*dict.fromkeys(tagged(name) for name in (*self._fixed, *self._copies))]
-
-    def original(self, name: str) -> str:
-        """Returns the name of the model that a copy is of; other names without their tag."""
-        plain = self._plain(name)
-        return self._served if plain in self._copies and plain not in self._fixed else plain
-
-    def _plain(self, name: str) -> str:
-        return name if name in self._fixed else name.removesuffix(TAG)
-
-    def check_known(self, name: str) -> None:
-        """Raises HttpError 404 for a name that the list of models does not have."""
-        if tagged(name) not in self.all:
-            raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
-
-    def copy(self, source: str, destination: str) -> None:
-        """Adds a name of the served model. Raises HttpError where it is none, where the cluster file decides about
-        names, and for adapters: a copy lasts no longer than this process, and an unknown name means the model without
-        adapters."""
-        self.check_known(source)
-        if not _NAME.fullmatch(destination):
-            message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
-            raise HttpError(400, "bad_name", message, param="destination")
-        for name in map(self._plain, (source, destination)):
-            if name in self._adapters.names:
-                message = f"{name!r} is an adapter: names of adapters are under adapters in the cluster file"
-                raise HttpError(403, "names_are_fixed", message)
-        name = destination.removesuffix(TAG)
-        if tagged(destination) in self.all:
-            return
-        if self._is_strict:
-            message = f"names are fixed here: add {name!r} to api.aliases in the cluster file"
-            raise HttpError(403, "names_are_fixed", message)
-        if len(self._copies) >= MAX_COPIES:
-            raise HttpError(507, "too_many_names", f"there are {MAX_COPIES} copies already; delete one")
-        self._copies.append(name)
-
-    def delete(self, name: str) -> None:
-        """Removes a copy. Raises HttpError for the served model and the cluster file's aliases, and for a name that is
-        none."""
-        self.check_known(name)
-        plain = name.removesuffix(TAG)
-        if plain not in self._copies:
-            message = f"{name[:200]!r} is served: remove it with `llamaclust model rm` once the cluster is stopped"
-            raise HttpError(403, "model_in_use", message, param="model")
-        self._copies.remove(plain)
-
-
 class OllamaModels:
     """Lists the served models under all their names."""
 
@@ -200,14 +131,14 @@ class OllamaModels:
         entries = [
             self._entry(model, name) | {"modified_at": self._details[model.name].modified_at}
             for model in self._router.models
-            for name in _names(model).all
+            for name in _names(model)
         ]
         return JsonResponse({"models": entries})
 
     async def ps(self, request: Request) -> Response:
         """Returns the models that are loaded, and not about to be unloaded."""
         entries = [
-            self._entry(model, _names(model).all[0])
+            self._entry(model, _names(model)[0])
             | {
                 "expires_at": _expiry(model),
                 "size_vram": 0,
@@ -222,7 +153,7 @@ class OllamaModels:
         """Returns what a model's file says, and its chat template."""
         body = await read_body(request, ShowBody, self._router.settings)
         model = self._router.named(body.model)
-        _names(model).check_known(body.model)
+        model.names.check_known(body.model)
         service, details = model.service, self._details[model.name]
         return JsonResponse(
             {
@@ -240,8 +171,9 @@ class OllamaModels:
         return {"name": name, "model": name, **self._details[model.name].listed}
 
 
-def _names(model: ApiModel) -> OllamaNames:
-    return OllamaNames(model.name, model.settings)
+def _names(model: ApiModel) -> list[str]:
+    """Returns all names of a model with their tags."""
+    return [*dict.fromkeys(map(tagged, model.names.all))]
 
 
 def _expiry(model: ApiModel) -> str:
@@ -263,12 +195,11 @@ async def _capabilities(model: ApiModel) -> list[str]:
 
 
 class OllamaManaging:
-    """Changes the names of one served model, and downloads others."""
+    """Changes the names of the served models, and downloads others."""
 
-    def __init__(self, served: str, settings: ApiSettings) -> None:
-        self._settings = settings
-        self._names = OllamaNames(served, settings)
-        self._pulls = CatalogPulls(settings)
+    def __init__(self, router: ModelRouter) -> None:
+        self._router = router
+        self._pulls = CatalogPulls(router.settings)
 
     def routes(self) -> Iterator[Route]:
         yield Route("POST", "/api/pull", self.pull, PullBody, form=StreamFormat.LINES.value)
@@ -281,8 +212,8 @@ class OllamaManaging:
 
     async def pull(self, request: Request) -> Response:
         """Downloads a model where the cluster file allows it. The served model is there."""
-        body = await read_body(request, PullBody, self._settings)
-        if tagged(body.model) in self._names.all:
+        body = await read_body(request, PullBody, self._router.settings)
+        if self._router.find(body.model) is not None:
             return _done("pulling manifest", is_streamed=body.stream)
         steps = self._pulls.progress(self._pulls.wanted(request, body.model))
         async with AsyncExitStack() as cleanup:
@@ -295,20 +226,27 @@ class OllamaManaging:
 
     async def create(self, request: Request) -> Response:
         """Adds a name of the served model."""
-        body = await read_body(request, CreateBody, self._settings)
-        self._names.copy(body.source, body.model)
+        body = await read_body(request, CreateBody, self._router.settings)
+        self._copy(body.source, body.model)
         return _done("using existing layer", is_streamed=body.stream)
 
     async def copy(self, request: Request) -> Response:
         """Adds a name of the served model."""
-        body = await read_body(request, CopyBody, self._settings)
-        self._names.copy(body.source, body.destination)
+        body = await read_body(request, CopyBody, self._router.settings)
+        self._copy(body.source, body.destination)
         return Response()
+
+    def _copy(self, source: str, destination: str) -> None:
+        model, other = self._router.named(source), self._router.find(destination)
+        if other not in (model, None):
+            message = f"{destination[:200]!r} names another model: choose another name, or delete the copy first"
+            raise HttpError(403, "names_are_fixed", message, param="destination")
+        model.names.copy(source, destination)
 
     async def delete(self, request: Request) -> Response:
         """Removes a name that `copy` or `create` added."""
-        body = await read_body(request, DeleteBody, self._settings)
-        self._names.delete(body.model)
+        body = await read_body(request, DeleteBody, self._router.settings)
+        self._router.named(body.model).names.delete(body.model)
         return Response()
 
     async def blob(self, request: Request) -> Response:

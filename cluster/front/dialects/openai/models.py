@@ -14,7 +14,6 @@ from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.responses import JsonResponse, Route, unsupported
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.sampling import chat_sampling
-from llamaclust.cluster.front.settings import ModelNames
 from llamaclust.cluster.state.adapters import ServedAdapter
 from llamaclust.core.errors import ParameterError
 from llamaclust.wire.rpc.deadlines import deadline
@@ -47,9 +46,10 @@ class ModelEndpoints:
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
         model = self._router.named(name)
-        adapter = next((adapter for adapter in model.settings.adapters if adapter.name == name), None)
-        if adapter is None and not self._can_unload:
-            ModelNames(model.name, model.settings).check(name)
+        own = model.names.shown(name)
+        adapter = next((adapter for adapter in model.settings.adapters if adapter.name == own), None)
+        if adapter is None:
+            model.names.check(name)
         return JsonResponse(self._entry(model, adapter))
 
     async def load(self, request: Request) -> Response:

@@ -12,13 +12,12 @@ from starlette.datastructures import Headers
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.front.app import create_app
-from llamaclust.cluster.front.dialects.ollama.models import OllamaNames
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import new_context
-from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.settings import ApiSettings, ModelNames
 from llamaclust.cluster.state.adapters import AdapterUnloadedError, ServedAdapter, ServedAdapters
 from llamaclust.core.errors import InsufficientMemoryError
 from support.clusters.fakes import FakePipeline
@@ -248,7 +247,7 @@ async def test_an_adapter_does_not_take_the_name_of_a_copy() -> None:
 
 
 def test_an_adapter_of_a_copys_name_is_not_hidden() -> None:
-    names = OllamaNames("tiny", settings := ApiSettings())
+    names = ModelNames("tiny", settings := ApiSettings())
     names.copy("tiny", "poet")
     settings.adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
-    assert names.original("poet") == names.original("poet:latest") == "poet"
+    assert names.find("poet") == names.find("poet:latest") == "poet"

@@ -126,3 +126,35 @@ async def test_a_restored_request_is_computed_on_its_own_model(tmp_path: Path) -
         assert (await api.posted("mb", {"Idempotency-Key": "of-ma"})).status_code == 422
         assert (await api.posted("ma", {"Idempotency-Key": "of-ma"})).json()["model"] == "ma"
         assert [len(engine.submitted) for engine in api.engines.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("path", ["/api/copy", "/api/create"])
+async def test_a_copy_is_a_name_of_the_model_that_it_is_made_of(path: str) -> None:
+    async with shared() as several:
+        http = several.http
+
+        async def copied(source: str, name: str) -> httpx.Response:
+            fields = ("source", "destination") if path == "/api/copy" else ("from", "model")
+            return await http.post(path, json=dict(zip(fields, (source, name), strict=True)))
+
+        assert (await copied("mb:latest", "poet")).status_code == 200
+        for name in ("poet", "poet:latest"):
+            generated = await http.post("/api/generate", json={"model": name, "prompt": "Hi", "stream": False})
+            assert (generated.json()["model"], generated.json()["response"]) == ("mb", "mb")
+            assert (await several.posted(name, {})).json()["choices"][0]["text"] == "mb"
+        for source, name, status in (("ma", "poet", 403), ("ma", "mb", 403), ("other", "a", 404), ("mb", "poet", 200)):
+            assert (await copied(source, name)).status_code == status, (source, name)
+        assert (await http.request("DELETE", "/api/delete", json={"model": "poet"})).status_code == 200
+        assert (await several.posted("poet", {})).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["mb", "mb:latest"])
+async def test_a_name_with_its_tag_is_known_to_the_endpoints_of_the_model(name: str) -> None:
+    async with shared() as several:
+        reply = await several.posted(name, {})
+        assert (reply.status_code, reply.json()["model"]) == (200, "mb")
+        assert (await several.http.get(f"/v1/models/{name}")).json()["id"] == "mb"
+        pulled = await several.http.post("/api/pull", json={"model": name, "stream": False})
+        assert pulled.json() == {"status": "success"}
+        assert (await several.http.post("/api/pull", json={"model": "other"})).status_code == 403
+        assert (await several.posted("mb:other", {})).status_code == 404

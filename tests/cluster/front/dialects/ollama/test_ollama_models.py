@@ -10,7 +10,8 @@ import httpx
 import ollama
 import pytest
 
-from llamaclust.cluster.front.dialects.ollama.models import MAX_COPIES, ModelDetails
+from llamaclust.cluster.front.dialects.ollama.models import ModelDetails
+from llamaclust.cluster.front.settings import MAX_COPIES
 from llamaclust.cluster.front.text.service import TextSettings
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model

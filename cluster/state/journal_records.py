@@ -7,6 +7,7 @@ A torn or damaged line is skipped, and with it the tokens that follow its own.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ _ROW = Struct("<id")
 """A token and its logprob: a journal of many tokens is read several times as fast as one of decimal numbers."""
 _CHECKSUM = b"%08x "
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+_log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
 """Prompt and choice of a request."""
@@ -190,23 +193,32 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """The records on undamaged lines of this version."""
+    """The records on undamaged lines of this version. Others are counted in the log, but the last one, which the end of
+    a coordinator may have cut."""
+    damaged, number = [], 0  # numbers of lines
     try:
         file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
-        for number, text in enumerate(_texts(file)):
-            if number == 0 and text not in (b"", _HEAD):
+        for number, text in enumerate(_texts(file), 1):
+            if number == 1 and text not in (b"", _HEAD):
                 raise ValueError("another version of llamaclust wrote it")
-            kind, _, fields = text.partition(b" ")
-            if kind not in _KINDS:
-                continue
-            try:
-                record: Record = _KINDS[kind].validate_json(fields)
-            except (ValueError, TypeError, RecursionError):  # another program wrote the line
-                continue
-            yield record
+            if (record := _record(text)) is not None:
+                yield record
+            elif text != _HEAD:
+                damaged.append(number)
+    if inner := [line for line in damaged if line < number]:
+        _log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(inner), inner[0])
+
+
+def _record(text: bytes) -> Record | None:
+    """The record on a line; None where it is damaged, or another program wrote it."""
+    kind, _, fields = text.partition(b" ")
+    try:
+        return _KINDS[kind].validate_json(fields) if kind in _KINDS else None
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _texts(file: BinaryIO) -> Iterator[bytes]:

@@ -42,6 +42,23 @@ async def test_a_torn_or_damaged_line_loses_no_other(tmp_path: Path) -> None:
         assert len(found) >= 1 and found <= {"id0", "id1", "id2"}
 
 
+@pytest.mark.parametrize(("line", "is_named"), [(0, True), (1, True), (2, True), (3, False), (None, False)])
+async def test_damage_before_the_last_line_is_logged(
+    tmp_path: Path, line: int | None, is_named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal"
+    async with journal(path) as writing:
+        for number in range(3):
+            await writing.admit(admission(number))
+    lines = path.read_bytes().splitlines(keepends=True)
+    if line is not None:
+        lines[line] = b"x" + lines[line][1:]
+    path.write_bytes(b"".join(lines))
+    assert len(read_journal(path, NOW)) == 3 - (line in (1, 2, 3))
+    named = f"{path}: 1 damaged lines are left out, the first is line {(line or 0) + 1}"
+    assert (named in caplog.text) is is_named and bool(caplog.records) is is_named
+
+
 async def test_a_line_that_is_none_of_ours_loses_no_other(tmp_path: Path) -> None:
     """Its checksum is right: another program, or another version, wrote it."""
     path = tmp_path / "journal"

@@ -77,6 +77,7 @@ def create_app(
     app; `workers`: of a model without any, there are no endpoints. The owner of the models closes their replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
+    app.router.redirect_slashes = False  # see `Paths`
     add_error_handlers(app)
     return app
 

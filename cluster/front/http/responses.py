@@ -201,6 +201,7 @@ class Paths:
         if self._prefix and given.startswith(self._prefix + "/"):
             given = given.removeprefix(self._prefix)
         scope["state"] = {**scope.get("state", {}), _GIVEN: given}  # what is around this finds it there as well
+        given = given.removesuffix("/") or "/"  # a redirect would lose the prefix, and a proxy's name
         path = "/v1" + given if given.startswith(_WITHOUT_V1) else _OTHER_NAMES.get(given, given)
         method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body then
         await self._app({**scope, "path": path, "raw_path": path.encode(), "method": method}, receive, send)

@@ -59,6 +59,18 @@ async def test_paths_with_a_prefix_and_without_v1(prefix: str) -> None:
         assert (await http.get(prefix + "/nothing")).status_code == 404
 
 
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_a_path_with_a_slash_at_its_end_is_no_redirect(prefix: str) -> None:
+    """A redirect would have to know the address that a proxy shows, and clients may send no body again."""
+    async with client(make_app(ScriptedEngine(says(ANSWER)), prefix=prefix)) as http:
+        for path in ("/v1/chat/completions/", "/chat/completions/"):
+            assert (await http.post(prefix + path, json=CHAT)).status_code == 200, path
+        for path in ("/v1/models/", "/models/", f"/v1/models/{MODEL}/", "/health/", "/api/tags/", "/"):
+            assert (await http.get(prefix + path)).status_code == 200, path
+        for path in ("/nothing/", "/v1/models//"):
+            assert (await http.get(prefix + path)).status_code == 404, path
+
+
 async def test_completions_without_v1_are_llamacpps_unless_the_body_names_a_model() -> None:
     for fields in ({}, {"stream": True}, {"unknown": "x" * 70_000}):
         own, openai = [

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -35,6 +36,8 @@ _GRACE_S = 1
 """The time for what is still being written to clients at the end; the server takes whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
+_NO_HTTP = {431: "head_too_large", 501: "not_supported"}
+"""Codes of requests that cannot be parsed, by their statuses."""
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
@@ -147,9 +150,9 @@ class _Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answers a request that is no HTTP, if no reply has begun; the app's reply to its head is not sent."""
         if self._is_idle or not self.cycle.response_started:
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            failure = _no_http(sys.exception())
+            self.transport.write(whole(JsonResponse(OPENAI.body(failure), failure.status)))
+        self.transport.close()
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -178,6 +181,12 @@ class _Connection(H11Protocol):
     @property
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
+
+
+def _no_http(error: BaseException | None) -> Failure:
+    """The failure of a request by the error of its parser."""
+    status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+    return Failure(status, f"the request is not valid HTTP: {error}", _NO_HTTP.get(status, "bad_http"))
 
 
 class _Body:

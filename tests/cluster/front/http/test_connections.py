@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import resource
@@ -329,9 +330,30 @@ async def test_heads_and_chunks_that_cost_more_than_they_weigh_are_refused() -> 
         body = b'{"content": "a b"}'
         parts = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
         fair.writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n" + parts + b"0\r\n\r\n")
-        assert (await lines.head()).startswith(b"HTTP/1.1 400")
+        assert (await lines.head()).startswith(b"HTTP/1.1 431")
         assert (await chunks.head()).startswith(b"HTTP/1.1 400")
         assert (await fair.head()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code", "cause"),
+    [
+        (b"\x16\x03\x01 garbage\r\n\r\n", 400, "bad_http", "illegal request line"),
+        (HEALTH.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\n" + 300 * b"a: b\r\n"), 431, "head_too_large", "200 headers"),
+        (b"GET /health HTTP/1.1\r\na: " + b"b" * 99_999, 431, "head_too_large", "too long"),
+        (HEALTH.replace(b"GET", b"POST")[:-2] + b"Transfer-Encoding: gzip\r\n\r\n", 501, "not_supported", "chunked"),
+    ],
+)
+async def test_the_reply_to_what_is_no_http_names_its_cause(
+    request_bytes: bytes, status: int, code: str, cause: str
+) -> None:
+    async with served() as server:
+        (peer,) = await server.connect()
+        peer.writer.write(request_bytes)
+        head, _, body = (await peer.reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"Content-Type: application/json" in head
+    error = json.loads(body)["error"]
+    assert error["code"] == code and cause in error["message"]
 
 
 async def test_a_request_of_two_lengths_is_refused() -> None:

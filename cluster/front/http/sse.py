@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -49,11 +50,11 @@ class StreamFormat(Enum):
         head = f"id: {event_id}\n" if event_id else ""
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
-    def error(self, scope: Scope, error: LlamaclustError) -> bytes:
-        """Returns the last part of a stream that fails, in the form of the request's API."""
+    def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
+        """Returns the last part of a stream that fails, in the form of the request's API, with further fields."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
-        return self.part(to_json({**kind, **shape.body(failure)}), shape.event_name)
+        return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
@@ -92,11 +93,17 @@ class EventResponse(PartsResponse):
     """A stream of events or lines."""
 
     def __init__(
-        self, parts: AsyncGenerator[bytes, None], close: Callable[[bool], Awaitable[None]], form: StreamFormat
+        self,
+        parts: AsyncGenerator[bytes, None],
+        close: Callable[[bool], Awaitable[None]],
+        form: StreamFormat,
+        error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """`error_fields`: further fields of an error, which may change until there is one."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
+        self._error_fields = error_fields
 
     async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -108,10 +115,10 @@ class EventResponse(PartsResponse):
                 if self._is_cut:  # the server takes data also after that
                     return
         except LlamaclustError as error:
-            last = self._form.error(scope, error)
+            last = self._form.error(scope, error, self._error_fields)
         except Exception:  # noqa: BLE001  a mistake of ours; without an end the client would take it for a lost network
             _log.exception("a stream of %s failed", scope["path"])
-            last = self._form.error(scope, internal_error())
+            last = self._form.error(scope, internal_error(), self._error_fields)
         self._is_sent = True
         if writer is not None:
             writer.flush()

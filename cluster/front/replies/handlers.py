@@ -118,7 +118,7 @@ class Replies:
         return self._stream(kept, framing)
 
     def _stream(self, kept: KeptReply, framing: Framing) -> Response:
-        return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form)
+        return EventResponse(kept.stream(framing), partial(self.cache.left, kept), framing.form, framing.error_fields)
 
     def _form(self, kept: KeptReply) -> StreamFormat:
         return self._forms.get(kept.context.endpoint, StreamFormat.EVENTS)

@@ -266,8 +266,13 @@ class KeptReply:
                     parts = framing.shown(view, *entry)
                 for part in parts:
                     yield part
+            if view is None and self._view is not None:
+                view = self._new_view()
+            if view is not None:
+                framing.error_fields.update(view.error_fields)
             self.log.raise_error()
-            for part in framing.parts((view or self._new_view()).closing()):
+            assert view is not None
+            for part in framing.parts(view.closing()):
                 yield part
 
     async def acknowledged(self) -> bytes:

@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,6 +102,11 @@ class View(ABC):
         """The events that the next entry adds, with those that begin a stream before the first, and those that end an
         answer behind its last. Each is rendered before the next one is made."""
 
+    @property
+    def error_fields(self) -> Mapping[str, Any]:
+        """Further fields of an error that ends the stream now."""
+        return {}
+
     def closing(self) -> Iterable[Event]:
         """The events behind those of all entries."""
         return ()
@@ -189,6 +194,7 @@ class Framing:
     with_ids: bool = True
     with_comments: bool = True
     skipped_bytes: int = 0  # of the stream, that it has
+    error_fields: dict[str, Any] = field(default_factory=dict)  # further ones of an error that ends the stream
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:

@@ -229,6 +229,10 @@ class ResponseView(View):
         more = shown_progress(item, with_timings=self._body.timings_per_token)
         yield Event(1, {**shown, **more}, shown["type"])
 
+    @property
+    def error_fields(self) -> dict[str, int]:
+        return {"sequence_number": self._events}
+
     def _events_of(self, chunk: TextChunk) -> Iterator[Event]:
         timings = {}
         if self._body.timings_per_token and chunk.timings is not None:

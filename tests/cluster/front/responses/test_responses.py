@@ -332,8 +332,9 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
     engine = ScriptedEngine(says("Yes."), failure=WorkerError("lost"), failure_after=2)
     async with served(engine) as http:
         reply = await http.post(PATH, json={"input": "Hi", "stream": True})
-    *_, last = events_of(reply.text)
+    *before, last = events_of(reply.text)
     assert last["type"] == "error" and last["error"]["message"] == "lost"
+    assert [event["sequence_number"] for event in (*before, last)] == list(range(len(before) + 1))
 
 
 # -- the official client -----------------------------------------------------------------------------------------------

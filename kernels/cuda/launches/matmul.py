@@ -49,6 +49,7 @@ instructions of four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
 """The barrier of a piece that is copied in bulk takes so many bytes; one part in seven of shared memory is left to
 kernels that run beside others."""
+_GEMM_STAGES = 3
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
@@ -224,7 +225,7 @@ def _launch(
     if weights.activation is ActivationFormat.F32:
         return Launch(name, (items, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
     if is_gemm:
-        warps = _WIDE_WARPS if is_wide else _gemm_warps(products, items, gpu.sms)
+        warps = _WIDE_WARPS if is_wide else _gemm_warps(products, items, gpu)
         shared = _gemm_shared_bytes(weights, experts.piece, warps, gpu)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
     # Fewer items may be there than there is room for.
@@ -286,16 +287,20 @@ def _bulk_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int
     return 8, fit[blocks], stage_bytes, blocks
 
 
-def _gemm_warps(products: Sequence[Product], items: int, sms: int) -> int:
+def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
     """The largest blocks that still give every multiprocessor one; they read activations least often."""
-    return next((warps for warps in (16, 8) if _blocks(products, warps) * items >= sms), 4)
+    most = 12 if gpu.compute_capability == _HOPPER else 16
+    return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; of Hopper also two stages of its
-    weights."""
+    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; of Hopper up to three stages, which
+    have weights as well."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
-    scales = TILE_ROWS * 4 * max(sub_blocks // 2 + 1, 3 * sub_blocks // 4) if sub_blocks else 0
-    tile = segments * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes) if gpu.compute_capability == _HOPPER else 0
-    return 2 * rows // 8 * segments * _GROUP_BYTES[weights.activation] + warps * (2 * tile + scales)
+    scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0
+    stage = rows // _GROUP_ROWS * segments * _GROUP_BYTES[weights.activation]
+    if gpu.compute_capability != _HOPPER:
+        return 2 * stage + scales
+    stage += warps * segments * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
+    return min(_GEMM_STAGES, (gpu.shared_bytes - _STATIC_BYTES - scales) // stage) * stage + scales

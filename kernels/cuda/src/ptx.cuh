@@ -172,6 +172,14 @@ __device__ __forceinline__ void barrier_arrive() {
   asm volatile("barrier.arrive.aligned %0, %1;" : : "n"(barrier), "n"(threads) : "memory");
 }
 
+// The same of a number in a register, for kernels of which a multiprocessor runs one block.
+__device__ __forceinline__ void barrier_wait_at(int barrier, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(int barrier, int threads) {
+  asm volatile("barrier.arrive.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
+
 // Overlap of launches, from compute capability 9.0 on: a kernel that calls `wait_for_earlier_kernels` is launched when all
 // blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it may read weights and
 // arguments alone, and must not write to global memory; some thread of it must wait, or later kernels would be in no order
@@ -246,9 +254,13 @@ __device__ __forceinline__ int dynamic_shared_bytes() {
 #if __CUDA_ARCH__ >= 900
 // Copies of any multiple of 16 bytes, which one thread requests: from compute capability 9.0 on. An arrival (8 bytes of shared
 // memory) tells when all bytes that were announced to it are there. Its phases have parity 0, 1, 0, ...; each is one
-// announcement, and all copies that name the arrival after it.
-__device__ __forceinline__ void arrival_init(SharedAddress arrival) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(arrival.bytes) : "memory");
+// announcement, all copies that name the arrival, and `others` calls of copy_async_arrive.
+__device__ __forceinline__ void arrival_init(SharedAddress arrival, int others = 0) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(arrival.bytes), "r"(1 + others) : "memory");
+}
+// When this thread's copies are there that were requested by copy_async.
+__device__ __forceinline__ void copy_async_arrive(SharedAddress arrival) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(arrival.bytes) : "memory");
 }
 __device__ __forceinline__ void arrival_announce(SharedAddress arrival, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(arrival.bytes), "r"(bytes) : "memory");
@@ -263,6 +275,14 @@ __device__ __forceinline__ void arrival_wait(SharedAddress arrival, int parity) 
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done) : "r"(arrival.bytes), "r"(parity) : "memory");
   } while (done == 0);
+}
+// Counts calls in shared memory, which begins as 0: true for the last of `of`, which sees what the others did before. Then it
+// begins anew.
+__device__ __forceinline__ bool is_last(SharedAddress counter, int of) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+               : "=r"(before) : "r"(counter.bytes), "r"(of - 1) : "memory");
+  return before == static_cast<uint32_t>(of - 1);
 }
 #endif
 

@@ -79,7 +79,7 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
     scales_of<Type>(rows, i, scales);
     add_products<Type>(weights, quants.q[i][a.quants], scales, total, a.one);
   }
-  int32_t minus[4] = {0, 0, 0, 0};
+  float minus[4] = {};
   if constexpr (Type::kHasMin) {
     const int32_t mins[2] = {mins_of<Type>(rows[0], lane % 4), mins_of<Type>(rows[1], lane % 4)};
     minus_mins(mins, quants.high[a.quants], quants.low[a.quants], minus, a.one);
@@ -88,7 +88,7 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   UNROLL for (int n = 0; n < 4; n++) {
     const float scale = a.scale(n % 2, s);
     terms[n][0] = {mul(pair.scale[n / 2], scale), __int2float_rn(total[n])};
-    if constexpr (Type::kHasMin) terms[n][1] = {mul(pair.min[n / 2], scale), __int2float_rn(minus[n])};
+    if constexpr (Type::kHasMin) terms[n][1] = {mul(pair.min[n / 2], scale), minus[n]};
   }
 }
 

@@ -8,15 +8,11 @@ namespace llamaclust::cuda {
 namespace {
 
 template <>
-struct Digits<Q2_K> : DigitsOf<1, 4, false> {};
+constexpr int kScaleBits<Q2_K> = 4;
 template <>
-struct Digits<Q3_K> : DigitsOf<2, 3, true> {};
+constexpr int kScaleBits<Q4_K> = 6;
 template <>
-struct Digits<Q4_K> : DigitsOf<2, 3, false> {};
-template <>
-struct Digits<Q5_K> : DigitsOf<2, 3, false> {};
-template <>
-struct Digits<Q6_K> : DigitsOf<3, 3, true> {};
+constexpr int kScaleBits<Q5_K> = 6;
 
 }  // namespace
 #endif

@@ -12,7 +12,7 @@
 
 #if LLAMACLUST_WGMMA
 #define GEMM_KERNELS(TYPE)                                                                                            \
-  KERNEL_IN_BLOCKS(512, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE, 64>(MATMUL_ARGUMENTS); }                       \
+  KERNEL_IN_BLOCKS(384, 1, gemm_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE, 64>(MATMUL_ARGUMENTS); }                       \
   KERNEL_IN_BLOCKS(256, 1, gemm_wide_##TYPE, MATMUL_PARAMETERS) { gemm<TYPE, 128>(MATMUL_ARGUMENTS); }
 #else
 #define GEMM_KERNELS(TYPE) \

@@ -14,15 +14,16 @@ constexpr int kStageSegments = kStageBlocks / kSegmentBlocks<Type>;
 template <class Type, int groups>
 using Stage = Activations<Type>[groups][kStageSegments<Type>];
 
-// Asks for `count` segments of activations of `groups` groups; of_row has their rows.
+// Asks for `count` segments of activations of `groups` groups; of_row has their rows. `thread` of `threads` does it.
 template <class Type, int most>
-DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type, most>& to) {
+DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type, most>& to,
+                       int thread, int threads) {
   const int segments = p.cols / Type::kLayout.segment_cols;
   const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
   const auto from = [=](int row, int s) -> const Activations<Type>& {
     return all[static_cast<size_t>(row / 8) * segments + s];
   };
-  for (int i = threadIdx.x; i < groups * 128; i += blockDim.x) {  // half a row's quants of 32 columns
+  for (int i = thread; i < groups * 128; i += threads) {  // half a row's quants of 32 columns
     const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2;
     const int row = of_row[8 * g + place];
     if constexpr (kWide<Type>) {
@@ -31,7 +32,7 @@ DEVICE void copy_lines(const Product& p, const int32_t* of_row, int groups, int 
       copy_async_16(to[g][block].q.piece(place, half), from(row, block).q.piece(row % 8, half));
     }
   }
-  for (int i = threadIdx.x; i < kGroupRows * most * kStageSegments<Type>; i += blockDim.x) {
+  for (int i = thread; i < kGroupRows * most * kStageSegments<Type>; i += threads) {
     const int g = i / 8 / kStageSegments<Type>, s = i / 8 % kStageSegments<Type>, place = i % 8;
     if (g >= groups || s >= count) continue;
     const int row = of_row[8 * g + place];
@@ -65,7 +66,7 @@ DEVICE void copy_stage(const Product& p, const Share& share, const int32_t* of_r
       copy_bytes_async<kStageSegments<Type> * each>(from, shared_address(to[g]), count * each, lane);
     }
   } else {
-    copy_lines<Type, most>(p, of_row, groups, first, count, to);
+    copy_lines<Type, most>(p, of_row, groups, first, count, to, threadIdx.x, blockDim.x);
   }
   copy_async_commit();
 }
@@ -113,13 +114,13 @@ DEVICE void add_sums(const Segment& segment, int groups, const Stage<Type, most>
   UNROLL for (int begin = 0; begin < most; begin += kGroupsTogether<Type>) if (begin < groups)
     UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
       const Activations256& a = stage[g][0];
-      int32_t minus[4] = {0, 0, 0, 0};
+      float minus[4] = {};
       if constexpr (Type::kHasMin) minus_mins(mins, a.high[lane], a.low[lane], minus);
       UNROLL for (int n = 0; n < 4; n++) {
         const float scale = a.scale[2 * (lane % 4) + n % 2];
         float& total = totals[g][n];
         total = fma(mul(rows.scale[n / 2], scale), __int2float_rn(sums[g][n]), total);
-        if constexpr (Type::kHasMin) total = fma(mul(rows.min[n / 2], scale), __int2float_rn(minus[n]), total);
+        if constexpr (Type::kHasMin) total = fma(mul(rows.min[n / 2], scale), minus[n], total);
       }
     }
 }
@@ -127,10 +128,18 @@ DEVICE void add_sums(const Segment& segment, int groups, const Stage<Type, most>
 template <int groups>
 DEVICE void store_totals(const Product& p, const Share& share, const Matrix& matrix, int tile, int lane,
                          const Totals<groups>& totals) {
-  UNROLL for (int g = 0; g < groups; g++) UNROLL for (int n = 0; n < 4; n++) {
-    const int i = 8 * g + 2 * (lane % 4) + n % 2;
-    if (i >= share.n) continue;
-    store_result(matrix, p.bias_rows, out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
+  const int row = 16 * tile + lane / 4;
+  const bool there[2] = {row < matrix.out_rows, row + 8 < matrix.out_rows}, has_bias = matrix.bias != nullptr;
+  float bias[2] = {};
+  UNROLL for (int r = 0; r < 2; r++)
+    if (has_bias && there[r]) bias[r] = matrix.bias[(row + 8 * r) * p.bias_rows];
+  UNROLL for (int g = 0; g < groups; g++) UNROLL for (int column = 0; column < 2; column++) {
+    const int i = 8 * g + 2 * (lane % 4) + column;
+    float* out = matrix.out + static_cast<size_t>(out_row(p, share, i < share.n ? i : 0)) * matrix.out_rows + row;
+    UNROLL for (int r = 0; r < 2; r++) {
+      const float x = totals[g][2 * r + column];
+      if (i < share.n && there[r]) out[8 * r] = canonical(has_bias ? add(x, bias[r]) : x);
+    }
   }
 }
 

@@ -115,18 +115,19 @@ DEVICE int32_t mins_of(Lines body, int c) {
     return static_cast<int32_t>(__byte_perm(c < 2 ? mins[0] : mins[1], 0, c % 2 == 0 ? 0x1100 : 0x3322));
 }
 
+// Small sums as floats, of 32 products of bytes or of mins: a float's low bits count from 1.5 * 2^23 on, and sums that begin
+// with its bits end with those of it plus the sum, if that is below 2^22. (Conversions are slower than additions.)
+constexpr int32_t kFloatBegin = 0x4b400000;
+constexpr float kBegin = 12582912.0f;
+DEVICE float sum_as_float(int32_t sum) { return sub(__int_as_float(sum), kBegin); }
+
 // - sum of mins times sums of activations, over the sub-blocks of a segment.
-DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, int32_t (&out)[4], bool one = false) {
-  int32_t highs[4] = {0, 0, 0, 0}, lows[4] = {0, 0, 0, 0};
+DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, float (&out)[4], bool one = false) {
+  int32_t highs[4] = {0, 0, 0, 0}, lows[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
   multiply_k16(highs, mins, {static_cast<int32_t>(high)}, one);
   multiply_k16(lows, mins, {static_cast<int32_t>(low)}, one);
-  UNROLL for (int n = 0; n < 4; n++) out[n] = -(128 * highs[n] + lows[n]);
+  UNROLL for (int n = 0; n < 4; n++) out[n] = sub(kBegin, __int_as_float(128 * highs[n] + lows[n]));
 }
-
-// Sums of 32 products of bytes as floats: a float's low bits count from 1.5 * 2^23 on, and sums that begin with its
-// bits end with those of it plus the sum. (Conversions are four times slower than additions.)
-constexpr int32_t kFloatBegin = 0x4b400000;
-DEVICE float sum_as_float(int32_t sum) { return sub(__int_as_float(sum), 12582912.0f); }
 
 }  // namespace
 }  // namespace llamaclust::cuda

@@ -76,6 +76,7 @@ DEVICE Share share_of(const Products& p, int place, int most) {
   const int32_t* item = p.items + 3 * place;
   return {item[0], item[1], item[2]};
 }
+DEVICE int groups_of(const Share& share) { return (share.n + 7) / 8; }
 DEVICE int out_row(const Products& p, const Share& share, int i) {
   return p.items == nullptr ? share.first + i : p.lines[share.first + i];
 }

@@ -1,265 +1,224 @@
-// Products of many rows by instructions of four warps (compute capability 9.0): a block has 64 rows of activations and a tile
-// of sixteen rows of weights for each of its 4 to 16 warps, which multiply by fours.
+// Products of many rows by instructions of four warps (compute capability 9.0): a block has 64 or 128 rows of activations and
+// a tile of sixteen rows of weights for each of its 4 to 16 warps, which multiply by fours.
 //
 // Such an instruction reads activations from shared memory by itself and adds in its own registers, so that a warp only
-// decodes weights. Integer scales of sub-blocks are multiplied into the weights: as digits where a product with the whole
-// scale is no byte, the highest first, and what is summed up is shifted before the next ones. Types whose weights leave no
-// room for digits take the sums of each 32 columns and multiply these. Weights are copied to shared memory with the
-// activations, a stage ahead.
+// decodes weights. Integer scales of sub-blocks are multiplied into the weights. Products that are no bytes become two digits:
+// weights times two digits of the scale, or two bytes of each product. Each digit has sums of its own, which are put together
+// after a segment.
 #pragma once
 
-#include "many_rows.cuh"
+#include "stages.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
-// Sub-block scales as digits, of so many bits: weights times a digit are bytes. Unsigned ones are 0 to 2^bits - 1,
-// signed ones from 1 - 2^(bits - 1) on.
-template <class Type>
-struct Digits {
-  static constexpr int kCount = 0, kBits = 0;
-  static constexpr bool kSigned = false;
-};
-template <int count, int bits, bool is_signed>
-struct DigitsOf {
-  static constexpr int kCount = count, kBits = bits;
-  static constexpr bool kSigned = is_signed;
-};
+// With 128 rows and 8 warps, groups of four warps multiply in turn; otherwise as it happens.
+constexpr bool kInTurn = true;
+// Operands of a warp, of 64 columns or of both digits of 32: some are decoded while others are multiplied.
+constexpr int kOperands = 2;
 
-template <bool is_signed>
-struct RegisterOf {
-  using Type = int32_t;
-};
-template <>
-struct RegisterOf<false> {
-  using Type = uint32_t;
-};
-
-// Four weights times a digit, as bytes: signed ones are lifted by 128 meanwhile, so that none borrows from another.
+// Bits of scales where weights times them, or times digits of three bits of them, are bytes; 0: others.
 template <class Type>
-DEVICE uint32_t times_digit(Bytes weights, int32_t digit) {
-  if constexpr (!Digits<Type>::kSigned) return weights * static_cast<uint32_t>(digit);
-  const uint32_t lift = static_cast<uint32_t>(128 - Type::kOffset * digit) * 0x01010101u;
-  return (weights * static_cast<uint32_t>(digit) + lift) ^ 0x80808080u;
-}
-
+constexpr int kScaleBits = 0;
 template <class Type>
-constexpr int kWeightBytes = kStageSegments<Type> * (Type::kLayout.body_bytes + Type::kLayout.tail_bytes);
-// Of a row of a tile in shared memory: its scales, or their digits as bytes.
+constexpr int kDigits = kSubScaled<Type> && kScaleBits<Type> != 4 ? 2 : 1;
 template <class Type>
-constexpr int kRowWords = Digits<Type>::kCount > 0 ? Digits<Type>::kCount * Type::kSubBlocks / 4 : kScaleWords<Type>;
-
-// Asks for `count` segments of a warp's tile. Where bodies of several stand before their tails, wide ones are put together.
+constexpr int kDigitBits = kScaleBits<Type> == 0 ? 8 : 3;
+// Of a warp, the scales that it shares.
 template <class Type>
-DEVICE void copy_weights(const uint8_t* tile, int first, int count, int segments, int lane, SharedAddress to) {
-  constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
-  if constexpr (kWide<Type>) {
-    const Segment segment = segment_of<Type>(tile, first, segments);
-    copy_bytes_async<body_bytes>(segment.body, to, body_bytes, lane);
-    copy_bytes_async<tail_bytes>(segment.tail, to + body_bytes, tail_bytes, lane);
-  } else {
-    copy_bytes_async<kWeightBytes<Type>>(tile + static_cast<size_t>(first) * (body_bytes + tail_bytes), to,
-                                         count * (body_bytes + tail_bytes), lane);
-  }
-}
+constexpr int kScratchBytes = kScaleBits<Type> == 0 ? 16 * 4 * kScaleWords<Type> : 0;
 
-// Bytes of four scales.
-DEVICE uint32_t four_bytes(const Scale* scales) {
-  return (scales[0] & 255) | (scales[1] & 255) << 8 | (scales[2] & 255) << 16 | static_cast<uint32_t>(scales[3]) << 24;
-}
-
-// Digits of a tile's scales, [digit, the lowest first][row][sub-block]; the highest is what is left.
+// Registers of 32 columns, four for each digit, the lowest first.
 template <class Type>
-DEVICE void share_digits(const uint8_t* body, int lane, uint32_t* shared) {
-  using D = Digits<Type>;
-  constexpr int words = Type::kSubBlocks / 4;
-  Scale scales[Type::kSubBlocks];
-  Type::sub_scales({body, lane % 16}, scales);
-  if (lane < 16) UNROLL for (int i = 0; i < words; i++) UNROLL for (int place = 0; place < D::kCount; place++) {
-    Scale digits[4];
-    UNROLL for (int n = 0; n < 4; n++) {
-      constexpr int lift = D::kSigned ? (1 << (D::kBits - 1)) - 1 : 0, mask = (1 << D::kBits) - 1;
-      Scale& scale = scales[4 * i + n];
-      digits[n] = place + 1 == D::kCount ? scale : ((scale + lift) & mask) - lift;
-      scale = (scale - digits[n]) >> D::kBits;
-    }
-    shared[(place * 16 + lane) * words + i] = four_bytes(digits);
-  }
-  __syncwarp();
-}
-// Those of rows lane / 4 and lane / 4 + 8.
-template <class Type>
-struct RowDigits {
-  uint32_t words[2][Type::kSubBlocks / 4];
-  DEVICE RowDigits(const uint32_t* shared, int place, int lane) {
-    UNROLL for (int r = 0; r < 2; r++) UNROLL for (int i = 0; i < Type::kSubBlocks / 4; i++)
-      words[r][i] = shared[(place * 16 + lane / 4 + 8 * r) * (Type::kSubBlocks / 4) + i];
-  }
-  DEVICE int32_t at(int r, int j) const {
-    const uint32_t word = words[r][j / 4];
-    if constexpr (Digits<Type>::kSigned) return static_cast<int8_t>(word >> j % 4 * 8);
-    return static_cast<int32_t>(word >> j % 4 * 8 & 255);
-  }
-};
-
+using Operand = uint32_t[kDigits<Type>][4];
 template <int groups>
 using Sums = int32_t[4 * groups];
 
-// The weights of 32 columns times a digit of their scales.
-template <class Type, class Registers>
-DEVICE void load_products(const uint8_t* body, const RowDigits<Type>& digits, int i, int lane, Registers (&a)[4]) {
-  UNROLL for (int half = 0; half < 2; half++) UNROLL for (int r = 0; r < 2; r++) {
-    const int j = kOf16<Type> ? 2 * i + half : i, group = kOf16<Type> ? lane % 4 : lane % 4 + 4 * half;
-    const Bytes weights = Type::group({body, lane / 4 + 8 * r}, j, group);
-    a[2 * half + r] = static_cast<Registers>(times_digit<Type>(weights, digits.at(r, j)));
-  }
+// Products of four weights, less the offset, with their scale: as bytes, the lower ones without a sign. They are lifted
+// meanwhile, so that none borrows from another.
+template <int offset>
+DEVICE void split_products(Bytes weights, Scale scale, uint32_t& low, uint32_t& high) {
+  const uint32_t by = static_cast<uint32_t>(scale), lift = 0x80008000u - offset * 0x10001u * by;
+  const uint32_t even = (weights & 0x00ff00ffu) * by + lift, odd = (weights >> 8 & 0x00ff00ffu) * by + lift;
+  low = __byte_perm(even, odd, 0x6240);
+  high = __byte_perm(even, odd, 0x7351) ^ 0x80808080u;
 }
 
-// Sums of a segment of 256 columns with integer scales as digits.
-template <class Type, int most>
-DEVICE void sum_segment(const uint8_t* body, uint32_t* shared, SharedOperand b, int lane, Sums<most>& sums)
-  requires(Digits<Type>::kCount > 0)
-{
-  share_digits<Type>(body, lane, shared);
-  using Registers = typename RegisterOf<Digits<Type>::kSigned>::Type;
-  NO_UNROLL for (int place = Digits<Type>::kCount - 1; place >= 0; place--) {
-    const RowDigits<Type> digits(shared, place, lane);
-    Registers a[2][2][4];
-    UNROLL for (int pair = 0; pair < 4; pair++) {
-      Registers(&now)[2][4] = a[pair % 2];
-      if (pair >= 2) warpgroup_wait<1>();  // the registers are free again
-      UNROLL for (int n = 0; n < 2; n++) load_products<Type>(body, digits, 2 * pair + n, lane, now[n]);
-      warpgroup_begin();
-      UNROLL for (int n = 0; n < 2; n++) {
-        const int i = 2 * pair + n;
-        multiply_k32_by_four(sums, now[n], b + i * static_cast<int>(sizeof(Quants)), i > 0 || place < Digits<Type>::kCount - 1);
-      }
-      warpgroup_commit();
+// Decodes a warp's operands of a segment, of 32 columns each.
+template <class Type>
+class Operands {
+ public:
+  DEVICE Operands(const uint8_t* body, uint32_t* shared, int lane) : body_(body), shared_(shared), lane_(lane) {
+    share_scales<Type>(body, lane, shared);
+  }
+  DEVICE void load(int i, Operand<Type>& a) const
+    requires(!kSubScaled<Type>)
+  {
+    load_weights<Type>(body_, i, lane_, reinterpret_cast<int32_t(&)[4]>(a[0]));
+  }
+  DEVICE void load(int i, Operand<Type>& a) const
+    requires(kSubScaled<Type>)
+  {
+    Scale scales[2][2];
+    read_scales<Type>(shared_, i, lane_, scales);
+    UNROLL for (int half = 0; half < 2; half++) UNROLL for (int r = 0; r < 2; r++) {
+      const int j = kOf16<Type> ? 2 * i + half : i, group = kOf16<Type> ? lane_ % 4 : lane_ % 4 + 4 * half;
+      split_products<Type::kOffset>(Type::group({body_, lane_ / 4 + 8 * r}, j, group), scales[r][kOf16<Type> ? half : 0],
+                                    a[0][2 * half + r], a[1][2 * half + r]);
     }
-    warpgroup_wait<0>();
-    if (place > 0) UNROLL for (int& sum : sums) sum *= 1 << Digits<Type>::kBits;
   }
+
+ private:
+  const uint8_t* body_;
+  const uint32_t* shared_;
+  int lane_;
+};
+// The same by digits of scales, of rows lane / 4 and lane / 4 + 8.
+template <class Type>
+  requires(kScaleBits<Type> > 0)
+class Operands<Type> {
+ public:
+  DEVICE Operands(const uint8_t* body, uint32_t*, int lane) : body_(body), lane_(lane) {
+    UNROLL for (int r = 0; r < 2; r++) UNROLL for (int i = 0; i < kWords; i++) {
+      const Bytes scales = Type::scale_bytes({body, lane / 4 + 8 * r}, i);
+      UNROLL for (int digit = 0; digit < kDigits<Type>; digit++)
+        digits_[digit][r][i] = kDigits<Type> == 1 ? scales : scales >> 3 * digit & 0x07070707u;
+    }
+  }
+  DEVICE void load(int i, Operand<Type>& a) const {
+    UNROLL for (int half = 0; half < 2; half++) UNROLL for (int r = 0; r < 2; r++) {
+      const int j = kOf16<Type> ? 2 * i + half : i, group = kOf16<Type> ? lane_ % 4 : lane_ % 4 + 4 * half;
+      const Bytes weights = Type::group({body_, lane_ / 4 + 8 * r}, j, group);
+      UNROLL for (int digit = 0; digit < kDigits<Type>; digit++)
+        a[digit][2 * half + r] = weights * __byte_perm(digits_[digit][r][j / 4], 0, 0x4440 | j % 4);
+    }
+  }
+
+ private:
+  static constexpr int kWords = Type::kSubBlocks / 4;
+  const uint8_t* body_;
+  int lane_;
+  uint32_t digits_[kDigits<Type>][2][kWords];
+};
+
+// sums = or += 32 columns of a digit.
+template <class Type, int digit, class Sums>
+DEVICE void multiply_digit(Sums& sums, const Operand<Type>& a, SharedOperand b, int adds) {
+  if constexpr (kScaleBits<Type> == 0 && digit + 1 == kDigits<Type>)
+    multiply_k32_by_four(sums, reinterpret_cast<const int32_t(&)[4]>(a[digit]), b, adds);
+  else
+    multiply_k32_by_four(sums, a[digit], b, adds);
 }
 
-// The same without integer scales.
-template <class Type, int most>
-DEVICE void sum_segment(const uint8_t* body, uint32_t*, SharedOperand b, int lane, Sums<most>& sums)
-  requires(!kSubScaled<Type>)
-{
-  int32_t a[2][2][4];
-  UNROLL for (int pair = 0; pair < 4; pair++) {
-    if (pair >= 2) warpgroup_wait<1>();
-    UNROLL for (int n = 0; n < 2; n++) load_weights<Type>(body, 2 * pair + n, lane, a[pair % 2][n]);
+// Sums of a segment of 256 columns, when it is this group's turn.
+template <class Type, int most, class Turn>
+DEVICE void sum_segment(const Operands<Type>& operands, SharedOperand b, const Turn& turn,
+                        Sums<most> (&sums)[kDigits<Type>]) {
+  constexpr int together = 2 / kDigits<Type>;
+  Operand<Type> a[kOperands][together];
+  UNROLL for (int step = 0; step < 8 / together; step++) {
+    auto& now = a[step % kOperands];
+    if (step >= kOperands) warpgroup_wait<kOperands - 1>();  // the registers are free again
+    UNROLL for (int n = 0; n < together; n++) operands.load(step * together + n, now[n]);
+    if (step == 0) turn.begin();
     warpgroup_begin();
-    UNROLL for (int n = 0; n < 2; n++)
-      multiply_k32_by_four(sums, a[pair % 2][n], b + (2 * pair + n) * static_cast<int>(sizeof(Quants)), pair + n > 0);
+    UNROLL for (int n = 0; n < together; n++) {
+      const int i = step * together + n;
+      const SharedOperand columns = b + i * static_cast<int>(sizeof(Quants));
+      multiply_digit<Type, 0>(sums[0], now[n], columns, i > 0);
+      if constexpr (kDigits<Type> == 2) multiply_digit<Type, 1>(sums[1], now[n], columns, i > 0);
+    }
     warpgroup_commit();
   }
+  turn.end();
   warpgroup_wait<0>();
+  if constexpr (kDigits<Type> == 2)
+    UNROLL for (int n = 0; n < 4 * most; n++) sums[0][n] += sums[1][n] * (1 << kDigitBits<Type>);
 }
 
-// The same where scales are multiplied with the sums of their sub-blocks: of sixteen columns, with zeros for the others.
-template <class Type, int most>
-DEVICE void sum_segment(const uint8_t* body, uint32_t* shared, SharedOperand b, int lane, Sums<most>& sums)
-  requires(kSubScaled<Type> && Digits<Type>::kCount == 0)
-{
-  share_scales<Type>(body, lane, shared);
-  UNROLL for (int& sum : sums) sum = 0;
-  NO_UNROLL for (int i = 0; i < 8; i++) {
-    int32_t a[4];
-    Scale scales[2][2];
-    load_weights<Type>(body, i, lane, a);
-    read_scales<Type>(shared, i, lane, scales);
-    UNROLL for (int half = 0; half < (kOf16<Type> ? 2 : 1); half++) {
-      int32_t part[4] = {a[0], a[1], a[2], a[3]};
-      if constexpr (kOf16<Type>) part[2 - 2 * half] = part[3 - 2 * half] = 0;
-      Sums<most> products;
-      warpgroup_begin();
-      multiply_k32_by_four(products, part, b + i * static_cast<int>(sizeof(Quants)), 0);
-      warpgroup_commit();
-      warpgroup_wait<0>();
-      UNROLL for (int n = 0; n < 4 * most; n++)
-        sums[n] += products[n] * scales[n % 4 / 2][half];
-    }
-  }
-}
-
-template <class Type, int most>
-DEVICE void add_stage(const uint8_t* weights, int, int groups, const Stage<Type, most>& stage, uint32_t* shared_scales, int lane,
-                      Totals<most>& totals)
+template <class Type, int most, class Turn>
+DEVICE void add_stage(const uint8_t* weights, int, int groups, const Stage<Type, most>& stage, uint32_t* shared, int lane,
+                      const Turn& turn, Totals<most>& totals)
   requires(kWide<Type>)
 {
-  __syncwarp();  // scales of the segment before are read
-  const Segment segment = {weights, weights + Type::kLayout.body_bytes};
-  Sums<most> sums;
-  sum_segment<Type, most>(segment.body, shared_scales, shared_operand(&stage[0][0].q[0], sizeof stage[0]), lane, sums);
-  add_sums<Type, most>(segment, groups, stage, lane, reinterpret_cast<const int32_t(&)[most][4]>(sums), totals);
+  Sums<most> sums[kDigits<Type>];
+  sum_segment<Type, most>(Operands<Type>(weights, shared, lane), shared_operand(&stage[0][0].q[0], sizeof stage[0]), turn,
+                          sums);
+  add_sums<Type, most>({weights, weights + Type::kLayout.body_bytes}, groups, stage, lane,
+                       reinterpret_cast<const int32_t(&)[most][4]>(sums[0]), totals);
 }
 
-template <class Type, int most>
+// Of 32 columns each: the next one is multiplied while the sums of one are added; those that are not there for nothing.
+template <class Type, int most, class Turn>
 DEVICE void add_stage(const uint8_t* weights, int count, int groups, const Stage<Type, most>& stage, uint32_t*, int lane,
-                      Totals<most>& totals)
+                      const Turn&, Totals<most>& totals)
   requires(!kWide<Type>)
 {
-  NO_UNROLL for (int s = 0; s < count; s++) {
-    const Segment segment = segment_of<Type>(weights, s, count);
-    int32_t a[4];
-    load_weights<Type>(segment.body, 0, lane, a);
-    Sums<most> sums;
+  int32_t a[2][4];
+  Sums<most> sums[2];
+  const auto multiply = [&](int s) {
+    load_weights<Type>(segment_of<Type>(weights, s, count).body, 0, lane, a[s % 2]);
     warpgroup_begin();
-    multiply_k32_by_four(sums, a, shared_operand(&stage[0][s].q, sizeof stage[0]), 0);
+    multiply_k32_by_four(sums[s % 2], a[s % 2], shared_operand(&stage[0][s].q, sizeof stage[0]), 0);
     warpgroup_commit();
-    const RowPair rows = row_scales<Type>(segment.tail, lane);
-    warpgroup_wait<0>();
+  };
+  multiply(0);
+  UNROLL for (int s = 0; s < kStageBlocks; s++) {
+    if (s + 1 < kStageBlocks) {
+      multiply(s + 1);
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
+    if (s >= count) continue;
+    const RowPair rows = row_scales<Type>(segment_of<Type>(weights, s, count).tail, lane);
     UNROLL for (int begin = 0; begin < most; begin += kGroupsTogether<Type>) if (begin < groups)
       UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) UNROLL for (int n = 0; n < 4; n++) {
         const Activations32& of = stage[g][s];
         const int place = 2 * (lane % 4) + n % 2;
         float& total = totals[g][n];
-        total = fma(mul(rows.scale[n / 2], of.scale[place]), __int2float_rn(sums[4 * g + n]), total);
+        total = fma(mul(rows.scale[n / 2], of.scale[place]), __int2float_rn(sums[s % 2][4 * g + n]), total);
         if constexpr (Type::kHasMin) total = fma(rows.min[n / 2], of.scaled_sum[place], total);
       }
   }
 }
 
+template <class Type, int rows>
+using TurnOf = Choice<kInTurn && kWide<Type> && rows == 128, Alternation, NoAlternation>;
+
 // Grid: (groups of `rows` rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs
-// at the same time; blocks of 128, 256 or, of 64 rows, 512 threads. Shared memory: two stages of activations, two of weights and the scales
-// of each warp.
+// at the same time; blocks of 128, 256 or, of 64 rows, 512 threads. Shared memory: two to four stages, and the scales of each
+// warp.
 template <class Type, int rows>
 DEVICE void gemm(const Products& all) {
-  constexpr int most = rows / kGroupRows;
-  SHARED(int32_t, of_row, [rows]);
-  const Product p = product_of(all, blockDim.x / kWarp, blockIdx.y);
-  const Share share = share_of(p, blockIdx.x, rows);
+  constexpr int most = rows / kGroupRows, at_once = kStageSegments<Type>;
+  using AllStages = Stages<Type, most, kScratchBytes<Type>>;
+  SHARED(BlockState<most>, state, [1]);
+  const int thread = threadIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Share share = share_of(all, blockIdx.x, rows);
   if (share.n <= 0) return;
-  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if (thread < rows) of_row[thread] = activation_row(p, share, thread);
-  __syncthreads();
-  auto* stages = reinterpret_cast<Stage<Type, most>*>(DYNAMIC_SHARED);
-  uint8_t* copies = reinterpret_cast<uint8_t*>(stages + 2) + warp * 2 * kWeightBytes<Type>;
-  uint32_t* scales = reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(stages + 2) + warps * 2 * kWeightBytes<Type>) +
-                     warp * 16 * kRowWords<Type>;
-  const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
-  const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
-  const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
-  constexpr int at_once = kStageSegments<Type>;
-  const auto request = [&](int first, int to) {
-    const int count = segments - first < at_once ? segments - first : at_once;
-    copy_weights<Type>(weights, first, count, segments, lane, shared_address(copies + to * kWeightBytes<Type>));
-    copy_stage<Type, most>(p, share, of_row, groups, first, count, stages[to]);
-    return count;
-  };
-  Totals<most> totals = {};
-  int count = request(0, 0);
-  for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
-    const int now = count;
-    copy_async_wait<0>();
-    publish_shared();
-    __syncthreads();  // and the other stage is read
-    if (first + at_once < segments) count = request(first + at_once, at ^ 1);
-    add_stage<Type, most>(copies + at * kWeightBytes<Type>, now, groups, stages[at], scales, lane, totals);
+  {
+    const Product p = product_of(all, AllStages::warps(), blockIdx.y);
+    if (thread < rows) state[0].of_row[thread] = activation_row(p, share, thread);
+    if (thread == 0) state[0].share = share, state[0].which = p.which, state[0].block = p.block;
   }
-  if (tile <= last_tile) store_totals(p, share, result_of(p, share), tile, lane, totals);
+  __syncthreads();
+  AllStages stages(all, state[0]);
+  auto* scales = reinterpret_cast<uint32_t*>(AllStages::scratch_memory());
+  const TurnOf<Type, rows> turn(warp / 4);
+  Totals<most> totals = {};
+  const int segments = all.cols / Type::kLayout.segment_cols, groups = groups_of(share);
+  for (int first = 0; first < segments; first += at_once) {
+    const int left = segments - first;
+    stages.take();
+    add_stage<Type, most>(stages.weights(), left < at_once ? left : at_once, groups, stages.activations(), scales, lane, turn,
+                          totals);
+    stages.release(first);
+  }
+  turn.finish();
+  const Product p = state[0].product(all);
+  const int tile = p.block * AllStages::warps() + warp;
+  if (tile < p.matrix().tile_count()) store_totals(p, state[0].share, result_of(p, state[0].share), tile, lane, totals);
 }
 
 }  // namespace

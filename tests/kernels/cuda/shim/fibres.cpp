@@ -29,6 +29,7 @@ int threads, at_block;
 int arrived[kBarriers], expected[kBarriers];
 // Of bulk copies: the phase, whether and how many bytes were announced in it, and what was requested.
 struct Arrival {
+  int others = 0, left = 0;  // of these, in this phase
   int phase = 0;
   bool is_announced = false;
   size_t announced = 0, requested = 0;
@@ -138,6 +139,8 @@ void run_block(size_t dynamic_shared_bytes) {
     fibre.state = Fibre::State::Runnable;
     fibre.pending.clear();
     fibre.committed.clear();
+    fibre.products.clear();
+    fibre.groups = 0;
     prepare(contexts[i], stacks + i * kStackBytes, kStackBytes, run_thread);
   }
   current = &fibres[backwards ? threads - 1 : 0];
@@ -218,11 +221,24 @@ Arrival& arrival_at(const void* place) {
   return found->second;
 }
 
+void wake(const void* place) {
+  for (int i = 0; i < threads; i++)
+    if (fibres[i].state == Fibre::State::AtArrival && fibres[i].arrival == place) fibres[i].state = Fibre::State::Runnable;
+}
+
 }  // namespace
 
-void init_arrival(const void* place) {
+void init_arrival(const void* place, int others) {
   if (reinterpret_cast<uintptr_t>(place) % 8 != 0) fail("an arrival that is not aligned to 8 bytes");
-  arrivals[place] = {};
+  arrivals[place] = {others, others};
+}
+
+void arrive_with_copies(const void* place) {
+  Arrival& arrival = arrival_at(place);
+  if (arrival.left-- == 0) fail("more threads arrive with copies than were said");
+  for (const Copy& copy : current->pending) arrival.copies.push_back(copy);
+  current->pending.clear();
+  wake(place);
 }
 
 void announce(const void* place, size_t bytes) {
@@ -230,8 +246,7 @@ void announce(const void* place, size_t bytes) {
   if (arrival.is_announced) fail("bulk copies are announced again before they were waited for");
   arrival.is_announced = true;
   arrival.announced = bytes;
-  for (int i = 0; i < threads; i++)
-    if (fibres[i].state == Fibre::State::AtArrival && fibres[i].arrival == place) fibres[i].state = Fibre::State::Runnable;
+  wake(place);
 }
 
 // What was there is lost at once, so that who still reads it, or does not wait, gets a wrong result.
@@ -246,7 +261,7 @@ void request_bulk(const void* place, Copy copy) {
 
 void wait_for_arrival(const void* place, int parity, Site site) {
   Arrival& arrival = arrival_at(place);
-  while (arrival.phase % 2 == parity && !arrival.is_announced) {
+  while (arrival.phase % 2 == parity && (!arrival.is_announced || arrival.left > 0)) {
     current->site = site;
     current->arrival = place;
     current->state = Fibre::State::AtArrival;
@@ -256,7 +271,7 @@ void wait_for_arrival(const void* place, int parity, Site site) {
   if (arrival.requested != arrival.announced)
     fail("bulk copies of " + std::to_string(arrival.requested) + " bytes, announced as " + std::to_string(arrival.announced));
   for (const Copy& copy : arrival.copies) memcpy(copy.to, copy.from, copy.bytes);
-  arrival = {arrival.phase + 1, false, 0, 0, {}};
+  arrival = {arrival.others, arrival.others, arrival.phase + 1, false, 0, 0, {}};
 }
 
 uint8_t* static_shared(size_t bytes) {

@@ -30,10 +30,11 @@ struct Copy {
   size_t bytes;
 };
 
-// Sums of a product of four warps, which are in its registers when it was waited for.
+// Sums of products of four warps, which are in their registers when the last of these groups was waited for.
 struct Products {
   int32_t* registers;
   std::vector<int32_t> sums;
+  int group;
 };
 
 struct Fibre {
@@ -51,6 +52,7 @@ struct Fibre {
   std::vector<Copy> pending;
   std::vector<std::vector<Copy>> committed;
   std::vector<Products> products;
+  int groups;  // of products, committed
 };
 
 // The lanes of a warp in a collective operation: those in `mask`.
@@ -74,8 +76,10 @@ void wait_for_block(Site site);
 void arrive(int barrier, int threads, bool waits, Site site);
 // Waits until every lane in `mask` is here; the last one computes the results of all.
 void collective(uint32_t mask, Compute compute, Site site);
-// Arrivals of bulk copies, by their place in shared memory: one announcement of bytes in each phase.
-void init_arrival(const void* arrival);
+// Arrivals of bulk copies, by their place in shared memory: one announcement of bytes in each phase, and so many `others`,
+// who arrive with the copies that they requested one by one.
+void init_arrival(const void* arrival, int others);
+void arrive_with_copies(const void* arrival);
 void announce(const void* arrival, size_t bytes);
 void request_bulk(const void* arrival, Copy copy);
 // Waits for an announcement and makes its copies, if the phase of this parity is not over.

@@ -178,7 +178,8 @@ void multiply_k32_by_four(int32_t (&d)[count], const A (&a)[4], SharedOperand b,
   auto& all = shim::current->products;
   size_t place = 0;
   while (place < all.size() && all[place].registers != d) place++;
-  if (place == all.size()) all.push_back({d, {d, d + count}});
+  if (place == all.size()) all.push_back({d, {d, d + count}, 0});
+  all[place].group = shim::current->groups;
   const int lane = shim::current->lane;
   for (int g = 0; g < static_cast<int>(count) / 4; g++) {
     int32_t sums[4] = {0, 0, 0, 0}, words[2];
@@ -191,13 +192,14 @@ void multiply_k32_by_four(int32_t (&d)[count], const A (&a)[4], SharedOperand b,
   for (int32_t& one : d) one = 0x5a5a5a5a;
 }
 inline void warpgroup_begin() {}
-inline void warpgroup_commit() {}
+inline void warpgroup_commit() { shim::current->groups++; }
 template <int groups>
 void warpgroup_wait() {
-  if (groups > 0) return;
-  for (const shim::Products& one : shim::current->products)
+  std::erase_if(shim::current->products, [](const shim::Products& one) {
+    if (one.group >= shim::current->groups - groups) return false;
     memcpy(one.registers, one.sums.data(), sizeof(int32_t) * one.sums.size());
-  shim::current->products.clear();
+    return true;
+  });
 }
 inline void publish_shared() {}
 
@@ -209,6 +211,9 @@ template <int barrier, int threads>
 void barrier_arrive(SHIM_HERE) {
   shim::arrive(barrier, threads, false, {file, line});
 }
+
+inline void barrier_wait_at(int barrier, int threads, SHIM_HERE) { shim::arrive(barrier, threads, true, {file, line}); }
+inline void barrier_arrive_at(int barrier, int threads, SHIM_HERE) { shim::arrive(barrier, threads, false, {file, line}); }
 
 // A card would forgive an address where nothing is; such a request is a miscalculation.
 inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile uint8_t*>(p)); }
@@ -242,7 +247,13 @@ void copy_async_wait() {
 }
 
 inline int dynamic_shared_bytes() { return static_cast<int>(shim::dynamic_bytes()); }
-inline void arrival_init(SharedAddress arrival) { shim::init_arrival(arrival.bytes); }
+inline void arrival_init(SharedAddress arrival, int others = 0) { shim::init_arrival(arrival.bytes, others); }
+inline void copy_async_arrive(SharedAddress arrival) { shim::arrive_with_copies(arrival.bytes); }
+inline bool is_last(SharedAddress counter, int of) {
+  int32_t& count = *reinterpret_cast<int32_t*>(counter.bytes);
+  count = count + 1 == of ? 0 : count + 1;
+  return count == 0;
+}
 inline void arrival_announce(SharedAddress arrival, int bytes) {
   shim::announce(arrival.bytes, static_cast<size_t>(bytes));
 }

@@ -14,8 +14,9 @@ struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
   static constexpr int kTogether = 4;
   static DECODE Bytes pairs(Lines body, int j, int g) { return load_bytes(body + j / 4 * 256 + 64 * g); }
   static DECODE Bytes group(Lines body, int j, int g) { return bit_pair(pairs(body, j, g), j % 4); }
+  static DECODE Bytes scale_bytes(Lines body, int i) { return field<0, 15>(load_bytes(body + 1024 + 64 * i)); }
   static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
-    for (int i = 0; i < 4; i++) unsigned_scales(field<0, 15>(load_bytes(body + 1024 + 64 * i)), out + 4 * i);
+    for (int i = 0; i < 4; i++) unsigned_scales(scale_bytes(body, i), out + 4 * i);
   }
   static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
     for (int i = 0; i < 4; i++) out[i] = field<4, 15>(load_bytes(body + 1024 + 64 * i));
@@ -42,9 +43,9 @@ struct Q3_K : Decoder<QuantType::Q3_K, 16, 3, 4> {
 template <QuantType type, int bits, int at>
 struct SixBitScales : DecoderWithMin<type, 8, bits> {
   static constexpr bool kScaleLines = true;
+  static DECODE Bytes scale_bytes(Lines body, int i) { return field<0, 63>(load_bytes(body + at + 64 * i)); }
   static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
-    unsigned_scales(field<0, 63>(load_bytes(body + at)), out);
-    unsigned_scales(field<0, 63>(load_bytes(body + at + 64)), out + 4);
+    for (int i = 0; i < 2; i++) unsigned_scales(scale_bytes(body, i), out + 4 * i);
   }
   static DECODE void sub_mins(Lines body, Bytes (&out)[2]) {
     const Bytes a = load_bytes(body + at), b = load_bytes(body + at + 64), c = load_bytes(body + at + 128);

@@ -15,7 +15,7 @@ namespace {
 // With 128 rows and 8 warps, groups of four warps multiply in turn; otherwise as it happens.
 constexpr bool kInTurn = true;
 // Operands of a warp, of 64 columns or of both digits of 32: some are decoded while others are multiplied.
-constexpr int kOperands = 2;
+constexpr int kOperands = 3;
 
 // Bits of scales where weights times them, or times digits of three bits of them, are bytes; 0: others.
 template <class Type>

@@ -110,10 +110,23 @@ DEVICE void multiply_digit(Sums& sums, const Operand<Type>& a, SharedOperand b, 
     multiply_k32_by_four(sums, a[digit], b, adds);
 }
 
+struct ScaledSum {
+  float scale, sum;
+};
+// Adds terms to half the totals, from a group on.
+template <class Type, int most, class Terms>
+DEVICE void add_scaled(int first, int groups, Totals<most>& totals, Terms terms) {
+  UNROLL for (int begin = first; begin < first + most / 2; begin += 4) if (begin < groups)
+    UNROLL for (int g = begin; g < begin + 4; g++) UNROLL for (int n = 0; n < 4; n++) {
+      const ScaledSum term = terms(g, n);
+      totals[g][n] = fma(term.scale, term.sum, totals[g][n]);
+    }
+}
+
 // Sums of a segment of 256 columns, when it is this group's turn.
 template <class Type, int most, class Turn>
 DEVICE void sum_segment(const Operands<Type>& operands, SharedOperand b, const Turn& turn,
-                        Sums<most> (&sums)[kDigits<Type>]) {
+                        Sums<most>* sums) {
   constexpr int together = 2 / kDigits<Type>;
   Operand<Type> a[kOperands][together];
   UNROLL for (int step = 0; step < 8 / together; step++) {
@@ -141,11 +154,40 @@ DEVICE void add_stage(const uint8_t* weights, int, int groups, const Stage<Type,
                       const Turn& turn, Totals<most>& totals)
   requires(kWide<Type>)
 {
-  Sums<most> sums[kDigits<Type>];
+  Sums<most> sums[Type::kHasMin ? 2 : kDigits<Type>];
   sum_segment<Type, most>(Operands<Type>(weights, shared, lane), shared_operand(&stage[0][0].q[0], sizeof stage[0]), turn,
                           sums);
-  add_sums<Type, most>({weights, weights + Type::kLayout.body_bytes}, groups, stage, lane,
-                       reinterpret_cast<const int32_t(&)[most][4]>(sums[0]), totals);
+  const RowPair rows = row_scales<Type>(weights + Type::kLayout.body_bytes, lane);
+  const auto scale = [&](int g, int n) { return stage[g][0].scale[2 * (lane % 4) + n % 2]; };
+  const auto add_sums = [&](int first) {
+    add_scaled<Type, most>(first, groups, totals, [&](int g, int n) {
+      return ScaledSum{mul(rows.scale[n / 2], scale(g, n)), __int2float_rn(sums[0][4 * g + n])};
+    });
+  };
+  if constexpr (!Type::kHasMin) {
+    add_sums(0);
+    add_sums(most / 2);
+  } else {
+    // Mins times sums of activations in two digits, in the registers that the sums have left.
+    Sums<most>& products = sums[1];
+    const SharedOperand digits = shared_operand(stage[0][0].high, sizeof stage[0]);
+    int32_t high[4] = {}, low[4] = {};
+    UNROLL for (int r = 0; r < 2; r++) high[r] = low[2 + r] = mins_of<Type>({weights, lane / 4 + 8 * r}, lane % 4);
+    warpgroup_begin();
+    multiply_k32_by_four(products, high, digits, 0);
+    warpgroup_commit();
+    add_sums(0);
+    warpgroup_wait<0>();
+    UNROLL for (int32_t& one : products) one = 128 * one + kFloatBegin;
+    warpgroup_begin();
+    multiply_k32_by_four(products, low, digits, 1);
+    warpgroup_commit();
+    add_sums(most / 2);
+    warpgroup_wait<0>();
+    UNROLL for (int first = 0; first < most; first += most / 2) add_scaled<Type, most>(first, groups, totals, [&](int g, int n) {
+      return ScaledSum{mul(rows.min[n / 2], scale(g, n)), sub(kBegin, __int_as_float(products[4 * g + n]))};
+    });
+  }
 }
 
 // Of 32 columns each: the next one is multiplied while the sums of one are added; those that are not there for nothing.

@@ -294,8 +294,8 @@ def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> i
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; of Hopper up to three stages, which
-    have weights as well."""
+    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; for Hopper up to three stages,
+    which have weights as well."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

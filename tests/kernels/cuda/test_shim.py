@@ -125,17 +125,24 @@ def test_copies_in_the_background(probe: Bench) -> None:
         assert np.isnan(found[done:]).all()
 
 
+@pytest.mark.parametrize("mixed", [0, 1], ids=["bulk", "mixed"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_bulk_copies(probe: Bench, stages: int) -> None:
+def test_bulk_copies(probe: Bench, stages: int, mixed: int) -> None:
     """Parts are there when they are waited for, and not before, whatever was in their place."""
     x = generator().standard_normal(7 * 64, np.float32)
     out, there = probe.room(x.nbytes), np.roll(x.reshape(7, 64), -5, 1)
     for early in (-1, 0, 4):
-        probe.run("probe.bulk_copies", 1, 32, probe.put(x), 7, early, out, shared_bytes=264 * stages)
+        probe.run("probe.bulk_copies", 1, 32, probe.put(x), 7, early, mixed, out, shared_bytes=264 * stages)
         found = probe.get(out, (7, 64))
         late = np.arange(7) != early
         np.testing.assert_array_equal(found[late], there[late])
-        assert early < 0 or np.isnan(found[early]).any()
+        assert early < 0 or (np.isnan(found[early]).any() if not mixed else (found[early] != there[early]).any())
+
+
+def test_one_of_a_round_is_the_last(probe: Bench) -> None:
+    out = probe.put(np.zeros(1, np.int32))
+    probe.run("probe.last_ones", 1, 64, 5, out)
+    assert probe.get(out, 1, np.int32)[0] == 5
 
 
 @pytest.mark.parametrize("turns", [1, 3, 17])
@@ -181,6 +188,7 @@ MISTAKES = {
     20: "announced again before they were waited for",
     21: "a block ends while bulk copies are under way",
     22: r"thread \d+ for copies that none requests \(probe.cu:\d+\)",
+    23: "more threads arrive with copies than were said",
 }
 
 

@@ -76,20 +76,22 @@ KERNEL(32, copies, const float* x, int32_t done, float* out) {
   for (int i = threadIdx.x; i < 384; i += 32) out[i] = there[i / 128][(i % 128 + 5) % 128];
 }
 
-// One block of 32. Of `n` parts of 64 numbers, each in two bulk copies, two are under way; `early`: one is read before it is
-// waited for.
-KERNEL(32, bulk_copies, const float* x, int32_t n, int32_t early, float* out) {
+// One block of 32. Of `n` parts of 64 numbers, each in two bulk copies, as many are under way as there is memory for; `early`:
+// one is read before it is waited for; `mixed`: most of a part is copied by all lanes.
+KERNEL(32, bulk_copies, const float* x, int32_t n, int32_t early, int32_t mixed, float* out) {
   const int lane = threadIdx.x, stages = dynamic_shared_bytes() / 264;
   float* parts = reinterpret_cast<float*>(DYNAMIC_SHARED);
   const SharedAddress to = shared_address(parts), arrivals = shared_address(parts + 64 * stages);
   const auto request = [&](int i) {
-    if (lane != 0 || i >= n) return;
+    if (i >= n) return;
     const SharedAddress arrival = arrivals + 8 * (i % stages), part = to + 256 * (i % stages);
-    arrival_announce(arrival, 256);
-    copy_bulk(part, x + 64 * i, 16, arrival);
-    copy_bulk(part + 16, x + 64 * i + 4, 240, arrival);
+    if (lane == 0) arrival_announce(arrival, mixed ? 16 : 256);
+    if (lane == 0) copy_bulk(part, x + 64 * i, 16, arrival);
+    if (lane == 0 && !mixed) copy_bulk(part + 16, x + 64 * i + 4, 240, arrival);
+    if (mixed && lane < 15) copy_async_16(part + 16 * (1 + lane), x + 64 * i + 4 * (1 + lane));
+    if (mixed) copy_async_arrive(arrival);
   };
-  for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i);
+  for (int i = 0; i < stages && lane == 0; i++) arrival_init(arrivals + 8 * i, mixed ? 32 : 0);
   publish_shared();
   __syncwarp();
   for (int i = 0; i < stages; i++) request(i);
@@ -129,7 +131,7 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
     barrier_wait<4, 64>();
   else if (kind == 15)
     barrier_wait<4, 64>();
-  if (kind < 16 || kind > 22) return;
+  if (kind < 16 || kind > 23) return;
   SHARED(float, there, [64]);
   SHARED(uint64_t, arrivals, [2]);
   const SharedAddress to = shared_address(there), arrival = shared_address(arrivals);
@@ -138,6 +140,7 @@ KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
   if (i == 0) arrival_announce(arrival, 16);
   if (i == 0) copy_bulk(to, kind == 18 ? x + 1 : x, kind == 19 ? 32 : 16, arrival);
   if (i == 0 && kind == 20) arrival_announce(arrival, 16);
+  if (kind == 23) copy_async_arrive(arrival);
   if (kind != 21) arrival_wait(arrival, kind == 22);
   if (kind == 22) arrival_wait(arrival, 0), arrival_wait(arrival, 1);
 }
@@ -154,6 +157,15 @@ KERNEL(96, turns, const int32_t* x, int32_t turns, int32_t* out) {
   }
   __syncthreads();
   if (warp == 0) out[lane] = passed[lane];
+}
+
+// One block of 64: how many are the last, in so many rounds.
+KERNEL(64, last_ones, int32_t rounds, int32_t* out) {
+  SHARED(uint32_t, counter, [1]);
+  if (threadIdx.x == 0) counter[0] = 0;
+  __syncthreads();
+  for (int i = 0; i < rounds; i++)
+    if (is_last(shared_address(counter), 64)) atomicAdd(out, 1);
 }
 
 // Two blocks of 64. Who wants another one's number gets it only if that one was there before: in the block, or in all.

@@ -50,6 +50,9 @@ _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
 """The barrier of a piece that is copied in bulk takes so many bytes; one part in seven of shared memory is left to
 kernels that run beside others."""
 _GEMM_STAGES = 3
+_KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
+"""A warp has so much memory for what the pieces of a turn add; for each output and lane, so much a piece. Longer pieces
+than the last would leave memory for fewer than three stages: their turns are of one."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 
@@ -95,8 +98,9 @@ class Weights:
         return self.tile_count * self.tile_bytes
 
     @property
-    def segments(self) -> int:
-        return self.cols // self.quant_type.info.block_size
+    def pieces(self) -> int:
+        """Pieces of a tile (src/matmul/pieces.cuh)."""
+        return -(-(self.cols // self.quant_type.info.block_size) // _PIECE_SEGMENTS[self.activation])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +233,9 @@ def _launch(
         shared = _gemm_shared_bytes(weights, experts.piece, warps, gpu)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
     # Fewer items may be there than there is room for.
-    shape = _GemvShape.of(products, items, 1 if experts.items == NULL else 4, gpu)
-    return Launch(name, (items, shape.blocks, 1), (32 * shape.warps, 1, 1), args, shape.shared_bytes)
+    shape = _GemvShape.of(products, items, 1 if experts.items == NULL else 4, gpu, rows.bucket)
+    turn = np.int32(_turn(weights, rows.bucket, gpu))
+    return Launch(name, (items, shape.blocks, 1), (32 * shape.warps, 1, 1), (*args, turn), shape.shared_bytes)
 
 
 def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
@@ -251,16 +256,26 @@ class _GemvShape:
     shared_bytes: int
 
     @classmethod
-    def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits) -> Self:
+    def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits, rows: int) -> Self:
         """`times` as many blocks as the GPU runs at a time, if there are as many tiles."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
-        warps, stages, stage_bytes, blocks = shape(_piece_bytes(weights), gpu)
+        kept_bytes = _KEPT_BYTES if _turn(weights, rows, gpu) > 1 else 0
+        warps, stages, stage_bytes, blocks = shape(_piece_bytes(weights), kept_bytes, gpu)
         blocks = min(tiles, max(1, times * gpu.sms * blocks // items))
         if gpu.compute_capability >= _BULK:
-            pieces = -(-weights.segments // _PIECE_SEGMENTS[weights.activation])
-            stages = min(stages, -(-(-(-tiles // blocks) * pieces) // warps))
-        return cls(blocks, warps, warps * stages * stage_bytes)
+            stages = min(stages, -(-(-(-tiles // blocks) * weights.pieces) // warps))
+        return cls(blocks, warps, warps * (stages * stage_bytes + kept_bytes))
+
+
+def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
+    """Pieces that a warp multiplies before its turn to add them: as many as make a turn for each warp, if they fit."""
+    if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
+        return 1
+    if _piece_bytes(weights) > _TURN_PIECE_BYTES:
+        return 1
+    outputs = 1 if rows == 1 else 4
+    return min(1 + _KEPT_BYTES // (32 * _TERM_BYTES * outputs), -(-weights.pieces // 8))
 
 
 def _piece_bytes(weights: Weights) -> int:
@@ -268,7 +283,7 @@ def _piece_bytes(weights: Weights) -> int:
     return _PIECE_SEGMENTS[weights.activation] * TILE_ROWS * (info.block_bytes + info.tile_extra_bytes)
 
 
-def _plain_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
+def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
     """Warps, stages, bytes of a stage; blocks that a multiprocessor runs at a time: registers and shared memory say."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
@@ -278,11 +293,12 @@ def _plain_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, in
     return 4, stages, piece_bytes, max(1, min(of_registers, of_shared))
 
 
-def _bulk_shape(piece_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
+def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
     """Returns the same values as `_plain_shape`: two blocks, or one if two would have memory for one stage only."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
-    fit = {blocks: (room // blocks - _STATIC_BYTES - _RESERVED_BYTES) // (8 * stage_bytes) for blocks in (1, 2)}
+    own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
+    fit = {blocks: (room // blocks - own) // (8 * stage_bytes) for blocks in (1, 2)}
     blocks = 2 if fit[2] >= 2 else 1
     return 8, fit[blocks], stage_bytes, blocks
 

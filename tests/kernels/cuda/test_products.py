@@ -120,10 +120,14 @@ def test_blocks_fit_on_any_gpu_and_are_at_most_as_many_as_it_runs(gpu: LaunchLim
         assert blocks * (launch.shared_bytes + 1600) <= gpu.shared_bytes + 1024
 
 
-@pytest.mark.parametrize(("rows", "cols", "stages"), [(4096, 4096, 2), (4096, 2048, 1), (4000, 11008, 5)])
-def test_a_block_has_memory_for_no_more_pieces_than_it_takes(rows: int, cols: int, stages: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "cols", "stages", "kept_bytes"), [(4096, 4096, 2, 2560), (4096, 2048, 1, 0), (4000, 11008, 4, 2560)]
+)
+def test_a_block_has_memory_for_no_more_pieces_than_it_takes(
+    rows: int, cols: int, stages: int, kept_bytes: int
+) -> None:
     launch = multiply([Product(Weights(QuantType.Q4_K, (rows, cols)), NULL, NULL)], NULL, RowCount(1, NULL), GPUS[2])
-    assert launch.shared_bytes == 8 * stages * (16 * 144 + 8)
+    assert launch.shared_bytes == 8 * (stages * (16 * 144 + 8) + kept_bytes)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

@@ -6,7 +6,9 @@
 // kernels before are done. Older GPUs have other warps meanwhile. Where memory is fastest, issuing instructions comes next.
 // Activations come from the first cache: all blocks of a multiprocessor read the same. What a piece adds to outputs is in
 // registers, two floats a segment and output (four with mins), until the warp before is done with the piece before: totals
-// pass from warp to warp, so that all segments are added in k order while other warps multiply.
+// pass from warp to warp, so that all segments are added in k order while other warps multiply. That takes 160 clocks a time,
+// so from 9.0 on a warp multiplies several neighbouring pieces of types of 256 columns before its turn, and keeps what they
+// add in shared memory.
 #pragma once
 
 #include "one_row.cuh"
@@ -47,17 +49,42 @@ DEVICE void store_totals(float* to, const float (&from)[count]) {
     UNROLL for (int i = 0; i < count; i++) to[i] = from[i];
 }
 
-// All pieces of a warp. `passed`: the lane's totals, which go from warp to warp.
+// Terms of a turn's pieces, for each lane its own. A turn of several pieces is one of types of 256 columns.
+template <class Type, int outputs>
+struct KeptTerms {
+  static constexpr int kParts = Type::kHasMin ? 2 : 1;
+  float2* lane;  // the lane's first one
+  int pieces = 0;
+
+  DEVICE float2& at(int piece, int n, int part) const { return lane[((piece * outputs + n) * kParts + part) * kWarp]; }
+
+  DEVICE void keep(const Terms<Type, outputs>& terms) {
+    UNROLL for (int n = 0; n < outputs; n++) UNROLL for (int part = 0; part < kParts; part++)
+      at(pieces, n, part) = make_float2(terms[n][part].factor, terms[n][part].sum);
+    pieces++;
+  }
+  DEVICE void add_to(float (&totals)[outputs]) {
+#pragma unroll 2
+    for (int piece = 0; piece < pieces; piece++)
+      UNROLL for (int n = 0; n < outputs; n++) UNROLL for (int part = 0; part < kParts; part++)
+        totals[n] = fma(at(piece, n, part).x, at(piece, n, part).y, totals[n]);
+    pieces = 0;
+  }
+};
+
+// All pieces of a warp. `passed`: the lane's totals, which go from warp to warp; `kept`: its own place.
 template <class Type, class Rows>
 DEVICE void multiply_pieces(const Products& all, const Share& share, Pieces<Type>& pieces, Place now, Turns& turns, Rows rows,
-                            float* passed) {
+                            float* passed, float2* kept_at) {
   const int tiles = all.tile_count(), segments = all.cols / Type::kLayout.segment_cols;
-  rows.look_ahead(now.piece);
-  for (bool is_first = now.piece == 0 && now.tile == blockIdx.y; now.tile < tiles; is_first = false) {
+  rows.look_ahead(now.piece());
+  KeptTerms<Type, Rows::kOutputs> kept{kept_at};
+  bool is_first = now.begin == 0 && now.tile == blockIdx.y;
+  while (now.tile < tiles) {
     Place next = now;
-    next.advance(kGemvWarps);
-    rows.look_ahead(next.piece);
-    const int first = now.piece * kTogether<Type>, left = segments - first;
+    next.advance();
+    rows.look_ahead(next.piece());
+    const int first = now.piece() * kTogether<Type>, left = segments - first;
     const uint8_t* piece = pieces.take();
     Terms<Type, Rows::kOutputs> terms[kTogether<Type>];
     const bool is_whole = kTogether<Type> == 1 || left >= kTogether<Type>;
@@ -66,27 +93,34 @@ DEVICE void multiply_pieces(const Products& all, const Share& share, Pieces<Type
     else
       rows.template terms<false>(piece, first, left, terms);
     pieces.release();
+    if (kTogether<Type> == 1 && !now.ends_turn()) {
+      kept.keep(terms[0]);
+      now = next;
+      continue;
+    }
     if (!is_first) turns.wait();
+    is_first = false;
     float totals[Rows::kOutputs] = {};
-    if (now.piece > 0) load_totals(passed, totals);
+    if (now.begin > 0) load_totals(passed, totals);
+    if constexpr (kTogether<Type> == 1) kept.add_to(totals);
     UNROLL for (int i = 0; i < kTogether<Type>; i++)
       if (is_whole || i < left) add_terms<Type, Rows::kOutputs>(terms[i], totals);
     store_totals(passed, totals);
-    const bool ends_tile = now.piece + 1 == now.pieces;
-    if (!ends_tile || now.tile + static_cast<int>(gridDim.y) < tiles) turns.give();
-    if (ends_tile) rows.store(product_of(all, 1, now.tile), share, totals);
+    if (!now.ends_tile() || now.tile + static_cast<int>(gridDim.y) < tiles) turns.give();
+    if (now.ends_tile()) rows.store(product_of(all, 1, now.tile), share, totals);
     now = next;
   }
 }
 
 // Grid: (groups of eight rows or items, any number of blocks for the tiles of all matrices), so that what reads the same
-// weights runs at the same time; blocks of kGemvWarps warps. Shared memory: pieces for each warp (pieces.cuh).
+// weights runs at the same time; blocks of kGemvWarps warps, of which each takes `turn` pieces in a row. Shared memory: pieces
+// for each warp (pieces.cuh).
 template <class Type>
-DEVICE void gemv(const Products& all) {
+DEVICE void gemv(const Products& all, int turn) {
   SHARED(float, passed, [4 * kWarp]);
   const int lane = threadIdx.x % kWarp;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);  // so that the compiler knows it to be uniform
-  Pieces<Type> pieces(all, warp, lane, DYNAMIC_SHARED);
+  Pieces<Type> pieces(all, turn, warp, lane, DYNAMIC_SHARED);
   const Place first = pieces.next();
   let_next_kernel_begin();
   if (all.items == nullptr) pieces.start(0);  // while the block is still to learn which rows there are
@@ -107,7 +141,8 @@ DEVICE void gemv(const Products& all) {
   if (all.items != nullptr) pieces.start(share.expert);
   const int segments = all.cols / Type::kLayout.segment_cols;
   const auto multiply = [&]<class Rows>(Rows rows) {
-    multiply_pieces<Type>(all, share, pieces, first, turns, rows, passed + Rows::kOutputs * lane);
+    multiply_pieces<Type>(all, share, pieces, first, turns, rows, passed + Rows::kOutputs * lane,
+                          pieces.kept(warp, DYNAMIC_SHARED) + lane);
   };
   if constexpr (kHasOneRow<Type>)
     if (share.n == 1) return multiply(OneRow<Type>(all, share, segments, lane));

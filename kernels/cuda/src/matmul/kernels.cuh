@@ -20,6 +20,8 @@
 #endif
 
 #define MATMUL_KERNELS(TYPE, ...)                                                                                     \
-  KERNEL_IN_BLOCKS(kWarp * kGemvWarps, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS) { gemv<TYPE>(MATMUL_ARGUMENTS); }  \
+  KERNEL_IN_BLOCKS(kWarp * kGemvWarps, kGemvBlocks, gemv_##TYPE, MATMUL_PARAMETERS, int32_t turn) {                   \
+    gemv<TYPE>(MATMUL_ARGUMENTS, turn);                                                                               \
+  }                                                                                                                   \
   GEMM_KERNELS(TYPE)                                                                                                  \
   EMBED_KERNEL(TYPE)

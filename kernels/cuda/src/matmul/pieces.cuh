@@ -12,6 +12,8 @@ inline constexpr int kGemvWarps = 8;
 #else
 inline constexpr int kGemvWarps = 4;
 #endif
+// Of a warp, for terms of the pieces of a turn but the last.
+inline constexpr int kKeptBytes = 2560;
 // Segments of a piece: of 32 columns, addresses would take as many instructions as arithmetic, so four share theirs.
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
@@ -29,12 +31,31 @@ template <class Type>
 constexpr int kStages = kPieceBytes<Type> > 1536 ? 2 : 3;
 #endif
 
-// A block's pieces in order, tile after tile: those of all tiles blockIdx.y, blockIdx.y + gridDim.y, ...
+// A warp's pieces in order: of the tiles blockIdx.y, blockIdx.y + gridDim.y, ... warps take turns of several neighbouring
+// pieces each, the last of a tile of those that are left.
 struct Place {
-  int tile, piece, pieces;  // the last: of each tile
+  int tile, begin, at;      // the first piece of the turn, and how many were before this one
+  int pieces, whole, turn;  // of each tile, also rounded up to whole turns; of a turn
 
-  DEVICE void advance(int by) {
-    for (piece += by; piece >= pieces; piece -= pieces) tile += gridDim.y;
+  DEVICE Place(int pieces, int turn, int warp)
+      : tile(blockIdx.y), begin(0), at(0), pieces(pieces), whole((pieces + turn - 1) / turn * turn), turn(turn) {
+    skip(warp);
+  }
+  DEVICE int piece() const { return begin + at; }
+  DEVICE bool ends_tile() const { return begin + at + 1 == pieces; }
+  DEVICE bool ends_turn() const { return at + 1 == turn || ends_tile(); }
+  DEVICE void advance() {
+    if (!ends_turn()) {
+      at++;
+    } else {
+      at = 0;
+      skip(kGemvWarps);
+    }
+  }
+
+ private:
+  DEVICE void skip(int turns) {
+    for (begin += turns * turn; begin >= whole; begin -= whole) tile += gridDim.y;
   }
 };
 
@@ -43,14 +64,13 @@ struct Place {
 template <class Type>
 class Pieces {
  public:
-  DEVICE Pieces(const Products& all, int warp, int lane, uint8_t* shared)
+  DEVICE Pieces(const Products& all, int turn, int warp, int lane, uint8_t* shared)
       : all_(all), segments_(all.cols / Type::kLayout.segment_cols), lane_(16 * lane),
         memory_(shared + warp * kStages<Type> * kPieceBytes<Type>), to_(shared_address(memory_ + lane_)),
-        next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
-    next_.advance(warp);
-  }
+        next_((segments_ + kTogether<Type> - 1) / kTogether<Type>, turn, warp) {}
 
   DEVICE Place next() const { return next_; }
+  DEVICE float2* kept(int, uint8_t*) const { return nullptr; }  // a turn is one piece
 
   // Requests the first ones, of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
@@ -84,7 +104,7 @@ class Pieces {
     if (next_.tile < all_.tile_count()) {
       copy(to_ + stage * kPieceBytes<Type>);
       const int tile = next_.tile;
-      next_.advance(kGemvWarps);
+      next_.advance();
       if (next_.tile != tile) find_tile();
     }
     copy_async_commit();  // also of nothing: as many groups as pieces
@@ -92,9 +112,9 @@ class Pieces {
 
   DEVICE void copy(SharedAddress to) const {
     constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
-    const int first = next_.piece * kTogether<Type>;
+    const int first = next_.piece() * kTogether<Type>;
     if constexpr (kTogether<Type> % kGroupSegments<Type> == 0) {
-      const uint8_t* from = from_ + static_cast<size_t>(next_.piece) * kPieceBytes<Type>;
+      const uint8_t* from = from_ + static_cast<size_t>(next_.piece()) * kPieceBytes<Type>;
       copy<kPieceBytes<Type>>(from, (segments_ - first) * kSegmentBytes<Type>, to);
     } else {
       const Segment segment = segment_of<Type>(from_, first, segments_);
@@ -120,17 +140,16 @@ class Pieces {
 };
 #else
 // The same by bulk copies: lane 0 requests whole pieces, as many as the block's dynamic shared memory has stages for.
-// Behind all pieces are their arrivals.
+// Behind all pieces are their arrivals, and behind these what warps keep of pieces until the turn ends.
 template <class Type>
 class Pieces {
  public:
-  DEVICE Pieces(const Products& all, int warp, int lane, uint8_t* shared)
+  DEVICE Pieces(const Products& all, int turn, int warp, int lane, uint8_t* shared)
       : all_(all), segments_(all.cols / Type::kLayout.segment_cols), requests_(lane == 0),
-        stages_(dynamic_shared_bytes() / (kGemvWarps * kStageBytes)), memory_(shared + warp * stages_ * kPieceBytes<Type>),
-        to_(shared_address(memory_)),
+        stages_((dynamic_shared_bytes() / kGemvWarps - (turn > 1 ? kKeptBytes : 0)) / kStageBytes),
+        memory_(shared + warp * stages_ * kPieceBytes<Type>), to_(shared_address(memory_)),
         arrivals_(shared_address(shared + kGemvWarps * stages_ * kPieceBytes<Type> + warp * stages_ * kArrivalBytes)),
-        next_{static_cast<int>(blockIdx.y), 0, (segments_ + kTogether<Type> - 1) / kTogether<Type>} {
-    next_.advance(warp);
+        next_((segments_ + kTogether<Type> - 1) / kTogether<Type>, turn, warp) {
     if (requests_) {
       NO_UNROLL for (int i = 0; i < stages_; i++) arrival_init(arrival(i));
       publish_shared();
@@ -139,6 +158,9 @@ class Pieces {
   }
 
   DEVICE Place next() const { return next_; }
+  DEVICE float2* kept(int warp, uint8_t* shared) const {
+    return reinterpret_cast<float2*>(shared + kGemvWarps * stages_ * kStageBytes + warp * kKeptBytes);
+  }
 
   // Requests the first ones, of this expert's matrices (0 without experts).
   DEVICE void start(int expert) {
@@ -161,7 +183,7 @@ class Pieces {
   }
   // Waits for what was requested, where nothing was taken: none may be under way when the block ends.
   DEVICE void drop(Place first) const {
-    NO_UNROLL for (int i = 0; i < stages_ && first.tile < all_.tile_count(); i++, first.advance(kGemvWarps)) arrival_wait(arrival(i), 0);
+    NO_UNROLL for (int i = 0; i < stages_ && first.tile < all_.tile_count(); i++, first.advance()) arrival_wait(arrival(i), 0);
   }
 
  private:
@@ -179,17 +201,17 @@ class Pieces {
     if (next_.tile >= all_.tile_count()) return;
     if (requests_) copy(to_ + stage * kPieceBytes<Type>, arrival(stage));
     const int tile = next_.tile;
-    next_.advance(kGemvWarps);
+    next_.advance();
     if (next_.tile != tile) find_tile();
   }
 
   DEVICE void copy(SharedAddress to, SharedAddress arrival) const {
     constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
-    const int first = next_.piece * kTogether<Type>, left = segments_ - first;
+    const int first = next_.piece() * kTogether<Type>, left = segments_ - first;
     if constexpr (kTogether<Type> % kGroupSegments<Type> == 0) {
       const int bytes = (kTogether<Type> > 1 && left < kTogether<Type> ? left : kTogether<Type>) * kSegmentBytes<Type>;
       arrival_announce(arrival, bytes);
-      copy_bulk(to, from_ + static_cast<size_t>(next_.piece) * kPieceBytes<Type>, bytes, arrival);
+      copy_bulk(to, from_ + static_cast<size_t>(next_.piece()) * kPieceBytes<Type>, bytes, arrival);
     } else {
       const Segment segment = segment_of<Type>(from_, first, segments_);
       arrival_announce(arrival, body_bytes + tail_bytes);

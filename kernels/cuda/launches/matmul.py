@@ -55,6 +55,9 @@ _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
 than the last would leave memory for fewer than three stages: their turns are of one."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
+_TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
+"""Products with float weights (src/matmul/float_teams.cuh): rows for which a team of one warp is enough, warps of a block
+at most, and the bytes of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +229,18 @@ def _launch(
     is_wide = experts.piece > _GEMM_ROWS
     name = kernel_name("gemm_wide" if is_wide else "gemm" if is_gemm else "gemv", weights.quant_type)
     items = experts.max_items
+    times = 1 if experts.items == NULL else 4  # fewer items may be there than there is room for
     if weights.activation is ActivationFormat.F32:
-        return Launch(name, (items, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
+        if is_gemm or gpu.compute_capability < _BULK:
+            grid = items, _blocks(products, 4 if is_gemm else 1), 1
+            return Launch(name, grid, (256 if is_gemm else 128, 1, 1), args)
+        teams = _TeamsShape.of(products, rows.bucket, items, times, gpu)
+        return Launch(name, (items, teams.blocks, 1), (32 * teams.warps, teams.count, 1), args, teams.shared_bytes)
     if is_gemm:
         warps = _WIDE_WARPS if is_wide else _gemm_warps(products, items, gpu)
         shared = _gemm_shared_bytes(weights, experts.piece, warps, gpu)
         return Launch(name, (items, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
-    # Fewer items may be there than there is room for.
-    shape = _GemvShape.of(products, items, 1 if experts.items == NULL else 4, gpu, rows.bucket)
+    shape = _GemvShape.of(products, items, times, gpu, rows.bucket)
     turn = np.int32(_turn(weights, rows.bucket, gpu))
     return Launch(name, (items, shape.blocks, 1), (32 * shape.warps, 1, 1), (*args, turn), shape.shared_bytes)
 
@@ -301,6 +308,36 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
     fit = {blocks: (room // blocks - own) // (8 * stage_bytes) for blocks in (1, 2)}
     blocks = 2 if fit[2] >= 2 else 1
     return 8, fit[blocks], stage_bytes, blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _TeamsShape:
+    """Blocks for each item, their teams, the warps of a team, and shared memory (src/matmul/float_teams.cuh)."""
+
+    blocks: int
+    count: int
+    warps: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
+        """As many blocks as the GPU has multiprocessors, `times`, if there are as many tiles."""
+        weights, tiles = products[0].weights, _blocks(products, 1)
+        warps = 1 if rows <= _TEAM_ROWS else 2
+        columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)
+        activations = warps * warps * 2 * 2 * 4 * (columns + 4)
+        # Half of what kernels have, so that the next one's first stages are under way while this one ends.
+        room = gpu.shared_bytes * (_OTHERS_PART // 2) // _OTHERS_PART - _RESERVED_BYTES
+
+        def stages(teams: int) -> int:
+            return (room // teams - activations) // (_STAGE_BYTES + 2 * _ARRIVAL_BYTES)
+
+        wanted = min(_TEAM_WARPS // warps, -(-tiles * items // gpu.sms))
+        teams = next((teams for teams in range(wanted, 1, -1) if stages(teams) >= 2), 1)
+        blocks = min(-(-tiles // teams), max(1, times * gpu.sms // items))
+        most = -(-tiles // (blocks * teams)) * -(-weights.cols // columns)
+        ring = min(max(1, stages(teams)), most) * (_STAGE_BYTES + 2 * _ARRIVAL_BYTES)
+        return cls(blocks, teams, warps, teams * (ring + activations))
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:

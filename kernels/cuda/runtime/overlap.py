@@ -15,7 +15,7 @@ OLDEST = 90
 """The first architecture that has them."""
 
 _KERNELS = (
-    *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid")),
+    *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid", "matmul.float")),
     *("elementwise.norms.add_rms_norm", "elementwise.quantize.", "attention.few.few_", "attention.rows.merge"),
 )
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -1,5 +1,6 @@
 // Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are
 // float32 rows.
+#include "float_teams.cuh"
 #include "float_types.cuh"
 #include "rows.cuh"
 
@@ -11,6 +12,7 @@ DEVICE void copy_bytes(const uint8_t* from, int bytes, uint8_t* to) {
   for (int i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x) copy_async_16(to + i, from + i);
 }
 
+#if LLAMACLUST_ARCH < 900
 constexpr int kGemvColumns = 128, kGemvStages = 3, kGemvRowStride = kGemvColumns + 4;
 
 template <class Type>
@@ -19,7 +21,7 @@ struct GemvStage {
   float x[8][kGemvRowStride];
 };
 
-// Up to eight rows: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
+// Up to eight rows, where weights are not copied in bulk: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
 // multiply-adds: all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
 template <class Type>
 DEVICE void gemv_floats(const Products& all) {
@@ -66,6 +68,7 @@ DEVICE void gemv_floats(const Products& all) {
   if (token >= share.n) return;
   store_result(result_of(p, share), p.bias_rows, out_row(p, share, token), 16 * p.block + row, total);
 }
+#endif
 
 constexpr int kGemmColumns = 16, kGemmRows = 64, kGemmTiles = 4, kGemmRowStride = kGemmColumns + 4;
 
@@ -146,10 +149,10 @@ DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, i
 
 }  // namespace
 
-// Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128; (groups of 64 or items, for each matrix
-// tiles / 4 rounded up), blocks of 256.
+// Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128, or teams of them (float_teams.cuh); (groups
+// of 64 or items, for each matrix tiles / 4 rounded up), blocks of 256.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
-  KERNEL(128, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
+  KERNEL_IN_BLOCKS(128, 4, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
   KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }                                \
   EMBED_KERNEL(TYPE)
 FLOAT_KERNELS(F32)

@@ -56,8 +56,8 @@ than the last would leave memory for fewer than three stages: their turns are of
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
 """Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Products with float weights (src/matmul/float_teams.cuh): rows for which a team of one warp is enough, warps of a block
-at most, and the bytes of a stage."""
+"""Products with float weights (src/matmul/float_teams.cuh): rows for which a team of one warp is enough, warps of a
+block at most, and the bytes of a stage."""
 
 
 @dataclass(frozen=True, slots=True)

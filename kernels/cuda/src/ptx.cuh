@@ -224,13 +224,16 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* glob
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
   copy_async_16({static_cast<uint32_t>(__cvta_generic_to_shared(shared))}, global);
 }
-__device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* global) {
 #if __CUDA_ARCH__ >= 800
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to.bytes), "l"(global) : "memory");
 #else
-  *static_cast<uint32_t*>(shared) = *static_cast<const uint32_t*>(global);
+  const uint32_t x = *static_cast<const uint32_t*>(global);
+  asm volatile("st.shared.u32 [%0], %1;" : : "r"(to.bytes), "r"(x) : "memory");
 #endif
+}
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+  copy_async_4({static_cast<uint32_t>(__cvta_generic_to_shared(shared))}, global);
 }
 __device__ __forceinline__ void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800

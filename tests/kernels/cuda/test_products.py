@@ -62,7 +62,9 @@ def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> Non
 
 
 @pytest.mark.parametrize(
-    "kind", [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q5_1, QuantType.MXFP4], ids=lambda kind: kind.name
+    "kind",
+    [QuantType.Q4_K, QuantType.Q6_K, QuantType.Q5_1, QuantType.MXFP4, QuantType.F16, QuantType.F32],
+    ids=lambda kind: kind.name,
 )
 @pytest.mark.parametrize("segments", [1, 3, 9, 22])
 def test_warps_pass_totals_on_and_blocks_go_through_tiles(bench: Bench, kind: QuantType, segments: int) -> None:
@@ -118,6 +120,18 @@ def test_blocks_fit_on_any_gpu_and_are_at_most_as_many_as_it_runs(gpu: LaunchLim
         blocks, left = divmod(launch.grid[1], gpu.sms)
         assert not left and blocks in ((1, 2) if has_bulk_copies else (3, 4, 5))
         assert blocks * (launch.shared_bytes + 1600) <= gpu.shared_bytes + 1024
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.compute_capability >= (9, 0)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_teams_of_float_products_fit_twice_on_a_multiprocessor(gpu: LaunchLimits, rows: int) -> None:
+    for kind in FLOAT_TYPES:
+        for out_rows in (2048, 4096, 64000):
+            product = Product(Weights(kind, (out_rows, 4096)), NULL, NULL)
+            launch = multiply([product], NULL, RowCount(rows, NULL), gpu)
+            assert launch.grid[1] <= gpu.sms and launch.block[0] * launch.block[1] <= 128
+            assert launch.grid[1] * launch.block[1] >= min(out_rows // 16, gpu.sms)
+            assert 2 * (launch.shared_bytes + 1024) <= gpu.shared_bytes + 1024
 
 
 @pytest.mark.parametrize(

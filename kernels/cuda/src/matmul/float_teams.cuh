@@ -116,22 +116,40 @@ class TeamWeights {
 template <class Type, int outputs>
 class WarpActivations {
  public:
+  // Of a stage: 32 columns of a row each; as many as the stage has `Columns`.
+  static constexpr int kParts = 2 * outputs * kStageColumns<Type> / kWarp;
+
   DEVICE WarpActivations(const Products& all, const Share& share, const TeamPlace& at, float* memory)
-      : cols_(all.cols), lane_(at.lane), memory_(memory + at.warp * at.warps * (kActivationBytes<Type> / 4)) {
+      : cols_(all.cols), lane_(at.lane), memory_(memory + at.warp * at.warps * (kActivationBytes<Type> / 4)),
+        to_(shared_address(memory_ + at.lane)) {
     const int first = 2 * outputs * at.warp, left = share.n - first;
     there_ = left < 1 ? 1 : left;
     const auto* x = reinterpret_cast<const float*>(all.activations);
     UNROLL for (int i = 0; i < 2 * outputs; i++)
-      from_[i] = x + static_cast<size_t>(activation_row(all, share, first + i)) * all.cols + at.lane;
-    request();
+      from_[i] = next_[i] = x + static_cast<size_t>(activation_row(all, share, first + i)) * all.cols + at.lane;
+    left_ = cols_ - lane_;
+    request(0, kParts);
   }
 
-  // The next stage; row i of the warp begins at i * kRowStride.
+  // The next stage, when it is there; row i of the warp begins at i * kRowStride.
   DEVICE const float* take() {
-    request();
-    copy_async_wait<1>();
+    copy_async_commit();
+    copy_async_wait<0>();
     __syncwarp();
-    return memory_ + at_ * kBufferFloats;
+    const float* taken = memory_ + at_ * kBufferFloats;
+    at_ ^= 1;
+    column_ = column_ + kStageColumns<Type> < cols_ ? column_ + kStageColumns<Type> : 0;
+    left_ = cols_ - column_ - lane_;
+    UNROLL for (int i = 0; i < 2 * outputs; i++) next_[i] = from_[i] + column_;
+    return taken;
+  }
+  // Requests these parts of the stage after the one that was taken.
+  DEVICE void request(int begin, int end) const {
+    const SharedAddress to = to_ + at_ * (4 * kBufferFloats);
+    UNROLL for (int part = begin; part < end; part++) {
+      const int i = part % (2 * outputs), k = part / (2 * outputs) * kWarp;
+      if (i < there_ && k < left_) copy_async_4(to + 4 * (i * kRowStride<Type> + k), next_[i] + k);
+    }
   }
   // Where the lane finds its row i of activations: rows past the last are the last one.
   DEVICE int row(int i) const {
@@ -142,23 +160,13 @@ class WarpActivations {
  private:
   static constexpr int kBufferFloats = 2 * outputs * kRowStride<Type>;
 
-  DEVICE void request() {
-    float* to = memory_ + at_ * kBufferFloats + lane_;
-    UNROLL for (int i = 0; i < 2 * outputs; i++) {
-      if (i >= there_) break;
-      UNROLL for (int k = 0; k < kStageColumns<Type>; k += kWarp)
-        if (column_ + k + lane_ < cols_) copy_async_4(to + i * kRowStride<Type> + k, from_[i] + column_ + k);
-    }
-    copy_async_commit();
-    at_ ^= 1;
-    column_ += kStageColumns<Type>;
-    if (column_ >= cols_) column_ = 0;
-  }
-
   int cols_, lane_, there_;
   float* memory_;
+  SharedAddress to_;  // the lane's
   const float* from_[2 * outputs];
-  int at_ = 0, column_ = 0;  // of the next one to request
+  // Of the stage to request: its memory, its first column, what is left there, and where it is.
+  int at_ = 0, column_ = 0, left_;
+  const float* next_[2 * outputs];
 };
 
 // Some columns of a lane's row of weights, and of its rows of activations. Weights are widened when they are added, so
@@ -181,20 +189,23 @@ struct Columns {
   }
 };
 
-// A stage, whole or the rest of a tile.
+// A stage, whole or the rest of a tile, while the next one's activations are requested.
 template <class Type, int outputs>
-DEVICE void add_stage(const uint8_t* weights, const float* const (&rows)[outputs], int columns, float (&totals)[outputs]) {
+DEVICE void add_stage(const uint8_t* weights, const float* const (&rows)[outputs], int columns,
+                      const WarpActivations<Type, outputs>& next, float (&totals)[outputs]) {
   using Some = Columns<Type, outputs>;
   constexpr int kCount = Some::kCount;
   if (columns == kStageColumns<Type>) {
     Some some[2];
     some[0].load(weights, rows, 0);
-    UNROLL for (int i = 0; i < kStageColumns<Type> / kCount; i++) {
+    UNROLL for (int i = 0; i < next.kParts; i++) {
+      if (i < next.kParts / 2) next.request(2 * i, 2 * i + 2);
       if ((i + 1) * kCount < kStageColumns<Type>) some[(i + 1) % 2].load(weights, rows, (i + 1) * kCount);
       some[i % 2].add_to(totals);
     }
     return;
   }
+  next.request(0, next.kParts);
   int k = 0;
   NO_UNROLL for (; k + kCount <= columns; k += kCount) {
     Some some;
@@ -215,7 +226,7 @@ DEVICE void multiply_tiles(const Products& all, const Share& share, const TeamPl
       const float *x = activations.take(), *rows[outputs];
       UNROLL for (int n = 0; n < outputs; n++) rows[n] = x + activations.row(n);
       const uint8_t* stage = weights.take() + row * Type::kBytes;
-      add_stage<Type, outputs>(stage, rows, left < kStageColumns<Type> ? left : kStageColumns<Type>, totals);
+      add_stage(stage, rows, left < kStageColumns<Type> ? left : kStageColumns<Type>, activations, totals);
       __syncwarp();
       weights.release();
     }
@@ -224,6 +235,7 @@ DEVICE void multiply_tiles(const Products& all, const Share& share, const TeamPl
       if (token + n < share.n)
         store_result(result_of(p, share), p.bias_rows, out_row(p, share, token + n), 16 * p.block + row, totals[n]);
   }
+  copy_async_commit();
   copy_async_wait<0>();
 }
 

@@ -232,6 +232,7 @@ struct SharedAddress {
 inline SharedAddress shared_address(void* shared) { return {static_cast<uint8_t*>(shared)}; }
 inline void copy_async_16(SharedAddress to, const void* global) { copy_async<16>(to.bytes, global); }
 inline void copy_async_16(void* shared, const void* global) { copy_async<16>(shared, global); }
+inline void copy_async_4(SharedAddress to, const void* global) { copy_async<4>(to.bytes, global); }
 inline void copy_async_4(void* shared, const void* global) { copy_async<4>(shared, global); }
 inline void copy_async_commit() {
   shim::current->committed.push_back(std::move(shim::current->pending));

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -30,7 +31,8 @@ _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
 """Shared memory of these kernels beside the dynamic part, at most."""
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
-_MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
+_MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
+_MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
 _NO_WINDOW = (1 << 31) - 1
 
 
@@ -212,14 +214,19 @@ def value_slices(step: Attention) -> int:
 def few_shared_bytes(step: Attention, queries: int) -> int:
     """Scores, or before them queries in whole pieces of 8 channels; and values, or before them queries and a key. Those
     of a slice, of four times as many positions as of 128 channels, take as much as these."""
-    scores = queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8))
+    scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
-    return 4 * (scores + max(staged, _fresh_floats(step) if brings_own(step) else 0))
+    fresh = max(_fresh_floats(step), _merged_floats(step)) if brings_own(step) else 0
+    return 4 * (scores + max(staged, fresh))
 
 
 def _fresh_floats(step: Attention) -> int:
     return (_group(step) + 1) * step.head_dim
+
+
+def _merged_floats(step: Attention) -> int:
+    return max(_quantized_together(step), 1) * _group(step) * step.value_dim
 
 
 def brings_own(step: Attention) -> bool:
@@ -247,12 +254,14 @@ def _merges(step: Attention, room: Room) -> bool:
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
     """Whether what merges spans can: it has whole heads of 256 channels."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
-    return fits and (_merges(step, room) or (decode and brings_own(step) and _has_whole_pieces(step)))
+    return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
 
-def _has_whole_pieces(step: Attention) -> bool:
-    """Whether heads that share a KV head are quantized together."""
-    return _group(step) * step.value_dim % _MERGED_CHANNELS == 0
+def _quantized_together(step: Attention) -> int:
+    """How many neighbouring KV heads have whole pieces of 256 channels; 0: more than a block merges."""
+    own = _group(step) * step.value_dim
+    kv_heads = lcm(own, _MERGED_CHANNELS) // own
+    return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,15 +309,14 @@ class AttentionLaunches:
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
         few, spans, rows, sms = self._few(step), _spans(step, self.room.max_context_tokens), self.rows, self.gpu.sms
         fresh = self.decode and brings_own(step)
-        is_quantized = at.by_32 != at.by_256
-        merges = fresh and (_has_whole_pieces(step) if is_quantized else _merges(step, self.room))
+        together = self._together(step, at) if fresh else 0
         if not (step.shares_kv or fresh):
             yield self._store(step, at)
         if few:
             heads = step.kv_heads * _parts(step, few)
             grid = min(rows * spans * value_slices(step), -(-4 * sms // heads)), heads, 1
             kernel = "few" if step.v is not None else "latent"
-            further = self._fresh(at, fresh, merges) if step.v is not None else ()
+            further = self._fresh(at, fresh, together) if step.v is not None else ()
             yield self._attend(
                 f"{kernel}.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at, further
             )
@@ -319,17 +327,21 @@ class AttentionLaunches:
             grid = max(tiles, min(rows * spans, -(-2 * sms // heads))), heads, 1
             kernel = "tile.tile" if step.v is not None else "latent.latent"
             yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
-        if _merges(step, self.room) and not merges:
+        if _merges(step, self.room) and together == 0:
             yield self._merge(step, at)
 
     def can_quantize(self, step: Attention) -> bool:
         return can_quantize(step, self.room, decode=self.decode)
 
-    def _fresh(self, at: AttentionBuffers, fresh: bool, merges: bool) -> tuple[Scalar, ...]:
+    def _together(self, step: Attention, at: AttentionBuffers) -> int:
+        """KV heads whose spans the kernel of few queries merges together."""
+        return _quantized_together(step) if at.by_32 != at.by_256 else int(_merges(step, self.room))
+
+    def _fresh(self, at: AttentionBuffers, fresh: bool, together: int) -> tuple[Scalar, ...]:
         """What the kernel of few queries does beside attention."""
         places = (at.k, at.v) if fresh else (NULL, NULL)
-        outs = (at.by_32, at.by_256) if merges else (NULL, NULL)
-        return *places, *at.transform.args, np.int32(merges), *outs
+        outs = (at.by_32, at.by_256) if together else (NULL, NULL)
+        return *places, *at.transform.args, np.int32(together), *outs
 
     def _plan_args(self, at: AttentionBuffers) -> tuple[Scalar, ...]:
         return at.plan, np.int32(self.room.max_rows), np.int32(self.room.slots)

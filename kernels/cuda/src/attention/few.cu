@@ -64,10 +64,10 @@ struct Fresh {
 
 // Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256. A tile has as many
 // rows times heads of a part as the name says at most (attention_rows.plan's few_rows). With `k`, each row is of another
-// sequence, and brings what `Fresh` says; so it may be where the kernel `merges`, of heads in one part.
+// sequence, and brings what `Fresh` says; so it may be where spans of `together` KV heads are merged, of heads in one part.
 #define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
   KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS, const float* k, const float* v,                 \
-                   HEAD_ARGUMENTS, int32_t merges, uint8_t* by_32, uint8_t* by_256) {                                 \
+                   HEAD_ARGUMENTS, int32_t together, uint8_t* by_32, uint8_t* by_256) {                               \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
     float* stage = scores + TQ * kScoreStride;                                                                        \
     SHARED(Queries<TQ>, queries, );                                                                                   \
@@ -78,9 +78,9 @@ struct Fresh {
     const auto prepare = [&](const Span<Kv, TQ>& span) { fresh.bring(span); };                                        \
     const auto values = [](const Span<Kv, TQ>& span) { add_slice<kValueBlocks<TQ>>(span); };                          \
     const Work work(plan, max_rows, slots);                                                                           \
-    const Ending ending{merges != 0, {by_32, by_256}};                                                                \
+    const Ending ending{together, {by_32, by_256}};                                                                   \
     const auto finish = [&](const Item& item, int kv_head, int slices) {                                              \
-      ending.finish<TQ>(step, work, item, kv_head, slices, scores, stage);                                            \
+      ending.finish(step, work, item, kv_head, slices, scores, stage);                                                \
     };                                                                                                                \
     attend<Kv, TQ, Scores<TQ>>(step, work, Work::kFew, queries, scores, stage, k == nullptr ? nullptr : stage,        \
                                prepare, values, finish);                                                              \

@@ -21,12 +21,10 @@ struct QuantizedOut {
   }
 };
 
-// The spans of a row, for up to TQ heads, by a block. Factors of some spans come first, a thread for each of a head; then
-// threads take channels. `room` is for kRoom floats, `merged` for all channels.
-template <int TQ>
+// The spans of a row, for up to kMostHeads heads, by a block. Factors of some spans come first, a thread for each of a head;
+// then threads take channels. `room` is for kRoom floats, `merged` for all channels.
 struct SpanMerger {
-  static constexpr int kTogether = kThreads / TQ;  // spans
-  static constexpr int kRoom = 4 * kThreads + 3 * TQ;
+  static constexpr int kMostHeads = 16, kRoom = 4 * kThreads + 3 * kMostHeads;
 
   const Partials& from;
   int spans, first, stride;  // as the plan has them
@@ -34,6 +32,9 @@ struct SpanMerger {
   const float* sinks;
   float *room, *merged;
 
+  // Spans at a time, as many as there are threads for.
+  DEVICE int shift() const { return __clz(heads - 1) - 24; }
+  DEVICE int together() const { return 1 << shift(); }
   DEVICE float* maxima() const { return room; }
   DEVICE float* sums() const { return room + kThreads; }
   DEVICE float* keep() const { return room + 2 * kThreads; }
@@ -50,7 +51,7 @@ struct SpanMerger {
 
   // Returns the maximum with these spans; `before` is that of the spans before them.
   DEVICE float find_factors(int begin, int count, int query, int i, float before) const {
-    const float* own = maxima() + query * kTogether;
+    const float* own = maxima() + (query << shift());
     float top = begin == 0 ? own[0] : before, until = top;
     for (int j = 0; j < count; j++) {
       if (j == i) before = top;
@@ -67,7 +68,7 @@ struct SpanMerger {
   DEVICE void add_channels(int begin, int count) const {
 #pragma unroll 1
     for (int c = threadIdx.x; c < channels(); c += kThreads) {
-      const int query = c / from.head_dim, factors = query * kTogether;
+      const int query = c / from.head_dim, factors = query << shift();
       const float* x = from.channels(first + begin * stride, head + query) + c % from.head_dim;
       const size_t step = static_cast<size_t>(stride) * from.heads * from.head_dim;
       float total = begin == 0 ? 0.0f : merged[c];
@@ -82,18 +83,18 @@ struct SpanMerger {
 
   // All threads together.
   DEVICE void run() const {
-    const int query = threadIdx.x / kTogether, i = threadIdx.x % kTogether;
+    const int query = threadIdx.x >> shift(), i = threadIdx.x & (together() - 1), own = query << shift();
     float top = 0, sum = 0;
 #pragma unroll 1
-    for (int begin = 0; begin < spans; begin += kTogether) {
-      const int count = spans - begin < kTogether ? spans - begin : kTogether;
+    for (int begin = 0; begin < spans; begin += together()) {
+      const int count = spans - begin < together() ? spans - begin : together();
       __syncthreads();
       load_sums(begin, count, query, i);
       __syncthreads();
       top = find_factors(begin, count, query, i, top);
       __syncthreads();
-      for (int j = query * kTogether; i == 0 && j < query * kTogether + count; j++)
-        sum = begin == 0 && j == query * kTogether ? sums()[j] : fma(sums()[j], gain()[j], mul(sum, keep()[j]));
+      for (int j = own; i == 0 && j < own + count; j++)
+        sum = begin == 0 && j == own ? sums()[j] : fma(sums()[j], gain()[j], mul(sum, keep()[j]));
       add_channels(begin, count);
     }
     if (i == 0) keep_sum(query, top, sum);
@@ -101,7 +102,7 @@ struct SpanMerger {
 #pragma unroll 1
     for (int c = threadIdx.x; c < channels(); c += kThreads) {
       const float* own = of_heads() + c / from.head_dim;
-      const float value = sinks == nullptr ? merged[c] : SinkFactors::value(merged[c], own[TQ], own[2 * TQ]);
+      const float value = sinks == nullptr ? merged[c] : SinkFactors::value(merged[c], own[kMostHeads], own[2 * kMostHeads]);
       merged[c] = div(value, own[0]);
     }
   }
@@ -112,25 +113,24 @@ struct SpanMerger {
     if (sinks == nullptr || query >= heads) return;
     const SinkFactors sink(top, sinks[head + query]);
     own[0] = sink.sum(sum);
-    own[TQ] = sink.keep;
-    own[2 * TQ] = sink.gain;
+    own[kMostHeads] = sink.keep;
+    own[2 * kMostHeads] = sink.gain;
   }
 };
 
-// What a block of few queries does behind its items: the last one that is done with a KV head of a row merges its spans.
+// What a block of few queries does behind its items: the last one that is done with `together` neighbouring KV heads of a
+// row merges their spans. Heads that are quantized have whole pieces of 256 channels together.
 struct Ending {
-  bool merges;
+  int together;  // 0: spans are merged elsewhere, if there are any
   QuantizedOut quantized;
 
   // All threads together, when the block's sums are stored.
-  DEVICE bool is_last(const Work& work, int row, int kv_head, int kv_heads, int slices) const {
+  DEVICE bool is_last(int32_t& done, int blocks) const {
     SHARED(int32_t, last, [1]);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      const int spans = work.spans(row);
-      int32_t& done = work.done(row * kv_heads + kv_head);
-      last[0] = atomicAdd(&done, 1) == (spans > 0 ? spans : 1) * slices - 1 ? 1 : 0;
+      last[0] = atomicAdd(&done, 1) == blocks - 1 ? 1 : 0;
       if (last[0] != 0) done = 0;
     }
     __syncthreads();
@@ -139,18 +139,18 @@ struct Ending {
     return true;
   }
 
-  template <int TQ>
   DEVICE void finish(const Step& step, const Work& work, const Item& item, int kv_head, int slices, float* room,
                      float* merged) const {
-    static_assert(SpanMerger<TQ>::kRoom <= TQ * kScoreStride);
-    if (!merges || !is_last(work, item.row, kv_head, step.kv_heads, slices)) return;
-    const int row = item.row, group = step.heads / step.kv_heads, spans = work.spans(row);
+    if (together == 0) return;
+    const int row = item.row, spans = work.spans(row), first = kv_head / together * together;
+    if (!is_last(work.done(row * step.kv_heads + first), (spans > 0 ? spans : 1) * slices * together)) return;
     if (spans == 0 && !quantized.is_wanted()) return;
-    const int cols = step.heads * step.value_dim, own = group * step.value_dim;
-    float* out = step.out + static_cast<size_t>(row) * cols + kv_head * own;
+    const int group = step.heads / step.kv_heads, head = first * group, heads = group * together;
+    const int cols = step.heads * step.value_dim, own = heads * step.value_dim;
+    float* out = step.out + static_cast<size_t>(row) * cols + head * step.value_dim;
     if (spans > 0) {
       const Partials from(step.partials, step.slots, step.heads, step.value_dim);
-      SpanMerger<TQ>{from, spans, work.slot(row), work.stride(row), kv_head * group, group, step.sinks, room, merged}.run();
+      SpanMerger{from, spans, work.slot(row), work.stride(row), head, heads, step.sinks, room, merged}.run();
     }
     if (!quantized.is_wanted()) {
       for (int c = threadIdx.x; c < own; c += kThreads) out[c] = merged[c];  // its own ones
@@ -160,7 +160,7 @@ struct Ending {
       for (int c = threadIdx.x; c < own; c += kThreads) merged[c] = load_from_all(out + c);
     __syncthreads();
     for (int piece = threadIdx.x / kWarp; piece < own / 256; piece += kWarps)
-      quantized.store(merged + 256 * piece, row, kv_head * (own / 256) + piece, cols);
+      quantized.store(merged + 256 * piece, row, head * step.value_dim / 256 + piece, cols);
   }
 };
 

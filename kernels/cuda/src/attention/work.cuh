@@ -13,8 +13,8 @@ struct Item {
 };
 
 // Items of few queries and of many; for how many blocks the values of one of few queries are divided; of each row where its block table begins and, if its spans are merged later, how
-// many there are, the first one's slot and the step to the next; of each row and KV head how many blocks have done their
-// part of it, if these merge spans: the last one sets it back to 0.
+// many there are, the first one's slot and the step to the next; of each row and KV head, or the first one of some, how many blocks have
+// done their part of it, if these merge spans: the last one sets it back to 0.
 struct Work {
   DEVICE Work(int32_t* plan, int max_rows, int slots)
       : base(plan), max_rows(max_rows), max_items(max_rows + slots) {}

@@ -17,6 +17,7 @@ import pytest
 from llamaclust.cli.models.perplexity import Source
 from llamaclust.cli.options import Gpus
 from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
@@ -30,7 +31,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.microbatch.messages import Microbatch
 from llamaclust.worker.devices import backends
 from llamaclust.worker.stage.nextn import NextnDrafter, Normed
-from support.clusters.command_line import command_line
+from support.clusters.command_line import CommandLine, command_line
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
 from support.models.tiny.nextn_models import with_nextn
@@ -44,6 +45,8 @@ from support.seed import SEED
 PROMPT = [5, 9, 17, 33, 65, 3, 7]
 MIB = 1 << 20
 ROOM = 256 * MIB
+ENOUGH = 1024
+"""MiB for all tiny models, also beside the 256th of a card that is left to kernels and graphs."""
 Answer = tuple[list[int], list[bytes]]
 
 
@@ -139,8 +142,14 @@ def test_layers_that_share_keys_stay_together(
 
 
 def skip_on_a_gpu_with_other_workspace(request: pytest.FixtureRequest, room: int) -> None:
-    if room < 256 and request.config.getoption("--gpu", default=False):
+    if room < ENOUGH and request.config.getoption("--gpu", default=False):
         pytest.skip("the workspace of a GPU grows with its multiprocessors, and less is left for layers")
+
+
+def share_kernels(line: CommandLine, request: pytest.FixtureRequest) -> None:
+    """Commands find the kernels that were compiled for this process: minutes on a GPU."""
+    if request.config.getoption("--gpu", default=False):
+        line.set_variables(LLAMACLUST_HOME=str(environment().home))
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +162,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cpu_moe", "room", "placement"),
     [
-        (99, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 4) cpu"),
-        (2, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
-        (0, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
-        (None, 256, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        (99, ENOUGH, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 4) cpu"),
+        (2, ENOUGH, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
+        (0, ENOUGH, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        (None, ENOUGH, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
         (None, 33, "4 of 4 layers on GPUs: [0, 4) cuda:0, experts of [0, 2) cpu"),
         (None, 21, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0, experts of [1, 4) cpu"),
         (0, 32, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0"),
@@ -194,9 +203,9 @@ def test_rules_for_tensors(
     given: dict[str, int | None],
     placement: str,
 ) -> None:
-    skip_on_a_gpu_with_other_workspace(request, given.get("room") or 256)
+    skip_on_a_gpu_with_other_workspace(request, given.get("room") or ENOUGH)
     wanted, _ = answered(mixture, settings())
-    own = settings("cuda:0", given.get("gpu_layers"), (given.get("room") or 256) * MIB)
+    own = settings("cuda:0", given.get("gpu_layers"), (given.get("room") or ENOUGH) * MIB)
     ruled = replace(own, cpu_moe=given.get("cpu_moe"), placement=tuple(read_rules(rules)))
     answer, placed = answered(mixture, ruled)
     assert answer == wanted
@@ -241,7 +250,7 @@ def test_rules_that_cannot_be(shim: None, mixture: Path, device: str, rules: str
         answered(mixture, replace(settings(device), placement=tuple(read_rules(rules))))
 
 
-def test_rules_on_the_command_line(shim: None, mixture: Path) -> None:
+def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, mixture: Path) -> None:
     given = Gpus(("cuda:0",), override_tensors=["exps=CPU,attn=CUDA0", "x=gpu"]).placement
     assert list(map(str, given)) == ["'exps=ram'", "'attn=cuda:0'", "'x=gpu'"]
     with pytest.raises(UsageError, match="--override-tensor: is for models on a GPU: give --device cuda:0 as well"):
@@ -249,6 +258,7 @@ def test_rules_on_the_command_line(shim: None, mixture: Path) -> None:
     with pytest.raises(UsageError, match="--override-tensor: 'exps' is no rule; write it like"):
         assert Gpus(("cuda:0",), override_tensors=["exps"]).placement
     with command_line() as line:
+        share_kernels(line, request)
         words = ("generate", "--model", mixture, "-t", "1", "-n", "2", "Hello", "--device", "cuda:0")
         done = line.start(*words, "-ot", r"blk\.[13]\.ffn_.*_exps=CPU").wait()
         assert "[0, 4) cuda:0, experts of [1, 2), [3, 4) cpu" in done.err
@@ -331,8 +341,9 @@ def test_logits_for_perplexity(shim: None, model: Path) -> None:
         Source(model, 1, 2, None, None, None, Gpus(("cuda:0",)))._open(64, 1)
 
 
-def test_generate_on_the_command_line(shim: None, model: Path) -> None:
+def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest, model: Path) -> None:
     with command_line() as line:
+        share_kernels(line, request)
         words = ("generate", "--model", model, "-t", "1", "-n", "5", "--json", "Hello")
         # Not `run`: its fork server may have been started by a test without the GPUs of the shim.
         alone, gpu = line.run(*words), line.start(*words, "--device", "cuda:0", "-ngl", "3").wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -30,6 +30,12 @@ def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
 
+def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | HostStep]:
+    """The first one overlaps nothing: kernels behind it may read what was written before it without waiting."""
+    for number, launch in enumerate(launches):
+        yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
+
+
 @dataclass(frozen=True, slots=True)
 class Emitter:
     """Emits the launches of a program for one shape."""
@@ -38,14 +44,18 @@ class Emitter:
 
     def launches(self) -> Iterator[Launch | HostStep]:
         program = self.ops.program
-        numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
-        forms = gather_formats(program, {name: weight.quant_type for name, weight in self.ops.weights.items()})
         if not program.is_first:
             self.ops.out(program.hidden)
         yield from self._rotations()
         for attended in {attention.likeness(step): step for step in attention.attention_steps(program)}.values():
             yield self._attention.plan(attended, self._attention_plan(attended))
         yield from self._head_lines()
+        yield from _first_in_order(self._steps())
+
+    def _steps(self) -> Iterator[Launch | HostStep]:
+        program = self.ops.program
+        numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
+        forms = gather_formats(program, {name: weight.quant_type for name, weight in self.ops.weights.items()})
         for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
             if isinstance(step, ir.SelectRows) and self.ops.shape.outputs == 0:
                 return

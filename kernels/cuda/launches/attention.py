@@ -222,7 +222,8 @@ def few_shared_bytes(step: Attention, queries: int) -> int:
 
 
 def _fresh_floats(step: Attention) -> int:
-    return (_group(step) + 1) * step.head_dim
+    """Queries of a KV head, the row's key and value, and the angles of its rotation."""
+    return (_group(step) + 3) * step.head_dim
 
 
 def _merged_floats(step: Attention) -> int:
@@ -314,8 +315,8 @@ class AttentionLaunches:
             yield self._store(step, at)
         if few:
             heads = step.kv_heads * _parts(step, few)
-            grid = min(rows * spans * value_slices(step), -(-4 * sms // heads)), heads, 1
-            kernel = "few" if step.v is not None else "latent"
+            blocks = min(rows * spans * value_slices(step), -(-4 * sms // heads))
+            kernel, grid = ("few", (heads, blocks, 1)) if step.v is not None else ("latent", (blocks, heads, 1))
             further = self._fresh(at, fresh, together) if step.v is not None else ()
             yield self._attend(
                 f"{kernel}.few_{step.kv_type}_{few}", grid, few_shared_bytes(step, few), step, at, further
@@ -364,7 +365,7 @@ class AttentionLaunches:
         sizes = step.heads, step.kv_heads, step.head_dim, step.value_dim, _piece_bytes(step)
         figures = map(np.int32, (*sizes, *_window(step)))
         scores = np.float32(step.scale), np.float32(step.soft_cap or 0.0)
-        arrays = self.inputs.positions, at.tables, at.q, at.kv, at.slopes, at.sinks
+        arrays = at.tables, at.q, at.kv, at.slopes, at.sinks
         args = (*self._plan_args(at), *arrays, *figures, *scores, at.partials, at.out, *further)
         return Launch(f"attention.{kernel}", grid, (256, 1, 1), args, shared_bytes)
 

@@ -162,7 +162,7 @@ class CupyDevice:
     def launch(self, launch: Launch) -> None:
         self._select()
         kernel = self._kernels.get(launch.kernel, launch.shared_bytes)
-        if self._kernels.architecture >= OLDEST and overlaps(launch.kernel):
+        if self._kernels.architecture >= OLDEST and overlaps(launch.kernel) and not launch.in_order:
             self._overlapping.launch(kernel.kernel.ptr, launch, self._stream.ptr)
         else:
             kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared_bytes, stream=self._stream)

@@ -48,6 +48,7 @@ class Launch:
     block: tuple[int, int, int]
     args: tuple[Scalar, ...]
     shared_bytes: int = 0  # dynamic shared memory
+    in_order: bool = False  # begins when all before it have ended, even if its kernel could begin earlier
 
 
 class Graph(Protocol):

@@ -181,9 +181,10 @@ __device__ __forceinline__ void barrier_arrive_at(int barrier, int threads) {
 }
 
 // Overlap of launches, from compute capability 9.0 on: a kernel that calls `wait_for_earlier_kernels` is launched when all
-// blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it may read weights and
-// arguments alone, and must not write to global memory; some thread of it must wait, or later kernels would be in no order
-// with earlier ones.
+// blocks of the one before have called `let_next_kernel_begin`, or ended. Until it has waited, it must not write to global
+// memory, and may read only weights, arguments, and what was written before the last launch that did not overlap: plans of
+// attention, angles of rotations (executor/emit.py), keys and values of earlier steps. Some thread of it must wait, or
+// later kernels would be in no order with earlier ones.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");

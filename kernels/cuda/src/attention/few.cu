@@ -35,34 +35,56 @@ DEVICE void add_slice(const Span<Kv, TQ>& span) {
 // What rows bring along that are alone in their sequences, where k is not null: queries that are not transformed yet, and
 // a key and a value that are to be stored.
 struct Fresh {
+  static constexpr int kLineBytes = 128;
   const float *k, *v;
   uint8_t* kv;
   HeadTransform transform;
 
-  // Transforms the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
-  // several, with slices, each the same bytes.
+  // Asks for keys and values of earlier positions, which no kernel of the step writes, and for weights; each slice for a
+  // part of the pieces.
   template <class Kv, int TQ>
-  DEVICE void bring(const Span<Kv, TQ>& span) const {
+  DEVICE void ask(const Span<Kv, TQ>& span) const {
+    const int lines = (span.step.piece_bytes + kLineBytes - 1) / kLineBytes, earlier = span.end() - (span.ends(0) ? 1 : 0);
+    const int first = span.first() / kBlockTokens, count = (earlier + kBlockTokens - 1) / kBlockTokens - first;
+    for (int i = threadIdx.x * span.slices + span.slice; i < count * lines; i += kThreads * span.slices)
+      prefetch(span.piece((first + i / lines) * kBlockTokens) + i % lines * kLineBytes);
+    for (const float* weight : {transform.of_queries.weight, transform.of_key.weight})
+      if (weight != nullptr && threadIdx.x * (kLineBytes / 4) < span.step.head_dim)
+        prefetch(weight + threadIdx.x * (kLineBytes / 4));
+  }
+
+  // Transforms the span's queries in its stage. Whatever block sees the row's own position stores its key and value: of
+  // several, with slices, each the same bytes. In the stage: queries, the key, the value, the angles.
+  template <class Kv, int TQ>
+  DEVICE void bring(const Span<Kv, TQ>& span, bool is_first) const {
     const Step& step = span.step;
     const int head_dim = step.head_dim, count = span.heads * head_dim, row = span.item.row;
     const size_t own = (static_cast<size_t>(row) * step.kv_heads + span.kv_head) * head_dim;
-    float *queries = span.stage, *key = queries + count;
+    float *queries = span.stage, *key = queries + count, *value = key + head_dim, *angles = value + head_dim;
+    const int turned = 2 * transform.rotation.pairs;
+    for (int i = threadIdx.x; i < turned; i += kThreads) angles[i] = transform.rotation.angles[turned * row + i];
+    if (is_first) ask(span);
+    wait_for_earlier_kernels();
     const float* from = step.q + (static_cast<size_t>(row) * step.heads + span.head) * head_dim;
-    for (int i = threadIdx.x; i < count + head_dim; i += kThreads) queries[i] = i < count ? from[i] : k[own + i - count];
+    for (int i = threadIdx.x; i < count + 2 * head_dim; i += kThreads)
+      queries[i] = i < count ? from[i] : i < count + head_dim ? k[own + i - count] : v[own + i - count - head_dim];
     __syncthreads();
-    transform_heads<kThreads>(transform, row, queries, span.heads, key, head_dim);
+    HeadTransform staged = transform;
+    if (turned > 0) staged.rotation.angles = angles;
+    transform_heads<kThreads>(staged, 0, queries, span.heads, key, head_dim);
     if (!span.ends(0)) return;
     const int at = span.from - span.start();
     const int block = span.queries.blocks[at / kBlockTokens];
     uint8_t* piece = kv + piece_offset(block, span.kv_head, step.kv_heads, step.piece_bytes);
-    store<kThreads>(Kv{}, {key, v + own, piece, at % kBlockTokens}, head_dim);
+    store<kThreads>(Kv{}, {key, value, piece, at % kBlockTokens}, head_dim);
     __syncthreads();
   }
 };
 
 }  // namespace
 
-// Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256. A tile has as many
+// Grid: (KV heads times parts of TQ query heads that share one, any number of blocks), blocks of 256: those that have
+// items come first. The others end at once; but one waits, so that later kernels are in order with earlier ones. A tile has as many
 // rows times heads of a part as the name says at most (attention_rows.plan's few_rows). With `k`, each row is of another
 // sequence, and brings what `Fresh` says; so it may be where spans of `together` KV heads are merged, of heads in one part.
 #define FEW(kv_name, TQ, Kv, Scores)                                                                                  \
@@ -72,18 +94,26 @@ struct Fresh {
     float* stage = scores + TQ * kScoreStride;                                                                        \
     SHARED(Queries<TQ>, queries, );                                                                                   \
     let_next_kernel_begin();                                                                                          \
-    wait_for_earlier_kernels();                                                                                       \
     const Step step ATTENTION_STEP;                                                                                   \
     const Fresh fresh{k, v, kv, HEAD_TRANSFORM};                                                                      \
-    const auto prepare = [&](const Span<Kv, TQ>& span) { fresh.bring(span); };                                        \
+    bool is_first = true;                                                                                             \
+    const auto prepare = [&](const Span<Kv, TQ>& span) {                                                              \
+      if (k != nullptr)                                                                                               \
+        fresh.bring(span, is_first);                                                                                  \
+      else                                                                                                            \
+        wait_for_earlier_kernels();                                                                                   \
+      is_first = false;                                                                                               \
+    };                                                                                                                \
     const auto values = [](const Span<Kv, TQ>& span) { add_slice<kValueBlocks<TQ>>(span); };                          \
     const Work work(plan, max_rows, slots);                                                                           \
     const Ending ending{together, {by_32, by_256}};                                                                   \
     const auto finish = [&](const Item& item, int kv_head, int slices) {                                              \
       ending.finish(step, work, item, kv_head, slices, scores, stage);                                                \
     };                                                                                                                \
-    attend<Kv, TQ, Scores<TQ>>(step, work, Work::kFew, queries, scores, stage, k == nullptr ? nullptr : stage,        \
+    const Share share{static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};       \
+    attend<Kv, TQ, Scores<TQ>>(step, work, Work::kFew, share, queries, scores, stage, k == nullptr ? nullptr : stage, \
                                prepare, values, finish);                                                              \
+    if (blockIdx.x + blockIdx.y == 0) wait_for_earlier_kernels();                                                     \
   }
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)

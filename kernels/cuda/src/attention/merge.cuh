@@ -142,7 +142,7 @@ struct Ending {
   DEVICE void finish(const Step& step, const Work& work, const Item& item, int kv_head, int slices, float* room,
                      float* merged) const {
     if (together == 0) return;
-    const int row = item.row, spans = work.spans(row), first = kv_head / together * together;
+    const int row = item.row, spans = item.spans, first = kv_head / together * together;
     if (!is_last(work.done(row * step.kv_heads + first), (spans > 0 ? spans : 1) * slices * together)) return;
     if (spans == 0 && !quantized.is_wanted()) return;
     const int group = step.heads / step.kv_heads, head = first * group, heads = group * together;

@@ -44,14 +44,15 @@ DEVICE void write_rows(const Cutter& cutter, const Tile& tile, int row, int slot
   }
 }
 
-DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Work& work) {
+DEVICE void write_items(const Tile& tile, int row, int position, int slot, int first, const Work& work) {
   if (slot < 0) {
-    work.item(tile.kind, first) = {row, tile.rows, tile.table, tile.span_begin, tile.span_begin + tile.spans, -1, {}};
+    const int end = tile.span_begin + tile.spans;
+    work.item(tile.kind, first) = {row, tile.rows, tile.table, tile.span_begin, end, -1, position, 0};
     return;
   }
   for (int i = 0; i < tile.spans; i++) {
     const int span = tile.span_begin + i;
-    work.item(tile.kind, first + i) = {row, tile.rows, tile.table, span, span + 1, slot + i * tile.rows, {}};
+    work.item(tile.kind, first + i) = {row, tile.rows, tile.table, span, span + 1, slot + i * tile.rows, position, tile.spans};
   }
 }
 
@@ -92,7 +93,7 @@ KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t
     const bool split = (tile.kind == Work::kFew ? few : many) && tile.spans > 1;
     const int slot = split ? atomicAdd(&taken[0], tile.slots()) : -1;
     write_rows(cutter, tile, row, slot, work);
-    write_items(tile, row, slot, atomicAdd(&items[tile.kind], split ? tile.spans : 1), work);
+    write_items(tile, row, positions[row], slot, atomicAdd(&items[tile.kind], split ? tile.spans : 1), work);
   }
   __syncthreads();
   if (threadIdx.x < 2) work.count(threadIdx.x) = items[threadIdx.x];

@@ -13,7 +13,7 @@ inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 inline constexpr int kScoreStride = kSpanTokens + 4;
 
 struct Step {
-  const int32_t *positions, *tables;
+  const int32_t* tables;
   const float* q;
   const uint8_t* kv;
   const float *slopes, *sinks;  // null: none
@@ -182,27 +182,31 @@ struct Span {
   }
 };
 
-// Computes items one after the other, as many as blocks of this head take part. Scores::compute(span) leaves the scores
+// Which part of the heads a block has, and which items, one after the other.
+struct Share {
+  int part, first, step;
+};
+
+// Computes items one after the other. Scores::compute(span) leaves the scores
 // of all positions from span.first() to span.end() in span.scores, as products times the attention scale, and has the
-// threads meet. prepare(span) comes before, where queries are to be `turned`; finish(item, KV head, slices) behind all
+// threads meet. prepare(span) comes before; finish(item, KV head, slices) behind all
 // spans of an item.
 template <class Kv, int TQ, class Scores, class Prepare, class AddValues, class Finish>
-DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& queries, float* scores, float* stage,
+DEVICE void attend(const Step& step, const Work& work, int kind, const Share& share, Queries<TQ>& queries, float* scores, float* stage,
                    const float* turned, Prepare prepare, AddValues add_values, Finish finish) {
   const int group = step.heads / step.kv_heads, parts = (group + TQ - 1) / TQ;
-  const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts * TQ;
+  const int kv_head = share.part / parts, part = share.part % parts * TQ;
   const int heads = group - part < TQ ? group - part : TQ;
   const int slices = kind == Work::kFew ? work.slices() : 1;
-  for (int i = blockIdx.x; i < work.count(kind) * slices; i += gridDim.x) {
+  for (int i = share.first; i < work.count(kind) * slices; i += share.step) {
     const Item item = work.item(kind, i / slices);
     for (int number = item.span_begin; number < item.span_end; number++) {
-      const int from = step.positions[item.row];
-      const Span<Kv, TQ> span{step,      item,   kv_head, kv_head * group + part, heads,  from, number,
+      const Span<Kv, TQ> span{step,      item,   kv_head, kv_head * group + part, heads,  item.position, number,
                               i % slices, slices, turned,  queries,                scores, stage};
       __syncthreads();
       span.begin();
       __syncthreads();
-      if (turned != nullptr) prepare(span);
+      prepare(span);
       Scores::compute(span);
       if (step.soft_cap > 0 || step.slopes != nullptr) {
         span.adjust();
@@ -217,12 +221,12 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
 }
 
 #define ATTENTION_ARGUMENTS                                                                                           \
-  int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *positions, const int32_t *tables, const float *q,    \
+  int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *tables, const float *q,                              \
       uint8_t *kv, const float *slopes, const float *sinks, int32_t heads, int32_t kv_heads, int32_t head_dim,        \
       int32_t value_dim, int32_t piece_bytes, int32_t window, int32_t chunked, float scale, float soft_cap,           \
       float *partials, float *out
 #define ATTENTION_STEP                                                                                                \
-  {positions, tables, q, kv, slopes, sinks, partials, out, heads, kv_heads, head_dim, value_dim, piece_bytes, slots,  \
+  {tables, q, kv, slopes, sinks, partials, out, heads, kv_heads, head_dim, value_dim, piece_bytes, slots,  \
    {window, chunked}, scale, soft_cap}
 
 // A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, which
@@ -235,8 +239,9 @@ DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& qu
     const auto nothing = [](const Span<Kv, TQ>&) {};                                                                  \
     const auto values = [](const Span<Kv, TQ>& span) { add_values(span); };                                           \
     const auto no_end = [](const Item&, int, int) {};                                                                 \
-    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, queries, scores, scores + (stage), nullptr,   \
-                               nothing, values, no_end);                                                              \
+    const Share share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};       \
+    attend<Kv, TQ, Scores<TQ>>(step, Work(plan, max_rows, slots), kind, share, queries, scores, scores + (stage),     \
+                               nullptr, nothing, values, no_end);                                                              \
   }
 
 }  // namespace llamaclust::cuda

@@ -7,9 +7,10 @@
 namespace llamaclust::cuda {
 
 // Rows of one sequence that attend together, and spans of positions that a block computes for them one after the other.
-// With a slot, it is one span of several: sums go to the slots from there on, one a row, and are merged later.
+// With a slot, it is one span of several: sums go to the slots from there on, one a row, and are merged later. `position` is
+// that of the first row; `spans` are those of all rows that are merged later, 0 without a slot.
 struct Item {
-  int32_t row, rows, table, span_begin, span_end, slot, unused[2];
+  int32_t row, rows, table, span_begin, span_end, slot, position, spans;
 };
 
 // Items of few queries and of many; for how many blocks the values of one of few queries are divided; of each row where its block table begins and, if its spans are merged later, how

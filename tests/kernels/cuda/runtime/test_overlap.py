@@ -17,13 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cuda.executor.plan import Plan
+from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches import matmul
 from llamaclust.kernels.cuda.runtime import cupy_open
 from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.cuda.runtime.overlap import OverlappingLauncher, overlaps
 from llamaclust.kernels.cuda.runtime.sources import INCLUDE, modules
+from llamaclust.model.loader import Model
 from support.cuda.fake_cupy import FakeCupy, FakeNvrtc, FakeRuntime
 from support.cuda.shim_build import SHIM, compiler
+from support.models.tiny_model import build_tiny_model
 
 _LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 _CONFIG, _ATTRIBUTE = struct.Struct("@7I P P I"), struct.Struct("@i 4x i 60x")
@@ -112,6 +118,32 @@ def test_gpus_that_have_it(
     assert all(launch[3] == 50 << 10 and launch[4] == cupy.runtime.stream.ptr for launch in driver.launches)
 
 
+def test_launches_in_order_overlap_nothing(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, tmp_path: Path) -> None:
+    cupy = FakeCupy(FakeRuntime(gpus=((9, 0),)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cupy_open, "open_nvrtc", FakeNvrtc)
+    device = CupyDevice(folder=tmp_path)
+    device.launch(Launch("matmul.k.gemv_Q4_K", (1, 1, 1), (1, 1, 1), (), in_order=True))
+    device.synchronize()
+    assert len(cupy.launches) == 1 and driver.launches == []
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["with tokens", "later layers"])
+def test_plans_are_there_before_attention_waits(tmp_path: Path, start: int) -> None:
+    """Between them and what overlaps is a launch that does not."""
+    build_tiny_model(tmp_path / "m.gguf", layers=3)
+    model = Model.open(tmp_path / "m.gguf")
+    program = model.program(start, 2)
+    tensors = model.tensors_for(program)
+    weights = {name: matmul.Weights(tensor.quant_type, tensor.shape) for name, tensor in tensors.items()}
+    plan = Plan(program, weights, StageLimits(32, 32, 4, 512, 256))
+    launches = [one for one in plan.launches(Shape(1, 1, decode=True)) if isinstance(one, Launch)]
+    read_early = [i for i, one in enumerate(launches) if one.kernel.endswith((".plan", ".rotation"))]
+    behind = launches[max(read_early) + 1 :]
+    assert len(read_early) == 2 and any(overlaps(one.kernel) for one in behind)
+    assert behind[0].in_order or not overlaps(behind[0].kernel)
+
+
 # Sources, after the preprocessor.
 
 
@@ -158,7 +190,7 @@ def functions(module: str, name: str) -> tuple[Function, ...]:
 def _functions(text: str, name: str) -> Iterator[Function]:
     for found in re.finditer(rf"\bvoid {name}\(", text):
         end = closing(text, found.end() - 1)
-        if (begin := re.compile(r"\s*(requires\s*\([^{]*\)\s*)?\{").match(text, end + 1)) is not None:
+        if (begin := re.compile(r"\s*(?:const\s*)?(requires\s*\([^{]*\)\s*)?\{").match(text, end + 1)) is not None:
             body = text[begin.end() : closing(text, begin.end() - 1)]
             yield Function(tuple(one.strip() for one in text[found.end() : end].split(",")), body)
 
@@ -209,3 +241,13 @@ def test_kernels_read_no_results_before_they_wait() -> None:
         for pointer in {*kernel.pointers, *function.pointers} - {*BEFORE_ALL, *WEIGHTS}:
             read = re.search(rf"\*{pointer}\b|(?<![.\w]){pointer}\s*(\[|\+)", before)
             assert read is None, f"{module}.{name} reads {pointer} before it waits: {before}"
+
+
+def test_attention_reads_plans_and_angles_before_it_waits() -> None:
+    """And nothing that the kernels just before it write: queries, keys and values, and results."""
+    read = "".join(one.body for name in ("begin", "ask") for one in functions("attention.few", name))
+    (bring,) = functions("attention.few", "bring")
+    before = bring.body.partition(WAIT)[0] + read
+    assert "angles[" in before and "step.tables[" in before
+    assert re.findall(r"step\.(?:q|out|partials)\b|(?<![.\w])(?:k|v|from)\s*(?:\[|\+)", before) == []
+    assert "step.q +" in bring.body and " k[" in bring.body

@@ -10,6 +10,7 @@
 #include "rows.cuh"
 #include "simd/dot.h"
 
+#if LLAMACLUST_ARCH >= 900
 namespace llamaclust::cuda {
 namespace {
 
@@ -264,3 +265,4 @@ DEVICE void gemv_floats(const Products& all) {
 
 }  // namespace
 }  // namespace llamaclust::cuda
+#endif

@@ -115,6 +115,7 @@ struct Span {
     float score[kEach], top = -__int_as_float(kNotFinite);
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
+      if (i * kWarp >= end) break;
       const int at = i * kWarp + lane;
       score[i] = own[at];
       if (at >= first && at < end) top = greater(top, score[i]);
@@ -124,6 +125,7 @@ struct Span {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
+      if (i * kWarp >= end) break;
       const int at = i * kWarp + lane;
       const float weight = at >= first && at < end ? exp(sub(score[i], top)) : 0.0f;
       own[at] = weight;

@@ -146,7 +146,7 @@ struct Values {
     }
     const int from = span.first() > begin ? span.first() : begin;
     const int to = span.end() < begin + kPositions ? span.end() : begin + kPositions;
-#pragma unroll 1
+#pragma unroll 4
     for (int at = from; at < to; at++)
       add_position(
           at - begin, [&](int q) { return weights[q * kQuerySteps * kScoreStride + at]; },

@@ -24,7 +24,7 @@ MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
-_FEW_QUERIES, _FEW_LATENT_QUERIES = (4, 8, 16), (4, 8)
+_FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
@@ -290,9 +290,11 @@ class AttentionLaunches:
     def _few(self, step: Attention) -> int:
         """Queries of a block that has few; 0: no block has. Where too many heads share a KV head, these are in parts in
         decode, if a GPU would be idle otherwise."""
-        if not self.decode or _few_queries(step):
-            return _few_queries(step)
-        sizes = _FEW_LATENT_QUERIES if step.v is None else _FEW_QUERIES
+        if queries := _few_queries(step):
+            return queries if self.decode else max(queries, _PART_QUERIES[0])  # of some rows
+        if not self.decode:
+            return 0
+        sizes = _FEW_LATENT_QUERIES if step.v is None else _PART_QUERIES
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:

@@ -13,6 +13,10 @@ namespace {
 template <int TQ>
 inline constexpr int kValueBlocks = TQ < 16 ? 2 : 1;
 
+// For scores, or for what merges spans.
+template <int TQ>
+inline constexpr int kScoreFloats = TQ * kScoreStride > SpanMerger::kRoom ? TQ * kScoreStride : SpanMerger::kRoom;
+
 // Of a slice: in floats, or in integers.
 template <class Kv, int TQ, int BLOCKS>
 struct SliceOf {
@@ -91,7 +95,7 @@ struct Fresh {
   KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS, const float* k, const float* v,                 \
                    HEAD_ARGUMENTS, int32_t together, uint8_t* by_32, uint8_t* by_256) {                               \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                                         \
-    float* stage = scores + TQ * kScoreStride;                                                                        \
+    float* stage = scores + kScoreFloats<TQ>;                                                                         \
     SHARED(Queries<TQ>, queries, );                                                                                   \
     let_next_kernel_begin();                                                                                          \
     const Step step ATTENTION_STEP;                                                                                   \
@@ -115,12 +119,18 @@ struct Fresh {
                                prepare, values, finish);                                                              \
     if (blockIdx.x + blockIdx.y == 0) wait_for_earlier_kernels();                                                     \
   }
+FEW(f16, 1, F16Kv, F16Scores)
+FEW(f16, 2, F16Kv, F16Scores)
 FEW(f16, 4, F16Kv, F16Scores)
 FEW(f16, 8, F16Kv, F16Scores)
 FEW(f16, 16, F16Kv, F16Scores)
+FEW(q8_0, 1, Q8Kv, Q8Scores)
+FEW(q8_0, 2, Q8Kv, Q8Scores)
 FEW(q8_0, 4, Q8Kv, Q8Scores)
 FEW(q8_0, 8, Q8Kv, Q8Scores)
 FEW(q8_0, 16, Q8Kv, Q8Scores)
+FEW(int8, 1, Int8Kv, Int8Scores)
+FEW(int8, 2, Int8Kv, Int8Scores)
 FEW(int8, 4, Int8Kv, Int8Scores)
 FEW(int8, 8, Int8Kv, Int8Scores)
 FEW(int8, 16, Int8Kv, Int8Scores)

@@ -14,7 +14,7 @@ from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 from llamaclust.model.quant_types import QuantType
-from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
+from support.arithmetic.matmul_cases import TYPES, check_equal_bits, random_activations, random_weights
 from support.cuda.launching import Bench
 from support.cuda.product_cases import LEVEL, generator_of, load, none_numbers, products, segment_cols
 from support.cuda.shim_build import build
@@ -22,8 +22,7 @@ from support.cuda.shim_device import ShimDevice
 from support.cuda.stages import LIMITS, Open, random_tokens, run, same
 
 GPUS = {"8.9": (8, 9), "12.0": (12, 0)}
-"""The other way of copying weights, from 9.0 on, is in `gemv` alone."""
-QUANTIZED = [kind for kind in TYPES if kind not in FLOAT_TYPES]
+"""The other way of copying weights, from 9.0 on, is in kernels of few rows alone."""
 STAGE_LIMITS = replace(LIMITS, max_batch_tokens=70, max_outputs=70)
 
 
@@ -41,8 +40,9 @@ class RecordingDevice(ShimDevice):
 
 @pytest.fixture(scope="module")
 def of_layout() -> frozenset[str]:
-    """Modules that read or write quantized activations."""
-    return frozenset(name for name, path in modules().items() if '"activations.cuh"' in whole_text(path))
+    """Modules that read or write quantized activations, and that of products with float weights."""
+    found = {name for name, path in modules().items() if '"activations.cuh"' in whole_text(path)}
+    return frozenset({*found, "matmul.float"})
 
 
 @pytest.fixture(scope="module", params=GPUS)
@@ -61,7 +61,7 @@ def device(request: pytest.FixtureRequest, of_layout: frozenset[str]) -> Iterato
 
 
 def kinds_of(device: ShimDevice) -> list[QuantType]:
-    return [kind for kind in QUANTIZED if any(name.endswith(f".gemm_{kind.name}") for name in device.kernels)]
+    return [kind for kind in TYPES if any(name.endswith(f".gemm_{kind.name}") for name in device.kernels)]
 
 
 def test_kernels_are_those_of_a_warp(device: RecordingDevice) -> None:
@@ -69,7 +69,7 @@ def test_kernels_are_those_of_a_warp(device: RecordingDevice) -> None:
     assert not [name for name in device.kernels if "gemm_wide" in name]
 
 
-@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_products_have_the_bits_of_the_cpu(bench: Bench, device: RecordingDevice, kind: QuantType) -> None:
     """One row, some, and many, in one block of rows and in several."""
     if kind not in kinds_of(device):

@@ -47,7 +47,7 @@ struct Fresh {
   // Asks for keys and values of earlier positions, which no kernel of the step writes, and for weights; each slice for a
   // part of the pieces.
   template <class Kv, int TQ>
-  DEVICE void ask(const Span<Kv, TQ>& span) const {
+  DEVICE void bring_near(const Span<Kv, TQ>& span) const {
     const int lines = (span.step.piece_bytes + kLineBytes - 1) / kLineBytes, earlier = span.end() - (span.ends(0) ? 1 : 0);
     const int first = span.first() / kBlockTokens, count = (earlier + kBlockTokens - 1) / kBlockTokens - first;
     for (int i = threadIdx.x * span.slices + span.slice; i < count * lines; i += kThreads * span.slices)
@@ -67,7 +67,7 @@ struct Fresh {
     float *queries = span.stage, *key = queries + count, *value = key + head_dim, *angles = value + head_dim;
     const int turned = 2 * transform.rotation.pairs;
     for (int i = threadIdx.x; i < turned; i += kThreads) angles[i] = transform.rotation.angles[turned * row + i];
-    if (is_first) ask(span);
+    if (is_first) bring_near(span);
     wait_for_earlier_kernels();
     const float* from = step.q + (static_cast<size_t>(row) * step.heads + span.head) * head_dim;
     for (int i = threadIdx.x; i < count + 2 * head_dim; i += kThreads)

@@ -245,7 +245,7 @@ def test_kernels_read_no_results_before_they_wait() -> None:
 
 def test_attention_reads_plans_and_angles_before_it_waits() -> None:
     """And nothing that the kernels just before it write: queries, keys and values, and results."""
-    read = "".join(one.body for name in ("begin", "ask") for one in functions("attention.few", name))
+    read = "".join(one.body for name in ("begin", "bring_near") for one in functions("attention.few", name))
     (bring,) = functions("attention.few", "bring")
     before = bring.body.partition(WAIT)[0] + read
     assert "angles[" in before and "step.tables[" in before

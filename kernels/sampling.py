@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import repeat
 
+from llamaclust.core.bounds import one_line
 from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
 from llamaclust.core.sampling import PARAMS, AllowedTokens, RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.core.sampling_bounds import numbers_of
@@ -53,8 +55,15 @@ class Sampler:
 
 
 def row_results(outcomes: _native.RowOutcomes) -> tuple[RowResult, ...]:
-    """As `Sampler.run` gives them."""
-    return tuple(map(_result, outcomes.rows))
+    """The outcomes as the coordinator gets them."""
+    return tuple(map(_answer, outcomes.rows))
+
+
+def set_result(outcomes: _native.RowOutcomes, place: int, row: RowResult) -> None:
+    """Replaces one outcome, but for what a head drafts."""
+    failure = "" if row.failure is None else one_line(row.failure)
+    more = list(row.top_logprobs), failure, row.is_request_fault, row.is_deferred
+    outcomes.set(place, row.token, row.logprob, *more, row.mu, row.forced, row.forced_draft, row.matcher_ns)
 
 
 def _native_task(task: RowTask, allowed: AllowedTokens | None) -> _native.RowTask:
@@ -90,3 +99,18 @@ def _native_chain(chain: SamplerChain, task: SampleTask) -> _native.Chain:
 def _result(outcome: _native.RowOutcome) -> RowResult:
     mu = None if math.isnan(outcome.mu) else outcome.mu
     return RowResult(outcome.token, outcome.logprob, tuple(outcome.top_logprobs), outcome.failure or None, mu)
+
+
+def _answer(row: _native.RowAnswer) -> RowResult:
+    result = _result(row)
+    if not (row.forced or row.forced_draft or row.drafted or row.is_deferred or row.is_request_fault or row.matcher_ns):
+        return result
+    return replace(
+        result,
+        forced=tuple(row.forced),
+        forced_draft=tuple(row.forced_draft),
+        drafted=tuple(row.drafted),
+        is_deferred=row.is_deferred,
+        is_request_fault=row.is_request_fault,
+        matcher_ns=row.matcher_ns,
+    )

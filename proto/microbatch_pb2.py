@@ -24,21 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!llamaclust/proto/microbatch.proto\x12\rllamaclust.v1\"\x86\x03\n\x05\x43hunk\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05table\x18\x03 \x03(\r\x12\x0f\n\x07outputs\x18\x04 \x01(\r\x12/\n\ndepends_on\x18\x05 \x01(\x0b\x32\x1b.llamaclust.v1.RowReference\x12\x14\n\x0cwindow_table\x18\x06 \x03(\r\x12\x14\n\x0cwindow_start\x18\x07 \x01(\r\x12\x16\n\x0e\x65mbedded_first\x18\x08 \x01(\r\x12\x14\n\x0c\x65mbedded_end\x18\t \x01(\r\x12-\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x1b.llamaclust.v1.AdapterScale\x12\x17\n\nstate_from\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08state_to\x18\x0c \x03(\r\x12\x17\n\nnext_token\x18\r \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06\x64rafts\x18\x0e \x01(\r\x12\x0f\n\x07\x63hecked\x18\x0f \x01(\x08\x42\r\n\x0b_state_fromB\r\n\x0b_next_token\".\n\x0c\x41\x64\x61pterScale\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\r\x12\r\n\x05scale\x18\x02 \x01(\x01\"+\n\x0cRowReference\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0b\n\x03row\x18\x02 \x01(\r\"/\n\rSampledTokens\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\"c\n\nMicrobatch\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12$\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x14.llamaclust.v1.Chunkb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!llamaclust/proto/microbatch.proto\x12\rllamaclust.v1\"\x82\x02\n\nMicrobatch\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\x0c\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06tables\x18\x06 \x01(\x0c\x12\x10\n\x08\x66ollowed\x18\x07 \x01(\x0c\x12\x0f\n\x07windows\x18\x08 \x01(\x0c\x12\x15\n\rwindow_tables\x18\t \x01(\x0c\x12\x10\n\x08\x65mbedded\x18\n \x01(\x0c\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x01(\x0c\x12\x15\n\rstates_before\x18\x0c \x01(\x0c\x12\x0e\n\x06states\x18\r \x01(\x0c\x12\x0e\n\x06\x64rafts\x18\x0e \x01(\x0c\"/\n\rSampledTokens\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.microbatch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHUNK']._serialized_start=53
-  _globals['_CHUNK']._serialized_end=443
-  _globals['_ADAPTERSCALE']._serialized_start=445
-  _globals['_ADAPTERSCALE']._serialized_end=491
-  _globals['_ROWREFERENCE']._serialized_start=493
-  _globals['_ROWREFERENCE']._serialized_end=536
-  _globals['_SAMPLEDTOKENS']._serialized_start=538
-  _globals['_SAMPLEDTOKENS']._serialized_end=585
-  _globals['_MICROBATCH']._serialized_start=587
-  _globals['_MICROBATCH']._serialized_end=686
+  _globals['_MICROBATCH']._serialized_start=53
+  _globals['_MICROBATCH']._serialized_end=311
+  _globals['_SAMPLEDTOKENS']._serialized_start=313
+  _globals['_SAMPLEDTOKENS']._serialized_end=360
 # @@protoc_insertion_point(module_scope)

@@ -4,12 +4,12 @@ isort:skip_file
 What stages compute: tokens, positions and block tables. Between stages these bytes travel, untouched, inside a frame
 (wire/microbatch/frames.py) beside the hidden state, on the bidirectional stream /llamaclust.v1.Stage/Forward, whose messages are
 frames and not protobuf: bulk data costs milliseconds a megabyte in protobuf.
+Arrays are bytes: records of little-endian numbers, in the order of the chunks that they belong to. Sections of rare parts
+are empty as a rule.
 """
 
-from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -22,163 +22,95 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class Chunk(_message.Message):
-    """Consecutive tokens of one sequence to compute now: one in decode, more in prefill."""
+class Microbatch(_message.Message):
+    """One unit of work, run by every stage in the order of `number`: chunks of consecutive tokens of a sequence each."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TOKENS_FIELD_NUMBER: _builtins.int
-    POSITION_FIELD_NUMBER: _builtins.int
-    TABLE_FIELD_NUMBER: _builtins.int
-    OUTPUTS_FIELD_NUMBER: _builtins.int
-    DEPENDS_ON_FIELD_NUMBER: _builtins.int
-    WINDOW_TABLE_FIELD_NUMBER: _builtins.int
-    WINDOW_START_FIELD_NUMBER: _builtins.int
-    EMBEDDED_FIRST_FIELD_NUMBER: _builtins.int
-    EMBEDDED_END_FIELD_NUMBER: _builtins.int
-    ADAPTERS_FIELD_NUMBER: _builtins.int
-    STATE_FROM_FIELD_NUMBER: _builtins.int
-    STATE_TO_FIELD_NUMBER: _builtins.int
-    NEXT_TOKEN_FIELD_NUMBER: _builtins.int
-    DRAFTS_FIELD_NUMBER: _builtins.int
-    CHECKED_FIELD_NUMBER: _builtins.int
-    position: _builtins.int
-    """Absolute position of the first of them."""
-    outputs: _builtins.int
-    """How many of the last rows are sampled or scored."""
-    window_start: _builtins.int
-    """Their first one's place in the table: blocks before it were given up."""
-    embedded_first: _builtins.int
-    """Rows of the chunk, [first, end), whose normed hidden state the last stage answers."""
-    embedded_end: _builtins.int
-    """End of these; 0: none."""
-    state_from: _builtins.int
-    """Where states have blocks of their own (StageLimits.state_blocks): the one with the state behind the position before
-    the first token; set where that is not 0.
-    """
-    next_token: _builtins.int
-    """The token behind its last one, where that is known already: MTP heads read it."""
-    drafts: _builtins.int
-    """Tokens that such a head is to draft behind the one that the chunk's last row that counts chooses."""
-    checked: _builtins.bool
-    """Whether the microbatch is to fail at the first stage where its hidden state is not finite: its last computation was
-    not.
-    """
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids, at least one."""
-
-    @_builtins.property
-    def table(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The sequence's KV blocks in order of position, up to its last token at least, as runs of consecutive ids: for each
-        run the id of its first block and how many there are, at least 1.
-        """
-
-    @_builtins.property
-    def depends_on(self) -> Global___RowReference:
-        """Set where the only token is one that an earlier microbatch samples; then tokens is 0."""
-
-    @_builtins.property
-    def window_table(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where layers with a window have blocks of their own (StageLimits.window_blocks): those that the chunk's rows see or
-        are stored in, written as the table is.
-        """
-
-    @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterScale]:
-        """Adapters of LoRA that its rows are computed with, each once, in ascending order."""
-
-    @_builtins.property
-    def state_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """State blocks that are written: for each how many of the chunk's tokens the state is behind, ascending, all of them at
-        last, and the block's id.
-        """
-
-    def __init__(
-        self,
-        *,
-        tokens: _abc.Iterable[_builtins.int] | None = ...,
-        position: _builtins.int = ...,
-        table: _abc.Iterable[_builtins.int] | None = ...,
-        outputs: _builtins.int = ...,
-        depends_on: Global___RowReference | None = ...,
-        window_table: _abc.Iterable[_builtins.int] | None = ...,
-        window_start: _builtins.int = ...,
-        embedded_first: _builtins.int = ...,
-        embedded_end: _builtins.int = ...,
-        adapters: _abc.Iterable[Global___AdapterScale] | None = ...,
-        state_from: _builtins.int | None = ...,
-        state_to: _abc.Iterable[_builtins.int] | None = ...,
-        next_token: _builtins.int | None = ...,
-        drafts: _builtins.int = ...,
-        checked: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "depends_on", b"depends_on", "next_token", b"next_token", "state_from", b"state_from"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_token", b"_next_token", "_state_from", b"_state_from", "adapters", b"adapters", "checked", b"checked", "depends_on", b"depends_on", "drafts", b"drafts", "embedded_end", b"embedded_end", "embedded_first", b"embedded_first", "next_token", b"next_token", "outputs", b"outputs", "position", b"position", "state_from", b"state_from", "state_to", b"state_to", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__next_token: _TypeAlias = _typing.Literal["next_token"]  # noqa: Y015
-    _WhichOneofArgType__next_token: _TypeAlias = _typing.Literal["_next_token", b"_next_token"]  # noqa: Y015
-    _WhichOneofReturnType__state_from: _TypeAlias = _typing.Literal["state_from"]  # noqa: Y015
-    _WhichOneofArgType__state_from: _TypeAlias = _typing.Literal["_state_from", b"_state_from"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_token) -> _WhichOneofReturnType__next_token | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__state_from) -> _WhichOneofReturnType__state_from | None: ...
-
-Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
-
-@_typing.final
-class AdapterScale(_message.Message):
-    """An adapter with its scale."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    SCALE_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.int
-    """Its number among the model's."""
-    scale: _builtins.float
-    """Factor of what it adds."""
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.int = ...,
-        scale: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "scale", b"scale"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AdapterScale: _TypeAlias = AdapterScale  # noqa: Y015
-
-@_typing.final
-class RowReference(_message.Message):
-    """An output row of an earlier microbatch of the epoch."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
-    ROW_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    WINDOW_TABLES_FIELD_NUMBER: _builtins.int
+    EMBEDDED_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    STATES_BEFORE_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Identity of the model file's content; a stage refuses another."""
+    epoch: _builtins.int
+    """The plan this belongs to."""
     number: _builtins.int
-    """Number of that microbatch."""
-    row: _builtins.int
-    """Index among its output rows."""
+    """Counts from 0 within an epoch, without gaps."""
+    chunks: _builtins.bytes
+    """One for each sequence that takes part, five int32: its tokens, at least one; the absolute position of the first of
+    them; how many of the last rows are sampled or scored; runs of its block table; 1 where the microbatch is to fail at
+    the first stage where its hidden state is not finite, because its last computation was not.
+    """
+    tokens: _builtins.bytes
+    """Token ids of all chunks, int32; 0 for one that follows a row."""
+    tables: _builtins.bytes
+    """The sequences' KV blocks in order of position, up to the last token at least, as runs of consecutive ids, two int32
+    each: the id of the first block, and how many there are, at least 1.
+    """
+    followed: _builtins.bytes
+    """Chunks whose only token is one that an earlier microbatch samples, three uint64 each: the chunk, the number of that
+    microbatch in the epoch, the index among its output rows.
+    """
+    windows: _builtins.bytes
+    """Where layers with a window have blocks of their own (StageLimits.window_blocks), two int32 for each chunk: the place
+    in its table of the first block that its rows see or are stored in, since blocks before it were given up; and runs.
+    """
+    window_tables: _builtins.bytes
+    """These blocks, written as tables are."""
+    embedded: _builtins.bytes
+    """Rows whose normed hidden state the last stage answers, three int32: a chunk, and the rows [first, end) of it."""
+    adapters: _builtins.bytes
+    """Adapters of LoRA that rows are computed with: int32 chunk and number among the model's, float32 factor of what it
+    adds; of a chunk each once, ascending.
+    """
+    states_before: _builtins.bytes
+    """Where states have blocks of their own (StageLimits.state_blocks), an int32 for each chunk: the block with the state
+    behind the position before the first token; -1 where that is 0.
+    """
+    states: _builtins.bytes
+    """State blocks that are written, three int32: a chunk, how many of its tokens the state is behind, ascending, all of them
+    at last, and the block's id.
+    """
+    drafts: _builtins.bytes
+    """What MTP heads read, three int32: a chunk, the token behind its last one, -1 where that is not known, and how many
+    tokens a head is to draft behind the one that the chunk's last row that counts chooses.
+    """
     def __init__(
         self,
         *,
+        model_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
         number: _builtins.int = ...,
-        row: _builtins.int = ...,
+        chunks: _builtins.bytes = ...,
+        tokens: _builtins.bytes = ...,
+        tables: _builtins.bytes = ...,
+        followed: _builtins.bytes = ...,
+        windows: _builtins.bytes = ...,
+        window_tables: _builtins.bytes = ...,
+        embedded: _builtins.bytes = ...,
+        adapters: _builtins.bytes = ...,
+        states_before: _builtins.bytes = ...,
+        states: _builtins.bytes = ...,
+        drafts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "row", b"row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "chunks", b"chunks", "drafts", b"drafts", "embedded", b"embedded", "epoch", b"epoch", "followed", b"followed", "model_id", b"model_id", "number", b"number", "states", b"states", "states_before", b"states_before", "tables", b"tables", "tokens", b"tokens", "window_tables", b"window_tables", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RowReference: _TypeAlias = RowReference  # noqa: Y015
+Global___Microbatch: _TypeAlias = Microbatch  # noqa: Y015
 
 @_typing.final
 class SampledTokens(_message.Message):
@@ -192,15 +124,13 @@ class SampledTokens(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number of the microbatch."""
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids in row order: 0 for a row without an answer; none where the microbatch failed."""
-
+    tokens: _builtins.bytes
+    """Token ids in row order, int32: 0 for a row without an answer; none where the microbatch failed."""
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
-        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -209,39 +139,3 @@ class SampledTokens(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampledTokens: _TypeAlias = SampledTokens  # noqa: Y015
-
-@_typing.final
-class Microbatch(_message.Message):
-    """One unit of work, run by every stage in the order of `number`."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_ID_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    NUMBER_FIELD_NUMBER: _builtins.int
-    CHUNKS_FIELD_NUMBER: _builtins.int
-    model_id: _builtins.str
-    """Identity of the model file's content; a stage refuses another."""
-    epoch: _builtins.int
-    """The plan this belongs to."""
-    number: _builtins.int
-    """Counts from 0 within an epoch, without gaps."""
-    @_builtins.property
-    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
-        """One chunk for each sequence that takes part."""
-
-    def __init__(
-        self,
-        *,
-        model_id: _builtins.str = ...,
-        epoch: _builtins.int = ...,
-        number: _builtins.int = ...,
-        chunks: _abc.Iterable[Global___Chunk] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "epoch", b"epoch", "model_id", b"model_id", "number", b"number"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Microbatch: _TypeAlias = Microbatch  # noqa: Y015

@@ -19,32 +19,6 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class LogitBias(_message.Message):
-    """Added to one token's logit."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKEN_FIELD_NUMBER: _builtins.int
-    BIAS_FIELD_NUMBER: _builtins.int
-    token: _builtins.int
-    """Token id."""
-    bias: _builtins.float
-    """Added to the raw logit."""
-    def __init__(
-        self,
-        *,
-        token: _builtins.int = ...,
-        bias: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "token", b"token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LogitBias: _TypeAlias = LogitBias  # noqa: Y015
-
-@_typing.final
 class SamplingParams(_message.Message):
     """How a token is chosen; the order of work is in docs/numerics.md."""
 
@@ -57,7 +31,8 @@ class SamplingParams(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
-    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGIT_BIASES_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits; 0 chooses greedily."""
@@ -73,10 +48,10 @@ class SamplingParams(_message.Message):
     """Subtracted once for each time the token occurs in the history."""
     presence_penalty: _builtins.float
     """Subtracted if the token occurs in the history."""
-    @_builtins.property
-    def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]:
-        """Biases, token ids ascending."""
-
+    logit_bias_tokens: _builtins.bytes
+    """Tokens with biases, int32 ids ascending."""
+    logit_biases: _builtins.bytes
+    """Added to their raw logits, float32."""
     @_builtins.property
     def chain(self) -> Global___SamplerChain:
         """More samplers, or another order; without it the plain ones in their order."""
@@ -91,12 +66,13 @@ class SamplingParams(_message.Message):
         repetition_penalty: _builtins.float = ...,
         frequency_penalty: _builtins.float = ...,
         presence_penalty: _builtins.float = ...,
-        logit_bias: _abc.Iterable[Global___LogitBias] | None = ...,
+        logit_bias_tokens: _builtins.bytes = ...,
+        logit_biases: _builtins.bytes = ...,
         chain: Global___SamplerChain | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chain", b"_chain", "chain", b"chain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chain", b"_chain", "chain", b"chain", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chain", b"_chain", "chain", b"chain", "frequency_penalty", b"frequency_penalty", "logit_bias_tokens", b"logit_bias_tokens", "logit_biases", b"logit_biases", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chain: _TypeAlias = _typing.Literal["chain"]  # noqa: Y015
     _WhichOneofArgType__chain: _TypeAlias = _typing.Literal["_chain", b"_chain"]  # noqa: Y015
@@ -125,6 +101,10 @@ class SamplerChain(_message.Message):
     MIROSTAT_TAU_FIELD_NUMBER: _builtins.int
     MIROSTAT_ETA_FIELD_NUMBER: _builtins.int
     UNPENALIZED_FIELD_NUMBER: _builtins.int
+    order: _builtins.bytes
+    """Samplers by their number: 0 penalties, 1 DRY, 2 top-n-sigma, 3 top-k, 4 tail-free, 5 typical, 6 top-p, 7 min-p, 8 XTC,
+    9 temperature. Each once at most, int32.
+    """
     top_n_sigma: _builtins.float
     """Keeps tokens whose logits are within so many standard deviations of the best one; 0 or less keeps all."""
     tfs_z: _builtins.float
@@ -151,20 +131,12 @@ class SamplerChain(_message.Message):
     """The surprise that it aims at, in bits."""
     mirostat_eta: _builtins.float
     """How fast it learns."""
-    @_builtins.property
-    def order(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Samplers by their number: 0 penalties, 1 DRY, 2 top-n-sigma, 3 top-k, 4 tail-free, 5 typical, 6 top-p, 7 min-p, 8 XTC,
-        9 temperature. Each once at most.
-        """
-
-    @_builtins.property
-    def unpenalized(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids that penalties leave alone."""
-
+    unpenalized: _builtins.bytes
+    """Ids that penalties leave alone, int32."""
     def __init__(
         self,
         *,
-        order: _abc.Iterable[_builtins.int] | None = ...,
+        order: _builtins.bytes = ...,
         top_n_sigma: _builtins.float = ...,
         tfs_z: _builtins.float = ...,
         typical_p: _builtins.float = ...,
@@ -178,7 +150,7 @@ class SamplerChain(_message.Message):
         mirostat: _builtins.int = ...,
         mirostat_tau: _builtins.float = ...,
         mirostat_eta: _builtins.float = ...,
-        unpenalized: _abc.Iterable[_builtins.int] | None = ...,
+        unpenalized: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -187,30 +159,6 @@ class SamplerChain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SamplerChain: _TypeAlias = SamplerChain  # noqa: Y015
-
-@_typing.final
-class TokenSequence(_message.Message):
-    """Some tokens in order."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKENS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their ids."""
-
-    def __init__(
-        self,
-        *,
-        tokens: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenSequence: _TypeAlias = TokenSequence  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):
@@ -348,422 +296,223 @@ class MatcherStart(_message.Message):
 Global___MatcherStart: _TypeAlias = MatcherStart  # noqa: Y015
 
 @_typing.final
-class MatcherRow(_message.Message):
-    """The answer that an output row belongs to, where it has a matcher."""
+class MatcherStarts(_message.Message):
+    """Matchers that start with a microbatch, which is rare."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    KEY_FIELD_NUMBER: _builtins.int
-    POSITION_FIELD_NUMBER: _builtins.int
-    key: _builtins.int
-    """The answer, within an epoch."""
-    position: _builtins.int
-    """Tokens of the answer before the one to be sampled."""
-    def __init__(
-        self,
-        *,
-        key: _builtins.int = ...,
-        position: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "position", b"position"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___MatcherRow: _TypeAlias = MatcherRow  # noqa: Y015
-
-@_typing.final
-class SampleTask(_message.Message):
-    """Choose the token after an output row."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARAMS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    CHOICE_FIELD_NUMBER: _builtins.int
-    POSITION_FIELD_NUMBER: _builtins.int
-    HISTORY_FIELD_NUMBER: _builtins.int
-    SUPPRESSED_FIELD_NUMBER: _builtins.int
-    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
-    HISTORY_ROWS_FIELD_NUMBER: _builtins.int
-    PENALTY_WINDOW_FIELD_NUMBER: _builtins.int
-    DRY_WINDOW_FIELD_NUMBER: _builtins.int
-    BREAKERS_FIELD_NUMBER: _builtins.int
-    MU_FIELD_NUMBER: _builtins.int
-    MATCHER_FIELD_NUMBER: _builtins.int
-    FURTHER_ROWS_FIELD_NUMBER: _builtins.int
-    seed: _builtins.int
-    """First key of the draw."""
-    choice: _builtins.int
-    """Second key of the draw: index among the choices of one request."""
-    position: _builtins.int
-    """Counter of the draw: absolute position of the token to be chosen."""
-    top_logprobs: _builtins.int
-    """How many of the likeliest tokens to report beside the chosen one."""
-    history_rows: _builtins.int
-    """The history goes on with so many of the chunk's own tokens, the newest ones up to the row's own."""
-    penalty_window: _builtins.int
-    """Newest tokens of the history that penalties count; without it, all."""
-    dry_window: _builtins.int
-    """Likewise those that DRY looks at."""
-    mu: _builtins.float
-    """Mirostat's state, as it came with the token before."""
-    further_rows: _builtins.int
-    """So many output rows behind this one are sampled in the same manner: each with `position`, the matcher's position and,
-    unless it is 0, `history_rows` one further than the row before it.
-    """
-    @_builtins.property
-    def params(self) -> Global___SamplingParams:
-        """How."""
-
-    @_builtins.property
-    def history(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that penalties and DRY look at, oldest first. Of fixed size, which is written ten times as fast as varints."""
-
-    @_builtins.property
-    def suppressed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids that may not be chosen."""
-
-    @_builtins.property
-    def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
-        """Token sequences that DRY does not look beyond."""
-
-    @_builtins.property
-    def matcher(self) -> Global___MatcherRow:
-        """The answer, where it has a matcher."""
-
-    def __init__(
-        self,
-        *,
-        params: Global___SamplingParams | None = ...,
-        seed: _builtins.int = ...,
-        choice: _builtins.int = ...,
-        position: _builtins.int = ...,
-        history: _abc.Iterable[_builtins.int] | None = ...,
-        suppressed: _abc.Iterable[_builtins.int] | None = ...,
-        top_logprobs: _builtins.int = ...,
-        history_rows: _builtins.int = ...,
-        penalty_window: _builtins.int | None = ...,
-        dry_window: _builtins.int | None = ...,
-        breakers: _abc.Iterable[Global___TokenSequence] | None = ...,
-        mu: _builtins.float = ...,
-        matcher: Global___MatcherRow | None = ...,
-        further_rows: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "matcher", b"matcher", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_matcher", b"_matcher", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "further_rows", b"further_rows", "history", b"history", "history_rows", b"history_rows", "matcher", b"matcher", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__dry_window: _TypeAlias = _typing.Literal["dry_window"]  # noqa: Y015
-    _WhichOneofArgType__dry_window: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window"]  # noqa: Y015
-    _WhichOneofReturnType__matcher: _TypeAlias = _typing.Literal["matcher"]  # noqa: Y015
-    _WhichOneofArgType__matcher: _TypeAlias = _typing.Literal["_matcher", b"_matcher"]  # noqa: Y015
-    _WhichOneofReturnType__penalty_window: _TypeAlias = _typing.Literal["penalty_window"]  # noqa: Y015
-    _WhichOneofArgType__penalty_window: _TypeAlias = _typing.Literal["_penalty_window", b"_penalty_window"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__dry_window) -> _WhichOneofReturnType__dry_window | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__matcher) -> _WhichOneofReturnType__matcher | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__penalty_window) -> _WhichOneofReturnType__penalty_window | None: ...
-
-Global___SampleTask: _TypeAlias = SampleTask  # noqa: Y015
-
-@_typing.final
-class ScoreTask(_message.Message):
-    """Give the logprob of a known token after an output row."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKEN_FIELD_NUMBER: _builtins.int
-    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
-    token: _builtins.int
-    """That token."""
-    top_logprobs: _builtins.int
-    """How many of the likeliest tokens to report beside it."""
-    def __init__(
-        self,
-        *,
-        token: _builtins.int = ...,
-        top_logprobs: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "top_logprobs", b"top_logprobs"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ScoreTask: _TypeAlias = ScoreTask  # noqa: Y015
-
-@_typing.final
-class RowTask(_message.Message):
-    """What to do with one output row."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SAMPLE_FIELD_NUMBER: _builtins.int
-    SCORE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def sample(self) -> Global___SampleTask:
-        """Choose a token."""
-
-    @_builtins.property
-    def score(self) -> Global___ScoreTask:
-        """Score a token."""
-
-    def __init__(
-        self,
-        *,
-        sample: Global___SampleTask | None = ...,
-        score: Global___ScoreTask | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "score", b"score", "task", b"task"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "score", b"score", "task", b"task"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["sample", "score"]  # noqa: Y015
-    _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
-
-Global___RowTask: _TypeAlias = RowTask  # noqa: Y015
-
-@_typing.final
-class SamplingInputs(_message.Message):
-    """The tasks of one microbatch."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EPOCH_FIELD_NUMBER: _builtins.int
-    NUMBER_FIELD_NUMBER: _builtins.int
-    TASKS_FIELD_NUMBER: _builtins.int
-    RELEASED_FIELD_NUMBER: _builtins.int
     GRAMMARS_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
-    """The microbatch's epoch."""
-    number: _builtins.int
-    """The microbatch's number."""
-    @_builtins.property
-    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowTask]:
-        """One for each output row, in row order."""
-
-    @_builtins.property
-    def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Answers whose matchers are forgotten before."""
-
     @_builtins.property
     def grammars(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grammar]:
-        """Grammars of matchers that start here."""
+        """Grammars of these."""
 
     @_builtins.property
     def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatcherStart]:
-        """Matchers that start here: of answers whose rows come here or in later microbatches."""
+        """Of answers whose rows come here or in later microbatches."""
 
     def __init__(
         self,
         *,
-        epoch: _builtins.int = ...,
-        number: _builtins.int = ...,
-        tasks: _abc.Iterable[Global___RowTask] | None = ...,
-        released: _abc.Iterable[_builtins.int] | None = ...,
         grammars: _abc.Iterable[Global___Grammar] | None = ...,
         starts: _abc.Iterable[Global___MatcherStart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "grammars", b"grammars", "number", b"number", "released", b"released", "starts", b"starts", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammars", b"grammars", "starts", b"starts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SamplingInputs: _TypeAlias = SamplingInputs  # noqa: Y015
+Global___MatcherStarts: _TypeAlias = MatcherStarts  # noqa: Y015
 
 @_typing.final
-class TokenLogprob(_message.Message):
-    """A token and the logarithm of its probability."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKEN_FIELD_NUMBER: _builtins.int
-    LOGPROB_FIELD_NUMBER: _builtins.int
-    token: _builtins.int
-    """Token id."""
-    logprob: _builtins.float
-    """Log-softmax of the raw logits, float32."""
-    def __init__(
-        self,
-        *,
-        token: _builtins.int = ...,
-        logprob: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
-
-@_typing.final
-class RowResult(_message.Message):
-    """The answer for one output row."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CHOSEN_FIELD_NUMBER: _builtins.int
-    TOP_TOKENS_FIELD_NUMBER: _builtins.int
-    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    MU_FIELD_NUMBER: _builtins.int
-    FORCED_FIELD_NUMBER: _builtins.int
-    IS_DEFERRED_FIELD_NUMBER: _builtins.int
-    FORCED_DRAFT_FIELD_NUMBER: _builtins.int
-    DRAFTED_FIELD_NUMBER: _builtins.int
-    IS_REQUEST_FAULT_FIELD_NUMBER: _builtins.int
-    MATCHER_NS_FIELD_NUMBER: _builtins.int
-    failure: _builtins.str
-    """Set when this row alone has no answer: one line."""
-    mu: _builtins.float
-    """Mirostat's state for the next token, where it chose."""
-    is_deferred: _builtins.bool
-    """Whether the row is to be computed again, because the answer's matcher was not ready."""
-    is_request_fault: _builtins.bool
-    """With a failure: whether the request is its cause, so that every worker would fail so."""
-    matcher_ns: _builtins.int
-    """Processor time of the answer's matcher for the row, where it is a millisecond or more."""
-    @_builtins.property
-    def chosen(self) -> Global___TokenLogprob:
-        """The chosen or scored token."""
-
-    @_builtins.property
-    def top_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The likeliest tokens, best first."""
-
-    @_builtins.property
-    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their logprobs."""
-
-    @_builtins.property
-    def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that must follow it, and are taken in."""
-
-    @_builtins.property
-    def forced_draft(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that must follow it, and are computed like all others."""
-
-    @_builtins.property
-    def drafted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that may follow it, drafted by an MTP head."""
-
-    def __init__(
-        self,
-        *,
-        chosen: Global___TokenLogprob | None = ...,
-        top_tokens: _abc.Iterable[_builtins.int] | None = ...,
-        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
-        failure: _builtins.str | None = ...,
-        mu: _builtins.float | None = ...,
-        forced: _abc.Iterable[_builtins.int] | None = ...,
-        is_deferred: _builtins.bool = ...,
-        forced_draft: _abc.Iterable[_builtins.int] | None = ...,
-        drafted: _abc.Iterable[_builtins.int] | None = ...,
-        is_request_fault: _builtins.bool = ...,
-        matcher_ns: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "drafted", b"drafted", "failure", b"failure", "forced", b"forced", "forced_draft", b"forced_draft", "is_deferred", b"is_deferred", "is_request_fault", b"is_request_fault", "matcher_ns", b"matcher_ns", "mu", b"mu", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
-    _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015
-    _WhichOneofReturnType__mu: _TypeAlias = _typing.Literal["mu"]  # noqa: Y015
-    _WhichOneofArgType__mu: _TypeAlias = _typing.Literal["_mu", b"_mu"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__failure) -> _WhichOneofReturnType__failure | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__mu) -> _WhichOneofReturnType__mu | None: ...
-
-Global___RowResult: _TypeAlias = RowResult  # noqa: Y015
-
-@_typing.final
-class StageTiming(_message.Message):
-    """What one stage did for one microbatch, in nanoseconds of that worker's monotonic clock."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    QUEUE_NS_FIELD_NUMBER: _builtins.int
-    COMPUTE_NS_FIELD_NUMBER: _builtins.int
-    WIRE_NS_FIELD_NUMBER: _builtins.int
-    ROWS_FIELD_NUMBER: _builtins.int
-    queue_ns: _builtins.int
-    """From receipt until its computation began."""
-    compute_ns: _builtins.int
-    """In computation; on the last stage with sampling."""
-    wire_ns: _builtins.int
-    """Handing the frame before this one to the network."""
-    rows: _builtins.int
-    """Tokens computed."""
-    def __init__(
-        self,
-        *,
-        queue_ns: _builtins.int = ...,
-        compute_ns: _builtins.int = ...,
-        wire_ns: _builtins.int = ...,
-        rows: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ns", b"compute_ns", "queue_ns", b"queue_ns", "rows", b"rows", "wire_ns", b"wire_ns"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StageTiming: _TypeAlias = StageTiming  # noqa: Y015
-
-@_typing.final
-class Result(_message.Message):
-    """The answer to one microbatch."""
+class SamplingInputs(_message.Message):
+    """What to do with the output rows of one microbatch. Arrays are bytes: records of little-endian numbers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
-    ROWS_FIELD_NUMBER: _builtins.int
-    TIMINGS_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    EMBEDDINGS_FIELD_NUMBER: _builtins.int
-    DRAFTING_NS_FIELD_NUMBER: _builtins.int
+    PARAMS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CHAINED_FIELD_NUMBER: _builtins.int
+    BREAKERS_FIELD_NUMBER: _builtins.int
+    MATCHER_ROWS_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The microbatch's epoch."""
     number: _builtins.int
     """The microbatch's number."""
-    failure: _builtins.str
-    """Set when a stage could not compute it: one line that names worker, layers and cause."""
-    embeddings: _builtins.bytes
-    """Normed hidden state of the chunks' embedded rows, in row order: float32, little endian."""
-    drafting_ns: _builtins.int
-    """What the last stage took to draft tokens, beside its compute_ns."""
+    tasks: _builtins.bytes
+    """One for each output row, in row order: int32 index of its params, -1 where a known token's logprob is asked for,
+    int32 that token, uint64 first key of the draw, uint32 second key of the draw, the index among the choices of one
+    request, uint32 counter of the draw, the absolute position of the token to be chosen, uint32 how many of the likeliest
+    tokens to report, uint32 how many of the chunk's own tokens the history goes on with, the newest ones up to the row's
+    own, int32 newest tokens of the history that penalties count, -1 for all, int32 those that DRY looks at, uint32 first
+    and number in `tokens` of the history, oldest first, and uint32 first and number of ids that may not be chosen.
+    """
+    tokens: _builtins.bytes
+    """Token ids, int32, of which rows name parts."""
+    chained: _builtins.bytes
+    """What chains of samplers need beside: float64 Mirostat's state, as it came with the token before, uint32 the row, uint32
+    first and number in `breakers` of the token sequences that DRY does not look beyond, and uint32 0.
+    """
+    breakers: _builtins.bytes
+    """First and number in `tokens` of each, uint32."""
+    matcher_rows: _builtins.bytes
+    """Rows of answers that have a matcher, ascending, three uint64: the row, the answer's key within an epoch, and tokens of
+    the answer before the one to be sampled.
+    """
+    released: _builtins.bytes
+    """Keys of answers whose matchers are forgotten before, uint64."""
     @_builtins.property
-    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowResult]:
-        """One for each output row, in row order; empty with a failure."""
+    def params(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Manners to choose a token, each a message SamplingParams, which rows share."""
 
     @_builtins.property
-    def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
-        """One for each stage that ran it, first stage first."""
+    def starts(self) -> Global___MatcherStarts:
+        """Matchers that start."""
 
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         number: _builtins.int = ...,
-        rows: _abc.Iterable[Global___RowResult] | None = ...,
-        timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        params: _abc.Iterable[_builtins.bytes] | None = ...,
+        tasks: _builtins.bytes = ...,
+        tokens: _builtins.bytes = ...,
+        chained: _builtins.bytes = ...,
+        breakers: _builtins.bytes = ...,
+        matcher_rows: _builtins.bytes = ...,
+        released: _builtins.bytes = ...,
+        starts: Global___MatcherStarts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_starts", b"_starts", "starts", b"starts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_starts", b"_starts", "breakers", b"breakers", "chained", b"chained", "epoch", b"epoch", "matcher_rows", b"matcher_rows", "number", b"number", "params", b"params", "released", b"released", "starts", b"starts", "tasks", b"tasks", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__starts: _TypeAlias = _typing.Literal["starts"]  # noqa: Y015
+    _WhichOneofArgType__starts: _TypeAlias = _typing.Literal["_starts", b"_starts"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__starts) -> _WhichOneofReturnType__starts | None: ...
+
+Global___SamplingInputs: _TypeAlias = SamplingInputs  # noqa: Y015
+
+@_typing.final
+class RowFailure(_message.Message):
+    """A row without an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    IS_REQUEST_FAULT_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """The row."""
+    text: _builtins.str
+    """One line."""
+    is_request_fault: _builtins.bool
+    """Whether the request is its cause, so that every worker would fail so."""
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        text: _builtins.str = ...,
+        is_request_fault: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_request_fault", b"is_request_fault", "row", b"row", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowFailure: _TypeAlias = RowFailure  # noqa: Y015
+
+@_typing.final
+class Result(_message.Message):
+    """The answer to one microbatch. Arrays are bytes: records of little-endian numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    DRAFTING_NS_FIELD_NUMBER: _builtins.int
+    TOP_COUNTS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MUS_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
+    FOLLOWING_TOKENS_FIELD_NUMBER: _builtins.int
+    MATCHER_NS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    DEFERRED_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The microbatch's epoch."""
+    number: _builtins.int
+    """The microbatch's number."""
+    tokens: _builtins.bytes
+    """The chosen or scored token of each output row, in row order, int32; -1 where a row has no answer. Empty with a failure."""
+    logprobs: _builtins.bytes
+    """Log-softmax of their raw logits, float32; 0 where a row has no answer."""
+    timings: _builtins.bytes
+    """One for each stage that ran it, first stage first, four uint64: nanoseconds of that worker's monotonic clock from
+    receipt until its computation began, in computation, on the last stage with sampling, and of handing the frame before
+    this one to the network; tokens computed.
+    """
+    failure: _builtins.str
+    """Set when a stage could not compute it: one line that names worker, layers and cause."""
+    embeddings: _builtins.bytes
+    """Normed hidden state of the chunks' embedded rows, in row order, float32."""
+    drafting_ns: _builtins.int
+    """What the last stage took to draft tokens, beside its compute_ns."""
+    top_counts: _builtins.bytes
+    """How many of the likeliest tokens each row reports, int32; empty where none does."""
+    top_logprobs: _builtins.bytes
+    """These, best first: int32 ids and float32 logprobs in turns."""
+    mus: _builtins.bytes
+    """Mirostat's state of each row for the next token, float64, NaN where it did not choose; empty where it chose none."""
+    following: _builtins.bytes
+    """Rows with tokens that must or may follow, four int32: the row, how many tokens must follow its own and are taken in,
+    how many must follow and are computed like all others, and how many an MTP head has drafted.
+    """
+    following_tokens: _builtins.bytes
+    """These tokens of all rows, int32."""
+    matcher_ns: _builtins.bytes
+    """Processor time of matchers, where it is a millisecond or more, two uint64: the row, nanoseconds."""
+    deferred: _builtins.bytes
+    """Rows that are to be computed again, because the answers' matchers were not ready, int32."""
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowFailure]:
+        """Rows without an answer."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        number: _builtins.int = ...,
+        tokens: _builtins.bytes = ...,
+        logprobs: _builtins.bytes = ...,
+        timings: _builtins.bytes = ...,
         failure: _builtins.str | None = ...,
         embeddings: _builtins.bytes = ...,
         drafting_ns: _builtins.int = ...,
+        top_counts: _builtins.bytes = ...,
+        top_logprobs: _builtins.bytes = ...,
+        mus: _builtins.bytes = ...,
+        following: _builtins.bytes = ...,
+        following_tokens: _builtins.bytes = ...,
+        matcher_ns: _builtins.bytes = ...,
+        failures: _abc.Iterable[Global___RowFailure] | None = ...,
+        deferred: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "drafting_ns", b"drafting_ns", "embeddings", b"embeddings", "epoch", b"epoch", "failure", b"failure", "number", b"number", "rows", b"rows", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "deferred", b"deferred", "drafting_ns", b"drafting_ns", "embeddings", b"embeddings", "epoch", b"epoch", "failure", b"failure", "failures", b"failures", "following", b"following", "following_tokens", b"following_tokens", "logprobs", b"logprobs", "matcher_ns", b"matcher_ns", "mus", b"mus", "number", b"number", "timings", b"timings", "tokens", b"tokens", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015

@@ -87,7 +87,7 @@ def _measured(runner: StageRunner, model: Model, context: int, position: int, dr
 
     def run(start: int, rows: int, outputs: int) -> None:
         chunk = Chunk(tuple(tokens[start : start + rows]), start, table, outputs)
-        logits = runner.run_to_sample(Microbatch(model.model_id, 1, 0, (chunk,)), None)
+        logits = runner.run_to_sample(Microbatch(model.model_id, 1, 0, (chunk,)))
         tasks = tuple(SampleTask(SamplingParams(), 0, 0, start + row + 1) for row in range(outputs))
         runner.finish(logits, SamplingInputs(1, 0, tasks))
 

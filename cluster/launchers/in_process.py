@@ -32,12 +32,15 @@ from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.inputs import encode_inputs
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
+from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from llamaclust.kernels.backend import Float32
@@ -219,25 +222,24 @@ class LocalStage:
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
         """Queues a microbatch behind those that are there."""
-        self.matchers.receive(inputs)
+        received = StepInputs.read(encode_inputs(inputs))
+        self.matchers.receive(received.for_matchers)
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
+        return loop.run_in_executor(self._thread, self._compute, microbatch, received, perf_counter_ns())
 
-    def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
+    def _compute(self, microbatch: Microbatch, inputs: StepInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
-        logits = self._runner.run_to_sample(self._sampled_tokens.fill(microbatch), None)
-        self.matchers.wait_ready(inputs)
-        rows = self._runner.finish(logits, self._sampled_tokens.fill_inputs(inputs, microbatch))
-        self._sampled_tokens.put(sampled_tokens_of(microbatch.number, rows))
-        embeddings = self._runner.embeddings(microbatch)
-        drafted = self._runner.draft(microbatch, rows, inputs)
-        compute_ns = perf_counter_ns() - started_ns - drafted.drafting_ns
-        timing = StageTiming(started_ns - queued_ns, compute_ns, 0, microbatch.rows)
-        return Result(
-            *(microbatch.epoch, microbatch.number, drafted.rows, (timing,)),
-            embeddings=embeddings,
-            drafting_ns=drafted.drafting_ns,
-        )
+        runner, frame = self._runner, self._runner.read(microbatch)
+        self._sampled_tokens.fill(frame)
+        logits = runner.run_frame(frame)
+        self.matchers.wait_ready(inputs.for_matchers)
+        rows = runner.sample(logits, inputs)
+        self._sampled_tokens.put(SampledTokens(microbatch.number, tuple(rows.tokens)))
+        embeddings = runner.embeddings()
+        drafting_ns = runner.draft(rows, inputs)
+        compute_ns = perf_counter_ns() - started_ns - drafting_ns
+        timing = started_ns - queued_ns, compute_ns, 0, frame.rows
+        return decode_result(rows.result(frame, timing, "", embeddings, drafting_ns))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
         """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""

@@ -84,7 +84,7 @@ class CpuStage:
         """See `kernels.backend.RunsFrames`."""
         assert self._native is not None, "the stage was closed"
         if self._scales:
-            self._choose_adapters(None)
+            self._choose_adapters(frame.adapter_scales)
         return self._result[: self._native.run_frame(frame)]
 
     def _choose_adapters(self, scales: Float32 | None) -> None:

@@ -18,10 +18,10 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.wire.rpc.client import StreamBrokenError
 from llamaclust.wire.rpc.methods import SAMPLED_TOKENS
 from llamaclust.worker.stage.dependencies import Dependencies
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 from support.clusters.stage_chain import chain, runner_of
 from support.models.tiny_model import build_tiny_model
+from support.wire.plain_tokens import PlainTokensBox, sampled_tokens_of
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=512, kv_blocks=128)
 STEPS = 6
@@ -274,7 +274,7 @@ async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp
 
 
 def test_tokens_out_of_turn_are_refused() -> None:
-    box = SampledTokensBox()
+    box = PlainTokensBox()
     box.put(SampledTokens(3, (7,)))
     with pytest.raises(ProtocolError, match="tokens of microbatch 3 after those of 3"):
         box.put(SampledTokens(3, (8,)))
@@ -299,14 +299,14 @@ def test_a_history_goes_on_with_tokens_of_its_chunk_alone() -> None:
     microbatch = Microbatch("m", 1, 1, (Chunk((5,), 4, (0, 2), 1),))
     inputs = SamplingInputs(1, 1, (task(5, (1,), follows=True).next(),))
     with pytest.raises(ProtocolError, match="goes on with 2 tokens of a chunk, at its row 1"):
-        SampledTokensBox().fill_inputs(inputs, microbatch)
+        PlainTokensBox().fill_inputs(inputs, microbatch)
 
 
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
     """`fill` is where a microbatch becomes whole; without it the placeholder would be taken for a token."""
-    box = SampledTokensBox()
+    box = PlainTokensBox()
     box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))
-    assert box.fill(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)
+    assert box.filled(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)
     with pytest.raises(WorkerError, match="row 2 of microbatch 0 has no token to follow: 2 are known"):
-        box.fill(Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 2)),)))
+        box.filled(Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 2)),)))

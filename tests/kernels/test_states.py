@@ -22,7 +22,6 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Buffer, Convolution
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.backends import all_threads
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.conformance_cases import EXACT, generator_of
@@ -30,6 +29,7 @@ from support.arithmetic.single_steps import Case, Weight, check_conformance, nor
 from support.clusters.invariance import Answer, Way, check_answers, make_work, run
 from support.models.tiny_architectures import VOCABULARY, build_architecture
 from support.plans.plan_inputs import REQUEST
+from support.wire.frame_reader import build_batch
 
 LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=4, max_context_tokens=256, kv_blocks=40)
 

@@ -156,9 +156,9 @@ def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
         seen: list[tuple[int, int]] = []
         run = stage._runner.run_to_sample
 
-        def spy(microbatch, hidden):  # type: ignore[no-untyped-def]
+        def spy(microbatch):  # type: ignore[no-untyped-def]
             seen.append((microbatch.rows, sum(chunk.outputs for chunk in microbatch.chunks)))
-            return run(microbatch, hidden)
+            return run(microbatch)
 
         stage._runner.run_to_sample = spy  # type: ignore[method-assign]
         assert stage.prefill(90) > 0

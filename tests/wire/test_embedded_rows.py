@@ -7,8 +7,10 @@ import pytest
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_EMBEDDING_BYTES
 from llamaclust.proto import sampling_pb2
-from llamaclust.wire.microbatch.codec import decode_microbatch, decode_result, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+from llamaclust.wire.microbatch.results import decode_result
+from support.wire.slow_codec import decode_microbatch
 
 
 @pytest.mark.parametrize("n_bytes", [5, MAX_EMBEDDING_BYTES + 4])

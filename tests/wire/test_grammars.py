@@ -24,8 +24,10 @@ from llamaclust.core.sampling_bounds import (
     MAX_REASONING_END_TOKENS,
 )
 from llamaclust.proto import sampling_pb2
-from llamaclust.wire.microbatch.codec import decode_inputs, decode_result, encode_inputs, encode_result
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Result, SamplingInputs
+from llamaclust.wire.microbatch.results import decode_result
+from support.wire.slow_codec import decode_inputs, encode_result
 
 
 def starts(*starts: MatcherStart) -> SamplingInputs:
@@ -114,7 +116,7 @@ def test_grammars_out_of_bounds_are_refused(inputs: SamplingInputs) -> None:
 
 def test_a_grammar_that_is_not_in_the_message_is_refused() -> None:
     message = sampling_pb2.SamplingInputs.FromString(encode_inputs(starts(MatcherStart(1, Grammar("x")))))
-    message.ClearField("grammars")
+    message.starts.ClearField("grammars")
     with pytest.raises(ProtocolError, match="grammar is 0"):
         decode_inputs(message.SerializeToString())
 
@@ -122,7 +124,7 @@ def test_a_grammar_that_is_not_in_the_message_is_refused() -> None:
 def test_too_many_forced_tokens_are_refused() -> None:
     with pytest.raises(ProtocolError, match="forced tokens is 65"):
         decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced=(4,) * 65),))))
-    with pytest.raises(ProtocolError, match="forced tokens of a draft is 65"):
+    with pytest.raises(ProtocolError, match="forced_draft tokens is 65"):
         decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced_draft=(4,) * 65),))))
     with pytest.raises(ProtocolError, match="token is"):
         decode_result(encode_result(Result(1, 0, (RowResult(3, -1.0, forced_draft=(MAX_VOCABULARY,)),))))

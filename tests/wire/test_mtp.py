@@ -8,8 +8,10 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_VOCABULARY
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS
-from llamaclust.wire.microbatch.codec import decode_microbatch, decode_result, encode_microbatch, encode_result
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result
+from llamaclust.wire.microbatch.results import decode_result
+from support.wire.slow_codec import decode_microbatch, encode_result
 
 GOOD = (
     Chunk((1, 2), 5, (0, 1), 0, next_token=0),

@@ -1,14 +1,15 @@
-"""Frames that are read natively say what the codec says; those that are not are left to it."""
+"""The native reader of frames and the plain one read the same, and refuse the same."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from dataclasses import astuple, replace
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError, WorkerError
@@ -19,25 +20,22 @@ from llamaclust.kernels.backend import Backend, Batch
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
-from llamaclust.proto import microbatch_pb2
-from llamaclust.wire.microbatch.codec import (
-    decode_microbatch,
-    decode_sampled_tokens,
-    encode_microbatch,
-    encode_sampled_tokens,
-)
-from llamaclust.wire.microbatch.frames import decode_frame, encode_failure, encode_hidden
+from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
+from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, StageTiming
-from llamaclust.worker.stage.arrival import Arrival, frame_reader
-from llamaclust.worker.stage.batches import build_batch
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
-from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.stage_runner import StageRunner, batch_of
 from support.clusters.real_cluster import LIMITS as STAGE_LIMITS
 from support.clusters.stage_chain import runner_of
 from support.models.tiny_model import build_tiny_model
-from support.wire.frame_reader import LIMITS, MODEL_ID, VOCABULARY, reader
+from support.wire.batches import plain_batch
+from support.wire.frame_reader import ADAPTERS, LIMITS, MODEL_ID, VOCABULARY, reader
+from support.wire.plain_tokens import PlainTokensBox
+from support.wire.slow_codec import decode_sampled_tokens, encode_frame, plain_frame, plain_microbatch
 
-WIDTH, UINT64 = 3, 2**64 - 1
+WIDTH, UINT64, STATES = 3, 2**64 - 1, 30
+STATEFUL = replace(LIMITS, state_blocks=STATES)
 
 uint64 = st.integers(0, UINT64)
 timings = st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS))
@@ -57,7 +55,28 @@ def known(draw: st.DrawFn) -> Chunk:
         count = fitting
     whole = (draw(st.integers(0, 3)), count)
     parts = whole if count == 1 or draw(st.booleans()) else (5, 1, whole[0], count - 1)
-    return replace(chunk, window_table=parts, window_start=start) if draw(st.booleans()) else chunk
+    chunk = replace(chunk, window_table=parts, window_start=start) if draw(st.booleans()) else chunk
+    if draw(st.booleans()):
+        return chunk
+    end = draw(st.integers(0, len(ids)))
+    return replace(
+        chunk,
+        embedded=(draw(st.integers(0, end)), end) if end else (0, 0),
+        adapters=draw(st.sampled_from([(), ((0, 1.5),), ((1, -0.5), (2, 3.0)), ((2, 1.0), (3, 1.0))])),
+        next_token=draw(st.none() | st.integers(0, VOCABULARY)),
+        drafts=draw(st.integers(0, 3)),
+        checked=draw(st.booleans()),
+    )
+
+
+@st.composite
+def stateful(draw: st.DrawFn) -> Chunk:
+    """Mostly with the states that it needs."""
+    chunk = draw(known())
+    count, block = len(chunk.tokens), st.integers(0, STATES)
+    early = (draw(st.integers(1, count - 1)), draw(block)) if count > 1 and draw(st.booleans()) else ()
+    first = draw(block) if chunk.position and draw(st.integers(0, 9)) else None
+    return replace(chunk, state_from=first, state_to=(*early, count, draw(block)))
 
 
 following = st.builds(
@@ -68,51 +87,62 @@ microbatches = st.builds(
     st.just(MODEL_ID),
     uint64,
     st.integers(7, UINT64),
-    st.lists(known() | following, min_size=1, max_size=5).map(tuple),
+    (st.lists(stateful(), min_size=1, max_size=5) | st.lists(known() | following, min_size=1, max_size=5)).map(tuple),
 )
 
 
-def by_codec(data: bytes, hidden_width: int = 0, window: int | None = None) -> tuple[Microbatch, Batch]:
+def by_plain_reader(data: bytes, hidden_width: int = 0, window: int | None = None) -> tuple[Microbatch, Batch]:
     """ProtocolError for what a stage refuses."""
-    frame = decode_frame(data)
-    microbatch = decode_microbatch(frame.header)
-    frame.hidden(microbatch.rows, hidden_width)
-    if microbatch.model_id != MODEL_ID:
-        raise ProtocolError("another model")
-    return microbatch, build_batch(microbatch, LIMITS, VOCABULARY, window)
+    frame = plain_frame(data)
+    microbatch = plain_microbatch(frame.header)
+    if len(frame.body) != microbatch.rows * hidden_width * 4 or microbatch.model_id != MODEL_ID:
+        raise ProtocolError("another hidden state or model")
+    return microbatch, plain_batch(microbatch, STATEFUL, VOCABULARY, window, ADAPTERS)
+
+
+def flat(batch: Batch) -> list[object]:
+    arrays = [*astuple(replace(batch, states=None)), *(astuple(batch.states) if batch.states else ())]
+    return [None if array is None else (array.dtype, array.tolist()) for array in arrays]
 
 
 def check_equal(native: MicrobatchFrame, microbatch: Microbatch, batch: Batch) -> None:
-    plain = (batch.tokens, batch.positions, batch.sequence_starts, batch.table_starts, batch.block_tables)
-    for array, expected in zip(native.arrays, (*plain, batch.output_rows, batch.window_tables), strict=True):
-        assert (None if array is None else array.tolist()) == (None if expected is None else expected.tolist())
-        assert array is None or array.dtype == np.int32
+    assert flat(batch_of(native)) == flat(batch)
+    chunks, starts = microbatch.chunks, batch.sequence_starts
     assert (native.epoch, native.number, native.rows) == (microbatch.epoch, microbatch.number, microbatch.rows)
-    assert native.depends_on == sorted({chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on})
-    assert native.attended == sum(len(c.tokens) * (c.position + len(c.tokens)) for c in microbatch.chunks)
+    assert native.dependencies == [chunk.depends_on for chunk in chunks if chunk.depends_on]
+    assert native.attended == sum(len(c.tokens) * (c.position + len(c.tokens)) for c in chunks)
+    assert native.checked_chunks == [index for index, chunk in enumerate(chunks) if chunk.checked]
+    drafts = [(index, -1 if c.next_token is None else c.next_token, c.drafts) for index, c in enumerate(chunks)]
+    assert native.draft_orders == [order for order in drafts if order[1:] != (-1, 0)]
+    embedded = [range(start + c.embedded[0], start + c.embedded[1]) for start, c in zip(starts, chunks, strict=False)]
+    assert native.embedded_rows.tolist() == [*chain.from_iterable(embedded)]
 
 
 @settings(max_examples=400, deadline=None)
 @given(microbatches, st.lists(timings, max_size=3).map(tuple), st.booleans(), st.sampled_from([0, 1, 16, 40]))
-def test_a_frame_is_read_as_the_codec_reads_it_or_refused_by_both(
+def test_a_frame_is_read_as_the_plain_reader_reads_it_or_refused_by_both(
     microbatch: Microbatch, before: tuple[StageTiming, ...], is_first: bool, window: int
 ) -> None:
     width = 0 if is_first else WIDTH
     hidden = None if is_first else np.arange(microbatch.rows * WIDTH, dtype=np.float32).reshape(-1, WIDTH)
-    data = encode_hidden(encode_microbatch(microbatch), before, hidden)
-    native = reader(width, window).read(data)
+    header = encode_microbatch(microbatch)
+    data = encode_frame(header, before, hidden)
+    assert before or data == encode_hidden(header, hidden)
     try:
-        _, batch = by_codec(data, width, window or None)
+        _, batch = by_plain_reader(data, width, window or None)
+        if not all(timing.rows >= 1 for timing in before):
+            raise ProtocolError("rows of a timing")
     except ProtocolError:
-        assert native is None
+        with pytest.raises(ProtocolError):
+            reader(width, window, STATES).read(data)
         return
-    assert native is not None
+    native = reader(width, window, STATES).read(data)
     check_equal(native, microbatch, batch)
-    assert [StageTiming(*timing) for timing in native.timings] == list(before)
     assert (None if native.hidden is None else native.hidden.tolist()) == (None if hidden is None else hidden.tolist())
     out, timing = np.full((microbatch.rows, 5), 0.5, np.float32), StageTiming(1, UINT64, 3, microbatch.rows)
     sent = native.next_frame(out, timing.queue_ns, timing.compute_ns, timing.wire_ns)
-    assert sent == encode_hidden(encode_microbatch(microbatch), (*before, timing), out)
+    assert sent == encode_frame(header, (*before, timing), out)
+    assert native.failure_frame("no") == encode_frame(header, before, failure="no")
 
 
 @st.composite
@@ -129,73 +159,50 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=1500, deadline=None)
 @given(damaged() | st.binary(max_size=60), st.data())
-def test_no_bytes_are_read_otherwise_than_by_the_codec(header: bytes, data: st.DataObject) -> None:
-    frame = bytearray(encode_hidden(header, (), None))
+def test_damaged_bytes_are_read_as_the_plain_reader_reads_them_or_refused(header: bytes, data: st.DataObject) -> None:
+    frame = bytearray(encode_hidden(header))
     if data.draw(st.booleans()):
         frame[data.draw(st.integers(0, min(15, len(frame) - 1)))] ^= data.draw(st.integers(1, 255))
-    native = reader().read(bytes(frame))
-    if native is not None:
-        check_equal(native, *by_codec(bytes(frame)))
+    with contextlib.suppress(ProtocolError):
+        native = reader(state_blocks=STATES).read(bytes(frame))
+        if native.failure is None:
+            check_equal(native, *by_plain_reader(bytes(frame)))
 
 
-GOOD = Chunk((1, 2), 14, (0, 1), 2)
-UNUSUAL = {
-    "embedded": replace(GOOD, embedded=(0, 1)),
-    "adapters": replace(GOOD, adapters=((0, 1.0),)),
-    "state": replace(GOOD, state_from=0),
-    "states": replace(GOOD, state_to=(2, 0)),
-    "next token": replace(GOOD, next_token=0),
-    "drafts": replace(GOOD, drafts=1),
-}
-
-
-@pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_not_usual_is_left_to_the_codec(name: str) -> None:
-    usual, unusual = (Microbatch(MODEL_ID, 1, 0, (GOOD, chunk)) for chunk in (GOOD, UNUSUAL[name]))
-    assert reader().read(encode_hidden(encode_microbatch(usual), (), None)) is not None
-    assert reader().read(encode_hidden(encode_microbatch(unusual), (), None)) is None
-
-
-def test_forms_that_mean_the_same_are_left_to_the_codec() -> None:
-    header = encode_microbatch(Microbatch(MODEL_ID, 1, 0, (GOOD,)))
-    twice = header + microbatch_pb2.Microbatch(epoch=1).SerializeToString()
-    parted = microbatch_pb2.Microbatch(model_id=MODEL_ID, epoch=1).SerializeToString()
-    chunk = (
-        microbatch_pb2.Chunk(tokens=(1,)).SerializeToString()
-        + microbatch_pb2.Chunk(tokens=(2,), position=14, table=(0, 1), outputs=2).SerializeToString()
-    )
-    parted += bytes((0x22, len(chunk))) + chunk
-    for other in (twice, parted):
-        assert decode_microbatch(other) == decode_microbatch(header)
-        assert reader().read(encode_hidden(other, (), None)) is None
-    assert reader().read(encode_failure(header, (), "no")) is None
-    assert reader().read(encode_hidden(encode_microbatch(Microbatch("other", 1, 0, (GOOD,))), (), None)) is None
+def test_a_failure_is_read_with_its_microbatch() -> None:
+    header = encode_microbatch(Microbatch(MODEL_ID, 1, 0, (Chunk((1, 2), 14, (0, 1), 2),)))
+    native = reader(WIDTH).read(encode_frame(header, (), failure="worker b: out of memory"))
+    assert (native.failure, native.number, native.hidden) == ("worker b: out of memory", 0, None)
+    with pytest.raises(ProtocolError, match="microbatch of model cd34, this stage holds ab12"):
+        reader().read(encode_hidden(header.replace(MODEL_ID.encode(), b"cd34")))
 
 
 def test_tokens_that_were_not_known_come_to_their_places() -> None:
     chunks = (Chunk((0,), 4, (0, 1), 1, (5, 1)), Chunk((9,), 4, (1, 1), 1), Chunk((0,), 4, (2, 1), 1, (3, 0)))
-    native = reader().read(encode_hidden(encode_microbatch(Microbatch(MODEL_ID, 1, 6, chunks)), (), None))
-    assert native is not None
+    native = reader().read(encode_hidden(encode_microbatch(Microbatch(MODEL_ID, 1, 6, chunks))))
     assert native.depends_on == [3, 5]
     assert native.fill(5, (7, 8))
     assert native.fill(3, (6,))
     assert native.arrays[0].tolist() == [8, 9, 6]
     assert not native.fill(5, (7,))
-    assert not native.fill(3, (VOCABULARY,))
-    assert not native.fill(3, (-1,))
+    for token in (VOCABULARY, -1):
+        with pytest.raises(ProtocolError, match=f"token {token} is not in the vocabulary"):
+            native.fill(3, (token,))
 
 
 @settings(max_examples=400, deadline=None)
-@example(0, [], b"\0", 0)  # the field 0, which no message has
 @given(uint64, st.lists(st.integers(0, MAX_VOCABULARY), max_size=5), st.binary(max_size=2), st.integers(0, 20))
-def test_sampled_tokens_are_read_as_the_codec_reads_them(number: int, ids: list[int], other: bytes, at: int) -> None:
+def test_sampled_tokens_are_read_as_the_plain_reader_reads_them(
+    number: int, ids: list[int], other: bytes, at: int
+) -> None:
     data = encode_sampled_tokens(SampledTokens(number, tuple(ids)))
-    native = read_natively(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
-    assert native == (None if MAX_VOCABULARY in ids else (number, ids))
-    changed = data[:at] + other + data[at + len(other) :]
-    if (native := read_natively(changed, MAX_BATCH_TOKENS, MAX_VOCABULARY)) is not None:
-        assert SampledTokens(native[0], tuple(native[1])) == decode_sampled_tokens(changed)
-    assert not ids or read_natively(data, len(ids) - 1, MAX_VOCABULARY) is None
+    with pytest.raises(ProtocolError) if MAX_VOCABULARY in ids else contextlib.nullcontext():
+        assert decode_sampled_tokens(data) == SampledTokens(number, tuple(ids))
+    with contextlib.suppress(ProtocolError):
+        decode_sampled_tokens(data[:at] + other + data[at + len(other) :])
+    if ids:
+        with pytest.raises(ProtocolError):
+            read_natively(data, len(ids) - 1, MAX_VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -205,31 +212,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.mark.parametrize("backend", [ReferenceBackend(), CpuBackend(1)], ids=["reference", "cpu"])
-def test_stages_compute_the_same_by_both_ways(model: Model, backend: Backend) -> None:
+def test_stages_compute_frames_as_they_compute_batches(model: Model, backend: Backend) -> None:
     runners = [StageRunner(backend, model, *layers, STAGE_LIMITS) for layers in pairwise((0, 1, 3))]
-    tokens = SampledTokensBox()
+    tokens = PlainTokensBox()
     tokens.put(SampledTokens(4, (3, 5)))
     chunks = (Chunk((1, 2, 4), 0, (0, 2), 1), Chunk((0,), 0, (2, 1), 1, (4, 1)))
-    frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 5, chunks)), (), None)
-    answers = []
-    native = [frame_reader(runner) for runner in runners]
-    assert None not in native
-    for readers in (native, [None, None]):
-        first = Arrival.read(frame, readers[0], 10, 20)
-        assert (first.native is None) == (readers[0] is None)
-        passed_on = first.next_frame(first.run(runners[0], tokens), StageTiming(1, 2, 3, first.rows))
-        last = Arrival.read(passed_on, readers[1], 10, 20)
-        assert (last.rows, last.attended, last.newest_dependency, last.embedded_rows) == (4, 10, 4, 0)
-        assert (last.failure, last.timings) == (None, (StageTiming(1, 2, 3, 4),))
-        logits = last.run(runners[1], tokens)
-        assert isinstance(logits, np.ndarray)
-        answers.append((passed_on, logits.tobytes()))
-    assert answers[0] == answers[1]
+    microbatch = Microbatch(model.model_id, 1, 5, chunks)
+    first = Arrival.read(encode_hidden(encode_microbatch(microbatch)), runners[0], 10, 20)
+    tokens.fill(first.frame)
+    hidden = runners[0].run_frame(first.frame)
+    passed_on = first.next_frame(hidden, StageTiming(1, 2, 3, first.rows))
+    last = Arrival.read(passed_on, runners[1], 10, 20)
+    assert (last.rows, last.frame.attended, last.newest_dependency, last.failure) == (4, 10, 4, None)
+    logits = runners[1].run_frame(last.frame)
+    assert isinstance(logits, np.ndarray)
+    filled, found = tokens.filled(microbatch), logits.tobytes()
+    assert runners[1].run(filled, runners[0].run(filled, None)).tobytes() == found
 
 
-def test_a_token_that_is_missing_is_an_error_by_both_ways(model: Model) -> None:
+def test_a_token_that_is_missing_is_an_error(model: Model) -> None:
     runner, chunk = runner_of(model, 0, 1), Chunk((0,), 4, (0, 2), 1, (0, 0))
-    frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 1, (chunk,))), (), None)
-    for way in (frame_reader(runner), None):
-        with pytest.raises(WorkerError, match="row 0 of microbatch 0 has no token to follow: 0 are known"):
-            Arrival.read(frame, way, 0, 0).run(runner, SampledTokensBox())
+    frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 1, (chunk,))))
+    with pytest.raises(WorkerError, match="row 0 of microbatch 0 has no token to follow: 0 are known"):
+        SampledTokensBox().fill(Arrival.read(frame, runner, 0, 0).frame)
+
+
+def test_a_failure_is_read_as_one_safe_line(model: Model) -> None:
+    header = encode_microbatch(Microbatch(model.model_id, 1, 1, (Chunk((1,), 4, (0, 2), 1),)))
+    frame = encode_frame(header, (), failure="worker b:\nout of \x1b[31mmemory")
+    assert Arrival.read(frame, runner_of(model, 1, 2), 0, 0).failure == "worker b: out of [31mmemory"

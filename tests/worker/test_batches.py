@@ -10,8 +10,8 @@ import pytest
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.clusters.fakes import blocks_of
+from support.wire.frame_reader import build_batch
 
 LIMITS = StageLimits(max_batch_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
 VOCABULARY = 1000

@@ -53,7 +53,8 @@ def _row(token: int) -> RowResult:
 def test_rows_count_as_far_as_the_ones_before_chose_them(
     chunk: Chunk, results: list[RowResult], tasks: list[RowTask], expected: tuple[tuple[int, ...], int | None]
 ) -> None:
-    assert following(chunk, results, tasks) == expected
+    scored = [isinstance(task, ScoreTask) for task in tasks]
+    assert following(chunk.tokens, chunk.next_token, [row.token for row in results], scored) == expected
 
 
 @pytest.fixture(params=FAMILIES)
@@ -76,8 +77,7 @@ class OneSequence:
         end = position + len(tokens)
         tasks = tuple(replace(_TASK, position=end - outputs + row + 1) for row in range(outputs))
         inputs = SamplingInputs(1, 0, tasks)
-        rows = self._runner.finish(self._runner.run(microbatch, None), inputs)
-        return self._runner.draft(microbatch, rows, inputs).rows
+        return self._runner.finish(self._runner.run(microbatch, None), inputs)
 
 
 def _one_pass(backend: Backend, model: Model, tokens: list[int]) -> Iterator[int]:

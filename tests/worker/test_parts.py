@@ -30,7 +30,8 @@ from llamaclust.wire.control.messages import (
     UnloadFailed,
     WorkerMessage,
 )
-from llamaclust.wire.microbatch.codec import MAX_STAGES, encode_inputs
+from llamaclust.wire.microbatch.codec import MAX_STAGES
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker import loads
 from llamaclust.worker import session as session_module

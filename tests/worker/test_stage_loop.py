@@ -19,8 +19,9 @@ from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.model.loader import Model
-from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
@@ -82,14 +83,13 @@ async def test_a_leader_announces_no_microbatch_that_does_not_fit(
     loop = StageLoop(1, runner_of(model, *layers), StageContext("w", Compute(), Counters(), leader), DEADLINES)
     fits = Microbatch(model.model_id, 1, 0, (Chunk((1, 2), 0, (0, 1), 1),))
     hidden = None if width is None else np.ones((len(fits.chunks[0].tokens), 64), np.float32)
-    loop._run_layers(loop.receive(encode_hidden(encode_microbatch(fits), (), hidden), 0))
+    loop._run_layers(loop.receive(encode_hidden(encode_microbatch(fits), hidden), 0))
     assert announced == [2]
     wrong = replace(fits, number=1, **changes)
     if width is not None:
         hidden = np.ones((sum(len(chunk.tokens) for chunk in wrong.chunks), width), np.float32)
-    arrival = loop.receive(encode_hidden(encode_microbatch(wrong), (), hidden), 1)
     with pytest.raises((ProtocolError, WorkerError), match=why):
-        loop._run_layers(arrival)
+        loop._run_layers(loop.receive(encode_hidden(encode_microbatch(wrong), hidden), 1))
     assert announced == [2]
 
 
@@ -113,7 +113,7 @@ async def test_a_result_that_can_wait_is_sent_after_the_first_stage_has_begun(mo
 
     chunks = (Chunk((7,), 0, (0, 16), 1), Chunk((0,), 1, (0, 16), 1, depends_on=(0, 0)))
     microbatches = [Microbatch(model.model_id, 1, number, (chunk,)) for number, chunk in enumerate(chunks)]
-    frames = [encode_hidden(encode_microbatch(each), (), np.zeros((1, 64), np.float32)) for each in microbatches]
+    frames = [encode_hidden(encode_microbatch(each), np.zeros((1, 64), np.float32)) for each in microbatches]
     compute = Compute()
     loop = StageLoop(1, runner_of(model, 1, 3), StageContext("w", compute, Counters()), DEADLINES)
     for number in range(2):
@@ -142,9 +142,7 @@ async def test_a_stage_that_takes_nothing_is_named_and_heartbeats_say_what_was_s
     model: Model, start: int, end: int, receiver: str | None
 ) -> None:
     hidden = None if start == 0 else np.zeros((1, 64), np.float32)
-    frame = encode_hidden(
-        encode_microbatch(Microbatch(model.model_id, 1, 0, (Chunk((7,), 0, (0, 16), 0),))), (), hidden
-    )
+    frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, 0, (Chunk((7,), 0, (0, 16), 0),))), hidden)
     frames, never = [frame], asyncio.Event()
 
     async def read() -> bytes:
@@ -181,7 +179,7 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
         loop = StageLoop(1, runner_of(model, 0, 1), StageContext("w", compute, Counters()), DEADLINES)
         for number, position in enumerate((0, 0, 240, 240)):
             microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
-            await loop.compute(loop.receive(encode_hidden(encode_microbatch(microbatch), (), None), number))
+            await loop.compute(loop.receive(encode_hidden(encode_microbatch(microbatch)), number))
         compute.close()
 
     seen: list[int] = []
@@ -215,7 +213,7 @@ async def test_steps_on_gpus_have_a_limit_once_their_kind_is_known(
     loop = StageLoop(1, runner, StageContext("w", compute, Counters()), DEADLINES)
     for number in range(3):
         chunk = Chunk((0,), number, (0, 16), 1, depends_on=(number - 1, 0) if number else None)
-        frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, number, (chunk,))), (), None)
+        frame = encode_hidden(encode_microbatch(Microbatch(model.model_id, 1, number, (chunk,))))
         task = SampleTask(SamplingParams(0.8, 40), 11, 0, number)
         loop.put_inputs(StepInputs.read(encode_inputs(SamplingInputs(1, number, (task,)))))
         answer = await (await loop.compute(loop.receive(frame, number)))
@@ -239,7 +237,7 @@ async def test_an_answer_that_cannot_be_made_ends_the_stream_while_no_microbatch
         return microbatches_left.pop()
 
     microbatch = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 1), 0),))
-    microbatches_left = [encode_hidden(encode_microbatch(microbatch), (), None)]
+    microbatches_left = [encode_hidden(encode_microbatch(microbatch))]
     compute = Compute()
     loop = Queued(1, runner_of(model, 0, 3), StageContext("w", compute, Counters()), DEADLINES)
     stream: Any = SimpleNamespace(read=read, is_local=False, has_message=False)

@@ -18,8 +18,9 @@ from llamaclust.kernels._native import MicrobatchFrame
 from llamaclust.kernels.backend import Logits
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.client import ClientStream, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
@@ -148,10 +149,10 @@ def _hostile(model: Model) -> dict[str, bytes]:
         "foreign block": replace(good, chunks=(Chunk((1,), 0, (64, 1), 1),)),
         "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (0, 5), 1),)),
     }
-    frames = {name: encode_hidden(encode_microbatch(microbatch), (), None) for name, microbatch in changed.items()}
+    frames = {name: encode_hidden(encode_microbatch(microbatch)) for name, microbatch in changed.items()}
     frames["no frame"] = b"GET / HTTP/1.1"
     frames["empty"] = b""
-    frames["hidden state for a first stage"] = encode_hidden(encode_microbatch(good), (), np.zeros((1, 64), np.float32))
+    frames["hidden state for a first stage"] = encode_hidden(encode_microbatch(good), np.zeros((1, 64), np.float32))
     return frames
 
 
@@ -175,7 +176,7 @@ async def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path:
         with pytest.raises(StreamBrokenError, match="second stream"):
             await forward.opened()
     async with chain(model, tmp_path, (0, 3)) as stages:
-        hidden = encode_hidden(encode_microbatch(_good(model)), (), np.zeros((1, 63), np.float32))
+        hidden = encode_hidden(encode_microbatch(_good(model)), np.zeros((1, 63), np.float32))
         await stages.forward.write(hidden)
         with pytest.raises(StreamBrokenError, match="252 bytes, 1 x 0"):
             await stages.forward.read()

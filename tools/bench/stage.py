@@ -117,7 +117,7 @@ class BenchStage:
         """The chosen tokens."""
         started_ns = perf_counter_ns()
         microbatch = Microbatch(self._model_id, _EPOCH, 0, tuple(chunks))
-        logits = self._runner.run_to_sample(microbatch, None)
+        logits = self._runner.run_to_sample(microbatch)
         rows = self._runner.finish(logits, SamplingInputs(_EPOCH, 0, tuple(tasks)))
         if len(chunks[0].tokens) > 1:
             timing = StageTiming(0, perf_counter_ns() - started_ns, 0, microbatch.rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from llamaclust.core import limits
 from llamaclust.core.bounds import UINT64, bounded
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, Reasoning
+from llamaclust.core.sampling import Grammar, MatcherStart, Reasoning
 from llamaclust.core.sampling_bounds import (
     MAX_CONTEXT_TOKENS,
     MAX_GRAMMAR_BYTES,
@@ -16,10 +16,12 @@ from llamaclust.core.sampling_bounds import (
     MAX_TRIGGERS,
 )
 from llamaclust.proto import sampling_pb2 as sampling_proto
+from llamaclust.wire.codec import parse
+from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES
 
 
-def starts_out(starts: Iterable[MatcherStart], to: sampling_proto.SamplingInputs) -> None:
-    """Adds them and their grammars."""
+def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
+    to = sampling_proto.MatcherStarts()
     grammars: dict[Grammar, int] = {}
     for start in starts:
         to.starts.add(
@@ -32,23 +34,15 @@ def starts_out(starts: Iterable[MatcherStart], to: sampling_proto.SamplingInputs
         )
     for grammar in grammars:
         to.grammars.add(definition=grammar.definition, triggers=grammar.triggers)
+    return to
 
 
-def starts_in(message: sampling_proto.SamplingInputs) -> tuple[MatcherStart, ...]:
+def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
     """ProtocolError for one out of bounds, or whose grammar is not in the message."""
+    message = parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES)
     bounded("matchers that start", len(message.starts), 0, limits.MAX_BATCH_TOKENS)
     grammars = [_grammar_in(grammar) for grammar in message.grammars]
     return tuple(_start_in(start, grammars) for start in message.starts)
-
-
-def matcher_row_out(row: MatcherRow) -> sampling_proto.MatcherRow:
-    return sampling_proto.MatcherRow(key=row.key, position=row.position)
-
-
-def matcher_row_in(message: sampling_proto.MatcherRow) -> MatcherRow:
-    """ProtocolError for a row out of bounds."""
-    position = bounded("position in an answer", message.position, 0, MAX_CONTEXT_TOKENS)
-    return MatcherRow(bounded("key of an answer", message.key, 0, UINT64), position)
 
 
 def _grammar_in(message: sampling_proto.Grammar) -> Grammar:

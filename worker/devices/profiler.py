@@ -26,8 +26,9 @@ from llamaclust.model.costs import LayerCost
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
@@ -272,4 +273,4 @@ def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple
     header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
     hidden = None if program.is_first else source.standard_normal((rows, program.hidden.width), np.float32)
     tasks = encode_inputs(SamplingInputs(_EPOCH, number, (task,) * sum(chunk.outputs for chunk in chunks)))
-    return encode_hidden(header, (), hidden), tasks
+    return encode_hidden(header, hidden), tasks

@@ -82,8 +82,8 @@ class ModelDrafter:
         return steps
 
     def _run(self, chunks: tuple[Chunk, ...], tasks: tuple[SampleTask, ...] = ()) -> tuple[RowResult, ...]:
-        logits = self._stage.run_to_sample(Microbatch(self._stage.model_id, 1, 0, chunks), None)
-        return tuple(self._stage.finish(logits, SamplingInputs(1, 0, tasks))) if tasks else ()
+        logits = self._stage.run_to_sample(Microbatch(self._stage.model_id, 1, 0, chunks))
+        return self._stage.finish(logits, SamplingInputs(1, 0, tasks)) if tasks else ()
 
     def close(self) -> None:
         self._stage.close()

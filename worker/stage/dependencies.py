@@ -33,14 +33,14 @@ class Dependencies:
 
     def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
-        found, expected = (inputs.epoch, inputs.number), (self._epoch, self._next_put)
+        found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
         if len(self._inputs) >= MOST_IN_FLIGHT:
             raise ProtocolError(f"sampling inputs for more than {MOST_IN_FLIGHT} microbatches that did not come")
         self._next_put += 1
-        if inputs.number >= self._next_done:
-            self._inputs[inputs.number] = inputs
+        if found[1] >= self._next_done:
+            self._inputs[found[1]] = inputs
             self._came.set()
 
     def put_tokens(self, sampled: SampledTokens) -> None:

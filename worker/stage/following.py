@@ -19,7 +19,7 @@ from llamaclust.wire.control.messages import StageProgress
 from llamaclust.wire.microbatch.frames import most_frame_bytes
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.member_links import Fault, MemberLinks
-from llamaclust.worker.stage.arrival import Arrival, frame_reader
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.leading import decode_step
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -55,7 +55,6 @@ class FollowingStage:
         self._reporting: asyncio.Task[Fault] | None = None
         program, rows = runner.program, runner.limits.max_batch_tokens
         self._most_bytes = most_frame_bytes(rows, 0 if program.is_first else program.hidden.width) + _TOKENS_BYTES
-        self._reader = frame_reader(runner)
         links.open(self._start)
 
     @property
@@ -92,14 +91,16 @@ class FollowingStage:
     def _step(self, data: bytes) -> None:
         assert self._links is not None
         frame, tokens, self._links.bands = decode_step(data)
-        arrival = Arrival.read(frame, self._reader, perf_counter_ns(), 0)
-        if arrival.epoch != self.epoch or arrival.failure is not None:
+        arrival = Arrival.read(frame, self.runner, perf_counter_ns(), 0)
+        if arrival.frame.epoch != self.epoch or arrival.failure is not None:
             raise ProtocolError(f"the leader announces what is no microbatch of epoch {epoch_text(self.epoch)}")
         self._counters.received_bytes += len(data)
         begun_ns = perf_counter_ns()
         try:
             with self._member_links.step(arrival.rows):
-                arrival.run(self.runner, tokens)
+                if self.runner.program.is_first:
+                    tokens.fill(arrival.frame)
+                self.runner.run_frame(arrival.frame)
         except DeviceLostError:
             raise
         except WorkerError as error:  # the leader has it too, and answers that the microbatch failed

@@ -15,26 +15,23 @@ from itertools import count
 from time import perf_counter_ns
 from typing import TypeVar
 
+from llamaclust.core.bounds import one_line
 from llamaclust.core.epochs import place_text
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
-from llamaclust.kernels._native import LinkError
+from llamaclust.kernels._native import LinkError, RowOutcomes
 from llamaclust.kernels.backend import Logits
-from llamaclust.kernels.sampling import row_results
 from llamaclust.wire.control.messages import Deadlines, StageProgress
-from llamaclust.wire.microbatch.codec import encode_result, encode_sampled_tokens
-from llamaclust.wire.microbatch.frames import encode_failure
-from llamaclust.wire.microbatch.messages import Result, SampledTokens, StageTiming
+from llamaclust.wire.microbatch.codec import encode_sampled_tokens
+from llamaclust.wire.microbatch.messages import SampledTokens, StageTiming
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
-from llamaclust.worker.stage.arrival import Arrival, frame_reader
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.leading import Leader, MemberFailedError
-from llamaclust.worker.stage.outputs import NativeOutputs, Outputs
-from llamaclust.worker.stage.sampled_tokens import needs_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.stage.step_limit import step_limit_s
@@ -57,7 +54,7 @@ _Kind = tuple[str, int, int]
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
     """With a long context, attention takes most of the time."""
-    return job, arrival.rows.bit_length(), arrival.attended.bit_length()
+    return job, arrival.rows.bit_length(), arrival.frame.attended.bit_length()
 
 
 async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list[Answer]], Awaitable[None]]) -> None:
@@ -82,6 +79,15 @@ class StageContext:
 
 
 @dataclass(frozen=True, slots=True)
+class Outputs:
+    """The findings of a last stage: results of its output rows, hidden states, the time that a head took to draft."""
+
+    rows: RowOutcomes
+    embeddings: bytes
+    drafting_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Bytes to send on; of a last stage also the sampled tokens."""
 
@@ -98,7 +104,6 @@ class StageLoop:
         runner.matchers.clear()
         self.dependencies = Dependencies(epoch, deadlines.sampling_inputs_s)
         self._tokens = self.dependencies.tokens
-        self._reader = frame_reader(runner)
         self._epoch = epoch
         self._compute = context.compute
         self._counters = context.counters
@@ -156,8 +161,8 @@ class StageLoop:
         """ProtocolError where the bytes are no frame of that microbatch."""
         received_ns = perf_counter_ns()
         self._counters.received_bytes += len(data)
-        arrival = Arrival.read(data, self._reader, received_ns, self._wire_ns)
-        found, expected = (arrival.epoch, arrival.number), (self._epoch, number)
+        arrival = Arrival.read(data, self.runner, received_ns, self._wire_ns)
+        found, expected = (arrival.frame.epoch, arrival.number), (self._epoch, number)
         if found != expected:
             raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
         self._received = number + 1
@@ -170,8 +175,7 @@ class StageLoop:
     def put_inputs(self, inputs: StepInputs) -> None:
         """ProtocolError for inputs out of turn."""
         self.dependencies.put_inputs(inputs)
-        if inputs.native is None:
-            self.runner.matchers.receive(inputs.inputs)
+        self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
@@ -201,8 +205,7 @@ class StageLoop:
     async def _inputs(self, arrival: Arrival) -> StepInputs:
         """When they and their matchers are there."""
         inputs = await self.dependencies.inputs(arrival.number)
-        if inputs.native is None:
-            await self.runner.matchers.ready(inputs.inputs)
+        await self.runner.matchers.ready(inputs.for_matchers)
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
@@ -227,33 +230,28 @@ class StageLoop:
             arrival.check(out)
             return Answer(arrival.next_frame(out, self._timing(arrival, queue_ns, compute_ns)))
         inputs = await self._inputs(arrival)
-        kind = ("finish", arrival.rows.bit_length(), arrival.embedded_rows.bit_length())
+        kind = ("finish", arrival.rows.bit_length(), len(arrival.frame.embedded_rows).bit_length())
         outputs, _, finish_ns = await self._timed(kind, partial(self._finish, arrival, out, inputs))
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
+        """Computes it, on a first stage with the tokens that it follows: later ones read none. WorkerError where one is
+        not known."""
+        runner, frame = self.runner, arrival.frame
+        if runner.program.is_first:
+            self._tokens.fill(frame)
         if self._leader is None:
-            return arrival.run(self.runner, self._tokens)
-        arrival.check_fits(self.runner, self._tokens)  # whoever sent it is at fault, and no member of the group
-        followed = self._tokens.all_of(arrival.depends_on if self.runner.program.is_first else [])
-        checked = self.runner.program if arrival.is_checked else None
+            return runner.run_frame(frame)
+        followed = self._tokens.all_of(frame.depends_on if runner.program.is_first else [])
+        checked = runner.program if frame.checked_chunks else None
         with self._leader.step(arrival.data, followed, arrival.rows, checked):
-            return arrival.run(self.runner, self._tokens)
+            return runner.run_frame(frame)
 
-    def _finish(self, arrival: Arrival, logits: Logits, received: StepInputs) -> Outputs | NativeOutputs:
+    def _finish(self, arrival: Arrival, logits: Logits, inputs: StepInputs) -> Outputs:
         runner = self.runner
-        if arrival.native is not None and (tasks := received.tasks(arrival.native, self._tokens)) is not None:
-            outcomes = runner.sample(logits, tasks)
-            return Outputs(row_results(outcomes)) if outcomes.has_failures else NativeOutputs(arrival.native, outcomes)
-        inputs = received.inputs
-        if needs_tokens(inputs):
-            inputs = self._tokens.fill_inputs(inputs, arrival.microbatch)
-        rows = runner.finish(logits, inputs)
-        embeddings = runner.embeddings(arrival.microbatch) if arrival.embedded_rows else b""
-        if not runner.limits.nextn:
-            return Outputs(rows, embeddings)
-        drafted = runner.draft(arrival.microbatch, rows, inputs)
-        return Outputs(drafted.rows, embeddings, drafted.drafting_ns)
+        self._tokens.fill(arrival.frame)
+        rows = runner.sample(logits, inputs)
+        return Outputs(rows, runner.embeddings(), runner.draft(rows, inputs))
 
     def _limit_s(self, kind: _Kind) -> float:
         return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
@@ -271,11 +269,14 @@ class StageLoop:
         self._taken_ns[kind] = taken[2]
         return taken
 
-    def _result(self, arrival: Arrival, outputs: Outputs | NativeOutputs, queue_ns: int, compute_ns: int) -> Answer:
-        data = outputs.encode(arrival, self._timing(arrival, queue_ns, compute_ns - outputs.drafting_ns))
-        sampled = outputs.sampled(arrival.number)
-        if sampled is not None:
-            self._tokens.put(sampled)
+    def _result(self, arrival: Arrival, outputs: Outputs, queue_ns: int, compute_ns: int) -> Answer:
+        timing = self._timing(arrival, queue_ns, compute_ns - outputs.drafting_ns)
+        of_stage = timing.queue_ns, timing.compute_ns, timing.wire_ns, timing.rows
+        data = outputs.rows.result(arrival.frame, of_stage, "", outputs.embeddings, outputs.drafting_ns)
+        if not (tokens := outputs.rows.tokens):
+            return Answer(data)
+        sampled = SampledTokens(arrival.number, tuple(tokens))
+        self._tokens.put(sampled)
         return Answer(data, sampled)
 
     def _timing(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> StageTiming:
@@ -301,8 +302,8 @@ class StageLoop:
 
     def _failed(self, arrival: Arrival, failure: str) -> Answer:
         if not self.runner.program.is_last:
-            return Answer(encode_failure(arrival.frame.header, arrival.timings, failure))
-        data = encode_result(Result(arrival.epoch, arrival.number, (), arrival.timings, failure))
+            return Answer(arrival.frame.failure_frame(one_line(failure)))
+        data = RowOutcomes().result(arrival.frame, None, one_line(failure))
         return Answer(data, SampledTokens(arrival.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:

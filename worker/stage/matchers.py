@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from threading import Lock
 from typing import Final
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult, RowTask, SampleTask
+from llamaclust.core.sampling import AllowedTokens, MatcherRow, RowResult
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage.matched_answer import DEFERRED, MatchedAnswer, MatcherTime
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
+from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
 """A step waits so long for matchers if no other row waits for it: else rows would come again and again meanwhile."""
@@ -67,7 +66,7 @@ class StageMatchers:
         """Reads the vocabulary, which takes most of a second where it is large, before an answer needs it."""
         self._thread.submit(self._prepare)
 
-    def receive(self, inputs: SamplingInputs) -> None:
+    def receive(self, inputs: MatcherInputs) -> None:
         """Drops what is still to be made for answers that the inputs release, which may have rows in flight, and begins
         to make what they start. ProtocolError for more than any coordinator has in flight: answers may end before their
         rows come, and others start in their place in each microbatch."""
@@ -82,33 +81,34 @@ class StageMatchers:
                 self._starting[inputs.number, start.key] = answer
             self._make(answer)
 
-    async def ready(self, inputs: SamplingInputs) -> None:
+    async def ready(self, inputs: MatcherInputs) -> None:
         """Returns when the step's matchers are ready, or have been waited for as long as its other rows may wait."""
         making, timeout_s = self._awaited(inputs)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
 
-    def wait_ready(self, inputs: SamplingInputs) -> None:
+    def wait_ready(self, inputs: MatcherInputs) -> None:
         """Likewise, in a thread."""
         making, timeout_s = self._awaited(inputs)
         wait(making, timeout_s)
 
-    def _awaited(self, inputs: SamplingInputs) -> tuple[list[Future[None]], float]:
-        answers = [self._find(inputs.number, row.key) for _, row in _rows(inputs)]
+    def _awaited(self, inputs: MatcherInputs) -> tuple[list[Future[None]], float]:
+        answers = [self._find(inputs.number, row.key) for _, row in inputs.rows]
         late = [answer for answer in answers if not (answer is None or answer.is_released or answer.ready.done())]
         first = [answer for answer in late if not answer.is_waited_for]
-        is_alone = len(late) == len(inputs.tasks)
+        is_alone = len(late) == inputs.outputs
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
-    def begin(self, inputs: SamplingInputs) -> tuple[RowTask, ...]:
-        """The tasks as they are sampled. ProtocolError for a row whose matcher was not started."""
+    def begin(self, inputs: MatcherInputs) -> list[int]:
+        """Returns the places of rows that nothing but the answer's end may follow, whatever is suppressed.
+        ProtocolError for a row whose matcher was not started."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)
             self._admit(inputs.number)
         self._rows, self._deferred, self._last = {}, [], {}
-        tasks = list(inputs.tasks)
-        for place, row in _rows(inputs):
+        complete: list[int] = []
+        for place, row in inputs.rows:
             if (answer := self._answers.get(row.key)) is None:
                 raise ProtocolError(f"a row of answer {row.key}, whose matcher is not here")
             if (row.drafted is None) == (answer in self._rows):
@@ -117,13 +117,13 @@ class StageMatchers:
                 self._rows[answer].append((place, row))
             elif answer.begin(row):
                 self._rows[answer] = deque([(place, row)])
-                tasks[place] = _unsuppressed(tasks[place]) if answer.is_complete else tasks[place]
+                complete += [place] if answer.is_complete else []
             else:
                 self._deferred.append(place)
                 self._rows[answer] = deque(maxlen=0)  # its drafted rows do not count either
         self._rows = dict(sorted(self._rows.items(), key=lambda item: item[0].turn))
         self._time = MatcherTime()
-        return tuple(tasks)
+        return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
         """Takes in the step's results, of which some are replaced: deferred, failed, or with tokens that must follow.
@@ -209,15 +209,3 @@ class StageMatchers:
             self._vocabulary = self._read_vocabulary()
             self._vocabulary.native  # noqa: B018  builds it
         return self._vocabulary
-
-
-def _rows(inputs: SamplingInputs) -> Iterator[tuple[int, MatcherRow]]:
-    """The output rows of answers with a matcher, and their places."""
-    for place, task in enumerate(inputs.tasks):
-        if isinstance(task, SampleTask) and task.matcher is not None:
-            yield place, task.matcher
-
-
-def _unsuppressed(task: RowTask) -> RowTask:
-    """Where nothing but the answer's end may follow, whatever is suppressed."""
-    return replace(task, suppressed=()) if isinstance(task, SampleTask) else task

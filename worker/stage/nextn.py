@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask
+from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
 from llamaclust.kernels.backend import Backend, Batch, Float32, Int32, Progress
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.nextn.program import nextn_program
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 
 if TYPE_CHECKING:
     from llamaclust.model.loader import Model
@@ -51,7 +51,6 @@ class _Taken:
     tokens: tuple[int, ...]  # behind the rows
     output: int = -1  # index of the result whose token is the last of these; -1: it was not sampled
     most: int = 0  # tokens to draft
-    task: SampleTask | None = None
     drafted: list[int] = field(default_factory=list)
 
     @property
@@ -74,38 +73,32 @@ class NextnDrafter:
         self.weights = self._stage.weights
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
-    def draft(
-        self,
-        microbatch: Microbatch,
-        batch: Batch,
-        normed: Normed,
-        rows: Sequence[RowResult],
-        tasks: Sequence[RowTask],
-    ) -> tuple[RowResult, ...]:
-        """Computes keys and values of the rows of a microbatch that count by their results. The results with what is
+    def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
+        """Computes keys and values of the rows of a microbatch that count by their outcomes, to which it adds what is
         drafted where chunks ask for it."""
-        taken = _taken(microbatch.chunks, batch, rows, tasks)
+        taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
         if not taken:
-            return tuple(rows)
-        results, drafting = list(rows), [each for each in taken if each.most]
+            return
+        drafting = [each for each in taken if each.most]
         places = np.concatenate([np.arange(each.first_row, each.first_row + len(each.tokens)) for each in taken])
         lines, logits = self._run(taken, normed(places.astype(np.int32)))
         for each in drafting:
             each.position += len(each.tokens) - 1
-        self._choose(drafting, logits)
+        self._choose(drafting, logits, tasks, 1)
+        later = 2
         while further := [index for index, each in enumerate(drafting) if each.has_room]:
             hidden = self._stage.normed(lines[further])
             drafting = [drafting[index] for index in further]
             for each in drafting:
                 each.tokens = (each.drafted[-1],)
             lines, logits = self._run(drafting, hidden)
-            self._choose(drafting, logits)
+            self._choose(drafting, logits, tasks, later)
+            later += 1
         for each in taken:
             if each.drafted:
-                results[each.output] = replace(results[each.output], drafted=tuple(each.drafted))
-        return tuple(results)
+                outcomes.set_drafted(each.output, each.drafted)
 
     def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
         """Which rows have logits, those of chunks that ask for drafts, and these [rows, vocabulary]."""
@@ -124,59 +117,53 @@ class NextnDrafter:
         )
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
-    def _choose(self, drafting: Sequence[_Taken], logits: Float32) -> None:
-        """The next token of each. One whose logits are not finite has no more."""
+    def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
+        """Chooses the next token of each: with the draws that are due so many tokens later, and by what the head can
+        know of the choice. One whose logits are not finite has no more."""
         if not drafting:
             return
-        tasks = tuple(each.task for each in drafting if each.task is not None)
-        for each, task, row in zip(drafting, tasks, self._sampler.run(logits, tasks), strict=True):
+        rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
+        for each, row in zip(drafting, rows, strict=True):
             if row.token < 0:
                 each.most = 0
                 continue
             each.drafted.append(row.token)
             each.position += 1
-            each.task = replace(task, position=task.position + 1)
 
     def close(self) -> None:
         self._stage.close()
 
 
-def _taken(chunks: Sequence[Chunk], batch: Batch, rows: Sequence[RowResult], tasks: Sequence[RowTask]) -> list[_Taken]:
-    taken, at = [], 0
-    for index, chunk in enumerate(chunks):
-        results, of_rows = rows[at : at + chunk.outputs], tasks[at : at + chunk.outputs]
-        tokens, chosen = following(chunk, results, of_rows)
-        if tokens:
-            tables = batch.block_tables[batch.table_starts[index] : batch.table_starts[index + 1]]
-            end = len(tables) * KV_BLOCK_TOKENS
-            each = _Taken(tables, end, int(batch.sequence_starts[index]), chunk.position, tokens)
+def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) -> list[_Taken]:
+    tokens, positions, starts, table_starts, block_tables, output_rows, *_ = frame.arrays
+    orders = {chunk: (None if token < 0 else token, drafts) for chunk, token, drafts in frame.draft_orders}
+    rows, scored, taken = outcomes.rows, tasks.scored, []
+    for index, (start, end) in enumerate(pairwise(starts.tolist())):
+        at, next_at = np.searchsorted(output_rows, (start, end)).tolist()
+        next_token, drafts = orders.get(index, (None, 0))
+        results = rows[at:next_at]
+        known = tuple(tokens[start:end].tolist())
+        behind, chosen = following(known, next_token, [row.token for row in results], scored[at:next_at])
+        if behind:
+            tables = block_tables[table_starts[index] : table_starts[index + 1]]
+            each = _Taken(tables, len(tables) * KV_BLOCK_TOKENS, start, int(positions[start]), behind)
             if chosen is not None and not (results[chosen].forced or results[chosen].forced_draft):
-                each.output, each.most = at + chosen, chunk.drafts
-                task = of_rows[chosen]
-                assert isinstance(task, SampleTask), "it chose a token"
-                each.task = _draft_task(task)
+                each.output, each.most = at + chosen, drafts
             taken.append(each)
-        at += chunk.outputs
     return taken
 
 
 def following(
-    chunk: Chunk, results: Sequence[RowResult], tasks: Sequence[RowTask]
+    tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
     """The tokens behind those rows of a chunk, from its first on, that count and whose next token is known; and which
-    result's token the last of them is, if it was sampled. A drafted row counts where the row before it chose it."""
-    tokens = chunk.tokens
-    for index, (row, task) in enumerate(zip(results, tasks, strict=True)):
-        place = len(tokens) - chunk.outputs + index
-        if not isinstance(task, SampleTask):
+    of its output rows chose the last of them, if one did. A drafted row counts where the row before it chose it."""
+    for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
+        place = len(tokens) - len(chosen) + index
+        if is_scored:
             continue
-        if row.token < 0:
+        if token < 0:
             return tokens[1 : place + 1], None
-        if place + 1 == len(tokens) or tokens[place + 1] != row.token:
-            return (*tokens[1 : place + 1], row.token), index
-    return tokens[1:] if chunk.next_token is None else (*tokens[1:], chunk.next_token), None
-
-
-def _draft_task(task: SampleTask) -> SampleTask:
-    """For the token behind the one that a task chose: the same draws, and what the head can know of the choice."""
-    return SampleTask(task.params.for_drafts, task.seed, task.choice, task.position + 1, suppressed=task.suppressed)
+        if place + 1 == len(tokens) or tokens[place + 1] != token:
+            return (*tokens[1 : place + 1], token), index
+    return tokens[1:] if next_token is None else (*tokens[1:], next_token), None

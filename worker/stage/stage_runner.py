@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
-from llamaclust.core.sampling import RowResult, second_draw
-from llamaclust.kernels._native import Gatherer, MicrobatchFrame, RowOutcomes, SamplingTasks
+from llamaclust.core.sampling import RowResult
+from llamaclust.kernels._native import Gatherer, MicrobatchFrame, RowOutcomes
 from llamaclust.kernels.backend import (
     Backend,
     Batch,
+    BatchStates,
     CacheCounts,
     Float32,
     GathersRows,
@@ -31,7 +32,7 @@ from llamaclust.kernels.backend import (
     kv_bytes,
 )
 from llamaclust.kernels.multi_device import MultiDeviceStage
-from llamaclust.kernels.sampling import Sampler
+from llamaclust.kernels.sampling import Sampler, row_results, set_result
 from llamaclust.kernels.split_experts import SplitExpertsStage
 from llamaclust.model.gguf.values import MetadataValue
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary, read_vocabulary
@@ -42,10 +43,14 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.control.messages import Load
+from llamaclust.wire.microbatch.codec import encode_microbatch
+from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
-from llamaclust.worker.stage.batches import build_batch, embedded_rows
+from llamaclust.worker.stage.arrival import frame_reader
 from llamaclust.worker.stage.matchers import StageMatchers
 from llamaclust.worker.stage.nextn import NextnDrafter, nextn_limits, nextn_program_of
+from llamaclust.worker.stage.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +136,10 @@ def _rows_of(logits: Logits, rows: Sequence[int]) -> Float32:
     return logits.rows(rows) if isinstance(logits, RankedLogits) else logits[[*rows]]
 
 
-def _check_tasks(tasks: int, logits: Logits) -> None:
-    if tasks != len(logits):
-        raise ProtocolError(f"{tasks} tasks for {len(logits)} output rows")
+def batch_of(frame: MicrobatchFrame) -> Batch:
+    """The frame's arrays, which look into it."""
+    arrays = frame.arrays
+    return Batch(*arrays[:8], None if arrays[8] is None else BatchStates(*arrays[8]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +153,6 @@ class StageOptions:
     nextn_backend: Backend | None = None  # of an MTP head; None: that of the layers
     manifest: str | None = None  # of the model's bytes on all workers of the epoch; None: they were not compared
     portion: Portion | None = None  # that a member of a group computes; None: the whole stage
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Of a last stage: what it says of output rows, and what its head took to draft tokens behind them."""
-
-    rows: tuple[RowResult, ...]
-    drafting_ns: int = 0
 
 
 class StageRunner:
@@ -173,15 +171,15 @@ class StageRunner:
         program = model_program(model, start, end, limits, options.portion)
         self.program = program
         self.portion = options.portion
-        self._window = self.program.window
         self.model_id = model.model_id
         self.limits = limits
         self.devices = options.devices
         self.manifest = options.manifest
         self.file_version = model.file.version
         self.kv_content = None if options.manifest is None else kv_content(model, options.manifest, limits)
-        self._adapters = max(model.adapter_numbers, default=-1) + 1
         self.vocabulary = model.hyperparameters.vocabulary_size
+        adapters = max(model.adapter_numbers, default=-1) + 1
+        self.reader = frame_reader(program, limits, model.model_id, self.vocabulary, adapters)
         samples = program.is_last and (options.portion is None or options.portion.leads)
         self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if samples else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self.vocabulary)
@@ -190,7 +188,7 @@ class StageRunner:
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
         self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
         self._ranking = self._stage if isinstance(self._stage, RanksLogits) and self._stage.ranks_logits else None
-        self._batch: Batch | None = None  # of the last run
+        self._frame: MicrobatchFrame | None = None  # of the last run
         self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
             self._nextn = NextnDrafter(options.nextn_backend or backend, model, limits, self._sampler, progress)
@@ -213,18 +211,23 @@ class StageRunner:
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
         ProtocolError where the microbatch does not fit this stage.
         """
-        return self._stage.run(self._batch_of(microbatch), hidden)
+        self._frame = frame = self.read(microbatch, hidden)
+        return self._stage.run(batch_of(frame), frame.hidden)
 
-    def run_to_sample(self, microbatch: Microbatch, hidden: Float32 | None) -> Logits:
-        """Likewise, for `finish` and `sample`: logits may stay in memory of a GPU."""
-        batch = self._batch_of(microbatch)
-        return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
+    def run_to_sample(self, microbatch: Microbatch) -> Logits:
+        """Computes a microbatch of a whole model, for `finish`: logits may stay in memory of a GPU."""
+        return self.run_frame(self.read(microbatch))
+
+    def read(self, microbatch: Microbatch, hidden: Float32 | None = None) -> MicrobatchFrame:
+        """The microbatch as it is received. ProtocolError where it does not fit this stage."""
+        return self.reader.read(encode_hidden(encode_microbatch(microbatch), hidden))
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
-        """Likewise, of a microbatch that was read natively for this stage, and whose tokens are known."""
+        """Computes a microbatch whose tokens are known. Logits may stay in memory of a GPU."""
+        self._frame = frame
         if self._native_stage is not None:
             return self._native_stage.run_frame(frame)
-        batch, hidden = Batch(*frame.arrays), frame.hidden
+        batch, hidden = batch_of(frame), frame.hidden
         return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
 
     def gather_by(self, gatherer: Gatherer) -> None:
@@ -232,57 +235,59 @@ class StageRunner:
         assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
         self._stage.gather_by(gatherer)
 
-    def check_fits(self, microbatch: Microbatch) -> None:
-        """ProtocolError where the microbatch does not fit this stage."""
-        self._batch_of(microbatch)
-
-    def _batch_of(self, microbatch: Microbatch) -> Batch:
-        if microbatch.model_id != self.model_id:
-            raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
-        self._batch = build_batch(microbatch, self.limits, self.vocabulary, self._window, self._adapters)
-        return self._batch
-
-    def embeddings(self, microbatch: Microbatch) -> bytes:
+    def embeddings(self) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
         more of them than one result holds."""
-        count = microbatch.embedded_rows
-        if count == 0:
+        rows = self._last.embedded_rows
+        if not len(rows):
             return b""
         assert self.program.normed is not None, "only a last stage has it"
         most = max_embedded_rows(self.program.normed.width)
-        if count > most:
-            raise ProtocolError(f"microbatch with {count} embedded rows, one result holds {most}")
-        return self._stage.normed(embedded_rows(microbatch)).astype("<f4").tobytes()
+        if len(rows) > most:
+            raise ProtocolError(f"microbatch with {len(rows)} embedded rows, one result holds {most}")
+        return self._stage.normed(rows).astype("<f4").tobytes()
+
+    @property
+    def _last(self) -> MicrobatchFrame:
+        assert self._frame is not None, "it follows a run"
+        return self._frame
 
     def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Samples and scores logits [outputs, vocabulary] of a last stage's run. ProtocolError where tasks do not
+        """Results of the last run's output rows, by its logits. ProtocolError where tasks do not fit."""
+        received = StepInputs.read(encode_inputs(inputs))
+        outcomes = self.sample(logits, received)
+        self.draft(outcomes, received)
+        return row_results(outcomes)
+
+    def sample(self, logits: Logits, inputs: StepInputs) -> RowOutcomes:
+        """Samples and scores logits [outputs, vocabulary] of a last stage's last run. ProtocolError where tasks do not
         fit."""
         assert self._sampler is not None, "only a last stage has logits"
-        _check_tasks(len(inputs.tasks), logits)
-        tasks = self.matchers.begin(inputs)
-        if not tasks:
-            return ()
-        rows = list(self._sampler.run(logits, tasks))
-        while refused := self.matchers.take(rows):
-            again = tuple(second_draw(tasks[place]) for place in refused)
-            found = self._sampler.run(_rows_of(logits, [*refused]), again, tuple(refused.values()))
+        tasks = inputs.tasks
+        tasks.complete(self._last)
+        matched = inputs.for_matchers
+        if not (matched.rows or matched.released):
+            return self._sampler.sample(logits, tasks)
+        for place in self.matchers.begin(matched):
+            tasks.allow_suppressed(place)
+        outcomes = self._sampler.sample(logits, tasks)
+        results = [*row_results(outcomes)]
+        while refused := self.matchers.take(results):
+            again = tasks.second_draws([*refused], [*refused.values()])
+            found = row_results(self._sampler.sample(_rows_of(logits, [*refused]), again))
             for place, row in zip(refused, found, strict=True):
-                rows[place] = row
-        return tuple(rows)
+                results[place] = row
+        for place, _ in matched.rows:
+            set_result(outcomes, place, results[place])
+        return outcomes
 
-    def sample(self, logits: Logits, tasks: SamplingTasks) -> RowOutcomes:
-        """Likewise, of tasks that were read natively: they have no matchers."""
-        assert self._sampler is not None, "only a last stage has logits"
-        _check_tasks(tasks.rows, logits)
-        return self._sampler.sample(logits, tasks)
-
-    def draft(self, microbatch: Microbatch, rows: tuple[RowResult, ...], inputs: SamplingInputs) -> Finished:
-        """Results of the last run's output rows, with the tokens that a head drafts behind them."""
-        if self._nextn is None or self._batch is None:
-            return Finished(rows)
+    def draft(self, outcomes: RowOutcomes, inputs: StepInputs) -> int:
+        """Adds the tokens that a head drafts behind output rows of the last run. Returns what it took, in ns."""
+        if self._nextn is None:
+            return 0
         begun_ns = perf_counter_ns()
-        drafted = self._nextn.draft(microbatch, self._batch, self._stage.normed, rows, inputs.tasks)
-        return Finished(drafted, perf_counter_ns() - begun_ns)
+        self._nextn.draft(self._last, self._stage.normed, outcomes, inputs.tasks)
+        return perf_counter_ns() - begun_ns
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:

@@ -7,14 +7,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
 
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.kernels._native import LinkError
 from llamaclust.wire.control.messages import Deadlines, PeerUnreachable, StageProgress
-from llamaclust.wire.microbatch.codec import PREPARE_MATCHERS
 from llamaclust.wire.microbatch.frames import most_frame_bytes
+from llamaclust.wire.microbatch.inputs import PREPARE_MATCHERS
 from llamaclust.wire.rpc.client import ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLED_TOKENS
@@ -26,9 +25,6 @@ from llamaclust.worker.stage.loop import StageContext, StageLoop
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
-
-_INLINE_BYTES: Final = 1 << 16
-"""Larger sampling inputs, with long histories, are decoded beside the event loop: a megabyte takes 60 ms."""
 
 _STEP_S = 60.0
 """A step of a group's leader, which its links do not keep any more, ends within so long."""
@@ -57,13 +53,6 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
             group.create_task(watching())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-
-
-async def _read(data: bytes) -> StepInputs:
-    """ProtocolError for bytes that are no sampling inputs."""
-    if len(data) <= _INLINE_BYTES:
-        return StepInputs.read(data)
-    return await asyncio.to_thread(StepInputs.read, data)
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
@@ -130,7 +119,7 @@ class StageStreams:
                 if data == PREPARE_MATCHERS:
                     self.runner.matchers.prepare()
                 else:
-                    self._loop.put_inputs(await _read(data))
+                    self._loop.put_inputs(StepInputs.read(data))
         except ProtocolError as error:
             self._loop.dependencies.fail(error)
             raise

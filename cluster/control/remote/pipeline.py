@@ -15,15 +15,11 @@ from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.epochs import epoch_text, place_text
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.limits import MAX_TOP_LOGPROBS
-from llamaclust.wire.microbatch.codec import (
-    PREPARE_MATCHERS,
-    decode_result,
-    encode_inputs,
-    encode_microbatch,
-    most_result_bytes,
-)
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import PREPARE_MATCHERS, encode_inputs
 from llamaclust.wire.microbatch.messages import Result
+from llamaclust.wire.microbatch.results import decode_result, most_result_bytes
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
@@ -83,7 +79,7 @@ class RemotePipeline:
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
-        self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch), (), None) for each in scheduled))
+        self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
 
     def prepare_matchers(self) -> None:

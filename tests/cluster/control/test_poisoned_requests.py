@@ -27,14 +27,23 @@ _POISONED = dedent(
 
     if "--name" in sys.orig_argv:
         from llamaclust.worker.stage.loop import StageLoop
+        from llamaclust.worker.stage.step_inputs import StepInputs
+        from support.wire.slow_codec import plain_inputs
 
-        finish = StageLoop._finish
+        finish, read, poison = StageLoop._finish, StepInputs.read, dict()
+
+        def notes(data):
+            inputs = plain_inputs(data)
+            risky = [task.position for task in inputs.tasks if getattr(task, "seed", 0) == {POISON}]
+            poison[inputs.number] = any(position >= 30 for position in risky)
+            return read(data)
 
         def poisoned(loop, arrival, logits, received):
-            if any(getattr(task, "seed", 0) == {POISON} and task.position >= 30 for task in received.inputs.tasks):
+            if poison[arrival.number]:
                 BREAK
             return finish(loop, arrival, logits, received)
 
+        StepInputs.read = notes
         StageLoop._finish = poisoned
     """
 )

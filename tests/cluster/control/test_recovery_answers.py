@@ -27,20 +27,21 @@ if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1
 _RESULT = (
     _BEGIN
     + """
-    from llamaclust.wire.microbatch.codec import decode_result, encode_result as encode
-    from llamaclust.worker.stage.outputs import NativeOutputs
+    from llamaclust.wire.microbatch.results import decode_result
+    from llamaclust.worker.stage.loop import StageLoop
+    from support.wire.slow_codec import encode_result as encode
 
-    right = NativeOutputs.encode
+    right = StageLoop._result
 
-    def wrong(outputs, *given):
-        data = right(outputs, *given)
+    def wrong(loop, *given):
+        answer = right(loop, *given)
         if next(answers) >= {at} and not os.path.exists({marker!r}):
             open({marker!r}, "w").close()
-            message = decode_result(data)
-            return {answer}
-        return data
+            message = decode_result(answer.data)
+            return replace(answer, data={answer})
+        return answer
 
-    NativeOutputs.encode = wrong
+    StageLoop._result = wrong
 """
 )
 _HEARTBEAT = (
@@ -122,7 +123,7 @@ _HANGING = dedent(
         compute.INLINE_NS = 0  # every step in the thread
 
         def hang(self, arrival):
-            if arrival.microbatch.number >= 20 and not os.path.exists({marker!r}):
+            if arrival.number >= 20 and not os.path.exists({marker!r}):
                 open({marker!r}, "w").close()
                 threading.Event().wait()
             return run_layers(self, arrival)

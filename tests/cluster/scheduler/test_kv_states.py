@@ -21,9 +21,9 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import Grammar, RowResult, RowTask, SampleTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
-from llamaclust.worker.stage.state_tables import batch_states
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear
 from support.plans.drafting import AnyWindows, SaidDrafters, Says, replayed
+from support.wire.batches import batch_states
 
 
 @dataclass

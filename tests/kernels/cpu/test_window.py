@@ -22,9 +22,9 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Attention, Program
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.clusters.invariance import Way, make_work, run
 from support.models.tiny_architectures import VOCABULARY, build_architecture
+from support.wire.frame_reader import build_batch
 
 LIMITS = StageLimits(max_batch_tokens=1200, max_outputs=1200, max_sequences=2, max_context_tokens=1200, kv_blocks=75)
 

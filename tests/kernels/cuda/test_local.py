@@ -7,7 +7,7 @@ import os
 import random
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,11 @@ from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import ranges
-from llamaclust.core.sampling import RowResult, RowTask, SampleTask
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels._native import MicrobatchFrame, RowOutcomes, SamplingTasks
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.placement import read_rules
 from llamaclust.model.quant_types import QuantType
-from llamaclust.wire.microbatch.messages import Microbatch
 from llamaclust.worker.devices import backends
 from llamaclust.worker.stage.nextn import NextnDrafter, Normed
 from support.clusters.command_line import CommandLine, command_line
@@ -304,19 +302,13 @@ def noted_drafts() -> Iterator[dict[int, int]]:
     noted, draft = dict[int, int](), NextnDrafter.draft
 
     def noting(
-        self: NextnDrafter,
-        microbatch: Microbatch,
-        batch: Batch,
-        normed: Normed,
-        rows: Sequence[RowResult],
-        tasks: Sequence[RowTask],
-    ) -> tuple[RowResult, ...]:
-        found = draft(self, microbatch, batch, normed, rows, tasks)
-        for row, task in zip(found, tasks, strict=True):
+        self: NextnDrafter, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks
+    ) -> None:
+        draft(self, frame, normed, outcomes, tasks)
+        _, positions, _, _, _, output_rows, *_ = frame.arrays
+        for row, place in zip(outcomes.rows, output_rows, strict=True):
             if row.drafted:
-                assert isinstance(task, SampleTask)
-                noted[task.position] = row.drafted[0]
-        return found
+                noted[int(positions[place]) + 1] = row.drafted[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NextnDrafter, "draft", noting)

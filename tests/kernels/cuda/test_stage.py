@@ -17,10 +17,10 @@ from llamaclust.kernels.cuda.runtime.device import Device, Graph
 from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.model.kv_type import KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import batch_of, load_stage
 from support.cuda.stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
 from support.seed import SEED
+from support.wire.frame_reader import build_batch
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,13 @@ from llamaclust.core.sampling import (
     MatcherStart,
     Reasoning,
     RowResult,
-    RowTask,
     SampleTask,
     SamplingParams,
 )
 from llamaclust.model.grammars import definitions
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
-from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.stage.matchers import StageMatchers
+from llamaclust.worker.stage.step_inputs import MatcherInputs
 from support.chat.random_schemas import token_set
 
 END = 256
@@ -54,13 +53,14 @@ def task(
     return Task(SampleTask(SamplingParams(), 0, 0, 9, suppressed=suppressed, matcher=row), start)
 
 
-def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> SamplingInputs:
+def inputs_of(number: int, *tasks: Task, released: tuple[int, ...] = ()) -> MatcherInputs:
     starts = tuple(each.start for each in tasks if each.start is not None)
-    return SamplingInputs(1, number, tuple(each.row for each in tasks), released, starts)
+    rows = tuple((place, each.row.matcher) for place, each in enumerate(tasks) if each.row.matcher is not None)
+    return MatcherInputs(number, len(tasks), rows, released, starts)
 
 
-def begin(stage: StageMatchers, inputs: SamplingInputs) -> tuple[RowTask, ...]:
-    """The tasks, when its matchers are ready."""
+def begin(stage: StageMatchers, inputs: MatcherInputs) -> list[int]:
+    """The places of rows that only the end may follow, when its matchers are ready."""
     stage.receive(inputs)
     for answer in (*stage._starting.values(), *stage._answers.values()):
         answer.ready.result(30)

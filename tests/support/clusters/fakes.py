@@ -29,7 +29,7 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
-from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
+from support.wire.plain_tokens import PlainTokensBox, sampled_tokens_of
 
 VOCABULARY = 101
 
@@ -172,7 +172,7 @@ class FakeStages:
     stage_ns: Sequence[StageNs]
     hop_ns: int = 1000
     beside: float = 1.0  # how much slower a stage is while another one works too
-    chosen: SampledTokensBox = field(default_factory=SampledTokensBox)
+    chosen: PlainTokensBox = field(default_factory=PlainTokensBox)
     chosen_ns: dict[int, int] = field(default_factory=dict)  # when a microbatch's tokens are at the first stage
     free_at: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
@@ -197,7 +197,7 @@ class FakeStages:
             now_ns = self.free_at[stage] = start + compute
             self.busy_ns[stage] += compute
         inputs = self.chosen.fill_inputs(scheduled.inputs, microbatch)
-        rows = self.model.run(self.chosen.fill(microbatch), inputs)
+        rows = self.model.run(self.chosen.filled(microbatch), inputs)
         self.chosen.put(sampled_tokens_of(microbatch.number, rows))
         self.chosen_ns[microbatch.number] = now_ns + self.hop_ns * (len(self.stage_ns) > 1)
         embeddings = self.model.embeddings(microbatch)

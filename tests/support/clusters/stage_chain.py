@@ -13,9 +13,11 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import FORWARD, SAMPLE
@@ -57,7 +59,7 @@ class Chain:
         return self.peers[-1]
 
     async def submit(self, microbatch: Microbatch, inputs: SamplingInputs | None) -> None:
-        await self.forward.write(encode_hidden(encode_microbatch(microbatch), (), None))
+        await self.forward.write(encode_hidden(encode_microbatch(microbatch)))
         if inputs is not None:
             await self.sample.write(encode_inputs(inputs))
 

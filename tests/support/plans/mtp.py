@@ -12,6 +12,7 @@ import pytest
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
+from llamaclust.core.sampling import ScoreTask
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.worker.stage.nextn import following
 from support.clusters.fakes import FakeStages
@@ -51,7 +52,9 @@ class MtpStages(FakeStages):
         rows, at, most = list(result.rows), 0, 0
         for chunk in scheduled.microbatch.chunks:
             tasks = scheduled.inputs.tasks[at : at + chunk.outputs]
-            _, chosen = following(chunk, rows[at : at + chunk.outputs], tasks)
+            says = [row.token for row in rows[at : at + chunk.outputs]]
+            scored = [isinstance(task, ScoreTask) for task in tasks]
+            _, chosen = following(chunk.tokens, chunk.next_token, says, scored)
             if chunk.drafts and chosen is not None:
                 row, place = at + chosen, chunk.position + len(chunk.tokens) - chunk.outputs + chosen + 2
                 rows[row] = replace(rows[row], drafted=self.says(place, chunk.drafts))

@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
-from llamaclust.kernels._native import FrameReader
-from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
+from dataclasses import replace
 
-MODEL_ID, VOCABULARY = "ab12", 300
+from llamaclust.core.bounds import MAX_TEXT
+from llamaclust.core.limits import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
+    MAX_BATCH_TOKENS,
+    MAX_KV_BLOCKS,
+    MAX_SEQUENCES,
+    MAX_VOCABULARY,
+    StageLimits,
+)
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_DRAFTED_TOKENS
+from llamaclust.kernels._native import FrameReader
+from llamaclust.kernels.backend import Batch
+from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, encode_microbatch
+from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.messages import Microbatch
+from llamaclust.worker.stage.stage_runner import batch_of
+
+MODEL_ID, VOCABULARY, ADAPTERS = "ab12", 300, 3
 LIMITS = StageLimits(
     max_batch_tokens=12, max_outputs=5, max_sequences=4, max_context_tokens=96, kv_blocks=40, window_blocks=9
 )
 
 
-def reader(hidden_width: int = 0, window: int = 0) -> FrameReader:
-    """Of a stage that gets hidden states of this width, or is the first one, and of whose layers some have a window."""
+def reader(hidden_width: int = 0, window: int = 0, state_blocks: int = 0) -> FrameReader:
+    """A reader of a stage with small limits; its width is 0 for the first one, its window 0 where no layer has one."""
+    return _reader(MODEL_ID, replace(LIMITS, state_blocks=state_blocks), VOCABULARY, ADAPTERS, hidden_width, window)
+
+
+def build_batch(
+    microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None, adapters: int = 0
+) -> Batch:
+    """The batch that a first stage reads, with these limits, that window of one of its layers and so many adapters."""
+    window = window or 0 if limits.gives_up(window) else 0
+    reader = _reader(microbatch.model_id, limits, vocabulary, adapters, 0, window)
+    return batch_of(reader.read(encode_hidden(encode_microbatch(microbatch))))
+
+
+def wire_reader(model_id: str, hidden_width: int = 0, state_blocks: int = 0) -> FrameReader:
+    """A reader that takes what any stage takes."""
+    limits = StageLimits(
+        *(MAX_BATCH_TOKENS, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS),
+        state_blocks=state_blocks,
+    )
+    return _reader(model_id, limits, MAX_VOCABULARY, MAX_ADAPTERS, hidden_width)
+
+
+def _reader(
+    model_id: str, limits: StageLimits, vocabulary: int, adapters: int, hidden_width: int, window: int = 0
+) -> FrameReader:
     return FrameReader(
-        MODEL_ID,
-        max_batch_tokens=LIMITS.max_batch_tokens,
-        max_outputs=LIMITS.max_outputs,
-        max_sequences=LIMITS.max_sequences,
-        max_context_tokens=LIMITS.max_context_tokens,
-        kv_blocks=LIMITS.kv_blocks,
-        vocabulary=VOCABULARY,
+        model_id,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_outputs=limits.max_outputs,
+        max_sequences=limits.max_sequences,
+        max_context_tokens=limits.max_context_tokens,
+        kv_blocks=limits.kv_blocks,
+        vocabulary=vocabulary,
         window=window,
-        window_blocks=LIMITS.window_blocks,
+        window_blocks=limits.window_blocks,
+        state_blocks=limits.state_blocks,
+        adapters=adapters,
         hidden_width=hidden_width,
         max_stages=MAX_STAGES,
         max_rows=MAX_BATCH_TOKENS,
         max_kv_blocks=MAX_KV_BLOCKS,
+        max_drafts=MAX_DRAFTED_TOKENS,
+        max_scale=MAX_ADAPTER_SCALE,
         max_header_bytes=MAX_MICROBATCH_BYTES,
+        max_failure_bytes=4 * MAX_TEXT,
     )

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from llamaclust.wire.microbatch.codec import encode_microbatch
-from llamaclust.wire.microbatch.frames import decode_frame, encode_failure, encode_hidden
+from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, StageTiming
 from llamaclust.wire.weight_stream import WeightRange, decode_range, encode_missing, encode_range, frames_of
 from llamaclust.wire.weight_stream import decode_frame as decode_weights
+from support.wire.slow_codec import decode_frame, encode_frame
 from support.wire.version_cases import CASES
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
@@ -35,7 +36,7 @@ def _frames() -> Kind:
     header = encode_microbatch(Microbatch("m", 1, 0, (Chunk((1, 2), 0, (3, 1), 1),)))
     hidden = np.arange(8, dtype=np.float32).reshape(2, 4)
     timings = (StageTiming(1, 2, 3, 4),)
-    good = encode_hidden(header, timings, hidden), encode_hidden(header, (), None), encode_failure(header, (), "no")
+    good = encode_frame(header, timings, hidden), encode_hidden(header), encode_frame(header, (), failure="no")
     return Kind("Frame", good, decode_frame)
 
 

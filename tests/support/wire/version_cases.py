@@ -13,15 +13,10 @@ from llamaclust.wire.control.codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
-from llamaclust.wire.microbatch.codec import (
-    decode_inputs,
-    decode_microbatch,
-    decode_result,
-    encode_inputs,
-    encode_microbatch,
-    encode_result,
-)
+from llamaclust.wire.microbatch.codec import encode_microbatch
+from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.wire.security.enrolment import (
     Challenge,
     Grant,
@@ -33,6 +28,7 @@ from llamaclust.wire.security.enrolment import (
     encode_server_message,
 )
 from support.wire.control_messages import COORDINATOR_MESSAGES, WORKER_MESSAGES
+from support.wire.slow_codec import decode_inputs, decode_microbatch, encode_result
 
 NONCE = bytes(32)
 

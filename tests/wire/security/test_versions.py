@@ -57,6 +57,10 @@ def with_new_fields(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
+HOT = ("Microbatch", "SamplingInputs")
+"""They travel between members of one version alone."""
+
+
 @pytest.mark.parametrize(
     ("name", "message", "encode", "decode", "stubs"), CASES, ids=lambda value: type(value).__name__
 )
@@ -66,7 +70,11 @@ def test_fields_of_a_newer_version_are_ignored_everywhere(
     sent = newer(stubs)[name].FromString(encode(message))
     data = with_new_fields(sent)
     assert len(data) > len(encode(message)) + 40
-    assert decode(data) == message
+    if name in HOT:
+        with pytest.raises(ProtocolError, match=f"{name}: damaged"):
+            decode(data)
+    else:
+        assert decode(data) == message
 
 
 @pytest.mark.parametrize(

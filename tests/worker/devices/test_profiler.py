@@ -9,12 +9,11 @@ import pytest
 
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.microbatch.codec import decode_microbatch
-from llamaclust.wire.microbatch.frames import decode_frame
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_model import build_tiny_model
+from support.wire.slow_codec import decode_frame, decode_microbatch
 
 
 @pytest.fixture

@@ -130,7 +130,6 @@ async def test_a_step_that_does_not_end_ends_the_process(monkeypatch: pytest.Mon
     """Its stage is not among the worker's any more, and keeps its memory."""
     given_up: list[DeviceLostError] = []
     monkeypatch.setattr(following, "_STEP_S", 0.01)
-    monkeypatch.setattr(following, "frame_reader", lambda _: None)
     limits, program = SimpleNamespace(max_batch_tokens=1), SimpleNamespace(is_first=True)
     runner: Any = SimpleNamespace(limits=limits, program=program, experts_cache=CacheCounts())
     links: Any = SimpleNamespace(open=lambda _: None, close=lambda: None)
@@ -155,7 +154,6 @@ async def test_a_kept_member_tries_no_longer_to_open_its_links(member: int, monk
     async def nothing(_: Fault) -> None: ...
 
     monkeypatch.setattr(LinkOpener, "_connection_to", refused)
-    monkeypatch.setattr(following, "frame_reader", lambda _: None)
     monkeypatch.setattr(streams, "StageLoop", lambda *_: None)
     limits, program = SimpleNamespace(max_batch_tokens=1), SimpleNamespace(is_first=True)
     runner: Any = SimpleNamespace(limits=limits, program=program, gather_by=None)

@@ -92,7 +92,8 @@ struct NativeStage {
                                   "]");
     const MicrobatchFrame& frame = read.frame;
     const Batch batch{frame.tokens,       frame.positions,     frame.sequence_starts, frame.table_starts,
-                      frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden()};
+                      frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden(),
+                      {frame.states_before, frame.state_starts, frame.state_rows, frame.state_blocks}};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }

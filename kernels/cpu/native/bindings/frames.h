@@ -9,14 +9,14 @@ namespace llamaclust {
 struct ReadFrame {
   nb::bytes data;
   MicrobatchFrame frame;
-  uint32_t vocabulary;
+  int32_t vocabulary;
   size_t hidden_width;
 
   Bytes bytes() const { return {static_cast<const uint8_t*>(data.data()), data.size()}; }
 
   // [rows][hidden_width]; null where a first stage gets none.
   const float* hidden() const {
-    return hidden_width == 0 ? nullptr : reinterpret_cast<const float*>(bytes().data() + frame.body_at);
+    return hidden_width == 0 || frame.failure ? nullptr : reinterpret_cast<const float*>(bytes().data() + frame.body_at);
   }
 };
 

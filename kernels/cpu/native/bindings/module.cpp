@@ -17,10 +17,10 @@ NB_MODULE(_native, module) {
   module.doc() = "Arithmetic of the CPU backend.";
   nb::set_leak_warnings(false);  // a process that ends while stages are loaded is no mistake
   module.def("available_levels", &level_names, "Feature levels this machine can run, slowest first.");
+  bind_sampler(module);
   bind_frames(module);
   bind_memory(module);
   bind_matmul(module);
-  bind_sampler(module);
   bind_gatherer(module);
   bind_links(module);
   bind_executor(module);

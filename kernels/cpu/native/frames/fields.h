@@ -1,98 +1,88 @@
-// Fields of a protobuf message in the form that its usual writers give it: ascending, none twice, numbers of one packed
-// field together. Other bytes may mean the same, and are refused: the codec in Python reads them then.
+// Fields of protobuf messages as their writers give them: ascending, none twice. Arrays come as bytes of little-endian
+// records. What is damaged or out of bounds is a ProtocolViolation that names it.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace llamaclust {
 
+static_assert(std::endian::native == std::endian::little, "messages are little-endian");
+
 using Bytes = std::span<const uint8_t>;
 
-// Every read stays within the bytes. After the first one that fails, no further field comes and `is_whole` is false.
+struct ProtocolViolation : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// ProtocolError of Python has the same words.
+template <typename T>
+T bounded(const char* what, T value, T low, T high) {
+  if (value >= low && value <= high) return value;
+  throw ProtocolViolation(std::string(what) + " is " + std::to_string(value) + ", must be within " +
+                          std::to_string(low) + ".." + std::to_string(high));
+}
+
+// Every read stays within the bytes.
 class Fields {
  public:
   // Only the field `repeated` may come several times.
-  explicit Fields(Bytes bytes, uint32_t repeated = 0)
-      : at_(bytes.data()), end_(at_ + bytes.size()), repeated_(repeated) {}
+  Fields(const char* message, Bytes bytes, uint32_t repeated = 0)
+      : message_(message), at_(bytes.data()), end_(at_ + bytes.size()), repeated_(repeated) {}
 
   // The number of the next field; 0: there is none. Its value is to be read before the next call.
   uint32_t next() {
-    if (is_broken_ || at_ == end_) return 0;
+    if (at_ == end_) return 0;
     const uint8_t tag = *at_++;
     const uint32_t number = tag >> 3;
-    if (tag >= 0x80 || number == 0 || number < last_ || (number == last_ && number != repeated_)) return fail();
+    if (tag >= 0x80 || number == 0 || number < last_ || (number == last_ && number != repeated_)) fail();
     kind_ = tag & 7;
     return last_ = number;
   }
 
-  // Whether all fields have been read.
-  bool is_whole() const { return !is_broken_ && at_ == end_; }
-
   uint64_t number64() {
-    if (kind_ != kVarint) return fail();
-    return varint();
+    expect(kVarint);
+    return varint(kVarintBytes);
   }
 
   uint32_t number32() { return narrow(number64()); }
 
   double real() {
-    double value = 0;
-    if (kind_ != kFixed64 || end_ - at_ < static_cast<std::ptrdiff_t>(sizeof value)) return fail();
+    expect(kFixed64);
+    double value;
+    if (end_ - at_ < static_cast<std::ptrdiff_t>(sizeof value)) fail();
     std::memcpy(&value, at_, sizeof value);
     at_ += sizeof value;
     return value;
   }
 
   Bytes bytes() {
-    if (kind_ != kBytes) return fail(), Bytes();
+    expect(kBytes);
     const uint64_t size = varint(kLengthBytes);
-    if (size > static_cast<uint64_t>(end_ - at_)) return fail(), Bytes();
+    if (size > static_cast<uint64_t>(end_ - at_)) fail();
     const Bytes found(at_, static_cast<size_t>(size));
     at_ += size;
     return found;
   }
 
-  // Calls f(number) for each number of a packed field, of which there is at least one.
-  template <typename F>
-  void numbers(F f) {
-    const Bytes packed = bytes();
-    if (packed.empty()) fail();
-    Fields inner(packed);
-    while (!inner.is_broken_ && inner.at_ != inner.end_) {
-      const uint32_t number = inner.narrow(inner.varint());
-      if (!inner.is_broken_) f(number);
-    }
-    if (inner.is_broken_) fail();
-  }
-
-  // Calls f(number) for each fixed32 of a packed field, of which there is at least one.
-  template <typename F>
-  void words(F f) {
-    const Bytes packed = bytes();
-    if (packed.empty() || packed.size() % sizeof(uint32_t) != 0) fail();
-    for (size_t at = 0; at < packed.size() && !is_broken_; at += sizeof(uint32_t)) {
-      uint32_t word;
-      std::memcpy(&word, packed.data() + at, sizeof word);
-      f(word);
-    }
-  }
-
-  // The message is none that is read here.
-  uint32_t fail() {
-    is_broken_ = true;
-    return 0;
-  }
+  [[noreturn]] void fail() const { throw ProtocolViolation(std::string(message_) + ": damaged, cannot be decoded"); }
 
  private:
   static constexpr uint8_t kVarint = 0, kFixed64 = 1, kBytes = 2;
-
   static constexpr int kVarintBytes = 10, kLengthBytes = 5;  // at most, as protobuf reads them
 
-  uint64_t varint(int bytes = kVarintBytes) {
+  void expect(uint8_t kind) const {
+    if (kind_ != kind) fail();
+  }
+
+  uint64_t varint(int bytes) {
     uint64_t value = 0;
     for (int shift = 0; shift < 7 * bytes && at_ != end_; shift += 7) {
       const uint8_t byte = *at_++;
@@ -100,20 +90,55 @@ class Fields {
       value |= static_cast<uint64_t>(byte & 0x7f) << shift;
       if (byte < 0x80) return value;
     }
-    return fail();
+    fail();
   }
 
-  uint32_t narrow(uint64_t value) {
-    if (value > std::numeric_limits<uint32_t>::max()) return fail();
+  uint32_t narrow(uint64_t value) const {
+    if (value > std::numeric_limits<uint32_t>::max()) fail();
     return static_cast<uint32_t>(value);
   }
 
+  const char* const message_;
   const uint8_t* at_;
   const uint8_t* const end_;
   const uint32_t repeated_;
   uint32_t last_ = 0;
   uint8_t kind_ = 0;
-  bool is_broken_ = false;
+};
+
+// An array of T in a field's bytes, which may lie at any address.
+template <typename T>
+class Records {
+ public:
+  Records(const char* what, Bytes bytes) : what_(what), bytes_(bytes) {
+    if (bytes.size() % sizeof(T) != 0)
+      throw ProtocolViolation(std::string(what) + ": " + std::to_string(bytes.size()) + " bytes, not records of " +
+                              std::to_string(sizeof(T)));
+  }
+
+  size_t size() const { return bytes_.size() / sizeof(T); }
+
+  T operator[](size_t index) const {
+    if (index >= size())
+      throw ProtocolViolation(std::string(what_) + ": there are " + std::to_string(size()) + ", more are needed");
+    T record;
+    std::memcpy(&record, bytes_.data() + index * sizeof(T), sizeof record);
+    return record;
+  }
+
+  // Records [first, first + count).
+  std::vector<T> slice(uint64_t first, uint64_t count) const {
+    if (first > size() || count > size() - first)
+      throw ProtocolViolation(std::string(what_) + ": " + std::to_string(count) + " from " + std::to_string(first) +
+                              " on, there are " + std::to_string(size()));
+    std::vector<T> found(count);
+    if (count > 0) std::memcpy(found.data(), bytes_.data() + first * sizeof(T), count * sizeof(T));
+    return found;
+  }
+
+ private:
+  const char* const what_;
+  const Bytes bytes_;
 };
 
 }  // namespace llamaclust

@@ -1,6 +1,7 @@
-// The result of a microbatch (proto/sampling.proto) as bytes: those that the codec makes of it.
+// The result of a microbatch (proto/sampling.proto) as bytes.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,7 +10,25 @@
 
 namespace llamaclust {
 
-// Of rows none of which failed.
-std::string write_result(const MicrobatchFrame& frame, const Timing& timing, const std::vector<RowOutcome>& rows);
+// As RowResult in core/sampling.py.
+struct RowAnswer : RowOutcome {
+  RowAnswer() = default;
+  explicit RowAnswer(RowOutcome outcome) : RowOutcome(std::move(outcome)) {}
+
+  std::vector<int32_t> forced, forced_draft, drafted;
+  bool is_deferred = false, is_request_fault = false;
+  uint64_t matcher_ns = 0;
+};
+
+struct StageResult {
+  const MicrobatchFrame& frame;
+  std::optional<Timing> timing;  // of this stage; none where it failed
+  const std::vector<RowAnswer>& rows;
+  const std::string& failure;  // empty: none
+  Bytes embeddings;
+  uint64_t drafting_ns;
+
+  std::string bytes() const;
+};
 
 }  // namespace llamaclust

@@ -16,10 +16,11 @@ from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
 from llamaclust.wire.control.messages import CoordinatorMessage, Loaded
-from llamaclust.wire.microbatch.codec import encode_result, most_result_bytes
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.results import most_result_bytes
 from llamaclust.wire.security.credentials import Insecure
 from support.wire.control_messages import LOAD, REGISTER
+from support.wire.slow_codec import encode_result
 
 MIB = 1 << 20
 SAMPLE_ONE = SampleTask(SamplingParams(), 1, 0, 3)

@@ -14,8 +14,9 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import NOT_FINITE, Grammar, RowResult, SampleTask, SamplingParams
 from llamaclust.kernels.sampling import Sampler
-from llamaclust.wire.microbatch.codec import decode_microbatch, encode_microbatch
+from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.messages import Result
+from support.wire.slow_codec import decode_microbatch
 
 SETTINGS = SchedulerSettings("m", 100, context_length=200, kv_blocks=40, max_sequences=6)
 PLAIN = GenerationRequest("r", (5, 6, 7), 20)

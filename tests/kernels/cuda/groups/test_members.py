@@ -26,13 +26,13 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import Gather, Program
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import batch_of
 from support.arithmetic.linked import begin, linked
 from support.arithmetic.members import Group
 from support.arithmetic.sampling_cases import random_task
 from support.cuda.stages import LIMITS, Open, random_tokens
 from support.seed import SEED
+from support.wire.frame_reader import build_batch
 from support.wire.trust import authority
 
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3", "cohere2", "mistral3", "gemma4", "granite")

@@ -18,7 +18,6 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import Adapt, Buffer, Step
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-from llamaclust.worker.stage.batches import build_batch
 from support.arithmetic.batches import load_stage
 from support.cuda.stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
 from support.models.tiny.llama4 import SHORT_CHUNKS
@@ -26,6 +25,7 @@ from support.models.tiny.shape import Tiny
 from support.models.tiny_architectures import MODELS as ARCHITECTURES
 from support.models.tiny_architectures import build_tiny
 from support.models.tiny_encoders import RANK, build_encoder
+from support.wire.frame_reader import build_batch
 
 REFUSED = ("an encoder is", "a reranker is", "adapters are")
 OTHERS = [name for name in ARCHITECTURES if name not in MODELS]

@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,20 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import ModelFileError, ProtocolError
-from llamaclust.kernels._native import PythonGatherer
+from llamaclust.kernels._native import MicrobatchFrame, PythonGatherer, RowOutcomes
 from llamaclust.kernels.backend import Logits
 from llamaclust.kernels.gathers import bands_of, borders_in
+from llamaclust.kernels.sampling import set_result
 from llamaclust.model.steps.across import Gather
 from llamaclust.tools.chaos.worker_faults import break_steps, silence
-from llamaclust.wire.microbatch.codec import decode_result, encode_result
 from llamaclust.worker.stage import leading
-from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.loop import StageLoop
-from llamaclust.worker.stage.outputs import NativeOutputs
+from llamaclust.worker.stage.matched_answer import DEFERRED
 from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.step_inputs import StepInputs
 from llamaclust.worker.weights.weights import Weights
+from support.wire.slow_codec import plain_inputs
 
 _ROW = 31
 """Whose steps fail under `raises for some rows`."""
@@ -62,7 +62,7 @@ def _break_some_rows() -> None:
     run_layers = StageLoop._run_layers
 
     def fails(loop: StageLoop, arrival: Any) -> Any:
-        if any(chunk.position <= _ROW < chunk.position + len(chunk.tokens) for chunk in arrival.microbatch.chunks):
+        if _ROW in arrival.frame.arrays[1]:
             raise ValueError("broken")
         return run_layers(loop, arrival)
 
@@ -79,15 +79,20 @@ def _spoil_numbers() -> None:
 
 
 def _spoil_numbers_of_one() -> None:
-    finish = StageLoop._finish
+    finish, read, seeds = StageLoop._finish, StepInputs.read, dict[int, list[int]]()
+
+    def notes(data: bytes) -> StepInputs:
+        inputs = plain_inputs(data)
+        seeds[inputs.number] = [getattr(task, "seed", 0) for task in inputs.tasks]
+        return read(data)
 
     def not_finite(loop: StageLoop, arrival: Any, logits: Logits, received: Any) -> Any:
-        tasks = enumerate(received.inputs.tasks)
-        if rows := [row for row, task in tasks if getattr(task, "seed", 0) == NOT_FINITE_SEED]:
+        if rows := [row for row, seed in enumerate(seeds.pop(arrival.number)) if seed == NOT_FINITE_SEED]:
             logits = np.array(logits)
             logits[rows] = np.nan
         return finish(loop, arrival, logits, received)
 
+    StepInputs.read = notes  # type: ignore[method-assign]
     StageLoop._finish = not_finite  # type: ignore[method-assign, assignment]
 
 
@@ -105,24 +110,25 @@ def _silence_to_first() -> None:
 
 
 def _defer() -> None:
-    encode = NativeOutputs.encode
+    sample = StageRunner.sample
 
-    def defers(outputs: NativeOutputs, *given: Any) -> bytes:
-        result = decode_result(encode(outputs, *given))
-        rows = tuple(replace(row, token=-1, logprob=float("nan"), is_deferred=True) for row in result.rows)
-        return encode_result(replace(result, rows=rows))
+    def defers(runner: StageRunner, *given: Any) -> RowOutcomes:
+        outcomes = sample(runner, *given)
+        for place in range(len(outcomes.rows)):
+            set_result(outcomes, place, DEFERRED)
+        return outcomes
 
-    NativeOutputs.encode = defers  # type: ignore[method-assign, assignment]
+    StageRunner.sample = defers  # type: ignore[method-assign, assignment]
 
 
 def _fail_in_step(error: type[Exception]) -> Callable[[], None]:
     """After the others have begun it: they wait for this member at a gather."""
 
     def install() -> None:
-        def fails(arrival: Arrival, *given: Any) -> Any:
+        def fails(runner: StageRunner, frame: MicrobatchFrame) -> Any:
             raise error("a fault of a test")
 
-        Arrival.run = fails  # type: ignore[method-assign, assignment]
+        StageRunner.run_frame = fails  # type: ignore[method-assign, assignment]
 
     return install
 
@@ -131,34 +137,34 @@ def _at_step(fault: Callable[[Any, int, int], None]) -> Callable[[], None]:
     """Does something with the member's links within the first step of an epoch, before it computes."""
 
     def install() -> None:
-        gather_by, run = StageRunner.gather_by, Arrival.run
+        gather_by, run = StageRunner.gather_by, StageRunner.run_frame
         held: dict[StageRunner, Any] = {}
 
         def keeps(runner: StageRunner, links: Any) -> None:
             held[runner] = links
             gather_by(runner, links)
 
-        def faulty(arrival: Arrival, runner: StageRunner, *given: Any) -> Any:
-            if arrival.number == 0:
-                fault(held[runner], arrival.epoch, arrival.number)
-            return run(arrival, runner, *given)
+        def faulty(runner: StageRunner, frame: MicrobatchFrame) -> Any:
+            if frame.number == 0:
+                fault(held[runner], frame.epoch, frame.number)
+            return run(runner, frame)
 
         StageRunner.gather_by = keeps  # type: ignore[method-assign, assignment]
-        Arrival.run = faulty  # type: ignore[method-assign, assignment]
+        StageRunner.run_frame = faulty  # type: ignore[method-assign, assignment]
 
     return install
 
 
 def _spoil_portion() -> None:
     """Of each step, as damaged weights or memory would."""
-    gather_by, run, rows = StageRunner.gather_by, Arrival.run, [1]
+    gather_by, run, rows = StageRunner.gather_by, StageRunner.run_frame, [1]
     held: dict[StageRunner, tuple[Any, Any]] = {}
 
-    def counts(arrival: Arrival, runner: StageRunner, *given: Any) -> Any:
-        rows[0] = arrival.rows
+    def counts(runner: StageRunner, frame: MicrobatchFrame) -> Any:
+        rows[0] = frame.rows
         spoiling, gatherer = held[runner]
         spoiling.bands = gatherer.bands
-        return run(arrival, runner, *given)
+        return run(runner, frame)
 
     def spoils(runner: StageRunner, gatherer: Any) -> None:
         gathers = [step for step in runner.program.steps if isinstance(step, Gather)]
@@ -171,7 +177,7 @@ def _spoil_portion() -> None:
         held[runner] = PythonGatherer(gather), gatherer
         gather_by(runner, held[runner][0])
 
-    Arrival.run = counts  # type: ignore[method-assign, assignment]
+    StageRunner.run_frame = counts  # type: ignore[method-assign, assignment]
     StageRunner.gather_by = spoils  # type: ignore[method-assign, assignment]
 
 

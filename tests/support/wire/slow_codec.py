@@ -1,0 +1,256 @@
+"""Messages of the hot path, read and written slowly and plainly: what native code is compared with."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.bounds import one_line
+from llamaclust.core.errors import ProtocolError
+from llamaclust.core.limits import MAX_KV_BLOCKS
+from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
+from llamaclust.core.sampling import PARAMS, MatcherRow, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import numbers_of
+from llamaclust.proto import microbatch_pb2, sampling_pb2
+from llamaclust.wire.codec import parse
+from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES
+from llamaclust.wire.microbatch.matchers import starts_in
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
+from llamaclust.worker.stage.step_inputs import MatcherInputs, StepInputs
+from support.wire.frame_reader import wire_reader
+
+PREFIX = struct.Struct("<4sBBHII")
+TASK = np.dtype(
+    [("params", "<i4"), ("token", "<i4"), ("seed", "<u8")]
+    + [(name, "<u4") for name in ("choice", "position", "top_logprobs", "history_rows")]
+    + [("penalty_window", "<i4"), ("dry_window", "<i4")]
+    + [(name, "<u4") for name in ("history", "history_tokens", "suppressed", "suppressed_tokens")]
+)
+CHAINED = np.dtype([("mu", "<f8"), ("row", "<u4"), ("first", "<u4"), ("count", "<u4"), ("zero", "<u4")])
+ADAPTER = np.dtype([("chunk", "<i4"), ("number", "<i4"), ("scale", "<f4")])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame's parts; `body` is a hidden state or a failure."""
+
+    kind: int
+    header: bytes
+    timings: tuple[StageTiming, ...]
+    body: bytes
+
+    def hidden(self, rows: int, width: int) -> NDArray[np.float32]:
+        return np.frombuffer(self.body, "<f4").reshape(rows, width)
+
+    @property
+    def failure(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+
+def decode_frame(data: bytes) -> Frame:
+    """Parts of a frame that the native reader takes. ProtocolError as of that."""
+    try:
+        frame = plain_frame(data)
+        microbatch = plain_microbatch(frame.header)
+    except Exception:
+        wire_reader("m").read(data)
+        raise
+    width = 0 if frame.kind == 2 else len(frame.body) // (4 * max(1, microbatch.rows))
+    wire_reader(microbatch.model_id, width).read(data)
+    return frame
+
+
+def plain_frame(data: bytes) -> Frame:
+    """Reads bytes that are a frame."""
+    _, _, kind, stages, header_bytes, body_bytes = PREFIX.unpack_from(data)
+    body = PREFIX.size + 32 * stages
+    timings = np.frombuffer(data[PREFIX.size : body], "<u8").reshape(-1, 4).tolist()
+    assert len(data) == body + body_bytes + header_bytes
+    return Frame(
+        kind,
+        data[body + body_bytes :],
+        tuple(StageTiming(*timing) for timing in timings),
+        data[body : body + body_bytes],
+    )
+
+
+def encode_frame(
+    header: bytes, timings: Sequence[StageTiming] = (), hidden: NDArray[np.float32] | None = None, failure: str = ""
+) -> bytes:
+    """A frame as a stage hands it on."""
+    body = failure.encode() if hidden is None else np.ascontiguousarray(hidden, "<f4").tobytes()
+    packed = [struct.pack("<4Q", t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in timings]
+    prefix = PREFIX.pack(b"LCST", 2, 2 if failure else 1, len(timings), len(header), len(body))
+    return b"".join((prefix, *packed, body, header))
+
+
+def decode_microbatch(data: bytes) -> Microbatch:
+    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    message = parse(microbatch_pb2.Microbatch, data, MAX_MICROBATCH_BYTES)
+    state_blocks = MAX_KV_BLOCKS if message.states else 0
+    native = wire_reader(message.model_id, state_blocks=state_blocks).read(encode_frame(data, failure="none"))
+    plain = plain_microbatch(data)
+    assert (native.epoch, native.number, native.rows) == (plain.epoch, plain.number, plain.rows)
+    return plain
+
+
+def plain_microbatch(data: bytes) -> Microbatch:
+    """Reads bytes whose arrays fit together."""
+    message = parse(microbatch_pb2.Microbatch, data, MAX_MICROBATCH_BYTES)
+    chunks = _ints(message.chunks, 5)
+    tokens, tables = _ints(message.tokens, 1).ravel().tolist(), _ints(message.tables, 2)
+    followed = {int(chunk): (int(number), int(row)) for chunk, number, row in _words(message.followed, 3)}
+    windows, window_tables = _ints(message.windows, 2), _ints(message.window_tables, 2)
+    embedded = {chunk: (first, end) for chunk, first, end in _ints(message.embedded, 3).tolist()}
+    adapters = np.frombuffer(message.adapters, ADAPTER).tolist()
+    before, states = _ints(message.states_before, 1).ravel().tolist(), _ints(message.states, 3).tolist()
+    drafts = {chunk: (token, count) for chunk, token, count in _ints(message.drafts, 3).tolist()}
+    found = []
+    for index, (count, position, outputs, runs, checked) in enumerate(chunks.tolist()):
+        own, tokens = tokens[:count], tokens[count:]
+        table, tables = tables[:runs], tables[runs:]
+        start, window_runs = windows[index].tolist() if len(windows) else (0, 0)
+        window, window_tables = window_tables[:window_runs], window_tables[window_runs:]
+        next_token, drafted = drafts.get(index, (-1, 0))
+        found.append(
+            Chunk(
+                tuple(own),
+                position,
+                tuple(table.ravel().tolist()),
+                outputs,
+                followed.get(index),
+                tuple(window.ravel().tolist()),
+                start,
+                embedded.get(index, (0, 0)),
+                tuple((number, scale) for chunk, number, scale in adapters if chunk == index),
+                None if not before or before[index] < 0 else before[index],
+                tuple(number for chunk, *state in states if chunk == index for number in state),
+                None if next_token < 0 else next_token,
+                drafted,
+                bool(checked),
+            )
+        )
+    return Microbatch(message.model_id, message.epoch, message.number, tuple(found))
+
+
+def decode_sampled_tokens(data: bytes) -> SampledTokens:
+    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    native = read_sampled_tokens(data)
+    message = parse(microbatch_pb2.SampledTokens, data, MAX_MICROBATCH_BYTES)
+    plain = SampledTokens(message.number, tuple(_ints(message.tokens, 1).ravel().tolist()))
+    assert native == plain
+    return plain
+
+
+def decode_inputs(data: bytes) -> SamplingInputs:
+    """Reads with both readers, which agree. ProtocolError as of the native one."""
+    native, plain = StepInputs.read(data), plain_inputs(data)
+    rows = [(place, task.matcher) for place, task in enumerate(plain.tasks) if isinstance(task, SampleTask)]
+    matched = tuple((place, row) for place, row in rows if row is not None)
+    expected = MatcherInputs(plain.number, len(plain.tasks), matched, plain.released, plain.starts)
+    assert native.for_matchers == expected and native.tasks.epoch == plain.epoch
+    assert native.tasks.scored == [isinstance(task, ScoreTask) for task in plain.tasks]
+    return plain
+
+
+def plain_inputs(data: bytes) -> SamplingInputs:
+    """Reads bytes whose arrays fit together."""
+    message = parse(sampling_pb2.SamplingInputs, data, MAX_INPUTS_BYTES)
+    params = [_params_in(sampling_pb2.SamplingParams.FromString(each)) for each in message.params]
+    tokens, breakers = _ints(message.tokens, 1).ravel().tolist(), _ints(message.breakers, 2).tolist()
+    chained = {int(row["row"]): row for row in np.frombuffer(message.chained, CHAINED)}
+    matchers = {int(row): MatcherRow(int(key), int(position)) for row, key, position in _words(message.matcher_rows, 3)}
+    tasks: list[RowTask] = []
+    for row, record in enumerate(np.frombuffer(message.tasks, TASK)):
+        task = {name: int(record[name]) for name in TASK.names or ()}
+        if task["params"] < 0:
+            tasks.append(ScoreTask(task["token"], task["top_logprobs"]))
+            continue
+        more = chained.get(row)
+        spans = breakers[int(more["first"]) :][: int(more["count"])] if more is not None else []
+        tasks.append(
+            SampleTask(
+                params[task["params"]],
+                task["seed"],
+                task["choice"],
+                task["position"],
+                tuple(tokens[task["history"] :][: task["history_tokens"]]),
+                tuple(tokens[task["suppressed"] :][: task["suppressed_tokens"]]),
+                task["top_logprobs"],
+                task["history_rows"],
+                None if task["penalty_window"] < 0 else task["penalty_window"],
+                None if task["dry_window"] < 0 else task["dry_window"],
+                tuple(tuple(tokens[first : first + count]) for first, count in spans),
+                0.0 if more is None else float(more["mu"]),
+                matchers.get(row),
+            )
+        )
+    starts = starts_in(message.starts.SerializeToString()) if message.HasField("starts") else ()
+    return SamplingInputs(
+        message.epoch, message.number, tuple(tasks), tuple(np.frombuffer(message.released, "<u8").tolist()), starts
+    )
+
+
+def _params_in(message: sampling_pb2.SamplingParams) -> SamplingParams:
+    biases = zip(
+        _ints(message.logit_bias_tokens, 1).ravel().tolist(),
+        np.frombuffer(message.logit_biases, "<f4").tolist(),
+        strict=True,
+    )
+    chain = None
+    if message.HasField("chain"):
+        order = tuple(SAMPLERS[number] for number in _ints(message.chain.order, 1).ravel())
+        unpenalized = tuple(_ints(message.chain.unpenalized, 1).ravel().tolist())
+        chain = SamplerChain(order, unpenalized=unpenalized, **numbers_of(message.chain, CHAIN))
+    return SamplingParams(logit_bias=tuple(biases), chain=chain, **numbers_of(message, PARAMS))
+
+
+def encode_result(result: Result) -> bytes:
+    """A result as a last stage writes it."""
+    rows = [*enumerate(result.rows)]
+    message = sampling_pb2.Result(
+        epoch=result.epoch,
+        number=result.number,
+        tokens=np.array([row.token for _, row in rows], "<i4").tobytes(),
+        logprobs=np.array([0 if row.token < 0 else row.logprob for _, row in rows], "<f4").tobytes(),
+        timings=b"".join(struct.pack("<4Q", t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in result.timings),
+        failure=None if result.failure is None else one_line(result.failure),
+        embeddings=result.embeddings,
+        drafting_ns=result.drafting_ns,
+        matcher_ns=b"".join(struct.pack("<2Q", place, row.matcher_ns) for place, row in rows if row.matcher_ns),
+        deferred=np.array([place for place, row in rows if row.is_deferred], "<i4").tobytes(),
+    )
+    if any(row.top_logprobs for _, row in rows):
+        message.top_counts = np.array([len(row.top_logprobs) for _, row in rows], "<i4").tobytes()
+        message.top_logprobs = b"".join(struct.pack("<if", *pair) for _, row in rows for pair in row.top_logprobs)
+    if any(row.mu is not None for _, row in rows):
+        message.mus = np.array([math.nan if row.mu is None else row.mu for _, row in rows], "<f8").tobytes()
+    for place, row in rows:
+        following = row.forced, row.forced_draft, row.drafted
+        if any(following):
+            message.following += struct.pack("<4i", place, *map(len, following))
+            message.following_tokens += b"".join(struct.pack("<i", token) for tokens in following for token in tokens)
+        if row.failure is not None:
+            message.failures.add(row=place, text=one_line(row.failure), is_request_fault=row.is_request_fault)
+    return message.SerializeToString()
+
+
+def _ints(data: bytes, columns: int) -> NDArray[np.int32]:
+    return _array(data, "<i4", columns)
+
+
+def _words(data: bytes, columns: int) -> NDArray[np.uint64]:
+    return _array(data, "<u8", columns)
+
+
+def _array(data: bytes, kind: str, columns: int) -> NDArray[Any]:
+    if len(data) % (columns * np.dtype(kind).itemsize):
+        raise ProtocolError("a broken record")
+    return np.frombuffer(data, kind).reshape(-1, columns)

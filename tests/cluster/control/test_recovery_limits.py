@@ -73,12 +73,15 @@ async def test_requests_wait_for_a_worker_to_come_back(
         monkeypatch.setattr(planning, "_memory_shares", small_memory)
     values = {"plan": _HALVES} if why == "plan" else {}
     async with recovering(config(model, tmp_path, workers=2, **values)) as run:
+        may_begin = launcher(run)._restarts._begun
         tasks = run.start(requests[:4])
         await run.token(40)
+        may_begin.clear()  # if the worker was back before the next plan, nothing would wait for it
         run.hurt("b")
         await run.until("too little", lambda: any("waiting for worker b" in text for text in run.told))
         assert run.cluster.engine.state is EngineState.RECOVERING
         tasks += run.start(requests[4:])
+        may_begin.set()
         assert await asyncio.gather(*tasks) == expected
         says = "MiB are missing" if why == "memory" else "the plan gives layers to b"
         assert any("waiting for worker b, requests for 120 s at most" in text and says in text for text in run.told)

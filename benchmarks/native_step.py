@@ -1,4 +1,4 @@
-"""What a step is beside its computing: messages of one decode step, written by the coordinator and read by a stage.
+"""Times a step beside its computing: messages of one decode step, written by the coordinator and read by a stage.
 
     python benchmarks/native_step.py [--rows 1,8] [--rounds 9] [--calls 200]
 

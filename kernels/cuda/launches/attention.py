@@ -259,7 +259,7 @@ def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
 
 
 def _quantized_together(step: Attention) -> int:
-    """How many neighbouring KV heads have whole pieces of 256 channels; 0: more than a block merges."""
+    """The number of neighbouring KV heads that have whole pieces of 256 channels; 0: more than a block merges."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0

@@ -321,7 +321,7 @@ class _TeamsShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
-        """As many blocks as the GPU has multiprocessors, `times`, if there are as many tiles."""
+        """The grid has `times` as many blocks as the GPU has multiprocessors, if there are as many tiles."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         warps = 1 if rows <= _TEAM_ROWS else 2
         columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)

@@ -29,6 +29,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_model import build_tiny_model
 from support.plans.plan_inputs import LAYER, REQUEST, profile, step_time, worker
 from support.seed import SEED
+from support.wire.slow_codec import decode_frame
 
 MIXTURE = replace(LAYER, weight_bytes=33 * MIB, idle_bytes=24 * MIB, idle_share=0.75, expert_bytes=32 * MIB)
 """Experts take 32 MiB, of which a token reads a quarter."""
@@ -185,7 +186,7 @@ def test_rows_of_a_trial_differ() -> None:
     program = SimpleNamespace(is_first=False, is_last=False, hidden=SimpleNamespace(width=64))
     runner: Any = SimpleNamespace(program=program, model_id="a" * 64)
     frame, _ = profiler._task(runner, 320, 8, 1)
-    hidden = np.frombuffer(frame[-8 * 64 * 4 :], np.float32).reshape(8, 64)
+    hidden = decode_frame(frame).hidden(8, 64)
     assert len({row.tobytes() for row in hidden}) == 8 and np.isfinite(hidden).all()
 
 

@@ -16,6 +16,7 @@ from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, Distant
 
 GENERATIONS = eight(TOKENS)
 WORKERS = ("a", "b", "c")
+START_S = 120.0
 BACK_S = 30.0
 """Within which layers must be back at a machine whose address has changed."""
 SLEEP_S = 8.0
@@ -78,7 +79,7 @@ def all_compute(cluster: DistantCluster, answers: list[Answer]) -> bool:
 
 def comes_back(cluster: DistantCluster, change: Callable[[], None], answers: list[Answer]) -> None:
     """Layers return within the limit, to the same processes; requests that run meanwhile are answered as usual."""
-    eventually(lambda: all_ready(cluster), BACK_S, "layers at all workers")
+    eventually(lambda: all_ready(cluster), START_S, "layers at all workers")
     before = {name: worker.process.pid for name, worker in cluster.workers.items()}
     recoveries = cluster.status["recoveries"]
     asked = cluster.asked(GENERATIONS)

@@ -169,7 +169,7 @@ def logs(
 ) -> None:
     """Print a worker's log, of a cluster that runs or of the one that ran last under that name."""
     folder, record = _running_or_last(cluster)
-    if record is not None and record.launcher != "local" and worker != _COORDINATOR:
+    if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)
         return
     files = {path.stem: path for path in sorted(folder.logs.glob("*.log"))}

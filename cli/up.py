@@ -44,10 +44,10 @@ def run_cluster(
     if notify is not None:
         _run_notifying(config, Starter(notify))
         return
-    if standby and (detach or config.launcher == "mpi"):
+    if standby and (detach or config.launcher_facts.is_one_program):
         other = "--detach" if detach else "launcher mpi, whose workers and coordinator are one program"
         raise UsageError(f"--standby: cannot be used together with {other}")
-    if config.launcher == "mpi" and not ranked:
+    if config.launcher_facts.is_one_program and not ranked:
         from llamaclust.cluster.launchers.mpi_rank import run_ranks
 
         if detach:

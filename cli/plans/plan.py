@@ -123,7 +123,8 @@ def _cores(config: ClusterConfig) -> str:
 
 def planned(config: ClusterConfig) -> PlannedStart:
     """UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing MiB."""
-    if config.launcher != "local" and (config.launcher != "ray" or config.ray.address != "none"):
+    facts = config.launcher_facts
+    if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)

@@ -30,7 +30,7 @@ def measure(
     from llamaclust.cluster.config.cluster_config import load_config
 
     config = load_config(*cluster_source(source, workers, overrides))
-    if config.launcher != "local":
+    if not config.launcher_facts.is_local:
         where = f"delete .profiles.json and .links.json in {config.state_dir}, and the next `up` measures again"
         raise UsageError(f"launcher {config.launcher}: `measure` starts workers of this machine alone; {where}")
     found = _measured(config)

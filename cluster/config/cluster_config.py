@@ -15,6 +15,7 @@ from llamaclust.cluster.config.anchors import anchored
 from llamaclust.cluster.config.document import Document, override, read_document
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.errors import PlaceError, explain, hint
+from llamaclust.cluster.config.launcher_facts import LAUNCHERS, LauncherFacts, LauncherName
 from llamaclust.cluster.config.sections import (
     AdapterConfig,
     AnyWorker,
@@ -81,7 +82,7 @@ class ClusterConfig(Section):
     """Adapters of LoRA that requests may use, numbered in this order; for workers without GPUs."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
-    launcher: Literal["local", "static", "ray", "mpi"] = "local"
+    launcher: LauncherName = "local"
     """What starts the workers: local, this program on this machine; static, you; ray and mpi, Ray and mpirun."""
     join: Join = Join()
     """Where workers that are not local come in."""
@@ -148,6 +149,10 @@ class ClusterConfig(Section):
     """OpenTelemetry: otlp, to where the variables OTEL_* say, or keys; by default nothing is exported."""
     timeouts: Timeouts = Timeouts()
     """After how long to give up."""
+
+    @property
+    def launcher_facts(self) -> LauncherFacts:
+        return LAUNCHERS[self.launcher]
 
     @property
     def awaits_any(self) -> bool:
@@ -237,15 +242,16 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_launcher(self) -> Self:
-        if self.launcher != "ray" and self.ray != Ray():
+        facts = self.launcher_facts
+        if not facts.uses_ray and self.ray != Ray():
             raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
-        if self.lease is not None and self.launcher == "mpi":
+        if self.lease is not None and facts.is_one_program:
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
-        if self.join.discover and (self.launcher != "static" or self.insecure):
+        if self.join.discover and (facts.starts_workers or self.insecure):
             raise PlaceError(
                 ("join", "discover"), "is for launcher: static without insecure: the token finds the cluster"
             )
-        if self.launcher == "static":
+        if not facts.starts_workers:
             return self
         if self.awaits_any:
             names = ", ".join(f"{{name: {name}}}" for name in "abcdefgh"[: len(self.workers)])
@@ -254,36 +260,37 @@ class ClusterConfig(Section):
             raise PlaceError(("workers",), f"{why}; name the workers: [{names}{more}]")
         if self.join.addresses:
             raise PlaceError(("join", "addresses"), f"is for launcher: static; {self.launcher} starts workers itself")
-        if self.launcher == "local" and self.join != Join():
+        if facts.is_local and self.join != Join():
             why = "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
             raise PlaceError(("join",), why)
         if self.insecure:
             raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
-        if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
+        if not facts.workers_outlive and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
             why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
             raise PlaceError(("timeouts", "coordinator"), why)
         return self
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
+        facts = self.launcher_facts
         for index, worker in enumerate(self.workers):
             given = [key for key in _THEIR_OWN if key in worker.model_fields_set]
-            if self.launcher == "static" and given:
+            if given and not facts.starts_workers:
                 options = " ".join(_as_option(worker, key) for key in given)
                 why = f"a worker of a static cluster gets this where it is started: llamaclust worker ... {options}"
                 raise PlaceError(("workers", index, given[0]), why)
-            for key in ("gpu_layers", "gpu_memory", "cpu_moe") if self.launcher != "static" else ():
+            for key in ("gpu_layers", "gpu_memory", "cpu_moe") if facts.starts_workers else ():
                 if worker.device == "cpu" and getattr(worker, key) is not None:
                     why = "is for workers with a GPU: set device to cuda:0 as well"
                     raise PlaceError(("workers", index, key), why)
             gpus = [] if worker.device == "cpu" else worker.device.split(",")
-            if self.launcher == "ray" and set(gpus) != (own := {f"cuda:{number}" for number in range(len(gpus))}):
+            if facts.uses_ray and set(gpus) != (own := {f"cuda:{number}" for number in range(len(gpus))}):
                 why = f"Ray gives each worker GPUs of its own, numbered from 0: set {','.join(sorted(own))}"
                 raise PlaceError(("workers", index, "device"), why)
-            if self.launcher == "mpi" and worker.numa_node is not None:
+            if facts.is_one_program and worker.numa_node is not None:
                 why = "MPI binds its ranks: leave it out and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
-            if self.launcher == "ray" and worker.threads is None:
+            if facts.uses_ray and worker.threads is None:
                 raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
         return self
 

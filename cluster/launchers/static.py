@@ -43,7 +43,7 @@ class StaticLauncher(Launcher):
         self.listen = config.join.listen
         self.coordinator_s = config.timeouts.coordinator
         if not config.insecure:
-            own = trust_folder(folder.path) if config.launcher == "static" else folder.path / "trust"
+            own = folder.path / "trust" if config.launcher_facts.starts_workers else trust_folder(folder.path)
             self.authority = Authority.open(config.join.trust_dir or own)
             self.credentials = self.authority.identity()
             self.certify = self.authority.certify

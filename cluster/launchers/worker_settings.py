@@ -24,7 +24,7 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
     found = {}
     for worker in config.workers:
         node = nodes[worker.name]
-        of_node = cores if node is None or config.launcher != "local" else cores.on_node(node)
+        of_node = cores if node is None or not config.launcher_facts.is_local else cores.on_node(node)
         count = len(config.workers) if of_node is cores else sharers[node]
         found[worker.name] = worker.threads or max(1, of_node.count // count)
     return found
@@ -35,7 +35,7 @@ def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
     it and the cluster file says nothing of nodes or threads."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
-    if config.launcher != "local" or len(nodes) == 1 or len(workers) % len(nodes) or not free:
+    if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:
         return {worker.name: worker.numa_node for worker in workers}
     return {worker.name: nodes[place * len(nodes) // len(workers)] for place, worker in enumerate(workers)}
 

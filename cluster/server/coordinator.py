@@ -138,7 +138,7 @@ async def open_cluster(
         # a bad tokenizer is named now
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
         meter = await _measured(planners, registry, launcher, folder, report, drafts.unused_bytes)
-        start_s = 0.0 if config.launcher == "local" else config.join.wait
+        start_s = 0.0 if config.launcher_facts.is_local else config.join.wait
         supervised = SupervisedWorkers(registry, launcher, record, start_s, meter)
         pool = await stack.enter_async_context(_supervised(config, supervised, report))
         served = await _served(

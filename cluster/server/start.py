@@ -109,7 +109,7 @@ def link_meter(
     anew: bool = False,
 ) -> MeasureLinks | None:
     """Returns None if the usual links are assumed. `anew`: known links are measured again."""
-    if config.launcher == "local" and not hops_matter(measured):
+    if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(
         measure_links, credentials=launcher.credentials, state_dir=folder.path.parent, report=report, anew=anew

@@ -20,6 +20,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.launcher_facts import LAUNCHERS, LauncherName
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.cluster.state.log_files import limit_logs
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -54,9 +55,14 @@ class ClusterRecord:
     api: str  # http://HOST:PORT, or https://
     model: str
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
-    launcher: str = "local"
+    launcher: LauncherName = "local"
     api_certificate: str | None = None  # the one that https shows, for this user's programs
     start_ticks: int = field(default_factory=_own_start_ticks)  # of the process
+
+    @property
+    def is_local(self) -> bool:
+        """True if the workers are processes of this machine."""
+        return LAUNCHERS[self.launcher].is_local
 
     def signal(self, number: signal.Signals) -> None:
         """LlamaclustError where the pid is another process's."""

@@ -44,7 +44,7 @@ def find_targets(
 ) -> Targets:
     """Of a cluster's record and its `status`: connected workers that the user has not drained."""
     workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
-    is_local = record.launcher == "local"
+    is_local = record.is_local
     found = {
         worker["name"]: processes.local_worker(worker, record.pid) if is_local else processes.joined_worker(worker)
         for worker in workers

@@ -48,7 +48,7 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
         raise UsageError(f"experts_cache: {model.file.path} has no experts; leave it out")
     rule_effects(model, [entry.rule for entry in config.placement])
     gpus = {worker.name: gpu_names(worker.device) for worker in config.workers}
-    if config.launcher == "static":
+    if not config.launcher_facts.starts_workers:
         placements(config, model, dict.fromkeys(gpus, ()))
         return
     if config.cpu_moe is not None and not any(gpus.values()):

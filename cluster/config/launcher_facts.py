@@ -1,0 +1,28 @@
+"""Facts of the launchers that cluster files, plans and commands depend on: no other file compares their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+LauncherName = Literal["local", "static", "ray", "mpi"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherFacts:
+    """A launcher starts the workers itself, elsewhere or on this machine, or waits for those that users start."""
+
+    is_local: bool = False  # workers are processes of the coordinator on its machine
+    starts_workers: bool = True  # else users start them, with settings of their own
+    workers_outlive: bool = False  # workers wait for a coordinator that is gone
+    is_one_program: bool = False  # mpirun starts coordinator and workers together, and binds them to cores
+    uses_ray: bool = False  # Ray reserves CPUs and GPUs for each worker
+
+
+LAUNCHERS: Mapping[LauncherName, LauncherFacts] = {
+    "local": LauncherFacts(is_local=True),
+    "static": LauncherFacts(starts_workers=False, workers_outlive=True),
+    "ray": LauncherFacts(workers_outlive=True, uses_ray=True),
+    "mpi": LauncherFacts(is_one_program=True),
+}

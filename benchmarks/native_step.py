@@ -20,8 +20,9 @@ import numpy as np
 from measuring.options import listed, positive
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, MAX_VOCABULARY, StageLimits
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
 from llamaclust.core.sampling import MatcherRow, SampleTask, SamplingParams
+from llamaclust.core.sampling_bounds import MAX_VOCABULARY
 from llamaclust.kernels import _native
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES, encode_microbatch, encode_sampled_tokens

@@ -99,6 +99,11 @@ def _size(what: str, value: Any, low: int, high: int) -> Any:
     return value
 
 
+def _text(what: str, value: str, low: int, high: int) -> str:
+    bounded(f"bytes of {what}", len(value.encode()), low, high)
+    return value
+
+
 def _sha256(what: str, value: str) -> str:
     if not re.fullmatch("[0-9a-f]{64}", value):
         raise ProtocolError(f"{what} is not a SHA-256 in hexadecimal digits")
@@ -124,7 +129,8 @@ class Bound:
 Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
-"""Each of (low, high); `Size`: of items or bytes."""
+Text = partial(Bound, _text)
+"""Each of (low, high); `Size`: of items or bytes; `Text`: of a text's bytes."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
 """Of (most characters)."""

@@ -6,10 +6,22 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Final, TypeAlias, overload
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, overload
 
+from llamaclust.core.bounds import Integer, Size, Text
 from llamaclust.core.sampler_chain import CHAIN, SamplerChain
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY, MAX_TOP_K, SamplingField, number, rows_of
+from llamaclust.core.sampling_bounds import (
+    MAX_CONTEXT_TOKENS,
+    MAX_PENALTY,
+    MAX_REASONING_END_TOKENS,
+    MAX_TOP_K,
+    MAX_TRIGGER_BYTES,
+    MAX_TRIGGERS,
+    MAX_VOCABULARY,
+    SamplingField,
+    number,
+    rows_of,
+)
 
 if TYPE_CHECKING:  # clients do not wait for it
     import numpy as np
@@ -134,15 +146,21 @@ class Grammar:
     origin: str = field(default="grammar", compare=False)  # the request's field, for messages
 
 
+Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
+"""Texts that an answer is searched for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """Where an answer reasons, and for how long: between one of `begins` and the first of `ends`. After `budget` tokens
     in there, `forced` are the next ones, whose text ends the reasoning."""
 
-    begins: tuple[str, ...]
-    ends: tuple[str, ...]
-    forced: tuple[int, ...] = ()
-    budget: int | None = None  # None: no limit
+    begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
+    ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
+    forced: Annotated[
+        tuple[Annotated[int, Integer(0, MAX_VOCABULARY - 1)], ...], Size(0, MAX_REASONING_END_TOKENS)
+    ] = ()
+    budget: Annotated[int, Integer(0, MAX_CONTEXT_TOKENS)] | None = None  # None: no limit
     is_open: bool = False  # the prompt has begun it
     repeats: bool = False  # it may also stand behind content
     delays_grammar: bool = False  # the answer's grammar does not apply to it

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 from typing import Any, Final
 
+MAX_VOCABULARY = 1 << 20
 MAX_CONTEXT_TOKENS = 1 << 20  # that a sequence has, and penalties look back at
 MAX_TOP_K = (1 << 31) - 1
 MAX_PENALTY = 1000.0

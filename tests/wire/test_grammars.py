@@ -7,7 +7,6 @@ from math import nan
 import pytest
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_VOCABULARY
 from llamaclust.core.sampling import (
     Grammar,
     MatcherRow,
@@ -22,6 +21,7 @@ from llamaclust.core.sampling_bounds import (
     MAX_GRAMMAR_BYTES,
     MAX_MATCHER_NS,
     MAX_REASONING_END_TOKENS,
+    MAX_VOCABULARY,
 )
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.inputs import encode_inputs

@@ -25,11 +25,10 @@ from llamaclust.core.limits import (
     MAX_KV_BLOCKS,
     MAX_SEQUENCES,
     MAX_TOP_LOGPROBS,
-    MAX_VOCABULARY,
 )
 from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import PARAMS, RowResult, SampleTask, SamplingParams, ScoreTask
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.inputs import encode_inputs

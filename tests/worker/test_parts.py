@@ -42,11 +42,10 @@ from llamaclust.worker.loads import Loads
 from llamaclust.worker.service import StageService
 from llamaclust.worker.session import Session
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.compute import INLINE_NS, Compute, step_limit_s
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.step_inputs import StepInputs
-from llamaclust.worker.stage.step_limit import step_limit_s
 from llamaclust.worker.weights import load
 from llamaclust.worker.weights.weights import Progress
 from llamaclust.worker.worker import Worker

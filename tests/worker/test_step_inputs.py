@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_TOP_LOGPROBS, MAX_VOCABULARY
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import CHAIN, SAMPLERS, SamplerChain
 from llamaclust.core.sampling import (
     PARAMS,
@@ -28,7 +28,7 @@ from llamaclust.core.sampling import (
     ScoreTask,
     second_draw,
 )
-from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.kernels._native import RowOutcomes
 from llamaclust.kernels.sampling import Sampler, row_results, set_result
 from llamaclust.wire.microbatch.codec import encode_microbatch

@@ -13,7 +13,13 @@ from llamaclust.core import limits
 from llamaclust.core.bounds import MAX_ONE_LINE, bounded, finite, line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampling import RowResult, TopLogprobs
-from llamaclust.core.sampling_bounds import MAX_DRAFTED_TOKENS, MAX_FORCED_TOKENS, MAX_MATCHER_NS, MAX_MU
+from llamaclust.core.sampling_bounds import (
+    MAX_DRAFTED_TOKENS,
+    MAX_FORCED_TOKENS,
+    MAX_MATCHER_NS,
+    MAX_MU,
+    MAX_VOCABULARY,
+)
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_STAGES
@@ -135,8 +141,8 @@ def _change(rows: list[RowResult], changes: dict[int, dict[str, Any]]) -> None:
 
 def _check_tokens(tokens: Sequence[int], least: int) -> None:
     if tokens:
-        bounded("token", min(tokens), least, limits.MAX_VOCABULARY - 1)
-        bounded("token", max(tokens), least, limits.MAX_VOCABULARY - 1)
+        bounded("token", min(tokens), least, MAX_VOCABULARY - 1)
+        bounded("token", max(tokens), least, MAX_VOCABULARY - 1)
 
 
 def _check_finite(logprobs: Sequence[float]) -> None:

@@ -26,6 +26,17 @@ event loop and at the coordinator, takes cores from the jobs."""
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
 """Between two looks at the time of the thread's job."""
+_HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
+"""Other programs on the GPU, a bucket of rows that is captured, longer contexts of the same kind: all far below."""
+
+
+def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
+    """Returns the time after which a step counts as hung, by the time of the last one of its kind.
+
+    Without limit (only the coordinator's) where none of its kind was computed, since kernels may still be compiled, and
+    where weights are in RAM: the system may have to read them from disk again.
+    """
+    return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
 class Compute:

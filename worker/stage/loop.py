@@ -27,14 +27,13 @@ from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.worker.stage.arrival import Arrival
-from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.compute import INLINE_NS, Compute, step_limit_s
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.dependencies import Dependencies
 from llamaclust.worker.stage.incoming import Incoming
 from llamaclust.worker.stage.leading import Leader, MemberFailedError
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
-from llamaclust.worker.stage.step_limit import step_limit_s
 
 _log = logging.getLogger(__name__)
 

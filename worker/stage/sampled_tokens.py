@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from time import perf_counter_ns
 
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_VOCABULARY
+from llamaclust.core.limits import MAX_BATCH_TOKENS
+from llamaclust.core.sampling_bounds import MAX_VOCABULARY
 from llamaclust.kernels import _native
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 from llamaclust.wire.microbatch.messages import SampledTokens

@@ -18,7 +18,7 @@ def _reader() -> InputsReader:
     return InputsReader(
         max_rows=limits.MAX_BATCH_TOKENS,
         max_context_tokens=sampling_bounds.MAX_CONTEXT_TOKENS,
-        max_vocabulary=limits.MAX_VOCABULARY,
+        max_vocabulary=sampling_bounds.MAX_VOCABULARY,
         max_top_logprobs=limits.MAX_TOP_LOGPROBS,
         max_released=MAX_RELEASED,
         max_breakers=sampling_bounds.MAX_BREAKERS,

@@ -56,11 +56,6 @@ def path(what: str, value: str) -> str:
     return value
 
 
-def path_or_none(what: str, value: str) -> str:
-    """A possible file name, or empty."""
-    return path(what, value) if value else value
-
-
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
     """Local text in the form that `line` accepts on the other side."""
     folded = " ".join(text.split())
@@ -144,7 +139,6 @@ Digest = Annotated[str, Bound(_sha256)]
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
 """Few enough that sums are exact in any type."""
 ModelId = Annotated[str, Line(128)]
-AdapterPath = Annotated[str, Bound(path_or_none)]
 ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]
 Reason = Annotated[str, Bound(line, fit=one_line)]

@@ -244,6 +244,17 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class SharesKv(Protocol):
+    """A backend whose stages can use the KV memory of others."""
+
+    def load_beside(
+        self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> Stage:
+        """As `load`, of the same layers with other adapters: the two stages have one KV memory and take turns. The
+        other one may be in a run meanwhile."""
+
+
+@runtime_checkable
 class HasThreads(Protocol):
     """A backend that computes on threads of this process."""
 

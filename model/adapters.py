@@ -1,13 +1,13 @@
 """LoRA adapters as parts of a model: GGUF files or folders of PEFT, read and checked, and their steps in programs.
 
-A model with adapters is a `ModelFile` of its own: its identity depends on all files, its tensors contain those of
-adapter number i under names that begin with `adapter.i.`. Workers load, fetch and verify these as they do any other.
+An adapter is a `ModelFile` of its own, whose identity tells it from any other. A model with adapters has the tensors
+of adapter number i under names that begin with `adapter.i.`, and the identity of the model alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from math import isfinite
@@ -19,14 +19,14 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
 from llamaclust.model.checkpoints.peft_adapter import is_peft, peft_files, read_peft
-from llamaclust.model.gguf.header import Header, read_header
+from llamaclust.model.gguf.header import read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.values import MetadataValue, fail_at, shown
 from llamaclust.model.program import Adapt, MatMul, Program, Step
 from llamaclust.model.quant_types import QuantType
 
-ADAPTER_KEY = "llamaclust.adapter."
+_KEY = "llamaclust.adapter."
 """How the keys begin that a model with adapters has beside its own: their numbers and `alpha`."""
 _PREFIX = "adapter."
 """Of names of adapters' tensors."""
@@ -36,8 +36,6 @@ _MOST = 65504.0
 """Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
-_ABSENT = bytes(32)
-"""In place of an adapter's digest."""
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
 
 
@@ -51,57 +49,44 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
     return peft_files(path) if is_peft(path) else (path,)
 
 
-def read_adapter(path: Path, model: ModelFile) -> Header:
-    """The header of an adapter of the model: of a GGUF file, or as that of a folder of PEFT would be. Its digest has
-    samples of each tensor: two states of a training may differ in those of some layers alone. ModelFileError as of
-    `read_header` and `read_peft`."""
+def read_adapter(path: Path, model: ModelFile) -> ModelFile:
+    """An adapter of the model: a GGUF file, or a folder of PEFT as its GGUF file would be. Its identity has samples of
+    each tensor: two states of a training may differ in those of some layers alone. ModelFileError as of `read_header`
+    and `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
         for start in sorted({0, max(0, tensor.n_bytes - _SAMPLE_BYTES)}):
             hashed.update(tensor.read_range(start, min(start + _SAMPLE_BYTES, tensor.n_bytes)))
-    return replace(header, digest=hashed.digest())
+    size_bytes, metadata, tensors = header.file_identity.size_bytes, header.metadata, header.tensors
+    return ModelFile(path, (header.path,), size_bytes, hashed.hexdigest(), metadata, tensors)
 
 
-def adapted_identity(model: ModelFile, adapters: Sequence[Header | None]) -> str:
-    """The identity of the model with these adapters by their numbers; None: a number without one."""
-    last = max((number for number, adapter in enumerate(adapters) if adapter is not None), default=None)
-    if last is None:
-        return model.identity
-    digests = (_ABSENT if adapter is None else adapter.digest for adapter in adapters[: last + 1])
-    return sha256(b"".join([bytes.fromhex(model.identity), *digests])).hexdigest()
-
-
-def with_adapters(model: ModelFile, adapters: Sequence[Header | None]) -> ModelFile:
-    """The model with adapters of `read_adapter` by their numbers; None: a number without one. ModelFileError for one
-    that is none of LoRA or of another architecture; shapes are checked where programs are made, weights by
-    `check_adapter_weights`."""
-    present = [header for header in adapters if header is not None]
-    if not present:
+def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
+    """The model with adapters of `read_adapter` by their numbers. ModelFileError for one that is none of LoRA or of
+    another architecture; shapes are checked where programs are made, weights by `check_adapter_weights`."""
+    if not adapters:
         return model
-    if len(adapters) > MAX_ADAPTERS:
-        raise ModelFileError(f"{len(adapters)} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
+    if max(adapters) >= MAX_ADAPTERS:
+        raise ModelFileError(f"{max(adapters) + 1} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
     metadata, tensors = dict(model.metadata), dict(model.tensors)
-    for number, header in enumerate(adapters):
-        if header is None:
-            continue
-        metadata[f"{ADAPTER_KEY}{number}.alpha"] = _alpha(header, model)
-        for tensor in header.tensors.values():
+    for number, adapter in sorted(adapters.items()):
+        metadata[f"{_KEY}{number}.alpha"] = _alpha(adapter, model)
+        for tensor in adapter.tensors.values():
             name = f"{_PREFIX}{number}.{_checked(tensor)}"
             tensors[name] = replace(tensor, name=name)
     return replace(
         model,
-        parts=(*model.parts, *(header.path for header in present)),
-        size_bytes=model.size_bytes + sum(header.file_identity.size_bytes for header in present),
-        identity=adapted_identity(model, adapters),
+        parts=(*model.parts, *(part for adapter in adapters.values() for part in adapter.parts)),
+        size_bytes=model.size_bytes + sum(adapter.size_bytes for adapter in adapters.values()),
         metadata=MappingProxyType(metadata),
         tensors=MappingProxyType(tensors),
     )
 
 
-def check_adapter_weights(adapters: Sequence[Header]) -> None:
+def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
     """Reads the files whole, which only the coordinator does. ModelFileError for weights that are no numbers."""
-    for tensor in (tensor for header in adapters for tensor in header.tensors.values()):
+    for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
             if not isfinite(largest) or largest > _MOST:
@@ -123,9 +108,8 @@ def _largest(tensor: Tensor, start: int, end: int) -> float:
             return float((np.uint32(largest) << np.uint32(16)).view(np.float32))
 
 
-def _alpha(header: Header, model: ModelFile) -> MetadataValue:
+def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
     """Checks what the adapter is of."""
-    found = ModelFile(header.path, (), 0, "", header.metadata, header.tensors)
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (value := found.metadata_str(key, "none")) != wanted:
             raise found.error(
@@ -134,11 +118,11 @@ def _alpha(header: Header, model: ModelFile) -> MetadataValue:
     architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
     if architecture != own:
         raise found.error("general.architecture", f"{shown(architecture)}, the model has {own!r}", _OTHER)
-    if "adapter.alora.invocation_tokens" in header.metadata:
+    if "adapter.alora.invocation_tokens" in found.metadata:
         what = "an adapter that begins at certain tokens, which is not supported"
         raise found.error("adapter.alora.invocation_tokens", what, "leave it out")
-    if not header.tensors:
-        raise fail_at(header.path, "tensors", "none", _OTHER)
+    if not found.tensors:
+        raise fail_at(found.path, "tensors", "none", _OTHER)
     return found.metadata_float("adapter.lora.alpha", minimum=0.0, maximum=1e6)
 
 
@@ -160,20 +144,14 @@ def _checked(tensor: Tensor) -> str:
     return tensor.name
 
 
-def adapter_numbers(model: ModelFile) -> tuple[int, ...]:
-    """The numbers of the adapters that a model of `with_adapters`, or of its manifest, has; ascending."""
-    return tuple(number for number in range(MAX_ADAPTERS) if f"{ADAPTER_KEY}{number}.alpha" in model.metadata)
-
-
-def own_tensors(model: ModelFile) -> list[Tensor]:
-    """Those of the model without its adapters."""
-    return [tensor for name, tensor in model.tensors.items() if not name.startswith(_PREFIX)]
+def _numbers(model: ModelFile) -> tuple[int, ...]:
+    return tuple(number for number in range(MAX_ADAPTERS) if f"{_KEY}{number}.alpha" in model.metadata)
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
     """The program with the steps of the model's adapters: behind each group of products of one x, those of the group,
     adapter by adapter. ModelFileError for shapes that do not fit the products."""
-    numbers = adapter_numbers(model)
+    numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
 
@@ -204,8 +182,16 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
         if tensor.shape != wanted:
             what = f"shape {list(tensor.shape)}, {list(wanted)} expected"
             raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, _OTHER)
-    alpha = model.metadata_float(f"{ADAPTER_KEY}{number}.alpha", minimum=0.0, maximum=1e6)
+    alpha = model.metadata_float(f"{_KEY}{number}.alpha", minimum=0.0, maximum=1e6)
     return Adapt(product.x, product.out, number, down.name, up.name, rank, alpha / rank if alpha else 1.0)
+
+
+def own_names(names: Iterable[str], number: int | None) -> list[str]:
+    """Names of weights as the file of an adapter has them, or that of the model (None)."""
+    if number is None:
+        return [name for name in names if not name.startswith(_PREFIX)]
+    prefix = f"{_PREFIX}{number}."
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def unread_adapter_tensor(model: ModelFile, names: set[str]) -> ModelFileError | None:

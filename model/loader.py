@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.model.adapters import (
-    adapted,
-    adapter_numbers,
-    check_adapter_weights,
-    read_adapter,
-    unread_adapter_tensor,
-    with_adapters,
-)
+from llamaclust.model.adapters import adapted, check_adapter_weights, read_adapter, unread_adapter_tensor, with_adapters
 from llamaclust.model.architectures import as_programs_read, build_program
 from llamaclust.model.architectures.tensors import FACTOR_TENSORS, idle_kv_tensors, nextn_tensors
 from llamaclust.model.chat.template import ChatTemplate, load_chat_template
@@ -51,18 +44,18 @@ from llamaclust.model.shard_names import whole_name
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
-AdapterPaths = Sequence[Path | None]
-"""Of a model's adapters, by their numbers; None: a number without one."""
-
 
 class Model:
     """An opened model file whose every tensor is known to the program of its architecture."""
 
-    def __init__(self, file: ModelFile, chat_template: str | None = None, adapter_paths: AdapterPaths = ()) -> None:
-        """ModelFileError where the file is no model of an architecture that is supported. `adapter_paths`: of the
-        adapters in it."""
-        self.file = file = as_programs_read(file)
-        self.adapter_paths = tuple("" if path is None else str(path) for path in adapter_paths)
+    def __init__(
+        self, file: ModelFile, chat_template: str | None = None, adapters: Mapping[int, ModelFile] | None = None
+    ) -> None:
+        """ModelFileError where the file is no model of an architecture that is supported. `adapters`: by their numbers,
+        see `with_adapters`."""
+        self.plain = as_programs_read(file)
+        self.adapters = adapters or {}
+        self.file = file = with_adapters(self.plain, self.adapters)
         self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
@@ -74,15 +67,18 @@ class Model:
         self._refuse_other_uses()
 
     @classmethod
-    def open(cls, path: Path | str, chat_template: str | None = None, adapters: AdapterPaths = ()) -> Model:
+    def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
         """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
         `check_adapter_weights`, and for parts that do not fit together. `chat_template` is the name of one or a file,
         to take instead of the model's; UsageError where there is none."""
         plain = open_model(path)
-        headers = [None if adapter is None else read_adapter(adapter, plain) for adapter in adapters]
-        file = with_adapters(plain, headers)
-        check_adapter_weights([header for header in headers if header is not None])
-        return cls(file, chat_template, adapters)
+        numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
+        check_adapter_weights(numbered.values())
+        return cls(plain, chat_template, numbered)
+
+    def adapted_by(self, adapters: Mapping[int, ModelFile]) -> Model:
+        """The same model with these adapters, and no others."""
+        return self if adapters == self.adapters else Model(self.plain, adapters=adapters)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +106,7 @@ class Model:
 
     @property
     def model_id(self) -> str:
-        """Hex digits that tell this model from any other."""
+        """Hex digits that tell this model, with any adapters, from any other."""
         return self.file.identity
 
     @property
@@ -140,9 +136,9 @@ class Model:
         return mixture is not None and mixture.experts >= expert_shards
 
     @property
-    def adapter_numbers(self) -> tuple[int, ...]:
-        """Of the adapters of LoRA that requests may use, ascending."""
-        return adapter_numbers(self.file)
+    def adapter_digests(self) -> dict[int, str]:
+        """The identities of the adapters of LoRA that requests may use, by their numbers."""
+        return {number: adapter.identity for number, adapter in self.adapters.items()}
 
     @property
     def window(self) -> int | None:

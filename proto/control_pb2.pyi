@@ -47,6 +47,7 @@ class WorkerMessage(_message.Message):
     UNLOAD_FAILED_FIELD_NUMBER: _builtins.int
     KV_DONE_FIELD_NUMBER: _builtins.int
     GROUP_FAULT_FIELD_NUMBER: _builtins.int
+    ADAPTERS_SET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -119,6 +120,10 @@ class WorkerMessage(_message.Message):
     def group_fault(self) -> _loading_pb2.GroupFault:
         """A member of a group has given an epoch up."""
 
+    @_builtins.property
+    def adapters_set(self) -> _loading_pb2.AdaptersSet:
+        """Answer to SetAdapters."""
+
     def __init__(
         self,
         *,
@@ -140,12 +145,13 @@ class WorkerMessage(_message.Message):
         unload_failed: _loading_pb2.UnloadFailed | None = ...,
         kv_done: _kv_disk_pb2.KvDone | None = ...,
         group_fault: _loading_pb2.GroupFault | None = ...,
+        adapters_set: _loading_pb2.AdaptersSet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_set", b"adapters_set", "find_weights_progress", b"find_weights_progress", "group_fault", b"group_fault", "heartbeat", b"heartbeat", "kind", b"kind", "kv_done", b"kv_done", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done", "group_fault"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed", "kv_done", "group_fault", "adapters_set"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -173,6 +179,7 @@ class CoordinatorMessage(_message.Message):
     FIND_KV_FIELD_NUMBER: _builtins.int
     RESTORE_KV_FIELD_NUMBER: _builtins.int
     SAVE_KV_FIELD_NUMBER: _builtins.int
+    SET_ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """The worker is a member."""
@@ -237,6 +244,10 @@ class CoordinatorMessage(_message.Message):
     def save_kv(self) -> _kv_disk_pb2.SaveKv:
         """Write KV memory to disk."""
 
+    @_builtins.property
+    def set_adapters(self) -> _loading_pb2.SetAdapters:
+        """Load adapters into a stage, or unload some."""
+
     def __init__(
         self,
         *,
@@ -256,12 +267,13 @@ class CoordinatorMessage(_message.Message):
         find_kv: _kv_disk_pb2.FindKv | None = ...,
         restore_kv: _kv_disk_pb2.RestoreKv | None = ...,
         save_kv: _kv_disk_pb2.SaveKv | None = ...,
+        set_adapters: _loading_pb2.SetAdapters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "set_adapters", b"set_adapters", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_weight_source", b"add_weight_source", "admitted", b"admitted", "certificate_renewed", b"certificate_renewed", "find_kv", b"find_kv", "find_weights", b"find_weights", "get_log", b"get_log", "kind", b"kind", "load", b"load", "probe_peer", b"probe_peer", "profile_links", b"profile_links", "profile_worker", b"profile_worker", "rejected", b"rejected", "renewal_failed", b"renewal_failed", "restore_kv", b"restore_kv", "save_kv", b"save_kv", "set_adapters", b"set_adapters", "shutdown", b"shutdown", "unload", b"unload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source", "find_kv", "restore_kv", "save_kv"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["admitted", "rejected", "profile_worker", "load", "unload", "shutdown", "certificate_renewed", "renewal_failed", "profile_links", "find_weights", "probe_peer", "get_log", "add_weight_source", "find_kv", "restore_kv", "save_kv", "set_adapters"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

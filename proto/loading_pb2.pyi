@@ -65,7 +65,7 @@ class Load(_message.Message):
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
-    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
@@ -108,10 +108,8 @@ class Load(_message.Message):
         """Which of the worker's devices hold which of its layers, in order; none: the processor holds all."""
 
     @_builtins.property
-    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths of the adapters' files by their numbers, which are part of the model; empty: no adapter has the number. A
-        worker without one of them fetches all of its layers.
-        """
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
+        """Its adapters."""
 
     @_builtins.property
     def group(self) -> Global___GroupOrder:
@@ -135,12 +133,12 @@ class Load(_message.Message):
         exclusive: _builtins.bool = ...,
         weights: Global___WeightSources | None = ...,
         devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
-        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
+        adapters: _abc.Iterable[Global___AdapterFile] | None = ...,
         group: Global___GroupOrder | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapter_paths", b"adapter_paths", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapters", b"adapters", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_address: _TypeAlias = _typing.Literal["first_address"]  # noqa: Y015
     _WhichOneofArgType__first_address: _TypeAlias = _typing.Literal["_first_address", b"_first_address"]  # noqa: Y015
@@ -176,6 +174,105 @@ class Load(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class AdapterFile(_message.Message):
+    """An adapter of LoRA, of which a stage has its layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Its number, which chunks name."""
+    path: _builtins.str
+    """Path of its file or folder on the coordinator's machine."""
+    adapter_id: _builtins.str
+    """The identity it must have."""
+    @_builtins.property
+    def weights(self) -> Global___WeightSources:
+        """As in Load."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        path: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        weights: Global___WeightSources | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "adapter_id", b"adapter_id", "number", b"number", "path", b"path", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
+    _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
+
+Global___AdapterFile: _TypeAlias = AdapterFile  # noqa: Y015
+
+@_typing.final
+class SetAdapters(_message.Message):
+    """Request: a loaded stage has these adapters from now on, and no others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the stage."""
+    request_id: _builtins.int
+    """The answer has the same."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
+        """All of them."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___AdapterFile] | None = ...,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "epoch", b"epoch", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapters: _TypeAlias = SetAdapters  # noqa: Y015
+
+@_typing.final
+class AdaptersSet(_message.Message):
+    """The stage has them: rows may use them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """Of the stage with its adapters."""
+    workspace_bytes: _builtins.int
+    request_id: _builtins.int
+    """Of the request."""
+    def __init__(
+        self,
+        *,
+        weight_bytes: _builtins.int = ...,
+        workspace_bytes: _builtins.int = ...,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptersSet: _TypeAlias = AdaptersSet  # noqa: Y015
 
 @_typing.final
 class GroupOrder(_message.Message):
@@ -635,7 +732,7 @@ Global___AddWeightSource: _TypeAlias = AddWeightSource  # noqa: Y015
 
 @_typing.final
 class FindWeights(_message.Message):
-    """Request: look for a model's weights."""
+    """Request: look for the weights of a model, or of one of its adapters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -643,7 +740,7 @@ class FindWeights(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     DESCRIBE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model file, as in Load."""
     model_id: _builtins.str
@@ -653,8 +750,8 @@ class FindWeights(_message.Message):
     request_id: _builtins.int
     """The answer has the same."""
     @_builtins.property
-    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths of the adapters' files, as in Load."""
+    def adapter(self) -> Global___AdapterFile:
+        """The adapter; not set: the model."""
 
     def __init__(
         self,
@@ -663,13 +760,15 @@ class FindWeights(_message.Message):
         model_id: _builtins.str = ...,
         describe: _builtins.bool = ...,
         request_id: _builtins.int = ...,
-        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
+        adapter: Global___AdapterFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_paths", b"adapter_paths", "describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
+    _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter) -> _WhichOneofReturnType__adapter | None: ...
 
 Global___FindWeights: _TypeAlias = FindWeights  # noqa: Y015
 

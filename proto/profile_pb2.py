@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/profile.proto\x12\rllamaclust.v1\"\x89\x01\n\rProfileWorker\x12\x17\n\nmodel_path\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x15\n\radapter_paths\x18\x04 \x03(\t\x12\x13\n\x0bquant_types\x18\x05 \x03(\rB\r\n\x0b_model_path\"`\n\rWorkerProfile\x12\'\n\x07profile\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Profile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12\x12\n\nkept_bytes\x18\x03 \x01(\x04\"`\n\x07Profile\x12)\n\x03\x63pu\x18\x01 \x01(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\x12*\n\x04gpus\x18\x02 \x03(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\"\xc0\x02\n\rDeviceProfile\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12+\n\nconcurrent\x18\x03 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12)\n\x08isolated\x18\x04 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12,\n\x08products\x18\x05 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\x12\x35\n\x11isolated_products\x18\x06 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\x12\x33\n\x0fisolated_limits\x18\x07 \x01(\x0b\x32\x15.llamaclust.v1.LimitsH\x00\x88\x01\x01\x42\x12\n\x10_isolated_limits\"3\n\x06Limits\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\"?\n\x0bProductTime\x12\x12\n\nquant_type\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0e\n\x06\x62yte_s\x18\x03 \x01(\x01\"P\n\x08StepTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"H\n\x0cProfileLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"P\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06permit\x18\x03 \x01(\t\x12\x14\n\x0clink_address\x18\x04 \x01(\t\"M\n\x0cLinkProfiles\x12)\n\x05links\x18\x01 \x03(\x0b\x32\x1a.llamaclust.v1.LinkProfile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"Z\n\x0bLinkProfile\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\x12\x16\n\tnetwork_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_network_s\"@\n\x0fPeerUnreachable\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"P\n\tProbePeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x0e\n\x06permit\x18\x04 \x01(\t\"A\n\x0bProbeResult\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/profile.proto\x12\rllamaclust.v1\"r\n\rProfileWorker\x12\x17\n\nmodel_path\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x13\n\x0bquant_types\x18\x05 \x03(\rB\r\n\x0b_model_path\"`\n\rWorkerProfile\x12\'\n\x07profile\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Profile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12\x12\n\nkept_bytes\x18\x03 \x01(\x04\"`\n\x07Profile\x12)\n\x03\x63pu\x18\x01 \x01(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\x12*\n\x04gpus\x18\x02 \x03(\x0b\x32\x1c.llamaclust.v1.DeviceProfile\"\xc0\x02\n\rDeviceProfile\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12+\n\nconcurrent\x18\x03 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12)\n\x08isolated\x18\x04 \x03(\x0b\x32\x17.llamaclust.v1.StepTime\x12,\n\x08products\x18\x05 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\x12\x35\n\x11isolated_products\x18\x06 \x03(\x0b\x32\x1a.llamaclust.v1.ProductTime\x12\x33\n\x0fisolated_limits\x18\x07 \x01(\x0b\x32\x15.llamaclust.v1.LimitsH\x00\x88\x01\x01\x42\x12\n\x10_isolated_limits\"3\n\x06Limits\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\"?\n\x0bProductTime\x12\x12\n\nquant_type\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0e\n\x06\x62yte_s\x18\x03 \x01(\x01\"P\n\x08StepTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"H\n\x0cProfileLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"P\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06permit\x18\x03 \x01(\t\x12\x14\n\x0clink_address\x18\x04 \x01(\t\"M\n\x0cLinkProfiles\x12)\n\x05links\x18\x01 \x03(\x0b\x32\x1a.llamaclust.v1.LinkProfile\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"Z\n\x0bLinkProfile\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\x12\x16\n\tnetwork_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_network_s\"@\n\x0fPeerUnreachable\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"P\n\tProbePeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x12\x0e\n\x06permit\x18\x04 \x01(\t\"A\n\x0bProbeResult\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.profile_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROFILEWORKER']._serialized_start=50
-  _globals['_PROFILEWORKER']._serialized_end=187
-  _globals['_WORKERPROFILE']._serialized_start=189
-  _globals['_WORKERPROFILE']._serialized_end=285
-  _globals['_PROFILE']._serialized_start=287
-  _globals['_PROFILE']._serialized_end=383
-  _globals['_DEVICEPROFILE']._serialized_start=386
-  _globals['_DEVICEPROFILE']._serialized_end=706
-  _globals['_LIMITS']._serialized_start=708
-  _globals['_LIMITS']._serialized_end=759
-  _globals['_PRODUCTTIME']._serialized_start=761
-  _globals['_PRODUCTTIME']._serialized_end=824
-  _globals['_STEPTIME']._serialized_start=826
-  _globals['_STEPTIME']._serialized_end=906
-  _globals['_PROFILELINKS']._serialized_start=908
-  _globals['_PROFILELINKS']._serialized_end=980
-  _globals['_LINKEND']._serialized_start=982
-  _globals['_LINKEND']._serialized_end=1062
-  _globals['_LINKPROFILES']._serialized_start=1064
-  _globals['_LINKPROFILES']._serialized_end=1141
-  _globals['_LINKPROFILE']._serialized_start=1143
-  _globals['_LINKPROFILE']._serialized_end=1233
-  _globals['_PEERUNREACHABLE']._serialized_start=1235
-  _globals['_PEERUNREACHABLE']._serialized_end=1299
-  _globals['_PROBEPEER']._serialized_start=1301
-  _globals['_PROBEPEER']._serialized_end=1381
-  _globals['_PROBERESULT']._serialized_start=1383
-  _globals['_PROBERESULT']._serialized_end=1448
+  _globals['_PROFILEWORKER']._serialized_start=49
+  _globals['_PROFILEWORKER']._serialized_end=163
+  _globals['_WORKERPROFILE']._serialized_start=165
+  _globals['_WORKERPROFILE']._serialized_end=261
+  _globals['_PROFILE']._serialized_start=263
+  _globals['_PROFILE']._serialized_end=359
+  _globals['_DEVICEPROFILE']._serialized_start=362
+  _globals['_DEVICEPROFILE']._serialized_end=682
+  _globals['_LIMITS']._serialized_start=684
+  _globals['_LIMITS']._serialized_end=735
+  _globals['_PRODUCTTIME']._serialized_start=737
+  _globals['_PRODUCTTIME']._serialized_end=800
+  _globals['_STEPTIME']._serialized_start=802
+  _globals['_STEPTIME']._serialized_end=882
+  _globals['_PROFILELINKS']._serialized_start=884
+  _globals['_PROFILELINKS']._serialized_end=956
+  _globals['_LINKEND']._serialized_start=958
+  _globals['_LINKEND']._serialized_end=1038
+  _globals['_LINKPROFILES']._serialized_start=1040
+  _globals['_LINKPROFILES']._serialized_end=1117
+  _globals['_LINKPROFILE']._serialized_start=1119
+  _globals['_LINKPROFILE']._serialized_end=1209
+  _globals['_PEERUNREACHABLE']._serialized_start=1211
+  _globals['_PEERUNREACHABLE']._serialized_end=1275
+  _globals['_PROBEPEER']._serialized_start=1277
+  _globals['_PROBEPEER']._serialized_end=1357
+  _globals['_PROBERESULT']._serialized_start=1359
+  _globals['_PROBERESULT']._serialized_end=1424
 # @@protoc_insertion_point(module_scope)

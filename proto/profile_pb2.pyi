@@ -27,7 +27,6 @@ class ProfileWorker(_message.Message):
     MODEL_PATH_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
     QUANT_TYPES_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model on the coordinator's machine, whose steps are to be measured; not set: the machine alone."""
@@ -35,10 +34,6 @@ class ProfileWorker(_message.Message):
     """Identity of that model."""
     request_id: _builtins.int
     """The answer has the same."""
-    @_builtins.property
-    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths of the files of its adapters."""
-
     @_builtins.property
     def quant_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """ggml's numbers of the quant types with which products are to be measured."""
@@ -49,12 +44,11 @@ class ProfileWorker(_message.Message):
         model_path: _builtins.str | None = ...,
         model_id: _builtins.str = ...,
         request_id: _builtins.int = ...,
-        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
         quant_types: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "model_path", b"model_path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "adapter_paths", b"adapter_paths", "model_id", b"model_id", "model_path", b"model_path", "quant_types", b"quant_types", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_path", b"_model_path", "model_id", b"model_id", "model_path", b"model_path", "quant_types", b"quant_types", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model_path: _TypeAlias = _typing.Literal["model_path"]  # noqa: Y015
     _WhichOneofArgType__model_path: _TypeAlias = _typing.Literal["_model_path", b"_model_path"]  # noqa: Y015

@@ -12,7 +12,16 @@ from llamaclust.core.errors import DeadlineError, LoadCancelledError, ProtocolEr
 from llamaclust.core.gpus import placed
 from llamaclust.core.limits import layer_span
 from llamaclust.wire.control.groups import GroupFault, GroupOrder
-from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, UnloadFailed
+from llamaclust.wire.control.messages import (
+    Load,
+    Loaded,
+    LoadFailed,
+    PeerUnreachable,
+    Unload,
+    Unloaded,
+    UnloadFailed,
+)
+from llamaclust.wire.control.weights import AdapterFiles, AdaptersSet, SetAdapters
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.link_opener import LinkOpener
@@ -24,7 +33,7 @@ from llamaclust.worker.stage.leading import Leader
 from llamaclust.worker.stage.loop import StageContext
 from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
-from llamaclust.worker.weights.load import load_stage
+from llamaclust.worker.weights.load import load_adapters, load_stage
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +97,20 @@ class Loads:
         await self._worker.service.remove(order.epoch)
         return Unloaded(order.epoch)
 
+    async def set_adapters(self, order: SetAdapters) -> AdaptersSet:
+        """Returns when the next microbatch of the stage may use them."""
+        async with self._exclusive:
+            stage = self._worker.service.stage(order.epoch)
+            await self._adapt(stage.runner, order.adapters)
+            if isinstance(stage, StageStreams):
+                await stage.settle()
+        memory = stage.runner.memory
+        return AdaptersSet(memory.weight_bytes, memory.workspace_bytes, order.request_id)
+
+    async def _adapt(self, runner: StageRunner, adapters: AdapterFiles) -> None:
+        if {adapter.number: adapter.adapter_id for adapter in adapters} != runner.model.adapter_digests:
+            await load_adapters(adapters, runner, self._worker.device, self._worker.weights, self._session.source)
+
     async def _load(self, order: Load) -> Loaded:
         async with self._exclusive:
             return await self._load_alone(order)
@@ -115,6 +138,7 @@ class Loads:
         try:
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
+            await self._adapt(runner, order.adapters)  # a kept one may have others
             service.add(self._held(order, runner, links))
         except BaseException:
             if links is not None:
@@ -162,7 +186,7 @@ class Loads:
                 await self._session.send(fault)
 
     def _file_version(self, order: Load) -> str | None:
-        return self._worker.weights.version_of(order.model_path, order.model_id, order.adapter_paths)
+        return self._worker.weights.version_of(order.model_path, order.model_id)
 
     async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
         if peer.worker is not None:

@@ -15,6 +15,7 @@ from llamaclust.core.logs import last_trouble, name_cluster
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control import messages
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.control.weights import AddWeightSource
 from llamaclust.wire.rpc.client import ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.methods import JOIN
@@ -138,7 +139,8 @@ class Member:
         """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
-        loads, requests = Loads(session), Requests(session)
+        loads = Loads(session)
+        requests = Requests(session, loads)
         self._tasks.start(self._send_heartbeats(session))
         self._tasks.start(self._worker.readiness.follow(self._worker.exclusive, self._worker.service))
         if self._renewal is not None:
@@ -165,7 +167,7 @@ class Member:
                 self._tasks.start(loads.load(message))
             case messages.Unload():
                 self._tasks.start(loads.unload(message))
-            case messages.AddWeightSource():
+            case AddWeightSource():
                 self._worker.weights.add_source(message, session.source)
             case messages.CertificateRenewed() | messages.RenewalFailed() if self._renewal is not None:
                 self._renewal.receive(message)

@@ -9,10 +9,12 @@ from functools import partial
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError, WorkerError
 from llamaclust.core.logs import last_lines
-from llamaclust.wire.control import kv_disk, logs, messages, profiles
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import kv_disk, logs, messages, profiles, weights
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.wire.rpc.network_probe import network_round_trip
 from llamaclust.worker.devices.system_info import release_freed_memory, resident_bytes
+from llamaclust.worker.loads import Loads
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
 
@@ -22,8 +24,9 @@ _REPORT_S = 0.25
 class Requests:
     """Of one membership. What uses the machine by itself holds the worker's `exclusive`, as loads do."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, loads: Loads) -> None:
         self._session = session
+        self._loads = loads
         self._exclusive = session.worker.exclusive
 
     async def answer(self, request: messages.WorkerRequest) -> None:
@@ -39,8 +42,10 @@ class Requests:
                 async with self._exclusive:
                     links = [await self._profile_link(end) for end in ends]
                 return profiles.LinkProfiles(tuple(links), request_id)
-            case messages.FindWeights():
+            case weights.FindWeights():
                 return await self._find_weights(request)
+            case weights.SetAdapters():
+                return await self._loads.set_adapters(request)
             case messages.ProbePeer():
                 return await self._probe(request)
             case logs.GetLog(request_id):
@@ -52,7 +57,7 @@ class Requests:
         worker = self._session.worker
         if worker.kv_disk is None:
             raise ProtocolError("a request for KV memory on disk, this worker keeps none (kv_disk)")
-        return await worker.kv_disk.answer(request, worker.service.runner(request.epoch))
+        return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
         """Where this is cancelled, it returns when the thread has ended: another one would be measured beside it."""
@@ -67,8 +72,9 @@ class Requests:
         """Where the model's file is missing, without its steps."""
         worker, before_bytes = self._session.worker, resident_bytes()
         try:
-            path, adapters = request.model_path, request.adapter_paths
-            model = worker.weights.open_file(path, request.model_id, adapters) if path else None
+            path = request.model_path
+            file = worker.weights.open_file(path, request.model_id) if path else None
+            model = None if file is None else Model(file)
         except ModelFileError:  # reported when its layers are to be loaded
             model = None
         with model or nullcontext():
@@ -87,10 +93,10 @@ class Requests:
         finally:
             await peer.close()
 
-    async def _find_weights(self, request: messages.FindWeights) -> messages.WeightsFound:
+    async def _find_weights(self, request: weights.FindWeights) -> weights.WeightsFound:
         async def progressed(done_bytes: int, total_bytes: int) -> None:
             if total_bytes:
-                await self._session.send(messages.FindWeightsProgress(done_bytes, total_bytes))
+                await self._session.send(weights.FindWeightsProgress(done_bytes, total_bytes))
 
         progress = Progress()
         finding = asyncio.to_thread(self._session.worker.weights.locate, request, progress)

@@ -76,11 +76,11 @@ class StageService:
         """The longest time that a portion of a stage has been computed without a wait for other members."""
         return max((streams.computing_s for streams in self._stages.values()), default=0.0)
 
-    def runner(self, epoch: int) -> StageRunner:
+    def stage(self, epoch: int) -> LoadedStage:
         """WorkerError where no stage of the epoch is there."""
-        if (streams := self._stages.get(epoch)) is None:
+        if (stage := self._stages.get(epoch)) is None:
             raise WorkerError(f"worker {self._worker} holds no stage for epoch {epoch_text(epoch)}")
-        return streams.runner
+        return stage
 
     def keep(self) -> None:
         """The coordinator is gone, and with it all epochs and the links of their groups; what is loaded waits for a

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeviceLostError, LlamaclustError
-from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WeightSource, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, WorkerMessage
+from llamaclust.wire.control.weights import WeightSource
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Principal
 from llamaclust.worker.stage.counters import Counters

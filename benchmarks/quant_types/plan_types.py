@@ -81,7 +81,7 @@ async def predicted(cluster: Cluster) -> tuple[Times, ...]:
     """By each of KINDS, by what the worker measures now."""
     model, workers = cluster.model, cluster.registry.present
     types = tuple(map(int, model.quant_types))
-    order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
+    order = ProfileWorker(str(model.file.path), model.model_id, 0, types)
     known = {name: await profile_worker(worker, order) for name, worker in workers.items()}
     products = {name: profile.map(DeviceProfile.without_steps) for name, profile in known.items()}
     limits = {name: profile.map(_limits) for name, profile in products.items()}

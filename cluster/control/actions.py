@@ -27,8 +27,11 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 if TYPE_CHECKING:
     from llamaclust.cluster.control.planning import ClusterPlanner
+    from llamaclust.model.loader import Model
 
 _ENDING_S = 30.0
+_ADAPTERS_S = 600.0
+"""An epoch may be loaded meanwhile, and weights fetched."""
 
 
 @dataclass(eq=False)
@@ -54,6 +57,19 @@ class ActionRunner:
     def open_epochs(self) -> tuple[Epoch, ...]:
         """The serving one first."""
         return tuple(epoch for epoch in (self.epoch, self.retiring) if epoch is not None)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the model is not to be loaded."""
+        return not self.observed.state.is_wanted
+
+    async def set_adapters(self, model: Model) -> None:
+        """Returns when an epoch serves whose stages have the adapters of this model, and no others. Raises why that is
+        not possible; then they have those of before."""
+        async with deadline(f"the change of adapters of {self.planner.config.model_name}", _ADAPTERS_S):
+            await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
+            await self.epochs.set_adapters(model)
+        self.planner.model = model
 
     async def run(self, action: act.Action) -> None:
         match action:
@@ -110,7 +126,6 @@ class ActionRunner:
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
         plan, failure = None, None
         async with self.planner.ledger.lock:
-            self._take_version(inputs.model_id)
             self.planner.ledger.planned(self.epochs.model_id)
             for count in range(len(excluded), -1, -1):
                 workers = {name: worker for name, worker in usable.items() if name not in excluded[:count]}
@@ -126,12 +141,6 @@ class ActionRunner:
                 self._enter(plan)
         served = None if plan is None else await self._predict_served(usable)
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
-
-    def _take_version(self, model_id: str) -> None:
-        """Plans and loads are of these adapters from now on."""
-        if model_id != (before := self.epochs.model_id):
-            self.planner.ledger.rename(before, model_id)
-            self.planner.model = self.epochs.take_version(model_id)
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
         """Not while requests wait for a pipeline."""

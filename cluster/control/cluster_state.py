@@ -11,19 +11,18 @@ from llamaclust.cluster.control.observations import Incarnation, PlanInputs
 from llamaclust.cluster.control.serving import Serving
 from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a plan depends on: the present workers, which of them it may use, and the model's adapters."""
+    """What a plan depends on: the present workers, and which of them it may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
     memory: int = 0
-    model_id: str = ""  # of the model with the adapters that it is to have
     quarantine: Quarantine = field(default_factory=Quarantine)
 
     @property
@@ -31,9 +30,7 @@ class PoolState:
         return tuple((name, join) for name, join in self.present.items() if name not in self.drained)
 
     def inputs(self, now_s: float) -> PlanInputs:
-        return PlanInputs(
-            self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory, self.model_id
-        )
+        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory)
 
     def may_exclude_more(self, now_s: float) -> bool:
         """Returns whether another worker may be excluded for rows without a result, and one is left."""
@@ -182,21 +179,6 @@ class ClusterState:
         return (
             planning is not None and planning.plan is not None and is_useless(planning.plan, planning.inputs, self.pool)
         )
-
-    @property
-    def has_version(self) -> bool:
-        """Whether the epoch that serves has the adapters that it is to have."""
-        return self.loss is None and self.serving is not None and self.serving.model_id == self.pool.model_id
-
-    @property
-    def version_error(self) -> LlamaclustError | None:
-        """Why the model cannot be served with the adapters that it is to have."""
-        planning = self.planning
-        if planning is None or planning.inputs.model_id != self.pool.model_id:
-            return None
-        if self.loss is not None and self.loss.failed_because is not None:
-            return WorkerError(self.loss.failed_because)
-        return planning.error or planning.rejected or self.loading.error
 
     @property
     def has_failing_workers(self) -> bool:

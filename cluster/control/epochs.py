@@ -19,6 +19,7 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import (
     ModelReference,
     WantedBytes,
+    adapter_files,
     announce_source,
     is_file_absent,
     weight_sources,
@@ -26,8 +27,8 @@ from llamaclust.cluster.control.weight_sources import (
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.membership.worker_requests import refresh_memory
-from llamaclust.cluster.planner.links import Links
+from llamaclust.cluster.membership.worker_requests import refresh_memory, set_adapters
+from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
@@ -35,9 +36,11 @@ from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Report, WorkerLoading
 from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ModelFileError, StalledError, WorkerError
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.control.messages import Load, Loaded, LoadProgress
+from llamaclust.wire.control.weights import AdapterFile, FindWeights
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
@@ -64,15 +67,18 @@ async def load_stages(
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # whose keys begin with the model's bytes
-    wanted = WantedBytes(loads.model, loads.own, keeps_kv, loads.links, timeout_s)
-    weights = await weight_sources([handle.name for handle in handles], workers, wanted, report)
+    names = [handle.name for handle in handles]
+    request = FindWeights(loads.model.path, loads.model.model_id)
+    wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
+    weights = await weight_sources(names, workers, wanted, report)
+    adapters = await adapter_files(loads.adapters, names, workers)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
     if lost:  # meanwhile: the others would load in vain
         raise StageLoadError(lost[0].error, lost)
 
     try:
-        orders = load_orders(loads, handles, weights)
+        orders = load_orders(loads, handles, weights, adapters)
     except WorkerError as error:
         raise StageLoadError(error, (Suspect(error.worker or "", error),)) from error
 
@@ -215,7 +221,7 @@ class Epochs:
         self._config = config
         self._speculation = speculation
         self._model = model
-        self._versions = {model.model_id: model}
+        self.adapters = model.adapter_digests  # of all epochs, as they change
         self._numbers: set[int] = set()  # of all epochs of the model
         self._registry = workers.registry
         self._credentials = workers.credentials
@@ -227,23 +233,49 @@ class Epochs:
     def model_id(self) -> str:
         return self._model.model_id
 
-    def add_version(self, model: Model) -> None:
-        """The model with other adapters, which may be wanted from now on."""
-        self._versions[model.model_id] = model
-
-    def version(self, model_id: str) -> Model:
-        """The one that serves or is wanted, by its id."""
-        return self._versions[model_id]
-
-    def take_version(self, model_id: str) -> Model:
-        """What epochs are loaded as from now on. Older versions but the last one are forgotten."""
-        before, self._model = self._model, self._versions[model_id]
-        self._versions = {version.model_id: version for version in (before, self._model)}
-        return self._model
-
     @property
     def _reference(self) -> ModelReference:
-        return ModelReference(str(self._model.file.path), self._model.model_id, self._model.adapter_paths)
+        return ModelReference(str(self._model.plain.path), self._model.model_id)
+
+    def _wanted_adapters(self, model: Model, links: Links = UNKNOWN) -> dict[int, WantedBytes]:
+        path, model_id, timeout_s = str(model.plain.path), model.model_id, self._config.timeouts.load
+        files = [(number, AdapterFile(number, str(of.path), of.identity), of) for number, of in model.adapters.items()]
+        requests = [(number, FindWeights(path, model_id, adapter=file), of) for number, file, of in files]
+        return {
+            number: WantedBytes(request, self._own_copy(of), links=links, progress_timeout_s=timeout_s)
+            for number, request, of in requests
+        }
+
+    def settings(self, plan: Plan) -> SchedulerSettings:
+        """What the scheduler of an epoch of this plan is to have."""
+        return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
+
+    async def set_adapters(self, model: Model) -> None:
+        """All stages of the model have the adapters of this one, and no others; those of epochs to come too. Where that
+        fails, all have those of before. Raises the first error once all have answered, WorkerError where the model has
+        no stages."""
+        async with self._turn:
+            try:
+                await self._set_adapters(model)
+            except BaseException:
+                with suppress(LlamaclustError):
+                    await self._set_adapters(self._model)
+                raise
+            self._model = model
+            self.adapters.clear()
+            self.adapters.update(model.adapter_digests)
+
+    async def _set_adapters(self, model: Model) -> None:
+        holders = {name: worker for name, worker in self._registry.present.items() if self._numbers & {*worker.stages}}
+        if not holders:
+            raise WorkerError(f"model {self._config.model_name} has no stages now: try again")
+        files = await adapter_files(self._wanted_adapters(model), holders, self._registry.workers)
+        orders = [
+            (worker, epoch, files[name])
+            for name, worker in holders.items()
+            for epoch in self._numbers & {*worker.stages}
+        ]
+        await _all(set_adapters(*order) for order in orders)
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
@@ -252,20 +284,21 @@ class Epochs:
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
 
-    @property
-    def _own_copy(self) -> OwnCopy | None:
-        """Returns the coordinator's copy of the file; None if the file was changed or is gone."""
-        file = self._model.file
+    def _own_copy(self, file: ModelFile) -> OwnCopy | None:
+        """Returns the coordinator's copy of a file; None if the file was changed or is gone."""
         return OwnCopy(file, self._manifests, self._registry.giver) if file.is_current else None
 
     @property
     def file_is_absent(self) -> bool:
-        own = self._own_copy
+        own = self._own_copy(self._model.plain)
         return (own is None or not own.can_give) and is_file_absent(self._registry.present, self._model.model_id)
 
     async def announce(self, worker: WorkerHandle) -> None:
         """A worker has joined: those that fetch weights may fetch them there."""
-        await announce_source(worker, self._registry.present.values(), self._reference)
+        path, model_id = str(self._model.plain.path), self._model.model_id
+        adapters = [wanted.request for wanted in self._wanted_adapters(self._model).values()]
+        for request in (FindWeights(path, model_id), *adapters):
+            await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
         """The plan's stages, loaded and connected; `report` gets the progress. Raises StageLoadError."""
@@ -275,8 +308,6 @@ class Epochs:
     async def _open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None) -> Epoch:
         number = self._record.next_epoch()
         self._numbers.add(number)
-        if is_exclusive:  # a load frees stages with the same adapters alone
-            await self._unload_versions()
         loads = StageLoads(
             number,
             [_stage_info(stage, plan.expert_shards) for stage in plan.stages],
@@ -285,7 +316,8 @@ class Epochs:
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,
-            own=self._own_copy,
+            own=self._own_copy(self._model.plain),
+            adapters=self._wanted_adapters(self._model, links),
         )
         workers = await load_stages(loads, self._registry.workers, report)
         try:
@@ -295,8 +327,7 @@ class Epochs:
                 await _discard(number, workers)
             suspects = tuple(Suspect(worker.name, error) for worker in workers if worker.name == error.worker)
             raise StageLoadError(error, suspects) from error
-        settings = scheduler_settings(self._config, self._model, plan, self._speculation)
-        return Epoch(number, plan, workers, pipeline, settings)
+        return Epoch(number, plan, workers, pipeline, self.settings(plan))
 
     def cancel_loads(self) -> None:
         """Those under way fail soon, where there are any."""
@@ -316,10 +347,3 @@ class Epochs:
             return
         async with self._turn:
             await _all(unload_stages(number, workers) for number in numbers)
-
-    async def _unload_versions(self) -> None:
-        """Frees the stages of the model with other adapters than the present ones."""
-        workers = tuple(self._registry.present.values())
-        held = {(number, order.model_id) for worker in workers for number, (order, _) in worker.stages.items()}
-        others = {number for number, model_id in held if number in self._numbers and model_id != self.model_id}
-        await asyncio.gather(*(_discard(number, workers) for number in others))

@@ -49,7 +49,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
     for name, model_id in models:
         if (other := names.setdefault(model_id, name)) != name:
             what = f"models: {other!r} and {name!r} are the same file"
-            raise UsageError(f"{what}; give it once, and its other names as aliases")
+            raise UsageError(f"{what}; give it once, with all of its adapters, and its other names as aliases")
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
@@ -232,9 +232,14 @@ def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) 
 
 
 def scheduler_settings(
-    config: ClusterConfig, model: Model, plan: Plan, speculation: SpeculationSettings | None
+    config: ClusterConfig,
+    model: Model,
+    plan: Plan,
+    speculation: SpeculationSettings | None,
+    adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """The scheduler's limits, which are those of the loaded stages."""
+    """The scheduler's limits, which are those of the loaded stages. `adapters`: see `SchedulerSettings`; None: those of
+    the model."""
     costs, batch_tokens = model_costs(config, model), max_batch_tokens(config)
     groups = KvGroups.of(costs, plan.context_length, config.max_sequences, batch_tokens)
     return SchedulerSettings(
@@ -254,7 +259,7 @@ def scheduler_settings(
         whole_prompts=not model.is_causal,
         generates=model.generates,
         speculation=speculation if model.generates else None,
-        adapters=model.adapter_numbers,
+        adapters=model.adapter_digests if adapters is None else adapters,
         window=model.window if plan.window_blocks else None,
         window_blocks=plan.window_blocks,
         has_states=model.has_states,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from secrets import token_bytes
 
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
-from llamaclust.cluster.control.weight_sources import ModelReference
+from llamaclust.cluster.control.weight_sources import ModelReference, WantedBytes
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import GROUP_ID_BYTES, StageLimits
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
-from llamaclust.wire.control.messages import Load, WeightSources
+from llamaclust.wire.control.messages import Load
+from llamaclust.wire.control.weights import AdapterFile, WeightSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +34,29 @@ class StageLoads:
     links: Links = UNKNOWN
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
     own: OwnCopy | None = None  # the coordinator's copy of the file
+    adapters: Mapping[int, WantedBytes] = field(default_factory=dict)
 
 
-def load_orders(loads: StageLoads, handles: Sequence[WorkerHandle], weights: Mapping[str, WeightSources]) -> list[Load]:
+def load_orders(
+    loads: StageLoads,
+    handles: Sequence[WorkerHandle],
+    weights: Mapping[str, WeightSources],
+    adapters: Mapping[str, tuple[AdapterFile, ...]],
+) -> list[Load]:
     """The order of each worker; that of a leader has the stages that its own calls and is called by. WorkerError for a
     member of a group that accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
-        _load_order(loads, handles, index, weights.get(handle.name), group)
+        replace(
+            _load_order(loads, handles, index, group),
+            weights=weights.get(handle.name),
+            adapters=adapters.get(handle.name, ()),
+        )
         for index, (handle, group) in enumerate(zip(handles, groups, strict=True))
     ]
 
 
-def _load_order(
-    loads: StageLoads,
-    handles: Sequence[WorkerHandle],
-    index: int,
-    weights: WeightSources | None,
-    group: GroupOrder | None,
-) -> Load:
+def _load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, group: GroupOrder | None) -> Load:
     stage, chain = loads.stages[index], leaders(handles, loads.stages)
     place = len(leaders(handles[: index + 1], loads.stages[: index + 1])) - 1
     leads, is_first, is_last = stage.member == 0, place == 0, place + 1 == len(chain)
@@ -71,9 +76,7 @@ def _load_order(
         previous_worker=chain[place - 1].name if leads and not is_first else None,
         last_worker=chain[-1].name if leads and is_first and not is_last else None,
         exclusive=loads.is_exclusive,
-        weights=weights,
         devices=stage.devices,
-        adapter_paths=loads.model.adapter_paths,
         group=group,
     )
 

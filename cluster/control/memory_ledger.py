@@ -38,13 +38,6 @@ class MemoryLedger:
         """All that a model holds from now on, loaded or to be loaded; nothing without plans."""
         self._plans[model_id] = tuple(plans)
 
-    def rename(self, model_id: str, new_id: str) -> None:
-        """A model has other adapters from now on."""
-        if (plans := self._plans.pop(model_id, None)) is not None:
-            self._plans[new_id] = plans
-        if (beside := self._beside.pop(model_id, None)) is not None:
-            self._beside[new_id] = beside
-
     def copy(self) -> MemoryLedger:
         """For plans that are not to be loaded, of any number of models."""
         scratch = MemoryLedger()

@@ -22,7 +22,6 @@ class PlanInputs:
     partitions: Pairs = frozenset()
     links: int = 0  # how often they changed
     memory: int = 0  # how often other models freed or took some
-    model_id: str = ""  # of the model with its adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +71,6 @@ class RowsFailed:
     """A request ended since rows of it had no result, on the worker that was suspected for them and elsewhere."""
 
     key: int
-
-
-@dataclass(frozen=True, slots=True)
-class VersionWanted:
-    """The model is to be served with the adapters of this id."""
-
-    model_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +148,5 @@ class Signal(Enum):
 
 PoolObservation = WorkerSeen | WorkerLost | PartitionsChanged | DrainRequested | UndrainRequested
 Observation = (
-    PoolObservation
-    | VersionWanted
-    | PipelineLost
-    | RowsFailed
-    | Tick
-    | Planned
-    | EpochLoadFailed
-    | RequestsFailed
-    | Noticed
-    | Signal
+    PoolObservation | PipelineLost | RowsFailed | Tick | Planned | EpochLoadFailed | RequestsFailed | Noticed | Signal
 )

@@ -19,7 +19,6 @@ class Serving:
 
     plan: Plan
     workers: tuple[Incarnation, ...]  # in the order of their stages
-    model_id: str = ""  # of the model with its adapters
 
     def has_layers_as(self, plan: Plan) -> bool:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles

@@ -79,8 +79,6 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
             return replace(state, loss=loss, is_unloaded=not state.is_wanted)
         case seen.Signal.MEMORY_FREED | seen.Signal.MEMORY_TAKEN:
             return replace(state, pool=replace(pool, memory=pool.memory + 1))
-        case seen.VersionWanted(model_id):
-            return replace(state, pool=replace(pool, model_id=model_id))
         case seen.Signal.LINKS_CHANGED:
             return replace(state, pool=replace(pool, links=pool.links + 1))
         case _:
@@ -234,7 +232,7 @@ def _serving(state: ClusterState) -> ClusterState:
     return replace(
         state,
         loading=Loading(),
-        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names), planning.inputs.model_id),
+        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names)),
         retiring=Retiring(state.serving.workers) if state.serving is not None and state.loss is None else None,
         loss=None,
         waits_for="",

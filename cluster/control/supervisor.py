@@ -38,7 +38,7 @@ class Supervisor:
     ) -> None:
         """Of one model, on the workers of a pool. `is_asleep`: it is loaded when it is wanted, and not at the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
-        usable = PoolState(drained=workers.record.drained, model_id=epochs.model_id)
+        usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
         loss = PipelineLoss(now_s, is_closed=is_asleep)
         state = ClusterState(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log
 
 from llamaclust.cluster.control.remote.model_copies import OwnCopy, chosen_manifest, other_copies
@@ -16,8 +16,15 @@ from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.state.events import Notice, Report, WorkerReading
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.model.weights.file_manifests import FileManifest
-from llamaclust.wire.control import messages
-from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, WeightsFound, WeightSource, WeightSources
+from llamaclust.wire.control.weights import (
+    AdapterFile,
+    AddWeightSource,
+    FindWeights,
+    FindWeightsProgress,
+    WeightsFound,
+    WeightSource,
+    WeightSources,
+)
 from llamaclust.wire.rpc.deadlines import deadline
 
 _log = logging.getLogger(__name__)
@@ -35,18 +42,14 @@ class ModelReference:
 
     path: str
     model_id: str
-    adapter_paths: tuple[str, ...] = ()
-
-    def request(self, *, describe: bool) -> FindWeights:
-        return FindWeights(self.path, self.model_id, describe, adapter_paths=self.adapter_paths)
 
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model whose layers are to be loaded. `own`: the coordinator's copy of its file, if it is to be compared with
-    those of workers. `is_compared`: also where all have one and the same file."""
+    """A model or an adapter whose layers are to be loaded. `own`: the coordinator's copy of its file, if it is to be
+    compared with those of workers. `is_compared`: also where all have one and the same file."""
 
-    model: ModelReference
+    request: FindWeights
     own: OwnCopy | None = None
     is_compared: bool = False
     links: Links = UNKNOWN
@@ -58,9 +61,8 @@ async def weight_sources(
 ) -> dict[str, WeightSources]:
     """The bytes that each worker in `loading` is to have, and its sources of them. Empty where they are one file on all
     machines; workers without the file are left out where there is no source."""
-    model = wanted.model
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
-    found = await _find(members.values(), lambda worker: find_weights(worker, model.request(describe=False)))
+    found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
         return {}
 
@@ -69,15 +71,16 @@ async def weight_sources(
             if report is not None:
                 report(WorkerReading(worker.name, progress.done_bytes, progress.total_bytes))
 
-        return find_weights(worker, model.request(describe=True), reading, wanted.progress_timeout_s)
+        return find_weights(worker, described, reading, wanted.progress_timeout_s)
 
+    described = replace(wanted.request, describe=True)
     holders = [members[name] for name, weights in found.items() if weights.has_file]
-    described, own = await asyncio.gather(_find(holders, describe), _own_manifest(wanted.own, found))
-    found |= described
+    answers, own = await asyncio.gather(_find(holders, describe), _own_manifest(wanted.own, found))
+    found |= answers
     chosen = chosen_manifest(found, own)
     if chosen is None:
         return {}
-    for text in other_copies(found, own, chosen, model.path):
+    for text in other_copies(found, own, chosen, wanted.request.path):
         _log.error("%s", text)
         if report is not None:
             report(Notice(text))
@@ -92,6 +95,18 @@ async def weight_sources(
         )
         for place, name in enumerate(able)
     }
+
+
+async def adapter_files(
+    adapters: Mapping[int, WantedBytes], loading: Collection[str], workers: Mapping[str, WorkerHandle]
+) -> dict[str, tuple[AdapterFile, ...]]:
+    """The adapters for each worker in `loading`, with its sources of them."""
+    files: dict[str, tuple[AdapterFile, ...]] = dict.fromkeys(loading, ())
+    for number, wanted in sorted(adapters.items()):
+        sources = await weight_sources(loading, workers, wanted)
+        file = AdapterFile(number, wanted.request.path, wanted.request.file_id)
+        files = {name: (*found, replace(file, weights=sources.get(name))) for name, found in files.items()}
+    return files
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
@@ -111,26 +126,27 @@ async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) 
         return None
 
 
-async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHandle], model: ModelReference) -> None:
+async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHandle], request: FindWeights) -> None:
     """Workers that fetch weights which the newcomer has may fetch them there: it may be a source that they know under
     an old address."""
     fetching = [worker for worker in workers if worker is not newcomer and _fetched(worker)]
     if not fetching:
         return
-    found = await _find([newcomer], lambda worker: find_weights(worker, model.request(describe=True)))
+    found = await _find([newcomer], lambda worker: find_weights(worker, replace(request, describe=True)))
     for weights in found.values():
         source = WeightSource(newcomer.registration.address, newcomer.name)
         for worker in fetching:
-            if weights.manifest is not None and weights.manifest == _fetched(worker):
+            if weights.manifest is not None and weights.manifest in _fetched(worker):
                 with suppress(WorkerError, DeadlineError):  # it is lost, or will be
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
-                        await worker.channel.send(messages.AddWeightSource(weights.manifest, source))
+                        await worker.channel.send(AddWeightSource(weights.manifest, source))
 
 
-def _fetched(worker: WorkerHandle) -> str | None:
-    """The manifest of the weights that a worker fetches."""
+def _fetched(worker: WorkerHandle) -> set[str]:
+    """The manifests of the weights that a worker fetches."""
     order = worker.loading
-    return None if order is None or order.weights is None else order.weights.manifest
+    weights = () if order is None else (order.weights, *(adapter.weights for adapter in order.adapters))
+    return {fetched.manifest for fetched in weights if fetched is not None}
 
 
 def nearest_first(

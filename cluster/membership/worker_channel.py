@@ -12,19 +12,21 @@ from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError
 from llamaclust.core.sizes import mib
 from llamaclust.wire.control import logs, messages
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
-from llamaclust.wire.control.messages import CoordinatorMessage, FindWeightsProgress, LoadProgress, WorkerRequest
+from llamaclust.wire.control.messages import CoordinatorMessage, LoadProgress, WorkerRequest
 from llamaclust.wire.control.profiles import LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.control.weights import AdaptersSet, FindWeights, FindWeightsProgress, SetAdapters, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 
 _ANSWERS: Mapping[type[WorkerRequest], type[messages.WorkerMessage]] = {
     ProfileWorker: WorkerProfile,
     ProfileLinks: LinkProfiles,
-    messages.FindWeights: messages.WeightsFound,
+    FindWeights: WeightsFound,
     messages.ProbePeer: messages.ProbeResult,
     logs.GetLog: logs.LogTail,
     FindKv: KvDone,
     RestoreKv: KvDone,
     SaveKv: KvDone,
+    SetAdapters: AdaptersSet,
 }
 
 Send = Callable[[CoordinatorMessage], Awaitable[None]]

@@ -27,15 +27,8 @@ from llamaclust.wire.control import messages, profiles
 from llamaclust.wire.control.groups import GroupFault
 from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.logs import LogTail
-from llamaclust.wire.control.messages import (
-    Heartbeat,
-    Load,
-    Loaded,
-    LoadProgress,
-    ProbeResult,
-    StageProgress,
-    WeightsFound,
-)
+from llamaclust.wire.control.messages import Heartbeat, Load, Loaded, LoadProgress, ProbeResult, StageProgress
+from llamaclust.wire.control.weights import AdaptersSet, FindWeightsProgress, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
@@ -312,7 +305,7 @@ class WorkerHandle:
         match message:
             case Heartbeat():
                 self.heartbeat = message
-            case LoadProgress() | messages.FindWeightsProgress():
+            case LoadProgress() | FindWeightsProgress():
                 self.channel.observe(message)
             case (
                 WeightsFound()
@@ -321,6 +314,7 @@ class WorkerHandle:
                 | profiles.WorkerProfile()
                 | profiles.LinkProfiles()
                 | KvDone()
+                | AdaptersSet()
             ):
                 self.channel.answer(message.request_id, message)
             case messages.RequestFailed(failure, request_id):

@@ -12,14 +12,22 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control import logs, messages, profiles
 from llamaclust.wire.control.logs import LogTail
-from llamaclust.wire.control.messages import FindWeights, FindWeightsProgress, WeightsFound
 from llamaclust.wire.control.profiles import LinkProfile, ProfileWorker
+from llamaclust.wire.control.weights import (
+    AdapterFile,
+    AdaptersSet,
+    FindWeights,
+    FindWeightsProgress,
+    SetAdapters,
+    WeightsFound,
+)
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
 """It includes layers of a large model that are read from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
+_ADAPTERS_S = 600.0
 _HEARTBEAT_S = 10.0
 
 
@@ -46,6 +54,16 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
     if len(measured.links) != 1:
         raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links, asked for one")
     return measured.links[0]
+
+
+async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
+    """The worker's stage of the epoch has these adapters, and no others. Raises its own error, WorkerError where it is
+    lost, DeadlineError."""
+    limit = deadline(f"worker {worker.name}: its adapters", _ADAPTERS_S)
+    done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
+    order, loaded = worker.stages[epoch]
+    memory = replace(loaded, weight_bytes=done.weight_bytes, workspace_bytes=done.workspace_bytes)
+    worker.stages[epoch] = replace(order, adapters=adapters), memory
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
@@ -88,9 +106,9 @@ async def find_weights(
     """The worker's weights of a model; requested once, and again only with their manifest, for which it may read its
     file. StalledError where it makes no progress for `progress_timeout_s`."""
     async with worker.channel.one_at_a_time("weights"):
-        key = request.model_id, request.describe
+        key = request.file_id, request.describe
         if key not in worker.weights_found:
-            what = f"worker {worker.name} gets no further with reading {request.model_path}"
+            what = f"worker {worker.name} gets no further with reading {request.path}"
             limit, requested = ProgressDeadline(what, progress_timeout_s), partial(worker.channel.request, request)
             found = await worker.channel.with_progress(FindWeightsProgress, requested, limit, on_reading)
             worker.weights_found[key] = found

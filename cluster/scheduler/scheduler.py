@@ -15,6 +15,7 @@ from operator import attrgetter
 from llamaclust.cluster.scheduler.counts import Counts
 from llamaclust.cluster.scheduler.in_flight import InFlight
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS, KvMemory
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.lookahead import Lookahead
 from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
@@ -110,6 +111,9 @@ class Scheduler:
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
         sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts, settings.has_mtp)
+        if request.adapters:
+            computed_by = [(settings.adapters[number], scale) for number, scale in sorted(request.adapters)]
+            sequence.block_keys = BlockKeys(request.cache_salt, computed_by)
         if sequence.known_end is None:
             self.queues.add(sequence, settings.max_waiting)
             self._sequences[sequence.key] = sequence
@@ -128,9 +132,6 @@ class Scheduler:
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
         """On another pipeline, whose stages hold nothing yet: what is in flight is forgotten, and every sequence is
         computed again from its own tokens, in order of arrival."""
-        if settings.model_id != self.settings.model_id:
-            for sequence in self._sequences.values():
-                sequence.block_keys.clear()
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -163,8 +164,6 @@ class Scheduler:
             if other.speculation is not None:
                 other.speculation.forget(sequence)
             sequence.restart()
-            if other.settings.model_id != self.settings.model_id:
-                sequence.block_keys.clear()
             self._sequences[sequence.key] = sequence
             self.queues.waiting.append(sequence)
         self._sequences = dict(sorted(self._sequences.items()))

@@ -96,7 +96,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request, last = self.request, self.prompt_length - 1
-        self.block_keys = BlockKeys(request.cache_salt, request.adapters)
+        self.block_keys = BlockKeys(request.cache_salt)
         self.tokens, self.breakers = list(request.prompt), SeenBreakers(request.breakers, request.prompt)
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         uses_tokens = request.params.needs_history or request.params.chain is not None or request.breakers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
@@ -32,7 +33,7 @@ class SchedulerSettings:
     prefix_cache: bool = True
     whole_prompts: bool = False  # a prompt is computed in one microbatch, as encoders need it
     generates: bool = True  # else requests are for embeddings or scores alone
-    adapters: tuple[int, ...] = ()  # numbers of those that requests may use
+    adapters: Mapping[int, str] = field(default_factory=dict)  # digests by number, as clients load them
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these
     has_states: bool = False  # layers keep a state of each sequence

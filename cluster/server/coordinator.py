@@ -15,9 +15,7 @@ from prometheus_client import CollectorRegistry
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
-from llamaclust.cluster.control.limits import scheduler_settings
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
-from llamaclust.cluster.control.model_versions import ModelVersions
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.pool.worker_pool import SupervisedWorkers, WorkerPool
 from llamaclust.cluster.control.residency import Residency, Resident
@@ -63,7 +61,7 @@ class ServedModel:
 
     @property
     def adapters(self) -> ServedAdapters:
-        return self.loader.model.adapters
+        return self.loader.adapters
 
     @property
     def plan(self) -> Plan | None:
@@ -133,7 +131,7 @@ async def open_cluster(
         await launcher.start(worker_settings(config), registry.address, registry.process_exited)
         state_dir = folder.path.parent
         profiles = [WorkerProfiles(own, model, state_dir, report) for own, model in models]
-        planners = [make_planner(of.config, of.version, own) for of, own in zip(opened, profiles, strict=True)]
+        planners = [make_planner(of.config, of.adapted, own) for of, own in zip(opened, profiles, strict=True)]
         named = (asyncio.to_thread(getattr, model, "tokenizer") for _, model in models)
         # a bad tokenizer is named now
         await asyncio.gather(_joined(planners, registry, launcher, record), *named)
@@ -213,12 +211,11 @@ async def _served(
     loaders: list[AdapterLoader] = []
     turn = asyncio.Lock()
     for model, runner in zip(opened, pool.runners, strict=True):
-        loaders.append(AdapterLoader(model, ModelVersions(runner), adapter_record, report, loaders, turn))
-    for loader, plan, speculation, supervisor in zip(loaders, plans, speculations, supervisors, strict=True):
-        of = loader.model
-        settings = None if plan is None else scheduler_settings(of.config, of.version, plan, speculation)
+        loaders.append(AdapterLoader(model, runner, adapter_record, report, loaders, turn))
+    for loader, plan, runner, supervisor in zip(loaders, plans, pool.runners, supervisors, strict=True):
+        of, settings = loader.opened, None if plan is None else runner.epochs.settings(plan)
         engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
-        served.append(ServedModel(of.config, of.plain, supervisor, engine, loader))
+        served.append(ServedModel(of.config, of.model, supervisor, engine, loader))
     return tuple(served)
 
 
@@ -227,7 +224,7 @@ def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> Colle
     metrics = CollectorRegistry()
 
     def names() -> dict[str, str]:
-        return {served.loader.versions.served_id: served.name for served in models}
+        return {served.model.model_id: served.name for served in models}
 
     metrics.register(WorkerMetrics(lambda: registry.workers, names))
     for served in models:

@@ -202,7 +202,8 @@ async def api_models(
         models: list[ApiModel] = []
         for served, service in zip(cluster.models, services, strict=True):
             model, context_length = served.model, service.settings.context_length
-            digest = answer_digest(served.config, model.model_id, model.chat_template.source, context_length)
+            files = " ".join((model.model_id, *model.adapter_digests.values()))
+            digest = answer_digest(served.config, files, model.chat_template.source, context_length)
             own = _settings_of(served, replace(settings, digest=digest), cluster.models)
             control = AdapterControl(served.loader.load, served.loader.unload)
             status, resident = partial(show, served), residents[served.name]
@@ -217,7 +218,7 @@ def _text_service(served: ServedModel) -> TextService:
         engine.scheduler.settings.context_length,
         config.max_sequences,
         str(model.file.path),
-        model.file,
+        model.plain,
         model.embedding_width,
         model.pooling,
         model.ranking,
@@ -244,13 +245,13 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
 
 
 KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
-"""Keys of the cluster file that change answers; of `api`, its defaults. The adapters' files are in the model's id."""
+"""Keys of the cluster file that change answers; of `api`, its defaults."""
 
 
-def answer_digest(config: ClusterConfig, model_id: str, chat_template: str | None, context_length: int) -> str:
-    """`chat_template`: its source, from which the format of answers follows in one version; `context_length`: of the
-    plan."""
+def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
+    """`files`: identities of the model and of its adapters; `chat_template`: its source, from which the format of
+    answers follows in one version; `context_length`: of the plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
-    keys = (model_id, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)
+    keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)
     return hashlib.sha256(repr((VERSION, NUMERICS_VERSION, *keys)).encode()).hexdigest()

@@ -87,7 +87,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
     engine, supervisor, workers = served.engine, served.supervisor, cluster.registry.workers
     counts, error, retiring = engine.counts, engine.error, supervisor.retiring_epoch
     reports = {report.worker: report for report in engine.metrics.stage_report()}
-    predicted, model_id = _predicted_stages(served.plan), served.loader.versions.served_id
+    predicted, model_id = _predicted_stages(served.plan), served.model.model_id
     return {
         "name": record.name,
         "api": record.api,

@@ -14,7 +14,7 @@ from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, Usag
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
-from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, kv_bytes
+from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, Stage, kv_bytes
 from llamaclust.kernels.cpu.compile import Compiled, Observed, compile_program
 from llamaclust.kernels.cpu.compile_experts import compile_experts, compile_lines
 from llamaclust.kernels.cpu.experts import CpuExperts, ExpertLines
@@ -57,6 +57,11 @@ class CpuStage:
         self.weight_bytes = sum(weight.n_bytes for weight in weights.values())
         self.kv_bytes = native.kv_bytes
         self.workspace_bytes = native.workspace_bytes
+
+    @property
+    def native(self) -> _native.Stage:
+        assert self._native is not None, "the stage was closed"
+        return self._native
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         assert self._native is not None, "the stage was closed"
@@ -220,6 +225,15 @@ class CpuBackend:
             compiled = compile_program(program, weights, limits, found if observed else None)
             return self._stage(weights, compiled, found)
 
+    def load_beside(
+        self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> CpuStage:
+        """See `kernels.backend.SharesKv`."""
+        assert isinstance(stage, CpuStage)
+        with self._loading(program, tensors, limits):
+            weights = self._weights.load(program, tensors, progress)
+            return self._stage(weights, compile_program(program, weights, limits), shares_kv=stage.native)
+
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> CpuExperts:
@@ -235,8 +249,14 @@ class CpuBackend:
         native.prepare()
         return ExpertLines(native, compiled, lines, mixtures_of(program)[0].experts)
 
-    def _stage(self, weights: dict[str, Weight], compiled: Compiled, observed: Sequence[Observed] = ()) -> CpuStage:
-        native = _native.Stage(compiled.plan, self.feature_level, self._pool)
+    def _stage(
+        self,
+        weights: dict[str, Weight],
+        compiled: Compiled,
+        observed: Sequence[Observed] = (),
+        shares_kv: _native.Stage | None = None,
+    ) -> CpuStage:
+        native = _native.Stage(compiled.plan, self.feature_level, self._pool, shares_kv)
         native.prepare()
         return CpuStage(native, weights, compiled, observed)
 

@@ -11,7 +11,7 @@ import numpy as np
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import Gatherer
-from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
+from llamaclust.kernels.backend import Batch, Float32, Int32, Progress, Stage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
 from llamaclust.kernels.reference.states import StateMemory
@@ -98,6 +98,10 @@ class ReferenceStage:
         if self._states and limits.state_blocks:
             assert batch.states is not None and int(batch.states.blocks.max()) < limits.state_blocks
 
+    def share_kv(self, stage: ReferenceStage) -> None:
+        """Uses the KV memory of a stage of the same layers from now on."""
+        self._kv, self._states = stage._kv, stage._states
+
 
 class ReferenceGroup:
     """All members of a group in one process, step by step: the oracle of divided programs."""
@@ -149,6 +153,15 @@ class ReferenceBackend:
             weights[name] = _load(tensors[name])
             progress(tensors[name].n_bytes)
         return ReferenceStage(program, weights, limits)
+
+    def load_beside(
+        self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> ReferenceStage:
+        """See `kernels.backend.SharesKv`."""
+        assert isinstance(stage, ReferenceStage)
+        loaded = self.load(program, tensors, limits, progress)
+        loaded.share_kv(stage)
+        return loaded
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         """None: each stage has weights of its own."""

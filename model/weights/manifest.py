@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.model.adapters import ADAPTER_KEY
 from llamaclust.model.gguf.header import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS, read_header
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
@@ -95,14 +94,16 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """The architecture's own keys, the size of the vocabulary among them, those of adapters, and the tokenizer's, which
-    grammars need."""
-    architecture = read_architecture(file)
+    """The architecture's own keys, the size of the vocabulary among them, and the tokenizer's, which grammars need; of
+    an adapter what `with_adapters` reads."""
+    architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
+    kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():
-        if key.startswith((f"{architecture}.", _TOKENIZER, ADAPTER_KEY)):
+        if key.startswith(kept):
             own[key] = np.float64(value) if isinstance(value, float) else value
-    own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
+    if not is_adapter:
+        own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
     return own
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
+from llamaclust.model.adapters import read_adapter
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.kv_type import KvType
@@ -50,7 +51,7 @@ def test_steps_stand_behind_the_products_of_one_input(model: Path, tmp_path: Pat
     first = build_adapter(tmp_path / "1.gguf", model, rank=4, alpha=8)
     second = build_adapter(tmp_path / "2.gguf", model, rank=2, alpha=0, parts=("attn_k",))
     opened = Model.open(model, adapters=[first, second])
-    assert opened.adapter_numbers == (0, 1) and opened.adapter_paths == (str(first), str(second))
+    assert [adapter.path for adapter in opened.adapters.values()] == [first, second]
     steps = opened.program(0, 1).steps
     adapts = [step for step in steps if isinstance(step, Adapt)]
     assert [(step.adapter, step.down.split(".")[4], step.factor) for step in adapts[:4]] == [
@@ -67,35 +68,33 @@ def test_steps_stand_behind_the_products_of_one_input(model: Path, tmp_path: Pat
     assert with_cost.weight_bytes > without.weight_bytes and with_cost.macs_per_token > without.macs_per_token
 
 
-def test_the_model_id_is_of_all_files_in_their_order(model: Path, tmp_path: Path) -> None:
+def test_the_model_id_is_that_of_the_plain_model(model: Path, tmp_path: Path) -> None:
     first, second = (build_adapter(tmp_path / f"{seed}.gguf", model, seed=seed) for seed in (1, 2))
-    choices: list[list[Path]] = [[], [first], [second], [first, second], [second, first]]
-    assert len({Model.open(model, adapters=adapters).model_id for adapters in choices}) == len(choices)
+    plain, both = Model.open(model), Model.open(model, adapters=[first, second])
+    assert both.model_id == plain.model_id and both.plain.tensors == plain.file.tensors != both.file.tensors
+    assert len({*both.adapter_digests.values()}) == 2
 
 
 def test_adapters_keep_their_numbers_where_others_are_not_there(model: Path, tmp_path: Path) -> None:
     first, second = (build_adapter(tmp_path / f"{seed}.gguf", model, seed=seed) for seed in (1, 2))
-    both, alone = Model.open(model, adapters=[first, second]), Model.open(model, adapters=[None, second])
-    assert alone.adapter_numbers == (1,) and alone.adapter_paths == ("", str(second))
+    both = Model.open(model, adapters=[first, second])
+    alone = both.adapted_by({1: both.adapters[1]})
+    assert [*alone.adapter_digests] == [1]
     of_second = [step for step in both.program(0, 1).steps if not isinstance(step, Adapt) or step.adapter == 1]
     assert list(alone.program(0, 1).steps) == of_second
-    ids = {Model.open(model, adapters=adapters).model_id for adapters in ([None, second], [second], [first, second])}
-    assert len(ids) == 3
-    assert Model.open(model, adapters=[first, None]).model_id == Model.open(model, adapters=[first]).model_id
-    assert Model.open(model, adapters=[None]).model_id == Model.open(model).model_id
 
 
-def test_a_change_of_any_tensor_changes_the_model_id(model: Path, tmp_path: Path) -> None:
+def test_a_change_of_any_tensor_changes_the_digest(model: Path, tmp_path: Path) -> None:
     """Equal names, shapes and sizes: two states of a training that changed one layer alone."""
-    path = build_adapter(tmp_path / "a.gguf", model, rank=64, quant_type=QuantType.F16)
+    path, plain = build_adapter(tmp_path / "a.gguf", model, rank=64, quant_type=QuantType.F16), open_model(model)
     trained = path.read_bytes()
-    ids = {Model.open(model, adapters=[path]).model_id}
+    digests = {read_adapter(path, plain).identity}
     tensors = open_model(path).tensors.values()
     for changed in tensors:
         start = changed.offset
         path.write_bytes(trained[:start] + bytes(changed.n_bytes) + trained[start + changed.n_bytes :])
-        ids.add(Model.open(model, adapters=[path]).model_id)
-    assert len(ids) == 1 + len(tensors)
+        digests.add(read_adapter(path, plain).identity)
+    assert len(digests) == 1 + len(tensors)
 
 
 BAD: dict[str, tuple[Callable[[], list[TensorSource]], dict[str, WritableValue], str]] = {

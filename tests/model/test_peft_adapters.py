@@ -44,9 +44,9 @@ def test_the_tensors_are_those_of_the_same_adapter_in_gguf(model: Path, tmp_path
     expected, found = (Model.open(model, adapters=[path]) for path in (gguf, peft))
     assert adapter_tensors(found.file) == adapter_tensors(expected.file) and adapter_tensors(found.file)
     assert found.program(0, 2) == expected.program(0, 2), "with the same factors"
-    assert found.adapter_paths == (str(peft),)
+    assert found.adapters[0].path == peft
     by_weights = Model.open(model, adapters=[peft / "adapter_model.safetensors"])
-    assert by_weights.model_id == found.model_id
+    assert by_weights.adapter_digests == found.adapter_digests
 
 
 def test_parts_of_reordered_rows_are_parts_of_the_whole(model: Path, tmp_path: Path) -> None:
@@ -59,11 +59,11 @@ def test_parts_of_reordered_rows_are_parts_of_the_whole(model: Path, tmp_path: P
             assert tensor.read_range(start, end) == whole[start:end]
 
 
-def test_the_model_id_depends_on_weights_and_settings(model: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_weights_and_settings(model: Path, tmp_path: Path) -> None:
     gguf = build_adapter(tmp_path / "a.gguf", model)
     folders = [build_peft(tmp_path / "a", model, gguf), build_peft(tmp_path / "b", model, gguf, use_rslora=True)]
     folders.append(build_peft(tmp_path / "c", model, build_adapter(tmp_path / "c.gguf", model, seed=2)))
-    assert len({Model.open(model, adapters=[folder]).model_id for folder in folders}) == 3
+    assert len({Model.open(model, adapters=[folder]).adapter_digests[0] for folder in folders}) == 3
 
 
 def test_a_rank_stabilized_adapter_divides_by_the_root_of_its_rank(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llamaclust.cluster.control.epochs import StageLoadError, load_stages
 from llamaclust.cluster.control.load_orders import StageLoads
 from llamaclust.cluster.control.remote.model_copies import OwnCopy
 from llamaclust.cluster.control.remote.pipeline import RemotePipeline
-from llamaclust.cluster.control.weight_sources import ModelReference
+from llamaclust.cluster.control.weight_sources import ModelReference, WantedBytes
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.membership.join_rules import JoinSettings
@@ -24,6 +24,7 @@ from llamaclust.cluster.state.events import Report
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.control.weights import AdapterFile, FindWeights
 from llamaclust.worker.main import _run_started_worker
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -70,9 +71,13 @@ class Members:
         report: Report | None = None,
     ) -> tuple[WorkerHandle, ...]:
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
-        model_id = Model.open(model, adapters=adapters).model_id
-        paths = tuple(f"/nowhere/{adapter.name}" for adapter in adapters)
-        loads = StageLoads(1, stages, ModelReference(path, model_id, paths), LIMITS, own=own)
+        opened = Model.open(model, adapters=adapters)
+        wanted = {}
+        for number, adapter in opened.adapters.items():
+            file = AdapterFile(number, f"/nowhere/{adapter.path.name}", adapter.identity)
+            copy = None if own is None else OwnCopy(adapter)
+            wanted[number] = WantedBytes(FindWeights(path, opened.model_id, adapter=file), copy)
+        loads = StageLoads(1, stages, ModelReference(path, opened.model_id), LIMITS, own=own, adapters=wanted)
         try:
             return await load_stages(loads, self.registry.workers, report)
         except StageLoadError as failed:

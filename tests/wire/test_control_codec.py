@@ -27,7 +27,6 @@ from llamaclust.wire.control.logs import LogTail
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
-    FindWeightsProgress,
     Heartbeat,
     Load,
     LoadProgress,
@@ -36,6 +35,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import WorkerProfile
+from llamaclust.wire.control.weights import FindWeightsProgress
 from support.wire.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
 
 

@@ -6,7 +6,7 @@ from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.codec import Envelope
 from llamaclust.wire.control.messages import CoordinatorMessage, WorkerMessage
 
-MAX_CONTROL_BYTES = 1 << 18
+MAX_CONTROL_BYTES = 1 << 20
 
 _worker: Envelope[WorkerMessage] = Envelope(proto.WorkerMessage, WorkerMessage, MAX_CONTROL_BYTES)
 _coordinator: Envelope[CoordinatorMessage] = Envelope(proto.CoordinatorMessage, CoordinatorMessage, MAX_CONTROL_BYTES)

@@ -15,7 +15,6 @@ from llamaclust.core.bounds import (
     MAX_STAGES_HELD,
     UINT64,
     Address,
-    Digest,
     Integer,
     Line,
     MemoryBytes,
@@ -35,13 +34,16 @@ from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.groups import GroupCounters, GroupFault, GroupOrder
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
-from llamaclust.wire.control.profiles import (
-    AdapterPaths,
-    LinkProfiles,
-    Permit,
-    ProfileLinks,
-    ProfileWorker,
-    WorkerProfile,
+from llamaclust.wire.control.profiles import LinkProfiles, Permit, ProfileLinks, ProfileWorker, WorkerProfile
+from llamaclust.wire.control.weights import (
+    AdapterFiles,
+    AdaptersSet,
+    AddWeightSource,
+    FindWeights,
+    FindWeightsProgress,
+    SetAdapters,
+    WeightsFound,
+    WeightSources,
 )
 from llamaclust.wire.security.terms import TermProof
 
@@ -125,68 +127,6 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightSource:
-    """A worker that may have weights, or the coordinator, which is asked where the worker has joined it."""
-
-    address: Address = ""
-    worker: WorkerName | None = None  # None: the coordinator
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSources:
-    """The bytes that a model has, and where a worker without a file of these bytes gets its layers."""
-
-    manifest: Digest
-    manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
-    sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # best first
-
-
-@dataclass(frozen=True, slots=True)
-class AddWeightSource:
-    """Running loads that fetch weights of this manifest may also fetch from this worker, at its new address."""
-
-    manifest: Digest
-    source: WeightSource
-
-
-@dataclass(frozen=True, slots=True)
-class FindWeights:
-    """Request: look for a model's weights."""
-
-    model_path: ModelPath
-    model_id: ModelId
-    describe: bool = False  # make the manifest if there is none yet
-    request_id: int = 0
-    adapter_paths: AdapterPaths = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsFound:
-    """What a worker has of a model."""
-
-    has_file: bool
-    manifest: Digest | None = None  # of what it has; None: nothing
-    manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
-    request_id: int = 0
-    gives: bool = False  # the manifest and the tensors that it has
-    file: Digest | None = None  # tells the file from all others, and from what it was before a change
-
-    def check(self) -> None:
-        bounded("manifest_bytes", self.manifest_bytes, int(self.manifest is not None), 1 << 26)
-
-
-@dataclass(frozen=True, slots=True)
-class FindWeightsProgress:
-    """Bytes of the model's file read so far for a manifest."""
-
-    done_bytes: int
-    total_bytes: int
-
-    def check(self) -> None:
-        bounded("done_bytes", self.done_bytes, 0, self.total_bytes)
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """Load layers [start, end) as the stage of an epoch."""
 
@@ -205,7 +145,7 @@ class Load:
     exclusive: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
     weights: WeightSources | None = None  # None: the file must be there, and its bytes are not compared
     devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
-    adapter_paths: AdapterPaths = ()
+    adapters: AdapterFiles = ()
     group: GroupOrder | None = None  # that holds the stage together; None: this worker alone
 
     def check(self) -> None:
@@ -384,8 +324,11 @@ WorkerMessage = (
     | ProbeResult
     | LogTail
     | KvDone
+    | AdaptersSet
 )
-WorkerRequest = ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv
+WorkerRequest = (
+    ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv | SetAdapters
+)
 """The coordinator numbers them from 1; the answer has the same `request_id`."""
 CoordinatorMessage = (
     Admitted

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from llamaclust.core.bounds import (
     MAX_PERMIT,
-    AdapterPath,
     Address,
     Integer,
     Line,
@@ -18,11 +17,7 @@ from llamaclust.core.bounds import (
     Size,
     WorkerName,
 )
-from llamaclust.core.limits import MAX_ADAPTERS
 from llamaclust.core.profile import Profile
-
-AdapterPaths = Annotated[tuple[AdapterPath, ...], Size(0, MAX_ADAPTERS)]
-"""Files of the adapters that are part of a model, on the coordinator's machine."""
 
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
@@ -37,7 +32,6 @@ class ProfileWorker:
     model_path: ModelPath | None = None
     model_id: ModelId = ""
     request_id: int = 0
-    adapter_paths: AdapterPaths = ()
     quant_types: QuantTypes = ()
 
 

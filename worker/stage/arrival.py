@@ -17,14 +17,15 @@ from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.microbatch.messages import StageTiming
 
 if TYPE_CHECKING:
+    from llamaclust.model.loader import Model
     from llamaclust.model.program import Program
     from llamaclust.worker.stage.stage_runner import StageRunner
 
 
-def frame_reader(program: Program, limits: StageLimits, model_id: str, vocabulary: int, adapters: int) -> FrameReader:
+def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary: int) -> FrameReader:
     """Refuses what does not fit the stage with a ProtocolError."""
     return FrameReader(
-        model_id,
+        model.model_id,
         max_batch_tokens=limits.max_batch_tokens,
         max_outputs=limits.max_outputs,
         max_sequences=limits.max_sequences,
@@ -34,7 +35,7 @@ def frame_reader(program: Program, limits: StageLimits, model_id: str, vocabular
         window=program.window or 0 if limits.gives_up(program.window) else 0,
         window_blocks=limits.window_blocks,
         state_blocks=limits.state_blocks,
-        adapters=adapters,
+        adapters=max(model.adapters, default=-1) + 1,
         hidden_width=0 if program.is_first else program.hidden.width,
         max_stages=MAX_STAGES,
         max_rows=MAX_BATCH_TOKENS,

@@ -11,10 +11,11 @@ from time import perf_counter_ns
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import ProtocolError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.gpus import CUDA, DeviceLayers
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits, layer_span, max_embedded_rows
 from llamaclust.core.sampling import RowResult
+from llamaclust.core.sizes import missing
 from llamaclust.kernels._native import Gatherer, MicrobatchFrame, RowOutcomes
 from llamaclust.kernels.backend import (
     Backend,
@@ -29,6 +30,7 @@ from llamaclust.kernels.backend import (
     RankedLogits,
     RanksLogits,
     RunsFrames,
+    SharesKv,
     kv_bytes,
 )
 from llamaclust.kernels.multi_device import MultiDeviceStage
@@ -40,7 +42,7 @@ from llamaclust.model.groups.division import divide
 from llamaclust.model.groups.portion import Portion
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Program
+from llamaclust.model.program import Adapt, Program
 from llamaclust.model.tokenizers.loading import load_tokenizer
 from llamaclust.wire.control.messages import Load
 from llamaclust.wire.microbatch.codec import encode_microbatch
@@ -124,7 +126,8 @@ def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
     """Hexadecimal digits for all that the content of KV memory depends on beside the tokens, equal for every cut: the
     arithmetic, the bytes of all weights, the KV type, and the steps, whose rotations may depend on the context length.
     """
-    steps = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
+    whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
+    steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
 
 
@@ -168,42 +171,73 @@ class StageRunner:
         options: StageOptions = StageOptions(),
     ) -> None:
         """Loads weights, which may take long."""
-        program = model_program(model, start, end, limits, options.portion)
-        self.program = program
-        self.portion = options.portion
-        self.model_id = model.model_id
         self.limits = limits
+        self.portion = options.portion
+        self.program = program = model_program(model, start, end, limits, options.portion)
+        self.model = model
+        self.model_id = model.model_id
         self.devices = options.devices
         self.manifest = options.manifest
-        self.file_version = model.file.version
+        self.file_version = model.plain.version
         self.kv_content = None if options.manifest is None else kv_content(model, options.manifest, limits)
         self.vocabulary = model.hyperparameters.vocabulary_size
-        adapters = max(model.adapter_numbers, default=-1) + 1
-        self.reader = frame_reader(program, limits, model.model_id, self.vocabulary, adapters)
+        self.reader = frame_reader(program, limits, model, self.vocabulary)
         samples = program.is_last and (options.portion is None or options.portion.leads)
         self._sampler = Sampler(self.vocabulary, options.feature_level, options.threads) if samples else None
         vocabulary = partial(_grammar_vocabulary, model.file.metadata, self.vocabulary)
         self.matchers = StageMatchers(vocabulary, limits.max_sequences)
         progress = options.progress or (lambda _: None)
-        self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self._backend = backend
+        self._newest = self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self._gatherer: Gatherer | None = None
         self._native_stage = self._stage if isinstance(self._stage, RunsFrames) else None
         self._ranking = self._stage if isinstance(self._stage, RanksLogits) and self._stage.ranks_logits else None
         self._frame: MicrobatchFrame | None = None  # of the last run
         self._nextn: NextnDrafter | None = None
         if limits.nextn and self._sampler is not None:
             self._nextn = NextnDrafter(options.nextn_backend or backend, model, limits, self._sampler, progress)
-        self.memory = self._loaded_memory(model)
 
-    def _loaded_memory(self, model: Model) -> StageMemory:
-        stage = self._stage
+    @property
+    def memory(self) -> StageMemory:
+        """The memory of the stage with its present adapters."""
+        stage = self._newest
         memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
         if self._nextn is None:
             return memory
         return StageMemory(
-            memory.weight_bytes + nextn_weight_bytes(model, self.program, self.limits),
+            memory.weight_bytes + nextn_weight_bytes(self.model, self.program, self.limits),
             memory.kv_bytes + self._nextn.kv_bytes,
             memory.workspace_bytes + self._nextn.workspace_bytes,
         )
+
+    def program_of(self, model: Model) -> Program:
+        """The same steps of the model with other adapters."""
+        return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
+
+    def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
+        """Computes the model with other adapters from the next run on. KV memory stays, also while a run is under way.
+        UsageError for a device that computes none, InsufficientMemoryError where `free_bytes` are too few."""
+        program, backend = self.program_of(model), self._backend
+        if not isinstance(backend, SharesKv):
+            raise UsageError("adapters are computed on processors only")
+        planned = program_memory(backend, model, program, self.limits)
+        new = {"weights": planned.weight_bytes - planned.held_weight_bytes, "workspace": planned.workspace_bytes}
+        if sum(new.values()) > free_bytes:
+            layers = layer_span(program.start, program.end, self.limits.expert_shards)
+            raise InsufficientMemoryError(f"layers {layers} with other adapters need {missing(new, free_bytes)}")
+        stage = backend.load_beside(self._newest, program, model.tensors_for(program), self.limits, progress)
+        self.program, self.model = program, model
+        self.reader = frame_reader(program, self.limits, model, self.vocabulary)
+        self._newest = stage
+
+    def settle(self) -> None:
+        """Frees what other adapters took before; to be called where no result of a run is awaited."""
+        if (stage := self._newest) is self._stage:
+            return
+        if self._gatherer is not None and isinstance(stage, GathersRows):
+            stage.gather_by(self._gatherer)
+        self._stage = stage
+        self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
         """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
@@ -211,6 +245,7 @@ class StageRunner:
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
         ProtocolError where the microbatch does not fit this stage.
         """
+        self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
 
@@ -224,6 +259,7 @@ class StageRunner:
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
         """Computes a microbatch whose tokens are known. Logits may stay in memory of a GPU."""
+        self.settle()
         self._frame = frame
         if self._native_stage is not None:
             return self._native_stage.run_frame(frame)
@@ -233,6 +269,7 @@ class StageRunner:
     def gather_by(self, gatherer: Gatherer) -> None:
         """Sets what puts the rows of a group's members together in the next runs."""
         assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
+        self._gatherer = gatherer
         self._stage.gather_by(gatherer)
 
     def embeddings(self) -> bytes:
@@ -334,7 +371,7 @@ class StageRunner:
     @property
     def weights(self) -> object:
         """Keeps the weights in memory while it is referenced."""
-        return self._stage.weights if self._nextn is None else (self._stage.weights, self._nextn.weights)
+        return self._newest.weights if self._nextn is None else (self._newest.weights, self._nextn.weights)
 
     def close(self) -> None:
         """Frees weights and KV memory."""
@@ -342,3 +379,4 @@ class StageRunner:
         if self._nextn is not None:
             self._nextn.close()
         self._stage.close()
+        self._newest.close()

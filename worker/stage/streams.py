@@ -194,6 +194,12 @@ class StageStreams:
         async with deadline(f"opening the {which} stage at {stage.address}", self._forward_s, stage.worker):
             await stream.opened()
 
+    async def settle(self) -> None:
+        """Frees what other adapters took before, unless a microbatch is under way, behind which that is freed."""
+        progress = self._loop.progress
+        if progress.received == progress.sent:
+            await self._compute.run(self.runner.settle)
+
     def close_links(self) -> None:
         """Ends the links to other members, where a group holds the stage, and all attempts to open them."""
         if self._links is not None:

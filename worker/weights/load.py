@@ -1,35 +1,43 @@
-"""Loads a stage as the coordinator ordered it, with progress: from the model file, or from what other workers have of
-that."""
+"""Loads a stage, or adapters into one, as the coordinator ordered: from files here, or from what other workers have of
+them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import astuple
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import TypeVar
 
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
+from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
+from llamaclust.model.adapters import own_names
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
 from llamaclust.model.shard_names import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
+from llamaclust.wire.control.weights import AdapterFile, WeightSources
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.system_info import release_freed_memory
 from llamaclust.worker.stage.nextn import nextn_program_of
 from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program, portion_of
-from llamaclust.worker.weights.remote_model import RemoteModel
+from llamaclust.worker.weights.remote_file import RemoteFile
 from llamaclust.worker.weights.weights import Progress, Reach, Weights
 
 _log = logging.getLogger(__name__)
 
 Report = Callable[[LoadProgress], Awaitable[None]]
 _REPORT_S = 0.1
+_Value = TypeVar("_Value")
 
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
     """The stage of `order`. ModelFileError for a missing, another or a damaged file, InsufficientMemoryError where
-    memory is short; what `RemoteModel` raises where there is no file."""
+    memory is short; what `RemoteFile` raises where there is no file."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
@@ -38,34 +46,128 @@ async def load_stage(order: Load, device: Device, report: Report, weights: Weigh
             await report(LoadProgress(order.epoch, done_bytes, weight_bytes))
 
     progress = Progress()  # of fetching and loading together
-    return await progress.during(_load(order, device, weights, reach, progress), progressed, _REPORT_S)
+    return await progress.during(_load(order, device, _Files(weights, reach, progress)), progressed, _REPORT_S)
 
 
-async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: Progress) -> StageRunner:
-    model = await asyncio.to_thread(_open, order, weights, progress)
-    if model is not None:
-        model = _in_tiles(order, model)
-        planned = await asyncio.to_thread(_planned, order, device, model)
-        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes
-        return await _in_thread(order, device, model, progress)
-    assert order.weights is not None
-    sources = {source.worker: reach(source) for source in order.weights.sources}
-    async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as remote:
-        outline = _in_tiles(order, await remote.outline())
+async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
+    async with files:
+        plain, progress = await files.open_model(order), files.progress
+        adapters = await files.open_adapters(order.adapters, plain.file)
+        outline = _in_tiles(order.limits, Model(plain.file, adapters=_files_of(adapters)))
         planned = await asyncio.to_thread(_planned, order, device, outline)
         program = model_program(outline, order.start, order.end, order.limits, portion_of(order))
         own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
-        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + remote.missing_bytes(names)
+        missing_bytes = sum(opened.missing_bytes(names) for opened in (plain, *adapters.values()))
+        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
         progress.weight_bytes = planned.weight_bytes
-        model = _in_tiles(order, await remote.complete(names))
-        return await _in_thread(order, device, model, progress)
+        for opened in (plain, *adapters.values()):
+            await opened.complete(names)
+        model = _in_tiles(order.limits, Model(plain.file, adapters=_files_of(adapters)))
+        return await _in_thread(partial(_runner, order, device, model, progress), progress)
 
 
-async def _in_thread(order: Load, device: Device, model: Model, progress: Progress) -> StageRunner:
+async def load_adapters(
+    wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
+) -> None:
+    """The stage computes with these adapters from its next microbatch on, and with no others. Errors as of
+    `load_stage`; then it computes as before."""
+    async with _Files(weights, reach, Progress()) as files:
+        adapters = await files.open_adapters(wanted, runner.model.plain)
+        names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
+        for opened in adapters.values():
+            await opened.complete(names)
+        model = _in_tiles(runner.limits, runner.model.adapted_by(_files_of(adapters)))
+        release_freed_memory()
+        free_bytes = device.free_bytes_of(runner.devices[0].device if runner.devices else "cpu")
+        await _in_thread(partial(runner.adapt, model, free_bytes, files.progress.add), files.progress)
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A model or an adapter: a file of this machine, or what is here of one that others have."""
+
+    file: ModelFile
+    number: int | None = None  # of an adapter
+    remote: RemoteFile | None = None
+
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """Of the weights of these names, what is not here."""
+        return 0 if self.remote is None else self.remote.missing_bytes(own_names(names, self.number))
+
+    async def complete(self, names: Iterable[str]) -> None:
+        """Brings them here."""
+        if self.remote is not None:
+            self.file = await self.remote.complete(own_names(names, self.number))
+
+
+def _files_of(adapters: Mapping[int, _Opened]) -> dict[int, ModelFile]:
+    return {number: opened.file for number, opened in adapters.items()}
+
+
+class _Files(AsyncExitStack):
+    """The files of a load. What is fetched stays while it is entered."""
+
+    def __init__(self, weights: Weights, reach: Reach, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+        self._weights = weights
+        self._reach = reach
+
+    async def open_model(self, order: Load) -> _Opened:
+        read = partial(self._weights.open_file, order.model_path, order.model_id)
+        return await self._open(read, order.model_path, order.model_id, order.weights)
+
+    async def open_adapters(self, wanted: Sequence[AdapterFile], plain: ModelFile) -> dict[int, _Opened]:
+        """Adapters of a model, by their numbers."""
+        found = {}
+        for adapter in wanted:
+            read = partial(self._weights.open_adapter, adapter, plain)
+            found[adapter.number] = await self._open(read, adapter.path, adapter.adapter_id, adapter.weights)
+            found[adapter.number].number = adapter.number
+        return found
+
+    async def _open(
+        self, read: Callable[[], ModelFile | None], path: str, identity: str, known: WeightSources | None
+    ) -> _Opened:
+        file = await asyncio.to_thread(self._here, read, path, known)
+        if file is not None:
+            return _Opened(file)
+        assert known is not None
+        sources = {source.worker: self._reach(source) for source in known.sources}
+        remote = RemoteFile(path, identity, known, self._weights, sources, self.progress.add)
+        await self.enter_async_context(remote)
+        return _Opened(await remote.outline(), remote=remote)
+
+    def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
+        """The file; None where there is none, or one of other bytes, and the weights may be fetched."""
+        try:
+            file = read()
+            if file is not None and known is not None:
+                self._check_bytes(file, known.manifest)
+        except ModelFileError as error:
+            if known is None or not known.sources:
+                raise
+            _log.error("%s; its layers are fetched from others", error)
+            return None
+        if file is None and known is None:
+            where = " and ".join(map(str, self._weights.places(path)))
+            what = "no such file on this machine, and neither the coordinator nor another worker may give it"
+            raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
+        return file
+
+    def _check_bytes(self, file: ModelFile, manifest: str) -> None:
+        """ModelFileError for a file of other bytes than those of the manifest."""
+        own = self._weights.manifest_of(file, self.progress).content
+        if own != manifest:
+            what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
+            raise ModelFileError(f"{file.path}: {what}; it is damaged or was changed, replace it by a good copy")
+
+
+async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
     """Where this is cancelled, it returns when the thread has ended, which its next progress does. Otherwise the thread
     would keep the next load waiting, and its memory."""
-    running = asyncio.ensure_future(asyncio.to_thread(_runner, order, device, model, progress))
+    running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
@@ -74,35 +176,8 @@ async def _in_thread(order: Load, device: Device, model: Model, progress: Progre
         raise
 
 
-def _open(order: Load, weights: Weights, progress: Progress) -> Model | None:
-    """The file; None where there is none, or one of other bytes, and the weights may be fetched."""
-    try:
-        model = weights.open_file(order.model_path, order.model_id, order.adapter_paths)
-        if model is not None and order.weights is not None:
-            _check_bytes(model, order.weights.manifest, weights, progress)
-    except ModelFileError as error:
-        if order.weights is None or not order.weights.sources:
-            raise
-        _log.error("%s; its layers are fetched from others", error)
-        return None
-    if model is None and order.weights is None:
-        paths = (order.model_path, *filter(None, order.adapter_paths))
-        where = " and ".join(str(place) for path in paths for place in weights.places(path))
-        what = "no such file on this machine, and neither the coordinator nor another worker may give it"
-        raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
-    return model
-
-
-def _check_bytes(model: Model, manifest: str, weights: Weights, progress: Progress) -> None:
-    """ModelFileError for a file of other bytes than those of the manifest."""
-    own = weights.manifest_of(model, progress).content
-    if own != manifest:
-        what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
-        raise ModelFileError(f"{model.file.path}: {what}; it is damaged or was changed, replace it by a good copy")
-
-
-def _in_tiles(order: Load, model: Model) -> Model:
-    return model.widened if order.limits.wide_tiles else model
+def _in_tiles(limits: StageLimits, model: Model) -> Model:
+    return model.widened if limits.wide_tiles else model
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:

@@ -7,25 +7,24 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from hashlib import sha256
-from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from llamaclust.core.errors import LoadCancelledError, ModelFileError
-from llamaclust.model.adapters import adapted_identity, is_adapter, read_adapter, with_adapters
-from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.loader import Model
+from llamaclust.model.adapters import is_adapter, read_adapter
+from llamaclust.model.architectures import as_programs_read
+from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
 from llamaclust.model.weights.manifest import MANIFEST_VERSION
-from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound, WeightSource
+from llamaclust.wire.control.weights import AdapterFile, AddWeightSource, FindWeights, WeightsFound, WeightSource
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.weights.giver import WeightGiver
 
 if TYPE_CHECKING:
-    from llamaclust.worker.weights.remote_model import RemoteModel
+    from llamaclust.worker.weights.remote_file import RemoteFile
 
 _log = logging.getLogger(__name__)
 
@@ -84,35 +83,24 @@ class Weights:
         self._models_dir = models_dir
         self.giver = WeightGiver(cache)
         self._manifests = FileManifests(cache)
-        self.fetching: list[RemoteModel] = []  # which new sources are reported to
+        self.fetching: list[RemoteFile] = []  # which new sources are reported to
 
     def add_source(self, update: AddWeightSource, reach: Reach) -> None:
-        for model in self.fetching:
-            if model.known.manifest == update.manifest:
-                model.renew(update.source, reach(update.source))
+        for file in self.fetching:
+            if file.known.manifest == update.manifest:
+                file.renew(update.source, reach(update.source))
 
-    def open_file(self, model_path: str, model_id: str, adapter_paths: Sequence[str] = ()) -> Model | None:
-        """The file of that identity with its adapters by their numbers, each at its path or under its name in
-        `model_dir` ("": no adapter has the number); None where one of them is not there. Reads headers and samples, not
-        the adapters' weights, which the coordinator checked. ModelFileError where there are only others."""
-        there = [[place for place in self.places(model_path) if place.is_file()]]
-        given = [path for path in adapter_paths if path]
-        there += [[place for place in self.places(path) if is_adapter(place)] for path in given]
-        if not all(there):
-            return None
-        for model in _readable(open_model, there[0]):
-            adapters = [_readable(partial(read_adapter, model=model), places) for places in there[1:]]
-            for chosen in product(*adapters):
-                found = iter(chosen)
-                numbered = [next(found) if path else None for path in adapter_paths]
-                if adapted_identity(model, numbered) == model_id:
-                    paths = [None if adapter is None else adapter.path for adapter in numbered]
-                    return Model(with_adapters(model, numbered), adapter_paths=paths)
-        files = ", ".join(str(place) for places in there for place in places)
-        which = "file that the coordinator opened: it" if len(there) == 1 else "files that the coordinator opened: one"
-        raise ModelFileError(
-            f"{files}: not the {which} was changed or replaced; restore it, or start the cluster again"
-        )
+    def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
+        """The model of that identity, at its path or under its name in `model_dir`; None where no file is there.
+        ModelFileError where there are only others."""
+        places = [place for place in self.places(model_path) if place.is_file()]
+        return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
+
+    def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
+        """The adapter of a model, as `open_file`. Reads headers and samples, not all weights, which the coordinator
+        checked."""
+        places = [place for place in self.places(wanted.path) if is_adapter(place)]
+        return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
     def places(self, model_path: str) -> list[Path]:
         """Where the file is looked for."""
@@ -125,39 +113,41 @@ class Weights:
         """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
         `progress` counts that."""
         try:
-            model = self.open_file(wanted.model_path, wanted.model_id, wanted.adapter_paths)
+            file = self._wanted(wanted)
         except ModelFileError as error:
             _log.warning("%s", error)
-            model = None
-        if model is None:
-            return self._in_cache(wanted.model_id)
-        with model:
-            copy_id = model.file.copy_id
-            if not wanted.describe:
-                return WeightsFound(True, file=copy_id)
-            manifest = self.manifest_of(model, progress or Progress())
-            if self.giver.gives:
-                self.giver.add(model.file, manifest.content)
-            return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=copy_id)
+            file = None
+        if file is None:
+            return self._in_cache(wanted.file_id)
+        if not wanted.describe:
+            return WeightsFound(True, file=file.copy_id)
+        manifest = self.manifest_of(file, progress or Progress())
+        if self.giver.gives:
+            self.giver.add(file, manifest.content)
+        return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=file.copy_id)
 
-    def manifest_of(self, model: Model, progress: Progress) -> FileManifest:
+    def _wanted(self, wanted: FindWeights) -> ModelFile | None:
+        plain = self.open_file(wanted.model_path, wanted.model_id)
+        return plain if plain is None or wanted.adapter is None else self.open_adapter(wanted.adapter, plain)
+
+    def manifest_of(self, file: ModelFile, progress: Progress) -> FileManifest:
         """Returns the manifest of the file as it is now; see `FileManifests.of`."""
 
         def begin(total_bytes: int) -> None:
             progress.done_bytes, progress.total_bytes = 0, total_bytes
 
-        return self._manifests.of(model.file, begin, progress.add)
+        return self._manifests.of(file, begin, progress.add)
 
-    def version_of(self, model_path: str, model_id: str, adapter_paths: Sequence[str]) -> str | None:
+    def version_of(self, model_path: str, model_id: str) -> str | None:
         """The version of the file that `open_file` opens; None where there is none."""
         try:
-            model = self.open_file(model_path, model_id, adapter_paths)
+            file = self.open_file(model_path, model_id)
         except ModelFileError:
             return None
-        return None if model is None else model.file.version
+        return None if file is None else file.version
 
-    def _in_cache(self, model_id: str) -> WeightsFound:
-        content = None if self.cache is None else self.cache.known_manifest(key_of(model_id))
+    def _in_cache(self, file_id: str) -> WeightsFound:
+        content = None if self.cache is None else self.cache.known_manifest(key_of(file_id))
         if self.cache is None or content is None:
             return WeightsFound(False)
         return WeightsFound(False, content, self.cache.place(content).stat().st_size, gives=True)
@@ -172,18 +162,22 @@ def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
     return [folder / name for folder in folders]
 
 
-def _readable(read: Callable[[Path], _Value], places: Sequence[Path]) -> list[_Value]:
-    """What is read of these files, without damaged ones. ModelFileError where all are."""
-    found: list[_Value] = []
+def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity: str) -> ModelFile | None:
+    """The first of these files with this identity, without damaged ones; None where none is there. ModelFileError where
+    there are only others."""
     errors: list[ModelFileError] = []
     for place in places:
         try:
-            found.append(read(place))
+            if (file := read(place)).identity == identity:
+                return file
         except ModelFileError as error:
             errors.append(error)
-    if not found:
+    if not places:
+        return None
+    if len(errors) == len(places):
         raise errors[0]
-    return found
+    what = "not the file that the coordinator opened: it was changed or replaced"
+    raise ModelFileError(f"{', '.join(map(str, places))}: {what}; restore it, or start the cluster again")
 
 
 def weight_cache(settings: WorkerSettings) -> WeightCache | None:
@@ -191,6 +185,6 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
     return None if settings.weights_dir is None else WeightCache(settings.weights_dir, settings.weights_bytes)
 
 
-def key_of(model_id: str) -> str:
-    """By what a model's manifest is remembered where its file is not."""
-    return sha256(f"model {model_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()
+def key_of(file_id: str) -> str:
+    """By what the manifest of a model or an adapter is remembered where its file is not."""
+    return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
-from llamaclust.wire.control.messages import WeightsFound
+from llamaclust.wire.control.weights import WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.weights.giver import WeightGiver
 

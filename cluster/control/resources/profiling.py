@@ -36,7 +36,7 @@ class WorkerProfiles:
         self.stated = stated_speeds(config)
         self._model_id = model.model_id
         types = tuple(map(int, sorted({*model.quant_types, *model.widened.quant_types})))
-        self._order = ProfileWorker(str(model.file.path), model.model_id, 0, model.adapter_paths, types)
+        self._order = ProfileWorker(str(model.plain.path), model.model_id, 0, types)
         self._state_dir = state_dir
         self._report = report
         self._limit_s = config.timeouts.load

@@ -1,4 +1,5 @@
-"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over model, KV type, salt and tokens."""
+"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over the model without adapters, KV type,
+adapters that computed the block, salt and tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
-from llamaclust.core.limits import AdapterScales
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -16,9 +16,10 @@ class BlockKeys(list[bytes]):
     """One key for each full block of a sequence: of its tokens, salt and adapters alone. Sequences with another salt,
     adapter or scale share no block."""
 
-    def __init__(self, salt: str = "", adapters: AdapterScales = ()) -> None:
+    def __init__(self, salt: str = "", adapters: Sequence[tuple[str, float]] = ()) -> None:
+        """`adapters`: digest and scale of each, in the order in which they are computed."""
         super().__init__()
-        self.salt = f"{adapters}\0{salt}" if adapters else f"\0{salt}"
+        self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
 
 
 class PrefixCache:

@@ -33,17 +33,8 @@ from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.control.messages import (
-    CoordinatorMessage,
-    Failure,
-    FindWeights,
-    Load,
-    Loaded,
-    LoadFailed,
-    Unload,
-    UnloadFailed,
-    WeightsFound,
-)
+from llamaclust.wire.control.messages import CoordinatorMessage, Failure, Load, Loaded, LoadFailed, Unload, UnloadFailed
+from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.several_models.runner import ANYTHING, action_runner, observed_cluster
@@ -97,7 +88,7 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         "b": worker_handle("b", loads=fails == "connection"),
     }
     model: Any = SimpleNamespace(
-        file=SimpleNamespace(path="/m.gguf", is_current=False), model_id="ab" * 32, adapter_paths=()
+        plain=SimpleNamespace(path="/m.gguf", is_current=False), model_id="ab" * 32, adapters={}, adapter_digests={}
     )
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
     registry: Any = SimpleNamespace(workers=workers, present=workers)

@@ -17,15 +17,8 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import StalledError
-from llamaclust.wire.control.messages import (
-    CoordinatorMessage,
-    FindWeights,
-    FindWeightsProgress,
-    Loaded,
-    LoadProgress,
-    WeightsFound,
-    WorkerMessage,
-)
+from llamaclust.wire.control.messages import CoordinatorMessage, Loaded, LoadProgress, WorkerMessage
+from llamaclust.wire.control.weights import FindWeights, FindWeightsProgress, WeightsFound
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import Insecure
 from support.clusters.recovering import config, generations, recovering, undisturbed

@@ -137,7 +137,7 @@ async def test_a_load_is_a_phase_of_the_requests_that_wait_for_it() -> None:
 
 
 async def test_adapters_of_a_request_are_known_by_their_names() -> None:
-    settings = replace(SETTINGS, adapters=(0, 1))
+    settings = replace(SETTINGS, adapters={0: "ab", 1: "cd"})
     async with asyncio.timeout(30), Engine(FakePipeline(SETTINGS.kv_blocks), settings) as engine:
         await read(engine.submit(request(adapters=((0, 1.0), (1, 0.5)))))
         await read(engine.submit(request("ffff4567")))

@@ -81,7 +81,7 @@ class Machines:
         values["timeouts"] = {"load": self.load_s}
         file = SimpleNamespace(path=Path("/m.gguf"))
         types = (QuantType.Q4_K, QuantType.Q6_K)
-        model: Any = SimpleNamespace(model_id=self.model_id, file=file, adapter_paths=(), quant_types=types)
+        model: Any = SimpleNamespace(model_id=self.model_id, plain=file, quant_types=types)
         model.widened = model
         config = ClusterConfig.model_validate(values)
         return WorkerProfiles(config, model, folder, self.report)

@@ -29,15 +29,9 @@ from llamaclust.core.errors import (
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.wire.control.kv_disk import KvDone
 from llamaclust.wire.control.logs import LogTail
-from llamaclust.wire.control.messages import (
-    Failure,
-    FindWeights,
-    ProbeResult,
-    RequestFailed,
-    WeightsFound,
-    WorkerMessage,
-)
+from llamaclust.wire.control.messages import Failure, ProbeResult, RequestFailed, WorkerMessage
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileWorker, WorkerProfile
+from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from support.wire.control_messages import REGISTER
 from support.wire.worker_handles import handle_of
 

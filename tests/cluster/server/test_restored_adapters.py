@@ -37,7 +37,7 @@ async def recorded(model: Path, folder: Path, *names: str) -> AdapterRecord:
     """A record of a former coordinator."""
     base, record = open_model(model), AdapterRecord(folder / "adapters.json")
     paths = [model.parent / "further" / f"{name}.gguf" for name in names]
-    digests = [read_adapter(path, base).digest.hex() for path in paths]
+    digests = [read_adapter(path, base).identity for path in paths]
     entries = [
         ServedAdapter(name, str(path), content=digest) for name, path, digest in zip(names, paths, digests, strict=True)
     ]

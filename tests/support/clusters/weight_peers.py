@@ -10,7 +10,7 @@ from pathlib import Path
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
-from llamaclust.wire.control.messages import FindWeights
+from llamaclust.wire.control.weights import FindWeights
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.methods import FETCH
 from llamaclust.wire.rpc.server import Server, ServerStream

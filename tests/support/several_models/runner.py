@@ -18,8 +18,7 @@ ANYTHING: Any = SimpleNamespace()
 
 
 def observed_cluster() -> Observed:
-    pool = PoolState(model_id="m")
-    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0), pool))
+    return Observed(ClusterState(Waits(120.0, 120.0), 2, seen.Tick(0.0), PipelineLoss(0.0), PoolState()))
 
 
 def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:

@@ -11,14 +11,11 @@ from llamaclust.wire.control.groups import GroupCounters
 from llamaclust.wire.control.kv_disk import FindKv, KvDone, RestoreKv, SaveKv
 from llamaclust.wire.control.logs import GetLog, LogTail
 from llamaclust.wire.control.messages import (
-    AddWeightSource,
     Admitted,
     CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
     Failure,
-    FindWeights,
-    FindWeightsProgress,
     Heartbeat,
     Load,
     Loaded,
@@ -37,9 +34,6 @@ from llamaclust.wire.control.messages import (
     Unload,
     Unloaded,
     UnloadFailed,
-    WeightsFound,
-    WeightSource,
-    WeightSources,
     WorkerMessage,
 )
 from llamaclust.wire.control.profiles import (
@@ -49,6 +43,17 @@ from llamaclust.wire.control.profiles import (
     ProfileLinks,
     ProfileWorker,
     WorkerProfile,
+)
+from llamaclust.wire.control.weights import (
+    AdapterFile,
+    AdaptersSet,
+    AddWeightSource,
+    FindWeights,
+    FindWeightsProgress,
+    SetAdapters,
+    WeightsFound,
+    WeightSource,
+    WeightSources,
 )
 from llamaclust.wire.security.terms import TermProof
 
@@ -125,6 +130,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     LogTail((), 0),
     LogTail(("INFO one", "", "  File x, line 7"), 12, 7),
     KvDone(250, 7),
+    AdaptersSet(1, 2, 7),
 ]
 
 
@@ -147,6 +153,9 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, devices=(DeviceLayers("cuda:0", 2, 4, (2, 3)),)),
     FindWeights("/models/m.gguf", "ab" * 32),
     FindWeights("/models/m.gguf", "ab" * 32, describe=True),
+    FindWeights("/models/m.gguf", "ab" * 32, adapter=AdapterFile(15, "/adapters/Dichter ö", "cd" * 32)),
+    SetAdapters(7),
+    SetAdapters(7, (AdapterFile(0, "/a.gguf", "cd" * 32, WeightSources("ef" * 32, 3, (WeightSource(),))),)),
     Unload(3),
     Shutdown("end"),
     CertificateRenewed(b"certificate"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.loader import Model
+from llamaclust.wire.control.weights import AdapterFile
 from llamaclust.worker.weights.weights import Weights
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_model import build_tiny_model
@@ -24,11 +26,21 @@ class Places:
 
     theirs: Path
     own: Path
-    model_id: str
+    opened: Model
 
-    def open(self) -> Model | None:
-        adapters = [str(self.theirs / name) for name in NAMES]
-        return Weights(model_dir=self.own).open_file(str(self.theirs / "m.gguf"), self.model_id, adapters)
+    def open(self) -> list[ModelFile | None]:
+        """The model and its adapters."""
+        weights, model = Weights(model_dir=self.own), self.opened
+        wanted = [
+            AdapterFile(number, str(self.theirs / name), model.adapter_digests[number])
+            for number, name in enumerate(NAMES)
+        ]
+        plain = weights.open_file(str(self.theirs / "m.gguf"), model.model_id)
+        assert plain is not None
+        return [plain, *(weights.open_adapter(adapter, plain) for adapter in wanted)]
+
+    def paths(self) -> list[Path | None]:
+        return [None if file is None else file.path for file in self.open()]
 
 
 @pytest.fixture
@@ -38,33 +50,28 @@ def places(tmp_path: Path) -> Places:
     own.mkdir()
     model = build_tiny_model(own / "m.gguf", hidden=64, heads=2, kv_heads=1, ffn=96, layers=2)
     adapters = [build_adapter(own / name, model, rank=64, seed=seed) for seed, name in enumerate(NAMES)]
-    return Places(theirs, own, Model.open(model, adapters=adapters).model_id)
+    return Places(theirs, own, Model.open(model, adapters=adapters))
 
 
 def test_a_stale_file_at_the_first_place_hides_no_right_one(places: Places) -> None:
     shutil.copy(places.own / "second.gguf", places.theirs / "first.gguf")
     (places.theirs / "second.gguf").write_bytes(b"GGUF, cut short")
     (places.theirs / "m.gguf").write_bytes(b"")
-    opened = places.open()
-    assert opened is not None and opened.model_id == places.model_id
-    assert opened.adapter_paths == tuple(str(places.own / name) for name in NAMES)
+    assert places.paths() == [places.own / name for name in ("m.gguf", *NAMES)]
 
 
 def test_each_adapter_may_be_at_another_place(places: Places) -> None:
     (places.own / "first.gguf").rename(places.theirs / "first.gguf")
-    opened = places.open()
-    assert opened is not None
-    assert opened.adapter_paths == (str(places.theirs / "first.gguf"), str(places.own / "second.gguf"))
+    assert places.paths() == [places.own / "m.gguf", places.theirs / "first.gguf", places.own / "second.gguf"]
     (places.own / "second.gguf").unlink()
-    assert places.open() is None
+    assert places.paths()[2] is None
 
 
-def test_the_error_names_the_files_of_which_one_is_another(places: Places) -> None:
+def test_the_error_names_the_file_that_is_another(places: Places) -> None:
     shutil.copy(places.own / "second.gguf", places.own / "first.gguf")
     with pytest.raises(ModelFileError) as caught:
         places.open()
-    files = ", ".join(str(places.own / name) for name in ("m.gguf", *NAMES))
-    assert str(caught.value).startswith(f"{files}: not the files that the coordinator opened: one was changed")
+    assert str(caught.value).startswith(f"{places.own / 'first.gguf'}: not the file that the coordinator opened")
 
 
 def test_opening_reads_samples_of_adapters_alone(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +85,6 @@ def test_opening_reads_samples_of_adapters_alone(places: Places, monkeypatch: py
 
     read_into = Tensor.read_into
     monkeypatch.setattr(Tensor, "read_into", counted)
-    opened = places.open()
-    assert opened is not None
-    weights = [tensor for tensor in opened.file.tensors.values() if tensor.name.startswith("adapter.")]
+    _, *adapters = places.open()
+    weights = [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors.values()]
     assert 0 < read_bytes <= len(weights) * 2 * 4096 < sum(tensor.n_bytes for tensor in weights)

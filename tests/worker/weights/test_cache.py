@@ -19,7 +19,7 @@ from llamaclust.model.gguf.writer import header_bytes
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache, WeightPart
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
-from llamaclust.wire.control.messages import FindWeights
+from llamaclust.wire.control.weights import FindWeights
 from llamaclust.worker.weights.weights import Weights
 from support.models.tiny_model import build_tiny_model
 

@@ -22,7 +22,7 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import FindWeights
+from llamaclust.wire.control.weights import FindWeights
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.command_line import eventually

@@ -19,7 +19,7 @@ from llamaclust.model.gguf import model_file
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
-from llamaclust.wire.control.messages import FindWeights, WeightsFound
+from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.worker.weights.weights import Weights
 from support.damaged_models import flip_middle
 from support.file_members import alone, members, results
@@ -97,7 +97,7 @@ async def test_a_damaged_copy_of_an_adapter_is_not_used(model: Path, tmp_path: P
     async with asyncio.timeout(60), members(tmp_path / "run") as cluster:
         lives = [cluster.start(name, model_dir=copy.parent) for name, copy in copies.items()]
         await cluster.registry.wait_for("ab", 20)
-        own = OwnCopy(Model.open(model, adapters=[adapter]).file)
+        own = OwnCopy(Model.open(model).file)
         handles = await cluster.load(model, "ab", (0, 3, 6), adapters=[adapter], own=own)
         assert [handle.stages[1][1].fetched_bytes > 0 for handle in handles] == [False, True]
     await asyncio.gather(*lives, return_exceptions=True)

@@ -117,7 +117,7 @@ async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
 ) -> None:
     """The load goes on, although the holder's address answers no more."""
     patience = Patience(connect_s=60.0, source_s=60.0)
-    monkeypatch.setattr("llamaclust.worker.weights.remote_model.WeightFetch", partial(WeightFetch, patience=patience))
+    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, patience=patience))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(100):
@@ -143,7 +143,7 @@ async def test_the_holder_is_lost_while_it_sends(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     patience = replace(IMPATIENT, source_s=4.0)  # the loss of worker a is known before worker b's load fails
-    monkeypatch.setattr("llamaclust.worker.weights.remote_model.WeightFetch", partial(WeightFetch, patience=patience))
+    monkeypatch.setattr("llamaclust.worker.weights.remote_file.WeightFetch", partial(WeightFetch, patience=patience))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(100):

@@ -27,7 +27,6 @@ from llamaclust.cluster.front.http.sse import EventResponse, StreamFormat, unles
 from llamaclust.cluster.front.json_text import to_json
 from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextSettings
-from llamaclust.model.adapters import own_tensors
 
 API_VERSION: Final = "0.12.11"
 """The release of Ollama whose API this is: clients compare it with the one that they need."""
@@ -56,8 +55,8 @@ class ModelDetails:
         file = settings.file
         if file is None:
             return cls(_listed(hashlib.sha256(settings.model_name.encode()).hexdigest()), {}, shown_time(0))
-        weights = Counter[str]()  # without those of adapters, by type
-        for tensor in own_tensors(file):
+        weights = Counter[str]()  # by type
+        for tensor in file.tensors.values():
             weights[tensor.quant_type.name] += math.prod(tensor.shape)
         parameters, family = weights.total(), file.metadata_str("general.architecture", "")
         quantization = weights.most_common(1)[0][0] if parameters else ""

@@ -64,11 +64,12 @@ struct PlanBuilder {
 };
 
 struct NativeStage {
-  NativeStage(PlanBuilder& builder, const std::string& feature_level, nb::object pool)
+  NativeStage(PlanBuilder& builder, const std::string& feature_level, nb::object pool, const NativeStage* shares_kv)
       : kept((require(builder.is_runnable, "weights that were not loaded"), std::move(builder.kept))),
         pool(std::move(pool)),
         level(find_level(feature_level)),
-        executor(std::move(builder.plan), level, nb::cast<ThreadPool&>(this->pool)) {}
+        executor(std::move(builder.plan), level, nb::cast<ThreadPool&>(this->pool),
+                 shares_kv == nullptr ? nullptr : &shares_kv->executor) {}
 
   int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
           const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden,
@@ -353,7 +354,9 @@ void bind_executor(nb::module_& module) {
   bind_row_steps(plan);
 
   nb::class_<NativeStage>(module, "Stage")
-      .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
+      .def(nb::init<PlanBuilder&, const std::string&, nb::object, const NativeStage*>(), "plan"_a, "feature_level"_a,
+           "pool"_a, "shares_kv"_a.none() = nb::none(),
+           "`shares_kv`: a stage of the same layers, whose KV memory it also uses; runs of the two take turns.")
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none(),
            "states"_a.none() = nb::none())

@@ -122,7 +122,7 @@ class AttentionWork {
   const KvShape& shape() const { return worker_.stage_.plan.kv_layers[step_.layer]; }
   uint8_t* piece(int kv_head, int block) const {
     const int64_t index = int64_t{block} * step_.kv_heads + kv_head;
-    return worker_.stage_.kv.layer(step_.layer) + static_cast<size_t>(index) * shape().piece_bytes();
+    return worker_.stage_.kv->layer(step_.layer) + static_cast<size_t>(index) * shape().piece_bytes();
   }
   const int32_t* table(int sequence) const { return tables_.data() + batch_.table_starts[sequence]; }
 

@@ -73,6 +73,18 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
   }
 }
 
+std::shared_ptr<const KvCache> kv_of(const Plan& plan, const Stage* other) {
+  if (other == nullptr) return std::make_shared<const KvCache>(plan.kv_layers, plan.limits);
+  const auto blocks = [](const Plan& of) {
+    std::vector<size_t> bytes;
+    for (const KvShape& shape : of.kv_layers)
+      bytes.push_back(kv_block_bytes(shape) * static_cast<size_t>(block_count(shape, of.limits)));
+    return bytes;
+  };
+  require(blocks(plan) == blocks(other->plan), "KV memory of other layers");
+  return other->kv;
+}
+
 int bands_of(int rows, int most) { return rows < kLeastBandedRows ? 1 : std::min(most, rows / kLeastRowsOfBand); }
 
 // The first band has two thirds of the rows of each other one: its gathers then fit into the time of others' products
@@ -213,11 +225,11 @@ void Worker::compute(size_t begin, size_t end) {
     }
 }
 
-Stage::Stage(Plan given, const Level& level, int threads)
+Stage::Stage(Plan given, const Level& level, int threads, const Stage* shares_kv)
     : plan((require(given.result.has_value(), "a program without a result"), std::move(given))),
       level(level),
       workspace(plan, threads),
-      kv(plan.kv_layers, plan.limits),
+      kv(kv_of(plan, shares_kv)),
       rotations(tables_of(plan)),
       whole{0, {}, tilings_of(plan), {}},
       next_matmul(next_matmul_of(plan)),
@@ -227,7 +239,7 @@ Stage::Stage(Plan given, const Level& level, int threads)
 
 void Executor::prepare() const {
   stage_.workspace.touch();
-  stage_.kv.touch(Memory::kHugePage);
+  if (stage_.kv.use_count() == 1) stage_.kv->touch(Memory::kHugePage);
   choose_prefetch(stage_.level.matmul, weights_of(stage_.plan), pool_.threads());
 }
 

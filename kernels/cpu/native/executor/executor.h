@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <limits>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -108,7 +109,8 @@ size_t workspace_bytes(const Plan& plan, int threads);
 
 // A plan and all that its runs use.
 struct Stage {
-  Stage(Plan plan, const Level& level, int threads);
+  // `shares_kv`: see Executor.
+  Stage(Plan plan, const Level& level, int threads, const Stage* shares_kv);
 
   // What the next run computes.
   void set_batch(const Batch& batch);
@@ -116,7 +118,7 @@ struct Stage {
   const Plan plan;
   const Level& level;
   Workspace workspace;
-  const KvCache kv;
+  const std::shared_ptr<const KvCache> kv;
   const std::vector<RotationTable> rotations;
   Band whole;               // of this run, with all rows
   std::vector<Band> bands;  // with some of them; empty where they are computed together
@@ -134,8 +136,11 @@ struct Stage {
 class Executor {
  public:
   // Level and pool outlive the executor, and so do the weights of the plan.
-  Executor(Plan plan, const Level& level, ThreadPool& pool)
-      : stage_(std::move(plan), level, pool.threads()), pool_(pool) {}
+  // `shares_kv`: whose KV memory it also uses, in which what that one has computed stays; runs of the two take turns.
+  // std::invalid_argument where its layers are others.
+  Executor(Plan plan, const Level& level, ThreadPool& pool, const Executor* shares_kv = nullptr)
+      : stage_(std::move(plan), level, pool.threads(), shares_kv == nullptr ? nullptr : &shares_kv->stage_),
+        pool_(pool) {}
 
   // Before the first runs, so that they take no longer than others: takes the memory that they use from the system, and
   // finds how weights are best prefetched.
@@ -163,9 +168,9 @@ class Executor {
   int width(BufferId id) const { return stage_.plan.buffers.at(static_cast<size_t>(id)).width; }
   BufferId result() const { return *stage_.plan.result; }
   int hidden_width() const { return stage_.plan.hidden_width; }
-  size_t kv_bytes() const { return stage_.kv.bytes(); }
+  size_t kv_bytes() const { return stage_.kv->bytes(); }
   // KV memory of a layer without a window: [kv_blocks][kv_block_bytes].
-  uint8_t* kv_layer(int layer) const { return stage_.kv.layer(layer); }
+  uint8_t* kv_layer(int layer) const { return stage_.kv->layer(layer); }
   const Plan& plan() const { return stage_.plan; }
   size_t workspace_bytes() const;
 

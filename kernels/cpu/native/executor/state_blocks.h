@@ -18,7 +18,7 @@ class StateBlocks {
         sequence_(index(sequence)),
         first_(batch_.positions[index(begin)]),
         floats_(index(worker.stage_.plan.kv_layers[index(layer)].state_floats)),
-        memory_(reinterpret_cast<float*>(worker.stage_.kv.layer(layer))),
+        memory_(reinterpret_cast<float*>(worker.stage_.kv->layer(layer))),
         has_blocks_(worker.stage_.plan.limits.state_blocks > 0) {}
 
   // Null at the beginning of a sequence.

@@ -20,7 +20,8 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, LlamaclustError, StalledError, WorkerError
-from llamaclust.wire.control.messages import CoordinatorMessage, FindWeights, Loaded, Unload, Unloaded, WeightsFound
+from llamaclust.wire.control.messages import CoordinatorMessage, Loaded, Unload, Unloaded
+from llamaclust.wire.control.weights import FindWeights, WeightsFound
 from llamaclust.wire.security.credentials import Insecure
 from support.plans.plan_inputs import REQUEST, SMALL, worker
 from support.wire.control_messages import LOAD, REGISTER
@@ -143,7 +144,7 @@ async def test_a_load_that_stalls_is_ended_where_the_worker_holds_another_model(
     handle = WorkerHandle(REGISTER, send, lambda: "", Insecure())
     if holds_others:
         handle.stages[1] = (replace(LOAD, epoch=1, model_id="cd" * 32), Loaded(1, 1, 2, 3))
-    reference = ModelReference(LOAD.model_path, LOAD.model_id, ())
+    reference = ModelReference(LOAD.model_path, LOAD.model_id)
     loads = StageLoads(3, [StageInfo("a", 0, 4)], reference, LOAD.limits, is_exclusive=True, progress_timeout_s=0.05)
     with pytest.raises(StageLoadError, match="gets no further") as raised:
         await load_stages(loads, {"a": handle})

@@ -130,7 +130,7 @@ async def test_a_known_request_has_the_name_of_its_adapter() -> None:
     """Also after its number became another adapter's."""
     adapters = ServedAdapters()
     adapters.add(0, ServedAdapter("poet", "poet.gguf", content="ab"))
-    settings = replace(SETTINGS, adapters=(0,))
+    settings = replace(SETTINGS, adapters={0: "ab"})
     async with real_engine(settings) as (engine, _), client(make_app(engine, adapters=adapters)) as http:
         await http.post("/v1/completions", json={"model": "poet", "prompt": "Hi", "max_tokens": 2})
         adapters.remove(0)

@@ -1,4 +1,4 @@
-"""A model whose file is on other machines: of its tensors, those that a stage needs are brought here and checked."""
+"""A model or an adapter on other machines: those of its tensors that a stage needs are brought here and checked."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Self
 
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.model.architectures.tensors import FACTOR_TENSORS
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity
-from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
-from llamaclust.wire.control.messages import WeightSource, WeightSources
+from llamaclust.wire.control.weights import WeightSource, WeightSources
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
 from llamaclust.worker.weights.weights import Weights, key_of
 
 
-class RemoteModel:
+class RemoteFile:
     """What is fetched stays while it is entered. LlamaclustError where nothing may be kept here, ModelFileError where
-    the manifest is of another model; what `WeightFetch.run` and `WeightCache.make_room` raise."""
+    the manifest is of another file; what `WeightFetch.run` and `WeightCache.make_room` raise."""
 
     def __init__(
         self,
-        model_path: str,
-        model_id: str,
+        path: str,
+        identity: str,
         known: WeightSources,
         weights: Weights,
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`model_path`: where it would be, for messages. `sources`: by worker, best first; None: the coordinator."""
+        """`path`: where it would be, for messages. `sources`: by worker, best first; None: the coordinator."""
         if weights.cache is None:
-            raise LlamaclustError(f"{model_path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
+            raise LlamaclustError(f"{path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
         self._cache: WeightCache = weights.cache
-        self._path = Path(model_path)
-        self._model_id = model_id
+        self._path = Path(path)
+        self._identity = identity
         self.known = known
         self._weights = weights
         self._sources = dict(sources)
@@ -68,30 +68,30 @@ class RemoteModel:
         if self._fetch_now is not None:
             self._fetch_now.renew(_shown(worker), peer)
 
-    async def outline(self) -> Model:
-        """The model, with those of its weights that are here."""
+    async def outline(self) -> ModelFile:
+        """The file, with those of its weights that are here."""
         content = self.known.manifest
-        await self._fetch([WantedWeights(content, self.known.manifest_bytes, "the model's manifest")])
+        await self._fetch([WantedWeights(content, self.known.manifest_bytes, f"the manifest of {self._path.name}")])
         manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))
-        if manifest.model_id != self._model_id:
-            raise ModelFileError(f"{self._path}: the manifest is of model {manifest.model_id}, not {self._model_id}")
-        self._cache.remember_manifest(key_of(self._model_id), content)
+        if manifest.model_id != self._identity:
+            raise ModelFileError(f"{self._path}: the manifest is of {manifest.model_id}, not {self._identity}")
+        self._cache.remember_manifest(key_of(self._identity), content)
         self._manifest = manifest
         await self._fetch(self._wanted(FACTOR_TENSORS))  # which programs are made of
-        return await asyncio.to_thread(self._model)
+        return await asyncio.to_thread(self._file)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
         """Of those tensors, what is not here."""
         wanted = {tensor.content: tensor for tensor in self._wanted(names)}
         return self._missing_bytes(self._missing(wanted.values()))
 
-    async def complete(self, names: Iterable[str]) -> Model:
-        """The model with those tensors."""
+    async def complete(self, names: Iterable[str]) -> ModelFile:
+        """The file with those of these tensors that it has."""
         wanted = self._wanted(names)
         await self._fetch(wanted)
         if await asyncio.to_thread(self._missing, wanted):
             raise LlamaclustError(f"{self._cache.path}: weights were deleted there while they were loaded")
-        return await asyncio.to_thread(self._model)
+        return await asyncio.to_thread(self._file)
 
     def _wanted(self, names: Iterable[str]) -> list[WantedWeights]:
         assert self._manifest is not None, "its outline comes first"
@@ -120,14 +120,14 @@ class RemoteModel:
         self._weights.received_bytes += n_bytes
         self._on_bytes(n_bytes)
 
-    def _model(self) -> Model:
+    def _file(self) -> ModelFile:
         assert self._manifest is not None
         held: dict[str, tuple[Path, FileIdentity]] = {}
         for record in self._manifest.tensors:
             found = self._cache.find(record.content)
             if found is not None:
                 held[record.content] = self._cache.place(record.content), found
-        return Model(self._manifest.file(self._path, held))
+        return self._manifest.file(self._path, held)
 
 
 def _shown(worker: str | None) -> str:

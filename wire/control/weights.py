@@ -1,0 +1,112 @@
+"""Control messages about weights: where workers find those of models and adapters, and which adapters a stage has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import Address, Digest, Integer, ModelId, ModelPath, Size, WorkerName, bounded
+from llamaclust.core.limits import MAX_ADAPTERS
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """A worker that may have weights, or the coordinator, which is asked where the worker has joined it."""
+
+    address: Address = ""
+    worker: WorkerName | None = None  # None: the coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSources:
+    """The bytes that a model has, and where a worker without a file of these bytes gets its layers."""
+
+    manifest: Digest
+    manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
+    sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class AddWeightSource:
+    """Running loads that fetch weights of this manifest may also fetch from this worker, at its new address."""
+
+    manifest: Digest
+    source: WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter of LoRA, of which a stage has its layers."""
+
+    number: Annotated[int, Integer(0, MAX_ADAPTERS - 1)]
+    path: ModelPath  # on the coordinator's machine
+    adapter_id: ModelId
+    weights: WeightSources | None = None  # as in Load
+
+
+AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
+
+
+@dataclass(frozen=True, slots=True)
+class FindWeights:
+    """Request: look for the weights of a model, or of one of its adapters."""
+
+    model_path: ModelPath
+    model_id: ModelId
+    describe: bool = False  # make the manifest if there is none yet
+    request_id: int = 0
+    adapter: AdapterFile | None = None  # None: the model
+
+    @property
+    def file_id(self) -> str:
+        """The identity of the file that is looked for."""
+        return self.model_id if self.adapter is None else self.adapter.adapter_id
+
+    @property
+    def path(self) -> str:
+        """Where the coordinator has it."""
+        return self.model_path if self.adapter is None else self.adapter.path
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFound:
+    """What a worker has of a model."""
+
+    has_file: bool
+    manifest: Digest | None = None  # of what it has; None: nothing
+    manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
+    request_id: int = 0
+    gives: bool = False  # the manifest and the tensors that it has
+    file: Digest | None = None  # tells the file from all others, and from what it was before a change
+
+    def check(self) -> None:
+        bounded("manifest_bytes", self.manifest_bytes, int(self.manifest is not None), 1 << 26)
+
+
+@dataclass(frozen=True, slots=True)
+class FindWeightsProgress:
+    """Bytes of the model's file read so far for a manifest."""
+
+    done_bytes: int
+    total_bytes: int
+
+    def check(self) -> None:
+        bounded("done_bytes", self.done_bytes, 0, self.total_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class SetAdapters:
+    """Request: a loaded stage has these adapters from now on, and no others."""
+
+    epoch: int
+    adapters: AdapterFiles = ()
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersSet:
+    """Memory of the stage, whose rows may use them."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    request_id: int = 0

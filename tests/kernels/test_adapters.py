@@ -12,14 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.core.limits import AdapterScales
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.backend import Batch, SharesKv
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.backends import BACKENDS
-from support.arithmetic.batches import Chain, batch_of, load_stage
+from support.arithmetic.batches import LIMITS, Chain, batch_of, load_stage
 from support.arithmetic.scale_words import build_scale_words
 from support.models.tiny_adapter import build_adapter, build_merged
 from support.models.tiny_model import build_tiny_model
@@ -178,3 +178,21 @@ def _run(backend: str, model: Model, batch: Batch) -> NDArray[np.float32]:
     logits = chain.run(batch)
     chain.close()
     return logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stage_beside_another_goes_on_with_its_keys_and_values(backend: str, files: Files) -> None:
+    """As one that had the adapters from the start, and the one before still can."""
+    adapted = Model.open(files.base, adapters=files.adapters)
+    alone = [_logits(backend, files, index) for index in range(len(SCALES))]
+    opened, plain = BACKENDS[backend](), adapted.adapted_by({})
+    assert isinstance(opened, SharesKv)
+    first = load_stage(opened, plain, 0, 3)
+    before = first.run(_batch([0], 0, 7), None).copy()
+    program = adapted.program(0, 3)
+    beside = opened.load_beside(first, program, adapted.tensors_for(program), LIMITS, lambda n_bytes: None)
+    middle = beside.run(_batch([0], 7, 9), None).copy()
+    after = first.run(_batch([0], 9, TOKENS), None)
+    assert np.array_equal(np.concatenate([before, middle, after]), alone[0])
+    for index in (1, 2, 3):
+        assert np.array_equal(beside.run(_batch([index]), None), alone[index])

@@ -140,7 +140,7 @@ class Member:
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
-        requests = Requests(session, loads)
+        requests = Requests(session, loads.set_adapters)
         self._tasks.start(self._send_heartbeats(session))
         self._tasks.start(self._worker.readiness.follow(self._worker.exclusive, self._worker.service))
         if self._renewal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,19 +15,20 @@ from llamaclust.wire.control import kv_disk, logs, messages, profiles, weights
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.wire.rpc.network_probe import network_round_trip
 from llamaclust.worker.devices.system_info import release_freed_memory, resident_bytes
-from llamaclust.worker.loads import Loads
 from llamaclust.worker.session import Session
 from llamaclust.worker.weights.weights import Progress
 
 _REPORT_S = 0.25
+SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]]
+"""Answers a request about the adapters of a stage."""
 
 
 class Requests:
     """Of one membership. What uses the machine by itself holds the worker's `exclusive`, as loads do."""
 
-    def __init__(self, session: Session, loads: Loads) -> None:
+    def __init__(self, session: Session, set_adapters: SettingAdapters) -> None:
         self._session = session
-        self._loads = loads
+        self._set_adapters = set_adapters
         self._exclusive = session.worker.exclusive
 
     async def answer(self, request: messages.WorkerRequest) -> None:
@@ -45,7 +47,7 @@ class Requests:
             case weights.FindWeights():
                 return await self._find_weights(request)
             case weights.SetAdapters():
-                return await self._loads.set_adapters(request)
+                return await self._set_adapters(request)
             case messages.ProbePeer():
                 return await self._probe(request)
             case logs.GetLog(request_id):

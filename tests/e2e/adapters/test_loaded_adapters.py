@@ -121,6 +121,8 @@ async def test_an_adapter_comes_and_goes(folder: Path, expected: list[Answer], t
         assert served.adapters.number_of("second") == 1
         others = await asyncio.gather(*run.start(chosen))
         assert all(other != answer for other, answer in zip(others, expected[4:6], strict=True)), "another adapter"
+        apart = [replace(request, cache_salt="apart") for request in chosen]
+        assert await asyncio.gather(*run.start(apart)) == others, "no KV block of the adapter that had its number"
         await served.loader.unload("second")
         await served.loader.load("second", "second.gguf")
         assert await asyncio.gather(*run.start(chosen)) == expected[4:6], f"seed {SEED}, loaded again"

@@ -33,7 +33,7 @@ from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.inputs import encode_inputs
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.results import decode_result
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import held_layers
@@ -233,13 +233,10 @@ class LocalStage:
         self._sampled_tokens.fill(frame)
         logits = runner.run_frame(frame)
         self.matchers.wait_ready(inputs.for_matchers)
-        rows = runner.sample(logits, inputs)
-        self._sampled_tokens.put(SampledTokens(microbatch.number, tuple(rows.tokens)))
-        embeddings = runner.embeddings()
-        drafting_ns = runner.draft(rows, inputs)
-        compute_ns = perf_counter_ns() - started_ns - drafting_ns
-        timing = started_ns - queued_ns, compute_ns, 0, frame.rows
-        return decode_result(rows.result(frame, timing, "", embeddings, drafting_ns))
+        outputs = runner.finish_step(logits, inputs)
+        self._sampled_tokens.put(SampledTokens(microbatch.number, tuple(outputs.rows.tokens)))
+        compute_ns = perf_counter_ns() - started_ns - outputs.drafting_ns
+        return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
         """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""

@@ -48,7 +48,7 @@ from llamaclust.wire.control.messages import Load
 from llamaclust.wire.microbatch.codec import encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.inputs import encode_inputs
-from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
+from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs, StageTiming
 from llamaclust.worker.stage.arrival import frame_reader
 from llamaclust.worker.stage.matchers import StageMatchers
 from llamaclust.worker.stage.nextn import NextnDrafter, nextn_limits, nextn_program_of
@@ -137,6 +137,20 @@ def _grammar_vocabulary(metadata: Mapping[str, MetadataValue], size: int) -> Gra
 
 def _rows_of(logits: Logits, rows: Sequence[int]) -> Float32:
     return logits.rows(rows) if isinstance(logits, RankedLogits) else logits[[*rows]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """Results of a last stage's output rows, hidden states of its embedded rows, the time that a head took to draft."""
+
+    rows: RowOutcomes
+    embeddings: bytes
+    drafting_ns: int
+
+    def result(self, frame: MicrobatchFrame, timing: StageTiming) -> bytes:
+        """Encodes the result of the frame's microbatch."""
+        stage = timing.queue_ns, timing.compute_ns, timing.wire_ns, timing.rows
+        return self.rows.result(frame, stage, "", self.embeddings, self.drafting_ns)
 
 
 def batch_of(frame: MicrobatchFrame) -> Batch:
@@ -272,6 +286,21 @@ class StageRunner:
         self._gatherer = gatherer
         self._stage.gather_by(gatherer)
 
+    def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        """Results of the last run's output rows, by its logits. ProtocolError where tasks do not fit."""
+        return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
+
+    def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
+        """Samples and scores logits [outputs, vocabulary] of a last stage's last run, whose matchers are ready, and
+        drafts behind its rows. ProtocolError where tasks do not fit, or for more embedded rows than a result holds."""
+        rows = self._sample(logits, inputs)
+        embeddings = self.embeddings()
+        if self._nextn is None:
+            return StepOutputs(rows, embeddings, 0)
+        begun_ns = perf_counter_ns()
+        self._nextn.draft(self._last, self._stage.normed, rows, inputs.tasks)
+        return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
+
     def embeddings(self) -> bytes:
         """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
         more of them than one result holds."""
@@ -289,16 +318,7 @@ class StageRunner:
         assert self._frame is not None, "it follows a run"
         return self._frame
 
-    def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Results of the last run's output rows, by its logits. ProtocolError where tasks do not fit."""
-        received = StepInputs.read(encode_inputs(inputs))
-        outcomes = self.sample(logits, received)
-        self.draft(outcomes, received)
-        return row_results(outcomes)
-
-    def sample(self, logits: Logits, inputs: StepInputs) -> RowOutcomes:
-        """Samples and scores logits [outputs, vocabulary] of a last stage's last run. ProtocolError where tasks do not
-        fit."""
+    def _sample(self, logits: Logits, inputs: StepInputs) -> RowOutcomes:
         assert self._sampler is not None, "only a last stage has logits"
         tasks = inputs.tasks
         tasks.complete(self._last)
@@ -317,14 +337,6 @@ class StageRunner:
         for place, _ in matched.rows:
             set_result(outcomes, place, results[place])
         return outcomes
-
-    def draft(self, outcomes: RowOutcomes, inputs: StepInputs) -> int:
-        """Adds the tokens that a head drafts behind output rows of the last run. Returns what it took, in ns."""
-        if self._nextn is None:
-            return 0
-        begun_ns = perf_counter_ns()
-        self._nextn.draft(self._last, self._stage.normed, outcomes, inputs.tasks)
-        return perf_counter_ns() - begun_ns
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:

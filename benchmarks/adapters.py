@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.loader import Model
@@ -23,7 +22,9 @@ from llamaclust.model.program import MatMul
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench.limits import Spread
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
-from llamaclust.worker.stage.stage_runner import StageOptions
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import load_whole
+from llamaclust.worker.settings import WorkerSettings
 
 _STEPS = 32
 _PROMPT = 256
@@ -55,8 +56,8 @@ def write_adapter(path: Path, model: Path, rank: int) -> Path:
 @contextmanager
 def stage(path: Path, adapters: list[Path], sequences: int, threads: int) -> Iterator[BenchStage]:
     with Model.open(path, adapters=adapters) as model:
-        limits = stage_limits(sequences, _PROMPT + 1)
-        opened = BenchStage(model, CpuBackend(threads), limits, StageOptions(threads=threads))
+        device = Device.open(WorkerSettings(name="benchmark", threads=threads))
+        opened = BenchStage(model, load_whole(device, model, stage_limits(sequences, _PROMPT + 1)))
         try:
             yield opened
         finally:

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.tools.bench.limits import Spread
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
-from llamaclust.worker.stage.stage_runner import StageOptions
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import load_whole
+from llamaclust.worker.settings import WorkerSettings
 
 _SEQUENCES = 8
 _STEPS = 32
@@ -59,8 +60,8 @@ class Scaling:
     @contextmanager
     def _stage(self, batch: int, context: int) -> Iterator[BenchStage]:
         with Model.open(self.path) as model:
-            options = StageOptions(threads=self.threads)
-            opened = BenchStage(model, CpuBackend(self.threads), stage_limits(batch, context), options)
+            device = Device.open(WorkerSettings(name="benchmark", threads=self.threads))
+            opened = BenchStage(model, load_whole(device, model, stage_limits(batch, context)))
             try:
                 yield opened
             finally:

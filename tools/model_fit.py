@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import kv_tokens, max_batch_tokens, stage_limits
-from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
+from llamaclust.cluster.control.limits import capacity_of, kv_tokens
+from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
+from llamaclust.cluster.scheduler.kv.groups import KvSizes
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.kv_type import KvType
@@ -56,7 +57,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
         costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
         def limits(tokens: int) -> StageLimits:
-            return stage_limits(config, tokens, -(-tokens // KV_BLOCK_TOKENS))
+            return capacity_of(config, tokens).stage_limits(BlockCounts(blocks_of(tokens)))
 
         def weights(layers: int) -> int:
             tensors = model.tensors_for(model_program(model, 0, layers, limits(KV_BLOCK_TOKENS)))
@@ -94,8 +95,7 @@ def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: in
         window_token_bytes=sum(layer.window_bytes_per_token for layer in first),
         state_bytes=sum(layer.state_bytes for layer in first),
     )
-    groups = KvGroups.of(costs, context, config.max_sequences, max_batch_tokens(config))
-    return groups.kv_bytes(sizes, -(-kv_tokens // KV_BLOCK_TOKENS))
+    return capacity_of(config, context).groups(costs).kv_bytes(sizes, blocks_of(kv_tokens))
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:

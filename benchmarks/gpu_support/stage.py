@@ -25,8 +25,8 @@ from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.devices.whole_model import held_layers
-from llamaclust.worker.stage.stage_runner import StageOptions, plan_memory
+from llamaclust.worker.devices.whole_model import held_layers, load_whole
+from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
 """What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""
@@ -109,10 +109,9 @@ class Loaded:
                 raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.layout}")
             report(f"loading {task.model.stem}: {self.layout}")
             started, progress = time.perf_counter(), _Progress()
-            options = StageOptions(threads=task.threads, progress=progress.add)
-            backend = device.backend_for(self.layout.parts)
-            stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), options)
-            self._stage = held.enter_context(closing(stage))
+            limits = stage_limits(task.sequences, task.context)
+            runner = load_whole(device, self.model, limits, self.layout.parts, progress.add)
+            self._stage = held.enter_context(closing(BenchStage(self.model, runner)))
             self.load_s = time.perf_counter() - started
             report(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")
             self._check_copies()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
@@ -10,23 +11,22 @@ from llamaclust.cluster.control.resources.groups import check_groups
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
-from llamaclust.cluster.scheduler.kv.groups import KvGroups, window_group
+from llamaclust.cluster.scheduler.kv.groups import window_group
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, gpu_names
-from llamaclust.core.limits import StageLimits, max_embedded_rows
+from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
-from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.nextn.program import check_nextn, has_nextn
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
-_ROWS = 512
 _OUTPUTS = 64
 _KV_TOKENS = 8192
 
@@ -155,45 +155,28 @@ def manual_shards(config: ClusterConfig) -> int:
     return max((Fraction(place).denominator for place in places), default=1)
 
 
+def capacity_of(config: ClusterConfig, context_length: int) -> Capacity:
+    """The capacity that the cluster file asks for, with sequences of so many tokens."""
+    return Capacity(
+        context_length=context_length,
+        max_sequences=config.max_sequences,
+        max_outputs=max(_OUTPUTS, config.max_sequences),
+        prefill_chunk=config.prefill_chunk,
+        kv_type=config.kv_type,
+        prefix_cache=config.prefix_cache,
+        max_waiting=config.max_waiting,
+        mtp=uses_mtp(config),
+    )
+
+
 def max_batch_tokens(config: ClusterConfig) -> int:
-    """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
-    return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
+    return capacity_of(config, config.context_length).max_batch_tokens
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
     """Returns the tokens that KV memory is planned for: 8,192 or one whole context, enough for one or two users. It is
     None, for all sequences, if the user says how many there are."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
-
-
-def max_outputs(config: ClusterConfig) -> int:
-    return max(_OUTPUTS, config.max_sequences)
-
-
-def stage_limits(
-    config: ClusterConfig,
-    context_length: int,
-    kv_blocks: int,
-    window_blocks: int = 0,
-    state_blocks: int = 0,
-    expert_shards: int = 1,
-    *,
-    wide_tiles: bool = False,
-) -> StageLimits:
-    """The limits that every stage of a plan is loaded with."""
-    return StageLimits(
-        max_batch_tokens=max_batch_tokens(config),
-        max_outputs=max_outputs(config),
-        max_sequences=config.max_sequences,
-        max_context_tokens=context_length,
-        kv_blocks=kv_blocks,
-        kv_type=config.kv_type.value,
-        window_blocks=window_blocks,
-        state_blocks=state_blocks,
-        expert_shards=expert_shards,
-        nextn=uses_mtp(config),
-        wide_tiles=wide_tiles,
-    )
 
 
 def uses_mtp(config: ClusterConfig) -> bool:
@@ -211,14 +194,17 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
     """With the head, where one drafts. UsageError where the model has none."""
-    costs = model.costs(config.kv_type, expert_shards)
-    return with_nextn(model, costs, config.kv_type) if uses_mtp(config) and expert_shards == 1 else costs
+    return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
 def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     """Of the stages of a plan."""
-    counts = plan.kv_blocks, plan.window_blocks, plan.state_blocks
-    return stage_limits(config, plan.context_length, *counts, plan.expert_shards, wide_tiles=plan.wide_tiles)
+    capacity = capacity_of(config, plan.context_length)
+    return capacity.stage_limits(_blocks(plan), plan.expert_shards, wide_tiles=plan.wide_tiles)
+
+
+def _blocks(plan: Plan) -> BlockCounts:
+    return BlockCounts(plan.kv_blocks, plan.window_blocks, plan.state_blocks)
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
@@ -240,29 +226,5 @@ def scheduler_settings(
 ) -> SchedulerSettings:
     """The scheduler's limits, which are those of the loaded stages. `adapters`: see `SchedulerSettings`; None: those of
     the model."""
-    costs, batch_tokens = model_costs(config, model), max_batch_tokens(config)
-    groups = KvGroups.of(costs, plan.context_length, config.max_sequences, batch_tokens)
-    return SchedulerSettings(
-        model_id=model.model_id,
-        vocabulary=model.hyperparameters.vocabulary_size,
-        context_length=plan.context_length,
-        kv_blocks=plan.kv_blocks,
-        kv_type=config.kv_type,
-        max_sequences=config.max_sequences,
-        max_waiting=config.max_waiting,
-        max_batch_tokens=batch_tokens,
-        max_outputs=max_outputs(config),
-        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
-        embedding_length=model.embedding_width,
-        prefill_chunk=config.prefill_chunk,
-        prefix_cache=config.prefix_cache and model.is_causal,
-        whole_prompts=not model.is_causal,
-        generates=model.generates,
-        speculation=speculation if model.generates else None,
-        adapters=model.adapter_digests if adapters is None else adapters,
-        window=model.window if plan.window_blocks else None,
-        window_blocks=plan.window_blocks,
-        has_states=model.has_states,
-        state_blocks=plan.state_blocks,
-        state_span=groups.state_span,
-    )
+    settings = capacity_of(config, plan.context_length).scheduler_settings(model, _blocks(plan), speculation)
+    return settings if adapters is None else replace(settings, adapters=adapters)

@@ -11,6 +11,7 @@ from functools import partial
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.limits import (
+    capacity_of,
     check_division,
     check_parts_on_gpus,
     context_length,
@@ -20,7 +21,6 @@ from llamaclust.cluster.control.limits import (
     max_batch_tokens,
     model_costs,
     says_placement,
-    stage_limits,
     uses_mtp,
 )
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
@@ -44,6 +44,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.cluster.planner.roofline import retimed
+from llamaclust.cluster.scheduler.capacity import BlockCounts
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError, WorkerError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
@@ -147,7 +148,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
     """Whether all memory but that for workspaces holds the weights, however divided."""
     length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
-    workspace = workspace_of(model, stage_limits(config, length, kv_blocks=1))
+    workspace = workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
     for worker in _worker_facts(config, resources):
         if worker.memory_bytes is None:
@@ -170,7 +171,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     request = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=workspace_of(model, stage_limits(config, length, kv_blocks=1, expert_shards=expert_shards)),
+        workspace=workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1), expert_shards)),
         objective=config.objective,
         manual=None if config.plan is None else manual_plan(config),
         kv_memory_bytes=config.kv_memory,

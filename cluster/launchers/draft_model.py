@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.launchers.worker_settings import with_caches
+from llamaclust.cluster.launchers.worker_settings import open_device
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, blocks_of
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.core.sizes import missing
-from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.cores import read_cores
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import load_whole
 from llamaclust.worker.drafting.model_drafter import MOST_ROWS, ModelDrafter
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, plan_memory
+from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
 """Token ids at the end of one vocabulary that the other may lack: files of one family are padded differently."""
@@ -61,23 +60,15 @@ def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, 
     of the targets; errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
-    variables = environment()
     if threads is not None:
         threads = min(threads, max(1, len(read_cores().hardware_threads)))
-    settings = WorkerSettings(name="draft model", threads=threads, feature_level=variables.feature_level or "")
     drafted = _targets(model, targets)
-    device = Device.open(with_caches(settings))
+    device = open_device(WorkerSettings(name="draft model", threads=threads))
     context = min(context_length, model.hyperparameters.context_length)
     if context < _LEAST_CONTEXT:
         raise UsageError(_too_short(path, context_length, model.hyperparameters.context_length))
-    limits = StageLimits(
-        max_batch_tokens=MOST_ROWS + MOST_ORDERS,
-        max_outputs=MOST_ORDERS,
-        max_sequences=MOST_ORDERS,
-        max_context_tokens=context,
-        kv_blocks=_CONTEXTS * -(-context // KV_BLOCK_TOKENS),
-        kv_type=KvType.F16.value,
-    )
+    capacity = Capacity(context_length=context, max_sequences=MOST_ORDERS, max_outputs=MOST_ORDERS, rows=MOST_ROWS)
+    limits = capacity.stage_limits(BlockCounts(_CONTEXTS * blocks_of(context)))
     memory = plan_memory(device.backend, model, 0, model.layer_count, limits)
     return DraftModelPlan(model, device, limits, memory, drafted)
 
@@ -171,8 +162,7 @@ def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDra
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
         raise InsufficientMemoryError(f"draft model {plan.path} needs {missing(plan.memory.parts, free_bytes)}")
-    options = StageOptions(device.backend.feature_level, device.threads)
-    stage = StageRunner(device.backend, model, 0, model.layer_count, plan.limits, options)
+    stage = load_whole(device, model, plan.limits)
     with ExitStack() as opened:
         opened.callback(stage.close)
         draft_model = LoadedDraftModel(plan, stage)

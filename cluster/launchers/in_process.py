@@ -11,35 +11,32 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
-from llamaclust.cluster.launchers.worker_settings import with_caches
+from llamaclust.cluster.launchers.worker_settings import open_device
+from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
-from llamaclust.cluster.scheduler.kv.groups import KvGroups
+from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits, max_embedded_rows
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS
 from llamaclust.model.gguf.recommended_sampling import recommended_sampling
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn
 from llamaclust.model.placement import PlacementRule, placement_of
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.results import decode_result
-from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.devices.whole_model import held_layers
+from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
-from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -49,8 +46,6 @@ _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 """No worker can be lost here, and a large model may take its time."""
 _CONTEXT_TOKENS = 4096
-ROWS = 512
-"""Rows of a microbatch, unless chunks of prompts are larger."""
 OUTPUTS = 256
 """The most outputs of a microbatch."""
 
@@ -77,66 +72,42 @@ class LocalSettings:
     experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: what is left
 
 
-def scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
+def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
+    """UsageError for sizes that cannot be."""
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
-    chunk = settings.prefill_chunk
     if not 0 < context <= trained:
         raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
     for name, value, most in (
         ("max_sequences", settings.max_sequences, OUTPUTS),
-        ("prefill_chunk", chunk, MAX_BATCH_TOKENS - settings.max_sequences),
-        ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - _blocks(context)),
+        ("prefill_chunk", settings.prefill_chunk, MAX_BATCH_TOKENS - settings.max_sequences),
+        ("kv_blocks", settings.kv_blocks, MAX_KV_BLOCKS - blocks_of(context)),
     ):
         if value is not None and not 0 < value <= most:
             raise UsageError(f"{name}: {value}: set 1 to {most}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
-    kv_blocks = settings.kv_blocks or 2 * _blocks(context)
-    max_batch_tokens = max(ROWS, chunk or 0) + settings.max_sequences
-    costs = model.costs(KvType(settings.kv_type))
-    groups = KvGroups.of(costs, context, settings.max_sequences, max_batch_tokens)
-    return SchedulerSettings(
-        model_id=model.model_id,
-        vocabulary=model.hyperparameters.vocabulary_size,
+    return Capacity(
         context_length=context,
-        kv_blocks=kv_blocks,
-        kv_type=KvType(settings.kv_type),
         max_sequences=settings.max_sequences,
-        max_batch_tokens=max_batch_tokens,
         max_outputs=OUTPUTS,
-        max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
-        embedding_length=model.embedding_width,
-        prefill_chunk=chunk,
-        prefix_cache=settings.prefix_cache and model.is_causal,
-        whole_prompts=not model.is_causal,
-        generates=model.generates,
-        speculation=SpeculationSettings(NgramDrafters(), mtp=settings.mtp) if settings.speculation else None,
-        window=None if groups.window is None else groups.window.window,
-        window_blocks=groups.window_blocks(kv_blocks),
-        has_states=model.has_states,
-        state_blocks=groups.state_blocks(kv_blocks),
-        state_span=groups.state_span,
+        prefill_chunk=settings.prefill_chunk,
+        kv_type=KvType(settings.kv_type),
+        prefix_cache=settings.prefix_cache,
+        mtp=settings.mtp,
     )
 
 
-def _blocks(tokens: int) -> int:
-    return -(-tokens // KV_BLOCK_TOKENS)
-
-
-def stage_limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
-    group = scheduling.window_group
-    return StageLimits(
-        max_batch_tokens=scheduling.max_batch_tokens,
-        max_outputs=scheduling.max_outputs,
-        max_sequences=scheduling.max_sequences,
-        max_context_tokens=scheduling.context_length,
-        kv_blocks=scheduling.kv_blocks + own[1],
-        kv_type=scheduling.kv_type.value,
-        window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
-        state_blocks=scheduling.state_blocks and scheduling.state_blocks + 1,
-        nextn=scheduling.has_mtp,
-    )
+def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings | None:
+    """UsageError where a head or a model is to draft and nothing is drafted."""
+    if settings.mtp:
+        check_nextn(model)
+    if settings.speculation:
+        return SpeculationSettings(NgramDrafters(), mtp=settings.mtp)
+    for name in ("mtp", "draft_model"):
+        if getattr(settings, name):
+            raise UsageError(f"{name}: nothing is drafted without speculation: leave one of them out")
+    return None
 
 
 class LocalStage:
@@ -144,32 +115,27 @@ class LocalStage:
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
-        self.scheduling = scheduler_settings(self.model, settings)
+        speculation, capacity = _speculation(self.model, settings), local_capacity(self.model, settings)
+        context_blocks = blocks_of(capacity.context_length)
+        blocks = capacity.blocks(self.model, settings.kv_blocks or 2 * context_blocks)
+        self.scheduling = capacity.scheduler_settings(self.model, blocks, speculation)
         worker = WorkerSettings(
             name="this process",
             device=_device_kind(settings, self.model),
             threads=threads,
-            feature_level=feature_level or environment().feature_level or "",
+            feature_level=feature_level or "",
             gpu_layers=settings.gpu_layers,
             gpu_memory_bytes=settings.gpu_memory_bytes,
         )
         placement = placement_of(self.model, settings.placement, settings.cpu_moe)
-        device = Device.open(with_caches(worker))
+        device = open_device(worker)
         self.feature_level = device.backend.feature_level
-        self._own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
-        limits = stage_limits(self.scheduling, self._own)
-        if settings.mtp:
-            check_nextn(self.model)
-            if not limits.nextn:
-                raise UsageError("mtp: nothing is drafted without speculation: leave one of them out")
+        self._own = (blocks.kv, context_blocks)
+        limits = capacity.stage_limits(_with_own(blocks, context_blocks, self.scheduling.window_group))
         with ExitStack() as opened:
-            for gpu in device.gpus:
-                opened.callback(gpu.close)
+            opened.callback(device.close)
             held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
-            devices = held if device.gpus else ()
-            options = StageOptions(self.feature_level, device.threads, devices, nextn_backend=device.backend)
-            backend, end = device.backend_for(held), self.model.layer_count
-            self._runner = StageRunner(backend, self.model, 0, end, limits, options)
+            self._runner = load_whole(device, self.model, limits, held if device.gpus else ())
             opened.callback(self._runner.close)
             if settings.draft_model is not None:
                 self.scheduling = self._with_draft_model(settings.draft_model, device.threads, opened)
@@ -209,11 +175,9 @@ class LocalStage:
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """UsageError where nothing is to be drafted, and as for `plan_draft_model` and `open_draft_model`."""
+        """UsageError where nothing can be drafted, and as for `plan_draft_model` and `open_draft_model`."""
         scheduling = self.scheduling
-        if scheduling.speculation is None:
-            raise UsageError("draft_model: nothing is drafted without speculation: leave one of them out")
-        if not (scheduling.max_drafted and self.model.generates):
+        if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
         plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
         unused_bytes = self._runner.memory.kv_bytes  # counts as free until answers write to it
@@ -267,7 +231,7 @@ class LocalStage:
         if group is None:
             return (), 0
         first, size = group.first_seen(start), group.sequence_blocks + group.row_blocks
-        ring = (scheduling.window_blocks + block % size for block in range(first, _blocks(end)))
+        ring = (scheduling.window_blocks + block % size for block in range(first, blocks_of(end)))
         return tuple(number for block in ring for number in (block, 1)), first
 
 
@@ -316,6 +280,12 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
         if name in counts and value < 0:
             raise UsageError(f"{name}: {value}: set 0 or more")
     return kind
+
+
+def _with_own(blocks: BlockCounts, context_blocks: int, window: WindowGroup | None) -> BlockCounts:
+    """The scheduler's blocks and those behind them, which `logits` uses."""
+    own_window = 0 if window is None else window.sequence_blocks + window.row_blocks
+    return BlockCounts(blocks.kv + context_blocks, blocks.window + own_window, blocks.states and blocks.states + 1)
 
 
 def _pieces(start: int, end: int, most: int) -> Iterator[tuple[int, int]]:

@@ -29,7 +29,7 @@ from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.worker.devices.cores import physical_cores
-from llamaclust.worker.stage.stage_runner import StageOptions
+from llamaclust.worker.stage.stage_runner import StageRunner
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
 
@@ -152,7 +152,7 @@ def test_a_limit_is_measured_before_and_after() -> None:
 
 def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
     with Model.open(tiny) as model:
-        stage = BenchStage(model, CpuBackend(1), stage_limits(3, 100), StageOptions(threads=1))
+        stage = BenchStage(model, StageRunner(CpuBackend(1), model, 0, model.layer_count, stage_limits(3, 100)))
         seen: list[tuple[int, int]] = []
         run = stage._runner.run_to_sample
 

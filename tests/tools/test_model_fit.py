@@ -13,11 +13,12 @@ import pytest
 
 from llamaclust.cli.main import main
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import stage_limits
-from llamaclust.cluster.launchers.in_process import LocalSettings, scheduler_settings
+from llamaclust.cluster.control.limits import capacity_of
+from llamaclust.cluster.launchers.in_process import LocalSettings, local_capacity
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -41,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _limits(tokens: int) -> StageLimits:
     """Of a cluster with all defaults, and KV memory for one sequence."""
     config = ClusterConfig.model_validate({"model": "m", "workers": [{"name": "a"}]})
-    return stage_limits(config, tokens, -(-tokens // KV_BLOCK_TOKENS))
+    return capacity_of(config, tokens).stage_limits(BlockCounts(blocks_of(tokens)))
 
 
 def planned(model: Model, layers: int, context: int) -> int:
@@ -88,13 +89,12 @@ def test_plans_and_models_in_one_process_reserve_the_same(name: str, tmp_path: P
         costs, context = model.costs(KvType.F16), found.context_length
         request = PlanRequest(context, 32, lambda place: 0, max_batch_tokens=544, kv_tokens=context)
         plan = make_plan(costs, [WorkerFacts("a", 1 << 40, None)], request)
-        scheduling = scheduler_settings(
-            model, LocalSettings(context_length=context, max_sequences=32, kv_blocks=blocks)
-        )
+        own = local_capacity(model, LocalSettings(context_length=context, max_sequences=32))
+        counts = own.blocks(model, blocks)
         limits = replace(_limits(context), window_blocks=plan.window_blocks, state_blocks=plan.state_blocks)
         reserved = kv_bytes(model.program(0, model.layer_count, KvType.F16, context), limits)
-    assert plan.kv_blocks == limits.kv_blocks == blocks and scheduling.max_batch_tokens == 544
-    assert (scheduling.window_blocks, scheduling.state_blocks) == (plan.window_blocks, plan.state_blocks)
+    assert plan.kv_blocks == limits.kv_blocks == blocks and own.max_batch_tokens == 544
+    assert (counts.window, counts.states) == (plan.window_blocks, plan.state_blocks)
     told = found.least_bytes - found.weight_bytes - found.workspace_bytes
     assert told == plan.stages[0].kv_bytes == reserved
     assert (found.state_bytes > 0) == (plan.state_blocks > 0) == (name not in ("qwen3", "gemma3"))

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.state.measurements import LoadMeter, OtherLoad
 from llamaclust.core.errors import UsageError
-from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.core.gpus import DeviceLayers
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import SequenceState
@@ -23,9 +22,10 @@ from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.limits import GpuLimits, Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.stage import BenchStage, stage_limits
 from llamaclust.tools.model_info import describe
-from llamaclust.worker.devices.backends import open_gpu
 from llamaclust.worker.devices.cores import physical_cores
-from llamaclust.worker.stage.stage_runner import StageOptions
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import load_whole
+from llamaclust.worker.settings import WorkerSettings
 
 OnStep = Callable[[str], None]
 """Called with the name of the next measurement."""
@@ -188,28 +188,38 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         trained = model.hyperparameters.context_length
         if task.context > trained:
             raise UsageError(f"{task.context} tokens requested, the model's context length is {trained}")
-        backend = CpuBackend(task.threads_each, environment().feature_level)
         work, load = Work.of(model, task), LoadMeter()
         measure = partial(_measure, task, work, on_step)
-        level, gpu_name = backend.feature_level, ""
-        if task.device != "cpu":
-            kernels = environment().kernels_dir
-            with closing(open_gpu(task.device, task.threads_each, None, kernels_dir=kernels)) as gpu:
+        with closing(_device(task)) as device:
+            level, gpu_name = device.backend.feature_level, ""
+            for gpu in device.gpus:
                 level, gpu_name = gpu.feature_level, gpu.gpu().name
-                of_gpu = partial(measure, limits=GpuLimits(gpu))
-                sampler_level = environment().feature_level or ""
-                runs = in_background(partial(_stage_runs, task, model, gpu, sampler_level, of_gpu)).result()
-        elif task.workers > 1:
-            runs = asyncio.run(_cluster_runs(task, on_step, measure))
-        else:
-            runs = in_background(partial(_stage_runs, task, model, backend, level, measure)).result()
+                measure = partial(measure, limits=GpuLimits(gpu))
+            if task.workers > 1:
+                runs = asyncio.run(_cluster_runs(task, on_step, measure))
+            else:
+                runs = in_background(partial(_stage_runs, task, model, device, measure)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
         return BenchReport(task, quant_type, level, work, *runs, load.measure(), gpu_name)
 
 
-def _stage_runs(task: BenchTask, model: Model, backend: Backend, sampler_level: str, measure: _Measure) -> _Runs:
-    options = StageOptions(sampler_level, task.threads_each)
-    with closing(BenchStage(model, backend, stage_limits(task.batch, task.context, task.kv_type), options)) as stage:
+def _device(task: BenchTask) -> Device:
+    """The processor, or a GPU beside it, without the cache of packed weights."""
+    variables = environment()
+    settings = WorkerSettings(
+        name="bench",
+        device=task.device,
+        threads=task.threads_each,
+        feature_level=variables.feature_level or "",
+        kernels_dir=variables.kernels_dir,
+    )
+    return Device.open(settings)
+
+
+def _stage_runs(task: BenchTask, model: Model, device: Device, measure: _Measure) -> _Runs:
+    limits = stage_limits(task.batch, task.context, task.kv_type)
+    parts = (DeviceLayers(task.device, 0, model.layer_count),)
+    with closing(BenchStage(model, load_whole(device, model, limits, parts))) as stage:
         return asyncio.run(measure(_StageRunner(stage, task)))
 
 

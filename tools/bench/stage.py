@@ -8,54 +8,49 @@ from time import perf_counter_ns
 
 import numpy as np
 
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, blocks_of
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows
-from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
-from llamaclust.kernels.backend import Backend, CacheCounts
+from llamaclust.kernels.backend import CacheCounts
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs, StageTiming
-from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
+from llamaclust.worker.stage.stage_runner import StageRunner
 
 _EPOCH = 1
-_MOST_ROWS = 512
 _SEED = 20_240_601
 _SETTLE_S = 30.0
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
     """Limits of a `BenchStage` with `batch` sequences of at most `context` tokens each."""
-    blocks = -(-context // KV_BLOCK_TOKENS)
-    return StageLimits(_MOST_ROWS + batch, batch, batch, context, blocks * batch, kv_type)
+    return _capacity(batch, context, kv_type).stage_limits(BlockCounts(blocks_of(context) * batch))
+
+
+def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
+    return Capacity(context_length=context, max_sequences=batch, max_outputs=batch, kv_type=kv_type)
 
 
 class BenchStage:
     """A loaded stage and sequences of random tokens: as many and as long as `stage_limits` says."""
 
-    def __init__(self, model: Model, backend: Backend, limits: StageLimits, options: StageOptions) -> None:
-        """Loads the weights. `options`: what the sampler computes with, whatever the backend."""
+    def __init__(self, model: Model, runner: StageRunner) -> None:
+        """Owns the stage of the whole model."""
+        limits = runner.limits
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
-        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, options)
+        self._runner = runner
         self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size
         random = np.random.default_rng(_SEED)
         self._tokens = [tuple(map(int, random.integers(0, vocabulary, context))) for _ in range(batch)]
         self._times = StageTimes(1)
-        self._settings = SchedulerSettings(
-            self._model_id,
-            vocabulary,
-            context,
-            limits.kv_blocks,
-            max_sequences=batch,
-            max_batch_tokens=limits.max_batch_tokens,
-            max_outputs=batch,
-        )
+        capacity = _capacity(batch, context, KvType(limits.kv_type))
+        self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
         """Seconds to compute the first `tokens` of all sequences, or of so many, one after the other, and to choose one

@@ -58,6 +58,11 @@ class Device:
             settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers, kv_disk_bytes
         )
 
+    def close(self) -> None:
+        """Gives its GPUs back."""
+        for gpu in self.gpus:
+            gpu.close()
+
     @property
     def free_memory_bytes(self) -> int:
         """What may still be taken: of the machine, and of the cap that holds for all this process has."""

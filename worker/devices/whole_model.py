@@ -1,6 +1,6 @@
-"""Where the layers of a whole model lie: the last ones on this machine's GPUs, as many as these have memory for or the
-user wants there, the others on its processor; of mixtures of experts, experts of layers on a GPU may be in RAM. Of a
-cluster's workers the plan says so."""
+"""A whole model as one stage of this process, and where its layers lie: the last ones on this machine's GPUs, as many
+as these have memory for or the user wants there, the others on its processor; of mixtures of experts, experts of layers
+on a GPU may be in RAM. Of a cluster's workers the plan says so."""
 
 from __future__ import annotations
 
@@ -12,13 +12,30 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Placement, cache_room
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
+from llamaclust.kernels.backend import Progress
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Moe
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
 _CPU = "cpu"
+
+
+def load_whole(
+    device: Device,
+    model: Model,
+    limits: StageLimits,
+    parts: tuple[DeviceLayers, ...] = (),
+    progress: Progress | None = None,
+) -> StageRunner:
+    """Loads all layers, on devices as `parts` says or on the processor alone, which samples in any case and computes an
+    MTP head. Memory is not checked: `held_layers` and `plan_memory` do."""
+    end = model.layer_count
+    options = StageOptions(device.backend.feature_level, device.threads, parts, progress, device.backend)
+    backend = device.backend_for(parts or (DeviceLayers(_CPU, 0, end),))
+    return StageRunner(backend, model, 0, end, limits, options)
 
 
 def held_layers(

@@ -293,7 +293,7 @@ class StageRunner:
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
         """Samples and scores logits [outputs, vocabulary] of a last stage's last run, whose matchers are ready, and
         drafts behind its rows. ProtocolError where tasks do not fit, or for more embedded rows than a result holds."""
-        rows = self._sample(logits, inputs)
+        rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
             return StepOutputs(rows, embeddings, 0)
@@ -318,7 +318,7 @@ class StageRunner:
         assert self._frame is not None, "it follows a run"
         return self._frame
 
-    def _sample(self, logits: Logits, inputs: StepInputs) -> RowOutcomes:
+    def sample(self, logits: Logits, inputs: StepInputs) -> RowOutcomes:
         assert self._sampler is not None, "only a last stage has logits"
         tasks = inputs.tasks
         tasks.complete(self._last)

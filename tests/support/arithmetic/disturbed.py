@@ -12,7 +12,8 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.launchers.in_process import LocalSettings, scheduler_settings, stage_limits
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity
+from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import window_group
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
@@ -20,6 +21,7 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation import speculation
 from llamaclust.cluster.scheduler.speculation.mtp_drafts import MtpDrafts
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.model.loader import Model
@@ -47,10 +49,10 @@ class CutModel(FakeModel):
     have so many `shards`."""
 
     def __init__(
-        self, backend: Backend, model: Model, cuts: Iterable[int], settings: SchedulerSettings, shards: int = 1
+        self, backend: Backend, model: Model, cuts: Iterable[int], limits: StageLimits, shards: int = 1
     ) -> None:
-        super().__init__(settings.kv_blocks)
-        limits = replace(stage_limits(settings, (settings.kv_blocks, 0)), expert_shards=shards)
+        super().__init__(limits.kv_blocks)
+        limits = replace(limits, expert_shards=shards)
         bounds = (0, *possible_cuts(model, cuts, shards), model.layer_count * shards)
         self.runners = [StageRunner(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 
@@ -90,8 +92,9 @@ def requests(vocabulary: int) -> tuple[GenerationRequest, ...]:
 
 def undisturbed(backend: Backend, model: Model, context: int) -> list[Answer]:
     """Each request alone on one stage, its prompt in one chunk."""
-    settings = _settings(model, context, _ROOM, LocalSettings(context, max_sequences=1, prefix_cache=False))
-    stages = CutModel(backend, model, (), settings)
+    alone = Capacity(context_length=context, max_sequences=1, max_outputs=64, rows=63, prefix_cache=False)
+    settings, limits = _sizes(model, alone, _ROOM, SpeculationSettings(NgramDrafters()))
+    stages = CutModel(backend, model, (), limits)
     run = _simulation(settings, stages)
     try:
         return [_finished(run, [run.add(request)])[0] for request in requests(settings.vocabulary)]
@@ -125,31 +128,32 @@ def disturbed(
 def _disturbed(
     backend: Backend, model: Model, context: int, known: Sequence[Answer], ways: tuple[Cuts, Cuts] | None, mtp: bool
 ) -> list[Answer]:
-    settings = _settings(model, context, _SHORT, LocalSettings(context, max_sequences=4, prefill_chunk=5))
-    asked = requests(settings.vocabulary)
+    vocabulary = model.hyperparameters.vocabulary_size
+    asked = requests(vocabulary)
     texts = [
         [*request.prompt, *(token for token, _ in answer[-request.max_new_tokens :])]
         for request, answer in zip(asked, known, strict=True)
     ]
-    says = replayed(texts, 0.9, Random(3), settings.vocabulary)
-    settings = replace(settings, speculation=SpeculationSettings(SaidDrafters(says), mtp=mtp))
+    says = replayed(texts, 0.9, Random(3), vocabulary)
+    crowded = Capacity(context_length=context, max_sequences=4, max_outputs=24, rows=20, prefill_chunk=5, mtp=mtp)
+    settings, limits = _sizes(model, crowded, _SHORT, SpeculationSettings(SaidDrafters(says), mtp=mtp))
     count = model.layer_count
     (shards, cuts), (later_shards, later) = ways or ((1, (count // 2,)), (1, range(1, count, -(-count // 5))))
-    first = CutModel(backend, model, cuts, settings, shards)
+    first = CutModel(backend, model, cuts, limits, shards)
     run = _simulation(settings, first)
-    keys = [run.add(request) for request in requests(settings.vocabulary)]
+    keys = [run.add(request) for request in asked]
     while len(run.rows(keys[0])) < _LOST_AFTER:
         run.step()
     run.send_all()
     run.sent.clear()
     first.close()
-    second = CutModel(backend, model, later, settings, later_shards)
+    second = CutModel(backend, model, later, limits, later_shards)
     run.stages = _stages(second)
     run.scheduler.restart(settings, 2, len(second.runners))
     try:
         answers = _finished(run, keys)
         before = run.scheduler.counts.cached_tokens
-        again = _finished(run, [run.add(request) for request in requests(settings.vocabulary)[:2]])
+        again = _finished(run, [run.add(request) for request in asked[:2]])
     finally:
         second.close()
     counts = run.scheduler.counts
@@ -162,20 +166,16 @@ def _disturbed(
     return answers
 
 
-def _settings(model: Model, context: int, kv_blocks: int, local: LocalSettings) -> SchedulerSettings:
+def _sizes(
+    model: Model, capacity: Capacity, kv_blocks: int, speculation: SpeculationSettings
+) -> tuple[SchedulerSettings, StageLimits]:
     """Layers with a window give up the blocks behind it."""
-    settings = scheduler_settings(model, replace(local, kv_blocks=kv_blocks))
-    rows = 24 if local.prefill_chunk else 64
-    group = window_group(model.window, context, rows)
-    return replace(
-        settings,
-        max_batch_tokens=rows,
-        max_outputs=rows,
-        window=None if group is None else group.window,
-        window_blocks=0 if group is None else local.max_sequences * group.sequence_blocks + group.row_blocks,
-        state_blocks=settings.state_blocks and local.max_sequences + _CHECKPOINTS,
-        state_span=2 * KV_BLOCK_TOKENS,
-    )
+    sequences = capacity.max_sequences
+    group = window_group(model.window, capacity.context_length, capacity.max_batch_tokens)
+    window = 0 if group is None else sequences * group.sequence_blocks + group.row_blocks
+    blocks = BlockCounts(kv_blocks, window, sequences + _CHECKPOINTS if model.has_states else 0)
+    settings = capacity.scheduler_settings(model, blocks, speculation)
+    return replace(settings, state_span=2 * KV_BLOCK_TOKENS), capacity.stage_limits(blocks)
 
 
 def _stages(model: CutModel) -> FakeStages:

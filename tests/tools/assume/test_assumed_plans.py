@@ -8,10 +8,11 @@ from math import ceil
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.control.limits import stage_limits
+from llamaclust.cluster.control.limits import capacity_of
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.product_times import RATES, READ_SHARE
 from llamaclust.cluster.planner.roofline import LAYER_S
+from llamaclust.cluster.scheduler.capacity import BlockCounts
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.sizes import mib
 from llamaclust.model.groups.portion import Portion
@@ -188,7 +189,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
 def test_members_have_memory_for_what_they_load(machines: str, model: str) -> None:
     """Each with the workspace of its own program, which a worker plans again when it loads."""
     found = plan_assumed(machines, model, ())
-    opened, limits = found.model.opened, stage_limits(load_config(None, ["name=a"]), 4096, kv_blocks=1)
+    opened, limits = found.model.opened, capacity_of(load_config(None, ["name=a"]), 4096).stage_limits(BlockCounts(1))
     assert any(stage.shares for stage in found.plan.stages)
     for stage in found.plan.stages:
         portion = Portion(stage.shares, stage.member) if stage.shares else None

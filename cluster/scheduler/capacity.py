@@ -1,0 +1,110 @@
+"""What a model is served with: settings of its scheduler and limits of its stages follow from the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.kv.groups import KvGroups
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.core.limits import StageLimits, max_embedded_rows
+from llamaclust.model.costs import ModelCosts
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.loader import Model
+from llamaclust.model.nextn.costs import with_nextn
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+ROWS = 512
+"""Rows of a microbatch, beside one of each sequence."""
+
+
+def blocks_of(tokens: int) -> int:
+    """Returns the KV blocks that so many tokens take."""
+    return -(-tokens // KV_BLOCK_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """Blocks of KV memory of all layers, of those with a window, and of states; 0: there are none of their own."""
+
+    kv: int
+    window: int = 0
+    states: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Tokens, sequences and rows that a model is served with."""
+
+    context_length: int
+    max_sequences: int  # running together
+    max_outputs: int  # sampled and scored rows of a microbatch
+    rows: int = ROWS  # of a microbatch, beside one of each sequence; more where chunks of prompts are larger
+    prefill_chunk: int | None = None  # prompt tokens of a microbatch, at most; None: by predicted time
+    kv_type: KvType = KvType.F16
+    prefix_cache: bool = True
+    max_waiting: int = 256
+    mtp: bool = False  # the last stage drafts with the model's MTP head
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
+        return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
+
+    def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
+        """Returns the model's costs, with its head where that drafts. UsageError where the model has none."""
+        costs = model.costs(self.kv_type, expert_shards)
+        return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
+
+    def groups(self, costs: ModelCosts) -> KvGroups:
+        return KvGroups.of(costs, self.context_length, self.max_sequences, self.max_batch_tokens)
+
+    def blocks(self, model: Model, kv_blocks: int) -> BlockCounts:
+        """Returns the blocks of windows and states beside so many KV blocks."""
+        groups = self.groups(self.costs(model))
+        return BlockCounts(kv_blocks, groups.window_blocks(kv_blocks), groups.state_blocks(kv_blocks))
+
+    def stage_limits(self, blocks: BlockCounts, expert_shards: int = 1, *, wide_tiles: bool = False) -> StageLimits:
+        """The limits that every stage is loaded with."""
+        return StageLimits(
+            max_batch_tokens=self.max_batch_tokens,
+            max_outputs=self.max_outputs,
+            max_sequences=self.max_sequences,
+            max_context_tokens=self.context_length,
+            kv_blocks=blocks.kv,
+            kv_type=self.kv_type.value,
+            window_blocks=blocks.window,
+            state_blocks=blocks.states,
+            expert_shards=expert_shards,
+            nextn=self.mtp,
+            wide_tiles=wide_tiles,
+        )
+
+    def scheduler_settings(
+        self, model: Model, blocks: BlockCounts, speculation: SpeculationSettings | None = None
+    ) -> SchedulerSettings:
+        """The scheduler's limits, which are those of the loaded stages."""
+        return SchedulerSettings(
+            model_id=model.model_id,
+            vocabulary=model.hyperparameters.vocabulary_size,
+            context_length=self.context_length,
+            kv_blocks=blocks.kv,
+            kv_type=self.kv_type,
+            max_sequences=self.max_sequences,
+            max_waiting=self.max_waiting,
+            max_batch_tokens=self.max_batch_tokens,
+            max_outputs=self.max_outputs,
+            max_embedded_rows=max_embedded_rows(model.hyperparameters.embedding_length),
+            embedding_length=model.embedding_width,
+            prefill_chunk=self.prefill_chunk,
+            prefix_cache=self.prefix_cache and model.is_causal,
+            whole_prompts=not model.is_causal,
+            generates=model.generates,
+            speculation=speculation if model.generates else None,
+            adapters=model.adapter_digests,
+            window=model.window if blocks.window else None,
+            window_blocks=blocks.window,
+            has_states=model.has_states,
+            state_blocks=blocks.states,
+            state_span=self.groups(self.costs(model)).state_span,
+        )

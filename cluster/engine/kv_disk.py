@@ -103,7 +103,7 @@ class KvDisk:
                 returned.set_result(None)
         self._returns = [entry for entry in self._returns if not entry[1].done()]
         for sequence in sequences:
-            keys = sequence.block_keys[: min(sequence.prompt_length // KV_BLOCK_TOKENS, _MOST_BLOCKS)]
+            keys = sequence.kv.keys[: min(sequence.prompt_length // KV_BLOCK_TOKENS, _MOST_BLOCKS)]
             if sequence.generated == 1 and len(keys) >= _LEAST_BLOCKS and not self._saves.full():
                 self._saves.put_nowait(keys)
                 self._pending += 1
@@ -126,7 +126,7 @@ class KvDisk:
     async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
         """How many blocks can be shared that could not before."""
         missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
-        count = await disks.find(sequence.block_keys[missing.start : missing.stop])
+        count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
             return 0
         async with self._reading:  # one after the other: prompts may have the same beginning

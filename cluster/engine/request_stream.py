@@ -60,13 +60,12 @@ class SubmittedRequest:
     @property
     def progress(self) -> PromptProgress | None:
         """Progress of the prompt; None before the request is started."""
-        sequence = self.sequence
-        if sequence.cached_tokens is None:
+        usage, total = self.sequence.usage, self.sequence.prompt_length
+        if usage.cached_tokens is None:
             return None
-        total = sequence.prompt_length
-        processed = total if sequence.first_ns else min(total, max(sequence.cached_tokens, sequence.computed))
-        since_ms = ((sequence.first_ns or monotonic_ns()) - sequence.started_ns) / 1e6
-        return PromptProgress(total, sequence.cached_tokens, processed, since_ms)
+        processed = total if usage.first_ns else min(total, max(usage.cached_tokens, self.sequence.computed))
+        since_ms = ((usage.first_ns or monotonic_ns()) - usage.started_ns) / 1e6
+        return PromptProgress(total, usage.cached_tokens, processed, since_ms)
 
     def end(self, error: LlamaclustError | None = None) -> None:
         """Tells the sink that no more events come."""
@@ -138,7 +137,7 @@ class OpenRequests:
         now_ns = monotonic_ns()
         self._waterfalls.ended(key, str(reason), now_ns)
         sequence = submitted.sequence
-        request, timings, seconds = sequence.request, sequence.timings(), (now_ns - sequence.arrived_ns) / 1e9
+        request, timings, seconds = sequence.request, sequence.timings(), (now_ns - sequence.usage.arrived_ns) / 1e9
         ended = EndedRequest(str(reason), timings, seconds, request.operation, is_restored=bool(request.answered))
         self._metrics.finished(ended)
         if _log.isEnabledFor(logging.INFO):

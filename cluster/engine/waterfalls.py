@@ -59,8 +59,8 @@ class Waterfalls:
         self._idle_kind: PhaseKind | None = None  # of time without a pipeline
 
     def opened(self, sequence: Sequence) -> None:
-        received_ns = sequence.request.received_ns or sequence.arrived_ns
-        waterfall = Waterfall(received_ns, sequence.arrived_ns, sequence.prompt_length)
+        received_ns = sequence.request.received_ns or sequence.usage.arrived_ns
+        waterfall = Waterfall(received_ns, sequence.usage.arrived_ns, sequence.prompt_length)
         self._open[sequence.key] = _Open(sequence, waterfall, None if self.spans is None else current_trace.get())
 
     def ended(self, key: int, reason: str, now_ns: int) -> None:

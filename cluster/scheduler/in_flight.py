@@ -106,11 +106,11 @@ class InFlight:
         row = 0
         for taken in slices:
             row += len(taken.tasks)
-            if taken.is_sampled:
+            if taken.sampled:
                 taken.sequence.sampled_at = (number, row - 1)
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
-        others = (taken.sequence for taken in slices if not taken.sequence.samples_plainly)
+        others = (taken.sequence for taken in slices if not taken.sequence.sampler.is_plain)
         matchers = (matcher_start(sequence, may_draft=self._may_draft) for sequence in others)
         starts = tuple(start for start in matchers if start is not None)
         microbatch = Microbatch(self._model_id, self.epoch, number, chunks)

@@ -76,7 +76,7 @@ class MatcherTurns:
     def launched(self, slices: Iterable[SequenceSlice]) -> None:
         """They are in a microbatch."""
         if self._next:
-            launched = {taken.sequence for taken in slices if taken.is_sampled}
+            launched = {taken.sequence for taken in slices if taken.sampled}
             for sequence in filter(launched.__contains__, self._next):
                 self._turn += 1
                 sequence.matcher.turn = self._turn

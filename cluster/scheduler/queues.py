@@ -52,7 +52,7 @@ class SequenceQueues:
     @property
     def decode_plainly(self) -> bool:
         """Whether none awaits its first token, or needs others to choose one: steps ahead have rows of all."""
-        return all(sequence.phase is _DECODE and sequence.samples_plainly for sequence in self.running)
+        return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
     def prefilling(self) -> list[Sequence]:
@@ -221,7 +221,7 @@ class SequenceQueues:
     def discard(self, sequence: Sequence) -> None:
         """Repeats a sequence's computation from its tokens, in blocks that no other sequence has written, in case that
         a stage's result or KV memory is damaged."""
-        sequence.repeat_outputs()
+        sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:
             self.put_back(sequence, Phase.DISCARDED)
@@ -248,7 +248,7 @@ class SequenceQueues:
         """A sequence that waits runs; it has its blocks."""
         self.waiting.remove(sequence)
         sequence.phase = Phase.PREFILL
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.scheduled
-            self.cached_tokens += sequence.cached_tokens
+        if not sequence.is_begun:
+            sequence.usage.cached_tokens = sequence.scheduled
+            self.cached_tokens += sequence.scheduled
         insort(self.running, sequence, key=_by_arrival)

@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
-from llamaclust.cluster.scheduler.rows.answering import answer
+from llamaclust.cluster.scheduler.rows.answering import answer, answer_embedded
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, embedded_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
@@ -31,9 +31,11 @@ from llamaclust.cluster.scheduler.rows.taking import take_token
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.counts import DraftCounts
+from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
 from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
+from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
@@ -110,10 +112,11 @@ class Scheduler:
         )
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
-        sequence = Sequence(self._next_key, request, max_new_tokens, now_ns, settings.whole_prompts, settings.has_mtp)
+        is_whole, drafting = settings.whole_prompts, Drafting(settings.has_mtp)
+        sequence = Sequence(self._next_key, request, max_new_tokens, Usage(now_ns), is_whole, drafting=drafting)
         if request.adapters:
             computed_by = [(settings.adapters[number], scale) for number, scale in sorted(request.adapters)]
-            sequence.block_keys = BlockKeys(request.cache_salt, computed_by)
+            sequence.kv.keys = BlockKeys(request.cache_salt, computed_by)
         if sequence.known_end is None:
             self.queues.add(sequence, settings.max_waiting)
             self._sequences[sequence.key] = sequence
@@ -224,7 +227,7 @@ class Scheduler:
         """What the results of its rows are for its sequence."""
         sequence = taken.sequence
         sequence.in_flight -= 1
-        sequence.sampling -= taken.is_sampled
+        sequence.sampling -= taken.sampled > 0
         if sequence.request.needs_matcher:
             sequence.matcher.learn(rows)
         if taken.is_stale:
@@ -234,13 +237,16 @@ class Scheduler:
         if not taken.is_answered or not sequence.counts_results:
             self.strikes.computed(sequence, taken.end - taken.drafted)
             return []
-        accepted = sequence.accepted_rows
-        updates = sequence.received(taken, embeddings, now_ns) if embeddings else answer(sequence, taken, rows, now_ns)
-        is_deferred = taken.is_sampled and rows[len(rows) - taken.sampled].is_deferred
+        accepted = sequence.drafting.accepted
+        if embeddings:
+            updates = answer_embedded(sequence, taken, embeddings, now_ns)
+        else:
+            updates = answer(sequence, taken, rows, now_ns)
+        is_deferred = taken.sampled > 0 and rows[len(rows) - taken.sampled].is_deferred
         if not is_deferred and not (updates and isinstance(updates[-1], Failed)):
             self.strikes.computed(sequence, sequence.computed)
         if taken.drafted:
-            right = sequence.accepted_rows - accepted
+            right = sequence.drafting.accepted - accepted
             self.drafts += DraftCounts.of_window(taken.draft_kind, taken.drafted, right)
             self.queues.memory.settle(sequence, is_whole=sequence.scheduled >= taken.end)
         if is_deferred and not self.settings.may_repeat_rows:
@@ -324,7 +330,7 @@ class Scheduler:
             return None
         if tokens := self.speculation.further(sequence, self.in_flight.live):
             queues.memory.draft(sequence, tokens, RESERVE_BLOCKS)
-        return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafted else None
+        return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
         """A microbatch of this sequence alone, with nothing else in flight. Others make room for it."""

@@ -55,13 +55,13 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
             "id": sequence.request.request_id[:SHOWN_CHARACTERS],
             "phase": sequence.phase.name.lower(),
             "prompt_tokens": sequence.prompt_length,
-            "cached_tokens": sequence.cached_tokens or 0,
+            "cached_tokens": sequence.usage.cached_tokens or 0,
             "computed_tokens": min(sequence.scheduled, sequence.prompt_length),
             "generated_tokens": sequence.generated,
-            "drafted_tokens": sequence.drafted_rows,
-            "accepted_tokens": sequence.accepted_rows,
+            "drafted_tokens": sequence.drafting.rows,
+            "accepted_tokens": sequence.drafting.accepted,
             "max_new_tokens": sequence.max_new_tokens,
-            "age_s": max(0, now_ns - sequence.arrived_ns) / 1e9,
+            "age_s": max(0, now_ns - sequence.usage.arrived_ns) / 1e9,
         }
         for sequence in sequences[:_MOST_LISTED]
     ]

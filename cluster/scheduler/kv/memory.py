@@ -56,25 +56,25 @@ class KvMemory:
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
-        found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
+        found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if self.window is not None and not self.window.can_begin((sequence,), reserve):
             return False
         if (usable := self._usable(sequence, found)) < found:
             found = usable
-            idle = sum(self.blocks.is_idle(key) is True for key in sequence.block_keys[:found])
+            idle = sum(self.blocks.is_idle(key) is True for key in sequence.kv.keys[:found])
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
-            missing = sequence.block_keys[found] if found < len(sequence.block_keys) else None
+            missing = sequence.kv.keys[found] if found < len(sequence.kv.keys) else None
             self._refused[sequence.key] = _Refusal(self.blocks.available - reserve, missing)
             return False
-        if self._filling and not self._filling.isdisjoint(sequence.block_keys[:found]):
+        if self._filling and not self._filling.isdisjoint(sequence.kv.keys[:found]):
             return False
-        if self.states is not None and not self.states.can_begin(1, sequence.block_keys[found - 1] if found else None):
+        if self.states is not None and not self.states.can_begin(1, sequence.kv.keys[found - 1] if found else None):
             return False
-        for key in sequence.block_keys[:found]:
-            sequence.table.append(self.blocks.acquire(key))
+        for key in sequence.kv.keys[:found]:
+            sequence.kv.table.append(self.blocks.acquire(key))
         for _ in range(fresh):
-            sequence.table.append(self.blocks.take())
+            sequence.kv.table.append(self.blocks.take())
         if self.window is not None:
             self.window.begin(sequence, found)
         if self.states is not None:
@@ -97,8 +97,8 @@ class KvMemory:
         before = found + 1
         while 0 < found < before:
             before = found
-            found = found if self.window is None else self.window.usable(sequence.block_keys, found)
-            found = found if self.states is None else self.states.usable(sequence.block_keys, found)
+            found = found if self.window is None else self.window.usable(sequence.kv.keys, found)
+            found = found if self.states is None else self.states.usable(sequence.kv.keys, found)
         return found
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
@@ -120,11 +120,11 @@ class KvMemory:
 
     def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:
         """Has a sequence that has grown compute these drafted tokens, too, if that leaves `reserve` blocks."""
-        sequence.drafted = tokens
-        more = sequence.blocks_needed - len(sequence.table)
+        sequence.drafting.next = tokens
+        more = sequence.blocks_needed - len(sequence.kv.table)
         is_full = more > 0 and self.blocks.available < more + reserve
         if is_full or not self.extend(sequence) or not (self.states is None or self.states.draft(sequence)):
-            sequence.drafted = ()
+            sequence.drafting.next = ()
         elif self.window is not None:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
@@ -149,10 +149,10 @@ class KvMemory:
         left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
-        while len(sequence.table) < sequence.blocks_needed:
+        while len(sequence.kv.table) < sequence.blocks_needed:
             if not self.blocks.available:
                 return False
-            sequence.table.append(self.blocks.take())
+            sequence.kv.table.append(self.blocks.take())
         return True
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
@@ -172,13 +172,13 @@ class KvMemory:
             self.states.filled(sequence)
 
     def _register(self, sequence: Sequence) -> None:
-        full = min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
-        if full > sequence.registered:
-            self._cache.register(sequence.block_keys, sequence.tokens, sequence.table.blocks, sequence.registered, full)
+        kv, full = sequence.kv, min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
+        if full > kv.registered:
+            self._cache.register(kv.keys, sequence.tokens, kv.table.blocks, kv.registered, full)
             if self.window is not None:
                 self.window.register(sequence, full)
-            self._filling.update(sequence.block_keys[sequence.registered : full])
-            sequence.registered = full
+            self._filling.update(kv.keys[kv.registered : full])
+            kv.registered = full
 
     def end_microbatch(self) -> None:
         """Later microbatches may write the blocks that only this one's rows still read."""
@@ -189,16 +189,16 @@ class KvMemory:
 
     def invalidate(self, sequence: Sequence) -> None:
         """Blocks that this sequence's tokens have filled are shared no more."""
-        self.blocks.invalidate(sequence.block_keys)
+        self.blocks.invalidate(sequence.kv.keys)
         if self.window is not None:
-            self.window.blocks.invalidate(sequence.block_keys)
+            self.window.blocks.invalidate(sequence.kv.keys)
         if self.states is not None:
-            self.states.blocks.invalidate(sequence.block_keys)
+            self.states.blocks.invalidate(sequence.kv.keys)
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""
         self._refused.pop(sequence.key, None)
-        self.blocks.release(sequence.table.clear())
+        self.blocks.release(sequence.kv.table.clear())
         if self.window is not None:
             self.window.release(sequence)
         if self.states is not None:

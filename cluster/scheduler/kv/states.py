@@ -39,14 +39,14 @@ class KvStates:
 
     def begin(self, sequence: Sequence, shared: int) -> None:
         """Its first `shared` KV blocks are filled by other sequences."""
-        states = sequence.states
+        states = sequence.kv.states
         states.is_begun = True
-        states.read = self.blocks.acquire(sequence.block_keys[shared - 1]) if shared else None
+        states.read = self.blocks.acquire(sequence.kv.keys[shared - 1]) if shared else None
         self._lacking += 1
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
         """Takes blocks for what so many next rows write, unless it has them already."""
-        states = sequence.states
+        states = sequence.kv.states
         if states.own is None:
             states.own = self.blocks.take()
             self._lacking -= 1
@@ -56,7 +56,7 @@ class KvStates:
 
     def filled(self, sequence: Sequence) -> None:
         """The next rows are in the microbatch that is being made, and scheduled."""
-        states = sequence.states
+        states = sequence.kv.states
         for position, block in states.marks:
             self._register(sequence, position, block)
             self._used.append(block)
@@ -74,12 +74,12 @@ class KvStates:
         stays, as it is needed again where not all of them count."""
         if self.blocks.available <= self._lacking:
             return False
-        sequence.states.ahead = self.blocks.take()
+        sequence.kv.states.ahead = self.blocks.take()
         return True
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
         """Whether all drafted rows count is known."""
-        states = sequence.states
+        states = sequence.kv.states
         if states.ahead is None:
             return
         if not is_whole:
@@ -93,7 +93,7 @@ class KvStates:
 
     def _keep_last(self, sequence: Sequence) -> None:
         """Where the state behind the scheduled rows is a checkpoint, later rows do not write it."""
-        states = sequence.states
+        states = sequence.kv.states
         if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
             states.own, states.unregistered = None, sequence.scheduled
             self._lacking += 1
@@ -106,7 +106,7 @@ class KvStates:
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""
-        states = sequence.states
+        states = sequence.kv.states
         if states.is_begun:
             self._lacking -= states.own is None
             self.blocks.release(states.clear())
@@ -126,11 +126,11 @@ class KvStates:
 
     def _register_last(self, sequence: Sequence) -> None:
         """A checkpoint at the end of a chunk is known by its tokens, the last of which may still be to be sampled."""
-        states = sequence.states
+        states = sequence.kv.states
         if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
             self._register(sequence, states.unregistered, states.read)
             states.unregistered = None
 
     def _register(self, sequence: Sequence, position: int, block: int) -> None:
         number = position // KV_BLOCK_TOKENS - 1
-        self._cache.register(sequence.block_keys, sequence.tokens, [block], number, number + 1, number)
+        self._cache.register(sequence.kv.keys, sequence.tokens, [block], number, number + 1, number)

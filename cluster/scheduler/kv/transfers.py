@@ -36,19 +36,19 @@ class KvTransfers:
 
     def missing(self, sequence: Sequence) -> range:
         """Numbers of the blocks that a sequence could share, from the first one on that is not there."""
-        found, _ = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
+        found, _ = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
         """Takes KV blocks for a sequence's missing blocks before number `end`; None where there are none, or less than
         `reserve` would be left. Microbatches in flight may still use them. The blocks before them are held, too."""
-        found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
+        found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
-        prefix = [self._blocks.acquire(key) for key in sequence.block_keys[:found]]
+        prefix = [self._blocks.acquire(key) for key in sequence.kv.keys[:found]]
         taken = [self._blocks.take() for _ in range(found, end)]
         self._under_way += 1
-        return Transfer(tuple(sequence.block_keys[:end]), (*prefix, *taken), found)
+        return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
         """Holds the blocks of keys[start:] as far as they are there; None where the first one is not. Microbatches in

@@ -46,19 +46,19 @@ class KvWindow:
         """Commits blocks to it; its first `shared` blocks are filled by other sequences."""
         self._begun += 1
         self.commit(sequence)
-        table = sequence.window
+        table = sequence.kv.window
         table.start = self.group.first_seen(shared * KV_BLOCK_TOKENS)
-        for key in sequence.block_keys[table.start : shared]:
+        for key in sequence.kv.keys[table.start : shared]:
             table.append(self.blocks.acquire(key))
 
     def commit(self, sequence: Sequence) -> bool:
         """Commits all blocks that a sequence needs; False where there are too few."""
-        more = self._need(sequence) - sequence.window.committed
+        more = self._need(sequence) - sequence.kv.window.committed
         if more > 0:
             if self._committed + more > self._most:
                 return False
             self._committed += more
-            sequence.window.committed += more
+            sequence.kv.window.committed += more
         return True
 
     def _need(self, sequence: Sequence) -> int:
@@ -66,22 +66,22 @@ class KvWindow:
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
         """Takes blocks for so many next rows."""
-        for _ in range(sequence.window.end, -(-(sequence.scheduled + rows) // KV_BLOCK_TOKENS)):
-            sequence.window.append(self.blocks.take())
+        for _ in range(sequence.kv.window.end, -(-(sequence.scheduled + rows) // KV_BLOCK_TOKENS)):
+            sequence.kv.window.append(self.blocks.take())
 
     def register(self, sequence: Sequence, full: int) -> None:
         """Registers blocks up to block `full`, filled by the sequence's tokens; before `release_out_of_window`."""
-        table = sequence.window
-        first = max(sequence.registered, table.start)
-        self._cache.register(sequence.block_keys, sequence.tokens, table.blocks, first, full, table.start)
+        table = sequence.kv.window
+        first = max(sequence.kv.registered, table.start)
+        self._cache.register(sequence.kv.keys, sequence.tokens, table.blocks, first, full, table.start)
 
     def release_out_of_window(self, sequence: Sequence) -> None:
         """Releases the blocks that no later row sees."""
-        self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.settled))
+        self._out_of_window += sequence.kv.window.drop_before(self.group.first_seen(sequence.settled))
 
     def settle(self, sequence: Sequence) -> None:
         """Releases the blocks of drafted rows that were refused: a table ends with its chunk's last row."""
-        table, kept = sequence.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)
+        table, kept = sequence.kv.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)
         if table.end > max(kept, table.start):
             self.blocks.release(table.drop_behind(max(kept, table.start)))
 
@@ -92,6 +92,6 @@ class KvWindow:
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence, and what it was committed."""
-        self._begun -= sequence.window.committed > 0
-        self._committed -= sequence.window.committed
-        self.blocks.release(sequence.window.clear())
+        self._begun -= sequence.kv.window.committed > 0
+        self._committed -= sequence.kv.window.committed
+        self.blocks.release(sequence.kv.window.clear())

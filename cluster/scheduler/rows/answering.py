@@ -1,34 +1,135 @@
-"""Results of a sequence's rows. Most are of one row that chose a token, and these take a short way."""
+"""Results of a sequence's rows: the tokens that they add, and rows that are computed again."""
 
 from __future__ import annotations
 
-from llamaclust.cluster.scheduler.requests import Finished, TokenSampled, Update
+from dataclasses import replace
+
+import numpy as np
+
+from llamaclust.cluster.scheduler.requests import (
+    Failed,
+    Finished,
+    FinishReason,
+    PromptEmbedded,
+    PromptScored,
+    TokenSampled,
+    Update,
+)
 from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
-from llamaclust.core.sampling import RowResult, SampleTask
+from llamaclust.core.sampling import RowResult
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 
 
 def answer(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
-    """Takes in the results of a part's output rows."""
-    if not _is_plain(sequence, taken, rows):
-        return sequence.answered(taken, rows, now_ns)
-    sequence.first_ns = sequence.first_ns or now_ns
-    sequence.last_ns = now_ns
+    """Takes in the results of a slice's output rows."""
+    end, count = taken.end, len(rows) - taken.sampled
+    scored, sampled = rows[:count], rows[count:]
+    if sampled and sampled[0].is_deferred:
+        _repeat(sequence, end - len(sampled))
+        sampled = ()
+        if not scored:
+            return []
+    sequence.drafting.mtp.is_awaited = False
+    sequence.usage.answered(now_ns)
+    for row in (*scored, *sampled[:1]):
+        if row.failure is not None:
+            _settle(sequence, taken, end - len(sampled), [])
+            return [Failed(row.failure, row.is_request_fault)]
     sequence.failures = 0
-    sequence.append(rows[0])
-    sequence.phase = _PREFILL if sequence.scheduled < len(sequence.tokens) - 1 else _DECODE
-    updates: list[Update] = [TokenSampled(rows[0])]
-    if (reason := sequence.finish_reason(is_sampled=True)) is not None:
+    updates: list[Update] = []
+    if scored:
+        first = end - len(rows)
+        sequence.outputs.answered = first + len(scored)
+        updates.append(PromptScored(first + 1, scored))
+    if sampled:
+        for row in _take_sampled(sequence, taken, sampled):
+            updates.append(TokenSampled(replace(row, drafted=()) if row.drafted else row))
+        if sequence.drafting.has_mtp:
+            _take_suggested(sequence, end - len(sampled), sampled)
+    if (reason := sequence.finish_reason(bool(sampled))) is not None:
         updates.append(Finished(reason, sequence.timings()))
     return updates
 
 
-def _is_plain(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> bool:
-    """Whether it is the next token of a sequence that runs, with nothing beside it to take in."""
-    if len(rows) != 1 or taken.drafted or taken.end != len(sequence.tokens) or not sequence.is_running:
-        return False
-    (row,) = rows
-    has_more = row.failure is not None or row.is_deferred or row.forced or row.forced_draft or row.drafted
-    return not (has_more or sequence.mtp.is_awaited) and isinstance(taken.tasks[0], SampleTask)
+def answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
+    """Takes in the hidden states of a slice's embedded rows."""
+    sequence.usage.answered(now_ns)
+    start, count = taken.chunk.position + taken.chunk.embedded[0], taken.chunk.embedded_rows
+    if not np.isfinite(np.frombuffer(data, "<f4")).all():
+        return [Failed(f"hidden states of tokens [{start}, {start + count}) are not finite numbers")]
+    sequence.failures = 0
+    sequence.outputs.answered = start + count
+    updates: list[Update] = [PromptEmbedded(start, count, data)]
+    if sequence.outputs.answered == sequence.outputs.end:
+        updates.append(Finished(FinishReason.LENGTH, sequence.timings()))
+    return updates
+
+
+def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
+    """The tokens that sampled rows add. A drafted row counts where its token is the one that is known by then."""
+    tokens, drafted = sequence.tokens, taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :]
+    place = taken.end - len(rows)  # of the row's own token
+    added = _append(sequence, place, rows[0])
+    for row, token in zip(rows[1:], drafted, strict=True):
+        is_over = sequence.finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None
+        if is_over or place + 1 >= len(tokens) or tokens[place + 1] != token:
+            break
+        place += 1
+        added += _append(sequence, place, row)
+    if taken.drafted:
+        _settle(sequence, taken, place + 1, [row.token for row in added])
+    if sequence.is_running:
+        is_whole = sequence.scheduled >= len(tokens) - 1 or (taken.drafted and _is_refused(sequence, rows, added))
+        sequence.phase = _DECODE if is_whole else _PREFILL
+    return added
+
+
+def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[RowResult]) -> bool:
+    """True if known rows behind a state are computed again with the next ones, no forced token among them."""
+    return sequence.kv.states.is_begun and (not added or any(row is added[-1] for row in rows))
+
+
+def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
+    """The token that the row at this position chose and those that must follow it, as far as they are new: a row
+    that was sent before the tokens forced by its predecessor were known repeats these."""
+    rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
+    added: list[RowResult] = []
+    for following in rows[len(sequence.tokens) - place - 1 :]:
+        if added and sequence.finish_reason(is_sampled=True) is not None:
+            break
+        sequence.append(following)
+        added.append(following)
+        if following is not row or row.forced_draft:
+            sequence.drafting.was_forced(sequence.generated + len(row.forced_draft))
+    return added
+
+
+def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
+    """Counts drafted rows up to `end` as right, or none that are not all where a state goes with rows. Further windows
+    go on where the added tokens are those that they are behind."""
+    if not taken.drafted:
+        return
+    sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))
+    if sequence.drafting.settle(added) and end == taken.end:
+        return
+    if end < taken.end or sequence.scheduled > taken.end:
+        sequence.go_back(taken.chunk.position if sequence.kv.states.is_begun else end)
+    sequence.drafting.give_up()
+
+
+def _repeat(sequence: Sequence, row: int) -> None:
+    """The row at this position is computed again, beside others in decode."""
+    sequence.go_back(row)
+    sequence.drafting.give_up()
+    if sequence.phase is _PREFILL:
+        sequence.phase = _DECODE
+
+
+def _take_suggested(sequence: Sequence, place: int, rows: tuple[RowResult, ...]) -> None:
+    """Keeps tokens that a head drafted behind the last one. `place`: of the first row's own token."""
+    drafting = sequence.drafting
+    for end, row in enumerate(rows, place + 2):
+        if row.drafted and end == len(sequence.tokens) and drafting.drafts is not None and not drafting.forced:
+            drafting.drafts.suggest(sequence.tokens, row.drafted)

@@ -36,7 +36,7 @@ class PrefillBatch:
         outputs = self.embedded_left if sequence.request.embedded is not None else outputs
         rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
         if rows > 0 and sequence.key not in self.slices:
-            sequence.started_ns = sequence.started_ns or self.now_ns
+            sequence.usage.started(self.now_ns)
             self.memory.reserve(sequence, rows)
             taken = self.slices[sequence.key] = take_rows(sequence, rows)
             self.memory.filled(sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llamaclust.core.sampling import RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling import RowTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 
 if TYPE_CHECKING:
@@ -20,19 +20,15 @@ class SequenceSlice:
     sequence: Sequence
     chunk: Chunk
     tasks: tuple[RowTask, ...]
+    sampled: int  # rows that choose a token: the last ones; all are drafted where the window before was under way
     drafted: int = 0
     branch: int = 0  # of the sequence when it was taken
     draft_kind: str = ""  # see `kind_of`
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether its last row chooses a token."""
-        return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
-
-    @property
     def is_scored(self) -> bool:
         """Whether rows of it are scored."""
-        return bool(self.tasks) and isinstance(self.tasks[0], ScoreTask)
+        return len(self.tasks) > self.sampled
 
     @property
     def is_answered(self) -> bool:
@@ -42,12 +38,7 @@ class SequenceSlice:
     @property
     def is_stale(self) -> bool:
         """Whether its drafted rows cannot count any more: a token before them is another one."""
-        return self.drafted > 0 and self.branch != self.sequence.branch
-
-    @property
-    def sampled(self) -> int:
-        """Rows that choose a token: the last ones. All are drafted where the window before was under way."""
-        return min(1 + self.drafted, len(self.chunk.tokens)) if self.is_sampled else 0
+        return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property
     def end(self) -> int:

@@ -24,7 +24,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
     """For the token after the next row, before which so many tokens are not known yet: 1 at most where samplers look
     at tokens."""
-    if sequence.samples_plainly:
+    if sequence.sampler.is_plain:
         return _plain_task(sequence, unknown)
     window, tokens = sequence.request.history_window, sequence.tokens
     return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else [], unknown)
@@ -34,7 +34,7 @@ def _plain_task(sequence: Sequence, unknown: int) -> SampleTask:
     """What `_task` gives without samplers that look at tokens, and without a matcher."""
     request, end = sequence.request, len(sequence.tokens) + unknown
     is_early = end - len(request.prompt) < request.min_tokens
-    suppressed = sequence.stop_ids if is_early else ()
+    suppressed = sequence.sampler.stop_ids if is_early else ()
     return SampleTask(request.params, request.seed, request.choice, end, (), suppressed, request.top_logprobs)
 
 
@@ -54,8 +54,8 @@ def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTa
 
 def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
     """For rows of drafted tokens behind others that are under way, without a history."""
-    unknown, most = len(sequence.ahead) + 1, sequence.request.min_tokens
-    first = _task(sequence, [], unknown, (*sequence.ahead, *drafted))
+    unknown, most = len(sequence.drafting.ahead) + 1, sequence.request.min_tokens
+    first = _task(sequence, [], unknown, (*sequence.drafting.ahead, *drafted))
     tasks = accumulate(repeat(first, len(drafted)), lambda before, _: before.next())
     return tuple(
         task if sequence.generated + unknown + row < most else replace(task, suppressed=())
@@ -74,13 +74,13 @@ def _task(
         request.choice,
         position=len(sequence.tokens) + unknown,
         history=tuple(history),
-        suppressed=sequence.stop_ids if is_early else (),
+        suppressed=sequence.sampler.stop_ids if is_early else (),
         top_logprobs=request.top_logprobs,
         history_rows=int(follows or (request.history_window > 0 and unknown > 0)),
         penalty_window=request.penalty_window if request.params.needs_history else None,
         dry_window=request.dry_window if request.looks_for_repetitions else None,
-        breakers=sequence.breakers.with_tokens(drafted),
-        mu=sequence.mu,
+        breakers=sequence.sampler.breakers.with_tokens(drafted),
+        mu=sequence.sampler.mu,
         matcher=MatcherRow(sequence.key, sequence.generated + unknown) if request.needs_matcher else None,
     )
 

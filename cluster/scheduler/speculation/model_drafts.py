@@ -106,8 +106,8 @@ class ModelDrafts:
             self._taken_in[reply.key] = reply.taken_in
             if not reply.taken_in:
                 self._without_room.add(reply.key)
-            if reply.is_draft and sequence.drafts is not None:
-                sequence.drafts.offer(sequence.tokens, reply.length, reply.tokens)
+            if reply.is_draft and sequence.drafting.drafts is not None:
+                sequence.drafting.drafts.offer(sequence.tokens, reply.length, reply.tokens)
 
     def forget(self, key: int) -> None:
         """The sequence has ended."""
@@ -136,7 +136,7 @@ class ModelDrafts:
     def _is_worth(self, sequence: Sequence) -> bool:
         """Whether the model is to take in what it lacks of a sequence."""
         lacking = self._lacking(sequence)
-        if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafts is None:
+        if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafting.drafts is None:
             return False
         plain_ns, is_due = self._rounds.plain_ns(1, 1), self._is_due(sequence)
         rate = max(_rate(sequence), _HOPEFUL) if is_due else _rate(sequence)
@@ -171,7 +171,7 @@ class _Retry:
 
 
 def _rate(sequence: Sequence) -> float:
-    return 0.0 if sequence.drafts is None else sequence.drafts.rate(MODEL)
+    return 0.0 if sequence.drafting.drafts is None else sequence.drafting.drafts.rate(MODEL)
 
 
 def _accepted(rate: float, count: int) -> float:

@@ -60,17 +60,17 @@ def order_drafts(sequences: Iterable[Sequence], count: int) -> None:
     """Has the next step of each draft so many tokens behind it."""
     for sequence in sequences if count else ():
         if may_order(sequence):
-            sequence.mtp.order(len(sequence.tokens), count)
+            sequence.drafting.mtp.order(len(sequence.tokens), count)
 
 
 def may_order(sequence: Sequence) -> bool:
     """Whether a draft for it may be of use."""
-    return sequence.may_draft and sequence.left > 2 and sequence.drafts is not None
+    return sequence.may_draft and sequence.left > 2 and sequence.drafting.drafts is not None
 
 
 def _is_due(sequence: Sequence) -> bool:
-    return sequence.mtp.is_due(len(sequence.tokens))
+    return sequence.drafting.mtp.is_due(len(sequence.tokens))
 
 
 def _rate(sequence: Sequence) -> float:
-    return 0.0 if sequence.drafts is None else sequence.drafts.rate(MTP)
+    return 0.0 if sequence.drafting.drafts is None else sequence.drafting.drafts.rate(MTP)

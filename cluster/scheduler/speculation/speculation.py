@@ -56,8 +56,8 @@ class Speculation:
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
-            if sequence.drafts is not None:
-                sequence.drafts.chain = None
+            if sequence.drafting.drafts is not None:
+                sequence.drafting.drafts.chain = None
         if self._mtp is not None:
             order_drafts(sequences, self._mtp_length(sequences, candidates, windows, groups))
         if sequences and groups == running == 1:
@@ -68,21 +68,22 @@ class Speculation:
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
         """Drafted tokens behind those of the only sequence that are under way, in so many microbatches."""
-        drafts = sequence.drafts
+        drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
         window, most = chain.window, min(self._most_rows, self._most_of(sequence))
         if abs((rate := drafts.current_rate) - chain.rate) > _OTHER_RATE:
             again = best_chain(rate, drafts.length, self._times, most)
             window = window if again is None else again.window
-        most = min(window, most, sequence.left - 1 - len(sequence.ahead))
-        return drafts.further(sequence.tokens, sequence.ahead, most) if most > 0 else ()
+        most = min(window, most, sequence.left - 1 - len(sequence.drafting.ahead))
+        return drafts.further(sequence.tokens, sequence.drafting.ahead, most) if most > 0 else ()
 
     def _chained(self, sequence: Sequence, candidate: Candidate, window: int, most_rows: int) -> int:
         """Of the only sequence: its next window, which others may follow at once."""
-        if (drafts := sequence.drafts) is None:
+        drafting = sequence.drafting
+        if (drafts := drafting.drafts) is None:
             return window
-        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_mtp or sequence.mtp.asked):
+        if window and self._may_chain and sequence.samples_alone and not (drafts.is_of_mtp or drafting.mtp.asked):
             chain = best_chain(candidate.rate, drafts.length, self._times, min(most_rows, len(candidate.tokens)))
             if chain is not None and chain.speed > speed_of([candidate], [window], self._times, 1):
                 drafts.chain = chain
@@ -94,7 +95,7 @@ class Speculation:
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
-        if any(sequence.mtp.is_awaited for sequence in sequences):
+        if any(sequence.drafting.mtp.is_awaited for sequence in sequences):
             return True
         if (most_rows := most_outputs - len(sequences)) < 1:
             return False
@@ -107,7 +108,7 @@ class Speculation:
     def ended(self, sequence: Sequence) -> None:
         """It has its whole answer."""
         if sequence.generated:
-            self._drafters.ended(sequence.block_keys.salt, sequence.tokens[sequence.prompt_length :])
+            self._drafters.ended(sequence.kv.keys.salt, sequence.tokens[sequence.prompt_length :])
 
     # -- drafts of a draft model -----------------------------------------------------------------------------------
 
@@ -147,9 +148,9 @@ class Speculation:
             sequence.key: self._most_of(sequence)
             for sequence in sequences
             if sequence.may_draft
-            and not sequence.forced_draft
-            and sequence.drafts is not None
-            and not sequence.drafts.has_offer(sequence.tokens)
+            and not sequence.drafting.forced
+            and sequence.drafting.drafts is not None
+            and not sequence.drafting.drafts.has_offer(sequence.tokens)
         }
 
     # --------------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Speculation:
         """Tokens that a head is asked for behind the next step of each, where that gains more than these windows."""
         if self._mtp is None or not sequences:
             return 0
-        others = [s.drafts is None or not s.drafts.is_of_mtp for s in sequences]
+        others = [s.drafting.drafts is None or not s.drafting.drafts.is_of_mtp for s in sequences]
         candidates = [each if other else Candidate() for each, other in zip(candidates, others, strict=True)]
         windows = [window if other else 0 for window, other in zip(windows, others, strict=True)]
         most = min(map(self._most_of, sequences)) - 1
@@ -171,12 +172,12 @@ class Speculation:
         return min(most, sequence.left - 1)
 
     def _next(self, sequence: Sequence) -> Candidate:
-        if not sequence.may_draft or (sequence.states.is_begun and sequence.remaining > _MOST_REPEATED):
+        if not sequence.may_draft or (sequence.kv.states.is_begun and sequence.remaining > _MOST_REPEATED):
             return Candidate()
-        if sequence.drafts is None:
-            drafter = self._drafters.of(sequence.block_keys.salt)
-            sequence.drafts = SequenceDrafts(drafter, self._vocabulary, self._acceptance)
-        return sequence.drafts.next(sequence.tokens, self._most_of(sequence), sequence.forced_draft)
+        if sequence.drafting.drafts is None:
+            drafter = self._drafters.of(sequence.kv.keys.salt)
+            sequence.drafting.drafts = SequenceDrafts(drafter, self._vocabulary, self._acceptance)
+        return sequence.drafting.drafts.next(sequence.tokens, self._most_of(sequence), sequence.drafting.forced)
 
     def _windows(self, candidates: Items[Candidate], groups: int, most_rows: int) -> list[int]:
         self._times.refresh()

@@ -20,6 +20,7 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
@@ -49,7 +50,7 @@ async def read(stream: RequestStream) -> None:
 
 
 def test_phases_follow_each_other_and_their_parts_add_up() -> None:
-    sequence = Sequence(1, request(), 12, 1000)
+    sequence = Sequence(1, request(), 12, Usage(1000))
     waterfall = Waterfall(400, 1000, 20)
     first, second = take_rows(sequence, 16), take_rows(sequence, 4)
     waterfall.add(computed(1500, 2500, (300, 100, 50), (200, 50, 100)), first.chunk)
@@ -64,7 +65,7 @@ def test_phases_follow_each_other_and_their_parts_add_up() -> None:
 
 
 def test_what_was_computed_before_is_computed_again() -> None:
-    sequence = Sequence(1, request(), 12, 0)
+    sequence = Sequence(1, request(), 12, Usage(0))
     waterfall = Waterfall(0, 0, 20)
     waterfall.add(computed(0, 10), take_rows(sequence, 20).chunk)
     waterfall.pass_until(15)

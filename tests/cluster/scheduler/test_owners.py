@@ -11,6 +11,7 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.turns import startable
+from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sampling import Grammar
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
@@ -128,7 +129,7 @@ def test_contexts_that_grow_displace_no_other_owner(others: int, group: str, blo
 )
 def test_few_matchers_of_large_grammars_are_awaited_for_an_owner(running: list[tuple[str, Phase]], free: bool) -> None:
     def sequence(owner: str, phase: Phase, grammar: str = "g" * 10_000) -> Sequence:
-        made = Sequence(1, request(0, owner, grammar=grammar), 10, 0)
+        made = Sequence(1, request(0, owner, grammar=grammar), 10, Usage(0))
         made.phase = phase
         return made
 

@@ -300,7 +300,7 @@ def test_the_oldest_is_never_preempted() -> None:
         assert run.step()
         first = run.scheduler.sequences[0] if run.scheduler.sequences else None
         if first is not None and first.key == oldest:
-            assert len(first.table) * KV_BLOCK_TOKENS >= tokens_seen
+            assert len(first.kv.table) * KV_BLOCK_TOKENS >= tokens_seen
             tokens_seen = first.scheduled
     run.finish()
     assert run.scheduler.counts.preemptions > 0

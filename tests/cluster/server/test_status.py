@@ -8,6 +8,7 @@ from llamaclust.cluster.planner.links import Link, Links
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.cluster.server.status import links_json, sequences_json
 
 SECOND_NS = 10**9
@@ -15,7 +16,7 @@ SECOND_NS = 10**9
 
 def sequence(key: int) -> Sequence:
     request = GenerationRequest(f"{key:024x}", tuple(range(40)), 9)
-    return Sequence(key=key, request=request, max_new_tokens=9, arrived_ns=SECOND_NS)
+    return Sequence(key=key, request=request, max_new_tokens=9, usage=Usage(SECOND_NS))
 
 
 def stage(worker: str) -> StagePlan:
@@ -33,8 +34,8 @@ def stage(worker: str) -> StagePlan:
 
 def test_requests_are_listed_with_their_progress_and_without_their_whole_ids() -> None:
     computed = sequence(0x123456789ABCDEF << 32)
-    computed.scheduled, computed.cached_tokens = 50, 16
-    computed.drafted_rows, computed.accepted_rows = 7, 5
+    computed.scheduled, computed.usage.cached_tokens = 50, 16
+    computed.drafting.rows, computed.drafting.accepted = 7, 5
     computed.tokens += [1, 2, 3]
     waiting = sequence(1)
     listed = sequences_json([computed, waiting], 3 * SECOND_NS)

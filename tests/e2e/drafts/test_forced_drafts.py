@@ -72,7 +72,7 @@ async def test_a_lost_worker_changes_nothing(
     async with recovering(config(model, tmp_path)) as run:
         answering = run.start(REQUESTS)
         await run.token(200)
-        await run.until("a draft", lambda: any(s.forced_draft for s in run.cluster.engine.scheduler.sequences))
+        await run.until("a draft", lambda: any(s.drafting.forced for s in run.cluster.engine.scheduler.sequences))
         before = windows.rows
         run.hurt(victim)
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"

@@ -71,7 +71,7 @@ async def test_a_worker_that_is_lost_within_windows_changes_nothing(
     async with recovering(config(model, tmp_path)) as run:
         answering = run.start(REQUESTS)
         await run.token(200)
-        await run.until("a window", lambda: any(s.ahead for s in run.cluster.engine.scheduler.sequences))
+        await run.until("a window", lambda: any(s.drafting.ahead for s in run.cluster.engine.scheduler.sequences))
         before = windows.rows
         run.hurt(victim)
         assert await asyncio.gather(*answering) == expected, f"seed {SEED}"
@@ -141,4 +141,4 @@ async def test_drafts_without_a_gain_are_not_computed(model: Path) -> None:
         stream = service._engine.submit(request)
         (sequence,) = service._engine.scheduler.sequences
         await answer_of(stream)
-    assert sequence.drafted_rows - sequence.accepted_rows < 60
+    assert sequence.drafting.rows - sequence.drafting.accepted < 60

@@ -1,8 +1,11 @@
-"""State blocks of one sequence."""
+"""KV memory of one sequence: the blocks that it holds, and how they are found again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from llamaclust.cluster.scheduler.kv.blocks import BlockTable
+from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 
 @dataclass(slots=True)
@@ -31,3 +34,18 @@ class SequenceStates:
         self.is_begun, self.read, self.own, self.ahead, self.unregistered = False, None, None, None, None
         self.marks.clear()
         return held
+
+
+@dataclass(slots=True)
+class SequenceKv:
+    """Blocks of a sequence: in all layers, in those with a window, and its states."""
+
+    keys: BlockKeys  # prefix cache keys of the tokens' full blocks
+    table: BlockTable = field(default_factory=BlockTable)
+    window: BlockTable = field(default_factory=BlockTable)
+    states: SequenceStates = field(default_factory=SequenceStates)
+    registered: int = 0  # blocks of the table that the prefix cache knows
+
+    def restart(self) -> None:
+        """The sequence holds no blocks: those that it had are another pipeline's."""
+        self.table, self.window, self.states, self.registered = BlockTable(), BlockTable(), SequenceStates(), 0

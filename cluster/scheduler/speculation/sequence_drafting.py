@@ -1,0 +1,55 @@
+"""Drafts of one sequence: tokens to compute with its last one, those under way, and how many were right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.scheduler.speculation.drafts import SequenceDrafts
+from llamaclust.cluster.scheduler.speculation.mtp_use import MtpUse
+
+_LATELY = 16  # tokens of an answer after a forced one, in which a further one is likely
+
+
+@dataclass(slots=True)
+class Drafting:
+    """Drafted tokens of a sequence may follow its last token, or those that are under way behind it."""
+
+    has_mtp: bool = False  # the last stage has an MTP head
+    drafts: SequenceDrafts | None = None  # what may follow the sequence's tokens
+    mtp: MtpUse = field(default_factory=MtpUse)
+    forced: tuple[int, ...] = ()  # tokens that must follow the last one, by the answer's grammar
+    next: tuple[int, ...] = ()  # tokens to compute with the last one
+    ahead: tuple[int, ...] = ()  # tokens under way, behind the known ones
+    branch: int = 0  # how many times rows under way were given up
+    rows: int = 0  # in all
+    accepted: int = 0  # of these, whose tokens were chosen
+    _forced_at: int = -_LATELY  # tokens of the answer with the last forced one
+
+    def take(self) -> tuple[int, ...]:
+        """The next tokens, which are under way from now on."""
+        taken, self.next = self.next, ()
+        self.rows += len(taken)
+        self.ahead += taken
+        return taken
+
+    def give_up(self) -> None:
+        """Rows under way do not count: they are behind another token, or computed again."""
+        self.branch += 1
+        self.ahead = ()
+
+    def settle(self, added: list[int]) -> bool:
+        """Takes in the tokens that a window added. True if further windows go on from them."""
+        expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
+        return list(expected) == added[: len(expected)]
+
+    def restart(self) -> None:
+        """Another pipeline computes the sequence."""
+        self.next, self.mtp = (), MtpUse()
+        self.give_up()
+
+    def was_forced(self, generated: int) -> None:
+        """The answer has, or will have, so many tokens with the last forced one."""
+        self._forced_at = generated
+
+    def expects_forced(self, generated: int) -> bool:
+        return generated - self._forced_at < _LATELY

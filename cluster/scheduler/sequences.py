@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.kv.sequence_kv import SequenceKv
 from llamaclust.cluster.scheduler.matcher_use import MatcherUse
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
 from llamaclust.cluster.scheduler.rows.prompt_outputs import PromptOutputs
-from llamaclust.cluster.scheduler.sampling_state import SamplingState
+from llamaclust.cluster.scheduler.rows.sampling_state import SamplingState
 from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
 from llamaclust.cluster.scheduler.usage import Usage
 from llamaclust.core.sampling import RowResult
@@ -146,7 +146,7 @@ class Sequence:
     @property
     def samples_alone(self) -> bool:
         """Whether a token is chosen from its row alone, without the tokens before it."""
-        return not (self.request.history_window or self.request.needs_matcher)
+        return not (self.sampler.window or self.request.needs_matcher)
 
     @property
     def expects_forced(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
@@ -24,25 +25,15 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
     """For the token after the next row, before which so many tokens are not known yet: 1 at most where samplers look
     at tokens."""
-    if sequence.sampler.is_plain:
-        return _plain_task(sequence, unknown)
-    window, tokens = sequence.request.history_window, sequence.tokens
-    return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else [], unknown)
-
-
-def _plain_task(sequence: Sequence, unknown: int) -> SampleTask:
-    """What `_task` gives without samplers that look at tokens, and without a matcher."""
-    request, end = sequence.request, len(sequence.tokens) + unknown
-    is_early = end - len(request.prompt) < request.min_tokens
-    suppressed = sequence.sampler.stop_ids if is_early else ()
-    return SampleTask(request.params, request.seed, request.choice, end, (), suppressed, request.top_logprobs)
+    window, tokens = sequence.sampler.window, sequence.tokens
+    return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
     """For the row of the last token, and those of drafted ones behind it: each as if it was the only one."""
-    window, tokens = sequence.request.history_window, sequence.tokens
+    window, tokens = sequence.sampler.window, sequence.tokens
     end = len(tokens) - 1
-    first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else [], 0, drafted, bool(window))
+    first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else (), 0, drafted, follows=window > 0)
     tasks = accumulate(repeat(first, 1 + len(drafted)), lambda before, _: before.next())
     if not first.suppressed:
         return tuple(tasks)
@@ -55,7 +46,7 @@ def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTa
 def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
     """For rows of drafted tokens behind others that are under way, without a history."""
     unknown, most = len(sequence.drafting.ahead) + 1, sequence.request.min_tokens
-    first = _task(sequence, [], unknown, (*sequence.drafting.ahead, *drafted))
+    first = _task(sequence, (), unknown, (*sequence.drafting.ahead, *drafted))
     tasks = accumulate(repeat(first, len(drafted)), lambda before, _: before.next())
     return tuple(
         task if sequence.generated + unknown + row < most else replace(task, suppressed=())
@@ -64,23 +55,20 @@ def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleT
 
 
 def _task(
-    sequence: Sequence, history: list[int], unknown: int, drafted: tuple[int, ...] = (), follows: bool = False
+    sequence: Sequence, history: Items[int], unknown: int, drafted: tuple[int, ...] = (), *, follows: bool = False
 ) -> SampleTask:
-    request = sequence.request
-    is_early = sequence.generated + unknown < request.min_tokens
+    request, sampler, end = sequence.request, sequence.sampler, len(sequence.tokens) + unknown
+    suppressed = sampler.stop_ids if end - len(request.prompt) < request.min_tokens else ()
+    row = request.params, request.seed, request.choice, end, tuple(history), suppressed, request.top_logprobs
+    if sampler.is_plain:
+        return SampleTask(*row)
     return SampleTask(
-        request.params,
-        request.seed,
-        request.choice,
-        position=len(sequence.tokens) + unknown,
-        history=tuple(history),
-        suppressed=sequence.sampler.stop_ids if is_early else (),
-        top_logprobs=request.top_logprobs,
-        history_rows=int(follows or (request.history_window > 0 and unknown > 0)),
+        *row,
+        history_rows=int(follows or (sampler.window > 0 and unknown > 0)),
         penalty_window=request.penalty_window if request.params.needs_history else None,
         dry_window=request.dry_window if request.looks_for_repetitions else None,
-        breakers=sequence.sampler.breakers.with_tokens(drafted),
-        mu=sequence.sampler.mu,
+        breakers=sampler.breakers.with_tokens(drafted),
+        mu=sampler.mu,
         matcher=MatcherRow(sequence.key, sequence.generated + unknown) if request.needs_matcher else None,
     )
 

@@ -10,13 +10,14 @@ from llamaclust.core.sampling import RowResult
 class SamplingState:
     """All that the choice of the next token depends on beside logits and the tokens themselves."""
 
-    __slots__ = ("breakers", "is_plain", "mu", "stop_ids")
+    __slots__ = ("breakers", "is_plain", "mu", "stop_ids", "window")
 
     def __init__(self, request: GenerationRequest) -> None:
         params = request.params
         uses_tokens = params.needs_history or params.chain is not None or bool(request.breakers)
         self.is_plain = not (uses_tokens or request.needs_matcher)
         """True if samplers look at logits alone, and there is no matcher."""
+        self.window = request.history_window
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY
         self.mu = 0.0 if params.chain is None else params.chain.first_mu

@@ -190,7 +190,7 @@ class Engine:
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
     def completed(self, lane: Lane, results: Sequence[Result]) -> None:
-        """See `LaneOwner`."""
+        """Takes in results of a lane."""
         now_ns, drafts, completed = monotonic_ns(), lane.scheduler.drafts, list[Completed]()
         try:
             for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
@@ -289,11 +289,11 @@ class Engine:
             self._ended += ended.end(error)
 
     def lane_lost(self, lane: Lane, error: BaseException) -> None:
-        """See `LaneOwner`."""
+        """A lane cannot go on."""
         self._lose(lane, error)
 
     def kv_restored(self, tokens: int) -> None:
-        """See `LaneOwner`."""
+        """KV memory of so many tokens was read from disk."""
         self.metrics.restored(tokens)
 
     def lose(self, error: LlamaclustError) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
 from collections.abc import Sequence as Items
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.engine.pipeline import KvDisks
 from llamaclust.cluster.scheduler.kv.memory import RESERVE_BLOCKS
@@ -17,6 +17,9 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.lane import Lane
 
 _log = logging.getLogger(__name__)
 
@@ -30,28 +33,15 @@ _MOST_SAVES = 8
 """Prompts that wait to be written; further ones are not."""
 
 
-class KvDiskOwner(Protocol):
-    """The lane."""
-
-    def launch_soon(self) -> None:
-        """Blocks are free, or a sequence can start."""
-
-    def restored(self, tokens: int) -> None:
-        """KV memory of so many tokens was read."""
-
-    def disk_hangs(self, error: DeadlineError) -> None:
-        """A stage does not answer, and may still use blocks: its pipeline cannot go on."""
-
-
 class KvDisk:
     """Of one lane. Does nothing without disks, the prefix cache, or where layers have a window group."""
 
-    def __init__(self, disks: KvDisks | None, scheduler: Scheduler, owner: KvDiskOwner) -> None:
+    def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
         self._disks = disks if settings.prefix_cache and settings.window is None else None
         self._scheduler = scheduler
         self._transfers = scheduler.queues.memory.transfers
-        self._owner = owner
+        self._lane = lane
         self._tasks: set[asyncio.Task[None]] = set()
         self._returns: list[tuple[int, asyncio.Future[None]]] = []  # (number of a microbatch, its return)
         self._saves: asyncio.Queue[list[bytes]] = asyncio.Queue(_MOST_SAVES)
@@ -120,8 +110,8 @@ class KvDisk:
             self._pending -= 1
             if self._is_running:
                 self._scheduler.queues.end_restore(sequence)
-                self._owner.restored(restored * KV_BLOCK_TOKENS)
-                self._owner.launch_soon()
+                self._lane.restored(restored * KV_BLOCK_TOKENS)
+                self._lane.launch_soon()
 
     async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
         """How many blocks can be shared that could not before."""
@@ -160,7 +150,7 @@ class KvDisk:
         """A stage did not read or write. A lost worker ends the pipeline by itself."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
-            self._owner.disk_hangs(error)
+            self._lane.disk_hangs(error)
 
     # -- write -----------------------------------------------------------------------------------------------------
 
@@ -195,5 +185,5 @@ class KvDisk:
                 saved = await disks.save(transfer.keys, transfer.blocks)
         finally:
             self._transfers.end(transfer)
-            self._owner.launch_soon()
+            self._lane.launch_soon()
         return saved if saved == len(transfer.blocks) else 0

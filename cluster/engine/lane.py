@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from llamaclust.cluster.engine.draft_runner import DraftRunner
 from llamaclust.cluster.engine.kv_disk import KvDisk
@@ -16,25 +16,18 @@ from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.microbatch.messages import Result
 
-
-class LaneOwner(Protocol):
-    """Takes in what a running lane yields."""
-
-    def completed(self, lane: Lane, results: Sequence[Result]) -> None: ...
-
-    def lane_lost(self, lane: Lane, error: BaseException) -> None: ...
-
-    def kv_restored(self, tokens: int) -> None: ...
+if TYPE_CHECKING:
+    from llamaclust.cluster.engine.engine import Engine
 
 
 class Lane:
     """Sends the microbatches that its scheduler makes, from `start` until `stop`. A microbatch whose result never comes
     means that the pipeline is lost."""
 
-    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, owner: LaneOwner, deadlines: EngineSettings) -> None:
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
         self.scheduler = scheduler
-        self._owner = owner
+        self._engine = engine
         self._deadlines = deadlines
         self.kv_disk = KvDisk(pipeline.kv_disks, scheduler, self)
         self._draft_runner = DraftRunner(scheduler, self.launch_soon)
@@ -63,12 +56,12 @@ class Lane:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def restored(self, tokens: int) -> None:
-        """See `KvDiskOwner`."""
-        self._owner.kv_restored(tokens)
+        """KV memory of so many tokens was read."""
+        self._engine.kv_restored(tokens)
 
     def disk_hangs(self, error: DeadlineError) -> None:
-        """See `KvDiskOwner`."""
-        self._owner.lane_lost(self, error)
+        """A stage does not answer, and may still use blocks: its pipeline cannot go on."""
+        self._engine.lane_lost(self, error)
 
     def arrived(self, sequence: sequences.Sequence) -> None:
         """A sequence waits: it is computed soon, or read from disk before."""
@@ -93,7 +86,7 @@ class Lane:
         self._draft_runner.request()
 
     def _take(self, results: Sequence[Result]) -> None:
-        self._guard(lambda: self._owner.completed(self, results))
+        self._guard(lambda: self._engine.completed(self, results))
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
@@ -102,12 +95,12 @@ class Lane:
         try:
             work()
         except Exception as error:  # noqa: BLE001  a border
-            self._owner.lane_lost(self, error)
+            self._engine.lane_lost(self, error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None and self._is_running:
-            self._owner.lane_lost(self, error)
+            self._engine.lane_lost(self, error)
 
     async def _watch(self) -> None:
         while True:

@@ -32,14 +32,15 @@ def test_times_are_counted_from_arrival() -> None:
 
 def test_drafted_tokens_are_under_way_until_a_window_comes_back() -> None:
     drafting = Drafting(next=(5, 6))
-    assert drafting.take() == (5, 6) and drafting.ahead == (5, 6) and drafting.next == () and drafting.rows == 2
+    assert drafting.take() == (5, 6)
     drafting.next = (7,)
     drafting.take()
-    assert drafting.settle([5, 6]) and drafting.ahead == (7,)
+    assert [*drafting.ahead] == [5, 6, 7] and not drafting.next and drafting.rows == 3
+    assert drafting.settle([5, 6]) and [*drafting.ahead] == [7]
     assert not drafting.settle([8])
     branch = drafting.branch
     drafting.give_up()
-    assert drafting.ahead == () and drafting.branch == branch + 1 and drafting.rows == 3
+    assert not drafting.ahead and drafting.branch == branch + 1 and drafting.rows == 3
 
 
 def test_a_forced_token_is_expected_for_some_tokens() -> None:

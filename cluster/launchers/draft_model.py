@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from llamaclust.cluster.launchers.worker_settings import open_device
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, blocks_of
 from llamaclust.cluster.scheduler.speculation.draft_model import DraftTimes
 from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
@@ -37,6 +38,13 @@ _TRIED, _TRIES = 8, 4
 """Tokens drafted to see how long one takes, and how many times."""
 
 Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
+
+
+def open_device(settings: WorkerSettings) -> Device:
+    """The device of a model in this process, with this machine's caches and the feature level that its environment
+    asks for. UsageError for one that this machine does not have."""
+    level = settings.feature_level or environment().feature_level or ""
+    return Device.open(with_caches(replace(settings, feature_level=level)))
 
 
 @dataclass(frozen=True, slots=True)

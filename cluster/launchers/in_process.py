@@ -15,8 +15,7 @@ from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.front.text.service import TextService, TextSettings
-from llamaclust.cluster.launchers.draft_model import open_draft_model, plan_draft_model
-from llamaclust.cluster.launchers.worker_settings import open_device
+from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup

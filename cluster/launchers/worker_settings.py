@@ -9,7 +9,6 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.sections import WorkerConfig
 from llamaclust.worker.devices.cores import read_cores
-from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
@@ -52,13 +51,6 @@ def worker_settings(config: ClusterConfig) -> list[WorkerSettings]:
     keys = [{name: getattr(worker, key) for key, name in _KEYS.items()} for worker in config.workers]
     shares = ({"threads": threads[own["name"]], "numa_node": nodes[own["name"]]} for own in keys)
     return [with_caches(WorkerSettings(**own | share | common)) for own, share in zip(keys, shares, strict=True)]
-
-
-def open_device(settings: WorkerSettings) -> Device:
-    """The device of a model in this process, with this machine's caches and the feature level that its environment
-    asks for. UsageError for one that this machine does not have."""
-    level = settings.feature_level or environment().feature_level or ""
-    return Device.open(with_caches(replace(settings, feature_level=level)))
 
 
 def with_caches(settings: WorkerSettings) -> WorkerSettings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Placement, cache_room
@@ -17,8 +18,10 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Moe
 from llamaclust.worker.devices.device_memory import device_shares
-from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
+
+if TYPE_CHECKING:
+    from llamaclust.worker.devices.devices import Device
 
 _CPU = "cpu"
 

@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.matcher_turns import MatcherTurns
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import SequenceQueues
 from llamaclust.cluster.scheduler.requests import Failed, Finished, GenerationRequest, Update
-from llamaclust.cluster.scheduler.rows.answering import answer, answer_embedded
+from llamaclust.cluster.scheduler.rows.answering import answer
 from llamaclust.cluster.scheduler.rows.chunking import chunk_rows, embedded_rows, scored_rows
 from llamaclust.cluster.scheduler.rows.completed import Completed
 from llamaclust.cluster.scheduler.rows.prefill_batch import PrefillBatch
@@ -238,10 +238,7 @@ class Scheduler:
             self.strikes.computed(sequence, taken.end - taken.drafted)
             return []
         accepted = sequence.drafting.accepted
-        if embeddings:
-            updates = answer_embedded(sequence, taken, embeddings, now_ns)
-        else:
-            updates = answer(sequence, taken, rows, now_ns)
+        updates = answer(sequence, taken, rows, embeddings, now_ns)
         is_deferred = taken.sampled > 0 and rows[len(rows) - taken.sampled].is_deferred
         if not is_deferred and not (updates and isinstance(updates[-1], Failed)):
             self.strikes.computed(sequence, sequence.computed)

@@ -22,8 +22,12 @@ from llamaclust.core.sampling import RowResult
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 
 
-def answer(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
-    """Takes in the results of a slice's output rows."""
+def answer(
+    sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...], embeddings: bytes, now_ns: int
+) -> list[Update]:
+    """Takes in the results of a slice's output rows, or the hidden states of its embedded ones."""
+    if embeddings:
+        return _answer_embedded(sequence, taken, embeddings, now_ns)
     end, count = taken.end, len(rows) - taken.sampled
     scored, sampled = rows[:count], rows[count:]
     if sampled and sampled[0].is_deferred:
@@ -53,8 +57,7 @@ def answer(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]
     return updates
 
 
-def answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
-    """Takes in the hidden states of a slice's embedded rows."""
+def _answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_ns: int) -> list[Update]:
     sequence.usage.answered(now_ns)
     start, count = taken.chunk.position + taken.chunk.embedded[0], taken.chunk.embedded_rows
     if not np.isfinite(np.frombuffer(data, "<f4")).all():

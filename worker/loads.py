@@ -129,16 +129,18 @@ class Loads:
         try:
             version = await asyncio.to_thread(self._file_version, order) if service.has_kept else None
             runner = await service.take_kept(order, version)
-            if runner is not None:
+            is_kept = runner is not None
+            if is_kept:
                 _log.info("layers %s: its weights were kept", _span(order))
-            else:
+            if runner is None:
                 runner = await load_stage(order, self._worker.device, session.send, weights, session.source)
         finally:
             held.clear()
         try:
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
-            await self._adapt(runner, order.adapters)  # a kept one may have others
+            if is_kept:
+                await self._adapt(runner, order.adapters)
             service.add(self._held(order, runner, links))
         except BaseException:
             if links is not None:

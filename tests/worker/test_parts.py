@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,7 +311,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     answers: list[WorkerMessage] = []
     begun, at_work = threading.Event(), threading.Lock()
 
-    def runner(order: Any, device: object, model: object, progress: Progress) -> object:
+    def runner(order: Any, progress: Progress) -> object:
         with at_work:
             begun.set()
             for _ in range(order.seconds * 100):
@@ -321,9 +322,10 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     async def send(message: WorkerMessage) -> None:
         answers.append(message)
 
-    monkeypatch.setattr(load, "_open", lambda *_: "a model")
-    monkeypatch.setattr(load, "_planned", lambda *_: SimpleNamespace(weight_bytes=10_000))
-    monkeypatch.setattr(load, "_runner", runner)
+    async def in_thread(order: Any, device: object, files: Any) -> object:
+        return await load._in_thread(partial(runner, order, files.progress), files.progress)
+
+    monkeypatch.setattr(load, "_load", in_thread)
     monkeypatch.setattr(loads, "StageStreams", lambda epoch, *_: SimpleNamespace(epoch=epoch))
     anything: Any = SimpleNamespace(received_bytes=0)
     worker = Worker("a", anything, StageService("a"), anything, anything)
@@ -353,7 +355,7 @@ async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.Mon
     reports: list[LoadProgress] = []
 
     async def slow(*arguments: Any) -> None:
-        progress = arguments[-1]
+        progress = arguments[-1].progress
         for done, total, weights in ((0, 0, 0), (0, 30, 20), (15, 30, 20), (30, 30, 20)):
             progress.done_bytes, progress.total_bytes, progress.weight_bytes = done, total, weights
             await asyncio.sleep(0.1)

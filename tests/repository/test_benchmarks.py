@@ -24,7 +24,6 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain
 from support.clusters.forked_commands import forked_script
 from support.models.tiny_model import build_tiny_model
-from support.network.box import missing
 from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -77,36 +76,6 @@ def test_kernels(folder: Path) -> None:
     assert all(row["gb_s"] > 0 and row["read_share"]["median"] > 0 and row["peak_share"]["least"] > 0 for row in rows)
 
 
-def test_attention(folder: Path) -> None:
-    options = ("--depths", "32", "--rows", "1,20", "--heads", "4/2x16", "--threads", "1", "--rounds", "2")
-    out = output(folder, "attention.py", *options, "--json", "attention.jsonl")
-    rows = [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
-    assert len(out.splitlines()) == 1 + len(rows) == 5
-    assert all(row["ms"] > 0 and 0 < row["read_share"]["least"] <= row["read_share"]["most"] for row in rows)
-
-
-def test_batch(folder: Path) -> None:
-    out = output(folder, "batch.py", "Q8_0.gguf", "--repeats", "1", "--context", "200")
-    assert [line.split(",")[0] for line in out.splitlines()] == [
-        "decode of 8 sequences together",
-        "decode behind 167 tokens",
-        "prefill of 512 tokens",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--only", "batch", "--context", "4096"), "--context is for depth"),
-        (("--only", "batch,width"), "not 'width'"),
-        (("--context", "100"), "--context must be at least 161"),
-    ],
-)
-def test_batch_refuses_what_it_would_not_obey(folder: Path, arguments: tuple[str, ...], words: str) -> None:
-    done = run(folder, "batch.py", "Q8_0.gguf", *arguments)
-    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
-
-
 def test_compare(folder: Path) -> None:
     options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
     program = str(folder / "llama-bench")
@@ -150,13 +119,6 @@ def test_structured(folder: Path) -> None:
     assert re.search(r"^JSON by a schema, speed relative to free text: .* tokens$", text, re.MULTILINE)
 
 
-def test_drafting(folder: Path) -> None:
-    text = output(folder, "models/drafting.py", "--tokens", "64,1100", "--answer", "150", "--most", "4")
-    rows = re.findall(r"^ +(64|1100) ([a-zE31 ,]+?) +[\d.]+ +[\d.]+ +[\d.]+ +\d+ +([1-5]\.\d+)$", text, re.MULTILINE)
-    assert len(rows) == 22 and ("1100", "one token", "5.00") in rows
-    assert re.search(r"^ +4 +[1-9]\d* +[01]\.\d+ +\d\.\d+$", text, re.MULTILINE)
-
-
 def test_replayed_answers(folder: Path) -> None:
     options = ("--acceptance", "0,1", "--tokens", "120", "--repeats", "1", "--together", "2")
     text = output(folder, "speculation/replay.py", "Q8_0.gguf", *options)
@@ -184,27 +146,6 @@ def test_drafts_of_mtp_heads(folder: Path) -> None:
         assert re.search(rf"^{name}, stages 1: time of the prompt +\d.* 1\.500$", text, re.MULTILINE)
 
 
-def test_drafts_of_recorded_answers(folder: Path) -> None:
-    options = ("--record", "Q8_0.gguf", "--prompts", "8", "--tokens", "16", "--characters", "200")
-    text = output(folder, "speculation/counted.py", "answers.jsonl", *options)
-    rows = re.findall(r"^(?:one worker|[24] stages, [25]0 ms) +(copy|edit|quote|prose) +2 +\d", text, re.MULTILINE)
-    assert rows == ["copy", "edit", "quote", "prose"] * 3
-    assert text == output(folder, "speculation/counted.py", "answers.jsonl"), "nothing but the recording counts"
-
-
-def test_drafts_across_links(folder: Path) -> None:
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    options = ("--round-trip", "0.5", "--repeats", "1", "--tokens", "16", "--characters", "200")
-    text = output(folder, "speculation/distant.py", "Q8_0.gguf", *options)
-    assert re.findall(r"^(copy|replay|prose): gain at 0.5 ms, 2 stages +\d", text, re.MULTILINE) == [
-        "copy",
-        "replay",
-        "prose",
-    ]
-    assert re.search(r"^copy: 2 stages with drafts / one worker, plain +\d", text, re.MULTILINE)
-
-
 def test_schema_suite(folder: Path) -> None:
     tests = [{"description": "", "data": data, "valid": data == 1} for data in (1, 2)]
     name = "jsonschema-0/json/tests/draft2020-12/const.json"
@@ -227,22 +168,10 @@ def test_maskbench(folder: Path) -> None:
     assert {"valid instances, judged wrongly: 1", "invalid instances, judged wrongly: 1"} <= {*lines}
 
 
-def test_agent(folder: Path) -> None:
-    arguments = ("--system", "100", "--turns", "3", "--workers", "1", "--api", "openai")
-    text = output(folder, "clusters/agent.py", "Q8_0.gguf", *arguments)
-    assert re.search(r"^openai +\d+\.\d+ .* 0\.[1-9]\d* +\d+ to \d+ tokens$", text, re.MULTILINE)
-
-
 def test_serving(folder: Path) -> None:
     load = ("--streams", "2", "--seconds", "3", "--pairs", "1", "--prompt-tokens", "8", "--tokens", "16")
     text = output(folder, "serving.py", "Q8_0.gguf", *load)
     assert re.search(r"^llamaclust +[1-9]\d*\.\d .* [1-9]\d* +0$", text, re.MULTILINE)
-
-
-def test_tls(folder: Path) -> None:
-    done = run(folder, "tls.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "8", "--hops", "20")
-    assert "16 KiB" in done.stdout and "decode with mutual TLS / insecure" in done.stdout
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_soak(folder: Path) -> None:

@@ -42,14 +42,6 @@ def test_quant_types(folder: Path) -> None:
     assert len(rates) == 3 and all(float(line.split()[2]) > 0 for line in rates[1:])
 
 
-def test_memory_caps(folder: Path) -> None:
-    options = ("--workers", "2", "--memory", "1500", "--kv", "16", "--tokens", "4", "--threads", "1")
-    out = run(folder, "clusters/memory_caps.py", "Q8_0.gguf", *options, codes=(0, 1))
-    assert re.findall(r"^start (\d): ready after", out, re.MULTILINE) == ["1", "2"]
-    assert len(re.findall(r"resident, at most \d+ of 1500; address space \d+ of 3548$", out, re.MULTILINE)) >= 2
-    assert len(re.findall(r"decode: .* ratio \d", out)) == 2
-
-
 def test_plan_experts(folder: Path) -> None:
     model = build_tiny_model(folder / "experts.gguf", quant_type=QuantType.Q8_0, layers=4, experts=8)
     options = ("--only", "processes", "--repeats", "1", "--json", "rows.json")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
 """Of gRPC, which does not document these names: a release that lacks them would print a complaint and go on. Others use
-their own event loop: the same results, slower links between machines. What a message takes: benchmarks/tls.py."""
+their own event loop: the same results, slower links between machines. What a message takes: benchmarks/notebook.md."""
 
 
 def tune_grpc() -> None:

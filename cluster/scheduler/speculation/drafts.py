@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99, 0.7, 0.6, 0.8, 0.14, 0.25, 0.65)
-"""How often tokens of a class are taken to be accepted before any were (benchmarks/speculation/counted.py)."""
+"""How often tokens of a class are taken to be accepted before any were (benchmarks/notebook.md)."""
 
 
 class SequenceDrafts:

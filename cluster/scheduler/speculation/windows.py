@@ -44,7 +44,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
     Drafted tokens are right up to the first that is not. That is known when its window has come back, after the time of
     a whole round. Windows before it came back one after the other meanwhile, as fast as the slowest stage computes
     them. What is under way behind it is computed for nothing; that it keeps the next one waiting is not counted: half a
-    stage's time for it made answers slower (benchmarks/speculation/counted.py).
+    stage's time for it made answers slower (benchmarks/notebook.md).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None

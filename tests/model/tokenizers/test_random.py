@@ -1,12 +1,11 @@
 """Random texts of all Unicode, spaces, emoji, digits and code: the ids that llama.cpp's library gave for them once.
 
-Recorded are CRC-32 sums, of 400 texts, by `python benchmarks/models/token_ids.py` and a `llama_tokenize` program;
+Recorded are CRC-32 sums, of 400 texts, by `python tests/support/random_texts.py` and a `llama_tokenize` program;
 0 where llama.cpp differs: see docs/models.md."""
 
 from __future__ import annotations
 
 import json
-import runpy
 import zlib
 from pathlib import Path
 
@@ -14,14 +13,15 @@ import pytest
 
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.tokenizers.loading import load_tokenizer
-from support.paths import DATA, ROOT
+from support.paths import DATA
+from support.random_texts import random_texts
 
 DATA_FOLDER = DATA / "tokenizers"
 RECORDED = json.loads((DATA_FOLDER / "random-ids.json").read_text())
 
 
 def check(name: str, model: Path) -> None:
-    texts = list(runpy.run_path(str(ROOT / "benchmarks/models/token_ids.py"))["texts"](RECORDED["seed"], 400))
+    texts = list(random_texts(RECORDED["seed"], 400))
     assert zlib.crc32("\n".join(texts).encode()) == RECORDED["texts"], "this Python draws other texts"
     tokenizer = load_tokenizer(open_model(model).metadata)
     sums = [zlib.crc32(" ".join(map(str, tokenizer.encode(text))).encode()) for text in texts]

@@ -33,3 +33,7 @@ def fetch_source() -> Path:
                     member.name = inner
                     archive.extract(member, _FOLDER, filter="data")
     return _FOLDER
+
+
+if __name__ == "__main__":
+    print(fetch_source())

@@ -16,7 +16,7 @@ from support.seed import SEED
 
 FORMS = sorted({sample.form for sample in SAMPLES})
 CHUNKINGS = 40
-"""Of each sample; benchmarks/models/tool_calls.py makes 10,000."""
+"""The number for each sample."""
 
 
 def parser_of(sample: Sample) -> AnswerParser:

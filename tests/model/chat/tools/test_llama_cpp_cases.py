@@ -15,7 +15,7 @@ from support.chat.llama_cpp_source import PACKAGE, find_source
 def source() -> Path:
     found = find_source()
     if found is None:
-        pytest.skip(f"no source of llama.cpp; benchmarks/models/tool_calls.py fetches it ({PACKAGE})")
+        pytest.skip(f"no source of llama.cpp; tests/support/chat/llama_cpp_source.py, run, fetches it ({PACKAGE})")
     return found
 
 

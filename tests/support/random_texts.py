@@ -1,9 +1,9 @@
 """Random texts and their token ids, to be compared with those of another program: `texts` writes them, each behind its
 length in bytes (uint32, little-endian), `compare` takes lines of ids in the same order.
 
-    python benchmarks/models/token_ids.py texts --seed 1 --count 10000 > texts.bin
+    python tests/support/random_texts.py texts --seed 1 --count 10000 > texts.bin
     other-program model.gguf < texts.bin > ids.txt
-    python benchmarks/models/token_ids.py compare model.gguf --seed 1 ids.txt
+    python tests/support/random_texts.py compare model.gguf --seed 1 ids.txt
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _digits(draw: random.Random) -> str:
     return str(draw.randrange(10 ** draw.randrange(1, 12))).rjust(draw.randrange(4), "0")
 
 
-def texts(seed: int, count: int) -> Iterator[str]:
+def random_texts(seed: int, count: int) -> Iterator[str]:
     """The same ones for the same seed; the first of more are those of fewer."""
     draw = random.Random(seed)
     return (random_text(draw) for _ in range(count))
@@ -96,7 +96,7 @@ def compare(model: Path, seed: int, ids: Path) -> int:
     tokenizer = load_tokenizer(open_model(model).metadata)
     lines = ids.read_text().splitlines()
     differing = 0
-    for text, line in zip(texts(seed, len(lines)), lines, strict=True):
+    for text, line in zip(random_texts(seed, len(lines)), lines, strict=True):
         ours, theirs = tokenizer.encode(text), [int(one) for one in line.split()]
         if ours != theirs:
             differing += 1
@@ -115,7 +115,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "compare":
         sys.exit(1 if compare(given.files[0], given.seed, given.files[1]) else 0)
-    for text in texts(given.seed, given.count):
+    for text in random_texts(given.seed, given.count):
         data = text.encode()
         sys.stdout.buffer.write(struct.pack("<I", len(data)) + data)
 

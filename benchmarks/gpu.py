@@ -32,13 +32,13 @@ from typing import Any
 from llamaclust.cli.interrupts import ends_at_once, ends_in_one_line
 
 with ends_at_once():
-    from compare import check_program
     from gpu_support.figures import Figures, Round
     from gpu_support.folders import ready_folder
     from gpu_support.llama import LlamaCpp
     from gpu_support.record import RecordFile, described
     from gpu_support.stage import Loaded, Task, report
-    from measuring.options import natural, positive
+    from runner.llama import check_program
+    from runner.options import natural, positive
 
     from llamaclust.cluster.config.values import parse_size
     from llamaclust.core.bounds import MAX_LAYERS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from compare import Speed
+from runner.llama import Speed
 
 from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread

@@ -32,7 +32,7 @@ from typing import cast
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from compare import check_program
+from runner.llama import check_program
 
 from gpu_support.folders import only_run, ready_folder
 from gpu_support.sources import ROOT, sources_digest

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compare import Speed, their_answers, their_speed
+from runner.llama import Speed, their_answers, their_speed
 
 from llamaclust.core.errors import UsageError
 

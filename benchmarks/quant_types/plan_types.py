@@ -27,12 +27,12 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from all_types import model_of
 from measuring.answers import prompts, run
 from measuring.options import chosen, listed, positive
 from measuring.plan_shapes import Shape
 from measuring.predictions import WANTED, count_near
 from plan import opened, planner_of
+from runner.models import model_of
 from shape import LAYOUTS, SHAPES
 
 from llamaclust.cli.interrupts import ends_in_one_line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import struct
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from time import perf_counter_ns
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from split import cluster_of
+from runner.in_process import cluster_of
 
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.in_process import LocalPipeline, LocalSettings, LocalStage
@@ -81,8 +80,8 @@ async def served(
             async with Engine(LocalPipeline(stage), settings) as engine:
                 yield Served(engine, stage.model)
         return
-    with tempfile.TemporaryDirectory() as folder, drafting_with(drafters):
-        async with cluster_of(stages, path, Path(folder), f"speculative={{mtp: {mtp}}}") as cluster:
+    with drafting_with(drafters):
+        async with cluster_of(stages, path, f"speculative={{mtp: {mtp}}}") as cluster:
             yield Served(cluster.engine, cluster.model)
 
 

@@ -17,7 +17,7 @@ READ_SHARE: Final = 0.85
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Measured in a core's own cache (benchmarks/quant_types/product_rates.py), relative to the 8-bit peak."""
+    """Measured in a core's own cache (benchmarks/run.py product_rates), relative to the 8-bit peak."""
 
     decode_macs: float  # in the time of so many 8-bit multiply-accumulates a weight is decoded, once for some rows
     peak_share: float  # of products with many rows

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.kernels import _native
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -27,12 +28,14 @@ from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from compare import their_answers, their_speed
 from public_shape import public_shape
+from runner.llama import their_answers, their_speed
+from runner.turns import check_same
 
 FOLDER = ROOT / "benchmarks"
 
 SCRIPTS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py") if "__main__" in path.read_text())
+CASES = sorted(path.stem for path in FOLDER.glob("cases/*/*.py"))
 
 LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'
@@ -61,62 +64,107 @@ def output(folder: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if not name.startswith("runner/")])
 def test_every_script_says_what_it_does(folder: Path, script: str) -> None:
     done = run(folder, script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {Path(script).name}")
 
 
-def test_kernels(folder: Path) -> None:
-    options = ("--types", "Q8_0", "--shapes", "2048x2048", "--tokens", "1,8", "--threads", "1", "--rounds", "1")
-    out = output(folder, "kernels.py", *options, "--json", "kernels.jsonl")
-    rows = [json.loads(line) for line in (folder / "kernels.jsonl").read_text().splitlines()]
-    assert len(out.splitlines()) == 1 + len(rows) == 3
-    assert all(row["gb_s"] > 0 and row["read_share"]["median"] > 0 and row["peak_share"]["least"] > 0 for row in rows)
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_says_what_it_does(folder: Path, case: str) -> None:
+    done = run(folder, "run.py", case, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: run.py {case}") and "--against" in done.stdout
 
 
-def test_compare(folder: Path) -> None:
-    options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
-    program = str(folder / "llama-bench")
-    out = output(folder, "compare.py", "Q8_0.gguf", "--llama-bench", program, *options, "--json", "pairs.jsonl")
-    assert re.findall(r"(prefill|decode) .* ratio \d", out) == ["prefill", "decode"]
-    assert json.loads((folder / "pairs.jsonl").read_text())["llama.cpp"]["decode"] == 5.0
+MODEL = "Q8_0.gguf"
+ONE = ("--rounds", "1")
+LLAMA = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", *ONE, "--llama-bench", "llama-bench")
+TINY = {
+    "compare": (MODEL, *LLAMA),
+    "hop": (MODEL, "--steps", "20", *ONE),
+    "kernels": ("--types", "Q8_0", "--shapes", "2048x2048", "--tokens", "1,8", "--threads", "1", *ONE),
+    "load": (MODEL, "--threads", "1", *ONE),
+    "native_step": ("--rows", "1,8", "--calls", "2", *ONE),
+    "product_rates": ("--types", "Q8_0,IQ1_S", *ONE),
+    "serving": (MODEL, "--streams", "2", "--seconds", "3", "--prompt-tokens", "8", "--tokens", "16", *ONE),
+    "split": (MODEL, "--tokens", "4", *ONE),
+    "streaming": (MODEL, "--threads", "1", "--streams", "1,2", "--tokens", "8", *ONE),
+    "structured": (MODEL, "--threads", "1", "--tokens", "4", *ONE),
+}
+"""Small runs, by case."""
+VARIANTS = {
+    "compare": {"llama.cpp", "llamaclust"},
+    "hop": {"in process", "one worker", "two workers"},
+    "kernels": {"Q8_0    2048x2048 LEVEL   1 far", "Q8_0    2048x2048 LEVEL   8 far"},
+    "load": {"and packing", "from the file", "packed", "packed, copied"},
+    "native_step": {"plain", "states", "adapters", "drafts", "matchers"},
+    "product_rates": {"Q8_0", "IQ1_S"},
+    "serving": {"llamaclust"},
+    "split": {"one worker", "two workers"},
+    "streaming": {"bench", "HTTP"},
+    "structured": {"free", "bound"},
+}
 
 
-def test_all_types(folder: Path) -> None:
-    options = ("--types", "Q8_0", "--models", ".", "--threads", "1", "--repeats", "1")
-    program = str(folder / "llama-bench")
-    output(folder, "all_types.py", "--llama-bench", program, "--json", "types.jsonl", *options)
-    table = output(folder, "all_types.py", "--table", "types.jsonl").splitlines()
-    assert len(table) == 3 and table[2].startswith("| Q8_0 | 8.5 | 32 | 1.00 |")
+@pytest.mark.parametrize("case", TINY)
+def test_a_case_measures_its_variants(folder: Path, case: str) -> None:
+    """Every variant has figures, and all of them are above 0 or missing."""
+    if case == "streaming" and shutil.which("curl") is None:
+        pytest.skip("curl is not here")
+    written = folder / f"{case}.jsonl"
+    out = output(folder, "run.py", case, *TINY[case], "--json", str(written))
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    level = _native.available_levels()[-1]
+    assert {row["variant"] for row in rows} == {name.replace("LEVEL", level) for name in VARIANTS[case]}
+    assert all(name in out for name in {row["variant"] for row in rows})
+    figures = [[value for value in list(row.values())[3:] if isinstance(value, float)] for row in rows]
+    assert all(any(value > 0 for value in each) for each in figures)
 
 
-def test_load(folder: Path) -> None:
-    out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
-    kinds = ("and packing", "from the file", "packed", "packed, copied")
-    assert [line[:18].strip() for line in out.splitlines()[1:5]] == list(kinds)
+def test_answers_that_differ_end_a_case() -> None:
+    with pytest.raises(LlamaclustError, match="group: b has other ids than a"):
+        check_same("group", {"a": {"ids": b"1", "s": 1.0}, "b": {"ids": b"2", "s": 2.0}})
 
 
-def test_split(folder: Path) -> None:
-    out = output(folder, "split.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "4", "--json", "split.jsonl")
-    assert "two workers / one worker" in out
-    assert json.loads((folder / "split.jsonl").read_text())["two"]["single_tok_s"] > 0
+def test_another_checkout_takes_turns(folder: Path, tmp_path: Path) -> None:
+    """Its interpreter runs the same case: here both are this tree."""
+    (tmp_path / "tree").symlink_to(ROOT)
+    written = tmp_path / "rows.jsonl"
+    options = ("--types", "Q8_0", "--rounds", "2", "--json", str(written), "--against", str(tmp_path / "tree"))
+    out = output(folder, "run.py", "product_rates", *options)
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["other", "this"] * 2 and rows[0]["group"] == "Q8_0"
+    assert re.search(r"^this / other, peak_share: \d", out, re.MULTILINE)
 
 
-def test_hop(folder: Path) -> None:
-    assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
+REFUSED = [
+    ("kernels", ("--tokens", "0"), "must be 1 or more"),
+    ("kernels", ("--threads", "5000"), "1024 at most"),
+    ("kernels", ("--rounds", "0"), "must be 1 or more"),
+    ("kernels", ("--levels", "sse"), "choose from generic"),
+    ("kernels", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),
+    ("kernels", ("--shapes", "512by512"), "give ROWSxCOLS"),
+    ("kernels", ("--shapes", "1000x1000", "--types", "Q4_K"), "steps of 256 or more"),
+    ("kernels", ("--types", "Q9"), "choose from F32, F16"),
+    ("compare", (MODEL, "--llama-bench", "nope"), "no such file; the docstring of benchmarks/runner/llama.py says"),
+    ("compare", (MODEL, "--llama-bench", "."), "a folder"),
+    ("compare", (MODEL, "--llama-bench", "words"), "not a program that can be run"),
+    ("compare", ("nope.gguf", "--llama-bench", "llama-bench"), "nope.gguf: no such file"),
+    ("split", ("nope.gguf",), "nope.gguf: no such file"),
+    ("nope", (), "compare"),
+]
 
 
-def test_native_step(folder: Path) -> None:
-    out = output(folder, "native_step.py", "--rows", "1,8", "--rounds", "1", "--calls", "2").splitlines()
-    assert [line.split()[-6] for line in out] == ["rows", *9 * "1", *9 * "8"]
-
-
-def test_structured(folder: Path) -> None:
-    text = output(folder, "structured.py", "Q8_0.gguf", "--threads", "1", "--tokens", "4", "--pairs", "1")
-    assert re.search(r"^step, JSON strings, 16 streams: \d", text, re.MULTILINE)
-    assert re.search(r"^JSON by a schema, speed relative to free text: .* tokens$", text, re.MULTILINE)
+@pytest.mark.parametrize(("case", "arguments", "words"), REFUSED)
+def test_mistakes_are_said_before_anything_runs(
+    folder: Path, case: str, arguments: tuple[str, ...], words: str
+) -> None:
+    (folder / "words").write_text("words\n")
+    done = run(folder, "run.py", case, *arguments)
+    assert done.returncode == 2 and words in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
 
 
 def test_replayed_answers(folder: Path) -> None:
@@ -168,50 +216,12 @@ def test_maskbench(folder: Path) -> None:
     assert {"valid instances, judged wrongly: 1", "invalid instances, judged wrongly: 1"} <= {*lines}
 
 
-def test_serving(folder: Path) -> None:
-    load = ("--streams", "2", "--seconds", "3", "--pairs", "1", "--prompt-tokens", "8", "--tokens", "16")
-    text = output(folder, "serving.py", "Q8_0.gguf", *load)
-    assert re.search(r"^llamaclust +[1-9]\d*\.\d .* [1-9]\d* +0$", text, re.MULTILINE)
-
-
 def test_soak(folder: Path) -> None:
     build_tiny_model(folder / "longer.gguf", quant_type=QuantType.Q8_0, layers=2, context=512)
     done = run(folder, "clusters/soak.py", "longer.gguf", "--minutes", "0.05", "--streams", "8", "--tokens", "8")
     assert (done.stderr, done.returncode in (0, 1)) == ("", True)  # memory is not flat so soon
     assert re.search(r"^worker b +\d", done.stdout, re.MULTILINE)
     assert re.search(r": 0 errors; [1-9]\d* answers, [1-9]\d+ tokens: 0 lost, 0 changed\nno errors; ", done.stdout)
-
-
-REFUSED = [
-    ("kernels.py", ("--tokens", "0"), "must be 1 or more"),
-    ("kernels.py", ("--threads", "0"), "must be 1 or more"),
-    ("kernels.py", ("--threads", "5000"), "1024 at most"),
-    ("kernels.py", ("--rounds", "0"), "must be 1 or more"),
-    ("kernels.py", ("--levels", "sse"), "choose from generic"),
-    ("kernels.py", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),
-    ("kernels.py", ("--shapes", "512by512"), "give ROWSxCOLS"),
-    ("kernels.py", ("--shapes", "1000x1000", "--types", "Q4_K"), "steps of 256 or more"),
-    ("kernels.py", ("--types", "Q9"), "choose from F32, F16"),
-    ("all_types.py", ("--table", "nope"), "cannot be read: No such file"),
-    ("all_types.py", ("--table", "words"), "line 1 is not one that --json writes"),
-    ("compare.py", ("Q8_0.gguf", "--llama-bench", "nope"), "no such file; `compare.py --help` says how to build it"),
-    ("compare.py", ("Q8_0.gguf", "--llama-bench", "."), "a folder"),
-    ("compare.py", ("Q8_0.gguf", "--llama-bench", "words"), "not a program that can be run"),
-    ("compare.py", ("nope.gguf", "--llama-bench", "llama-bench"), "nope.gguf: no such file"),
-    ("split.py", ("nope.gguf",), "nope.gguf: no such file"),
-    ("split.py", ("Q8_0.gguf", "--tokens", "0"), "must be 1 or more"),
-]
-
-
-@pytest.mark.parametrize(("script", "arguments", "words"), REFUSED)
-def test_mistakes_are_one_line_before_anything_runs(
-    folder: Path, script: str, arguments: tuple[str, ...], words: str
-) -> None:
-    (folder / "words").write_text("words\n")
-    done = run(folder, script, *arguments)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "error: " in last and words in last
-    assert "Traceback" not in done.stderr and done.stdout == ""
 
 
 def other_bench(folder: Path, answer: str) -> Path:
@@ -226,14 +236,6 @@ def test_what_answers_otherwise_is_no_llama_bench(folder: Path, answer: str) -> 
     program = other_bench(folder, answer)
     with pytest.raises(UsageError, match=str(program)):
         their_speed(program, their_answers(program, Path("Q8_0.gguf"), ()))
-
-
-def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
-    program = other_bench(folder, "exec /nowhere")
-    options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
-    done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {program}")
 
 
 def test_documented_shapes_are_known() -> None:
@@ -262,7 +264,7 @@ def test_shape_of_a_public_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """`shape.py` while it writes, `kernels.py` while it measures."""
+    """`shape.py` while it writes, a case while it measures."""
     with subprocess.Popen(
         [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -272,7 +274,7 @@ def test_a_script_that_is_interrupted_leaves_nothing(folder: Path, tmp_path: Pat
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err, list(tmp_path.iterdir())) == (128 + number, "", [])
     with subprocess.Popen(
-        [sys.executable, FOLDER / "kernels.py", "--types", "Q8_0", "--threads", "1"],
+        [sys.executable, FOLDER / "run.py", "kernels", "--types", "Q8_0", "--rounds", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -315,13 +317,3 @@ def test_a_cluster_ends_with_its_benchmark(tmp_path: Path) -> None:
     assert (process.returncode, err, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, "", [])
     with pytest.raises(ProcessLookupError):
         os.kill(coordinator, 0)
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
-def test_streaming(folder: Path) -> None:
-    ways = ("--threads", "1", "--streams", "1,2", "--tokens", "8", "--repeats", "1")
-    lines = output(folder, "streaming.py", "Q8_0.gguf", *ways).splitlines()
-    titles = [line.split(":")[0] for line in lines if "at a time" in line]
-    assert titles == [
-        f"{n} at a time, {what}" for n in (1, 2) for what in ("engine / bench", "curl / bench", "coordinator")
-    ]

@@ -210,10 +210,12 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
     for line in code(page):
         for target in re.findall(r"(?:^|sudo |then )make ([\w-]+)", line):
             assert target in targets, line
-        script = re.search(r"python (benchmarks/[\w/]+\.py)(.*)", line.partition(" #")[0])
-        source = (ROOT / script[1]).read_text() if script else ""
-        for option in re.findall(r"--[\w-]+", script[2]) if script else ():
-            is_field = re.search(rf"^    {option[2:].replace('-', '_')}: int", source, re.MULTILINE)  # of a shape
+        script = re.search(r"python benchmarks/(run\.py )?([\w/]+)(?:\.py)?(.*)", line.partition(" #")[0])
+        paths = sorted((ROOT / "benchmarks").glob(f"cases/*/{script[2]}.py")) if script and script[1] else []
+        paths = paths or ([ROOT / f"benchmarks/{script[2]}.py"] if script else [])
+        source = "".join(path.read_text() for path in [*paths, ROOT / "benchmarks/run.py"])
+        for option in re.findall(r"--[\w-]+", script[3]) if script else ():
+            is_field = re.search(rf"^    {option[2:].replace('-', '_')}: ", source, re.MULTILINE)
             assert is_field or f'"{option}"' in source, line
 
 

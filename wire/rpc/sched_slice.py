@@ -1,7 +1,7 @@
 """Time slices: threads that only hand messages on ask for short ones, so that on cores where others compute their turn
 comes soon: a coordinator's, and gRPC's of a worker. A worker's own threads have usual ones: all of them compute, its
 event loop short steps. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
-benchmarks/split.py."""
+benchmarks/run.py split."""
 
 from __future__ import annotations
 

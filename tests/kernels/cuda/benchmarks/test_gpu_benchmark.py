@@ -35,7 +35,6 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
-from compare import Speed
 from gpu_support import record as gpu_record
 from gpu_support import stage as gpu_stage
 from gpu_support.figures import Figures, Round
@@ -43,6 +42,7 @@ from gpu_support.llama import LlamaCpp
 from gpu_support.sources import sources_digest
 from gpu_support.stage import Layout, Loaded, Task
 from gpu_support.work import Amount, Rates, Work
+from runner.llama import Speed
 
 pytestmark = pytest.mark.usefixtures("gpus")
 

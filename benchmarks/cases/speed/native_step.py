@@ -1,25 +1,17 @@
-"""Times a step beside its computing: messages of one decode step, written by the coordinator and read by a stage.
-
-    python benchmarks/native_step.py [--rows 1,8] [--rounds 9] [--calls 200]
-
-Microseconds of a call in a loop, where the caches hold all of it: medians of rounds, all kinds in turns. A microbatch
-follows another one whose tokens are filled in, in a model 576 wide; rows are sampled from 32 words. Beside plain rows
-are those with states, with adapters, with drafts of a head and with matchers, whose own work is not counted.
-"""
+"""The case `native_step`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from statistics import median
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter_ns
 from typing import Final
 
 import numpy as np
-from measuring.options import listed, positive
+from runner.case import Case, Group, Measures, option
+from runner.options import listed, positive
 
-from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
 from llamaclust.core.sampling import MatcherRow, SampleTask, SamplingParams
 from llamaclust.core.sampling_bounds import MAX_VOCABULARY
@@ -93,14 +85,14 @@ class Step:
     @property
     def parts(self) -> Mapping[str, Callable[[], object]]:
         return {
-            "microbatch written": lambda: encode_hidden(encode_microbatch(self._microbatch)),
-            "frame read, tokens filled in, next frame": self.frames,
-            "arrays of the frame": lambda: batch_of(self._read),
-            "sampling inputs written": lambda: encode_inputs(self._inputs),
-            "sampling inputs read": lambda: StepInputs.read(self._tasks).for_matchers,
-            "32 words sampled, result written": self.result,
-            "result read": lambda: decode_result(self._result),
-            "sampled tokens read": lambda: _native.read_sampled_tokens(self._sampled, MAX_BATCH_TOKENS, MAX_VOCABULARY),
+            "write": lambda: encode_hidden(encode_microbatch(self._microbatch)),
+            "frames": self.frames,
+            "arrays": lambda: batch_of(self._read),
+            "inputs out": lambda: encode_inputs(self._inputs),
+            "inputs in": lambda: StepInputs.read(self._tasks).for_matchers,
+            "sample": self.result,
+            "result in": lambda: decode_result(self._result),
+            "tokens in": lambda: _native.read_sampled_tokens(self._sampled, MAX_BATCH_TOKENS, MAX_VOCABULARY),
         }
 
     def frames(self) -> bytes:
@@ -116,37 +108,34 @@ class Step:
         return outcomes.result(self._read, (1000, 2_000_000, 3000, self._rows))
 
 
-def microseconds(call: Callable[[], object], calls: int) -> float:
+@dataclass(frozen=True)
+class NativeStep(Case):
+    """A step beside its computing: messages of one decode step, written by the coordinator and read by a stage.
+
+    Microseconds of a call in a loop, where the caches hold all of it. A microbatch follows another one whose tokens
+    are filled in, in a model 576 wide; rows are sampled from 32 words. Beside plain rows are those with states, with
+    adapters, with drafts of a head and with matchers, whose own work is not counted.
+    """
+
+    rounds = 9
+    rows: tuple[int, ...] = option((1, 8), "of a microbatch", listed(positive))
+    calls: int = option(200, "of a turn", positive)
+
+    async def groups(self) -> AsyncIterator[Group]:
+        for rows in self.rows:
+            yield Group(
+                f"{rows} rows, us",
+                {kind: partial(self._measure, Step(rows, kind).parts) for kind in KINDS},
+                {"all": ""},
+            )
+
+    async def _measure(self, parts: Mapping[str, Callable[[], object]], turn: int) -> Measures:
+        found = {name: _microseconds(call, self.calls) for name, call in parts.items()}
+        return {"all": sum(found.values()), **found}
+
+
+def _microseconds(call: Callable[[], object], calls: int) -> float:
     begun_ns = perf_counter_ns()
     for _ in range(calls):
         call()
     return (perf_counter_ns() - begun_ns) / calls / 1e3
-
-
-def measure(rows: Sequence[int], rounds: int, calls: int) -> None:
-    print(f"{'':42} {'rows':>5}" + "".join(f" {kind:>9}" for kind in KINDS))
-    for count in rows:
-        steps = [Step(count, kind).parts for kind in KINDS]
-        sums = np.zeros(len(steps))
-        for name in steps[0]:
-            taken = [[microseconds(step[name], calls) for step in steps] for _ in range(rounds)]
-            found = [median(kind) for kind in zip(*taken, strict=True)]
-            sums += found
-            print(f"{name:42} {count:5}" + "".join(f" {each:9.2f}" for each in found), flush=True)
-        print(f"{'all':42} {count:5}" + "".join(f" {each:9.2f}" for each in sums), flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=listed(positive), default="1,8", help="of a microbatch; %(default)s by default")
-    parser.add_argument("--rounds", type=positive, default=9, help="%(default)s by default")
-    parser.add_argument("--calls", type=positive, default=200, help="of a round; %(default)s by default")
-    given = parser.parse_args()
-    if max(given.rows) > _LIMITS.max_sequences:
-        parser.error(f"--rows is at most {_LIMITS.max_sequences}")
-    measure(given.rows, given.rounds, given.calls)
-
-
-if __name__ == "__main__":
-    with ends_in_one_line():
-        main()

@@ -1,0 +1,57 @@
+"""The case `load`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import time
+
+from runner.case import Case, Group, Measures, argument, option
+from runner.llama import json_of
+from runner.options import existing, positive
+
+
+@dataclass(frozen=True)
+class Load(Case):
+    """Time until a model is ready and peak memory, from its file and from packed layers.
+
+    Each load runs in a process of its own, with the files in the page cache. `ready` is from opening the file to a
+    stage that could run, `process` from the start of Python. `limit` of the peak of resident memory, after a prefill,
+    is 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small pages.
+    """
+
+    rounds = 3
+    model: Path = argument("path of a .gguf", existing)
+    threads: int = option(len(os.sched_getaffinity(0)), "that load", positive)
+
+    async def groups(self) -> AsyncIterator[Group]:
+        _read(self.model, 1 << 24)
+        with TemporaryDirectory(prefix="llamaclust-load-", dir=self.model.parent) as name:
+            folder = Path(name) / "packed"
+            yield Group("", {"and packing": partial(self._measure, folder)}, rounds=1)
+            goals = {"ready s": "1.1B Q4_K on two cores: 2 s from the file, 0.5 packed"}
+            loads = {"from the file": partial(self._measure, None), "packed": partial(self._measure, folder)}
+            yield Group("loads", loads, goals)
+            for path in folder.glob("*.tiles"):  # the page cache drops the images and reads them again
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                _read(path, 1 << 16)
+            yield Group("", {"packed, copied": partial(self._measure, folder)})
+
+    async def _measure(self, folder: Path | None, turn: int) -> Measures:
+        script = Path(__file__).parents[2] / "runner/loaded.py"
+        words = [sys.executable, str(script), str(self.model), str(self.threads), str(folder or ""), repr(time())]
+        found: dict[str, float] = await asyncio.to_thread(json_of, words)
+        return {**found, "": "" if found["peak MiB"] <= found["limit MiB"] else "OVER THE LIMIT"}
+
+
+def _read(path: Path, step: int) -> None:
+    with path.open("rb", buffering=0) as file:
+        while file.read(step):
+            pass

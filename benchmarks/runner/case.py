@@ -1,0 +1,61 @@
+"""A case of the benchmarks: a dataclass whose fields are options, and groups of variants that are measured in turns."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+Measures = Mapping[str, float | str | bytes]
+"""Figures by name and unit; texts are shown; bytes must be the same for all variants of a turn."""
+Variant = Callable[[int], Awaitable[Measures]]
+"""Measures in a turn of that number. Variants that draw prompts draw the same ones in the same turn."""
+
+
+@dataclass(slots=True)
+class Group:
+    """Variants that are compared with the first one. `goals`: of ratios, or of the figures of a single variant; where
+    there are some, the spread of these figures alone is printed."""
+
+    name: str
+    variants: Mapping[str, Variant]
+    goals: Mapping[str, str] = field(default_factory=dict)
+    rounds: int | None = None  # instead of those that are asked for
+    turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
+
+    def values(self, variant: str, name: str) -> list[float]:
+        return [float(turn[variant][name]) for turn in self.turns]
+
+    def ratios(self, variant: str, name: str) -> list[float]:
+        """Ratios of turns to the first variant."""
+        first = next(iter(self.variants))
+        if name not in self.figures(first):
+            return []
+        pairs = zip(self.values(variant, name), self.values(first, name), strict=True)
+        return [value / base for value, base in pairs if base]
+
+    def figures(self, variant: str) -> list[str]:
+        return [name for name, value in self.turns[0][variant].items() if isinstance(value, float | int)]
+
+
+class Case:
+    """The base of all cases. A case is a frozen dataclass; its docstring is its help."""
+
+    rounds: ClassVar[int] = 5
+    warm: ClassVar[int] = 0  # turns that do not count, before the others
+
+    def groups(self) -> AsyncIterator[Group]:
+        """Yields each group while what its variants need is there. Afterwards the group has its turns."""
+        raise NotImplementedError
+
+
+def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
+    """A field that is a positional argument."""
+    return field(default=default, metadata={"help": what, "type": read, "nargs": nargs})
+
+
+def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
+    """A field that is an option: a switch where the default is False, and a list where it is a tuple."""
+    read = read or (str if default is None else type(default))
+    return field(default=default, metadata={"help": what, "type": read, "option": True})

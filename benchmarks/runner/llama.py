@@ -1,0 +1,76 @@
+"""llama.cpp's program llama-bench, and programs that print JSON.
+
+To be built on the machine that is measured:
+
+    git clone --depth 1 https://github.com/ggml-org/llama.cpp && cd llama.cpp
+    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench llama-server -j
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamaclust.core.errors import UsageError
+
+_DEADLINE_S = 1800
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second; of ours also the shares of the machine's limits. Prefill is None where it is not compared."""
+
+    prefill: float | None
+    decode: float
+    prefill_share: float | None = None
+    decode_share: float | None = None
+
+
+def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
+    """An absolute path. UsageError where no program is there; `how` says how it is built."""
+    if path.is_dir():
+        raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
+    if not path.exists():
+        raise UsageError(f"--llama-bench {path}: no such file; {how} says how to build it")
+    if not os.access(path, os.X_OK):
+        raise UsageError(f"--llama-bench {path}: not a program that can be run")
+    return path.absolute()
+
+
+def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
+    """What llama-bench prints, one object a test. UsageError where it cannot."""
+    answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
+    return answers if isinstance(answers, list) else [answers]
+
+
+def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
+    """The best of the tests of each kind. UsageError where llama-bench does not answer so."""
+    try:
+        prefills = [float(answer["avg_ts"]) for answer in answers if answer["n_gen"] == 0]
+        decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
+        return Speed(max(prefills, default=None), max(decodes))
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{program}: its JSON is not that of llama-bench; take a newer one") from None
+
+
+def json_of(command: Sequence[str]) -> Any:
+    """The JSON that a program prints. UsageError where it cannot be run, fails, or prints something else."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+    except OSError as error:
+        raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{command[0]}: not done after {_DEADLINE_S} s; measure less") from None
+    if done.returncode != 0:
+        last = " ".join(done.stderr.strip().splitlines()[-1:])
+        raise UsageError(f"{command[0]} failed: {last or f'it ended with {done.returncode} and no word'}")
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        start = " ".join(done.stdout.split())[:80]
+        raise UsageError(f"{command[0]}: JSON expected, not {start!r}") from None

@@ -1,0 +1,89 @@
+"""Answers that a client streams by HTTP and that takes little time itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+from urllib.parse import urlsplit
+
+from llamaclust.core.errors import LlamaclustError
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def requested(api: str, body: dict[str, Any], path: str = "/v1/completions") -> Connection:
+    """A connection on which a streamed answer has been requested."""
+    where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
+    fields = f"Host: {where.netloc}", "Content-Type: application/json", f"Content-Length: {len(content)}", "", ""
+    writer.write("\r\n".join((f"POST {path} HTTP/1.1", *fields)).encode() + content)
+    await writer.drain()
+    return reader, writer
+
+
+async def event(reader: asyncio.StreamReader) -> bytes:
+    """The data of the next event; nothing at the end. LlamaclustError for an error or a connection that ends."""
+    while line := await reader.readline():
+        if line.startswith(b"data: [DONE]"):
+            return b""
+        if line.startswith(b"data: {"):
+            if b'"error"' in line[:20]:
+                raise LlamaclustError(f"an answer ended: {line[6:300].decode(errors='replace').strip()}")
+            return line[6:]
+        if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
+            raise LlamaclustError(f"refused: {line.decode().strip()} {(await reader.read(2000))[-300:]!r}")
+    raise LlamaclustError("an answer ended before its end")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`arrivals`: time and tokens of each event that had some."""
+
+    begun_s: float
+    arrivals: tuple[tuple[float, int], ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the chosen tokens, if they were requested
+
+    @property
+    def first_s(self) -> float:
+        """Seconds from the request to its first token."""
+        return self.arrivals[0][0] - self.begun_s
+
+    @property
+    def token_s(self) -> float:
+        """Mean of the tokens behind the first event."""
+        (first_s, first), (last_s, _) = self.arrivals[0], self.arrivals[-1]
+        return (last_s - first_s) / (len(self.ids) - first) if len(self.ids) > first else 0.0
+
+    @property
+    def bits(self) -> bytes:
+        return repr((self.ids, self.logprobs)).encode()
+
+
+async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
+    """A greedy answer of so many tokens. LlamaclustError where it has others."""
+    body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
+    begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
+    reader, writer = await requested(api, {**body, "return_token_ids": True})
+    while data := await event(reader):  # what they say is read later: it would delay the next one
+        lines.append((perf_counter(), data))
+    writer.close()
+    found = read_answer(begun_s, lines)
+    if len(found.ids) != tokens:
+        raise LlamaclustError(f"{api}: an answer of {len(found.ids)} tokens, {tokens} were requested")
+    return found
+
+
+def read_answer(begun_s: float, lines: Sequence[tuple[float, bytes]]) -> Answer:
+    arrivals, ids, logprobs = list[tuple[float, int]](), list[int](), list[float]()
+    for at_s, data in lines:
+        for choice in json.loads(data).get("choices", ()):
+            if found := choice.get("token_ids"):
+                arrivals.append((at_s, len(found)))
+                ids += found
+                logprobs += (choice.get("logprobs") or {}).get("token_logprobs", ())
+    return Answer(begun_s, tuple(arrivals), tuple(ids), tuple(logprobs))

@@ -49,7 +49,8 @@ def parser_of(name: str, case: type[Case]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"run.py {name}", description=case.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for field in fields(case):  # type: ignore[arg-type]
+    options = [field for field in fields(case) if field.init]  # type: ignore[arg-type]
+    for field in options:
         given: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "type": field.metadata["type"]}
         if "option" not in field.metadata:
             given["nargs"] = field.metadata["nargs"] or ("?" if field.default is not MISSING else None)

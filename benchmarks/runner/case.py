@@ -22,6 +22,7 @@ class Group:
     variants: Mapping[str, Variant]
     goals: Mapping[str, str] = field(default_factory=dict)
     rounds: int | None = None  # instead of those that are asked for
+    in_order: bool = False  # in every turn; else every second one is in the opposite order
     turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
 
     def values(self, variant: str, name: str) -> list[float]:

@@ -50,6 +50,7 @@ class Layout:
     keys: Mapping[str, Any] = field(default_factory=dict)
     prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     is_secure: bool = False
+    home: Path | None = None  # of caches, instead of one of its own
 
     @property
     def names(self) -> str:
@@ -64,7 +65,7 @@ class Bench:
         self._folder = folder
         self._command = command
         self._join, self._members = free_port(), free_port()
-        self._started: list[subprocess.Popen[bytes]] = []
+        self.started: list[subprocess.Popen[bytes]] = []
         self.api = f"http://127.0.0.1:{free_port()}"
         self.directory = ClusterDir(folder / "state" / _NAME)
         self.file = folder / f"{_NAME}.yaml"
@@ -81,13 +82,16 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"LLAMACLUST_STATE_DIR": self._folder / "state", "LLAMACLUST_HOME": self._folder / "home"}
+        own = {
+            "LLAMACLUST_STATE_DIR": self._folder / "state",
+            "LLAMACLUST_HOME": self._layout.home or self._folder / "home",
+        }
         return os.environ | {name: str(path) for name, path in own.items()}
 
     @property
     def coordinator(self) -> psutil.Process:
         """The process that was started last."""
-        return psutil.Process(self._started[-1].pid)
+        return psutil.Process(self.started[-1].pid)
 
     @property
     def log(self) -> str:
@@ -100,7 +104,7 @@ class Bench:
             process = subprocess.Popen(
                 words, env=self.environment, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
-        self._started.append(process)
+        self.started.append(process)
         return process
 
     async def standby(self) -> subprocess.Popen[bytes]:
@@ -170,7 +174,7 @@ class Bench:
 
     def close(self) -> None:
         """The standbys first: none is to take over."""
-        for process in reversed(self._started):
+        for process in reversed(self.started):
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 process.send_signal(signal.SIGINT)

@@ -15,10 +15,14 @@ from llamaclust.core.errors import LlamaclustError
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def requested(api: str, body: dict[str, Any], path: str = "/v1/completions") -> Connection:
-    """A connection on which a streamed answer has been requested."""
+async def requested(
+    api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
+) -> Connection:
+    """A connection, or the given one, on which a streamed answer has been requested."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
+    if connection is None:
+        connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
+    reader, writer = connection
     fields = f"Host: {where.netloc}", "Content-Type: application/json", f"Content-Length: {len(content)}", "", ""
     writer.write("\r\n".join((f"POST {path} HTTP/1.1", *fields)).encode() + content)
     await writer.drain()

@@ -46,7 +46,10 @@ class Turns:
         for turn in range(-self.case.warm, count):
             names = [*group.variants]
             with self._watched():
-                found = {name: await group.variants[name](turn) for name in (names[::-1] if turn % 2 else names)}
+                found = {
+                    name: await group.variants[name](turn)
+                    for name in (names[::-1] if turn % 2 and not group.in_order else names)
+                }
             found = {name: found[name] for name in names}
             check_same(group.name, found)
             if turn >= 0:

@@ -36,9 +36,9 @@ import httpx
 from documents import Document, build_stand_in
 from results import count, print_table
 
-sys.path.append(str(Path(__file__).parents[1] / "clusters"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from running import Layout, running
+from runner.clusters import Layout, running
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llamaclust" / "suites"

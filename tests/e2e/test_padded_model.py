@@ -1,4 +1,4 @@
-"""A model that is padded with zeros (benchmarks/models/padded.py) is the same function."""
+"""A model that is padded with zeros (benchmarks/runner/padded.py) is the same function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.quant_types import QuantType
 from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
 
-_SCRIPT = ROOT / "benchmarks/models/padded.py"
+_SCRIPT = ROOT / "benchmarks/runner/padded.py"
 
 
 def logits(path: Path, tokens: list[int]) -> np.ndarray:

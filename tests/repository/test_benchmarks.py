@@ -47,6 +47,11 @@ echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2,
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     build_tiny_model(folder / "Q8_0.gguf", quant_type=QuantType.Q8_0, layers=2)
+    build_tiny_model(folder / "longer.gguf", quant_type=QuantType.Q8_0, layers=2, context=512)
+    build_tiny_model(folder / "longest.gguf", quant_type=QuantType.Q8_0, layers=2, context=4096)
+    build_tiny_model(folder / "experts.gguf", quant_type=QuantType.Q8_0, layers=4, experts=8)
+    (folder / "models").mkdir()
+    (folder / "models" / "Q8_0.gguf").symlink_to(folder / "Q8_0.gguf")
     (folder / "llama-bench").write_text(LLAMA_BENCH)
     (folder / "llama-bench").chmod(0o755)
     return folder
@@ -80,6 +85,7 @@ def test_every_case_says_what_it_does(folder: Path, case: str) -> None:
 
 MODEL = "Q8_0.gguf"
 ONE = ("--rounds", "1")
+SMALL_HEAD = ("--layers", "2", "--hidden", "256", "--vocabulary", "400")
 LLAMA = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", *ONE, "--llama-bench", "llama-bench")
 TINY = {
     "compare": (MODEL, *LLAMA),
@@ -92,6 +98,19 @@ TINY = {
     "split": (MODEL, "--tokens", "4", *ONE),
     "streaming": (MODEL, "--threads", "1", "--streams", "1,2", "--tokens", "8", *ONE),
     "structured": (MODEL, "--threads", "1", "--tokens", "4", *ONE),
+    "journal": (MODEL, "--requests", "8", "--connections", "2", *ONE),
+    "memory": (MODEL, "--threads", "1", "--context", "64"),
+    "kv_disk": ("longest.gguf", "--workers", "1", "--prefix", "200", *ONE),
+    "gaps": ("longest.gguf", "--parts", "breakers", "--streams", "1", "--quiet", "1"),
+    "attacks": ("longest.gguf", "--attack", "choices,fixed_texts,chunks", "--at-once", "1", "--streams", "1"),
+    "plan": (MODEL, MODEL, "--shapes", "one", *ONE),
+    "plan_experts": ("experts.gguf", *ONE),
+    "plan_types": ("--types", "Q8_0", "--folder", "models", "--threads", "1", *ONE),
+    "replay": ("longer.gguf", "--acceptance", "0,1", "--tokens", "60", "--together", "2", *ONE),
+    "texts": ("longer.gguf", "--kinds", "prose", "--tokens", "16", "--characters", "200", *ONE),
+    "mtp": (*SMALL_HEAD, "--stages", "1", "--prompt", "9", "--tokens", "40", "--threads", "1", *ONE),
+    "draft_model": ("--hidden", "512", "--strengths", "0", "--tokens", "20", "--threads", "1", *ONE),
+    "convert": ("checkpoint", "--shape", "1.1b", "--layers", "1", "--types", "f16"),
 }
 """Small runs, by case."""
 VARIANTS = {
@@ -105,7 +124,20 @@ VARIANTS = {
     "split": {"one worker", "two workers"},
     "streaming": {"bench", "HTTP"},
     "structured": {"free", "bound"},
+    "journal": {"without", "with"},
+    "kv_disk": {"computed", "restarted"},
+    "gaps": {"nothing else", "8 x 64 breakers", "and a killed worker"},
+    "attacks": {"choices", "fixed_texts", "chunks"},
+    "plan": {"small, one worker of one thread"},
+    "plan_experts": {"three processes"},
+    "plan_types": {"Q8_0"},
+    "memory": {"Q8_0 1: [0, 2)", "Q8_0 2: [0, 1)", "Q8_0 2: [1, 2)"},
+    **{name: {"plain", "drafted"} for name in ("replay", "texts", "draft_model")},
+    "mtp": {"plain", "head"},
+    "convert": {"convert", "dd", "dd that reads"},
 }
+NOT_EXACT = {"memory"}
+"""Whose verdict is of larger models."""
 
 
 @pytest.mark.parametrize("case", TINY)
@@ -114,13 +146,29 @@ def test_a_case_measures_its_variants(folder: Path, case: str) -> None:
     if case == "streaming" and shutil.which("curl") is None:
         pytest.skip("curl is not here")
     written = folder / f"{case}.jsonl"
-    out = output(folder, "run.py", case, *TINY[case], "--json", str(written))
+    done = run(folder, "run.py", case, *TINY[case], "--json", str(written))
+    assert case in NOT_EXACT or (done.returncode, done.stderr) == (0, "")
+    out = done.stdout
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     level = _native.available_levels()[-1]
     assert {row["variant"] for row in rows} == {name.replace("LEVEL", level) for name in VARIANTS[case]}
     assert all(name in out for name in {row["variant"] for row in rows})
     figures = [[value for value in list(row.values())[3:] if isinstance(value, float)] for row in rows]
     assert all(any(value > 0 for value in each) for each in figures)
+
+
+def test_soak(folder: Path) -> None:
+    done = run(folder, "run.py", "soak", "longer.gguf", "--minutes", "0.05", "--streams", "8", "--tokens", "8")
+    assert done.returncode in (0, 1), done.stderr  # memory is not flat so soon
+    assert re.search(r"^   1 worker b +\d", done.stdout, re.MULTILINE)
+    assert re.search(r" 0  [1-9]\d* answers, [1-9]\d+ tokens: 0 lost, 0 changed ", done.stdout)
+
+
+def test_chaos(folder: Path) -> None:
+    options = ("--minutes", "0.1", "--streams", "2", "--workers", "2", "--faults", "kill,coordinator-kill")
+    done = run(folder, "run.py", "chaos", "longer.gguf", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^   1 SIGKILL of (a worker|the coordinator) +[1-9]", done.stdout, re.MULTILINE)
 
 
 def test_answers_that_differ_end_a_case() -> None:
@@ -167,33 +215,6 @@ def test_mistakes_are_said_before_anything_runs(
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_replayed_answers(folder: Path) -> None:
-    options = ("--acceptance", "0,1", "--tokens", "120", "--repeats", "1", "--together", "2")
-    text = output(folder, "speculation/replay.py", "Q8_0.gguf", *options)
-    assert re.search(r"^acceptance 0: [\d.]+ -> [\d.]+ tok/s, 0 of \d+ drafted tokens accepted$", text, re.MULTILINE)
-    whole = re.search(r"^acceptance 1: .* (\d+) of (\d+) drafted tokens accepted$", text, re.MULTILINE)
-    assert whole is not None and whole[1] == whole[2]
-    assert len(re.findall(r"^acceptance [\d.]+, then [\d.]+: tokens lost +-?\d", text, re.MULTILINE)) == 2
-    assert re.search(r"^2 together, n-gram drafts / plain +\d", text, re.MULTILINE)
-
-
-def test_drafts_of_texts(folder: Path) -> None:
-    options = ("--prompts", "8", "--tokens", "16", "--characters", "200")
-    text = output(folder, "speculation/texts.py", "Q8_0.gguf", *options)
-    rows = re.findall(r"^(copy|edit|quote|prose) +2 +\d.* (\d+)/(\d+) +[01]\.", text, re.MULTILINE)
-    assert len(rows) == 4 and all(int(accepted) <= int(drafted) for _, accepted, drafted in rows)
-
-
-def test_drafts_of_mtp_heads(folder: Path) -> None:
-    sizes = ("--layers", "2", "--hidden", "256", "--vocabulary", "400")
-    options = ("--stages", "1", "--prompt", "9", "--tokens", "40", "--repeats", "1", "--threads", "1")
-    text = output(folder, "speculation/mtp.py", *sizes, *options)
-    assert re.search(r"^wrong, stages 1: .* 0 of \d+ drafted tokens accepted$", text, re.MULTILINE)
-    for name in ("right", "wrong"):
-        assert re.search(rf"^{name}, stages 1: gain +\d", text, re.MULTILINE)
-        assert re.search(rf"^{name}, stages 1: time of the prompt +\d.* 1\.500$", text, re.MULTILINE)
-
-
 def test_schema_suite(folder: Path) -> None:
     tests = [{"description": "", "data": data, "valid": data == 1} for data in (1, 2)]
     name = "jsonschema-0/json/tests/draft2020-12/const.json"
@@ -216,14 +237,6 @@ def test_maskbench(folder: Path) -> None:
     assert {"valid instances, judged wrongly: 1", "invalid instances, judged wrongly: 1"} <= {*lines}
 
 
-def test_soak(folder: Path) -> None:
-    build_tiny_model(folder / "longer.gguf", quant_type=QuantType.Q8_0, layers=2, context=512)
-    done = run(folder, "clusters/soak.py", "longer.gguf", "--minutes", "0.05", "--streams", "8", "--tokens", "8")
-    assert (done.stderr, done.returncode in (0, 1)) == ("", True)  # memory is not flat so soon
-    assert re.search(r"^worker b +\d", done.stdout, re.MULTILINE)
-    assert re.search(r": 0 errors; [1-9]\d* answers, [1-9]\d+ tokens: 0 lost, 0 changed\nno errors; ", done.stdout)
-
-
 def other_bench(folder: Path, answer: str) -> Path:
     program = folder / "other-bench"
     program.write_text(f"#!/bin/sh\n{answer}\n")
@@ -242,7 +255,7 @@ def test_documented_shapes_are_known() -> None:
     """Each command in the docs and in the programs names a shape that can be written."""
     places = [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *FOLDER.rglob("*.py")]
     specs = {spec for path in places for spec in re.findall(r"public_shape\.py ([a-z0-9.:_-]+)", path.read_text())}
-    assert len(specs) > 2
+    assert len(specs) > 1
     for spec in specs | {"gemma-3-1b-it:q8_0", "smollm2-1.7b-instruct:q4_k_m", "ernie-4.5-21b-a3b"}:
         assert public_shape(spec, {"layers": 3}).tensors
     with pytest.raises(UsageError, match="gemma-3-4b-it"):
@@ -291,7 +304,7 @@ CLUSTER = """
 import asyncio, sys
 sys.path.append(sys.argv[1])
 from pathlib import Path
-from running import Layout, running
+from runner.clusters import Layout, running
 
 async def main():
     program = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -304,7 +317,7 @@ asyncio.run(main())
 
 def test_a_cluster_ends_with_its_benchmark(tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", CLUSTER, FOLDER / "clusters"],
+        [sys.executable, "-c", CLUSTER, FOLDER],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,26 +14,27 @@ from support.clusters.forked_commands import forked_script
 from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from measuring.compiler import compiler
+from emulated.emulation import compiler
+
+RUN = ROOT / "benchmarks/run.py"
 
 
 def test_a_prompt_has_the_bits_of_one_process(tmp_path: Path) -> None:
     if not tls_library():
         pytest.skip("built without OpenSSL")
-    script, small = ROOT / "benchmarks" / "groups" / "prefill.py", ("--hidden", "512", "--rows", "256", "--pairs", "1")
-    done = forked_script(script, "1.1b", "Q8_0", *small, folder=tmp_path, within_s=240.0)
+    small = ("--hidden", "512", "--rows", "256", "--rounds", "1")
+    done = forked_script(RUN, "prefill", "1.1b", "Q8_0", *small, folder=tmp_path, within_s=240.0)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"speedup [\d.]+; [\d.]+ MB sent; same bits$", done.stdout.strip())
+    assert re.search(r"^bands: 2 / one process, ms: [\d.]+", done.stdout, re.MULTILINE)
 
 
 def test_what_a_gather_costs(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "groups" / "link.py"
     if compiler() is None:
         pytest.skip("no C++ compiler found")
-    sizes = ("--kib", "1", "--gathers", "20", "--turns", "1", "--late-ms", "1")
-    done = forked_script(script, *sizes, "--json", "costs.jsonl", folder=tmp_path, within_s=120.0)
+    sizes = ("--kib", "1", "--gathers", "20", "--rounds", "1", "--late-ms", "1")
+    done = forked_script(RUN, "link", *sizes, "--json", "costs.jsonl", folder=tmp_path, within_s=120.0)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [json.loads(line) for line in (tmp_path / "costs.jsonl").read_text().splitlines()]
     ways = ["loop", "plain", "TLS"] if tls_library() else ["loop", "plain"]
-    assert [row["way"] for row in rows] == ways * 2
-    assert all(row["p99_us"] >= row["median_us"] > 0 and row["processor_us"] >= 0 for row in rows)
+    assert [row["variant"] for row in rows] == ways * 2
+    assert all(row["p99 us"] >= row["us"] > 0 and row["processor us"] >= 0 for row in rows)

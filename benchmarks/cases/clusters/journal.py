@@ -1,0 +1,80 @@
+"""The case `journal`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from runner.case import Case, Group, Measures, argument, option
+from runner.clusters import Bench, Layout, processor_s, running
+from runner.options import existing, positive
+from runner.streams import requested
+
+from llamaclust.core.errors import LlamaclustError
+
+_WITHOUT = """
+from llamaclust.wire.rpc.grpc_options import tune_grpc
+tune_grpc()
+from llamaclust.cluster.server import front
+from llamaclust.cli.main import main
+class Replies(front.Replies):
+    def __init__(self, settings, durability):
+        super().__init__(settings)
+    async def restore(self, requests):
+        pass
+front.Replies = Replies
+main()
+"""
+"""The program, whose replies are not journalled."""
+
+
+@dataclass(frozen=True)
+class Journal(Case):
+    """Throughput of short requests with the journal of admissions, relative to a coordinator without one.
+
+    Two clusters of one worker each stand side by side; bursts of streamed requests go to them in turns. The journal
+    lies in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs.
+    """
+
+    rounds = 15
+    warm = 1
+    model: Path = argument("path of a .gguf", existing)
+    requests: int = option(1000, "of one burst", positive)
+    connections: int = option(64, "at a time", positive)
+    tokens: int = option(4, "of each answer", positive)
+    state_dir: Path | None = option(None, "an existing folder", Path)
+
+    async def groups(self) -> AsyncIterator[Group]:
+        if self.state_dir is not None:
+            tempfile.tempdir = str(self.state_dir)
+        keys = {"context_length": 128, "max_sequences": 64, "max_waiting": 2 * self.connections}
+        layout, command = Layout(workers=1, keys=keys), (sys.executable, "-P", "-c", _WITHOUT)
+        async with running(self.model, layout) as (kept, _), running(self.model, layout, command) as (bare, _):
+            yield Group("", {"without": partial(self._burst, bare), "with": partial(self._burst, kept)})
+            if not kept.directory.has_requests or bare.directory.has_requests:
+                raise LlamaclustError("one cluster was to have requests in its journal, the other none")
+
+    async def _burst(self, bench: Bench, turn: int) -> Measures:
+        numbers = iter(range(self.requests))
+        used_s, begun_s = processor_s(bench.coordinator), time.perf_counter()
+        await asyncio.gather(*(self._connection(bench.api, numbers) for _ in range(self.connections)))
+        took_s, used_s = time.perf_counter() - begun_s, processor_s(bench.coordinator) - used_s
+        return {"requests/s": self.requests / took_s, "coordinator ms": 1e3 * used_s / self.requests}
+
+    async def _connection(self, api: str, numbers: Iterator[int]) -> None:
+        """Requests one after the other."""
+        connection = None
+        for number in numbers:
+            body = {"prompt": f"{number} words", "max_tokens": self.tokens, "ignore_eos": True}
+            connection = await requested(api, body, connection=connection)
+            answer = await connection[0].readuntil(b"\r\n0\r\n\r\n")
+            if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
+                raise LlamaclustError(f"no answer: {answer[:300]!r}")
+        if connection is not None:
+            connection[1].close()

@@ -1,0 +1,304 @@
+"""The case `served`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from emulated.emulation import Emulation, LinkSpeed
+from runner.case import Case, Group, Measures, argument, option
+from runner.clusters import Bench, Layout, running
+from runner.in_process import pin_process
+from runner.models import TYPES, write_weakened
+from runner.options import chosen, listed, natural, positive, share, zero_or_more
+from runner.priority import before_other_programs
+from runner.streams import Answer, answer
+from runner.turns import spread
+from shape import SHAPES, write_shape
+
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.quant_types import QuantType
+
+_SHALLOW = 2
+_SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
+_PLAIN_WORDS = 300
+"""Ids before are special tokens, bytes and letters."""
+_LOOKS, _LOOK_S = 600, 0.1
+_COMMAND = (sys.executable, "-P", "-m", "llamaclust")
+ONE, STAGES, GROUP = "one worker", "stages", "group"
+_GOALS = {
+    ("7b", "IQ2_XXS", 0.0): 1.60,
+    ("7b", "IQ2_XXS", 0.1): 1.50,
+    ("7b", "IQ1_S", 0.0): 1.75,
+    ("7b", "IQ1_S", 0.1): 1.55,
+    ("70b", "IQ1_S", 0.0): 1.60,
+    ("70b", "IQ1_S", 0.5): 1.60,
+    ("70b", "IQ1_S", 2.0): 1.35,
+    ("1.1b", "IQ2_XXS", 0.0): 1.50,
+}
+"""Gains of decode by a group of two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """`cores` and `speeds` are those of the workers, the first one first."""
+
+    name: str
+    cores: tuple[int, ...]
+    shares: tuple[int, ...] = ()  # of a group
+    speeds: tuple[float, ...] = (1.0,)
+
+    def plan(self, layers: int) -> list[dict[str, Any]]:
+        names = Layout(workers=len(self.cores)).names
+        if self.shares:
+            return [{"workers": [*names], "layers": [0, layers], "shares": [*self.shares]}]
+        borders = [layers * number // len(names) for number in range(len(names) + 1)]
+        return [{"worker": name, "layers": [*pair]} for name, pair in zip(names, pairwise(borders), strict=True)]
+
+
+def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
+    """One worker as fast as the fastest one, a stage on each core, unless they differ, and a group."""
+    found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
+    if len(set(speeds)) == 1:
+        found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
+    return [*found, Way(GROUP, tuple(cores), tuple(shares), tuple(speeds))]
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """`layers` of the model were measured, and `shallow` ones beside; the whole has `whole` of them."""
+
+    layers: int
+    shallow: int
+    whole: int
+
+    def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
+        """Times of the whole model: what does not depend on layers counts once."""
+        if self.layers == self.whole or not few:
+            return [*deep]
+        most, least = median(deep), median(few)
+        layer_ms = max(0.0, most - least) / (self.layers - self.shallow)
+        fixed_ms = min(most, max(0.0, least - self.shallow * layer_ms))
+        return [fixed_ms + (ms - fixed_ms) * self.whole / self.layers for ms in deep]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWay:
+    """A cluster that runs; `pids` are those of the coordinator, then of the workers in their order."""
+
+    name: str
+    bench: Bench
+    pids: tuple[int, ...]
+
+    async def reading(self) -> tuple[float, ...]:
+        """Milliseconds that stages computed and that the leader waited in gathers, and processor time of each process,
+        since the start; when heartbeats have brought the counters of all steps."""
+        used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
+        for _ in range(_LOOKS):
+            found = await self.bench.cluster()
+            beats = {worker["name"]: worker["heartbeat"] for worker in found["status"]["workers"]}
+            steps = {stage["worker"]: stage["microbatches"] for stage in found["stages"]}
+            if all(beats[name] is not None and beats[name]["microbatches"] >= count for name, count in steps.items()):
+                computed = sum(stage["compute_ms"] * stage["microbatches"] for stage in found["stages"])
+                return computed, sum(1e3 * group["waited_s"] for group in found["status"]["groups"]), *used
+            await asyncio.sleep(_LOOK_S)
+        raise LlamaclustError(f"{self.name}: no heartbeat tells of the last step")
+
+
+def _processor_ms(pid: int) -> float:
+    """Processor time of the threads that the process has now, to the nanosecond."""
+    times = (each.read_text().split()[0] for each in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return sum(map(int, times)) / 1e6
+
+
+@dataclass(frozen=True)
+class Served(Case):
+    """Answers by a group as clients of the HTTP API receive them, in turns with one worker and with stages.
+
+        run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
+        run.py served 70b IQ1_S --layers 4                       # each layer counts 20 times
+        run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5
+
+    Clusters of `llamaclust up` with static workers of one thread, each on a core, over mutual TLS (--local: processes
+    of the coordinator, plain). All are there at the same time, with random weights. Decode is one answer after a short
+    prompt, prefill a long prompt to its first token, together several answers at once. Ids and logprobs must be those
+    of one worker. The round trip and rate of links between members, and members slower than their cores, are emulated.
+    With --layers, models of two layers are measured as well, and times of the whole model follow. With --speculation
+    instead answers that repeat their prompt, and all clusters draft.
+    """
+
+    warm = 1
+    shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
+    type: QuantType = argument("of the weights", chosen("type", TYPES))
+    layers: int | None = option(None, "fewer than the shape has, 3 or more", positive)
+    hidden: int | None = option(None, "another width, for tests", positive)
+    delays: tuple[float, ...] = option((0.0, 0.1, 0.5, 2.0), "round trips, ms", listed(zero_or_more))
+    gbit: float = option(0.0, "at which a member receives; 0: as it can", zero_or_more)
+    shares: tuple[int, ...] = option((1, 1), "of the members", listed(positive))
+    speeds: tuple[float, ...] = option((), "of the members, relative to a core; 1 by default", listed(share))
+    ways: tuple[str, ...] = option((STAGES, GROUP), "beside one worker", listed(str))
+    tokens: int | None = option(None, "of each answer; 32 by default, 256 with --speculation", positive)
+    prompt: int = option(512, "tokens of the long prompt, 0: none", natural)
+    together: int = option(8, "answers at once, 0: none", natural)
+    speculation: bool = option(False, "answers that repeat their prompt, with drafts")
+    realtime: bool = option(False, "go before other programs while measuring; as root")
+    local: bool = option(False, "processes of the coordinator, without TLS and emulation")
+
+    def __post_init__(self) -> None:
+        if len(self.shares) < 2 or (self.speeds and len(self.speeds) != len(self.shares)):
+            raise UsageError("--shares and --speeds: two or more members, as many of each")
+        if self.layers is not None and not _SHALLOW < self.layers <= SHAPES[self.shape].layers:
+            raise UsageError(f"--layers: {_SHALLOW + 1} to {SHAPES[self.shape].layers}")
+        if self.local and (self.gbit or max(self.delays) or (self.speeds and min(self.speeds) < 1)):
+            raise UsageError("--local: without --delays, --gbit and --speeds, which are emulated between other workers")
+
+    async def groups(self) -> AsyncIterator[Group]:
+        depth = Depth(self.layers or SHAPES[self.shape].layers, _SHALLOW, SHAPES[self.shape].layers)
+        few: dict[str, Group] = {}
+        with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:
+            for layers in (_SHALLOW, depth.layers) if depth.layers < depth.whole else (depth.layers,):
+                async with AsyncExitStack() as stack:
+                    emulation = None if self.local else Emulation.build(Path(folder))
+                    model = self._write(Path(folder), layers)
+                    served = [
+                        await stack.enter_async_context(self._serving(way, model, layers, emulation))
+                        for way in ways_of(self._cores, self.shares, self._speeds)
+                        if way.name in (ONE, *self.ways)
+                    ]
+                    repeated = await self._repeated(served[0]) if self.speculation else []
+                    for trip in self.delays:
+                        if emulation is not None:
+                            emulation.set(LinkSpeed(trip, self.gbit))
+                        for part in self._parts:
+                            name = f"{part}, round trip {trip:g} ms"
+                            ways = {each.name: partial(self._measure, each, part, repeated) for each in served}
+                            group = Group(f"{layers} layers, {name}", ways)
+                            yield group
+                            if layers == depth.layers:
+                                self._show(name, part, trip, depth, group, few.get(name))
+                            few[name] = group
+
+    def _show(self, name: str, part: str, trip: float, depth: Depth, deep: Group, few: Group | None) -> None:
+        goal = _GOALS.get((self.shape, self.type.name, trip)) if part == "decode" and self.shares == (1, 1) else None
+        whole = {
+            way: depth.whole_ms(deep.values(way, "ms"), few.values(way, "ms") if few is not None else [])
+            for way in deep.variants
+        }
+        for way in [*deep.variants][1:]:
+            gains = [one / ms for one, ms in zip(whole[ONE], whole[way], strict=True)]
+            wanted = f", goal {goal:.2f}" if goal is not None and way == GROUP else ""
+            times = f"{median(whole[ONE]):.2f} -> {median(whole[way]):.2f} ms"
+            print(f"all layers, {name}: {way} {times}, {ONE} / {way} {spread(gains)}{wanted}", flush=True)
+
+    @property
+    def _parts(self) -> list[str]:
+        sizes = {"decode": 1, "prefill": self.prompt, "together": self.together}
+        return ["decode"] if self.speculation else [part for part, size in sizes.items() if size]
+
+    @property
+    def _cores(self) -> list[int]:
+        cpus = sorted(os.sched_getaffinity(0))
+        return [cpus[member % len(cpus)] for member in range(len(self.shares))]
+
+    @property
+    def _speeds(self) -> tuple[float, ...]:
+        return self.speeds or (1.0,) * len(self.shares)
+
+    @property
+    def _tokens(self) -> int:
+        return self.tokens or (256 if self.speculation else 32)
+
+    def _write(self, folder: Path, layers: int) -> Path:
+        shape, path = replace(SHAPES[self.shape], layers=layers), folder / f"layers-{layers}.gguf"
+        if self.hidden:
+            shape = replace(shape, hidden=self.hidden, ffn=2 * self.hidden, vocabulary=512)
+        if self.speculation:
+            write_weakened(path, shape, self.type)
+        else:
+            write_shape(path, self.shape, shape, self.type, alike=True)
+        return path
+
+    @asynccontextmanager
+    async def _serving(
+        self, way: Way, model: Path, layers: int, emulation: Emulation | None
+    ) -> AsyncIterator[ServedWay]:
+        context = max(1024, self.prompt + self._tokens + 64, 2 * _REPEATED_PROMPT + self._tokens)
+        keys: Mapping[str, Any] = {
+            "plan": way.plan(layers),
+            "context_length": context,
+            "speculative": "auto" if self.speculation else "off",
+            "prefix_cache": self.speculation,
+            "max_sequences": max(8, self.together),
+        }
+        layout = Layout(workers=len(way.cores), keys=keys)
+        if emulation is not None:
+            places = zip(layout.names, way.cores, way.speeds, strict=True)
+            prefixes = {name: emulation.prefix(core, speed) for name, core, speed in places}
+            layout = replace(layout, launcher="static", prefixes=prefixes, is_secure=True)
+        core = sorted(os.sched_getaffinity(0))[1 % len(os.sched_getaffinity(0))]
+        async with running(model, layout, ("taskset", "-c", str(core), *_COMMAND)) as (bench, coordinator):
+            workers = {worker["name"]: worker for worker in (await bench.status())["workers"]}
+            pids = [workers[name]["pid"] for name in sorted(workers)]
+            for pid, own in zip(pids, way.cores, strict=True):
+                pin_process(pid, own)
+            yield ServedWay(way.name, bench, (coordinator.pid, *pids))
+
+    async def _measure(self, served: ServedWay, part: str, repeated: Sequence[int], turn: int) -> Measures:
+        tokens, prompts = 1 if part == "prefill" else self._tokens, self._prompts(part, repeated, turn)
+        before = await served.reading()
+        with self._priority(served):
+            begun_s = perf_counter()
+            requests = (answer(served.bench.api, prompt, tokens, logprobs=0) for prompt in prompts)
+            answers: list[Answer] = await asyncio.gather(*requests)
+            took_s = perf_counter() - begun_s
+        if self.realtime:
+            await asyncio.sleep(2 * took_s)  # other programs had to wait
+        count = tokens * len(prompts)
+        computed, waited, *used = (
+            (now - then) / count for now, then in zip(await served.reading(), before, strict=True)
+        )
+        seconds = {"decode": answers[0].token_s, "prefill": answers[0].first_s, "together": took_s / count}
+        bits = b"".join(each.bits for each in answers)
+        figures = {"ms": 1e3 * seconds[part], "computed": computed, "gathers": waited}
+        return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
+
+    def _priority(self, served: ServedWay) -> ExitStack:
+        """The coordinator and this client go before workers, as tasks that were asleep do."""
+        stack = ExitStack()
+        if self.realtime:
+            coordinator, *workers = served.pids
+            stack.enter_context(before_other_programs(workers))
+            stack.enter_context(before_other_programs([coordinator, os.getpid()], priority=2))
+        return stack
+
+    def _prompts(self, part: str, repeated: Sequence[int], turn: int) -> list[list[int]]:
+        if self.speculation:
+            return [[*repeated]]
+        source, length = random.Random(f"{part} {turn}"), self.prompt if part == "prefill" else _SHORT_PROMPT
+        words = 512 if self.hidden else SHAPES[self.shape].vocabulary
+        count = self.together if part == "together" else 1
+        return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
+
+    async def _repeated(self, served: ServedWay) -> list[int]:
+        """A prompt that its greedy answer goes on to repeat, by weights that add nothing."""
+        for turn in range(1_000):
+            begin = self._prompts_begin(turn)
+            ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids
+            if ids[-1] in ids[: -len(ids) // 4]:
+                return [*begin, *ids]
+        raise LlamaclustError("no answer repeats itself")
+
+    def _prompts_begin(self, turn: int) -> list[int]:
+        return [random.Random(turn).randrange(_PLAIN_WORDS, SHAPES[self.shape].vocabulary)]

@@ -1,0 +1,111 @@
+"""The case `divergence`."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+from runner.case import Case, Group, Measures, argument, option
+from runner.options import existing, listed, positive
+from runner.padded import PaddedModels, llamaclust
+
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.launchers.in_process import LocalSettings
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.loader import Model
+from llamaclust.tools.evaluate.logit_scores import measure_divergence
+from llamaclust.tools.evaluate.logits_file import LogitsFile
+from llamaclust.tools.quantize.mixes import MIXES
+from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_importance
+
+_DEADLINE_S = 1800
+Float64 = NDArray[np.float64]
+_SAME = {"F32", "F16", "BF16"}
+"""Written alike by both: nothing is chosen."""
+
+
+@dataclass(frozen=True)
+class Divergence(Case):
+    """Effect of quantizing on a model's predictions, beside llama-quantize: KL divergence from the unquantized model.
+
+    The model is padded with zeros first, so that all types fit. `+`: both get the same importance matrix, from the
+    second half of TEXT; the first chunks are what is predicted, token by token. Both files run in our kernels. The
+    ratio's standard error is that of pairs of tokens; that the files have tensors of the same types is checked.
+    """
+
+    rounds = 1
+    model: str = argument("catalog name or path of a .gguf", str)
+    text: Path = argument("a text", existing)
+    llama_quantize: Path | None = option(None, "llama.cpp's program of that name", existing)
+    hidden: int = option(768, "width after padding", positive)
+    chunks: int = option(8, "of 512 tokens that are predicted", positive)
+    types: tuple[str, ...] = option((*MIXES,), "mixes", listed(str))
+
+    async def groups(self) -> AsyncIterator[Group]:
+        if self.llama_quantize is None:
+            raise UsageError("--llama-quantize PROGRAM is needed")
+        with TemporaryDirectory(prefix="llamaclust-") as name:
+            made = await asyncio.to_thread(PaddedModels.of, self.model, self.hidden, self.text, self.chunks, Path(name))
+            for mix in self.types:
+                for weighted in (False, True) if mix not in _SAME else ():
+                    if weighted or _goes_without(made.padded, mix):
+                        yield self._group(made, mix, weighted, (str(self.llama_quantize),))
+
+    def _group(self, made: PaddedModels, mix: str, weighted: bool, program: tuple[str, ...]) -> Group:
+        async def row(turn: int) -> Measures:
+            one, other = await asyncio.to_thread(self._pair, made, mix, weighted, program[0])
+            value, error = ratio(one, other)
+            return {"ours": float(one.mean()), "theirs": float(other.mean()), "ratio": value, "+/-": error}
+
+        return Group("", {mix + "+" * weighted: row})
+
+    @staticmethod
+    def _pair(made: PaddedModels, mix: str, weighted: bool, program: str) -> tuple[Float64, Float64]:
+        ours, theirs = made.padded.with_name("ours.gguf"), made.padded.with_name("theirs.gguf")
+        given = ("--imatrix", str(made.matrix)) if weighted else ()
+        llamaclust("model", "quantize", made.padded, ours, mix, *given)
+        words = [program, *given, str(made.padded), str(theirs), mix]
+        subprocess.run(words, check=True, capture_output=True, timeout=_DEADLINE_S)
+        _check_same_types(ours, theirs)
+        return divergences(ours, made.logits), divergences(theirs, made.logits)
+
+
+def divergences(model: Path, logits: Path) -> Float64:
+    """Of every scored token from the model whose logits are in the file."""
+    base = LogitsFile.open(logits)
+    with closing(Model.open(model)) as opened:
+        tokenizer = opened.tokenizer
+    context, chunks = base.shape.context, base.shape.chunks
+    settings = LocalSettings(context_length=context, max_sequences=1, prefix_cache=False, kv_blocks=context // 16 + 2)
+    with LocalClient(model, None, settings=settings) as client:
+        return measure_divergence(client, tokenizer, base, chunks, lambda done, mean: None).scores.kld
+
+
+def ratio(ours: Float64, theirs: Float64) -> tuple[float, float]:
+    """Of the two means, and its standard error: both read the same tokens."""
+    value = float(ours.mean() / theirs.mean())
+    apart = ours - value * theirs
+    return value, float(apart.std() / theirs.mean() / np.sqrt(apart.size))
+
+
+def _check_same_types(ours: Path, theirs: Path) -> None:
+    one, other = (
+        {name: tensor.quant_type for name, tensor in open_model(path).tensors.items()} for path in (ours, theirs)
+    )
+    differ = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+    if differ:
+        raise LlamaclustError(f"{len(differ)} tensors have other types than llama-quantize's, first {min(differ)}")
+
+
+def _goes_without(model: Path, mix: str) -> bool:
+    """Whether the mix needs no importance matrix."""
+    types = choose_types(open_model(model), Wishes(MIXES[mix]))
+    return not any(needs_importance(name, kind, MIXES[mix]) for name, kind in types.items())

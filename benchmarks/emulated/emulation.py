@@ -1,0 +1,83 @@
+"""A network between workers on one machine, and members slower than its cores, by the preloaded `emulated.cpp`."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from llamaclust.core.errors import UsageError
+
+_SETTINGS = struct.Struct("<qd")
+_CALLER = "_native"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """Half of the round trip is added to each way; `gbit_s` is the rate at which a worker receives, 0: no limit."""
+
+    round_trip_ms: float = 0.0
+    gbit_s: float = 0.0
+
+    def encode(self) -> bytes:
+        return _SETTINGS.pack(round(self.round_trip_ms / 2 * 1e6), 8 / self.gbit_s if self.gbit_s else 0.0)
+
+
+@dataclass(slots=True)
+class Emulation:
+    """Links of all processes that are started with the words of `prefix`."""
+
+    folder: Path
+    library: Path = field(init=False)
+    _settings: mmap.mmap = field(init=False)
+
+    @classmethod
+    def build(cls, folder: Path) -> Self:
+        """UsageError where it cannot be built."""
+        made = cls(folder)
+        made.library = compiled("emulated.cpp", folder)
+        made._path.write_bytes(LinkSpeed().encode())
+        with made._path.open("r+b") as file:
+            made._settings = mmap.mmap(file.fileno(), 0)
+        return made
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "link"
+
+    def set(self, speed: LinkSpeed) -> None:
+        self._settings[:] = speed.encode()
+
+    def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
+        """Words before a command that runs it on a core. A `speed` below 1 is that of a slower core."""
+        words = [f"{name}={value}" for name, value in self.variables(speed).items()]
+        return ("taskset", "-c", str(core), "env", *words)
+
+    def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
+        """The environment of a process that has such links, by calls of the library of that name."""
+        places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
+        return {**places, "EMULATED_SPEED": str(speed)}
+
+
+def compiler() -> str | None:
+    """Returns the command of $CXX, g++ or clang++, whichever is there first; none if there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+
+
+def compiled(name: str, folder: Path) -> Path:
+    """The library of a C++ source beside this file. UsageError where it cannot be built."""
+    source, library = Path(__file__).with_name(name), (folder / name).with_suffix(".so")
+    if library.exists():
+        return library
+    if (command := compiler()) is None:
+        raise UsageError("no C++ compiler found")
+    words = [command, "-std=c++20", "-O2", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UsageError(f"{source}: {done.stderr.strip()}")
+    return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
@@ -105,6 +106,30 @@ def test_named_tests_exist(page: Path) -> None:
     for file, test in set(re.findall(r"((?:\w+/)*test_\w+)::(test_\w+)", page.read_text())):
         path = ROOT / "tests" / f"{file}.py"
         assert path.is_file() and f"def {test}(" in path.read_text(), f"{page.name} names {file}::{test}"
+
+
+def members(cls: ast.ClassDef) -> Iterator[str]:
+    """Names of methods and attributes, also of those that methods set."""
+    for node in ast.walk(cls):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
+                yield from (each.attr for each in ast.walk(target) if isinstance(each, ast.Attribute))
+
+
+def test_named_methods_exist() -> None:
+    known = {
+        (node.name, member)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for member in members(node)
+    }
+    named = set(re.findall(r"`([A-Z]\w+)\.(\w+)`", (ROOT / "docs/architecture.md").read_text()))
+    assert len(named) >= 20 and named - known == set()
 
 
 def test_every_dependency_has_a_line() -> None:
